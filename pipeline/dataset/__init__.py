@@ -1,0 +1,1 @@
+"""The dataset: plan, parts and commits."""

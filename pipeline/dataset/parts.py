@@ -1,0 +1,136 @@
+"""One shard's rows as an Arrow table, and that table as Parquet bytes that are the same every time."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pipeline.records import OK, ShardRows
+
+METADATA_KEY = b"pipeline"
+# Embeddings are close to random: a dictionary would make them larger, and statistics say nothing.
+EMBEDDING_LEAF = "embedding.list.element"
+
+
+@dataclass(frozen=True, slots=True)
+class PartFormat:
+    """The schema of every part of a dataset."""
+
+    schema: pa.Schema
+    compression: str
+
+    @property
+    def dim(self) -> int:
+        """Length of an embedding."""
+        size: int = self.schema.field("embedding").type.list_size
+        return size
+
+
+def part_format(
+    manifest_schema: pa.Schema, *, dim: int, dtype: str, compression: str, fingerprints: Mapping[str, Any]
+) -> PartFormat:
+    """Id and kept columns, then the columns of the pipeline; the fingerprints travel as metadata."""
+    value = pa.float16() if dtype == "float16" else pa.float32()
+    ours = [
+        pa.field("embedding", pa.list_(pa.field("element", value), dim)),
+        pa.field("label", pa.string()),
+        pa.field("score", pa.float32()),
+        pa.field("top_labels", pa.list_(pa.field("element", pa.string()))),
+        pa.field("top_scores", pa.list_(pa.field("element", pa.float32()))),
+        pa.field("status", pa.string()),
+        pa.field("error", pa.string()),
+    ]
+    text = json.dumps(fingerprints, sort_keys=True, ensure_ascii=False)
+    schema = pa.schema([*manifest_schema, *ours], metadata={METADATA_KEY: text.encode()})
+    return PartFormat(schema=schema, compression=compression)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardResult:
+    """Embeddings and labels of one shard, by position in it; rows without an embedding hold zeros.
+
+    ``vectors`` is ``[N, D]`` in the stored dtype, ``top`` int64 and ``scores`` float32 are ``[N, k]``
+    (k is 0 without labels), ``names`` are the label names that ``top`` points at.
+    """
+
+    rows: ShardRows
+    vectors: NDArray[Any]
+    top: NDArray[np.int64]
+    scores: NDArray[np.float32]
+    names: tuple[str, ...]
+    threshold: float | None
+
+
+def build_table(result: ShardResult, form: PartFormat) -> pa.Table:
+    """The shard's rows in manifest order."""
+    count, failures = result.rows.shard.rows, result.rows.failures
+    failed = np.zeros(count, dtype=bool)
+    failed[list(failures)] = True
+    vectors = pa.FixedSizeListArray.from_arrays(
+        pa.array(result.vectors.reshape(-1), type=form.schema.field("embedding").type.value_type),
+        type=form.schema.field("embedding").type,
+        mask=pa.array(failed),
+    )
+    columns = {name: result.rows.table.column(name) for name in result.rows.table.column_names}
+    columns |= {"embedding": vectors, **_labels(result, failed)}
+    columns["status"] = pa.array([failures[i].status if i in failures else OK for i in range(count)])
+    columns["error"] = pa.array([failures[i].error if i in failures else None for i in range(count)], pa.string())
+    return pa.Table.from_arrays([columns[name] for name in form.schema.names], schema=form.schema)
+
+
+def write_part(table: pa.Table, path: Path, form: PartFormat) -> None:
+    """Write one row group; the same table gives the same bytes with the same version of Arrow."""
+    plain = [name for name in table.column_names if name != "embedding"]
+    pq.write_table(
+        table,
+        path,
+        row_group_size=max(1, table.num_rows),
+        compression=form.compression,
+        use_dictionary=plain,
+        write_statistics=plain,
+        version="2.6",
+    )
+
+
+def count_statuses(rows: ShardRows) -> dict[str, int]:
+    """Rows by status, ``ok`` first."""
+    failed = Counter(failure.status for failure in rows.failures.values())
+    return {OK: rows.shard.rows - len(rows.failures), **dict(sorted(failed.items()))}
+
+
+def _labels(result: ShardResult, failed: NDArray[np.bool_]) -> dict[str, pa.Array]:
+    count, k = result.top.shape
+    if k == 0:
+        return {
+            "label": pa.nulls(count, pa.string()),
+            "score": pa.nulls(count, pa.float32()),
+            "top_labels": pa.nulls(count, pa.list_(pa.field("element", pa.string()))),
+            "top_scores": pa.nulls(count, pa.list_(pa.field("element", pa.float32()))),
+        }
+    names = pa.array(result.names, pa.string())
+    unsure = failed.copy()
+    if result.threshold is not None:
+        unsure |= result.scores[:, 0] < result.threshold
+    offsets = pa.array(np.arange(count + 1, dtype=np.int32) * k)
+    mask = pa.array(failed)
+    top = names.take(pa.array(result.top.reshape(-1)))
+    scores = pa.array(result.scores.reshape(-1), pa.float32())
+    return {
+        "label": names.take(pa.array(result.top[:, 0], mask=unsure)),
+        "score": pa.array(result.scores[:, 0], pa.float32(), mask=failed),
+        "top_labels": _lists(offsets, top, mask, pa.string()),
+        "top_scores": _lists(offsets, scores, mask, pa.float32()),
+    }
+
+
+def _lists(offsets: pa.Array, values: pa.Array, mask: pa.Array, kind: pa.DataType) -> pa.Array:
+    return pa.ListArray.from_arrays(offsets, values, type=pa.list_(pa.field("element", kind)), mask=mask)

@@ -1,0 +1,93 @@
+"""The plan: what a dataset is. Created once; a run that would write anything else is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.errors import PlanMismatch
+from pipeline.storage import Storage
+
+NAME = "_plan.json"
+VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything that the bytes of the dataset follow from.
+
+    ``fingerprints`` are compared on resume; ``about`` is for people. The shard list is not spelled out:
+    it follows from the manifest's row groups and ``shard_rows``, so a plan stays small at any size.
+    """
+
+    rows: int
+    shards: int
+    shard_rows: int
+    fingerprints: Mapping[str, Any]
+    about: Mapping[str, Any]
+
+    def to_json(self) -> bytes:
+        """The content of ``_plan.json``."""
+        content = {
+            "version": VERSION,
+            "rows": self.rows,
+            "shards": self.shards,
+            "shard_rows": self.shard_rows,
+            "fingerprints": self.fingerprints,
+            "about": self.about,
+        }
+        return (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def settle(storage: Storage, plan: Plan) -> bool:
+    """Create the plan, or find the same one; True when the dataset is new.
+
+    Raises:
+        PlanMismatch: the output holds another dataset; the message lists every difference.
+    """
+    if storage.read(NAME) is None:
+        stray = sorted(name for name in storage.sizes() if name.endswith(".parquet"))
+        if stray:
+            raise PlanMismatch(
+                f"{storage.url}: holds {stray[0]} but no {NAME}, so it is not a dataset of this pipeline; "
+                "its rows would mix with the new ones. Choose another output.dir"
+            )
+        if storage.create_once(NAME, plan.to_json()):
+            return True
+    try:
+        found = json.loads(storage.read(NAME) or b"")
+    except ValueError as error:
+        raise PlanMismatch(
+            f"{storage.url}/{NAME}: not readable as JSON ({error}); choose another output.dir"
+        ) from error
+    wanted = json.loads(plan.to_json())
+    for content in (found, wanted):
+        content.pop("about", None)
+    differences = list(_differences(found, wanted, ""))
+    if differences:
+        raise PlanMismatch(
+            "\n".join(
+                [
+                    f"{storage.url}: holds a dataset of another job, and a dataset never mixes two:",
+                    *(f"  - {line}" for line in differences),
+                    "choose another output.dir, or run the command that began it",
+                ]
+            )
+        )
+    return False
+
+
+def _differences(found: Any, wanted: Any, key: str) -> Iterator[str]:
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        for name in dict.fromkeys([*found, *wanted]):
+            inner = f"{key}.{name}" if key else name
+            yield from _differences(found.get(name), wanted.get(name), inner.removeprefix("fingerprints."))
+    elif found != wanted:
+        yield f"{key}: there {_short(found)}, now {_short(wanted)}"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,75 @@
+"""Rendered scenes as image files with a manifest: what the job embeds when it is given nothing."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.demo import scenes
+from pipeline.manifest.source import ROOT_KEY
+from pipeline.storage import LocalStorage, open_arrow
+
+# Far from the seeds of the training.
+SEED = 20_000_003
+TRUTH = "truth"
+
+
+def render_folder(folder: Path, count: int, *, width: int = 256, height: int = 256, seed: int = SEED) -> Path:
+    """Render ``count`` scenes as JPEG files into ``folder``; returns the path of the manifest.
+
+    A folder that already holds the same scenes is left as it is. The manifest has the columns ``id``,
+    ``path`` and ``truth`` (colour and shape).
+    """
+    manifest = folder / f"scenes-{count}-{width}x{height}-{seed}.parquet"
+    if manifest.exists():
+        return manifest
+    store = LocalStorage(str(folder))
+    chosen = list(scenes.scenes(seed, count))
+    names = [f"{count}-{width}x{height}-{seed}/{i:06d}.jpg" for i in range(count)]
+
+    def save(item: tuple[str, scenes.Scene]) -> None:
+        path = folder / item[0]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(jpeg(item[1], width, height))
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(save, zip(names, chosen, strict=True)))
+    columns = {"id": [f"scene-{i:06d}" for i in range(count)], "path": names, TRUTH: [s.label for s in chosen]}
+    table = pa.table(columns).replace_schema_metadata({ROOT_KEY: str(folder.resolve()).encode()})
+    with store.staged() as staged:
+        pq.write_table(table, staged.path)
+        staged.publish(manifest.name, replace=True)
+    return manifest
+
+
+def jpeg(scene: scenes.Scene, width: int, height: int) -> bytes:
+    """The scene as JPEG bytes at quality 90."""
+    buffer = io.BytesIO()
+    scenes.render(scene, width, height).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def label_names() -> list[str]:
+    """The label set of the demo: every colour with every shape."""
+    return [f"{colour} {shape}" for colour in scenes.COLOURS for shape in scenes.SHAPES]
+
+
+def accuracy(folder: str, parts: Sequence[str]) -> float:
+    """Share of the rows whose label is the scene's true one."""
+    hits = total = 0
+    for label, truth in _pairs(folder, parts):
+        hits += label == truth
+        total += 1
+    return hits / total if total else 0.0
+
+
+def _pairs(folder: str, parts: Sequence[str]) -> Iterator[tuple[str | None, str]]:
+    for part in parts:
+        with open_arrow(f"{folder}/{part}") as file:
+            table = pq.read_table(file, columns=["label", TRUTH])
+        yield from zip(table["label"].to_pylist(), table[TRUTH].to_pylist(), strict=True)

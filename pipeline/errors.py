@@ -1,0 +1,93 @@
+"""The errors that end a run, each with the exit code that a scheduler sees.
+
+Codes: 0 done; 1 anything unforeseen; 2 the config, the manifest or the machine is not what the job
+needs; 3 done, but more failed images than allowed; 4 a backend missed its parity gate; 75 somebody else
+holds the output, or the run was interrupted and can go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class PipelineError(Exception):
+    """A foreseen reason to stop; the message says what happened, where, and the way out."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing wrong with a config: the key, the value given, what is allowed, and a hint."""
+
+    key: str
+    value: object
+    allowed: str
+    hint: str = ""
+
+    def __str__(self) -> str:
+        text = f"{self.key} = {self.value!r}: {self.allowed}"
+        return f"{text} ({self.hint})" if self.hint else text
+
+
+class ConfigError(PipelineError):
+    """The config is wrong; carries every problem, so that one round of fixing is enough."""
+
+    exit_code = 2
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        self.problems = tuple(problems)
+        count = len(self.problems)
+        head = "the config has a problem:" if count == 1 else f"the config has {count} problems:"
+        super().__init__("\n".join([head, *(f"  - {problem}" for problem in self.problems)]))
+
+
+class ManifestError(PipelineError):
+    """The manifest cannot be read as the config says."""
+
+    exit_code = 2
+
+
+class ModelError(PipelineError):
+    """The checkpoint cannot be found, read or used."""
+
+    exit_code = 2
+
+
+class PromptsError(PipelineError):
+    """The label set cannot be read or holds nothing to embed."""
+
+    exit_code = 2
+
+
+class BackendUnavailable(PipelineError):
+    """This machine cannot run the backend that was asked for; never answered by a quiet fallback."""
+
+    exit_code = 2
+
+
+class PlanMismatch(PipelineError):
+    """The output holds a dataset of another model, manifest, prompt set, ...; the message lists what differs."""
+
+    exit_code = 2
+
+
+class StorageError(PipelineError):
+    """A file or object could not be read or written."""
+
+
+class NumericalError(PipelineError):
+    """An encoder returned numbers that are not embeddings (NaN, infinite, zero, wrong shape)."""
+
+
+class TooManyFailures(PipelineError):
+    """The dataset is complete, but more rows failed than ``errors.max_fraction`` allows."""
+
+    exit_code = 3
+
+
+class Interrupted(PipelineError):
+    """A signal ended the run; what was committed stays, and the same command goes on."""
+
+    exit_code = 75

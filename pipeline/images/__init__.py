@@ -1,0 +1,1 @@
+"""Images: references in, pixels and batches out."""

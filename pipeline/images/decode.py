@@ -1,0 +1,166 @@
+"""Encoded bytes to an RGB image, by one fixed rule for each oddity.
+
+The rules (all part of the dataset's fingerprint):
+
+- Formats: only those in ``images.formats``, recognised by content, never by name.
+- Size: the header's pixel count is checked before a pixel is decoded.
+- EXIF: the orientation is applied (``images.exif=apply``), as transformers' ``load_image`` does.
+- Animation, several pages or sizes: the first frame (of an icon, the largest).
+- Palettes: expanded, with their transparency.
+- Transparency: composed onto ``images.transparency``; ``drop`` keeps the hidden colour.
+- 16 bits a sample: the high byte counts. 32-bit integers are read as 16-bit samples, which is what
+  they hold in PNG, TIFF and PGM files; floats are scaled from their lowest and highest value.
+- CMYK, YCbCr, LAB and HSV: Pillow's conversion; embedded colour profiles are not applied.
+- Damage: a truncated or corrupt image is a failure, never half a picture.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import threading
+import warnings
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+
+from pipeline.records import Failure
+
+# An image above this is decoded alone, so that several threads cannot hold several giants at once.
+LARGE_PIXELS = 16_000_000
+_one_giant = threading.Lock()
+
+# Pillow warns of odd metadata that changes no pixel; a run over millions of files would drown in it.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+# Pillow's plugins meet damage with any of these.
+_DAMAGE = (
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+    struct.error,
+    zlib.error,
+)
+_BACKGROUNDS = {"white": (255, 255, 255), "black": (0, 0, 0)}
+_REFUSED = (b"%!PS", b"%PDF", b"SIMPLE  =", b"\xd7\xcd\xc6\x9a", b"\xc5\xd0\xd3\xc6", b"<svg", b"<?xml", b"\x89HDF")
+_KNOWN = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"RIFF", b"\0\0\1\0")
+
+
+@dataclass(frozen=True, slots=True)
+class Decoder:
+    """Pillow with the rules above; safe to use from many threads."""
+
+    formats: tuple[str, ...]
+    max_pixels: int
+    exif: str = "apply"
+    transparency: str = "white"
+
+    def decode(self, data: bytes) -> Image.Image | Failure:
+        """An RGB image.
+
+        Statuses of a failure: ``not_an_image``, ``format_not_allowed``, ``truncated``, ``corrupt``,
+        ``too_many_pixels``, ``unsupported`` (a colour mode without a rule), ``out_of_memory``.
+        """
+        try:
+            return self._decode(data)
+        except Image.DecompressionBombError as error:
+            return Failure("too_many_pixels", str(error))
+        except UnidentifiedImageError:
+            return _unidentified(data, self.formats)
+        except MemoryError:
+            return Failure("out_of_memory", f"not enough memory to decode {len(data):,} bytes")
+        except _DAMAGE as error:
+            return _damaged(error)
+
+    def _decode(self, data: bytes) -> Image.Image | Failure:
+        with Image.open(io.BytesIO(data), formats=self.formats) as image:
+            pixels = image.width * image.height
+            if pixels > self.max_pixels:
+                return Failure(
+                    "too_many_pixels",
+                    f"{image.width} x {image.height} pixels, over images.max_pixels={self.max_pixels:,}",
+                )
+            if pixels > LARGE_PIXELS:
+                with _one_giant:
+                    return self._load(image)
+            return self._load(image)
+
+    def _load(self, image: Image.Image) -> Image.Image | Failure:
+        # JPEG decodes to RGB at once; other formats keep their own mode until the rule is known.
+        image.load()
+        if image.width * image.height > self.max_pixels:
+            return Failure("too_many_pixels", f"{image.width} x {image.height} pixels once decoded")
+        turned = ImageOps.exif_transpose(image) if self.exif == "apply" else image
+        rgb = self._to_rgb(turned)
+        # A file's own buffers end with the file: hand out an image that stands alone.
+        return rgb.copy() if rgb is image else rgb
+
+    def _to_rgb(self, image: Image.Image) -> Image.Image:
+        if image.mode == "RGB" and "transparency" not in image.info:
+            return image
+        if image.mode.startswith("I") or image.mode == "F":
+            return _deep_to_rgb(image)
+        if image.has_transparency_data and self.transparency != "drop":
+            rgba = image.convert("RGBA")
+            background = Image.new("RGBA", rgba.size, (*_BACKGROUNDS[self.transparency], 255))
+            return Image.alpha_composite(background, rgba).convert("RGB")
+        return image.convert("RGB")
+
+
+def limit_pixels(count: int) -> None:
+    """Make Pillow refuse more than ``count`` pixels wherever a plugin opens an image of its own.
+
+    The limit is global in Pillow, which raises at twice ``MAX_IMAGE_PIXELS``.
+    """
+    Image.MAX_IMAGE_PIXELS = max(1, count // 2)
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+
+
+def _deep_to_rgb(image: Image.Image) -> Image.Image:
+    samples = np.asarray(image)
+    if image.mode != "F":
+        return Image.fromarray((np.clip(samples.astype(np.int64), 0, 65_535) >> 8).astype(np.uint8)).convert("RGB")
+    finite = np.nan_to_num(samples.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+    low, high = float(finite.min()), float(finite.max())
+    grey = (finite - low) / (high - low) * 255 if high > low else np.zeros_like(finite)
+    return Image.fromarray(grey.round().astype(np.uint8)).convert("RGB")
+
+
+def _unidentified(data: bytes, formats: Sequence[str]) -> Failure:
+    head = data[:512].lstrip()
+    if head.startswith(_REFUSED):
+        return Failure("format_not_allowed", f"starts with {head[:8]!r}; images.formats holds {', '.join(formats)}")
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return Failure("format_not_allowed", f"{image.format} is not among images.formats")
+    except Image.DecompressionBombError as error:
+        return Failure("too_many_pixels", str(error))
+    except Exception:
+        pass
+    if head.startswith(_KNOWN):
+        return Failure("corrupt", "the header is damaged")
+    return Failure("not_an_image", f"no known image format; starts with {data[:8]!r}")
+
+
+def _damaged(error: Exception) -> Failure:
+    text = str(error) or type(error).__name__
+    lowered = text.lower()
+    if (
+        "truncated" in lowered
+        or "not enough image data" in lowered
+        or "premature" in lowered
+        or isinstance(error, EOFError)
+    ):
+        return Failure("truncated", text)
+    if "conversion" in lowered and "not supported" in lowered:
+        return Failure("unsupported", text)
+    return Failure("corrupt", text)

@@ -1,0 +1,242 @@
+"""The main job, top to bottom: manifest, model, prompts, plan, shards, dataset, report."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import PIL
+import psutil
+
+from pipeline.backends.base import ImageEncoder
+from pipeline.cluster import inline
+from pipeline.config import DEMO_MODEL, Config, ImagesConfig
+from pipeline.dataset import commits, plan
+from pipeline.dataset.parts import part_format
+from pipeline.demo import folder as demo
+from pipeline.errors import TooManyFailures
+from pipeline.gallery import gallery
+from pipeline.manifest.ids import check_ids
+from pipeline.manifest.shards import count_shards, cut
+from pipeline.manifest.source import Manifest, open_manifest
+from pipeline.models.checkpoint import Checkpoint, open_checkpoint
+from pipeline.models.text import build_bank, read_labels
+from pipeline.records import OK, RunReport, TextBank
+from pipeline.report import page, summary
+from pipeline.report.clocks import StageClocks
+from pipeline.report.logs import log_to
+from pipeline.report.progress import Progress
+from pipeline.storage import Storage, is_local, local_path, open_storage
+from pipeline.worker import Job, open_encoder, pixel_reader, worker_threads
+
+REPORT, PAGE = "_report.json", "_report.html"
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Times:
+    """Seconds since the process began."""
+
+    startup: float
+    wall: float
+
+
+def run_job(config: Config) -> RunReport:
+    """Embed and label what is not done yet, finish the dataset, write the report.
+
+    Raises:
+        PipelineError: one of :mod:`pipeline.errors`, each with its exit code.
+    """
+    storage = open_storage(config.output.dir)
+    with log_to(storage):
+        config = with_demo_scenes(config)
+        return _run(config, storage)
+
+
+def with_demo_scenes(config: Config) -> Config:
+    """The config itself, or one whose manifest is freshly rendered scenes if it names none."""
+    if config.manifest.path is not None:
+        return config
+    output = config.output.dir
+    where = Path(local_path(output)).parent / "scenes" if is_local(output) else Path("outputs/scenes")
+    log.info("manifest.path is not set: embedding %d rendered scenes in %s", config.manifest.demo_scenes, where)
+    path = demo.render_folder(where, config.manifest.demo_scenes)
+    manifest = dataclasses.replace(config.manifest, path=str(path), id="id", image="path", keep=[demo.TRUTH], root=None)
+    return dataclasses.replace(config, manifest=manifest)
+
+
+def _run(config: Config, storage: Storage) -> RunReport:
+    began = psutil.Process().create_time()
+    started = datetime.now(UTC)
+    manifest = open_manifest(config.manifest)
+    check_ids(manifest)
+    log.info("%s: %d rows in %d files", config.manifest.path, manifest.rows, len(manifest.files))
+
+    checkpoint = open_checkpoint(config.model)
+    bank = _bank(config, checkpoint)
+    encoder = open_encoder(config, checkpoint)
+    log.info("model %s on %s in %s", config.model.name, encoder.device, encoder.precision)
+
+    prints = fingerprints(config, manifest, checkpoint, encoder, bank)
+    wanted = plan.Plan(
+        rows=manifest.rows,
+        shards=count_shards(manifest.rows, config.manifest.shard_rows),
+        shard_rows=config.manifest.shard_rows,
+        fingerprints=prints,
+        about={"model": config.model.name, "manifest": config.manifest.path},
+    )
+    plan.settle(storage, wanted)
+    done = commits.find_done(storage, wanted)
+    resumed_rows = sum(commit.rows for commit in done.values())
+    if done:
+        log.info("%d of %d shards (%d rows) are done already", len(done), wanted.shards, resumed_rows)
+
+    form = part_format(
+        manifest.schema,
+        dim=encoder.dim,
+        dtype=config.output.dtype,
+        compression=config.output.compression,
+        fingerprints=prints,
+    )
+    job = Job(config=config, manifest=manifest, spec=checkpoint.spec, form=form, bank=bank)
+    todo = (shard for shard in cut(manifest, config.manifest.shard_rows) if shard.index not in done)
+    clocks, rows = StageClocks(), 0
+    looped = time.time()
+    with Progress(manifest.rows, done=resumed_rows, mode=config.report.progress) as progress:
+        for report in inline.run(todo, job, encoder, clocks=clocks, on_batch=progress.embedded):
+            rows += report.rows
+            progress.failed(report.rows - report.counts[OK])
+    counts, parts = _finish(storage, wanted)
+    times = _Times(startup=looped - began + progress.first_batch_seconds, wall=time.time() - began)
+
+    cores = len(os.sched_getaffinity(0))
+    bound, advice = summary.find_bound(
+        clocks.total(),
+        workers=worker_threads(config),
+        device=encoder.device.type,
+        precision=encoder.precision,
+        cores=cores,
+    )
+    content = summary.summarize(config.output.dir, parts, id=manifest.id, examples=config.report.examples)
+    failed = sum(count for status, count in counts.items() if status != OK)
+    over = failed > config.errors.max_fraction * manifest.rows
+    result = RunReport(
+        started=started.isoformat(timespec="seconds"),
+        rows=rows,
+        resumed_rows=resumed_rows,
+        total_rows=manifest.rows,
+        wall_seconds=round(times.wall, 3),
+        startup_seconds=round(times.startup, 3),
+        images_per_second=round(rows / times.wall, 2),
+        steady_images_per_second=round(progress.steady_images_per_second, 2),
+        stages={name: round(seconds, 3) for name, seconds in clocks.total().seconds.items()},
+        bound=bound,
+        advice=advice,
+        counts=counts,
+        failures=content.failures,
+        labels=content.labels,
+        prompts={"labels": len(bank.names) if bank else 0, "cached": bank is not None and bank.cached},
+        memory=summary.memory(),
+        machine=summary.machine(str(encoder.device), cores),
+        versions=summary.versions(),
+        fingerprints=prints,
+        config=dataclasses.asdict(config),
+        exit_code=TooManyFailures.exit_code if over else 0,
+    )
+    if rows or storage.read(REPORT) is None:
+        _publish(storage, result, config, manifest, checkpoint, parts)
+    _say(result, config, parts)
+    if over:
+        raise TooManyFailures(
+            f"{config.output.dir}: complete, but {failed:,} of {manifest.rows:,} rows failed "
+            f"({failed / manifest.rows:.1%}), more than errors.max_fraction={config.errors.max_fraction}; see the column status, or {PAGE}"
+        )
+    return result
+
+
+def fingerprints(
+    config: Config, manifest: Manifest, checkpoint: Checkpoint, encoder: ImageEncoder, bank: TextBank | None
+) -> dict[str, Any]:
+    """Everything that the rows follow from; two runs belong to one dataset if these are equal."""
+    labels = None
+    if bank is not None:
+        labels = {
+            "text": bank.fingerprint,
+            "count": len(bank.names),
+            "scoring": bank.scoring,
+            "top_k": config.labels.top_k,
+            "threshold": config.labels.threshold,
+        }
+    return {
+        "model": checkpoint.fingerprint,
+        "images": _images_fingerprint(config.images),
+        "backend": encoder.fingerprint,
+        "batch_size": config.loader.batch_size,
+        "prompts": labels,
+        "manifest": manifest.fingerprint,
+        "output": {"dtype": config.output.dtype, "compression": config.output.compression},
+    }
+
+
+def _images_fingerprint(images: ImagesConfig) -> dict[str, Any]:
+    return {**dataclasses.asdict(images), "library": f"Pillow {PIL.__version__}"}
+
+
+def _bank(config: Config, checkpoint: Checkpoint) -> TextBank | None:
+    prompts = config.prompts
+    if not prompts.labels and prompts.path is None and config.model.name == DEMO_MODEL:
+        prompts = dataclasses.replace(prompts, labels=demo.label_names())
+    labels = read_labels(prompts)
+    if not labels.names:
+        log.warning(
+            "no labels: the columns label and score stay null; prompts.labels=[cat,dog] or prompts.path fills them"
+        )
+        return None
+    bank = build_bank(checkpoint, labels, prompts, config.labels)
+    log.info("%d labels, text features %s", len(bank.names), "from the cache" if bank.cached else "embedded and cached")
+    return bank
+
+
+def _finish(storage: Storage, wanted: plan.Plan) -> tuple[Mapping[str, int], list[str]]:
+    """Write ``_SUCCESS``; rows by status with ``ok`` first, and the parts in order."""
+    settled = commits.read_commits(storage, wanted)
+    counts = commits.finalize(storage, wanted, settled)
+    ordered = {OK: counts.pop(OK, 0), **dict(sorted(counts.items()))}
+    return ordered, [commit.part for commit in settled]
+
+
+def _publish(
+    storage: Storage, result: RunReport, config: Config, manifest: Manifest, checkpoint: Checkpoint, parts: list[str]
+) -> None:
+    storage.write(REPORT, page.to_json(result))
+    if not config.report.html:
+        return
+    reader = pixel_reader(config, manifest, checkpoint.spec)
+    examples = gallery(
+        manifest,
+        reader.source,
+        reader.decoder,
+        part=f"{config.output.dir.rstrip('/')}/{parts[0]}",
+        shard_rows=config.manifest.shard_rows,
+        count=config.report.examples,
+    )
+    storage.write(PAGE, page.to_html(result, examples, output=config.output.dir, model=config.model.name))
+
+
+def _say(result: RunReport, config: Config, parts: list[str]) -> None:
+    if not result.rows:
+        log.info("%s is complete: %d rows; nothing to do", config.output.dir, result.total_rows)
+        return
+    log.info("%s", summary.headline(result.rows, result.wall_seconds, result.images_per_second, result.bound))
+    log.info("steady %.1f images/s; %s", result.steady_images_per_second, result.advice)
+    log.info("rows by status: %s", ", ".join(f"{name} {count}" for name, count in result.counts.items()))
+    if demo.TRUTH in config.manifest.keep and result.labels:
+        log.info("%.1f %% of the scenes got their true label", 100 * demo.accuracy(config.output.dir, parts))
+    log.info("dataset: %s   report: %s/%s", config.output.dir, config.output.dir, PAGE)

@@ -1,0 +1,1 @@
+"""Manifests: Parquet rows in, shards of image references out."""

@@ -1,0 +1,61 @@
+"""``python -m pipeline.manifest``: make a manifest from a folder, a CSV or WebDataset tars."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from pipeline.errors import PipelineError
+
+EXAMPLES = """\
+examples:
+  python -m pipeline.manifest folder ~/Pictures photos.parquet
+  python -m pipeline.manifest csv products.csv products.parquet --image file --id sku
+  python -m pipeline.manifest tar train-*.tar train.parquet
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line, build, say what was written; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    from pipeline.manifest import build
+
+    try:
+        if options.kind == "folder":
+            rows = build.from_folder(options.folder, options.out)
+        elif options.kind == "csv":
+            rows = build.from_csv(options.csv, options.out, image=options.image, id=options.id, root=options.root)
+        else:
+            rows = build.from_tars(options.tars, options.out)
+    except PipelineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    print(f"{options.out}: {rows:,} rows; next: python -m pipeline.run manifest.path={options.out} output.dir=...")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.manifest",
+        description="Make a Parquet manifest for pipeline.run.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    folder = kinds.add_parser("folder", help="every image below a folder; ids are relative paths")
+    folder.add_argument("folder")
+    csv = kinds.add_parser("csv", help="a CSV with a header; all columns are kept")
+    csv.add_argument("csv")
+    csv.add_argument("--image", default="path", help="the column of image paths (default: path)")
+    csv.add_argument("--id", help="the column of ids (default: id, or else the image paths)")
+    csv.add_argument("--root", help="where relative paths start (default: the folder of the CSV)")
+    tar = kinds.add_parser("tar", help="WebDataset tars; images stay where they are")
+    tar.add_argument("tars", nargs="+")
+    for kind in (folder, csv, tar):
+        kind.add_argument("out", help="the Parquet file to write")
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,204 @@
+"""Make a manifest: from a folder of images, from a CSV, or from WebDataset tars.
+
+A manifest records the folder that its relative paths start from, so that a job needs no
+``manifest.root`` as long as the images stay where they are.
+"""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby, islice
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
+
+from pipeline.errors import ManifestError
+from pipeline.manifest.source import ROOT_KEY
+from pipeline.storage import TEMPORARY, is_local, local_path, open_file
+
+EXTENSIONS = frozenset(
+    [
+        ".avif",
+        ".bmp",
+        ".gif",
+        ".ico",
+        ".j2k",
+        ".jfif",
+        ".jp2",
+        ".jpe",
+        ".jpeg",
+        ".jpg",
+        ".pcx",
+        ".pgm",
+        ".png",
+        ".ppm",
+        ".qoi",
+        ".tga",
+        ".tif",
+        ".tiff",
+        ".webp",
+    ]
+)
+SIDECARS = ("txt", "json", "cls")
+GROUP_ROWS = 65_536
+
+
+def from_folder(folder: str, out: str, *, extensions: frozenset[str] = EXTENSIONS) -> int:
+    """Every image file below ``folder``, sorted by path; returns the rows written.
+
+    Columns: ``id`` (the relative path), ``path`` (the same), ``size`` (bytes) and ``modified`` (UTC).
+    Which files count is decided by their names; what they hold is found out by the job. Links to
+    folders are not followed.
+
+    Raises:
+        ManifestError: no such folder, no images in it, or a name that is not UTF-8.
+    """
+    root = Path(folder).expanduser()
+    if not root.is_dir():
+        raise ManifestError(f"{folder}: no such folder")
+    schema = pa.schema(
+        [("id", pa.string()), ("path", pa.string()), ("size", pa.int64()), ("modified", pa.timestamp("us", tz="UTC"))]
+    )
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for path in _walk(root):
+            if path.suffix.lower() not in extensions:
+                continue
+            name = path.relative_to(root).as_posix()
+            try:
+                name.encode()
+            except UnicodeEncodeError as error:
+                raise ManifestError(f"{name!r}: the file's name is not UTF-8; rename it") from error
+            status = path.stat()
+            modified = status.st_mtime_ns // 1000
+            yield {"id": name, "path": name, "size": status.st_size, "modified": modified}
+
+    written = _write(rows(), schema, out, root=str(root.resolve()))
+    if not written:
+        raise ManifestError(f"{folder}: no files that end in {', '.join(sorted(extensions))}")
+    return written
+
+
+def from_csv(path: str, out: str, *, image: str, id: str | None, root: str | None) -> int:
+    """Every row of a CSV with a header, all columns; returns the rows written.
+
+    The id and image columns are read as text, so that ``00123`` stays ``00123``; other types are inferred.
+    Without ``id``, a column ``id`` is made of the image paths. Relative paths start at ``root``, by
+    default the folder of the CSV.
+
+    Raises:
+        ManifestError: not readable, or a column is missing.
+    """
+    source = Path(path).expanduser()
+    try:
+        header = pa_csv.open_csv(source).schema.names
+        missing = [name for name in (image, id) if name is not None and name not in header]
+        if missing:
+            raise ManifestError(f"{path}: no column {missing[0]!r}; its columns are {', '.join(header)}")
+        if id is None and "id" in header:
+            id = "id"
+        texts = {name: pa.string() for name in (image, id) if name is not None}
+        reader = pa_csv.open_csv(source, convert_options=pa_csv.ConvertOptions(column_types=texts))
+        tables = (pa.Table.from_batches([batch]) for batch in reader)
+        if id is None:
+            tables = (table.add_column(0, "id", table.column(image)) for table in tables)
+        return _write_tables(tables, out, root=root or str(source.resolve().parent))
+    except (OSError, pa.ArrowInvalid) as error:
+        raise ManifestError(f"{path}: not readable as CSV: {error}") from error
+
+
+def from_tars(paths: Sequence[str], out: str) -> int:
+    """Every image in WebDataset tars, addressed by its bytes within the tar; nothing is unpacked.
+
+    Columns: ``id`` (tar name and key), ``path`` (``<tar>#bytes=START-STOP``), and the text of the members
+    that belong to the same key: ``txt``, ``json`` and ``cls``, null where there is none.
+
+    Raises:
+        ManifestError: a tar is compressed or damaged, or holds no images.
+    """
+    local = all(is_local(path) for path in paths)
+    names = [str(Path(local_path(path)).resolve()) if local else path for path in paths]
+    if len({PurePosixPath(name).name for name in names}) != len(names):
+        raise ManifestError("two tars have the same name, and ids begin with it; rename one")
+    root = os.path.commonpath([os.path.dirname(name) for name in names]) if local else names[0].rpartition("/")[0]
+    schema = pa.schema([(name, pa.string()) for name in ("id", "path", *SIDECARS)])
+    rows = (row for name in names for row in _tar_rows(name, os.path.relpath(name, root) if local else name))
+    written = _write(rows, schema, out, root=root)
+    if not written:
+        raise ManifestError(
+            f"{', '.join(paths)}: no images; a WebDataset tar holds members such as 0001.jpg and 0001.txt"
+        )
+    return written
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    for folder, folders, files in os.walk(root):
+        folders.sort()
+        yield from (Path(folder) / name for name in sorted(files))
+
+
+def _tar_rows(url: str, shown: str) -> Iterator[dict[str, Any]]:
+    stem = PurePosixPath(url).name.removesuffix(".tar")
+    try:
+        with open_file(url) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            members = (member for member in tar if member.isreg() and not member.issparse())
+            for key, group in groupby(members, key=lambda member: _key(member.name)[0]):
+                sample = list(group)
+                texts: dict[str, str | None] = dict.fromkeys(SIDECARS)
+                for member in sample:
+                    kind = _key(member.name)[1]
+                    if kind in SIDECARS:
+                        content = tar.extractfile(member)
+                        texts[kind] = content.read().decode(errors="replace") if content is not None else None
+                images = [m for m in sample if f".{_key(m.name)[1].rpartition('.')[2]}" in EXTENSIONS]
+                for member in images:
+                    name = key if len(images) == 1 else f"{key}.{_key(member.name)[1]}"
+                    stop = member.offset_data + member.size
+                    yield {"id": f"{stem}/{name}", "path": f"{shown}#bytes={member.offset_data}-{stop}", **texts}
+    except tarfile.TarError as error:
+        raise ManifestError(
+            f"{url}: not a plain tar ({error}); members of a compressed tar have no address, unzip it first"
+        ) from error
+
+
+def _key(name: str) -> tuple[str, str]:
+    """WebDataset's rule: the key ends at the first dot of the base name, the rest is the kind."""
+    folder, _, base = name.rpartition("/")
+    stem, _, kind = base.partition(".")
+    return (f"{folder}/{stem}" if folder else stem), kind.lower()
+
+
+def _write(rows: Iterable[dict[str, Any]], schema: pa.Schema, out: str, *, root: str) -> int:
+    iterator = iter(rows)
+
+    def tables() -> Iterator[pa.Table]:
+        while chunk := list(islice(iterator, GROUP_ROWS)):
+            yield pa.Table.from_pylist(chunk, schema=schema)
+
+    return _write_tables(tables(), out, root=root)
+
+
+def _write_tables(tables: Iterable[pa.Table], out: str, *, root: str) -> int:
+    """Write row groups to a temporary name and publish the whole; nothing is left if there are no rows."""
+    target = Path(out).expanduser()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f"{TEMPORARY}{os.getpid()}-{target.name}")
+    writer, rows = None, 0
+    try:
+        for table in tables:
+            if writer is None:
+                schema = table.schema.with_metadata({ROOT_KEY: root.encode()})
+                writer = pq.ParquetWriter(temporary, schema, compression="zstd")
+            writer.write_table(table, row_group_size=GROUP_ROWS)
+            rows += table.num_rows
+        if writer is not None:
+            writer.close()
+            temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return rows

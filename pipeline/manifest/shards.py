@@ -1,0 +1,135 @@
+"""Shards: cut from the row counts alone, and read by row group, a few rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import ManifestError
+from pipeline.manifest.source import Manifest
+from pipeline.records import ImageRef, Piece, Shard
+from pipeline.storage import open_arrow
+
+# Rows read at a time. Encoded images are large, so a batch of them is kept small.
+PATH_ROWS = 512
+BYTES_ROWS = 32
+
+
+def count_shards(rows: int, shard_rows: int) -> int:
+    """Shards of ``shard_rows`` rows that cover ``rows``; the last may be shorter."""
+    return -(-rows // shard_rows)
+
+
+def cut(manifest: Manifest, shard_rows: int) -> Iterator[Shard]:
+    """Every shard in order; a pure function of the manifest's row groups and ``shard_rows``."""
+    index, room, pieces = 0, shard_rows, list[Piece]()
+    for number, file in enumerate(manifest.files):
+        for group, rows in enumerate(file.row_groups):
+            start = 0
+            while start < rows:
+                stop = min(rows, start + room)
+                pieces.append(Piece(file=number, row_group=group, start=start, stop=stop))
+                room -= stop - start
+                start = stop
+                if room == 0:
+                    yield Shard(index=index, rows=shard_rows, pieces=tuple(pieces))
+                    index, room, pieces = index + 1, shard_rows, []
+    if pieces:
+        yield Shard(index=index, rows=shard_rows - room, pieces=tuple(pieces))
+
+
+@dataclass(slots=True)
+class ShardReader:
+    """Reads shards; consecutive shards of one row group go on where the last one stopped.
+
+    Keeps one file open. Close it, or use it as a context manager.
+    """
+
+    manifest: Manifest
+    _parquet: pq.ParquetFile | None = field(default=None, init=False)
+    _batches: Iterator[pa.RecordBatch] | None = field(default=None, init=False)
+    _at: tuple[int, int, int] = field(default=(-1, -1, -1), init=False)
+    _rest: pa.RecordBatch | None = field(default=None, init=False)
+
+    def __enter__(self) -> ShardReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file that is open, if any."""
+        if self._parquet is not None:
+            self._parquet.close(force=True)
+        self._parquet = self._batches = self._rest = None
+        self._at = (-1, -1, -1)
+
+    def read(self, shard: Shard) -> Iterator[pa.RecordBatch]:
+        """The rows of ``shard`` in order, a few at a time: id, kept columns, and the image column.
+
+        Raises:
+            ManifestError: the file changed or ends early.
+        """
+        for piece in shard.pieces:
+            self._seek(piece)
+            left = piece.stop - piece.start
+            while left:
+                batch = self._next(piece)
+                if batch.num_rows > left:
+                    self._rest = batch.slice(left)
+                    batch = batch.slice(0, left)
+                left -= batch.num_rows
+                self._at = (piece.file, piece.row_group, self._at[2] + batch.num_rows)
+                yield batch
+
+    def _seek(self, piece: Piece) -> None:
+        if self._at == (piece.file, piece.row_group, piece.start) and self._batches is not None:
+            return
+        if self._parquet is None or self._at[0] != piece.file:
+            self.close()
+            # Small reads and no read-ahead: a row group of images may be larger than memory.
+            self._parquet = pq.ParquetFile(
+                open_arrow(self.manifest.files[piece.file].url), buffer_size=1 << 20, pre_buffer=False
+            )
+        kind = self.manifest.image_kind
+        columns = [*self.manifest.schema.names, self.manifest.image]
+        self._batches = self._parquet.iter_batches(
+            batch_size=PATH_ROWS if kind == "path" else BYTES_ROWS,
+            row_groups=[piece.row_group],
+            columns=list(dict.fromkeys(columns)),
+            use_threads=False,
+        )
+        self._rest, skip = None, piece.start
+        while skip:
+            batch = self._next(piece)
+            if batch.num_rows > skip:
+                self._rest = batch.slice(skip)
+            skip -= min(skip, batch.num_rows)
+        self._at = (piece.file, piece.row_group, piece.start)
+
+    def _next(self, piece: Piece) -> pa.RecordBatch:
+        if self._rest is not None:
+            rest, self._rest = self._rest, None
+            return rest
+        batch = next(self._batches, None) if self._batches is not None else None
+        if batch is None:
+            url = self.manifest.files[piece.file].url
+            raise ManifestError(f"{url}: row group {piece.row_group} ends early; did the file change during the run?")
+        return batch
+
+
+def refs(manifest: Manifest, batch: pa.RecordBatch) -> list[ImageRef]:
+    """The image references of a batch that :class:`ShardReader` read."""
+    ids = batch.column(manifest.id).to_pylist()
+    cells = batch.column(manifest.image).to_pylist()
+    if manifest.image_kind == "path":
+        return [ImageRef(id=i, path=cell) for i, cell in zip(ids, cells, strict=True)]
+    if manifest.image_kind == "bytes":
+        return [ImageRef(id=i, data=cell) for i, cell in zip(ids, cells, strict=True)]
+    return [
+        ImageRef(id=i, data=(cell or {}).get("bytes"), path=(cell or {}).get("path"))
+        for i, cell in zip(ids, cells, strict=True)
+    ]

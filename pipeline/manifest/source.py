@@ -1,0 +1,217 @@
+"""A manifest: which Parquet files it is made of, what its columns mean, and whether they are sound."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.core import url_to_fs
+
+from pipeline.config import ManifestConfig, nearest
+from pipeline.errors import ManifestError
+from pipeline.storage import is_local, open_arrow, open_file
+
+ROOT_KEY = b"pipeline.root"
+# Above this a digest of the whole file would read a terabyte of pixels twice; the footer (offsets,
+# sizes and statistics of every column chunk) and the modification time stand in for the content.
+WHOLE_DIGEST_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class ManifestFile:
+    """One Parquet file: address, rows in each row group, and what identifies its content."""
+
+    url: str
+    row_groups: tuple[int, ...]
+    size: int
+    digest: str
+
+    @property
+    def rows(self) -> int:
+        """Rows in the file."""
+        return sum(self.row_groups)
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The opened manifest; ``image_kind`` is ``path``, ``bytes`` or ``struct``.
+
+    ``schema`` holds the fields of the id and the kept columns, in the order of the output.
+    """
+
+    files: tuple[ManifestFile, ...]
+    schema: pa.Schema
+    id: str
+    image: str
+    image_kind: str
+    root: str
+
+    @property
+    def rows(self) -> int:
+        """Rows in all files."""
+        return sum(file.rows for file in self.files)
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What must be the same for two runs to belong to one dataset."""
+        content = [[file.digest, file.size, file.rows] for file in self.files]
+        return {
+            "files": len(self.files),
+            "rows": self.rows,
+            "digest": hashlib.sha256(json.dumps(content).encode()).hexdigest(),
+            "columns": [self.id, self.image, *self.schema.names[1:]],
+        }
+
+
+def open_manifest(config: ManifestConfig) -> Manifest:
+    """Find the files and check every schema; no row is read.
+
+    Raises:
+        ManifestError: no file, not Parquet, or a column that is missing or of the wrong type.
+    """
+    if config.path is None:
+        raise ManifestError("manifest.path is null; give a Parquet file, a folder of them, or a glob")
+    urls = find_files(config.path)
+    files, first = [], None
+    for url in urls:
+        schema, file = _inspect(url)
+        _check_columns(url, schema, config)
+        if first is None:
+            first = schema
+        for name in (config.id, config.image, *config.keep):
+            if schema.field(name).type != first.field(name).type:
+                raise ManifestError(
+                    f"{url}: column {name!r} is {schema.field(name).type}, but {first.field(name).type} in "
+                    f"{urls[0]}; write all files of a manifest with one schema"
+                )
+        files.append(file)
+    if first is None or not any(file.rows for file in files):
+        raise ManifestError(f"manifest.path={config.path}: the manifest has no rows")
+    kept = [first.field(config.id), *(first.field(name) for name in config.keep)]
+    recorded = (first.metadata or {}).get(ROOT_KEY, b"").decode()
+    return Manifest(
+        files=tuple(files),
+        schema=pa.schema([field.remove_metadata() for field in kept]),
+        id=config.id,
+        image=config.image,
+        image_kind=_image_kind(first.field(config.image).type),
+        root=config.root or recorded or urls[0].rpartition("/")[0] or ".",
+    )
+
+
+def find_files(path: str) -> list[str]:
+    """The Parquet files at a file, folder or glob address, sorted by name.
+
+    Raises:
+        ManifestError: nothing is there; the message names the nearest thing to try.
+    """
+    try:
+        fs, root = url_to_fs(path)
+        found = _listed(fs, root)
+    except (OSError, ImportError, ValueError) as error:
+        raise ManifestError(f"manifest.path={path}: {error}") from error
+    if not found:
+        if fs.exists(root):
+            raise ManifestError(
+                f"manifest.path={path}: a folder without *.parquet files; for a folder of images run: "
+                f"python -m pipeline.manifest folder {path} manifest.parquet"
+            )
+        raise ManifestError(f"manifest.path={path}: no such file, folder or match")
+    return [name if is_local(path) else fs.unstrip_protocol(name) for name in found]
+
+
+def _listed(fs: Any, root: str) -> list[str]:
+    if any(mark in root for mark in "*?["):
+        return sorted(name for name in fs.glob(root) if fs.isfile(name))
+    if fs.isdir(root):
+        found = fs.find(root)
+        relative = {name: name[len(root) :].lstrip("/") for name in found}
+        # Names with a leading _ or . are another tool's books, as all readers of Parquet folders agree.
+        return sorted(
+            name
+            for name, rest in relative.items()
+            if rest.endswith((".parquet", ".pq")) and not any(part[0] in "_." for part in rest.split("/"))
+        )
+    return [root] if fs.exists(root) else []
+
+
+def _inspect(url: str) -> tuple[pa.Schema, ManifestFile]:
+    fs, path = url_to_fs(url)
+    try:
+        with open_arrow(url) as handle:
+            parquet = pq.ParquetFile(handle)
+            groups = tuple(parquet.metadata.row_group(index).num_rows for index in range(parquet.num_row_groups))
+            schema = parquet.schema_arrow
+            footer = parquet.metadata.serialized_size
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        hint = ""
+        if url.lower().endswith((".csv", ".tsv")):
+            hint = f"; make a manifest of a CSV with: python -m pipeline.manifest csv {url} manifest.parquet"
+        raise ManifestError(f"{url}: not a readable Parquet file: {error}{hint}") from error
+    info = fs.info(path)
+    size = int(info["size"])
+    return schema, ManifestFile(url=url, row_groups=groups, size=size, digest=_digest(url, info, size, footer))
+
+
+def _digest(url: str, info: dict[str, Any], size: int, footer: int) -> str:
+    tag = info.get("ETag") or info.get("etag")
+    if tag:
+        return f"etag:{tag}"
+    with open_file(url) as handle:
+        if size <= WHOLE_DIGEST_BYTES:
+            return f"sha256:{hashlib.file_digest(handle, 'sha256').hexdigest()}"
+        handle.seek(max(0, size - footer - 8))
+        tail = hashlib.sha256(handle.read()).hexdigest()
+    return f"footer:{tail}:{info.get('mtime', '')}"
+
+
+def _check_columns(url: str, schema: pa.Schema, config: ManifestConfig) -> None:
+    listing = ", ".join(f"{field.name} ({field.type})" for field in schema)
+    wanted = [("manifest.id", config.id), ("manifest.image", config.image)]
+    wanted += [("manifest.keep", name) for name in config.keep]
+    missing = [(key, name) for key, name in wanted if name not in schema.names]
+    if missing:
+        parts = [f"{key}={name}" + _hint(name, schema.names) for key, name in missing]
+        raise ManifestError(f"{url}: no column for {', '.join(parts)}; its columns are: {listing}")
+    id_type = schema.field(config.id).type
+    if not (pa.types.is_integer(id_type) or _is_text(id_type)):
+        raise ManifestError(
+            f"{url}: manifest.id={config.id} is {id_type}; ids are strings or integers; its columns are: {listing}"
+        )
+    if not _image_kind(schema.field(config.image).type):
+        raise ManifestError(
+            f"{url}: manifest.image={config.image} is {schema.field(config.image).type}; wanted a string (path or "
+            f"URL), binary (encoded image), or struct<bytes, path>; its columns are: {listing}"
+        )
+
+
+def _hint(name: str, known: Sequence[str]) -> str:
+    near = nearest(name, known)
+    return f" ({near})" if near else ""
+
+
+def _is_text(kind: Any) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _is_bytes(kind: Any) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
+
+
+def _image_kind(kind: pa.DataType) -> str:
+    if _is_text(kind):
+        return "path"
+    if _is_bytes(kind):
+        return "bytes"
+    if pa.types.is_struct(kind):
+        names = {kind.field(index).name: kind.field(index).type for index in range(kind.num_fields)}
+        if "bytes" in names and _is_bytes(names["bytes"]) and ("path" not in names or _is_text(names["path"])):
+            return "struct"
+    return ""

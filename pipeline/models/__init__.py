@@ -1,0 +1,1 @@
+"""Models: a checkpoint in; towers, text banks and labels out."""

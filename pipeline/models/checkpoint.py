@@ -1,0 +1,214 @@
+"""A checkpoint: its towers, tokenizer, preprocessing, scoring, and the fingerprint of all that."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import logging as transformers_logging
+
+from pipeline.config import DEMO_MODEL, ModelConfig
+from pipeline.errors import ModelError
+from pipeline.models.architectures import ARCHITECTURES
+from pipeline.models.preprocessor import read_spec, to_spec
+from pipeline.records import PreprocessSpec
+from pipeline.storage import sha256
+
+DEMO_FOLDER = Path(__file__).resolve().parent.parent / "demo" / "model"
+SCORING = {"clip": "softmax", "siglip": "sigmoid"}
+# SigLIP was trained on texts padded to 64 tokens, and pools the last one.
+TEXT_LENGTH = {"clip": None, "siglip": 64}
+WANTED_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """An opened model in fp32 on the CPU; ``dim`` is the length of an embedding.
+
+    ``scale`` is the factor on the cosine and ``bias`` what is added, as the model was trained.
+    """
+
+    name: str
+    family: str
+    model: Any
+    tokenizer: Any
+    spec: PreprocessSpec
+    dim: int
+    scoring: str
+    scale: float
+    bias: float
+    fingerprint: dict[str, Any]
+
+    def tokenize(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Token ids (and the attention mask, for families that use one), int64 ``[N, T]``."""
+        length = TEXT_LENGTH[self.family]
+        tokens = self.tokenizer(
+            list(texts),
+            padding="max_length" if length else True,
+            truncation=True,
+            max_length=length or self.max_tokens,
+            return_tensors="pt",
+        )
+        wanted = ("input_ids",) if self.family == "siglip" else ("input_ids", "attention_mask")
+        return {name: tokens[name] for name in wanted}
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens that the text tower can take."""
+        return int(self.model.config.text_config.max_position_embeddings)
+
+    def image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Projected image features ``[N, D]``, not normalised, of normalised pixels ``[N, 3, H, W]``."""
+        features: torch.Tensor = self.model.get_image_features(pixel_values=pixel_values).pooler_output
+        return features
+
+    def text_features(self, tokens: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Projected text features ``[N, D]``, not normalised."""
+        features: torch.Tensor = self.model.get_text_features(**tokens).pooler_output
+        return features
+
+
+def open_checkpoint(config: ModelConfig) -> Checkpoint:
+    """Load a checkpoint from the package, a local folder or the Hugging Face hub.
+
+    Raises:
+        ModelError: not found, not reachable, or of a family that is not supported.
+    """
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    if config.weights == "random":
+        return _open_random(config)
+    folder = _folder(config)
+    settings = _read_config(folder)
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise ModelError(
+            f"{config.name}: no *.safetensors in {folder}; other formats can run code when they are loaded. Choose a "
+            "revision that has them (model.revision=...), or convert the checkpoint with save_pretrained()"
+        )
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, local_files_only=True)
+    digests = {path.name: sha256(path) for path in weights}
+    return _assemble(
+        config,
+        model,
+        _tokenizer(folder),
+        read_spec(folder, settings.model_type),
+        weights=digests,
+        tokenizer_digest=_digest_files(folder),
+    )
+
+
+def _open_random(config: ModelConfig) -> Checkpoint:
+    if config.name in ARCHITECTURES:
+        values, preprocessor = ARCHITECTURES[config.name]
+        settings = AutoConfig.for_model(**values)
+        spec = to_spec(preprocessor, settings.model_type, config.name)
+        # No download, so the demo's tokenizer stands in: random weights know no words anyway.
+        folder = DEMO_FOLDER
+    else:
+        folder = _folder(config)
+        settings = _read_config(folder)
+        spec = read_spec(folder, settings.model_type)
+    tokenizer = _tokenizer(folder)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(settings.text_config, name, getattr(tokenizer, name))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = AutoModel.from_config(settings, dtype=torch.float32)
+    return _assemble(
+        config, model, tokenizer, spec, weights={"random": str(config.seed)}, tokenizer_digest=_digest_files(folder)
+    )
+
+
+def _assemble(
+    config: ModelConfig,
+    model: Any,
+    tokenizer: Any,
+    spec: PreprocessSpec,
+    *,
+    weights: dict[str, str],
+    tokenizer_digest: str,
+) -> Checkpoint:
+    model.eval().requires_grad_(False)
+    settings = model.config
+    family = settings.model_type
+    # Where it was loaded from says nothing about what it is; neither does the library's version.
+    architecture = {
+        key: value
+        for key, value in settings.to_dict().items()
+        if key not in ("_name_or_path", "transformers_version", "dtype", "architectures")
+    }
+    bias = getattr(model, "logit_bias", None)
+    return Checkpoint(
+        name=config.name,
+        family=family,
+        model=model,
+        tokenizer=tokenizer,
+        spec=spec,
+        dim=int(settings.projection_dim if family == "clip" else settings.vision_config.hidden_size),
+        scoring=SCORING[family],
+        scale=float(model.logit_scale.exp()),
+        bias=float(bias) if bias is not None else 0.0,
+        fingerprint={
+            "family": family,
+            "weights": weights,
+            "architecture": hashlib.sha256(json.dumps(architecture, sort_keys=True, default=str).encode()).hexdigest(),
+            "tokenizer": tokenizer_digest,
+            "preprocess": dataclasses.asdict(spec),
+        },
+    )
+
+
+def _folder(config: ModelConfig) -> Path:
+    if config.name == DEMO_MODEL:
+        return DEMO_FOLDER
+    local = Path(config.name).expanduser()
+    if local.is_dir():
+        return local
+    if config.name.startswith((".", "/", "~")) or config.name.count("/") > 1:
+        raise ModelError(f"model.name={config.name}: no such folder")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(config.name, revision=config.revision, allow_patterns=list(WANTED_FILES)))
+    except HFValidationError as error:
+        raise ModelError(f"model.name={config.name}: neither a folder nor a hub id: {error}") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        revision = config.revision or "main"
+        raise ModelError(
+            f"model.name={config.name}, revision {revision}: the Hugging Face hub did not give it "
+            f"({type(error).__name__}: {str(error).splitlines()[0]}). Check the name and the network; on a machine "
+            "without one, copy the checkpoint and give its folder as model.name, or measure with model.weights=random"
+        ) from error
+
+
+def _read_config(folder: Path) -> Any:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ModelError(f"{folder}: no config.json, so this is not a Hugging Face checkpoint")
+    family = json.loads(path.read_text()).get("model_type")
+    if family not in SCORING:
+        raise ModelError(f"{folder}: model_type {family!r} is not supported; supported are {', '.join(SCORING)}")
+    return AutoConfig.from_pretrained(folder, local_files_only=True)
+
+
+def _tokenizer(folder: Path) -> Any:
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def _digest_files(folder: Path) -> str:
+    """One digest of the files that a tokenizer may consist of."""
+    digest = hashlib.sha256()
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "spiece.model"):
+        path = folder / name
+        if path.is_file():
+            digest.update(name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()

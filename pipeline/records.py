@@ -1,0 +1,210 @@
+"""The frozen types that travel along the line from the manifest to the report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import torch
+
+OK = "ok"
+
+
+class Stage(StrEnum):
+    """Where time goes: the work of each stage, then what the encoder's thread waits for."""
+
+    READ = "read"
+    DECODE = "decode"
+    COPY = "copy"
+    ENCODE = "encode"
+    LABEL = "label"
+    WRITE = "write"
+    WAIT_INPUT = "wait for images"
+    WAIT_OUTPUT = "wait for writer"
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRef:
+    """Where one image of the manifest is: encoded bytes, or a path or URL; neither for a null cell."""
+
+    id: str | int
+    path: str | None = None
+    data: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Rows ``start`` to ``stop`` (exclusive) of one row group of one manifest file."""
+
+    file: int
+    row_group: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Consecutive rows of the manifest: the unit of work, of commit and of resume."""
+
+    index: int
+    rows: int
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why an image has no embedding: ``status`` is a short fixed name, ``error`` says it in words."""
+
+    status: str
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class Pixels:
+    """One decoded image at the model's input size: uint8 ``[H, W, 3]``, RGB."""
+
+    rgb: NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class PreprocessSpec:
+    """How a checkpoint wants its pixels; sizes are pixels, ``mean`` and ``std`` refer to [0, 1].
+
+    ``resize`` is the length of the shorter edge (the longer one keeps the aspect ratio, rounded down)
+    or an exact (height, width); ``crop`` is a centre crop (height, width), or None. ``resample`` is
+    Pillow's filter number.
+    """
+
+    resize: int | tuple[int, int]
+    crop: tuple[int, int] | None
+    resample: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the model's input."""
+        if self.crop is not None:
+            return self.crop
+        if isinstance(self.resize, int):
+            raise TypeError("a resize of the shorter edge without a crop gives no fixed size")
+        return self.resize
+
+
+@dataclass(frozen=True, slots=True)
+class ImageBatch:
+    """A batch of one shard at the static shape.
+
+    ``pixels`` is uint8 ``[B, 3, H, W]`` on the encoder's device; the first ``len(rows)`` images count,
+    the rest are zeros. ``rows`` are the positions in the shard. Whoever encodes it calls ``release``
+    once the pixels are no longer needed, and the buffer is used again.
+    """
+
+    shard: Shard
+    rows: NDArray[np.int64]
+    pixels: torch.Tensor
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class ShardRows:
+    """All that is known of a shard once its last image was read, except for embeddings.
+
+    ``table`` holds the id and the kept columns in manifest order; ``failures`` maps positions to why.
+    """
+
+    shard: Shard
+    table: pa.Table
+    failures: Mapping[int, Failure]
+
+
+@dataclass(frozen=True, slots=True)
+class Embeddings:
+    """L2-normalised vectors, float32 ``[N, D]``, on the device that made them."""
+
+    vectors: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Labels:
+    """The best ``k`` labels of each row, best first: ``indices`` int64 and ``scores`` float32, ``[N, k]``."""
+
+    indices: torch.Tensor
+    scores: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TextBank:
+    """The embedded label set: ``features`` float32 ``[L, D]``, L2-normalised, row i for ``names[i]``.
+
+    ``scoring`` is ``softmax`` (CLIP) or ``sigmoid`` (SigLIP); ``scale`` multiplies the cosine and
+    ``bias`` is added. ``cached`` says whether the features came from the cache on disk.
+    """
+
+    names: tuple[str, ...]
+    features: NDArray[np.float32]
+    scoring: str
+    scale: float
+    bias: float
+    fingerprint: str
+    cached: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Clocks:
+    """Seconds by stage, summed over the threads that spent them; clocks of shards and workers add up."""
+
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    def __add__(self, other: Clocks) -> Clocks:
+        names = dict.fromkeys([*self.seconds, *other.seconds])
+        return Clocks({n: self.seconds.get(n, 0.0) + other.seconds.get(n, 0.0) for n in names})
+
+
+@dataclass(frozen=True, slots=True)
+class ShardReport:
+    """What came of one shard: its part, its rows by status, and whether this run won the commit."""
+
+    shard: int
+    part: str
+    rows: int
+    counts: Mapping[str, int]
+    committed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RunReport:
+    """The throughput report of one run, as written to ``_report.json``; times are seconds.
+
+    ``rows`` counts what this run embedded, ``resumed_rows`` what earlier runs had committed. ``steady``
+    throughput leaves out the start-up and the first batch.
+    """
+
+    started: str
+    rows: int
+    resumed_rows: int
+    total_rows: int
+    wall_seconds: float
+    startup_seconds: float
+    images_per_second: float
+    steady_images_per_second: float
+    stages: Mapping[str, float]
+    bound: str
+    advice: str
+    counts: Mapping[str, int]
+    failures: tuple[Mapping[str, object], ...]
+    labels: Mapping[str, int]
+    prompts: Mapping[str, object]
+    memory: Mapping[str, float]
+    machine: Mapping[str, object]
+    versions: Mapping[str, str]
+    fingerprints: Mapping[str, object]
+    config: Mapping[str, object]
+    exit_code: int

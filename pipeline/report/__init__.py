@@ -1,0 +1,1 @@
+"""The report: clocks, progress, and the page that a person reads."""

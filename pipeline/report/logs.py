@@ -1,0 +1,53 @@
+"""The log: plain sentences on the terminal, the same with times in ``_run.log`` beside the dataset."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tqdm import tqdm
+
+from pipeline.storage import LocalStorage, Storage
+
+NAME = "_run.log"
+
+
+class _Terminal(logging.Handler):
+    """Writes above a progress bar, if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
+        tqdm.write(f"{level}{record.getMessage()}", file=sys.stderr)
+
+
+@contextmanager
+def log_to(storage: Storage) -> Iterator[None]:
+    """Send the package's log to the terminal and to ``_run.log``; an object store gets it at the end."""
+    root = logging.getLogger("pipeline")
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / NAME
+        if isinstance(storage, LocalStorage):
+            storage.make()
+            path = storage.root / NAME
+        file = logging.FileHandler(path, encoding="utf-8")
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        handlers: list[logging.Handler] = [_Terminal(), file]
+        level, propagate = root.level, root.propagate
+        root.setLevel(logging.INFO)
+        root.propagate = False
+        for handler in handlers:
+            root.addHandler(handler)
+        try:
+            yield
+        finally:
+            for handler in handlers:
+                root.removeHandler(handler)
+                handler.close()
+            root.setLevel(level)
+            root.propagate = propagate
+            if not isinstance(storage, LocalStorage):
+                storage.write(NAME, path.read_bytes())

@@ -1,0 +1,128 @@
+"""From clocks and a finished dataset to a :class:`~pipeline.records.RunReport`."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.records import OK, Clocks, Stage
+from pipeline.storage import open_arrow
+
+PACKAGES = ("torch", "transformers", "tokenizers", "pillow", "pyarrow", "numpy", "hydra-core", "fsspec")
+# The encoder waits for images more than this share of its time: then the loader sets the pace.
+WAITING = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetSummary:
+    """What the whole dataset holds: label counts, and the first failures of each status."""
+
+    labels: Mapping[str, int]
+    unlabelled: int
+    failures: tuple[Mapping[str, object], ...]
+
+
+def summarize(folder: str, parts: Sequence[str], *, id: str, examples: int) -> DatasetSummary:
+    """Read the small columns of every part, one part at a time."""
+    labels: Counter[str] = Counter()
+    failures: list[Mapping[str, object]] = []
+    seen: Counter[str] = Counter()
+    for part in parts:
+        with open_arrow(f"{folder.rstrip('/')}/{part}") as file:
+            table = pq.read_table(file, columns=[id, "label", "status", "error"])
+        for pair in pc.value_counts(table["label"]).to_pylist():
+            labels[pair["values"]] += pair["counts"]
+        failed = table.filter(pc.field("status") != OK)
+        for row in failed.select([id, "status", "error"]).to_pylist():
+            seen[row["status"]] += 1
+            # A few of each kind say more than many of one.
+            if len(failures) < examples and seen[row["status"]] <= max(3, examples // 8):
+                failures.append({"id": row[id], "status": row["status"], "error": row["error"]})
+    unlabelled = labels.pop(None, 0)  # type: ignore[call-overload]
+    return DatasetSummary(labels=dict(labels.most_common()), unlabelled=unlabelled, failures=tuple(failures))
+
+
+def find_bound(clocks: Clocks, *, workers: int, device: str, precision: str, cores: int) -> tuple[str, str]:
+    """What set the pace, and what to change about it, in words."""
+    seconds = clocks.seconds
+    wait_in, wait_out = seconds.get(Stage.WAIT_INPUT, 0.0), seconds.get(Stage.WAIT_OUTPUT, 0.0)
+    loop = wait_in + wait_out + seconds.get(Stage.ENCODE, 0.0)
+    if loop == 0:
+        return "nothing", "every shard was done already"
+    if wait_out / loop > WAITING:
+        return "writing", "write to a faster disk, or raise manifest.shard_rows so that parts are fewer"
+    if wait_in / loop > WAITING:
+        if seconds.get(Stage.READ, 0.0) > seconds.get(Stage.DECODE, 0.0):
+            return "reading", f"raise loader.workers (now {workers}): reading waits, so more threads than cores help"
+        if workers < cores:
+            return "decoding", f"raise loader.workers from {workers} to {cores}, one for each core"
+        return "decoding", f"all {cores} cores decode; smaller images or more cores would help"
+    if device == "cpu" and precision == "fp32":
+        return "encoding", (
+            "the model sets the pace: a GPU (backend.device=cuda), or backend.precision=bf16 on a processor with "
+            "AVX512_BF16 or AMX"
+        )
+    if device == "cpu":
+        return "encoding", "the model sets the pace: a GPU (backend.device=cuda) or more cores"
+    return "encoding", "the GPU sets the pace: it is well used; raise loader.batch_size until images/s stops rising"
+
+
+def memory() -> dict[str, float]:
+    """Peak memory of this process in MiB: resident, and on the GPU if one was used."""
+    scale = 1024 if sys.platform == "linux" else 1024 * 1024
+    figures = {"peak_rss_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale, 1)}
+    torch: Any = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        figures["peak_gpu_mib"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    return figures
+
+
+def machine(device: str, cores: int) -> dict[str, object]:
+    """Where the run took place."""
+    facts: dict[str, object] = {
+        "processor": _processor(),
+        "cores": cores,
+        "system": platform.platform(),
+        "device": device,
+    }
+    torch: Any = sys.modules.get("torch")
+    if device.startswith("cuda") and torch is not None:
+        facts["gpu"] = torch.cuda.get_device_name(device)
+    return facts
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide numbers and speed."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def headline(rows: int, wall: float, rate: float, bound: str) -> str:
+    """The report in one sentence."""
+    minutes, seconds = divmod(round(wall), 60)
+    took = f"{minutes} min {seconds} s" if minutes else f"{wall:.1f} s"
+    return f"{rows:,} images in {took}: {rate:,.1f} images/s, bound by {bound}"
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(
+                (line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), platform.machine()
+            )
+    except OSError:
+        return platform.processor() or platform.machine()

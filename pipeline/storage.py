@@ -1,0 +1,282 @@
+"""Files of an output or a cache, on a local disk or in an object store, behind one small interface.
+
+Everything that counts is published whole or not at all: written under a temporary name, flushed, then
+given its real name. ``create_once`` is the one primitive on which correctness rests: of several
+writers of a name exactly one succeeds, and its bytes are complete.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import tempfile
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from fsspec.core import url_to_fs
+
+from pipeline.errors import StorageError
+
+TEMPORARY = "_tmp-"
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """A private file that is not published yet; write to ``path``, then call ``publish``."""
+
+    path: Path
+    storage: Storage
+
+    def publish(self, name: str, *, replace: bool = False) -> None:
+        """Give the file its name, whole and flushed; an existing name stays unless ``replace``."""
+        with self.path.open("rb") as file:
+            os.fsync(file.fileno())
+        self.storage.adopt(self.path, name, replace=replace)
+
+
+class Storage(ABC):
+    """A folder of files, addressed by names relative to it."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    @contextmanager
+    def staged(self) -> Iterator[Staged]:
+        """A temporary local file for one ``publish``; it is gone afterwards, published or not."""
+        path = self._temporary()
+        try:
+            yield Staged(path=path, storage=self)
+        finally:
+            path.unlink(missing_ok=True)
+
+    def write(self, name: str, data: bytes) -> None:
+        """Publish ``data`` as ``name``, replacing what was there."""
+        with self.staged() as staged:
+            staged.path.write_bytes(data)
+            staged.publish(name, replace=True)
+
+    @abstractmethod
+    def _temporary(self) -> Path: ...
+
+    @abstractmethod
+    def adopt(self, path: Path, name: str, *, replace: bool) -> None:
+        """Publish the flushed local file ``path`` under ``name``."""
+
+    @abstractmethod
+    def create_once(self, name: str, data: bytes) -> bool:
+        """Publish ``data`` unless ``name`` exists; True for the one writer that made it."""
+
+    @abstractmethod
+    def read(self, name: str) -> bytes | None:
+        """The bytes of ``name``, or None if there is no such file."""
+
+    @abstractmethod
+    def sizes(self, folder: str = "") -> dict[str, int]:
+        """Names and sizes in bytes of the files directly in ``folder``."""
+
+    @abstractmethod
+    def remove(self, name: str) -> None:
+        """Delete ``name``; nothing happens if it is gone already."""
+
+
+class LocalStorage(Storage):
+    """A folder on a local disk; hard links make ``create_once`` atomic."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.root = Path(url).absolute()
+
+    def make(self) -> None:
+        """Create the folder if it is not there."""
+        with _explained(self.url):
+            self.root.mkdir(parents=True, exist_ok=True)
+
+    def _temporary(self) -> Path:
+        self.make()
+        return self.root / f"{TEMPORARY}{uuid.uuid4().hex}"
+
+    def adopt(self, path: Path, name: str, *, replace: bool) -> None:
+        """See :meth:`Storage.adopt`."""
+        target = self.root / name
+        with _explained(str(target)):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if replace:
+                path.replace(target)
+            else:
+                try:
+                    os.link(path, target)
+                except FileExistsError:
+                    return
+            _sync_folder(target.parent)
+
+    def create_once(self, name: str, data: bytes) -> bool:
+        """See :meth:`Storage.create_once`."""
+        target = self.root / name
+        with _explained(str(target)), self.staged() as staged:
+            with staged.path.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(staged.path, target)
+            except FileExistsError:
+                return False
+            _sync_folder(target.parent)
+            return True
+
+    def read(self, name: str) -> bytes | None:
+        """See :meth:`Storage.read`."""
+        with _explained(str(self.root / name)):
+            try:
+                return (self.root / name).read_bytes()
+            except FileNotFoundError:
+                return None
+
+    def sizes(self, folder: str = "") -> dict[str, int]:
+        """See :meth:`Storage.sizes`."""
+        with _explained(str(self.root / folder)):
+            try:
+                with os.scandir(self.root / folder) as entries:
+                    return {e.name: e.stat().st_size for e in entries if e.is_file()}
+            except FileNotFoundError:
+                return {}
+
+    def remove(self, name: str) -> None:
+        """See :meth:`Storage.remove`."""
+        (self.root / name).unlink(missing_ok=True)
+
+
+class ObjectStorage(Storage):
+    """A prefix of an object store (or any other fsspec file system); uploads are whole by nature."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.fs: Any
+        self.fs, root = url_to_fs(url)
+        self.root = root.rstrip("/")
+
+    def _temporary(self) -> Path:
+        return Path(tempfile.gettempdir()) / f"{TEMPORARY}{uuid.uuid4().hex}"
+
+    def adopt(self, path: Path, name: str, *, replace: bool) -> None:
+        """See :meth:`Storage.adopt`."""
+        target = f"{self.root}/{name}"
+        with _explained(f"{self.url}/{name}"):
+            if replace or not self.fs.exists(target):
+                self.fs.put_file(str(path), target)
+
+    def create_once(self, name: str, data: bytes) -> bool:
+        """See :meth:`Storage.create_once`; conditional put where the store has it (S3)."""
+        with _explained(f"{self.url}/{name}"):
+            try:
+                self.fs.pipe_file(f"{self.root}/{name}", data, mode="create")
+            except FileExistsError:
+                return False
+            return True
+
+    def read(self, name: str) -> bytes | None:
+        """See :meth:`Storage.read`."""
+        with _explained(f"{self.url}/{name}"):
+            try:
+                data: bytes = self.fs.cat_file(f"{self.root}/{name}")
+            except FileNotFoundError:
+                return None
+            return data
+
+    def sizes(self, folder: str = "") -> dict[str, int]:
+        """See :meth:`Storage.sizes`."""
+        path = f"{self.root}/{folder}".rstrip("/")
+        self.fs.invalidate_cache(path)
+        with _explained(path):
+            try:
+                entries = self.fs.ls(path, detail=True)
+            except FileNotFoundError:
+                return {}
+        return {e["name"].rsplit("/", 1)[-1]: int(e["size"]) for e in entries if e["type"] == "file"}
+
+    def remove(self, name: str) -> None:
+        """See :meth:`Storage.remove`."""
+        try:
+            self.fs.rm_file(f"{self.root}/{name}")
+        except FileNotFoundError:
+            return
+
+
+def open_storage(url: str) -> Storage:
+    """The storage at a local path or an fsspec address such as ``s3://bucket/prefix``."""
+    return LocalStorage(local_path(url)) if is_local(url) else ObjectStorage(url)
+
+
+def is_local(url: str) -> bool:
+    """Whether ``url`` is a path of this machine (``file://`` included)."""
+    return scheme_of(url) in ("", "file", "local")
+
+
+def scheme_of(url: str) -> str:
+    """The part before ``://``, or an empty string for a plain path."""
+    return url.split("://", 1)[0].lower() if "://" in url else ""
+
+
+def local_path(url: str) -> str:
+    """A plain path for a local address."""
+    return url.split("://", 1)[1] if "://" in url else url
+
+
+def open_file(url: str) -> Any:
+    """A seekable binary file at a path or fsspec address."""
+    with _explained(url):
+        return Path(local_path(url)).open("rb") if is_local(url) else fsspec.open(url, "rb").open()
+
+
+def open_arrow(url: str) -> Any:
+    """A file for Arrow to read: a local one without going through Python."""
+    if not is_local(url):
+        return open_file(url)
+    import pyarrow as pa
+
+    with _explained(url):
+        return pa.OSFile(local_path(url), "rb")
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a local file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a new name durable: on POSIX that takes an fsync of the folder."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _explained(place: str) -> Iterator[None]:
+    """Turn what the operating system says into an error that names the place and the way out."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise StorageError(f"{place}: no such file or folder") from error
+    except PermissionError as error:
+        hint = "check the permissions, or choose another place"
+        if error.errno == errno.EPERM:
+            hint = "the file system may lack hard links, which the commits need; choose another disk"
+        raise StorageError(f"{place}: {error.strerror or error}; {hint}") from error
+    except OSError as error:
+        hint = ""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            hint = "; free some space and run the same command again, finished shards are kept"
+        raise StorageError(f"{place}: {error.strerror or error}{hint}") from error
+    except ImportError as error:
+        raise StorageError(f"{place}: {error}; install the fsspec driver for this address") from error

@@ -1,0 +1,35 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = Path(os.environ.get("PIPELINE_TEST_DATA", ROOT.parent / "shared" / "data"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what this machine cannot run, with the reason."""
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        if "hub" in item.keywords and os.environ.get("PIPELINE_TEST_HUB") != "1":
+            item.add_marker(pytest.mark.skip(reason="PIPELINE_TEST_HUB=1 allows tests that use the hub"))
+
+
+@pytest.fixture(autouse=True)
+def _private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads or writes the user's cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def data_folder(name: str) -> Path:
+    """A folder of test data that lives beside the checkout; skips where it is absent."""
+    folder = DATA / name
+    if not folder.is_dir():
+        pytest.skip(f"no test data at {folder}; PIPELINE_TEST_DATA names another place")
+    return folder
