@@ -156,7 +156,8 @@ def _run(config: Config, storage: Storage) -> RunReport:
     if over:
         raise TooManyFailures(
             f"{config.output.dir}: complete, but {failed:,} of {manifest.rows:,} rows failed "
-            f"({failed / manifest.rows:.1%}), more than errors.max_fraction={config.errors.max_fraction}; see the column status, or {PAGE}"
+            f"({failed / manifest.rows:.1%}), more than "
+            f"errors.max_fraction={config.errors.max_fraction}; see the column status, or {PAGE}"
         )
     return result
 
