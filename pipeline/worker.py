@@ -206,7 +206,7 @@ class _Accumulated:
             position = int(batch.rows[int(np.flatnonzero(~healthy)[0])])
             raise NumericalError(
                 f"shard {self._shard.index}, row {position}: the encoder returned NaN, infinity or a vector "
-                "that is not of length 1; the shard is not committed. Try backend.precision=fp32 and check the checkpoint"
+                "that is not of length 1; the shard is not committed. Try backend.precision=fp32, check the checkpoint"
             )
         self._vectors[batch.rows] = batch.vectors.cpu().numpy()
         self._top[batch.rows] = batch.top.cpu().numpy()
