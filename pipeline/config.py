@@ -1,29 +1,27 @@
 """The schemas of everything under ``conf/``, and the checks that need more than a type.
 
-A ``DictConfig`` enters :func:`to_config` and goes no further: the rest of the package sees frozen
-dataclasses. Every check reports a :class:`~pipeline.errors.Problem`, and all of them come at once.
+A ``DictConfig`` enters :func:`~pipeline.overrides.to_config` and goes no further: the rest of the package
+sees frozen dataclasses. Every check reports a :class:`~pipeline.errors.Problem`, and all of them come at once.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from pipeline.errors import ConfigError, Problem
-
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
+from pipeline.errors import Problem
 
 DEMO_MODEL = "demo"
 OUTPUT_COLUMNS = ("embedding", "label", "score", "top_labels", "top_scores", "status", "error")
 
 # Formats that Pillow decodes by itself, from bytes alone. Absent on purpose: those that start another
-# program or read other files (EPS, PDF, WMF, ...), and scientific stubs (FITS, HDF5, GRIB, BUFR).
+# program or read other files (EPS, PDF, WMF, ...), and scientific stubs (FITS, HDF5, GRIB, BUFR). MPO, the
+# format of 3-D cameras and gain maps, opens as the JPEG that it begins with.
 FORMATS = (
-    "AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "QOI", "SGI",
+    "AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "QOI", "SGI",
     "TGA", "TIFF", "WEBP",
 )  # fmt: skip
 
@@ -67,6 +65,7 @@ class ImagesConfig:
     decoder: str = "exact"
     exif: str = "apply"
     transparency: str = "white"
+    crop_corner: str = "floor"
     max_pixels: int = 100_000_000
     max_bytes: int = 268_435_456
     formats: list[str] = field(default_factory=lambda: list(FORMATS))
@@ -157,6 +156,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "images.decoder": ("exact",),
     "images.exif": ("apply", "ignore"),
     "images.transparency": ("white", "black", "drop"),
+    "images.crop_corner": ("floor", "round"),
     "labels.scoring": ("auto", "softmax", "sigmoid"),
     "output.dtype": ("float32", "float16"),
     "output.compression": ("zstd", "snappy", "none"),
@@ -189,33 +189,6 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"did you mean {match[0]}?" if match else ""
 
 
-def schema() -> DictConfig:
-    """The root schema for OmegaConf: typed and closed, but open to new values, unlike the dataclasses."""
-    from omegaconf import OmegaConf
-
-    node: DictConfig = OmegaConf.structured(Config)
-    for part in (node, *(node[group.name] for group in fields(Config))):
-        OmegaConf.set_readonly(part, None)
-    return node
-
-
-def to_config(composed: DictConfig) -> Config:
-    """The composed config as frozen dataclasses.
-
-    Raises:
-        ConfigError: with every problem that :func:`check` finds.
-    """
-    from omegaconf import OmegaConf
-
-    config = OmegaConf.to_object(OmegaConf.merge(schema(), composed))
-    if not isinstance(config, Config):
-        raise TypeError(f"composed to {type(config).__name__}, not Config")
-    problems = check(config)
-    if problems:
-        raise ConfigError(problems)
-    return config
-
-
 def value_of(config: Config, key: str) -> Any:
     """The value at a dotted key such as ``loader.batch_size``."""
     group, name = key.split(".", 1)
@@ -231,7 +204,8 @@ def check(config: Config) -> list[Problem]:
             problems.append(Problem(key, value, f"must be one of {', '.join(allowed)}", nearest(value, allowed)))
     for key, (lowest, highest) in RANGES.items():
         value = value_of(config, key)
-        if value < lowest or (highest is not None and value > highest):
+        # Written so that NaN, which is neither more nor less, does not pass.
+        if not (value >= lowest and (highest is None or value <= highest)):
             limits = f"at least {lowest}" if highest is None else f"from {lowest} to {highest}"
             problems.append(Problem(key, value, f"must be {limits}"))
     return problems + _check_device(config) + _check_lists(config) + _check_columns(config) + _check_prompts(config)
@@ -268,6 +242,12 @@ def _check_columns(config: Config) -> list[Problem]:
     for key, name in (("manifest.id", manifest.id), ("manifest.image", manifest.image)):
         if not name:
             problems.append(Problem(key, name, "must name a column"))
+    if manifest.path is not None and not manifest.path:
+        problems.append(
+            Problem("manifest.path", "", "must name a file, a folder or a glob, or be null for demo scenes")
+        )
+    if not config.model.name:
+        problems.append(Problem("model.name", "", "must name a checkpoint"))
     if manifest.id in OUTPUT_COLUMNS:
         problems.append(Problem("manifest.id", manifest.id, "is the name of an output column; rename it"))
     if not config.output.dir:

@@ -8,13 +8,13 @@ from itertools import islice
 import pyarrow.parquet as pq
 from PIL import Image
 
+from pipeline.addresses import open_arrow
 from pipeline.images.decode import Decoder
 from pipeline.images.sources import Source
 from pipeline.manifest.shards import ShardReader, cut, refs
 from pipeline.manifest.source import Manifest
 from pipeline.records import OK, Failure
 from pipeline.report.page import Example
-from pipeline.storage import open_arrow
 
 THUMBNAIL = 160
 # Rows of the first shard among which examples are spread: a bytes column is not read much further.

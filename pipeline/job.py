@@ -15,6 +15,7 @@ from typing import Any
 import PIL
 import psutil
 
+from pipeline.addresses import is_local, local_path
 from pipeline.backends.base import ImageEncoder
 from pipeline.cluster import inline
 from pipeline.config import DEMO_MODEL, Config, ImagesConfig
@@ -33,7 +34,7 @@ from pipeline.report import page, summary
 from pipeline.report.clocks import StageClocks
 from pipeline.report.logs import log_to
 from pipeline.report.progress import Progress
-from pipeline.storage import Storage, is_local, local_path, open_storage
+from pipeline.storage import Storage, open_storage
 from pipeline.worker import Job, open_encoder, pixel_reader, worker_threads
 
 REPORT, PAGE = "_report.json", "_report.html"
@@ -55,9 +56,10 @@ def run_job(config: Config) -> RunReport:
         PipelineError: one of :mod:`pipeline.errors`, each with its exit code.
     """
     storage = open_storage(config.output.dir)
+    # From here on the one address that all rooms can open, without a ~.
+    config = dataclasses.replace(config, output=dataclasses.replace(config.output, dir=storage.url))
     with log_to(storage):
-        config = with_demo_scenes(config)
-        return _run(config, storage)
+        return _run(with_demo_scenes(config), storage)
 
 
 def with_demo_scenes(config: Config) -> Config:
@@ -105,7 +107,8 @@ def _run(config: Config, storage: Storage) -> RunReport:
         compression=config.output.compression,
         fingerprints=prints,
     )
-    job = Job(config=config, manifest=manifest, spec=checkpoint.spec, form=form, bank=bank)
+    spec = dataclasses.replace(checkpoint.spec, corner=config.images.crop_corner)
+    job = Job(config=config, manifest=manifest, spec=spec, form=form, bank=bank)
     todo = (shard for shard in cut(manifest, config.manifest.shard_rows) if shard.index not in done)
     clocks, rows = StageClocks(), 0
     looped = time.time()
@@ -119,6 +122,8 @@ def _run(config: Config, storage: Storage) -> RunReport:
     cores = len(os.sched_getaffinity(0))
     bound, advice = summary.find_bound(
         clocks.total(),
+        startup=times.startup,
+        wall=times.wall,
         workers=worker_threads(config),
         device=encoder.device.type,
         precision=encoder.precision,

@@ -1,4 +1,4 @@
-"""A first look at the command line, before Hydra's own, so that all mistakes come in one message.
+"""From the command line to the frozen config, with all mistakes in one message.
 
 Hydra stops at the first override that it cannot place, with exit code 1. This checks every override
 against the groups under ``conf/`` and the schemas, and offers the nearest name for a typo.
@@ -7,16 +7,22 @@ against the groups under ``conf/`` and the schemas, and offers the nearest name 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
-from pipeline.config import Config, check, nearest, schema
-from pipeline.errors import Problem
+from pipeline.config import Config, check, nearest
+from pipeline.errors import ConfigError, Problem
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 
-def check_overrides(arguments: Sequence[str], conf: Path) -> list[Problem]:
-    """Every problem of the overrides among ``arguments``, and of the config that the good ones make."""
+def check_overrides(arguments: Sequence[str], conf: Path, *, sweep: bool = False) -> list[Problem]:
+    """Every problem of the overrides among ``arguments``, and of the config that the good ones make.
+
+    With ``sweep``, a key may have several values, one for each run (``--multirun``).
+    """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -28,19 +34,87 @@ def check_overrides(arguments: Sequence[str], conf: Path) -> list[Problem]:
             override = parser.parse_override(argument)
         except HydraException as error:
             reason = str(error).splitlines()[0]
-            problems.append(Problem(argument.split("=", 1)[0], argument, f"cannot be read as key=value: {reason}"))
+            key, equals, _ = argument.partition("=")
+            # Hydra reads bare words of ASCII alone; the outer quotes are for the shell.
+            hint = f'quote the text: \'{key}="..."\', or \'{key}=["...","..."]\' for a list' if equals else ""
+            problems.append(Problem(key, argument, f"cannot be read as key=value: {reason}", hint))
             continue
         key = override.key_or_group
-        if key.startswith("hydra.") or key == "hydra" or override.is_sweep_override():
+        if key.startswith(("hydra.", "hydra/")) or (sweep and override.is_sweep_override()):
             continue
         raw = argument.split("=", 1)[1] if "=" in argument else None
-        found = _check_one(key, raw, override.value() if raw is not None else None, conf)
+        if override.is_delete():
+            found = [Problem(key, argument, "a key cannot be taken out; give it another value")]
+        elif override.is_sweep_override():
+            hint = f"a list: {key}=[{raw}]; one text with commas: '{key}=\"{raw}\"'"
+            found = [Problem(key, raw, "must be one value", hint)]
+        else:
+            found = _check_one(key, raw, override.value(), conf)
+            if not found and override.is_add():
+                found = [Problem(key, argument, "stands in the config already", "leave out the +")]
         problems += found
         if not found:
             good.append(argument)
     if problems:
         problems += _check_rest(good, conf, {problem.key for problem in problems})
     return problems
+
+
+def schema() -> DictConfig:
+    """The root schema for OmegaConf: typed and closed, but open to new values, unlike the dataclasses."""
+    from omegaconf import OmegaConf
+
+    node: DictConfig = OmegaConf.structured(Config)
+    for part in (node, *(node[group.name] for group in fields(Config))):
+        OmegaConf.set_readonly(part, None)
+    # A merge leaves what is below a ??? as it is: with a default here, model=hub would run the demo model.
+    node.model.name = "???"
+    return node
+
+
+def to_config(composed: DictConfig) -> Config:
+    """The composed config as frozen dataclasses.
+
+    Raises:
+        ConfigError: with every problem that :func:`read_config` finds.
+    """
+    config, problems = read_config(composed)
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def read_config(composed: DictConfig) -> tuple[Config, list[Problem]]:
+    """The config, and every problem: values that are missing or point nowhere, and what
+    :func:`~pipeline.config.check` finds.
+
+    In the config, defaults stand in for values that are missing or point nowhere.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    merged: Any = OmegaConf.merge(schema(), composed)
+    problems = []
+    for group in fields(Config):
+        node = merged[group.name]
+        for name, default in vars(getattr(Config(), group.name)).items():
+            if OmegaConf.is_missing(node, name):
+                problem = Problem(f"{group.name}.{name}", "???", "has no default; give a value")
+            else:
+                try:
+                    value = node[name]
+                    if OmegaConf.is_config(value):
+                        OmegaConf.to_container(value, resolve=True, throw_on_missing=True)
+                    continue
+                except OmegaConfBaseException as error:
+                    raw: Any = OmegaConf.to_container(node)
+                    problem = Problem(f"{group.name}.{name}", raw[name], str(error).splitlines()[0])
+            problems.append(problem)
+            node[name] = default
+    config = OmegaConf.to_object(merged)
+    if not isinstance(config, Config):
+        raise TypeError(f"composed to {type(config).__name__}, not Config")
+    return config, problems + check(config)
 
 
 def known_keys() -> list[str]:
@@ -108,21 +182,17 @@ def _in_words(hint: Any) -> str:
 
 
 def _check_rest(good: Sequence[str], conf: Path, known_bad: set[str]) -> list[Problem]:
-    """What :func:`~pipeline.config.check` says of the config without the overrides that failed."""
+    """What is wrong with the config without the overrides that failed."""
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
-    from omegaconf import OmegaConf
 
     register()
     try:
         with initialize_config_dir(config_dir=str(conf), version_base="1.3"):
             composed = compose("config", overrides=list(good))
-        config = OmegaConf.to_object(OmegaConf.merge(schema(), composed))
     except HydraException:
         return []
-    if not is_dataclass(config) or not isinstance(config, Config):
-        return []
-    return [problem for problem in check(config) if problem.key not in known_bad]
+    return [problem for problem in read_config(composed)[1] if problem.key not in known_bad]
 
 
 def register() -> None:

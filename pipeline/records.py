@@ -78,8 +78,9 @@ class PreprocessSpec:
     """How a checkpoint wants its pixels; sizes are pixels, ``mean`` and ``std`` refer to [0, 1].
 
     ``resize`` is the length of the shorter edge (the longer one keeps the aspect ratio, rounded down)
-    or an exact (height, width); ``crop`` is a centre crop (height, width), or None. ``resample`` is
-    Pillow's filter number.
+    or an exact (height, width); ``crop`` is a centre crop (height, width), or None, and ``corner`` how the
+    half of an odd margin is rounded: ``floor`` or ``round`` (to the even number). ``resample`` is Pillow's
+    filter number.
     """
 
     resize: int | tuple[int, int]
@@ -87,6 +88,7 @@ class PreprocessSpec:
     resample: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    corner: str = "floor"
 
     @property
     def size(self) -> tuple[int, int]:

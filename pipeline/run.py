@@ -7,9 +7,9 @@ import sys
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from pipeline.config import conf_dir, to_config
+from pipeline.config import conf_dir
 from pipeline.errors import ConfigError, Interrupted, PipelineError
-from pipeline.overrides import check_overrides, register
+from pipeline.overrides import check_overrides, register, to_config
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -18,11 +18,14 @@ if TYPE_CHECKING:
 def main() -> None:
     """Read the command line, run the job, exit with the code that :mod:`pipeline.errors` explains."""
     import hydra
+    from hydra._internal.utils import get_args_parser
 
-    overrides = [argument for argument in sys.argv[1:] if "=" in argument and not argument.startswith("-")]
-    problems = check_overrides(overrides, conf_dir())
-    if problems:
-        _exit(ConfigError(problems))
+    # Hydra's own parser, so that the values of its options (--cfg job, --config-dir DIR) are not overrides.
+    options = get_args_parser().parse_args()
+    if not options.shell_completion:
+        problems = check_overrides(options.overrides, conf_dir(), sweep=options.multirun)
+        if problems:
+            _exit(ConfigError(problems))
     register()
     hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(_task)()
 

@@ -7,24 +7,29 @@ writers of a name exactly one succeeds, and its bytes are complete.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
+import socket
 import tempfile
+import threading
+import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fsspec
 from fsspec.core import url_to_fs
 
-from pipeline.errors import StorageError
+from pipeline.addresses import explained, is_local, local_path
 
 TEMPORARY = "_tmp-"
+_CREATING = threading.Lock()
+GIVEN_UP_SECONDS = 86_400
+# What this process is writing just now.
+_LIVE: set[Path] = set()
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +56,16 @@ class Storage(ABC):
     def staged(self) -> Iterator[Staged]:
         """A temporary local file for one ``publish``; it is gone afterwards, published or not."""
         path = self._temporary()
+        _LIVE.add(path)
         try:
             yield Staged(path=path, storage=self)
         finally:
             path.unlink(missing_ok=True)
+            _LIVE.discard(path)
 
     def write(self, name: str, data: bytes) -> None:
         """Publish ``data`` as ``name``, replacing what was there."""
-        with self.staged() as staged:
+        with explained(f"{self.url}/{name}"), self.staged() as staged:
             staged.path.write_bytes(data)
             staged.publish(name, replace=True)
 
@@ -85,27 +92,31 @@ class Storage(ABC):
     def remove(self, name: str) -> None:
         """Delete ``name``; nothing happens if it is gone already."""
 
+    def sweep(self) -> None:
+        """Delete what writers that are no more left under temporary names."""
+        return
+
 
 class LocalStorage(Storage):
     """A folder on a local disk; hard links make ``create_once`` atomic."""
 
     def __init__(self, url: str) -> None:
-        super().__init__(url)
-        self.root = Path(url).absolute()
+        super().__init__(str(Path(url).expanduser()))
+        self.root = Path(self.url).absolute()
 
     def make(self) -> None:
         """Create the folder if it is not there."""
-        with _explained(self.url):
+        with explained(self.url):
             self.root.mkdir(parents=True, exist_ok=True)
 
     def _temporary(self) -> Path:
         self.make()
-        return self.root / f"{TEMPORARY}{uuid.uuid4().hex}"
+        return self.root / f"{TEMPORARY}{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}"
 
     def adopt(self, path: Path, name: str, *, replace: bool) -> None:
         """See :meth:`Storage.adopt`."""
         target = self.root / name
-        with _explained(str(target)):
+        with explained(str(target)):
             target.parent.mkdir(parents=True, exist_ok=True)
             if replace:
                 path.replace(target)
@@ -119,7 +130,7 @@ class LocalStorage(Storage):
     def create_once(self, name: str, data: bytes) -> bool:
         """See :meth:`Storage.create_once`."""
         target = self.root / name
-        with _explained(str(target)), self.staged() as staged:
+        with explained(str(target)), self.staged() as staged:
             with staged.path.open("wb") as file:
                 file.write(data)
                 file.flush()
@@ -134,7 +145,7 @@ class LocalStorage(Storage):
 
     def read(self, name: str) -> bytes | None:
         """See :meth:`Storage.read`."""
-        with _explained(str(self.root / name)):
+        with explained(str(self.root / name)):
             try:
                 return (self.root / name).read_bytes()
             except FileNotFoundError:
@@ -142,7 +153,7 @@ class LocalStorage(Storage):
 
     def sizes(self, folder: str = "") -> dict[str, int]:
         """See :meth:`Storage.sizes`."""
-        with _explained(str(self.root / folder)):
+        with explained(str(self.root / folder)):
             try:
                 with os.scandir(self.root / folder) as entries:
                     return {e.name: e.stat().st_size for e in entries if e.is_file()}
@@ -151,7 +162,19 @@ class LocalStorage(Storage):
 
     def remove(self, name: str) -> None:
         """See :meth:`Storage.remove`."""
-        (self.root / name).unlink(missing_ok=True)
+        with explained(str(self.root / name)):
+            (self.root / name).unlink(missing_ok=True)
+
+    def sweep(self) -> None:
+        """See :meth:`Storage.sweep`; a writer on another machine is given up after a day."""
+        for path in self.root.glob(f"{TEMPORARY}*"):
+            host, _, number = path.name.removeprefix(TEMPORARY).rpartition("-")[0].rpartition("-")
+            here = host == socket.gethostname() and number.isdigit()
+            with suppress(FileNotFoundError):
+                if path in _LIVE or (here and _alive(int(number))):
+                    continue
+                if here or time.time() - path.stat().st_mtime > GIVEN_UP_SECONDS:
+                    path.unlink()
 
 
 class ObjectStorage(Storage):
@@ -169,13 +192,14 @@ class ObjectStorage(Storage):
     def adopt(self, path: Path, name: str, *, replace: bool) -> None:
         """See :meth:`Storage.adopt`."""
         target = f"{self.root}/{name}"
-        with _explained(f"{self.url}/{name}"):
+        with explained(f"{self.url}/{name}"):
             if replace or not self.fs.exists(target):
                 self.fs.put_file(str(path), target)
 
     def create_once(self, name: str, data: bytes) -> bool:
         """See :meth:`Storage.create_once`; conditional put where the store has it (S3)."""
-        with _explained(f"{self.url}/{name}"):
+        # Other stores look first and write later; the lock keeps at least the threads of this process apart.
+        with _CREATING, explained(f"{self.url}/{name}"):
             try:
                 self.fs.pipe_file(f"{self.root}/{name}", data, mode="create")
             except FileExistsError:
@@ -184,7 +208,7 @@ class ObjectStorage(Storage):
 
     def read(self, name: str) -> bytes | None:
         """See :meth:`Storage.read`."""
-        with _explained(f"{self.url}/{name}"):
+        with explained(f"{self.url}/{name}"):
             try:
                 data: bytes = self.fs.cat_file(f"{self.root}/{name}")
             except FileNotFoundError:
@@ -195,7 +219,7 @@ class ObjectStorage(Storage):
         """See :meth:`Storage.sizes`."""
         path = f"{self.root}/{folder}".rstrip("/")
         self.fs.invalidate_cache(path)
-        with _explained(path):
+        with explained(path):
             try:
                 entries = self.fs.ls(path, detail=True)
             except FileNotFoundError:
@@ -204,10 +228,11 @@ class ObjectStorage(Storage):
 
     def remove(self, name: str) -> None:
         """See :meth:`Storage.remove`."""
-        try:
-            self.fs.rm_file(f"{self.root}/{name}")
-        except FileNotFoundError:
-            return
+        with explained(f"{self.url}/{name}"):
+            try:
+                self.fs.rm_file(f"{self.root}/{name}")
+            except FileNotFoundError:
+                return
 
 
 def open_storage(url: str) -> Storage:
@@ -215,41 +240,23 @@ def open_storage(url: str) -> Storage:
     return LocalStorage(local_path(url)) if is_local(url) else ObjectStorage(url)
 
 
-def is_local(url: str) -> bool:
-    """Whether ``url`` is a path of this machine (``file://`` included)."""
-    return scheme_of(url) in ("", "file", "local")
-
-
-def scheme_of(url: str) -> str:
-    """The part before ``://``, or an empty string for a plain path."""
-    return url.split("://", 1)[0].lower() if "://" in url else ""
-
-
-def local_path(url: str) -> str:
-    """A plain path for a local address."""
-    return url.split("://", 1)[1] if "://" in url else url
-
-
-def open_file(url: str) -> Any:
-    """A seekable binary file at a path or fsspec address."""
-    with _explained(url):
-        return Path(local_path(url)).open("rb") if is_local(url) else fsspec.open(url, "rb").open()
-
-
-def open_arrow(url: str) -> Any:
-    """A file for Arrow to read: a local one without going through Python."""
-    if not is_local(url):
-        return open_file(url)
-    import pyarrow as pa
-
-    with _explained(url):
-        return pa.OSFile(local_path(url), "rb")
-
-
 def sha256(path: Path) -> str:
     """Hex digest of a local file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _alive(process: int) -> bool:
+    """Whether another process of this machine has the number."""
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _sync_folder(folder: Path) -> None:
@@ -259,24 +266,3 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-@contextmanager
-def _explained(place: str) -> Iterator[None]:
-    """Turn what the operating system says into an error that names the place and the way out."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise StorageError(f"{place}: no such file or folder") from error
-    except PermissionError as error:
-        hint = "check the permissions, or choose another place"
-        if error.errno == errno.EPERM:
-            hint = "the file system may lack hard links, which the commits need; choose another disk"
-        raise StorageError(f"{place}: {error.strerror or error}; {hint}") from error
-    except OSError as error:
-        hint = ""
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            hint = "; free some space and run the same command again, finished shards are kept"
-        raise StorageError(f"{place}: {error.strerror or error}{hint}") from error
-    except ImportError as error:
-        raise StorageError(f"{place}: {error}; install the fsspec driver for this address") from error

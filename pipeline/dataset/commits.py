@@ -22,7 +22,7 @@ from pipeline.dataset.parts import PartFormat, write_part
 from pipeline.dataset.plan import Plan
 from pipeline.errors import StorageError
 from pipeline.records import ShardReport
-from pipeline.storage import TEMPORARY, Storage, sha256
+from pipeline.storage import Storage, sha256
 
 FOLDER = "_commits"
 SUCCESS = "_SUCCESS"
@@ -122,12 +122,9 @@ def finalize(storage: Storage, plan: Plan, commits: Iterable[Commit]) -> dict[st
     # Every shard is decided, so a part without a commit is a left-over, and readers would count it twice.
     parts = {commit.part for commit in ordered}
     for name in storage.sizes():
-        left_over = name.startswith("part-") and name.endswith(".parquet") and name not in parts
-        if left_over or name.startswith(TEMPORARY):
+        if name.startswith("part-") and name.endswith(".parquet") and name not in parts:
             storage.remove(name)
-    for name in storage.sizes(FOLDER):
-        if name.startswith(TEMPORARY):
-            storage.remove(f"{FOLDER}/{name}")
+    storage.sweep()
     content = {"rows": rows, "counts": dict(sorted(counts.items())), "parts": [commit.part for commit in ordered]}
     storage.create_once(SUCCESS, (json.dumps(content, indent=2) + "\n").encode())
     return dict(counts)

@@ -10,9 +10,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.addresses import open_arrow
 from pipeline.demo import scenes
 from pipeline.manifest.source import ROOT_KEY
-from pipeline.storage import LocalStorage, open_arrow
+from pipeline.storage import LocalStorage
 
 # Far from the seeds of the training.
 SEED = 20_000_003

@@ -4,7 +4,8 @@ The rules (all part of the dataset's fingerprint):
 
 - Formats: only those in ``images.formats``, recognised by content, never by name.
 - Size: the header's pixel count is checked before a pixel is decoded.
-- EXIF: the orientation is applied (``images.exif=apply``), as transformers' ``load_image`` does.
+- EXIF: the orientation is applied (``images.exif=apply``), as transformers' ``load_image`` does, or not
+  (``ignore``). Metadata that cannot be read turns nothing.
 - Animation, several pages or sizes: the first frame (of an icon, the largest).
 - Palettes: expanded, with their transparency.
 - Transparency: composed onto ``images.transparency``; ``drop`` keeps the hidden colour.
@@ -25,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from pipeline.records import Failure
 
@@ -51,8 +52,24 @@ _DAMAGE = (
     zlib.error,
 )
 _BACKGROUNDS = {"white": (255, 255, 255), "black": (0, 0, 0)}
-_REFUSED = (b"%!PS", b"%PDF", b"SIMPLE  =", b"\xd7\xcd\xc6\x9a", b"\xc5\xd0\xd3\xc6", b"<svg", b"<?xml", b"\x89HDF")
-_KNOWN = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"RIFF", b"\0\0\1\0")
+_REFUSED = (
+    *(b"%!PS", b"%PDF", b"SIMPLE  =", b"\xd7\xcd\xc6\x9a", b"\xc5\xd0\xd3\xc6", b"<svg", b"<?xml", b"\x89HDF"),
+    *(b"\xff\x0a", b"\0\0\0\x0cJXL "),  # JPEG XL
+)
+_HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
+_KNOWN = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"\0\0\1\0", b"\0\0\0\x0cjP  ", b"qoif")
+# What takes an image that was turned by its EXIF orientation back to how it is stored.
+_UNTURNED = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+# Boxes looked at in a file of boxes (AVIF, JPEG 2000); a sound one has a handful.
+_BOXES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +85,8 @@ class Decoder:
         """An RGB image.
 
         Statuses of a failure: ``not_an_image``, ``format_not_allowed``, ``truncated``, ``corrupt``,
-        ``too_many_pixels``, ``unsupported`` (a colour mode without a rule), ``out_of_memory``.
+        ``too_many_pixels``, ``unsupported`` (a variant that Pillow does not decode, or a colour mode
+        without a rule), ``out_of_memory``.
         """
         try:
             return self._decode(data)
@@ -79,7 +97,7 @@ class Decoder:
         except MemoryError:
             return Failure("out_of_memory", f"not enough memory to decode {len(data):,} bytes")
         except _DAMAGE as error:
-            return _damaged(error)
+            return _damaged(error, data)
 
     def _decode(self, data: bytes) -> Image.Image | Failure:
         with Image.open(io.BytesIO(data), formats=self.formats) as image:
@@ -95,11 +113,19 @@ class Decoder:
             return self._load(image)
 
     def _load(self, image: Image.Image) -> Image.Image | Failure:
+        # Pillow turns a TIFF as it loads it, and leaves other formats as they are stored.
+        turned_on_load = self.exif == "ignore" and image.format == "TIFF"
+        orientation = image.getexif().get(ExifTags.Base.Orientation) if turned_on_load else None
         # JPEG decodes to RGB at once; other formats keep their own mode until the rule is known.
         image.load()
         if image.width * image.height > self.max_pixels:
             return Failure("too_many_pixels", f"{image.width} x {image.height} pixels once decoded")
-        turned = ImageOps.exif_transpose(image) if self.exif == "apply" else image
+        if self.exif == "apply":
+            turned = _upright(image)
+        elif orientation in _UNTURNED:
+            turned = image.transpose(_UNTURNED[orientation])
+        else:
+            turned = image
         rgb = self._to_rgb(turned)
         # A file's own buffers end with the file: hand out an image that stands alone.
         return rgb.copy() if rgb is image else rgb
@@ -125,6 +151,13 @@ def limit_pixels(count: int) -> None:
     ImageFile.LOAD_TRUNCATED_IMAGES = False
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except _DAMAGE:
+        return image
+
+
 def _deep_to_rgb(image: Image.Image) -> Image.Image:
     samples = np.asarray(image)
     if image.mode != "F":
@@ -137,7 +170,7 @@ def _deep_to_rgb(image: Image.Image) -> Image.Image:
 
 def _unidentified(data: bytes, formats: Sequence[str]) -> Failure:
     head = data[:512].lstrip()
-    if head.startswith(_REFUSED):
+    if head.startswith(_REFUSED) or (data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS):
         return Failure("format_not_allowed", f"starts with {head[:8]!r}; images.formats holds {', '.join(formats)}")
     try:
         with Image.open(io.BytesIO(data)) as image:
@@ -146,12 +179,39 @@ def _unidentified(data: bytes, formats: Sequence[str]) -> Failure:
         return Failure("too_many_pixels", str(error))
     except Exception:
         pass
-    if head.startswith(_KNOWN):
+    if _ends_early(data):
+        return Failure("truncated", "shorter than its header says")
+    if head.startswith(_KNOWN) or (data[:4] == b"RIFF" and data[8:12] == b"WEBP"):
         return Failure("corrupt", "the header is damaged")
     return Failure("not_an_image", f"no known image format; starts with {data[:8]!r}")
 
 
-def _damaged(error: Exception) -> Failure:
+def _ends_early(data: bytes) -> bool:
+    """Whether a PNG, WebP, TIFF, AVIF or JPEG 2000 file is shorter than it says; Pillow does not tell."""
+    if data[:4] == b"\x89PNG":
+        return b"IEND" not in data
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return len(data) < 8 + int.from_bytes(data[4:8], "little")
+    if data[:4] in (b"II*\0", b"MM\0*"):
+        return len(data) <= int.from_bytes(data[4:8], "little" if data[:2] == b"II" else "big")
+    if data[:4] == b"\xff\x4f\xff\x51":
+        return b"\xff\xd9" not in data[-64:]
+    if data[4:8] not in (b"ftyp", b"jP  "):
+        return False
+    position = 0
+    for _ in range(_BOXES):
+        size = int.from_bytes(data[position : position + 4], "big")
+        if size == 1:
+            size = int.from_bytes(data[position + 8 : position + 16], "big")
+        if size < 8:
+            break
+        position += size
+        if position >= len(data):
+            return position > len(data)
+    return False
+
+
+def _damaged(error: Exception, data: bytes) -> Failure:
     text = str(error) or type(error).__name__
     lowered = text.lower()
     if (
@@ -159,8 +219,9 @@ def _damaged(error: Exception) -> Failure:
         or "not enough image data" in lowered
         or "premature" in lowered
         or isinstance(error, EOFError)
+        or _ends_early(data)
     ):
         return Failure("truncated", text)
-    if "conversion" in lowered and "not supported" in lowered:
+    if lowered.startswith("unsupported") or ("conversion" in lowered and "not supported" in lowered):
         return Failure("unsupported", text)
     return Failure("corrupt", text)

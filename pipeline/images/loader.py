@@ -34,6 +34,9 @@ from pipeline.records import Failure, ImageBatch, ImageRef, Pixels, PreprocessSp
 
 # Rows that a thread decodes in one go: enough to make handing over cheap, few enough to share evenly.
 CHUNK = 8
+# Finished shards that may wait for the consumer: they hold no buffer, so nothing else would stop a run
+# whose images all fail from reading the whole manifest into memory.
+WAITING_SHARDS = 4
 # How often a blocked feeder looks whether it should stop, in seconds.
 POLL = 0.2
 Timer = Callable[[str, float], None]
@@ -125,6 +128,7 @@ class Loader:
         for index in range(len(self._slots)):
             self._free.put(index)
         self._ready: queue.SimpleQueue[ImageBatch | ShardRows | BaseException | None] = queue.SimpleQueue()
+        self._room = threading.Semaphore(WAITING_SHARDS)
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -157,7 +161,9 @@ class Loader:
                 return
             if isinstance(item, BaseException):
                 raise item
-            if isinstance(item, ImageBatch) and self._cuda is not None:
+            if isinstance(item, ShardRows):
+                self._room.release()
+            elif self._cuda is not None:
                 copied = self._slots[item.slot].copied
                 if copied is not None:
                     torch.cuda.current_stream(item.pixels.device).wait_event(copied)
@@ -186,7 +192,7 @@ class Loader:
             self._feed(shards, pool)
             self._ready.put(None)
         except _Stopped:
-            pass
+            self._ready.put(None)
         except BaseException as error:
             self._ready.put(error)
         finally:
@@ -233,6 +239,9 @@ class Loader:
         if isinstance(done, ShardRows):
             if filling.rows:
                 self._finish(filling)
+            while not self._room.acquire(timeout=POLL):
+                if self._stopped.is_set():
+                    raise _Stopped
             self._ready.put(ShardRows(shard=done.shard, table=done.table, failures=filling.failures))
             return None
         for position, result in enumerate(done.results.result(), start=done.start):

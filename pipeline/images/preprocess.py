@@ -1,4 +1,4 @@
-"""An RGB image to the model's pixels: resize and centre crop, as CLIP's reference does, bit for bit."""
+"""An RGB image to the model's pixels: resize and centre crop, as transformers does, bit for bit."""
 
 from __future__ import annotations
 
@@ -9,48 +9,67 @@ from PIL import Image
 
 from pipeline.records import Pixels, PreprocessSpec
 
-# A strip this much longer than the crop is cut before it is resized: a picture of 1 x 100,000 pixels
-# would otherwise grow to 224 x 22,400,000. What is cut is out of the reach of the filter.
+# Of a strip this much longer than it is wide, only what the crop shows is resized: a picture of
+# 1 x 100,000 pixels would otherwise grow to 224 x 22,400,000.
 LONGEST = 16
+# Pillow's widest filter reaches 3 source pixels when it enlarges, and 3 times the scale when it reduces.
+REACH = 3
 
 
 def preprocess(image: Image.Image, spec: PreprocessSpec) -> Pixels:
     """uint8 ``[H, W, 3]`` at ``spec.size``.
 
-    The shorter edge becomes ``spec.resize`` and the longer one keeps the ratio, rounded down; the crop's
-    corner is ``(length - crop) / 2`` rounded down; where the image is smaller than the crop, black is
-    added. Source: openai/CLIP ``_transform`` and transformers' ``CLIPImageProcessorPil``.
+    The shorter edge becomes ``spec.resize`` and the longer one keeps the ratio, rounded down; the crop
+    begins at half of ``length - crop``; where the image is smaller than the crop, black is added.
+    Sources: transformers' ``CLIPImageProcessorPil``, which rounds an odd margin's half down
+    (``spec.corner`` is ``floor``), and openai/CLIP's ``_transform``, whose torchvision rounds it to the even
+    number (``round``); they differ in nothing else.
     """
     resample = Image.Resampling(spec.resample)
     if isinstance(spec.resize, tuple):
         height, width = spec.resize
     else:
-        image = _without_far_ends(image, spec)
         short, long = sorted(image.size)
         scaled = int(spec.resize * long / short)
         width, height = (spec.resize, scaled) if image.width <= image.height else (scaled, spec.resize)
+        if spec.crop is not None and long > LONGEST * short:
+            resized = _resize_strip(image, (width, height), spec, resample)
+            return Pixels(rgb=_centre_crop(np.asarray(resized), spec))
     resized = image if image.size == (width, height) else image.resize((width, height), resample)
-    return Pixels(rgb=_centre_crop(np.asarray(resized), spec.size))
+    return Pixels(rgb=_centre_crop(np.asarray(resized), spec))
 
 
-def _without_far_ends(image: Image.Image, spec: PreprocessSpec) -> Image.Image:
-    short, long = sorted(image.size)
-    if spec.crop is None or long <= LONGEST * short:
-        return image
-    keep = math.ceil(LONGEST * short / 2) * 2
-    start = (long - keep) // 2
-    if image.width > image.height:
-        return image.crop((start, 0, start + keep, image.height))
-    return image.crop((0, start, image.width, start + keep))
+def _corner(margin: int, rule: str) -> int:
+    """Where a crop begins that leaves ``margin`` pixels on both sides together."""
+    return round(margin / 2) if rule == "round" else margin // 2
 
 
-def _centre_crop(rgb: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    if rgb.shape[:2] == size:
-        return rgb
-    for axis, wanted in enumerate(size):
+def _resize_strip(
+    image: Image.Image, size: tuple[int, int], spec: PreprocessSpec, resample: Image.Resampling
+) -> Image.Image:
+    """The centre of ``image`` resized to ``size``, as long as the crop, without computing the rest.
+
+    The same pixels, up to the rounding between Pillow's two passes: it chooses their order by the sizes.
+    """
+    axis = 0 if image.width > image.height else 1
+    shown = min(size[axis], spec.size[1 - axis])
+    scale = image.size[axis] / size[axis]
+    first = _corner(size[axis] - shown, spec.corner) * scale
+    last = first + shown * scale
+    margin = REACH * max(1.0, scale) + 1
+    start, stop = max(0, math.floor(first - margin)), min(image.size[axis], math.ceil(last + margin))
+    if axis == 0:
+        part = image.crop((start, 0, stop, image.height))
+        return part.resize((shown, size[1]), resample, box=(first - start, 0, last - start, image.height))
+    part = image.crop((0, start, image.width, stop))
+    return part.resize((size[0], shown), resample, box=(0, first - start, image.width, last - start))
+
+
+def _centre_crop(rgb: np.ndarray, spec: PreprocessSpec) -> np.ndarray:
+    for axis, wanted in enumerate(spec.size):
         have = rgb.shape[axis]
         if have >= wanted:
-            start = (have - wanted) // 2
+            start = _corner(have - wanted, spec.corner)
             rgb = rgb[start : start + wanted] if axis == 0 else rgb[:, start : start + wanted]
         else:
             before = math.ceil((wanted - have) / 2)

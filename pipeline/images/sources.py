@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fsspec.core import url_to_fs
 
+from pipeline.addresses import is_local, local_path, scheme_of
 from pipeline.records import Failure, ImageRef
-from pipeline.storage import is_local, local_path, scheme_of
 
-_RANGE = re.compile(r"#bytes=(\d+)-(\d+)$")
+# No more digits than a file offset has.
+_RANGE = re.compile(r"#bytes=(\d{1,18})-(\d{1,18})$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,8 @@ class Source:
         if not ref.path:
             return Failure("no_image", "the manifest's cell holds neither bytes nor a path")
         path, start, stop = _split(ref.path)
+        if stop is not None and stop < start:
+            return Failure("unreadable", f"{ref.path}: the range ends before it starts")
         scheme = scheme_of(path) or scheme_of(self.root) or "file"
         if scheme not in self.schemes and scheme != (scheme_of(self.root) or "file"):
             return Failure("scheme_not_allowed", f"{ref.path}: {scheme} is not among images.schemes")
@@ -52,7 +56,7 @@ class Source:
             if scheme in ("file", "local"):
                 return self._read_local(path, start, stop)
             return self._read_remote(path, start, stop)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return Failure("not_found", f"{ref.path}: no such file")
         except PermissionError as error:
             return Failure("permission", f"{ref.path}: {error.strerror or error}")
@@ -63,11 +67,9 @@ class Source:
         real = os.path.realpath(Path(self._real_root or ".") / local_path(path))
         if not self._real_root or os.path.commonpath([real, self._real_root]) != self._real_root:
             return Failure("outside_root", f"{path}: leads out of manifest.root ({self.root})")
-        # Non-blocking, so that a named pipe among the photos cannot hang the run.
-        descriptor = os.open(real, os.O_RDONLY | os.O_NONBLOCK)
-        with open(descriptor, "rb") as file:
-            status = os.fstat(descriptor)
-            if not os.path.isfile(real):
+        with open(real, "rb", opener=_open_without_waiting) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
                 return Failure("unreadable", f"{path}: not a regular file")
             length = (status.st_size if stop is None else stop) - start
             if length > self.max_bytes:
@@ -77,7 +79,7 @@ class Source:
 
     def _read_remote(self, path: str, start: int, stop: int | None) -> bytes | Failure:
         if not scheme_of(path):
-            path = f"{self.root.rstrip('/')}/{path}"
+            path = f"{self.root}{path}" if self.root.endswith("/") else f"{self.root}/{path}"
         scheme = scheme_of(path)
         fs = self._systems.get(scheme)
         if fs is None:
@@ -99,6 +101,11 @@ class Source:
 
     def _too_large(self, place: str, size: int) -> Failure:
         return Failure("too_many_bytes", f"{place}: {size:,} bytes, over images.max_bytes={self.max_bytes:,}")
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    """Open for :func:`open`, so that a named pipe among the photos cannot hang the run."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _split(path: str) -> tuple[str, int, int | None]:

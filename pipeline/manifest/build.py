@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from itertools import groupby, islice
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -17,9 +18,10 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
-from pipeline.errors import ManifestError
+from pipeline.addresses import is_local, local_path, open_file
+from pipeline.errors import ManifestError, StorageError
 from pipeline.manifest.source import ROOT_KEY
-from pipeline.storage import TEMPORARY, is_local, local_path, open_file
+from pipeline.storage import open_storage
 
 EXTENSIONS = frozenset(
     [
@@ -53,7 +55,7 @@ def from_folder(folder: str, out: str, *, extensions: frozenset[str] = EXTENSION
 
     Columns: ``id`` (the relative path), ``path`` (the same), ``size`` (bytes) and ``modified`` (UTC).
     Which files count is decided by their names; what they hold is found out by the job. Links to
-    folders are not followed.
+    folders are not followed; a link that leads nowhere has neither size nor date.
 
     Raises:
         ManifestError: no such folder, no images in it, or a name that is not UTF-8.
@@ -74,9 +76,7 @@ def from_folder(folder: str, out: str, *, extensions: frozenset[str] = EXTENSION
                 name.encode()
             except UnicodeEncodeError as error:
                 raise ManifestError(f"{name!r}: the file's name is not UTF-8; rename it") from error
-            status = path.stat()
-            modified = status.st_mtime_ns // 1000
-            yield {"id": name, "path": name, "size": status.st_size, "modified": modified}
+            yield {"id": name, "path": name, **_facts(path)}
 
     written = _write(rows(), schema, out, root=str(root.resolve()))
     if not written:
@@ -87,29 +87,39 @@ def from_folder(folder: str, out: str, *, extensions: frozenset[str] = EXTENSION
 def from_csv(path: str, out: str, *, image: str, id: str | None, root: str | None) -> int:
     """Every row of a CSV with a header, all columns; returns the rows written.
 
-    The id and image columns are read as text, so that ``00123`` stays ``00123``; other types are inferred.
-    Without ``id``, a column ``id`` is made of the image paths. Relative paths start at ``root``, by
-    default the folder of the CSV.
+    The id and image columns are read as text, so that ``00123`` stays ``00123``; other types are inferred
+    from all rows, for which the table is held in memory. Without ``id``, a column ``id`` is made of the
+    image paths. Relative paths start at ``root``, by default the folder of the CSV. In a ``.tsv``, tabs
+    separate the columns.
 
     Raises:
-        ManifestError: not readable, or a column is missing.
+        ManifestError: not readable, a column is missing, or there are no rows.
     """
     source = Path(path).expanduser()
+    parsing = pa_csv.ParseOptions(delimiter="\t" if source.suffix.lower() == ".tsv" else ",", newlines_in_values=True)
     try:
-        header = pa_csv.open_csv(source).schema.names
+        header = pa_csv.open_csv(source, parse_options=parsing).schema.names
         missing = [name for name in (image, id) if name is not None and name not in header]
         if missing:
             raise ManifestError(f"{path}: no column {missing[0]!r}; its columns are {', '.join(header)}")
         if id is None and "id" in header:
             id = "id"
         texts = {name: pa.string() for name in (image, id) if name is not None}
-        reader = pa_csv.open_csv(source, convert_options=pa_csv.ConvertOptions(column_types=texts))
-        tables = (pa.Table.from_batches([batch]) for batch in reader)
-        if id is None:
-            tables = (table.add_column(0, "id", table.column(image)) for table in tables)
-        return _write_tables(tables, out, root=root or str(source.resolve().parent))
-    except (OSError, pa.ArrowInvalid) as error:
+        # The streaming reader infers types from the first block and fails at a later 3.5 in a column of 3s.
+        table = pa_csv.read_csv(
+            source, parse_options=parsing, convert_options=pa_csv.ConvertOptions(column_types=texts)
+        )
+    except (OSError, pa.ArrowException) as error:
         raise ManifestError(f"{path}: not readable as CSV: {error}") from error
+    if not table.num_rows:
+        raise ManifestError(f"{path}: a header without rows")
+    if id is None:
+        table = table.add_column(0, "id", table.column(image))
+    if root is None:
+        root = str(source.resolve().parent)
+    elif is_local(root):
+        root = str(Path(local_path(root)).expanduser().resolve())
+    return _write_tables([table], out, root=root)
 
 
 def from_tars(paths: Sequence[str], out: str) -> int:
@@ -136,17 +146,35 @@ def from_tars(paths: Sequence[str], out: str) -> int:
     return written
 
 
-def _walk(root: Path) -> Iterator[Path]:
-    for folder, folders, files in os.walk(root):
-        folders.sort()
-        yield from (Path(folder) / name for name in sorted(files))
+def _walk(folder: Path) -> Iterator[Path]:
+    """Every file below, in the order of the whole relative path."""
+    try:
+        with os.scandir(folder) as entries:
+            found = [(entry.name, entry.is_dir(), entry.is_symlink()) for entry in entries]
+    except OSError as error:
+        raise ManifestError(f"{folder}: {error.strerror}") from error
+    for name, is_folder, is_link in sorted(found, key=lambda entry: f"{entry[0]}/" if entry[1] else entry[0]):
+        if not is_folder:
+            yield folder / name
+        elif not is_link:
+            yield from _walk(folder / name)
+
+
+def _facts(path: Path) -> dict[str, int | None]:
+    try:
+        status = path.stat()
+    except OSError:
+        return {"size": None, "modified": None}
+    return {"size": status.st_size, "modified": status.st_mtime_ns // 1000}
 
 
 def _tar_rows(url: str, shown: str) -> Iterator[dict[str, Any]]:
     stem = PurePosixPath(url).name.removesuffix(".tar")
     try:
         with open_file(url) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            members = (member for member in tar if member.isreg() and not member.issparse())
+            members = (
+                m for m in tar if m.isreg() and not m.issparse() and not m.name.rpartition("/")[2].startswith(".")
+            )
             for key, group in groupby(members, key=lambda member: _key(member.name)[0]):
                 sample = list(group)
                 texts: dict[str, str | None] = dict.fromkeys(SIDECARS)
@@ -160,14 +188,23 @@ def _tar_rows(url: str, shown: str) -> Iterator[dict[str, Any]]:
                     name = key if len(images) == 1 else f"{key}.{_key(member.name)[1]}"
                     stop = member.offset_data + member.size
                     yield {"id": f"{stem}/{name}", "path": f"{shown}#bytes={member.offset_data}-{stop}", **texts}
+            # tarfile takes a damaged header for the end; the true end is a block of zeros, or of the file.
+            file.seek(tar.offset)
+            if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+                raise tarfile.ReadError(f"damaged at byte {tar.offset}")
+    except StorageError as error:
+        raise ManifestError(str(error)) from error
     except tarfile.TarError as error:
         raise ManifestError(
-            f"{url}: not a plain tar ({error}); members of a compressed tar have no address, unzip it first"
+            f"{url}: not a sound, plain tar ({error}); members of a compressed tar have no address, unzip it first"
         ) from error
 
 
 def _key(name: str) -> tuple[str, str]:
-    """WebDataset's rule: the key ends at the first dot of the base name, the rest is the kind."""
+    """WebDataset's rule: the key ends at the first dot of the base name, the rest is the kind.
+
+    Names that begin with a dot have no key and are skipped; macOS packs such books beside every file.
+    """
     folder, _, base = name.rpartition("/")
     stem, _, kind = base.partition(".")
     return (f"{folder}/{stem}" if folder else stem), kind.lower()
@@ -185,20 +222,23 @@ def _write(rows: Iterable[dict[str, Any]], schema: pa.Schema, out: str, *, root:
 
 def _write_tables(tables: Iterable[pa.Table], out: str, *, root: str) -> int:
     """Write row groups to a temporary name and publish the whole; nothing is left if there are no rows."""
-    target = Path(out).expanduser()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f"{TEMPORARY}{os.getpid()}-{target.name}")
+    # Of `manifest tar *.tar` without an output, the last tar would be the output, and gone.
+    if not out.endswith((".parquet", ".pq")):
+        raise ManifestError(f"{out}: the last argument is the manifest to write, and ends in .parquet")
+    target = str(Path(local_path(out)).expanduser().absolute()) if is_local(out) else out
+    folder, _, name = target.rpartition("/")
     writer, rows = None, 0
     try:
-        for table in tables:
-            if writer is None:
-                schema = table.schema.with_metadata({ROOT_KEY: root.encode()})
-                writer = pq.ParquetWriter(temporary, schema, compression="zstd")
-            writer.write_table(table, row_group_size=GROUP_ROWS)
-            rows += table.num_rows
-        if writer is not None:
-            writer.close()
-            temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+        with open_storage(folder or "/").staged() as staged, ExitStack() as stack:
+            for table in tables:
+                if writer is None:
+                    schema = table.schema.with_metadata({ROOT_KEY: root.encode()})
+                    writer = stack.enter_context(pq.ParquetWriter(staged.path, schema, compression="zstd"))
+                writer.write_table(table, row_group_size=GROUP_ROWS)
+                rows += table.num_rows
+            if writer is not None:
+                writer.close()
+                staged.publish(name, replace=True)
+    except OSError as error:
+        raise StorageError(f"{out}: {error}") from error
     return rows

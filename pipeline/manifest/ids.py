@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline.addresses import open_arrow
 from pipeline.errors import ManifestError
-from pipeline.manifest.source import Manifest
-from pipeline.storage import open_arrow
+from pipeline.manifest.source import Manifest, example_row
 
 BATCH_ROWS = 65_536
 
@@ -35,9 +35,14 @@ def check_ids(manifest: Manifest) -> None:
             row = pc.index(ids.is_null(), pa.scalar(True)).as_py()
             raise ManifestError(
                 f"{_place(manifest, where + row)}: {manifest.id} is null; every row needs an id, or nobody could "
-                f"find its embedding"
+                f"find its embedding{_example(manifest, where + row)}"
             )
-        hashes[filled : filled + len(ids)] = _hash(ids)
+        try:
+            hashes[filled : filled + len(ids)] = _hash(ids)
+        except (UnicodeDecodeError, pa.ArrowException) as error:
+            raise ManifestError(
+                f"{_place(manifest, where)} or one of the {len(ids) - 1} after it: {manifest.id} is not UTF-8"
+            ) from error
         filled += len(ids)
     hashes.sort()
     repeated = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
@@ -72,17 +77,28 @@ def _explain(manifest: Manifest, repeated: np.ndarray) -> None:
     for where, ids in _ids(manifest):
         for offset in np.flatnonzero(np.isin(_hash(ids), repeated)):
             value = ids[int(offset)].as_py()
+            row = where + int(offset)
             if value in seen:
                 raise ManifestError(
                     f"{manifest.id} {value!r} stands twice: at {_place(manifest, seen[value])} and at "
-                    f"{_place(manifest, where + int(offset))}; ids must be unique"
+                    f"{_place(manifest, row)}; ids must be unique{_example(manifest, row)}"
                 )
-            seen[value] = where + int(offset)
+            seen[value] = row
 
 
 def _place(manifest: Manifest, row: int) -> str:
+    url, row = _find(manifest, row)
+    return f"{url}, row {row}"
+
+
+def _example(manifest: Manifest, row: int) -> str:
+    return example_row(*_find(manifest, row))
+
+
+def _find(manifest: Manifest, row: int) -> tuple[str, int]:
+    """The file of a row, and the row's position in it."""
     for file in manifest.files:
         if row < file.rows:
-            return f"{file.url}, row {row}"
+            return file.url, row
         row -= file.rows
     raise IndexError(row)

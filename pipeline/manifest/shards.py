@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.addresses import open_arrow
 from pipeline.errors import ManifestError
 from pipeline.manifest.source import Manifest
 from pipeline.records import ImageRef, Piece, Shard
-from pipeline.storage import open_arrow
 
 # Rows read at a time. Encoded images are large, so a batch of them is kept small.
 PATH_ROWS = 512
@@ -91,9 +92,10 @@ class ShardReader:
         if self._parquet is None or self._at[0] != piece.file:
             self.close()
             # Small reads and no read-ahead: a row group of images may be larger than memory.
-            self._parquet = pq.ParquetFile(
-                open_arrow(self.manifest.files[piece.file].url), buffer_size=1 << 20, pre_buffer=False
-            )
+            with self._explained(piece):
+                self._parquet = pq.ParquetFile(
+                    open_arrow(self.manifest.files[piece.file].url), buffer_size=1 << 20, pre_buffer=False
+                )
         kind = self.manifest.image_kind
         columns = [*self.manifest.schema.names, self.manifest.image]
         self._batches = self._parquet.iter_batches(
@@ -114,11 +116,21 @@ class ShardReader:
         if self._rest is not None:
             rest, self._rest = self._rest, None
             return rest
-        batch = next(self._batches, None) if self._batches is not None else None
-        if batch is None:
-            url = self.manifest.files[piece.file].url
-            raise ManifestError(f"{url}: row group {piece.row_group} ends early; did the file change during the run?")
+        with self._explained(piece):
+            batch = next(self._batches, None) if self._batches is not None else None
+            if batch is None:
+                raise EOFError("the rows end early")
         return batch
+
+    @contextmanager
+    def _explained(self, piece: Piece) -> Iterator[None]:
+        try:
+            yield
+        except (pa.ArrowException, OSError, EOFError) as error:
+            url = self.manifest.files[piece.file].url
+            raise ManifestError(
+                f"{url}: row group {piece.row_group} cannot be read ({error}); did the file change during the run?"
+            ) from error
 
 
 def refs(manifest: Manifest, batch: pa.RecordBatch) -> list[ImageRef]:

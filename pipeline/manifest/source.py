@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os.path
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
+from pipeline.addresses import is_local, open_arrow, open_file
 from pipeline.config import ManifestConfig, nearest
 from pipeline.errors import ManifestError
-from pipeline.storage import is_local, open_arrow, open_file
 
 ROOT_KEY = b"pipeline.root"
 # Above this a digest of the whole file would read a terabyte of pixels twice; the footer (offsets,
@@ -77,7 +79,7 @@ def open_manifest(config: ManifestConfig) -> Manifest:
     if config.path is None:
         raise ManifestError("manifest.path is null; give a Parquet file, a folder of them, or a glob")
     urls = find_files(config.path)
-    files, first = [], None
+    files, first, roots = [], None, set()
     for url in urls:
         schema, file = _inspect(url)
         _check_columns(url, schema, config)
@@ -90,17 +92,24 @@ def open_manifest(config: ManifestConfig) -> Manifest:
                     f"{urls[0]}; write all files of a manifest with one schema"
                 )
         files.append(file)
+        roots.add((schema.metadata or {}).get(ROOT_KEY, b"").decode())
     if first is None or not any(file.rows for file in files):
         raise ManifestError(f"manifest.path={config.path}: the manifest has no rows")
+    if config.root is None and len(roots) > 1:
+        places = ", ".join(sorted(root or "none" for root in roots))
+        raise ManifestError(
+            f"manifest.path={config.path}: its files were built with different roots ({places}); build them from one "
+            f"folder, or set manifest.root"
+        )
     kept = [first.field(config.id), *(first.field(name) for name in config.keep)]
-    recorded = (first.metadata or {}).get(ROOT_KEY, b"").decode()
+    root = os.path.expanduser(config.root) if config.root and is_local(config.root) else config.root
     return Manifest(
         files=tuple(files),
         schema=pa.schema([field.remove_metadata() for field in kept]),
         id=config.id,
         image=config.image,
         image_kind=_image_kind(first.field(config.image).type),
-        root=config.root or recorded or urls[0].rpartition("/")[0] or ".",
+        root=root or roots.pop() or _folder(urls),
     )
 
 
@@ -125,8 +134,14 @@ def find_files(path: str) -> list[str]:
     return [name if is_local(path) else fs.unstrip_protocol(name) for name in found]
 
 
+def _folder(urls: Sequence[str]) -> str:
+    """The folder that all files lie in; addresses begin with a scheme or a slash."""
+    levels = zip(*(url.split("/")[:-1] for url in urls), strict=False)
+    return "/".join(names[0] for names in takewhile(lambda names: len(set(names)) == 1, levels)) or "/"
+
+
 def _listed(fs: Any, root: str) -> list[str]:
-    if any(mark in root for mark in "*?["):
+    if any(mark in root for mark in "*?[") and not fs.exists(root):
         return sorted(name for name in fs.glob(root) if fs.isfile(name))
     if fs.isdir(root):
         found = fs.find(root)
@@ -135,7 +150,7 @@ def _listed(fs: Any, root: str) -> list[str]:
         return sorted(
             name
             for name, rest in relative.items()
-            if rest.endswith((".parquet", ".pq")) and not any(part[0] in "_." for part in rest.split("/"))
+            if rest.endswith((".parquet", ".pq")) and not any(part.startswith(("_", ".")) for part in rest.split("/"))
         )
     return [root] if fs.exists(root) else []
 
@@ -148,7 +163,7 @@ def _inspect(url: str) -> tuple[pa.Schema, ManifestFile]:
             groups = tuple(parquet.metadata.row_group(index).num_rows for index in range(parquet.num_row_groups))
             schema = parquet.schema_arrow
             footer = parquet.metadata.serialized_size
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+    except (pa.ArrowException, OSError) as error:
         hint = ""
         if url.lower().endswith((".csv", ".tsv")):
             hint = f"; make a manifest of a CSV with: python -m pipeline.manifest csv {url} manifest.parquet"
@@ -172,22 +187,49 @@ def _digest(url: str, info: dict[str, Any], size: int, footer: int) -> str:
 
 def _check_columns(url: str, schema: pa.Schema, config: ManifestConfig) -> None:
     listing = ", ".join(f"{field.name} ({field.type})" for field in schema)
+    twice = [name for name in (config.id, config.image, *config.keep) if schema.names.count(name) > 1]
+    if twice:
+        raise ManifestError(f"{url}: there are two columns {twice[0]!r}; its columns are: {listing}")
     wanted = [("manifest.id", config.id), ("manifest.image", config.image)]
     wanted += [("manifest.keep", name) for name in config.keep]
     missing = [(key, name) for key, name in wanted if name not in schema.names]
     if missing:
         parts = [f"{key}={name}" + _hint(name, schema.names) for key, name in missing]
-        raise ManifestError(f"{url}: no column for {', '.join(parts)}; its columns are: {listing}")
+        raise ManifestError(f"{url}: no column for {', '.join(parts)}; its columns are: {listing}{example_row(url, 0)}")
     id_type = schema.field(config.id).type
     if not (pa.types.is_integer(id_type) or _is_text(id_type)):
         raise ManifestError(
-            f"{url}: manifest.id={config.id} is {id_type}; ids are strings or integers; its columns are: {listing}"
+            f"{url}: manifest.id={config.id} is {id_type}; ids are strings or integers; its columns are: "
+            f"{listing}{example_row(url, 0)}"
         )
     if not _image_kind(schema.field(config.image).type):
         raise ManifestError(
             f"{url}: manifest.image={config.image} is {schema.field(config.image).type}; wanted a string (path or "
-            f"URL), binary (encoded image), or struct<bytes, path>; its columns are: {listing}"
+            f"URL), binary (encoded image), or struct<bytes, path>; its columns are: {listing}{example_row(url, 0)}"
         )
+
+
+def example_row(url: str, row: int) -> str:
+    """Row ``row`` of a file in words, for an error message; columns that may be large are left out."""
+    with open_arrow(url) as handle:
+        parquet = pq.ParquetFile(handle, pre_buffer=False)
+        schema, group = parquet.schema_arrow, 0
+        small = [f.name for f in schema if not (_is_bytes(f.type) or pa.types.is_nested(f.type))]
+        while group < parquet.num_row_groups and row >= parquet.metadata.row_group(group).num_rows:
+            row -= parquet.metadata.row_group(group).num_rows
+            group += 1
+        if not small or group == parquet.num_row_groups:
+            return ""
+        for batch in parquet.iter_batches(row_groups=[group], columns=small, use_threads=False):
+            if row < batch.num_rows:
+                values = zip(batch.schema.names, (column[row].as_py() for column in batch.columns), strict=True)
+                return "; the row: " + ", ".join(f"{name}={_short(repr(value))}" for name, value in values)
+            row -= batch.num_rows
+    return ""
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _hint(name: str, known: Sequence[str]) -> str:

@@ -14,18 +14,17 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers import logging as transformers_logging
 
-from pipeline.config import DEMO_MODEL, ModelConfig
+from pipeline.config import ModelConfig
 from pipeline.errors import ModelError
 from pipeline.models.architectures import ARCHITECTURES
+from pipeline.models.hub import DEMO_FOLDER, find_folder
 from pipeline.models.preprocessor import read_spec, to_spec
 from pipeline.records import PreprocessSpec
 from pipeline.storage import sha256
 
-DEMO_FOLDER = Path(__file__).resolve().parent.parent / "demo" / "model"
 SCORING = {"clip": "softmax", "siglip": "sigmoid"}
 # SigLIP was trained on texts padded to 64 tokens, and pools the last one.
 TEXT_LENGTH = {"clip": None, "siglip": 64}
-WANTED_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +84,7 @@ def open_checkpoint(config: ModelConfig) -> Checkpoint:
     transformers_logging.disable_progress_bar()
     if config.weights == "random":
         return _open_random(config)
-    folder = _folder(config)
+    folder = find_folder(config)
     settings = _read_config(folder)
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
@@ -113,7 +112,7 @@ def _open_random(config: ModelConfig) -> Checkpoint:
         # No download, so the demo's tokenizer stands in: random weights know no words anyway.
         folder = DEMO_FOLDER
     else:
-        folder = _folder(config)
+        folder = find_folder(config)
         settings = _read_config(folder)
         spec = read_spec(folder, settings.model_type)
     tokenizer = _tokenizer(folder)
@@ -164,30 +163,6 @@ def _assemble(
             "preprocess": dataclasses.asdict(spec),
         },
     )
-
-
-def _folder(config: ModelConfig) -> Path:
-    if config.name == DEMO_MODEL:
-        return DEMO_FOLDER
-    local = Path(config.name).expanduser()
-    if local.is_dir():
-        return local
-    if config.name.startswith((".", "/", "~")) or config.name.count("/") > 1:
-        raise ModelError(f"model.name={config.name}: no such folder")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(config.name, revision=config.revision, allow_patterns=list(WANTED_FILES)))
-    except HFValidationError as error:
-        raise ModelError(f"model.name={config.name}: neither a folder nor a hub id: {error}") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        revision = config.revision or "main"
-        raise ModelError(
-            f"model.name={config.name}, revision {revision}: the Hugging Face hub did not give it "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}). Check the name and the network; on a machine "
-            "without one, copy the checkpoint and give its folder as model.name, or measure with model.weights=random"
-        ) from error
 
 
 def _read_config(folder: Path) -> Any:

@@ -83,7 +83,7 @@ def build_bank(checkpoint: Checkpoint, labels: LabelSet, config: PromptsConfig, 
     fingerprint = bank_fingerprint(checkpoint, labels)
     store = open_storage(config.cache or str(default_cache()))
     name = f"{fingerprint}.safetensors"
-    features = _from_cache(store.read(name), (len(labels.names), checkpoint.dim))
+    features = _from_cache(store, name, (len(labels.names), checkpoint.dim))
     cached = features is not None
     if features is None:
         features = embed_prompts(checkpoint, labels.prompts)
@@ -133,12 +133,14 @@ def _warn_of_long(checkpoint: Checkpoint, texts: Sequence[str]) -> None:
         log.warning("%d prompts are longer than %d tokens and are cut, for example %r", len(long), limit, long[0])
 
 
-def _from_cache(data: bytes | None, shape: tuple[int, int]) -> np.ndarray | None:
-    if data is None:
-        return None
+def _from_cache(store: Storage, name: str, shape: tuple[int, int]) -> np.ndarray | None:
+    """The cached features, or None where there are none that can be used."""
     try:
+        data = store.read(name)
+        if data is None:
+            return None
         features: np.ndarray = load_safetensors(data)["features"]
-    except (SafetensorError, KeyError):
+    except (SafetensorError, KeyError, StorageError):
         return None
     return features if features.shape == shape and np.isfinite(features).all() else None
 

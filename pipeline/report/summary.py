@@ -14,8 +14,8 @@ from typing import Any
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline.addresses import open_arrow
 from pipeline.records import OK, Clocks, Stage
-from pipeline.storage import open_arrow
 
 PACKAGES = ("torch", "transformers", "tokenizers", "pillow", "pyarrow", "numpy", "hydra-core", "fsspec")
 # The encoder waits for images more than this share of its time: then the loader sets the pace.
@@ -51,13 +51,20 @@ def summarize(folder: str, parts: Sequence[str], *, id: str, examples: int) -> D
     return DatasetSummary(labels=dict(labels.most_common()), unlabelled=unlabelled, failures=tuple(failures))
 
 
-def find_bound(clocks: Clocks, *, workers: int, device: str, precision: str, cores: int) -> tuple[str, str]:
-    """What set the pace, and what to change about it, in words."""
+def find_bound(
+    clocks: Clocks, *, startup: float, wall: float, workers: int, device: str, precision: str, cores: int
+) -> tuple[str, str]:
+    """What set the pace, and what to change about it, in words; ``startup`` and ``wall`` are seconds."""
     seconds = clocks.seconds
     wait_in, wait_out = seconds.get(Stage.WAIT_INPUT, 0.0), seconds.get(Stage.WAIT_OUTPUT, 0.0)
     loop = wait_in + wait_out + seconds.get(Stage.ENCODE, 0.0)
     if loop == 0:
         return "nothing", "every shard was done already"
+    if startup > wall / 2:
+        return "start-up", (
+            f"{startup:.1f} of {wall:.1f} s went by before the first batch was done: importing, opening the model, "
+            "embedding the prompts; a longer job hardly notices"
+        )
     if wait_out / loop > WAITING:
         return "writing", "write to a faster disk, or raise manifest.shard_rows so that parts are fewer"
     if wait_in / loop > WAITING:

@@ -1,0 +1,58 @@
+"""From ``model.name`` to a local folder with the checkpoint's files."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from pipeline.config import DEMO_MODEL, ModelConfig
+from pipeline.errors import ModelError
+
+DEMO_FOLDER = Path(__file__).resolve().parent.parent / "demo" / "model"
+WANTED_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")
+# The hub's own bot offers safetensors for older checkpoints as pull requests; OpenAI's CLIP has them
+# only there. transformers trusts the same author and title.
+CONVERTER, CONVERSION = "SFconvertbot", "Adding `safetensors` variant of this model"
+log = logging.getLogger(__name__)
+
+
+def find_folder(config: ModelConfig) -> Path:
+    """The demo's folder, a local folder, or the hub's files in its cache.
+
+    Raises:
+        ModelError: no such folder, or the hub did not give it.
+    """
+    if config.name == DEMO_MODEL:
+        return DEMO_FOLDER
+    local = Path(config.name).expanduser()
+    if local.is_dir():
+        return local
+    if config.name.startswith((".", "/", "~")) or config.name.count("/") > 1:
+        raise ModelError(f"model.name={config.name}: no such folder")
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        return _download(config)
+    except HFValidationError as error:
+        raise ModelError(f"model.name={config.name}: neither a folder nor a hub id: {error}") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+        raise ModelError(
+            f"model.name={config.name}, revision {config.revision or 'main'}: the Hugging Face hub did not give it "
+            f"({type(error).__name__}: {str(error).splitlines()[0]}). Check the name and the network; on a machine "
+            "without one, copy the checkpoint and give its folder as model.name, or measure with model.weights=random"
+        ) from error
+
+
+def _download(config: ModelConfig) -> Path:
+    from huggingface_hub import get_repo_discussions, snapshot_download
+
+    wanted = list(WANTED_FILES)
+    folder = Path(snapshot_download(config.name, revision=config.revision, allow_patterns=wanted))
+    if config.weights == "random" or config.revision is not None or any(folder.glob("*.safetensors")):
+        return folder
+    for discussion in get_repo_discussions(config.name, author=CONVERTER, discussion_type="pull_request"):
+        if discussion.title == CONVERSION and discussion.status == "open":
+            revision = f"refs/pr/{discussion.num}"
+            log.info("%s has no safetensors on main; taking the hub's own conversion, %s", config.name, revision)
+            return Path(snapshot_download(config.name, revision=revision, allow_patterns=wanted))
+    return folder

@@ -1,0 +1,81 @@
+"""The house: every module imports from its own room or from lower floors."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+# A room or a flat door, and its floor. The job stands between the cluster and the doors.
+FLOORS = {
+    "records": 0,
+    "errors": 0,
+    "config": 1,
+    "addresses": 1,
+    "storage": 1.5,
+    "overrides": 1.5,
+    "manifest": 2,
+    "images": 2.5,
+    "models": 2,
+    "dataset": 2,
+    "report": 2,
+    "demo": 3,
+    "backends": 4,
+    "worker": 5,
+    "gallery": 5,
+    "cluster": 6,
+    "job": 7,
+    "run": 8,
+}
+PACKAGE = ROOT / "pipeline"
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_rooms(path: Path) -> set[str]:
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module] if node.module != "pipeline" else [f"pipeline.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        rooms |= {name.split(".")[1] for name in names if name.startswith("pipeline.")}
+    return rooms
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_module_imports_only_from_its_room_or_from_lower_floors(path: Path) -> None:
+    room = room_of(path)
+    above = {other for other in imported_rooms(path) if other != room and FLOORS[other] >= FLOORS[room]}
+    assert not above, f"{path.name} on floor {FLOORS[room]} imports {above}"
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if p.name == "__init__.py"], ids=lambda path: path.parent.name)
+def test_an_init_file_hands_nothing_on(path: Path) -> None:
+    if path.parent.name != "backends":
+        assert not imported_rooms(path)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_file_reads_in_one_sitting(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 300
+
+
+def test_only_the_cluster_room_imports_dask() -> None:
+    users = {room_of(path) for path in MODULES if "dask" in path.read_text() and "import dask" in path.read_text()}
+    assert users <= {"cluster"}
+
+
+def test_the_door_opens_without_torch() -> None:
+    code = "import sys, pipeline.run, pipeline.overrides; sys.exit('torch' in sys.modules or 'pyarrow' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

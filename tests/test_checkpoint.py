@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, SiglipConfig, SiglipModel
+
+from pipeline.config import ModelConfig
+from pipeline.errors import ModelError
+from pipeline.models.checkpoint import open_checkpoint
+from pipeline.models.hub import DEMO_FOLDER
+from tests.conftest import data_folder
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A local folder with the demo's files."""
+    return Path(shutil.copytree(DEMO_FOLDER, tmp_path / "copy"))
+
+
+def small_siglip(folder: Path) -> Path:
+    """A SigLIP of a few thousand parameters, saved as a checkpoint."""
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_FOLDER)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {**sizes, "vocab_size": len(tokenizer), "max_position_embeddings": 64, "projection_size": 32}
+    config = SiglipConfig(text_config=text, vision_config={**sizes, "image_size": 32, "patch_size": 8})
+    torch.manual_seed(0)
+    SiglipModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    values = {"size": {"height": 32, "width": 32}, "resample": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (folder / "preprocessor_config.json").write_text(json.dumps(values))
+    return folder
+
+
+def test_the_demo_loads_like_any_checkpoint(copy: Path) -> None:
+    demo, local = open_checkpoint(ModelConfig()), open_checkpoint(ModelConfig(name=str(copy)))
+    assert demo.fingerprint == local.fingerprint
+    assert (demo.family, demo.scoring, demo.dim, demo.spec.size) == ("clip", "softmax", 128, (48, 48))
+    assert sum(file.stat().st_size for file in DEMO_FOLDER.iterdir()) <= 6_000_000
+
+
+@pytest.mark.parametrize("change", ["weights", "tokenizer", "preprocessor", "config"])
+def test_any_changed_file_changes_the_fingerprint(copy: Path, change: str) -> None:
+    before = open_checkpoint(ModelConfig(name=str(copy))).fingerprint
+    if change == "weights":
+        from safetensors.torch import load_file, save_file
+
+        tensors = load_file(copy / "model.safetensors")
+        tensors["logit_scale"] += 0.001
+        save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    else:
+        name, key, value = {
+            "tokenizer": ("tokenizer_config.json", "model_max_length", 16),
+            "preprocessor": ("preprocessor_config.json", "resample", 2),
+            "config": ("config.json", "logit_scale_init_value", 2.0),
+        }[change]
+        content = json.loads((copy / name).read_text())
+        (copy / name).write_text(json.dumps({**content, key: value}))
+    assert open_checkpoint(ModelConfig(name=str(copy))).fingerprint != before
+
+
+def test_random_weights_follow_from_the_seed_and_leave_the_global_one_alone() -> None:
+    state = torch.random.get_rng_state()
+    first = open_checkpoint(ModelConfig(name=str(DEMO_FOLDER), weights="random", seed=3))
+    second = open_checkpoint(ModelConfig(name=str(DEMO_FOLDER), weights="random", seed=3))
+    other = open_checkpoint(ModelConfig(name=str(DEMO_FOLDER), weights="random", seed=4))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    weights = [c.model.visual_projection.weight for c in (first, second, other)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    assert first.fingerprint == second.fingerprint != other.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("name", "dim", "parameters"),
+    [("openai/clip-vit-base-patch32", 512, 151_277_313), ("google/siglip2-base-patch16-224", 768, 375_187_970)],
+)
+def test_full_size_architectures_need_no_download(name: str, dim: int, parameters: int) -> None:
+    checkpoint = open_checkpoint(ModelConfig(name=name, weights="random"))
+    assert checkpoint.dim == dim
+    assert sum(p.numel() for p in checkpoint.model.parameters()) == parameters
+    features = checkpoint.text_features(checkpoint.tokenize(["a red circle", "日本語"]))
+    assert features.shape == (2, dim)
+    assert torch.isfinite(features).all()
+
+
+def test_siglip_pads_its_texts_and_scores_by_sigmoid(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(ModelConfig(name=str(small_siglip(tmp_path))))
+    assert (checkpoint.family, checkpoint.scoring, checkpoint.dim) == ("siglip", "sigmoid", 32)
+    assert checkpoint.bias == pytest.approx(float(checkpoint.model.logit_bias))
+    tokens = checkpoint.tokenize(["a", "a red circle"])
+    assert list(tokens) == ["input_ids"]
+    assert tokens["input_ids"].shape == (2, 64)
+    pixels = torch.rand(2, 3, 32, 32)
+    expected = checkpoint.model.get_image_features(pixel_values=pixels).pooler_output
+    assert torch.equal(checkpoint.image_features(pixels), expected)
+
+
+def test_text_of_different_lengths_gives_the_same_features_in_any_company() -> None:
+    checkpoint = open_checkpoint(ModelConfig())
+    alone = checkpoint.text_features(checkpoint.tokenize(["a red circle"]))
+    padded = checkpoint.text_features(checkpoint.tokenize(["a red circle", "a photo of a large striped blue heart"]))
+    torch.testing.assert_close(alone[0], padded[0], atol=1e-5, rtol=1e-5)
+
+
+def test_openai_s_tokenizer_gives_the_published_ids() -> None:
+    folder = data_folder("clip_tokenizer")
+    from transformers import CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    expected = json.loads((folder / "expected_ids.json").read_text())
+    cases = expected if isinstance(expected, list) else list(expected.values())
+    assert len(cases) == 25
+    for case in cases:
+        assert tokenizer(case["text"])["input_ids"] == case["ids"], case["text"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "no config.json"),
+        (lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"), "no \\*.safetensors"),
+        (lambda folder: (folder / "config.json").write_text('{"model_type": "bert"}'), "'bert' is not supported"),
+        (lambda folder: (folder / "preprocessor_config.json").unlink(), "no preprocessor_config"),
+    ],
+)
+def test_a_folder_that_is_no_checkpoint_is_explained(copy: Path, spoil, message: str) -> None:  # type: ignore[no-untyped-def]
+    spoil(copy)
+    with pytest.raises(ModelError, match=message):
+        open_checkpoint(ModelConfig(name=str(copy)))
+
+
+@pytest.mark.hub
+def test_the_published_logits_of_openai_s_checkpoint_come_out() -> None:
+    import io
+    import urllib.request
+
+    from PIL import Image
+
+    checkpoint = open_checkpoint(ModelConfig(name="openai/clip-vit-base-patch32"))
+    from pipeline.backends.torch import TorchEncoder
+    from pipeline.images.preprocess import preprocess
+
+    with urllib.request.urlopen("http://images.cocodataset.org/val2017/000000039769.jpg") as reply:
+        image = Image.open(io.BytesIO(reply.read())).convert("RGB")
+    rgb = torch.from_numpy(preprocess(image, checkpoint.spec).rgb.copy()).permute(2, 0, 1)[None]
+    texts = checkpoint.text_features(checkpoint.tokenize(["a photo of a cat", "a photo of a dog"]))
+    encoder = TorchEncoder(checkpoint, precision="fp32", device=torch.device("cpu"), batch_size=1)
+    logits = encoder.encode(rgb) @ torch.nn.functional.normalize(texts, dim=1).T * checkpoint.scale
+    torch.testing.assert_close(logits, torch.tensor([[24.5701, 19.3049]]), atol=1e-3, rtol=0)

@@ -1,0 +1,323 @@
+"""The main job end to end: demo model, real files, every row accounted for."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import dask.dataframe as dd
+import duckdb
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from pipeline.config import Config
+from pipeline.dataset.parts import METADATA_KEY
+from pipeline.errors import ManifestError, NumericalError, PipelineError, PlanMismatch, TooManyFailures
+from pipeline.job import run_job
+from tests.conftest import data_folder
+from tests.jobs import StubEncoder, config_for, content, scenes_manifest, stub_backend
+
+ROWS = 70
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A finished job of 70 rows in 3 shards, two of them damaged."""
+    folder = tmp_path_factory.mktemp("job")
+    manifest = scenes_manifest(folder / "m.parquet", ROWS)
+    config = config_for(manifest, folder / "out", prompts={"cache": str(folder / "cache")})
+    run_job(config)
+    return config
+
+
+def output(config: Config) -> Path:
+    return Path(config.output.dir)
+
+
+def test_every_row_comes_out_once_and_in_order(finished: Config) -> None:
+    table = pq.read_table(output(finished))
+    source = pq.read_table(finished.manifest.path)
+    assert table["id"].to_pylist() == source["id"].to_pylist()
+    assert table["truth"].to_pylist() == source["truth"].to_pylist()
+    assert table["meta"].to_pylist() == source["meta"].to_pylist()
+    assert table.column_names == [
+        "id", "truth", "meta", "embedding", "label", "score", "top_labels", "top_scores", "status", "error",
+    ]  # fmt: skip
+
+
+def test_a_failed_row_has_a_status_and_nothing_else(finished: Config) -> None:
+    rows = pq.read_table(output(finished)).to_pylist()
+    failed = {i: row for i, row in enumerate(rows) if row["status"] != "ok"}
+    assert {i: row["status"] for i, row in failed.items()} == {3: "not_an_image", 20: "empty"}
+    for row in failed.values():
+        assert row["error"]
+        assert [row[name] for name in ("embedding", "label", "score", "top_labels", "top_scores")] == [None] * 5
+    for row in rows:
+        if row["status"] == "ok":
+            assert row["error"] is None
+            assert len(row["embedding"]) == 128
+            assert len(row["top_labels"]) == len(row["top_scores"]) == 5
+            assert row["label"] == row["top_labels"][0]
+            assert row["score"] == row["top_scores"][0]
+            assert row["top_scores"] == sorted(row["top_scores"], reverse=True)
+
+
+def test_the_labels_are_right(finished: Config) -> None:
+    rows = [row for row in pq.read_table(output(finished)).to_pylist() if row["status"] == "ok"]
+    assert np.mean([row["label"] == row["truth"] for row in rows]) >= 0.9
+
+
+def test_embeddings_are_those_of_the_model_on_the_reference_pixels(finished: Config) -> None:
+    from PIL import Image
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    from pipeline.config import ModelConfig
+    from pipeline.models.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(ModelConfig())
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48})
+    source = pq.read_table(finished.manifest.path)["image"]
+    rows = pq.read_table(output(finished)).to_pylist()
+    for index in (0, 4, 33, 69):
+        import io
+
+        image = Image.open(io.BytesIO(source[index].as_py())).convert("RGB")
+        values = processor(image, return_tensors="pt").pixel_values
+        expected = torch.nn.functional.normalize(checkpoint.image_features(values), dim=1)[0].numpy()
+        np.testing.assert_allclose(np.asarray(rows[index]["embedding"]), expected, atol=2e-6)
+
+
+@pytest.mark.filterwarnings("ignore:The inplace keyword")  # Dask's, about pandas
+def test_all_readers_see_the_rows_and_nothing_else(finished: Config) -> None:
+    folder = finished.output.dir
+    frame = pd.read_parquet(folder)
+    matrix = np.stack(frame.loc[frame["status"] == "ok", "embedding"])
+    assert matrix.shape == (ROWS - 2, 128)
+    np.testing.assert_allclose(np.linalg.norm(matrix, axis=1), 1, atol=1e-5)
+    ducks = duckdb.sql(f"select count(*), count(embedding), count(distinct id) from '{folder}/*.parquet'").fetchall()
+    assert ducks == [(ROWS, ROWS - 2, ROWS)]
+    lazy = dd.read_parquet(folder)
+    assert len(lazy) == ROWS
+    assert lazy[lazy["status"] == "ok"]["label"].count().compute() == ROWS - 2
+
+
+def test_a_single_part_explains_itself(finished: Config) -> None:
+    part = next(output(finished).glob("part-*.parquet"))
+    prints = json.loads(pq.read_schema(part).metadata[METADATA_KEY])
+    assert {"model", "images", "backend", "prompts", "manifest"} <= set(prints)
+    assert prints == json.loads((output(finished) / "_plan.json").read_text())["fingerprints"]
+
+
+def test_success_names_every_part_and_its_counts_add_up(finished: Config) -> None:
+    success = json.loads((output(finished) / "_SUCCESS").read_text())
+    assert success["rows"] == sum(success["counts"].values()) == ROWS
+    assert success["parts"] == sorted(path.name for path in output(finished).glob("*.parquet"))
+    assert len(success["parts"]) == 3
+
+
+def test_the_report_says_where_the_time_went(finished: Config) -> None:
+    report = json.loads((output(finished) / "_report.json").read_text())
+    assert report["rows"] == report["total_rows"] == ROWS
+    assert report["counts"] == {"ok": ROWS - 2, "empty": 1, "not_an_image": 1}
+    assert {"read", "decode", "encode", "write"} <= set(report["stages"])
+    assert all(seconds >= 0 for seconds in report["stages"].values())
+    assert report["images_per_second"] > 0
+    assert report["prompts"] == {"labels": 100, "cached": False}
+    assert {row["status"] for row in report["failures"]} == {"not_an_image", "empty"}
+    page = (output(finished) / "_report.html").read_text()
+    assert "scene/0003.jpg" in page
+    assert page.count("data:image/jpeg;base64,") == 4
+    assert "http" not in page.replace("http-equiv", "")
+
+
+def test_the_same_job_again_changes_nothing(finished: Config) -> None:
+    before = {path: path.read_bytes() for path in output(finished).iterdir() if path.is_file()}
+    report = run_job(finished)
+    assert (report.rows, report.resumed_rows, report.counts["ok"]) == (0, ROWS, ROWS - 2)
+    assert report.prompts["cached"]
+    after = {path: path.read_bytes() for path in output(finished).iterdir() if path.is_file()}
+    del before[output(finished) / "_run.log"], after[output(finished) / "_run.log"]
+    assert after == before
+
+
+@pytest.mark.parametrize("workers", [1, 5])
+def test_the_number_of_threads_changes_no_byte(finished: Config, tmp_path: Path, workers: int) -> None:
+    config = config_for(Path(finished.manifest.path or ""), tmp_path / "out", loader={"workers": workers})
+    run_job(config)
+    assert content(tmp_path / "out") == content(output(finished))
+
+
+CHANGES = {
+    "model": ({"model": {"weights": "random", "name": "DEMO"}}, "model.weights"),
+    "prompts": ({"prompts": {"labels": ["cat", "dog"]}}, "prompts.text"),
+    "templates": ({"prompts": {"templates": ["one {}"]}}, "prompts.text"),
+    "top_k": ({"labels": {"top_k": 2}}, "prompts.top_k: there 5, now 2"),
+    "exif": ({"images": {"exif": "ignore"}}, 'images.exif: there "apply", now "ignore"'),
+    "precision": ({"backend": {"precision": "bf16"}}, 'backend.precision: there "fp32", now "bf16"'),
+    "batch": ({"loader": {"batch_size": 16}}, "batch_size: there 8, now 16"),
+    "shards": ({"manifest": {"shard_rows": 10}}, "shard_rows: there 24, now 10"),
+    "keep": ({"manifest": {"keep": ["truth"]}}, "manifest.columns"),
+    "dtype": ({"output": {"dtype": "float16"}}, 'output.dtype: there "float32", now "float16"'),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_dataset_never_mixes_two_jobs(finished: Config, change: str) -> None:
+    from pipeline.models.hub import DEMO_FOLDER
+
+    groups, message = CHANGES[change]
+    groups = {g: {k: str(DEMO_FOLDER) if v == "DEMO" else v for k, v in values.items()} for g, values in groups.items()}
+    before = content(output(finished))
+    with pytest.raises(PlanMismatch) as caught:
+        run_job(config_for(Path(finished.manifest.path or ""), output(finished), **groups))
+    assert message in str(caught.value)
+    assert caught.value.exit_code == 2
+    assert content(output(finished)) == before
+
+
+def test_a_changed_manifest_is_another_job(finished: Config, tmp_path: Path) -> None:
+    manifest = scenes_manifest(tmp_path / "m.parquet", ROWS, damaged={3: b"other damage", 20: b""})
+    with pytest.raises(PlanMismatch, match=r"manifest\.digest"):
+        run_job(config_for(manifest, output(finished)))
+
+
+def test_too_many_failures_is_said_after_the_dataset_is_complete(tmp_path: Path) -> None:
+    config = config_for(scenes_manifest(tmp_path / "m.parquet", 30), tmp_path / "out", errors={"max_fraction": 0.01})
+    with pytest.raises(TooManyFailures, match=r"2 of 30 rows failed \(6\.7%\)") as caught:
+        run_job(config)
+    assert caught.value.exit_code == 3
+    assert (tmp_path / "out" / "_SUCCESS").exists()
+    assert json.loads((tmp_path / "out" / "_report.json").read_text())["exit_code"] == 3
+
+
+def test_without_labels_the_columns_are_null(tmp_path: Path) -> None:
+    from pipeline.models.hub import DEMO_FOLDER
+
+    config = config_for(scenes_manifest(tmp_path / "m.parquet", 5), tmp_path / "out", model={"name": str(DEMO_FOLDER)})
+    run_job(config)
+    table = pq.read_table(tmp_path / "out")
+    assert table["label"].null_count == table["top_labels"].null_count == 5
+    assert table["embedding"].null_count == 1
+
+
+def test_a_low_score_gives_no_label_under_a_threshold(tmp_path: Path) -> None:
+    labels = {"threshold": 0.9, "top_k": 2}
+    run_job(config_for(scenes_manifest(tmp_path / "m.parquet", 60), tmp_path / "out", labels=labels))
+    rows = [row for row in pq.read_table(tmp_path / "out").to_pylist() if row["status"] == "ok"]
+    unsure = [row for row in rows if row["label"] is None]
+    assert 0 < len(unsure) < len(rows)
+    assert all(row["score"] < 0.9 and len(row["top_labels"]) == 2 for row in unsure)
+    assert all(row["score"] >= 0.9 for row in rows if row["label"] is not None)
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [("float16", np.float16), ("float32", np.float32)])
+@pytest.mark.parametrize("compression", ["zstd", "snappy", "none"])
+def test_every_storage_format_reads_back(tmp_path: Path, dtype: str, bits: type, compression: str) -> None:
+    settings = {"dtype": dtype, "compression": compression}
+    run_job(config_for(scenes_manifest(tmp_path / "m.parquet", 9), tmp_path / "out", output=settings))
+    frame = pd.read_parquet(tmp_path / "out")
+    matrix = np.stack(frame.loc[frame["status"] == "ok", "embedding"])
+    assert matrix.dtype == bits
+    length = "array_inner_product(embedding::float[128], embedding::float[128])"
+    query = f"select sum({length}) from '{tmp_path}/out/*.parquet' where status = 'ok'"
+    assert duckdb.sql(query).fetchall()[0][0] == pytest.approx(8, abs=1e-2)
+
+
+def test_nothing_starts_on_a_manifest_with_a_repeated_id(tmp_path: Path) -> None:
+    manifest = scenes_manifest(tmp_path / "m.parquet", 6)
+    table = pq.read_table(manifest)
+    pq.write_table(table.set_column(0, "id", [["a", "b", "c", "d", "b", "f"]]), manifest)
+    with pytest.raises(ManifestError, match="'b' stands twice"):
+        run_job(config_for(manifest, tmp_path / "out"))
+    assert not list((tmp_path / "out").glob("*.parquet"))
+    assert not (tmp_path / "out" / "_plan.json").exists()
+
+
+def test_an_output_with_strange_parquet_files_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.parquet").write_bytes(b"precious")
+    with pytest.raises(PlanMismatch, match=r"holds mine\.parquet but no _plan\.json"):
+        run_job(config_for(scenes_manifest(tmp_path / "m.parquet", 6), tmp_path / "out"))
+    assert (tmp_path / "out" / "mine.parquet").read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 0.0, 2.0])
+def test_numbers_that_are_no_embedding_are_never_committed(tmp_path: Path, bad: float) -> None:
+    class Spoiled(StubEncoder):
+        calls = 0
+
+        def spoil(self, vectors: torch.Tensor) -> torch.Tensor:
+            Spoiled.calls += 1
+            if Spoiled.calls == 5:
+                vectors[1] *= bad
+            return vectors
+
+    config = config_for(scenes_manifest(tmp_path / "m.parquet", 60), tmp_path / "out", prompts={"labels": []})
+    config = replace(config, model=replace(config.model, name=str(demo_folder())))
+    with stub_backend(Spoiled), pytest.raises(NumericalError, match="shard 1, row 9"):
+        run_job(config)
+    assert [path.name for path in (tmp_path / "out" / "_commits").iterdir()] == ["00000.json"]
+
+
+def demo_folder() -> Path:
+    from pipeline.models.hub import DEMO_FOLDER
+
+    return DEMO_FOLDER
+
+
+@pytest.mark.parametrize("shape", [(7, 4), (8, 3)])
+def test_an_encoder_that_returns_another_shape_is_stopped(tmp_path: Path, shape: tuple[int, int]) -> None:
+    class Wrong(StubEncoder):
+        def spoil(self, vectors: torch.Tensor) -> torch.Tensor:
+            return torch.ones(shape)
+
+    config = config_for(
+        scenes_manifest(tmp_path / "m.parquet", 10), tmp_path / "out", model={"name": str(demo_folder())}
+    )
+    with stub_backend(Wrong), pytest.raises(NumericalError, match="wanted float32"):
+        run_job(config)
+
+
+def test_an_object_store_holds_the_same_dataset(finished: Config) -> None:
+    import fsspec
+
+    url = "memory://bucket/dataset"
+    config = replace(finished, output=replace(finished.output, dir=url))
+    run_job(config)
+    fs = fsspec.filesystem("memory")
+    found = {name.removeprefix("/bucket/dataset/"): fs.cat_file(name) for name in fs.find("/bucket/dataset")}
+    assert {"_report.json", "_report.html", "_run.log"} <= set(found)
+    local = content(output(finished))
+    assert {name: found.get(name) for name in local} == local
+    assert run_job(config).rows == 0
+
+
+def test_the_odd_files_all_come_out_with_a_status(tmp_path: Path) -> None:
+    import csv
+
+    import pyarrow as pa
+
+    folder = data_folder("odd")
+    with (folder / "inventory.csv").open() as file:
+        names = [row["file"] for row in csv.DictReader(file)]
+    pq.write_table(pa.table({"id": names, "image": names}), tmp_path / "m.parquet")
+    manifest = {"root": str(folder), "keep": [], "shard_rows": 64}
+    config = config_for(tmp_path / "m.parquet", tmp_path / "out", manifest=manifest)
+    report = run_job(config)
+    assert report.total_rows == sum(report.counts.values()) == 150
+    assert report.counts["ok"] >= 105
+    frame = pd.read_parquet(tmp_path / "out")
+    assert set(frame["id"]) == set(names)
+    assert frame.loc[frame["status"] != "ok", "error"].str.len().min() > 5
+
+
+def test_errors_know_their_exit_codes() -> None:
+    codes = {error.__name__: error.exit_code for error in PipelineError.__subclasses__()}
+    assert codes == {
+        "ConfigError": 2, "ManifestError": 2, "ModelError": 2, "PromptsError": 2, "BackendUnavailable": 2,
+        "PlanMismatch": 2, "StorageError": 1, "NumericalError": 1, "TooManyFailures": 3, "Interrupted": 75,
+    }  # fmt: skip

@@ -1,0 +1,423 @@
+"""The loader: what the batches hold, in which order, and how it stops."""
+
+from __future__ import annotations
+
+import io
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipeline.config import FORMATS, ManifestConfig
+from pipeline.errors import ManifestError, StorageError
+from pipeline.images.decode import Decoder
+from pipeline.images.loader import Loader, PixelReader
+from pipeline.images.sources import Source
+from pipeline.manifest.shards import cut
+from pipeline.manifest.source import Manifest, open_manifest
+from pipeline.records import ImageBatch, PreprocessSpec, Shard, ShardRows, Stage
+
+SIZE = 8
+SPEC = PreprocessSpec(resize=SIZE, crop=(SIZE, SIZE), resample=3, mean=(0, 0, 0), std=(1, 1, 1))
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_is_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+    yield
+    assert threads() == []
+
+
+def threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith(("loader", "decode"))]
+
+
+def colour(row: int) -> tuple[int, int, int]:
+    return row % 256, row // 256, 200
+
+
+def encoded(row: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (SIZE, SIZE), colour(row)).save(file, "PNG")
+    return file.getvalue()
+
+
+def write(
+    folder: Path, rows: range, *, kind: str = "path", bad: tuple[int, ...] = (), group: int = 16, name: str = "a"
+) -> None:
+    """A Parquet file of ``rows``, each an image of its own colour; those in ``bad`` cannot be decoded."""
+    images = [encoded(row)[:40] if row in bad else encoded(row) for row in rows]
+    paths = [f"{row}.png" for row in rows]
+    if kind == "path":
+        for path, data in zip(paths, images, strict=True):
+            (folder / path).write_bytes(data)
+    cells: dict[str, Any] = {
+        "path": pa.array(paths),
+        "bytes": pa.array(images, pa.binary()),
+        "struct": pa.array([{"bytes": data, "path": path} for data, path in zip(images, paths, strict=True)]),
+    }
+    table = pa.table({"id": [f"row-{row}" for row in rows], "image": cells[kind], "kept": list(rows)})
+    pq.write_table(table, folder / f"{name}.parquet", row_group_size=group)
+
+
+def opened(folder: Path) -> Manifest:
+    return open_manifest(ManifestConfig(path=str(folder), image="image", keep=["kept"], root=str(folder)))
+
+
+@dataclass
+class Timer:
+    """Adds up what the loader reports."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def __call__(self, stage: str, seconds: float) -> None:
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+
+
+def make_loader(
+    manifest: Manifest, *, batch_size: int = 8, workers: int = 2, prefetch: int = 2, timer: Timer | None = None
+) -> Loader:
+    source = Source(root=manifest.root, max_bytes=1_000_000)
+    reader = PixelReader(source, Decoder(formats=FORMATS, max_pixels=1_000_000), SPEC)
+    return Loader(
+        manifest,
+        reader,
+        batch_size=batch_size,
+        workers=workers,
+        prefetch=prefetch,
+        device=torch.device("cpu"),
+        timer=timer or Timer(),
+    )
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A copy of a batch, taken before its buffer was given back."""
+
+    shard: int
+    rows: list[int]
+    pixels: NDArray[np.uint8]
+
+
+def run(manifest: Manifest, shards: list[Shard], **settings: Any) -> list[Seen | ShardRows]:
+    """All that the loader gives, in order."""
+    items: list[Seen | ShardRows] = []
+    with make_loader(manifest, **settings) as loader:
+        for item in loader.stream(shards):
+            if isinstance(item, ImageBatch):
+                pixels = item.pixels.numpy().copy()
+                items.append(Seen(shard=item.shard.index, rows=item.rows.tolist(), pixels=pixels))
+                loader.release(item)
+            else:
+                items.append(item)
+    return items
+
+
+def batches(items: list[Seen | ShardRows]) -> list[Seen]:
+    return [item for item in items if isinstance(item, Seen)]
+
+
+def shard_rows(items: list[Seen | ShardRows]) -> list[ShardRows]:
+    return [item for item in items if isinstance(item, ShardRows)]
+
+
+@pytest.mark.parametrize("kind", ["path", "bytes", "struct"])
+def test_batches_hold_the_rows_in_order(tmp_path: Path, kind: str) -> None:
+    write(tmp_path, range(70), kind=kind)
+    manifest = opened(tmp_path)
+    assert manifest.image_kind == kind
+    items = run(manifest, list(cut(manifest, 30)))
+    assert [(seen.shard, seen.rows) for seen in batches(items)] == [
+        (0, list(range(0, 8))),
+        (0, list(range(8, 16))),
+        (0, list(range(16, 24))),
+        (0, list(range(24, 30))),
+        (1, list(range(0, 8))),
+        (1, list(range(8, 16))),
+        (1, list(range(16, 24))),
+        (1, list(range(24, 30))),
+        (2, list(range(0, 8))),
+        (2, [8, 9]),
+    ]
+    for seen in batches(items):
+        assert seen.pixels.shape == (8, 3, SIZE, SIZE)
+        for pixels, row in zip(seen.pixels, seen.rows, strict=False):
+            assert (pixels == np.reshape(colour(seen.shard * 30 + row), (3, 1, 1))).all()
+        assert not seen.pixels[len(seen.rows) :].any()
+
+
+def test_a_shard_ends_with_its_rows(tmp_path: Path) -> None:
+    write(tmp_path, range(70))
+    manifest = opened(tmp_path)
+    items = run(manifest, list(cut(manifest, 30)))
+    order = [("batch", item.shard) if isinstance(item, Seen) else ("rows", item.shard.index) for item in items]
+    wanted = []
+    for shard, count in ((0, 4), (1, 4), (2, 2)):
+        wanted += [("batch", shard)] * count + [("rows", shard)]
+    assert order == wanted
+    table = pa.concat_tables(item.table for item in shard_rows(items))
+    assert table.column_names == ["id", "kept"]
+    assert table["id"].to_pylist() == [f"row-{row}" for row in range(70)]
+    assert table["kept"].to_pylist() == list(range(70))
+
+
+def test_failed_rows_drop_out_and_are_told(tmp_path: Path) -> None:
+    bad = (0, 3, 7, 8, 9, 29, 30, 31)
+    write(tmp_path, range(40), bad=bad)
+    (tmp_path / "20.png").unlink()
+    manifest = opened(tmp_path)
+    items = run(manifest, list(cut(manifest, 30)))
+    failed = {*bad, 20}
+    good = [row for row in range(30) if row not in failed]
+    assert [seen.rows for seen in batches(items) if seen.shard == 0] == [good[:8], good[8:16], good[16:]]
+    first, second = shard_rows(items)
+    assert sorted(first.failures) == [0, 3, 7, 8, 9, 20, 29]
+    assert first.failures[20].status == "not_found"
+    assert {first.failures[row].status for row in (0, 3, 7, 8, 9, 29)} == {"truncated"}
+    assert sorted(second.failures) == [0, 1]
+    assert first.table.num_rows == 30
+
+
+def test_a_shard_without_a_sound_image_has_no_batch(tmp_path: Path) -> None:
+    write(tmp_path, range(30), bad=tuple(range(10, 20)))
+    manifest = opened(tmp_path)
+    items = run(manifest, list(cut(manifest, 10)))
+    assert [seen.shard for seen in batches(items)] == [0, 0, 2, 2]
+    assert sorted(shard_rows(items)[1].failures) == list(range(10))
+
+
+def test_the_tail_is_zero_even_in_a_used_buffer(tmp_path: Path) -> None:
+    write(tmp_path, range(100))
+    manifest = opened(tmp_path)
+    tails = [seen for seen in batches(run(manifest, list(cut(manifest, 9)), prefetch=1)) if len(seen.rows) < 8]
+    assert len(tails) == 12
+    assert not any(seen.pixels[len(seen.rows) :].any() for seen in tails)
+
+
+@pytest.mark.parametrize("kind", ["path", "bytes"])
+def test_the_batches_follow_from_manifest_and_config_alone(tmp_path: Path, kind: str) -> None:
+    write(tmp_path, range(100), kind=kind, bad=(5, 50, 51), group=13)
+    manifest = opened(tmp_path)
+    shards = list(cut(manifest, 30))
+    first, *others = (
+        run(manifest, shards, workers=workers, prefetch=prefetch)
+        for workers, prefetch in ((1, 1), (1, 1), (2, 3), (5, 1), (9, 4))
+    )
+    for other in others:
+        for one, two in zip(batches(first), batches(other), strict=True):
+            assert (one.shard, one.rows) == (two.shard, two.rows)
+            assert np.array_equal(one.pixels, two.pixels)
+        assert [item.failures for item in shard_rows(first)] == [item.failures for item in shard_rows(other)]
+
+
+def test_some_shards_give_the_batches_that_they_have_in_a_whole_run(tmp_path: Path) -> None:
+    write(tmp_path, range(100), group=13)
+    manifest = opened(tmp_path)
+    shards = list(cut(manifest, 30))
+    whole = [seen for seen in batches(run(manifest, shards)) if seen.shard in (1, 3)]
+    some = batches(run(manifest, [shards[1], shards[3]]))
+    for one, two in zip(whole, some, strict=True):
+        assert (one.shard, one.rows) == (two.shard, two.rows)
+        assert np.array_equal(one.pixels, two.pixels)
+
+
+def test_no_shards_give_nothing(tmp_path: Path) -> None:
+    write(tmp_path, range(10))
+    assert run(opened(tmp_path), []) == []
+
+
+@pytest.mark.parametrize("prefetch", [1, 3])
+def test_buffers_are_used_again(tmp_path: Path, prefetch: int) -> None:
+    write(tmp_path, range(100), kind="bytes")
+    manifest = opened(tmp_path)
+    addresses = []
+    with make_loader(manifest, batch_size=4, prefetch=prefetch) as loader:
+        for item in loader.stream(cut(manifest, 100)):
+            if isinstance(item, ImageBatch):
+                addresses.append(item.pixels.data_ptr())
+                loader.release(item)
+    assert len(addresses) == 25
+    assert len(set(addresses)) <= prefetch + 2
+
+
+def test_a_batch_keeps_its_pixels_until_it_is_released(tmp_path: Path) -> None:
+    write(tmp_path, range(100), kind="bytes")
+    manifest = opened(tmp_path)
+    with make_loader(manifest, batch_size=4, prefetch=1) as loader:
+        held: ImageBatch | None = None
+        for item in loader.stream(cut(manifest, 100)):
+            if not isinstance(item, ImageBatch):
+                continue
+            if held is None:
+                held = item
+                continue
+            assert held.pixels[:, 0, 0, 0].tolist() == [0, 1, 2, 3]
+            loader.release(item)
+
+
+def test_the_feeder_waits_for_buffers(tmp_path: Path) -> None:
+    write(tmp_path, range(200), kind="bytes")
+    manifest = opened(tmp_path)
+    timer = Timer()
+    with make_loader(manifest, batch_size=4, prefetch=2, timer=timer) as loader:
+        stream = loader.stream(cut(manifest, 200))
+        held = [next(stream) for _ in range(4)]
+        time.sleep(0.3)
+        assert loader._ready.empty()
+        for item in held:
+            assert isinstance(item, ImageBatch)
+            loader.release(item)
+        assert isinstance(next(stream), ImageBatch)
+
+
+def test_shards_without_a_sound_image_are_not_read_ahead_without_end(tmp_path: Path) -> None:
+    write(tmp_path, range(400), bad=tuple(range(400)))
+    manifest = opened(tmp_path)
+    taken = 0
+
+    def shards() -> Iterator[Shard]:
+        nonlocal taken
+        for shard in cut(manifest, 4):
+            taken += 1
+            yield shard
+
+    with make_loader(manifest) as loader:
+        stream = loader.stream(shards())
+        assert isinstance(next(stream), ShardRows)
+        time.sleep(0.3)
+        assert taken < 30
+        assert sum(isinstance(item, ShardRows) for item in stream) == 99
+
+
+def test_the_work_is_timed(tmp_path: Path) -> None:
+    write(tmp_path, range(20))
+    timer = Timer()
+    manifest = opened(tmp_path)
+    run(manifest, list(cut(manifest, 20)), timer=timer)
+    assert set(timer.seconds) == {Stage.READ, Stage.DECODE, Stage.COPY}
+    assert all(seconds > 0 for seconds in timer.seconds.values())
+
+
+# Stopping
+
+
+def test_closing_early_stops_the_threads(tmp_path: Path) -> None:
+    write(tmp_path, range(300), kind="bytes")
+    manifest = opened(tmp_path)
+    with make_loader(manifest, batch_size=4, prefetch=1) as loader:
+        next(loader.stream(cut(manifest, 100)))
+        assert "loader" in threads()
+        started = time.perf_counter()
+    assert time.perf_counter() - started < 2
+    assert threads() == []
+
+
+def test_an_error_of_the_consumer_stops_the_threads(tmp_path: Path) -> None:
+    write(tmp_path, range(300), kind="bytes")
+    manifest = opened(tmp_path)
+
+    def consume() -> None:
+        with make_loader(manifest, batch_size=4) as loader:
+            for _ in loader.stream(cut(manifest, 100)):
+                raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        consume()
+    assert threads() == []
+
+
+def test_a_closed_loader_ends_its_stream(tmp_path: Path) -> None:
+    write(tmp_path, range(300), kind="bytes")
+    manifest = opened(tmp_path)
+    loader = make_loader(manifest, batch_size=4)
+    stream = loader.stream(cut(manifest, 100))
+    next(stream)
+    loader.close()
+    assert len(list(stream)) <= 4
+    loader.close()
+
+
+def test_a_loader_that_never_ran_closes(tmp_path: Path) -> None:
+    write(tmp_path, range(10))
+    with make_loader(opened(tmp_path)):
+        pass
+
+
+def test_a_loader_streams_once(tmp_path: Path) -> None:
+    write(tmp_path, range(10))
+    manifest = opened(tmp_path)
+    with make_loader(manifest) as loader:
+        list(loader.stream([]))
+        with pytest.raises(RuntimeError, match="once"):
+            next(loader.stream([]))
+
+
+# Errors of the machine
+
+
+def shorten(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def lose_rows(path: Path) -> None:
+    pq.write_table(pq.read_table(path).slice(0, 5), path)
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [(shorten, ManifestError), (lose_rows, ManifestError), (Path.unlink, StorageError)],
+    ids=["truncated", "fewer rows", "deleted"],
+)
+def test_a_manifest_that_changes_during_the_run_is_an_error(
+    tmp_path: Path, change: Callable[[Path], None], error: type[Exception]
+) -> None:
+    for number, name in enumerate("abc"):
+        write(tmp_path, range(number * 100, number * 100 + 100), kind="bytes", name=name, group=100)
+    manifest = opened(tmp_path)
+    seen = list[int]()
+
+    def consume() -> None:
+        with make_loader(manifest, batch_size=4, prefetch=1) as loader:
+            for item in loader.stream(cut(manifest, 50)):
+                if isinstance(item, ImageBatch):
+                    if not seen:
+                        change(tmp_path / "c.parquet")
+                    seen.extend(item.shard.index * 50 + item.rows)
+                    loader.release(item)
+
+    with pytest.raises(error):
+        consume()
+    # What was read before is sound; a few rows that were on their way are lost with the error.
+    assert seen == list(range(len(seen)))
+    assert 150 < len(seen) <= 200
+
+
+def test_an_error_in_the_list_of_shards_reaches_the_consumer(tmp_path: Path) -> None:
+    write(tmp_path, range(30), kind="bytes")
+    manifest = opened(tmp_path)
+
+    def broken() -> Iterator[Shard]:
+        yield from cut(manifest, 30)
+        raise LookupError("no more shards")
+
+    with make_loader(manifest, prefetch=8) as loader, pytest.raises(LookupError, match="no more shards"):
+        list(loader.stream(broken()))
+
+
+def test_a_row_group_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    write(tmp_path, range(30), kind="bytes")
+    manifest = opened(tmp_path)
+    shard = next(cut(manifest, 30))
+    wrong = replace(shard, pieces=(replace(shard.pieces[0], stop=17),))
+    with make_loader(manifest) as loader, pytest.raises(ManifestError, match="the rows end early"):
+        list(loader.stream([wrong]))

@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import io
+import json
+import logging
+import threading
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from pipeline.records import Clocks, RunReport, Stage
+from pipeline.report import page, summary
+from pipeline.report.clocks import StageClocks
+from pipeline.report.logs import NAME, log_to
+from pipeline.report.progress import Progress
+from pipeline.storage import open_storage
+
+REPORT = RunReport(
+    started="2026-01-02T03:04:05+00:00",
+    rows=900,
+    resumed_rows=100,
+    total_rows=1000,
+    wall_seconds=125.0,
+    startup_seconds=5.0,
+    images_per_second=7.2,
+    steady_images_per_second=8.0,
+    stages={Stage.ENCODE: 60.0, Stage.DECODE: 30.0, Stage.WAIT_INPUT: 20.0},
+    bound="decoding",
+    advice="raise loader.workers",
+    counts={"ok": 998, "truncated": 2},
+    failures=({"id": "<script>alert(1)</script>", "status": "truncated", "error": "cut & short"},),
+    labels={"cat": 600, "<b>dog</b>": 398},
+    prompts={"labels": 3, "cached": True},
+    memory={"peak_rss_mib": 512.0},
+    machine={"processor": "test", "cores": 2, "device": "cpu"},
+    versions={"python": "3.11"},
+    fingerprints={"model": "x"},
+    config={"output": {"dir": "out"}},
+    exit_code=0,
+)
+
+
+def jpeg() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+class Collector(HTMLParser):
+    """Tags with their attributes, and the text, of a page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_page_shows_everything_and_loads_nothing() -> None:
+    example = page.Example(id='a"b.jpg', label="cat", score=0.87, thumbnail=jpeg())
+    html = page.to_html(REPORT, [example], output="out", model="demo").decode()
+    found = Collector()
+    found.feed(html)
+    for text in ("900 images in 2 min 5 s: 7.2 images/s, bound by decoding", "Raise loader.workers.", "0.87"):
+        assert text in found.text
+    assert "<script>alert(1)</script>" in found.text, "shown as text"
+    assert "script" not in {tag for tag, _ in found.tags}
+    links = [value for _, attributes in found.tags for name, value in attributes.items() if name in ("src", "href")]
+    assert len(links) == 1
+    assert str(links[0]).startswith("data:image/jpeg;base64,")
+    assert "@import" not in html
+    assert "url(" not in html
+
+
+def test_the_page_stands_without_labels_images_and_failures() -> None:
+    bare = replace(REPORT, labels={}, failures=(), stages={}, counts={"ok": 1000})
+    html = page.to_html(bare, [], output="out", model="demo").decode()
+    assert "Examples of failures" not in html
+    assert "<h2>Labels</h2>" not in html
+
+
+def test_the_json_holds_every_field() -> None:
+    assert json.loads(page.to_json(REPORT))["labels"] == REPORT.labels
+    assert set(json.loads(page.to_json(REPORT))) == set(RunReport.__slots__)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "startup", "facts", "bound", "advice"),
+    [
+        ({}, 1, {}, "nothing", "done already"),
+        ({Stage.ENCODE: 9, Stage.WAIT_INPUT: 1}, 60, {}, "start-up", "60.0 of 100.0 s"),
+        ({Stage.ENCODE: 5, Stage.WAIT_INPUT: 5, Stage.READ: 9, Stage.DECODE: 1}, 1, {}, "reading", "loader.workers"),
+        ({Stage.ENCODE: 5, Stage.WAIT_INPUT: 5, Stage.DECODE: 9}, 1, {"workers": 1}, "decoding", "from 1 to 4"),
+        ({Stage.ENCODE: 5, Stage.WAIT_INPUT: 5, Stage.DECODE: 9}, 1, {}, "decoding", "all 4 cores"),
+        ({Stage.ENCODE: 5, Stage.WAIT_OUTPUT: 5}, 1, {}, "writing", "shard_rows"),
+        ({Stage.ENCODE: 9, Stage.WAIT_INPUT: 1}, 1, {}, "encoding", "bf16"),
+        ({Stage.ENCODE: 9, Stage.WAIT_INPUT: 1}, 1, {"precision": "bf16"}, "encoding", "more cores"),
+        ({Stage.ENCODE: 9, Stage.WAIT_INPUT: 1}, 1, {"device": "cuda"}, "encoding", "batch_size"),
+    ],
+)
+def test_the_bound_follows_from_the_clocks(
+    seconds: dict[str, float], startup: float, facts: dict[str, object], bound: str, advice: str
+) -> None:
+    settings = {"workers": 4, "device": "cpu", "precision": "fp32", "cores": 4, **facts}
+    found = summary.find_bound(Clocks(seconds), startup=startup, wall=100, **settings)  # type: ignore[arg-type]
+    assert found[0] == bound
+    assert advice in found[1]
+
+
+def test_clocks_add_up_over_threads_and_over_shards() -> None:
+    clocks = StageClocks()
+    threads = [threading.Thread(target=lambda: [clocks.add("x", 0.5) for _ in range(1000)]) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert clocks.total().seconds == {"x": 2000.0}
+    assert (Clocks({"x": 1.0}) + Clocks({"x": 2.0, "y": 3.0})).seconds == {"x": 3.0, "y": 3.0}
+
+
+def test_progress_leaves_the_first_batch_out_of_the_steady_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([0.0, 10.0, 10.0, 12.0, 12.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(now))
+    with Progress(30, done=0, mode="none") as progress:
+        progress.embedded(10)
+        progress.embedded(10)
+    assert progress.first_batch_seconds == 10
+    assert progress.steady_images_per_second == 5
+
+
+def test_plain_progress_says_a_line_every_ten_seconds(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    with caplog.at_level(logging.INFO), Progress(100, done=40, mode="plain") as progress:
+        for _ in range(5):
+            clock[0] += 4
+            progress.embedded(10)
+        progress.failed(1)
+    assert [record.getMessage() for record in caplog.records] == ["70 of 100 rows, 2.5 images/s, 0 failed"]
+
+
+def test_the_bar_is_drawn_on_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(10, done=5, mode="bar") as progress:
+        progress.embedded(4)
+        progress.failed(1)
+    captured = capsys.readouterr()
+    assert "10/10" in captured.err
+    assert "failed=1" in captured.err
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize("kind", ["local", "memory"])
+def test_the_log_lies_beside_the_dataset(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    storage = open_storage(str(tmp_path / "new") if kind == "local" else "memory://logs")
+    log = logging.getLogger("pipeline.somewhere")
+    with log_to(storage):
+        log.info("a sentence")
+        log.warning("a worry")
+    log.info("not any more")
+    text = (storage.read(NAME) or b"").decode()
+    assert "INFO pipeline.somewhere: a sentence" in text
+    assert "not any more" not in text
+    assert capsys.readouterr().err == "a sentence\nwarning: a worry\n"

@@ -1,0 +1,132 @@
+"""Kill the job anywhere, run the same command again: the dataset is that of an unbroken run."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import Config
+from pipeline.dataset import commits
+from pipeline.job import run_job
+from tests.jobs import config_for, content, overrides_of, scenes_manifest, start
+
+# PIPELINE_TEST_KILLS=50 for a longer siege.
+KILLS = int(os.environ.get("PIPELINE_TEST_KILLS", "5"))
+SHARDS = 20 * max(KILLS, 5)
+ROWS = 4 * SHARDS
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    folder = tmp_path_factory.mktemp("resume")
+    manifest = scenes_manifest(folder / "m.parquet", ROWS)
+    config = config_for(manifest, folder / "unbroken", manifest={"shard_rows": 4}, loader={"batch_size": 4})
+    run_job(config)
+    return config
+
+
+def other_output(config: Config, output: Path) -> Config:
+    manifest, loader = vars(config.manifest), vars(config.loader)
+    return config_for(Path(str(config.manifest.path)), output, manifest=dict(manifest), loader=dict(loader))
+
+
+def wait_for_commits(output: Path, count: int, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if len(list(output.glob("_commits/*.json"))) >= count:
+            return
+        time.sleep(0.005)
+    raise TimeoutError(f"no {count} commits in {output}")
+
+
+def test_killed_at_random_moments_and_run_again(unbroken: Config, tmp_path: Path) -> None:
+    config = other_output(unbroken, tmp_path / "out")
+    dice = random.Random(2026)
+    kills = done = 0
+    while kills < KILLS:
+        process = start(*overrides_of(config))
+        try:
+            # Somewhere within the next few shards, the writing of parts and commits included.
+            wait_for_commits(tmp_path / "out", min(done + 1, SHARDS))
+            time.sleep(dice.uniform(0, 0.06))
+        finally:
+            process.kill()
+            process.communicate()
+        kills += process.returncode == -signal.SIGKILL
+        found = len(list((tmp_path / "out" / "_commits").glob("*.json")))
+        assert found >= done, "a commit was lost"
+        done = found
+    process = start(*overrides_of(config))
+    errors = process.communicate()[1]
+    assert process.returncode == 0, errors
+    assert "are done already" in errors
+    assert content(tmp_path / "out") == content(Path(unbroken.output.dir))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_with_75_and_the_next_run_goes_on(unbroken: Config, tmp_path: Path, number: int) -> None:
+    config = other_output(unbroken, tmp_path / "out")
+    process = start(*overrides_of(config))
+    wait_for_commits(tmp_path / "out", 3)
+    process.send_signal(number)
+    errors = process.communicate(timeout=30)[1]
+    assert process.returncode == 75, errors
+    assert "the same command goes on" in errors
+    assert "Traceback" not in errors
+    run_job(config)
+    assert content(tmp_path / "out") == content(Path(unbroken.output.dir))
+
+
+DAMAGES = {
+    "a torn commit": lambda out: (out / "_commits" / "00003.json").write_bytes(b'{"shard": 3, "pa'),
+    "an empty commit": lambda out: (out / "_commits" / "00003.json").write_bytes(b""),
+    "a foreign commit": lambda out: (out / "_commits" / f"{SHARDS:05d}.json").write_bytes(
+        (out / "_commits" / "00003.json").read_bytes()
+    ),
+    "a missing part": lambda out: next(out.glob("part-00003-*")).unlink(),
+    "a truncated part": lambda out: truncate(next(out.glob("part-00003-*"))),
+    "a flipped bit": lambda out: flip(next(out.glob("part-00003-*"))),
+    "a missing commit": lambda out: (out / "_commits" / "00003.json").unlink(),
+    "a left-over part": lambda out: (out / f"part-00003-{'0' * 16}.parquet").write_bytes(b"old"),
+    "a left-over temporary file": lambda out: (out / f"_tmp-{socket.gethostname()}-999999999-ab").write_bytes(b"half"),
+    "no success marker": lambda out: None,
+}
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_counts_as_not_done_and_is_mended(unbroken: Config, tmp_path: Path, damage: str) -> None:
+    import shutil
+
+    out = Path(shutil.copytree(unbroken.output.dir, tmp_path / "out"))
+    (out / commits.SUCCESS).unlink()
+    DAMAGES[damage](out)
+    report = run_job(other_output(unbroken, out))
+    again = any(word in damage for word in ("torn", "empty", "missing", "truncated", "flipped"))
+    assert report.rows == (4 if again else 0)
+    said = "the shard is done again" in (out / "_run.log").read_text()
+    assert said == ((again and damage != "a missing commit") or damage == "a foreign commit")
+    assert content(out) == content(Path(unbroken.output.dir))
+
+
+def test_two_runs_at_once_leave_one_commit_for_each_shard(unbroken: Config, tmp_path: Path) -> None:
+    config = other_output(unbroken, tmp_path / "out")
+    processes = [start(*overrides_of(config)) for _ in range(2)]
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    assert content(tmp_path / "out") == content(Path(unbroken.output.dir))

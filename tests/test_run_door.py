@@ -1,0 +1,148 @@
+"""The main door answers from a shell: quickly, plainly, with the right exit code, and leaves no files."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from pipeline.config import conf_dir
+from pipeline.overrides import groups, known_keys
+
+ROOT = Path(__file__).resolve().parent.parent
+HEAVY = {"torch", "transformers", "pandas", "pyarrow", "PIL", "dask", "fsspec"}
+
+
+def run(
+    folder: Path, *arguments: str, options: tuple[str, ...] = (), **environment: str
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *options, "-m", "pipeline.run", *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error", "HOME": str(folder), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def imported(trace: str) -> set[str]:
+    """Top-level packages in the output of ``-X importtime``."""
+    return {name.split(".")[0] for name in re.findall(r"^import time:.*\| +(\S+)$", trace, re.MULTILINE)}
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("--cfg", "job"), ("modle=demo",)], ids=" ".join)
+def test_answers_that_need_no_job_load_nothing_heavy_and_leave_no_files(
+    tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
+    started = time.perf_counter()
+    done = run(tmp_path, *arguments, options=("-X", "importtime"))
+    seconds = time.perf_counter() - started
+    loaded = imported(done.stderr)
+    assert {"hydra", "pipeline"} <= loaded
+    assert not loaded & HEAVY
+    assert seconds < 3
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_shows_every_group_every_option_and_the_exit_codes(tmp_path: Path) -> None:
+    done = run(tmp_path, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    for group, options in groups(conf_dir()).items():
+        assert f"{group}: {', '.join(options)}" in done.stdout
+    assert "exit codes: 0 done, 2 wrong config or manifest" in done.stdout
+    shown = re.findall(r"^  ([a-z]+\.[a-z_]+) ", done.stdout, re.MULTILINE)
+    assert len(shown) >= 8
+    assert set(shown) <= set(known_keys())
+
+
+def test_cfg_job_prints_every_key_with_its_value(tmp_path: Path) -> None:
+    done = run(tmp_path, "--cfg", "job", "manifest.keep=[a,b]", "prompts.labels=['heißer Hund','猫']")
+    assert done.returncode == 0
+    shown = yaml.safe_load(done.stdout)
+    assert [f"{group}.{name}" for group, values in shown.items() for name in values] == known_keys()
+    assert shown["manifest"]["keep"] == ["a", "b"]
+    assert shown["prompts"]["labels"] == ["heißer Hund", "猫"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "lines"),
+    [
+        (["model=hub"], ["  - model.name = '???': has no default; give a value"]),
+        (
+            ["modle=demo", "loader.batch_sise=8", "loader.workers=abc", "loader.prefetch=0"],
+            [
+                "error: the config has 4 problems:",
+                "(did you mean model?)",
+                "  - loader.batch_sise = '8': there is no such key (did you mean loader.batch_size?)",
+                "  - loader.workers = 'abc': must be a whole number",
+                "  - loader.prefetch = 0: must be from 1 to 64",
+            ],
+        ),
+        (["model=openai/whatever"], ["(for any other checkpoint: model=hub model.name=openai/whatever)"]),
+        (["photos.parquet"], ["photos.parquet = 'photos.parquet': cannot be read as key=value"]),
+        (["prompts.labels=cat,dog"], ["a list: prompts.labels=[cat,dog]"]),
+        (["output.dir=${oc.env:NO_SUCH_VARIABLE}"], ["output.dir = '${oc.env:NO_SUCH_VARIABLE}'"]),
+        (["--bogus"], ["unrecognized arguments: --bogus"]),
+    ],
+    ids=lambda value: value[0] if value[0].isascii() and "error" not in value[0] else "",
+)
+def test_a_wrong_config_ends_with_code_2_and_a_plain_message(
+    tmp_path: Path, arguments: list[str], lines: list[str]
+) -> None:
+    done = run(tmp_path, *arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    for line in lines:
+        assert line in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "HYDRA_FULL_ERROR" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_manifest_ends_with_code_2_before_any_model_is_opened(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"id": ["a", "b", "a"], "path": ["1.jpg", "2.jpg", "3.jpg"]}), tmp_path / "m.parquet")
+    done = run(tmp_path, "manifest.path=m.parquet", "output.dir=out", "model=hub", "model.name=no/such-model")
+    assert done.returncode == 2
+    assert (
+        f"error: id 'a' stands twice: at {tmp_path}/m.parquet, row 0 and at {tmp_path}/m.parquet, row 2" in done.stderr
+    )
+    assert "Traceback" not in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.parquet", "out"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["_run.log"]
+
+
+@pytest.mark.parametrize(
+    ("line", "choices"),
+    [
+        ("model=", [f"model={name}" for name in groups(conf_dir())["model"]]),
+        ("model=clip", [f"model={name}" for name in groups(conf_dir())["model"] if name.startswith("clip")]),
+        ("loader.", [f"{key}=" for key in known_keys() if key.startswith("loader.")]),
+        ("model=demo manifest.sh", ["manifest.shard_rows="]),
+    ],
+)
+def test_the_shell_completes_groups_options_and_keys(tmp_path: Path, line: str, choices: list[str]) -> None:
+    whole = f"run.py {line}"
+    done = run(tmp_path, "-sc", "query=bash", COMP_LINE=whole, COMP_POINT=str(len(whole)))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert sorted(done.stdout.split()) == sorted(choices)
+
+
+def test_completion_is_installed_by_the_command_that_the_help_names(tmp_path: Path) -> None:
+    done = run(tmp_path, "-sc", "install=bash")
+    assert done.returncode == 0
+    assert "hydra_bash_completion" in done.stdout
+
+
+def test_values_of_options_are_not_taken_for_overrides(tmp_path: Path) -> None:
+    done = run(tmp_path, "--cfg", "job", "--package", "loader", "loader.batch_size=8")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert yaml.safe_load(done.stdout.partition("\n")[2])["batch_size"] == 8

@@ -1,0 +1,351 @@
+"""Files appear whole or not at all, and a name that is created once has one winner; on disks and in stores."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import multiprocessing
+import os
+import shutil
+import tempfile
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import fsspec
+import pyarrow as pa
+import pytest
+
+from pipeline.addresses import is_local, local_path, open_arrow, open_file, scheme_of
+from pipeline.errors import StorageError
+from pipeline.storage import LocalStorage, ObjectStorage, Staged, Storage, open_storage, sha256
+
+BIG = 1 << 20
+
+
+@pytest.fixture(params=["disk", "store"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Storage]:
+    if request.param == "disk":
+        yield open_storage(str(tmp_path / "out"))
+        return
+    url = f"memory:///{uuid.uuid4().hex}"
+    yield open_storage(url)
+    fs = fsspec.filesystem("memory")
+    if fs.exists(url):
+        fs.rm(url, recursive=True)
+
+
+def publish(storage: Storage, name: str, data: bytes, *, replace: bool) -> None:
+    with storage.staged() as staged:
+        staged.path.write_bytes(data)
+        staged.publish(name, replace=replace)
+
+
+def test_a_file_that_was_written_is_read(storage: Storage) -> None:
+    storage.write("a.bin", b"one")
+    assert storage.read("a.bin") == b"one"
+    storage.write("a.bin", b"two")
+    assert storage.read("a.bin") == b"two"
+
+
+def test_a_file_that_is_not_there_is_none(storage: Storage) -> None:
+    assert storage.read("nothing") is None
+    assert storage.read("folder/nothing") is None
+    assert storage.sizes() == storage.sizes("folder") == {}
+
+
+def test_what_is_staged_appears_with_publish_and_not_before(storage: Storage) -> None:
+    with storage.staged() as staged:
+        staged.path.write_bytes(b"part")
+        assert storage.read("part.bin") is None
+        staged.publish("part.bin")
+        assert storage.read("part.bin") == b"part"
+    assert not staged.path.exists()
+    assert storage.sizes() == {"part.bin": 4}
+
+
+def test_what_is_never_published_leaves_nothing_behind(storage: Storage) -> None:
+    def fail(staged: Staged) -> None:
+        staged.path.write_bytes(b"half")
+        raise RuntimeError("the writer died")
+
+    with pytest.raises(RuntimeError, match="died"), storage.staged() as staged:
+        fail(staged)
+    assert not staged.path.exists()
+    assert storage.sizes() == {}
+
+
+def test_a_stage_that_was_never_written_is_no_error(storage: Storage) -> None:
+    with storage.staged() as staged:
+        assert not staged.path.exists()
+
+
+@pytest.mark.parametrize(("replace", "left"), [(False, b"first"), (True, b"second")])
+def test_an_existing_file_stays_unless_it_is_to_be_replaced(storage: Storage, replace: bool, left: bytes) -> None:
+    publish(storage, "part.bin", b"first", replace=replace)
+    publish(storage, "part.bin", b"second", replace=replace)
+    assert storage.read("part.bin") == left
+    assert storage.sizes() == {"part.bin": len(left)}
+
+
+def test_folders_come_into_being_with_their_files(storage: Storage) -> None:
+    storage.write("a/b/c.bin", b"deep")
+    publish(storage, "d/e.bin", b"published", replace=False)
+    assert storage.create_once("f/g.json", b"created")
+    assert storage.read("a/b/c.bin") == b"deep"
+    assert [storage.sizes(folder) for folder in ("", "a", "a/b", "d", "f")] == [
+        {}, {}, {"c.bin": 4}, {"e.bin": 9}, {"g.json": 7},
+    ]  # fmt: skip
+
+
+def test_sizes_hold_the_files_of_one_folder(storage: Storage) -> None:
+    for name, size in (("a", 0), ("b", 5), ("sub/c", 7), ("spaced name ü", 2)):
+        storage.write(name, b"x" * size)
+    assert storage.sizes() == {"a": 0, "b": 5, "spaced name ü": 2}
+    assert storage.sizes("sub") == {"c": 7}
+
+
+def test_a_file_can_be_removed_twice(storage: Storage) -> None:
+    storage.write("a", b"x")
+    storage.remove("a")
+    storage.remove("a")
+    assert storage.read("a") is None
+
+
+def test_a_name_is_created_once(storage: Storage) -> None:
+    assert storage.create_once("_commits/0.json", b"mine")
+    assert not storage.create_once("_commits/0.json", b"yours")
+    assert not storage.create_once("_commits/0.json", b"mine")
+    assert storage.read("_commits/0.json") == b"mine"
+    assert storage.sizes("_commits") == {"0.json": 4}
+
+
+def race(count: int, work: Callable[[int], bool]) -> list[bool]:
+    """What each of ``count`` threads got that began at the same moment."""
+    gate = threading.Barrier(count)
+
+    def run(number: int) -> bool:
+        gate.wait()
+        return work(number)
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(run, range(count)))
+
+
+def test_of_16_threads_one_creates_a_file_and_its_bytes_are_whole(storage: Storage) -> None:
+    for trial in range(20):
+        name = f"_commits/{trial}.json"
+        won = race(16, lambda number, name=name: storage.create_once(name, bytes([number]) * 50_000))  # type: ignore[misc]
+        assert won.count(True) == 1
+        assert storage.read(name) == bytes([won.index(True)]) * 50_000
+    assert storage.sizes() == {}
+    assert len(storage.sizes("_commits")) == 20
+
+
+def create_many(url: str, number: int, names: int, gate: threading.Barrier, results: object) -> None:
+    storage = open_storage(url)
+    gate.wait()
+    results.put((number, [storage.create_once(str(n), bytes([number]) * 20_000) for n in range(names)]))  # type: ignore[attr-defined]
+
+
+def test_of_4_processes_one_creates_a_file_and_its_bytes_are_whole(tmp_path: Path) -> None:
+    names, context = 40, multiprocessing.get_context("spawn")
+    gate, results = context.Barrier(4), context.Queue()
+    workers = [
+        context.Process(target=create_many, args=(str(tmp_path), number, names, gate, results)) for number in range(4)
+    ]
+    for worker in workers:
+        worker.start()
+    won = dict(results.get(timeout=60) for _ in workers)
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
+    storage = open_storage(str(tmp_path))
+    for n in range(names):
+        (winner,) = [number for number in won if won[number][n]]
+        assert storage.read(str(n)) == bytes([winner]) * 20_000
+    assert set(storage.sizes()) == {str(n) for n in range(names)}
+
+
+def test_a_reader_of_a_disk_never_sees_a_torn_file(tmp_path: Path) -> None:
+    # Stores make an upload visible when it is whole; the one in memory, chunk by chunk.
+    storage = open_storage(str(tmp_path))
+    sizes = {number: BIG + number for number in range(8)}
+    storage.write("report", bytes([0]) * sizes[0])
+    stop = threading.Event()
+
+    def write() -> bool:
+        for number in sizes:
+            storage.write("report", bytes([number]) * sizes[number])
+        stop.set()
+        return True
+
+    def read() -> bool:
+        while not stop.is_set():
+            data = storage.read("report")
+            if data is None or data != data[:1] * sizes[data[0]]:
+                return False
+        return True
+
+    assert race(3, lambda number: write() if number == 0 else read()) == [True] * 3
+
+
+@pytest.fixture
+def locked() -> Iterator[Path]:
+    """A folder that this process may read and not write."""
+    folder = Path(tempfile.mkdtemp())
+    (folder / "there").write_bytes(b"data")
+    (folder / "secret").write_bytes(b"data")
+    (folder / "secret").chmod(0)
+    folder.chmod(0o555)
+    root = os.geteuid() == 0
+    if root:
+        # Permissions do not hold root up; the effective user is another one for as long as the test takes.
+        os.seteuid(65534)
+    yield folder
+    if root:
+        os.seteuid(0)
+    folder.chmod(0o755)
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda storage: storage.write("new", b"x"),
+        lambda storage: storage.write("there", b"x"),
+        lambda storage: storage.create_once("new", b"x"),
+        lambda storage: storage.create_once("folder/new", b"x"),
+        lambda storage: storage.remove("there"),
+        lambda storage: storage.read("secret"),
+        lambda storage: open_storage(f"{storage.url}/new/folder").write("x", b"x"),
+        lambda storage: open_file(f"{storage.url}/secret"),
+        lambda storage: open_arrow(f"{storage.url}/secret"),
+    ],
+    ids=["write", "replace", "create", "create below", "remove", "read", "make", "open", "open for Arrow"],
+)
+def test_a_missing_permission_is_named_with_the_place_and_a_way_out(
+    locked: Path, work: Callable[[Storage], object]
+) -> None:
+    with pytest.raises(StorageError) as caught:
+        work(open_storage(str(locked)))
+    message = str(caught.value)
+    assert message.startswith(str(locked))
+    assert "Permission denied; check the permissions, or choose another place" in message
+
+
+def test_a_read_only_folder_can_still_be_read(locked: Path) -> None:
+    storage = open_storage(str(locked))
+    assert storage.read("there") == b"data"
+    assert storage.sizes()["there"] == 4
+
+
+@pytest.mark.parametrize(
+    ("number", "part"),
+    [
+        (errno.EPERM, "may lack hard links, which the commits need; choose another disk"),
+        (errno.ENOSPC, "free some space and run the same command again, finished shards are kept"),
+        (errno.EDQUOT, "free some space"),
+        (errno.EROFS, "Read-only file system"),
+        (errno.EIO, "Input/output error"),
+    ],
+    ids=errno.errorcode.get,
+)
+def test_what_the_system_says_of_a_disk_comes_with_the_place_and_a_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, part: str
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "link", refuse)
+    storage = open_storage(str(tmp_path / "out"))
+    for work in (lambda: storage.create_once("a", b"x"), lambda: publish(storage, "a", b"x", replace=False)):
+        with pytest.raises(StorageError) as caught:
+            work()
+        assert str(caught.value).startswith(str(tmp_path / "out" / "a"))
+        assert part in str(caught.value)
+    assert storage.sizes() == {}
+
+
+def test_a_full_disk_while_a_file_is_written_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Path, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(StorageError, match="free some space"):
+        open_storage(str(tmp_path)).write("report", b"x")
+
+
+def test_a_file_where_a_folder_should_be_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "out").write_bytes(b"")
+    with pytest.raises(StorageError, match="out: "):
+        open_storage(str(tmp_path / "out")).write("a", b"x")
+
+
+@pytest.mark.parametrize("open_it", [open_file, open_arrow])
+def test_a_file_is_opened_at_a_path_or_an_address(tmp_path: Path, open_it: Callable[[str], object]) -> None:
+    (tmp_path / "a").write_bytes(b"data")
+    url = f"memory:///{uuid.uuid4().hex}/a"
+    fsspec.filesystem("memory").pipe_file(url, b"data")
+    for address in (str(tmp_path / "a"), f"file://{tmp_path}/a", url):
+        with open_it(address) as file:  # type: ignore[attr-defined]
+            assert file.seek(1) in (1, None)
+            assert file.read() == b"ata"
+    fsspec.filesystem("memory").rm(url)
+    for address in (str(tmp_path / "b"), url):
+        with pytest.raises(StorageError, match="no such file or folder"):
+            open_it(address)
+
+
+def test_a_local_file_is_opened_for_arrow_without_python_in_between(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"data")
+    with open_arrow(str(tmp_path / "a")) as file:
+        assert isinstance(file, pa.OSFile)
+
+
+def test_an_address_without_its_driver_is_explained() -> None:
+    with pytest.raises(StorageError, match="install the fsspec driver"):
+        open_file("oss://bucket/file")
+
+
+@pytest.mark.parametrize(
+    ("url", "scheme", "local", "path"),
+    [
+        ("/a/b", "", True, "/a/b"),
+        ("a/b", "", True, "a/b"),
+        ("file:///a/b", "file", True, "/a/b"),
+        ("local:///a/b", "local", True, "/a/b"),
+        ("s3://bucket/a", "s3", False, "bucket/a"),
+        ("S3://bucket/a", "s3", False, "bucket/a"),
+        ("memory://a", "memory", False, "a"),
+        ("/a:b/c", "", True, "/a:b/c"),
+    ],
+)
+def test_addresses_are_taken_apart(url: str, scheme: str, local: bool, path: str) -> None:
+    assert (scheme_of(url), is_local(url), local_path(url)) == (scheme, local, path)
+    if scheme != "s3":
+        assert isinstance(open_storage(url), LocalStorage if local else ObjectStorage)
+
+
+def test_a_relative_folder_stays_where_it_was_when_the_process_moves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    storage = open_storage("out")
+    monkeypatch.chdir("/")
+    storage.write("a", b"x")
+    assert (tmp_path / "out" / "a").read_bytes() == b"x"
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    open_storage("~/out").write("a", b"x")
+    assert (tmp_path / "out" / "a").read_bytes() == b"x"
+
+
+def test_a_digest_is_sha256_of_the_bytes(tmp_path: Path) -> None:
+    data = os.urandom(100_000)
+    (tmp_path / "a").write_bytes(data)
+    assert sha256(tmp_path / "a") == hashlib.sha256(data).hexdigest()
