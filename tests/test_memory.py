@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, data_folder
 from tests.jobs import StubEncoder, config_for, stub_backend
 
 # PIPELINE_TEST_ROWS=1000000 for the full size: about ten minutes.
@@ -56,6 +56,28 @@ def test_memory_stays_flat_as_rows_grow(tmp_path: Path) -> None:
     assert many <= few * 1.05, f"{few} MiB for {FEW} rows, {many} MiB for {ROWS}"
 
 
+def test_giants_are_decoded_one_at_a_time(tmp_path: Path) -> None:
+    """Twelve images of 64 megapixels and four threads: 183 MiB of RGB each, not all of them at once."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (8000, 8000), "red").save(buffer, "PNG", compress_level=1)
+    table = pa.table({"id": list(range(12)), "image": [buffer.getvalue()] * 12})
+    pq.write_table(table, tmp_path / "giants.parquet")
+    few, _ = peak_mib(tiny_images(tmp_path / "few.parquet", 512), tmp_path / "few")
+    giants, rows = peak_mib(tmp_path / "giants.parquet", tmp_path / "giants")
+    assert rows == 12
+    assert giants <= few + 600, f"{few} MiB for tiny images, {giants} MiB for giants"
+
+
+def test_the_odd_files_stay_within_a_gibibyte(tmp_path: Path) -> None:
+    folder = data_folder("odd")
+    names = [str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_file()]
+    images = [(folder / name).read_bytes() for name in names]
+    pq.write_table(pa.table({"id": names, "image": images}), tmp_path / "odd.parquet", row_group_size=32)
+    peak, rows = peak_mib(tmp_path / "odd.parquet", tmp_path / "out")
+    assert rows == len(names) >= 150
+    assert peak <= 1024
+
+
 def _child(manifest: Path, output: Path) -> None:
     from pipeline.job import run_job
     from pipeline.models.hub import DEMO_FOLDER
@@ -64,8 +86,9 @@ def _child(manifest: Path, output: Path) -> None:
         manifest,
         output,
         manifest={"shard_rows": 4096, "keep": []},
-        loader={"batch_size": 256, "workers": 2},
+        loader={"batch_size": 256, "workers": 4},
         report={"progress": "plain", "examples": 4},
+        errors={"max_fraction": 1.0},
         model={"name": str(DEMO_FOLDER)},
     )
     with stub_backend(StubEncoder):

@@ -22,13 +22,17 @@ import struct
 import threading
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from pipeline.records import Failure
+
+T = TypeVar("T")
 
 # An image above this is decoded alone, so that several threads cannot hold several giants at once.
 LARGE_PIXELS = 16_000_000
@@ -82,14 +86,20 @@ class Decoder:
     transparency: str = "white"
 
     def decode(self, data: bytes) -> Image.Image | Failure:
-        """An RGB image.
+        """An RGB image, or a failure as :meth:`apply` gives it."""
+        return self.apply(data, Image.Image.copy)
+
+    def apply(self, data: bytes, finish: Callable[[Image.Image], T]) -> T | Failure:
+        """Decode, and hand the RGB image to ``finish`` while its buffers are there.
+
+        A giant has its turn until ``finish`` is done with it: of several threads one holds one.
 
         Statuses of a failure: ``not_an_image``, ``format_not_allowed``, ``truncated``, ``corrupt``,
         ``too_many_pixels``, ``unsupported`` (a variant that Pillow does not decode, or a colour mode
         without a rule), ``out_of_memory``.
         """
         try:
-            return self._decode(data)
+            return self._decode(data, finish)
         except Image.DecompressionBombError as error:
             return Failure("too_many_pixels", str(error))
         except UnidentifiedImageError:
@@ -99,7 +109,7 @@ class Decoder:
         except _DAMAGE as error:
             return _damaged(error, data)
 
-    def _decode(self, data: bytes) -> Image.Image | Failure:
+    def _decode(self, data: bytes, finish: Callable[[Image.Image], T]) -> T | Failure:
         with Image.open(io.BytesIO(data), formats=self.formats) as image:
             pixels = image.width * image.height
             if pixels > self.max_pixels:
@@ -107,10 +117,9 @@ class Decoder:
                     "too_many_pixels",
                     f"{image.width} x {image.height} pixels, over images.max_pixels={self.max_pixels:,}",
                 )
-            if pixels > LARGE_PIXELS:
-                with _one_giant:
-                    return self._load(image)
-            return self._load(image)
+            with _one_giant if pixels > LARGE_PIXELS else nullcontext():
+                rgb = self._load(image)
+                return rgb if isinstance(rgb, Failure) else finish(rgb)
 
     def _load(self, image: Image.Image) -> Image.Image | Failure:
         # Pillow turns a TIFF as it loads it, and leaves other formats as they are stored.
@@ -126,9 +135,7 @@ class Decoder:
             turned = image.transpose(_UNTURNED[orientation])
         else:
             turned = image
-        rgb = self._to_rgb(turned)
-        # A file's own buffers end with the file: hand out an image that stands alone.
-        return rgb.copy() if rgb is image else rgb
+        return self._to_rgb(turned)
 
     def _to_rgb(self, image: Image.Image) -> Image.Image:
         if image.mode == "RGB" and "transparency" not in image.info:
@@ -153,6 +160,8 @@ def limit_pixels(count: int) -> None:
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
+        if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
+            return image
         return ImageOps.exif_transpose(image)
     except _DAMAGE:
         return image

@@ -58,8 +58,7 @@ class PixelReader:
         timer(Stage.READ, read - started)
         if isinstance(data, Failure):
             return data
-        image = self.decoder.decode(data)
-        pixels = image if isinstance(image, Failure) else preprocess(image, self.spec)
+        pixels = self.decoder.apply(data, lambda image: preprocess(image, self.spec))
         timer(Stage.DECODE, time.perf_counter() - read)
         return pixels
 

@@ -85,12 +85,21 @@ def find_bound(
 
 def memory() -> dict[str, float]:
     """Peak memory of this process in MiB: resident, and on the GPU if one was used."""
-    scale = 1024 if sys.platform == "linux" else 1024 * 1024
-    figures = {"peak_rss_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale, 1)}
+    figures = {"peak_rss_mib": round(_peak_rss() / 2**20, 1)}
     torch: Any = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         figures["peak_gpu_mib"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
     return figures
+
+
+def _peak_rss() -> int:
+    """Bytes; getrusage would count what the process that started this one held at the time."""
+    try:
+        with open("/proc/self/status", encoding="ascii") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
 
 
 def machine(device: str, cores: int) -> dict[str, object]:
