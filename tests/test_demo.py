@@ -13,6 +13,7 @@ from pipeline.demo.train import UNSEEN_SEED
 from pipeline.images.decode import Decoder
 from pipeline.images.preprocess import preprocess
 from pipeline.models.checkpoint import open_checkpoint
+from pipeline.models.hub import DEMO_FOLDER
 from pipeline.models.text import embed_prompts
 from pipeline.records import Failure
 
@@ -103,3 +104,13 @@ def test_the_demo_folder_is_rendered_once(tmp_path: Path) -> None:
     table = pq.read_table(manifest)
     assert table.column_names == ["id", "path", "truth"]
     assert all((tmp_path / path).is_file() for path in table["path"].to_pylist())
+
+
+def test_training_repeats(tmp_path: Path) -> None:
+    from pipeline.demo.train import train
+
+    figures = [train(tmp_path / name, count=64, steps=2, batch_size=16, seed=0, checked=10) for name in "ab"]
+    assert figures[0] == figures[1]
+    files = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in "ab"]
+    assert files[0] == files[1]
+    assert set(files[0]) == {path.name for path in DEMO_FOLDER.iterdir()}
