@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ from pipeline.report.clocks import StageClocks
 from pipeline.report.logs import log_to
 from pipeline.report.progress import Progress
 from pipeline.storage import Storage, open_storage
-from pipeline.worker import Job, open_encoder, pixel_reader, worker_threads
+from pipeline.worker import Job, cores, open_encoder, pixel_reader, worker_threads
 
 REPORT, PAGE = "_report.json", "_report.html"
 log = logging.getLogger(__name__)
@@ -78,10 +77,17 @@ def with_demo_scenes(config: Config) -> Config:
     return dataclasses.replace(config, manifest=manifest)
 
 
+def with_batch_that_fits(config: Config, rows: int) -> Config:
+    """The config with no batch larger than its largest shard: what is over would be padding in every batch."""
+    size = min(config.loader.batch_size, config.manifest.shard_rows, rows)
+    return dataclasses.replace(config, loader=dataclasses.replace(config.loader, batch_size=size))
+
+
 def _run(config: Config, storage: Storage, *, began: float) -> RunReport:
     started = datetime.now(UTC)
     manifest = open_manifest(config.manifest)
     check_ids(manifest)
+    config = with_batch_that_fits(config, manifest.rows)
     log.info("%s: %d rows in %d files", config.manifest.path, manifest.rows, len(manifest.files))
 
     checkpoint = open_checkpoint(config.model)
@@ -122,7 +128,6 @@ def _run(config: Config, storage: Storage, *, began: float) -> RunReport:
     counts, parts = _finish(storage, wanted)
     times = _Times(startup=looped - began + progress.first_batch_seconds, wall=time.time() - began)
 
-    cores = len(os.sched_getaffinity(0))
     bound, advice = summary.find_bound(
         clocks.total(),
         startup=times.startup,
@@ -130,7 +135,7 @@ def _run(config: Config, storage: Storage, *, began: float) -> RunReport:
         workers=worker_threads(config),
         device=encoder.device.type,
         precision=encoder.precision,
-        cores=cores,
+        cores=cores(),
     )
     content = summary.summarize(config.output.dir, parts, id=manifest.id, examples=config.report.examples)
     failed = sum(count for status, count in counts.items() if status != OK)
@@ -152,7 +157,7 @@ def _run(config: Config, storage: Storage, *, began: float) -> RunReport:
         labels=content.labels,
         prompts={"labels": len(bank.names) if bank else 0, "cached": bank is not None and bank.cached},
         memory=summary.memory(),
-        machine=summary.machine(str(encoder.device), cores),
+        machine=summary.machine(str(encoder.device), cores()),
         versions=summary.versions(),
         fingerprints=prints,
         config=dataclasses.asdict(config),

@@ -17,7 +17,7 @@ from pipeline.dataset.commits import commit_part
 from pipeline.dataset.parts import PartFormat, ShardResult, build_table, count_statuses
 from pipeline.errors import NumericalError
 from pipeline.images.decode import Decoder
-from pipeline.images.loader import Loader, PixelReader, Timer
+from pipeline.images.loader import Loader, PixelReader
 from pipeline.images.sources import Source
 from pipeline.manifest.source import Manifest
 from pipeline.models.checkpoint import Checkpoint
@@ -116,9 +116,14 @@ def embed(
             yield report
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def worker_threads(config: Config) -> int:
-    """Decoding threads: as configured, or one for each core that this process may use."""
-    return config.loader.workers or len(os.sched_getaffinity(0))
+    """Decoding threads: as configured, or one for each core."""
+    return config.loader.workers or cores()
 
 
 def _results(
@@ -128,7 +133,7 @@ def _results(
     clocks: StageClocks,
     on_batch: Callable[[int], None],
 ) -> Iterator[ShardResult]:
-    config, timer = job.config, _timer(clocks)
+    config = job.config
     features = torch.from_numpy(job.bank.features).to(encoder.device) if job.bank is not None else None
     with Loader(
         job.manifest,
@@ -137,7 +142,7 @@ def _results(
         workers=worker_threads(config),
         prefetch=config.loader.prefetch,
         device=encoder.device,
-        timer=timer,
+        timer=clocks.add,
     ) as loader:
         items = loader.stream(shards)
         shard: _Accumulated | None = None
@@ -150,23 +155,28 @@ def _results(
             shard = shard or _Accumulated(job, item.shard, encoder.dim)
             if isinstance(item, ShardRows):
                 if flying is not None:
-                    shard.add(flying)
+                    with clocks.time(Stage.ENCODE):
+                        shard.add(flying)
                     flying = None
                 yield shard.finish(item)
                 shard = None
                 continue
-            with clocks.time(Stage.ENCODE):
-                launched = _launch(item, encoder, job, features)
-                loader.release(item)
-                # On CUDA the last batch's results are fetched while this one is being computed.
-                if flying is not None:
+            launched = _launch(item, encoder, job, features, clocks)
+            loader.release(item)
+            # On CUDA the last batch's results are fetched while this one is being computed: the clock of
+            # the encoder then runs until the device is done, and that of the labels only while they queue.
+            if flying is not None:
+                with clocks.time(Stage.ENCODE):
                     shard.add(flying)
-                flying = launched
+            flying = launched
             on_batch(len(item.rows))
 
 
-def _launch(batch: ImageBatch, encoder: ImageEncoder, job: Job, features: torch.Tensor | None) -> _OnDevice:
-    encoded = encoder.encode(batch.pixels)
+def _launch(
+    batch: ImageBatch, encoder: ImageEncoder, job: Job, features: torch.Tensor | None, clocks: StageClocks
+) -> _OnDevice:
+    with clocks.time(Stage.ENCODE):
+        encoded = encoder.encode(batch.pixels)
     expected = (batch.pixels.shape[0], encoder.dim)
     if tuple(encoded.shape) != expected or encoded.dtype != torch.float32:
         raise NumericalError(
@@ -179,13 +189,10 @@ def _launch(batch: ImageBatch, encoder: ImageEncoder, job: Job, features: torch.
     empty = torch.empty((len(batch.rows), 0), device=vectors.device)
     top, scores = empty.long(), empty
     if job.bank is not None and features is not None:
-        found = label(Embeddings(vectors), job.bank, features, top_k=job.config.labels.top_k)
+        with clocks.time(Stage.LABEL):
+            found = label(Embeddings(vectors), job.bank, features, top_k=job.config.labels.top_k)
         top, scores = found.indices, found.scores
     return _OnDevice(rows=batch.rows, vectors=vectors, top=top, scores=scores, healthy=healthy)
-
-
-def _timer(clocks: StageClocks) -> Timer:
-    return clocks.add
 
 
 class _Accumulated:

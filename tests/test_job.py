@@ -123,7 +123,7 @@ def test_the_report_says_where_the_time_went(finished: Config) -> None:
     report = json.loads((output(finished) / "_report.json").read_text())
     assert report["rows"] == report["total_rows"] == ROWS
     assert report["counts"] == {"ok": ROWS - 2, "empty": 1, "not_an_image": 1}
-    assert {"read", "decode", "encode", "write"} <= set(report["stages"])
+    assert {"read", "decode", "copy", "encode", "label", "write"} <= set(report["stages"])
     assert all(seconds >= 0 for seconds in report["stages"].values())
     assert report["images_per_second"] > 0
     assert report["prompts"] == {"labels": 100, "cached": False}
@@ -152,7 +152,7 @@ def test_the_number_of_threads_changes_no_byte(finished: Config, tmp_path: Path,
 
 
 CHANGES = {
-    "model": ({"model": {"weights": "random", "name": "DEMO"}}, "model.weights"),
+    "model": ({"model": {"weights": "random", "name": "DEMO"}}, 'model: there "demo", now "/'),
     "prompts": ({"prompts": {"labels": ["cat", "dog"]}}, "prompts.text"),
     "templates": ({"prompts": {"templates": ["one {}"]}}, "prompts.text"),
     "top_k": ({"labels": {"top_k": 2}}, "prompts.top_k: there 5, now 2"),
@@ -183,6 +183,12 @@ def test_a_changed_manifest_is_another_job(finished: Config, tmp_path: Path) -> 
     manifest = scenes_manifest(tmp_path / "m.parquet", ROWS, damaged={3: b"other damage", 20: b""})
     with pytest.raises(PlanMismatch, match=r"manifest\.digest"):
         run_job(config_for(manifest, output(finished)))
+
+
+def test_a_small_job_pads_no_batch(tmp_path: Path) -> None:
+    config = config_for(scenes_manifest(tmp_path / "m.parquet", 5), tmp_path / "out", loader={"batch_size": 64})
+    assert run_job(config).fingerprints["batch_size"] == 5
+    assert pq.read_table(tmp_path / "out")["embedding"].null_count == 1
 
 
 def test_too_many_failures_is_said_after_the_dataset_is_complete(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from pipeline.errors import StorageError
 from pipeline.records import Clocks, RunReport, Stage
 from pipeline.report import page, summary
 from pipeline.report.clocks import StageClocks
@@ -170,4 +171,11 @@ def test_the_log_lies_beside_the_dataset(kind: str, tmp_path: Path, capsys: pyte
     text = (storage.read(NAME) or b"").decode()
     assert "INFO pipeline.somewhere: a sentence" in text
     assert "not any more" not in text
+    with pytest.raises(StorageError, match="no space"), log_to(storage):
+        raise StorageError("no space")
+    with pytest.raises(ZeroDivisionError), log_to(storage):
+        print(1 / 0)
+    text = (storage.read(NAME) or b"").decode()
+    assert "Traceback" in text
+    assert kind == "memory" or "ERROR pipeline: no space\n" in text
     assert capsys.readouterr().err == "a sentence\nwarning: a worry\n"

@@ -24,6 +24,9 @@ class TorchEncoder(ImageEncoder):
         self.batch_size = batch_size
         self._dtype = DTYPES[precision]
         self._checkpoint = checkpoint
+        if precision == "fp32" and device.type == "cuda":
+            # fp32 is what every other backend is compared with: no TF32 in the patch embedding's convolution.
+            torch.backends.cudnn.allow_tf32 = False
         # In place: nobody else may use the checkpoint's image tower afterwards.
         checkpoint.model.to(device=device, dtype=self._dtype)
         spec = checkpoint.spec

@@ -18,7 +18,7 @@ VERSION = 1
 class Plan:
     """Everything that the bytes of the dataset follow from.
 
-    ``fingerprints`` are compared on resume; ``about`` is for people. The shard list is not spelled out:
+    ``fingerprints`` are compared on resume; ``about`` is for people, and may differ. The shard list is not spelled out:
     it follows from the manifest's row groups and ``shard_rows``, so a plan stays small at any size.
     """
 
@@ -63,15 +63,14 @@ def settle(storage: Storage, plan: Plan) -> bool:
             f"{storage.url}/{NAME}: not readable as JSON ({error}); choose another output.dir"
         ) from error
     wanted = json.loads(plan.to_json())
-    for content in (found, wanted):
-        content.pop("about", None)
+    named = list(_differences(found.pop("about", {}), wanted.pop("about"), ""))
     differences = list(_differences(found, wanted, ""))
     if differences:
         raise PlanMismatch(
             "\n".join(
                 [
                     f"{storage.url}: holds a dataset of another job, and a dataset never mixes two:",
-                    *(f"  - {line}" for line in differences),
+                    *(f"  - {line}" for line in (*named, *differences)),
                     "choose another output.dir, or run the command that began it",
                 ]
             )

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from pipeline.errors import PipelineError
 from pipeline.storage import LocalStorage, Storage
 
 NAME = "_run.log"
@@ -26,7 +27,10 @@ class _Terminal(logging.Handler):
 
 @contextmanager
 def log_to(storage: Storage) -> Iterator[None]:
-    """Send the package's log to the terminal and to ``_run.log``; an object store gets it at the end."""
+    """Send the package's log to the terminal and to ``_run.log``, with the error that ends the run, if any.
+
+    An object store gets the log at the end.
+    """
     root = logging.getLogger("pipeline")
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / NAME
@@ -43,6 +47,12 @@ def log_to(storage: Storage) -> Iterator[None]:
             root.addHandler(handler)
         try:
             yield
+        except BaseException as error:
+            # The terminal hears of it from the door.
+            fact = error if isinstance(error, PipelineError) else repr(error)
+            trace = None if isinstance(error, PipelineError) else (type(error), error, error.__traceback__)
+            file.handle(logging.LogRecord("pipeline", logging.ERROR, __file__, 0, "%s", (fact,), trace))
+            raise
         finally:
             for handler in handlers:
                 root.removeHandler(handler)

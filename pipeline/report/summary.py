@@ -57,7 +57,7 @@ def find_bound(
     """What set the pace, and what to change about it, in words; ``startup`` and ``wall`` are seconds."""
     seconds = clocks.seconds
     wait_in, wait_out = seconds.get(Stage.WAIT_INPUT, 0.0), seconds.get(Stage.WAIT_OUTPUT, 0.0)
-    loop = wait_in + wait_out + seconds.get(Stage.ENCODE, 0.0)
+    loop = wait_in + wait_out + seconds.get(Stage.ENCODE, 0.0) + seconds.get(Stage.LABEL, 0.0)
     if loop == 0:
         return "nothing", "every shard was done already"
     if startup > wall / 2:
