@@ -21,7 +21,7 @@ from pipeline.config import DEMO_MODEL, Config, ImagesConfig
 from pipeline.dataset import commits, plan
 from pipeline.dataset.parts import part_format
 from pipeline.demo import folder as demo
-from pipeline.errors import TooManyFailures
+from pipeline.errors import ManifestError, TooManyFailures
 from pipeline.gallery import gallery
 from pipeline.manifest.ids import check_ids
 from pipeline.manifest.shards import count_shards, cut
@@ -38,6 +38,7 @@ from pipeline.worker import Job, cores, open_encoder, pixel_reader, worker_threa
 
 REPORT, PAGE = "_report.json", "_report.html"
 log = logging.getLogger(__name__)
+_first_job = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +59,10 @@ def run_job(config: Config) -> RunReport:
     # From here on the one address that all rooms can open, without a ~.
     config = dataclasses.replace(config, output=dataclasses.replace(config.output, dir=storage.url))
     with log_to(storage):
-        began = psutil.Process().create_time()
-        before = time.time()
-        config = with_demo_scenes(config)
+        began, before = _began(), time.time()
+        rendered = with_demo_scenes(config)
         # Rendering the demo's pictures is no part of embedding them.
-        return _run(config, storage, began=began + time.time() - before)
+        return _run(rendered, storage, began=began + time.time() - before, demo_scenes=rendered is not config)
 
 
 def with_demo_scenes(config: Config) -> Config:
@@ -77,15 +77,44 @@ def with_demo_scenes(config: Config) -> Config:
     return dataclasses.replace(config, manifest=manifest)
 
 
+def check_places(config: Config, manifest: Manifest) -> None:
+    """Refuse a root that is not there, and an output that would mix with the manifest.
+
+    Raises:
+        ManifestError: every row would fail, or the next run would take its own parts for manifest files.
+    """
+    root, output = manifest.root, config.output.dir
+    if manifest.image_kind != "bytes" and is_local(root) and not Path(local_path(root)).is_dir():
+        raise ManifestError(f"manifest.root={root}: no such folder; is a disk not mounted? manifest.root sets another")
+    if not is_local(output) or not is_local(manifest.files[0].url):
+        return
+    folder = Path(local_path(output)).resolve()
+    given = Path(local_path(config.manifest.path or "")).expanduser().resolve()
+    inside = [file.url for file in manifest.files if folder in Path(local_path(file.url)).resolve().parents]
+    if inside or (given.is_dir() and (given == folder or given in folder.parents)):
+        raise ManifestError(
+            f"output.dir={output} and manifest.path={config.manifest.path} lie in one another, so that readers would "
+            "mix the rows of both; choose an output.dir beside the manifest"
+        )
+
+
 def with_batch_that_fits(config: Config, rows: int) -> Config:
     """The config with no batch larger than its largest shard: what is over would be padding in every batch."""
     size = min(config.loader.batch_size, config.manifest.shard_rows, rows)
     return dataclasses.replace(config, loader=dataclasses.replace(config.loader, batch_size=size))
 
 
-def _run(config: Config, storage: Storage, *, began: float) -> RunReport:
+def _began() -> float:
+    """When this job began: the first of a process with the process, a later one now."""
+    global _first_job
+    first, _first_job = _first_job, False
+    return psutil.Process().create_time() if first else time.time()
+
+
+def _run(config: Config, storage: Storage, *, began: float, demo_scenes: bool) -> RunReport:
     started = datetime.now(UTC)
     manifest = open_manifest(config.manifest)
+    check_places(config, manifest)
     check_ids(manifest)
     config = with_batch_that_fits(config, manifest.rows)
     log.info("%s: %d rows in %d files", config.manifest.path, manifest.rows, len(manifest.files))
@@ -123,7 +152,7 @@ def _run(config: Config, storage: Storage, *, began: float) -> RunReport:
     looped = time.time()
     with Progress(manifest.rows, done=resumed_rows, mode=config.report.progress) as progress:
         for report in inline.run(todo, job, encoder, clocks=clocks, on_batch=progress.embedded):
-            rows += report.rows
+            rows += report.rows if report.committed else 0
             progress.failed(report.rows - report.counts[OK])
     counts, parts = _finish(storage, wanted)
     times = _Times(startup=looped - began + progress.first_batch_seconds, wall=time.time() - began)
@@ -143,11 +172,12 @@ def _run(config: Config, storage: Storage, *, began: float) -> RunReport:
     result = RunReport(
         started=started.isoformat(timespec="seconds"),
         rows=rows,
+        images=progress.images,
         resumed_rows=resumed_rows,
         total_rows=manifest.rows,
         wall_seconds=round(times.wall, 3),
         startup_seconds=round(times.startup, 3),
-        images_per_second=round(rows / times.wall, 2),
+        images_per_second=round(progress.images / times.wall, 2),
         steady_images_per_second=round(progress.steady_images_per_second, 2),
         stages={name: round(seconds, 3) for name, seconds in clocks.total().seconds.items()},
         bound=bound,
@@ -165,7 +195,9 @@ def _run(config: Config, storage: Storage, *, began: float) -> RunReport:
     )
     if rows or storage.read(REPORT) is None:
         _publish(storage, result, config, manifest, checkpoint, parts)
-    _say(result, config, parts)
+    _say(result, config)
+    if demo_scenes:
+        log.info("%.1f %% of the scenes got their true label", 100 * demo.accuracy(config.output.dir, parts))
     if over:
         raise TooManyFailures(
             f"{config.output.dir}: complete, but {failed:,} of {manifest.rows:,} rows failed "
@@ -244,13 +276,11 @@ def _publish(
     storage.write(PAGE, page.to_html(result, examples, output=config.output.dir, model=config.model.name))
 
 
-def _say(result: RunReport, config: Config, parts: list[str]) -> None:
+def _say(result: RunReport, config: Config) -> None:
     if not result.rows:
         log.info("%s is complete: %d rows; nothing to do", config.output.dir, result.total_rows)
         return
-    log.info("%s", summary.headline(result.rows, result.wall_seconds, result.images_per_second, result.bound))
+    log.info("%s", summary.headline(result.images, result.wall_seconds, result.images_per_second, result.bound))
     log.info("steady %.1f images/s; %s", result.steady_images_per_second, result.advice)
     log.info("rows by status: %s", ", ".join(f"{name} {count}" for name, count in result.counts.items()))
-    if demo.TRUTH in config.manifest.keep and result.labels:
-        log.info("%.1f %% of the scenes got their true label", 100 * demo.accuracy(config.output.dir, parts))
     log.info("dataset: %s   report: %s/%s", config.output.dir, config.output.dir, PAGE)

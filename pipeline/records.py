@@ -185,12 +185,13 @@ class ShardReport:
 class RunReport:
     """The throughput report of one run, as written to ``_report.json``; times are seconds.
 
-    ``rows`` counts what this run embedded, ``resumed_rows`` what earlier runs had committed. ``steady``
-    throughput leaves out the start-up and the first batch.
+    ``rows`` counts what this run committed and ``images`` those it embedded, ``resumed_rows`` what earlier
+    runs had committed. ``steady`` throughput leaves out the start-up and the first batch.
     """
 
     started: str
     rows: int
+    images: int
     resumed_rows: int
     total_rows: int
     wall_seconds: float

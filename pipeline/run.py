@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -14,9 +17,13 @@ from pipeline.overrides import check_overrides, register, to_config
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+INTERRUPTED = "interrupted; what was committed stays, and the same command goes on from there"
+
 
 def main() -> None:
     """Read the command line, run the job, exit with the code that :mod:`pipeline.errors` explains."""
+    # An exception out of a signal handler may get lost among the imports; until they are done, leave at once.
+    _on_signals(_leave)
     import hydra
     from hydra._internal.utils import get_args_parser
 
@@ -33,23 +40,35 @@ def main() -> None:
 def _task(composed: DictConfig) -> None:
     try:
         config = to_config(composed)
-        signal.signal(signal.SIGTERM, _terminate)
         from pipeline.job import run_job
 
+        _on_signals(_interrupt)
         run_job(config)
     except KeyboardInterrupt:
-        _exit(Interrupted("interrupted; what was committed stays, and the same command goes on from there"))
+        _exit(Interrupted(INTERRUPTED))
     except PipelineError as error:
         _exit(error)
 
 
-def _terminate(number: int, frame: FrameType | None) -> None:
+def _on_signals(handler: Callable[[int, FrameType | None], None]) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    with suppress(OSError):
+        os.write(2, f"error: {INTERRUPTED}\n".encode())
+    os._exit(Interrupted.exit_code)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
 def _exit(error: PipelineError) -> None:
     # Hydra turns exceptions into exit code 1; SystemExit passes through.
-    print(f"error: {error}", file=sys.stderr)
+    with suppress(OSError, ValueError):
+        print(f"error: {error}", file=sys.stderr)
     raise SystemExit(error.exit_code)
 
 

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from fsspec.core import url_to_fs
 
@@ -40,8 +40,8 @@ class Staged:
     storage: Storage
 
     def publish(self, name: str, *, replace: bool = False) -> None:
-        """Give the file its name, whole and flushed; an existing name stays unless ``replace``."""
-        with self.path.open("rb") as file:
+        """Give the file its name, whole and flushed; without ``replace``, a file of the same content stays."""
+        with explained(str(self.path)), self.path.open("rb") as file:
             os.fsync(file.fileno())
         self.storage.adopt(self.path, name, replace=replace)
 
@@ -74,7 +74,11 @@ class Storage(ABC):
 
     @abstractmethod
     def adopt(self, path: Path, name: str, *, replace: bool) -> None:
-        """Publish the flushed local file ``path`` under ``name``."""
+        """Publish the flushed local file ``path`` under ``name``.
+
+        Without ``replace`` the name holds the content's digest, so a file that is there already is the same,
+        or damaged, and then it is replaced.
+        """
 
     @abstractmethod
     def create_once(self, name: str, data: bytes) -> bool:
@@ -83,6 +87,10 @@ class Storage(ABC):
     @abstractmethod
     def read(self, name: str) -> bytes | None:
         """The bytes of ``name``, or None if there is no such file."""
+
+    @abstractmethod
+    def digest(self, name: str) -> str | None:
+        """The SHA-256 of ``name`` in hex, read in blocks, or None if there is no such file."""
 
     @abstractmethod
     def sizes(self, folder: str = "") -> dict[str, int]:
@@ -118,13 +126,14 @@ class LocalStorage(Storage):
         target = self.root / name
         with explained(str(target)):
             target.parent.mkdir(parents=True, exist_ok=True)
-            if replace:
-                path.replace(target)
-            else:
-                try:
+            if not replace:
+                with suppress(FileExistsError):
                     os.link(path, target)
-                except FileExistsError:
+                    _sync_folder(target.parent)
                     return
+                if sha256(target) == sha256(path):
+                    return
+            path.replace(target)
             _sync_folder(target.parent)
 
     def create_once(self, name: str, data: bytes) -> bool:
@@ -150,6 +159,12 @@ class LocalStorage(Storage):
                 return (self.root / name).read_bytes()
             except FileNotFoundError:
                 return None
+
+    def digest(self, name: str) -> str | None:
+        """See :meth:`Storage.digest`."""
+        with explained(str(self.root / name)), suppress(FileNotFoundError):
+            return sha256(self.root / name)
+        return None
 
     def sizes(self, folder: str = "") -> dict[str, int]:
         """See :meth:`Storage.sizes`."""
@@ -193,7 +208,7 @@ class ObjectStorage(Storage):
         """See :meth:`Storage.adopt`."""
         target = f"{self.root}/{name}"
         with explained(f"{self.url}/{name}"):
-            if replace or not self.fs.exists(target):
+            if replace or self.digest(name) != sha256(path):
                 self.fs.put_file(str(path), target)
 
     def create_once(self, name: str, data: bytes) -> bool:
@@ -214,6 +229,16 @@ class ObjectStorage(Storage):
             except FileNotFoundError:
                 return None
             return data
+
+    def digest(self, name: str) -> str | None:
+        """See :meth:`Storage.digest`."""
+        with (
+            explained(f"{self.url}/{name}"),
+            suppress(FileNotFoundError),
+            self.fs.open(f"{self.root}/{name}", "rb") as file,
+        ):
+            return _sha256(file)
+        return None
 
     def sizes(self, folder: str = "") -> dict[str, int]:
         """See :meth:`Storage.sizes`."""
@@ -243,7 +268,14 @@ def open_storage(url: str) -> Storage:
 def sha256(path: Path) -> str:
     """Hex digest of a local file."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return _sha256(file)
+
+
+def _sha256(file: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
 
 
 def _alive(process: int) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,7 @@ from pipeline.backends.base import ImageEncoder
 from pipeline.config import Config
 from pipeline.dataset.commits import commit_part
 from pipeline.dataset.parts import PartFormat, ShardResult, build_table, count_statuses
-from pipeline.errors import NumericalError
+from pipeline.errors import BackendUnavailable, NumericalError
 from pipeline.images.decode import Decoder
 from pipeline.images.loader import Loader, PixelReader
 from pipeline.images.sources import Source
@@ -44,14 +45,15 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
-class _OnDevice:
-    """A batch whose results are still on the device."""
+class _Flying:
+    """A batch whose results are on their way to the host; ``landed`` tells when (None: they are there)."""
 
     rows: np.ndarray
     vectors: torch.Tensor
     top: torch.Tensor
     scores: torch.Tensor
     healthy: torch.Tensor
+    landed: torch.cuda.Event | None
 
 
 def open_encoder(config: Config, checkpoint: Checkpoint) -> ImageEncoder:
@@ -146,7 +148,7 @@ def _results(
     ) as loader:
         items = loader.stream(shards)
         shard: _Accumulated | None = None
-        flying: _OnDevice | None = None
+        flying: _Flying | None = None
         while True:
             with clocks.time(Stage.WAIT_INPUT):
                 item = next(items, None)
@@ -174,8 +176,8 @@ def _results(
 
 def _launch(
     batch: ImageBatch, encoder: ImageEncoder, job: Job, features: torch.Tensor | None, clocks: StageClocks
-) -> _OnDevice:
-    with clocks.time(Stage.ENCODE):
+) -> _Flying:
+    with clocks.time(Stage.ENCODE), _memory_explained(len(batch.pixels)):
         encoded = encoder.encode(batch.pixels)
     expected = (batch.pixels.shape[0], encoder.dim)
     if tuple(encoded.shape) != expected or encoded.dtype != torch.float32:
@@ -192,7 +194,30 @@ def _launch(
         with clocks.time(Stage.LABEL):
             found = label(Embeddings(vectors), job.bank, features, top_k=job.config.labels.top_k)
         top, scores = found.indices, found.scores
-    return _OnDevice(rows=batch.rows, vectors=vectors, top=top, scores=scores, healthy=healthy)
+    results = [vectors, top, scores, healthy]
+    landed = None
+    if vectors.device.type == "cuda":
+        # Copied behind this batch's own work, so that fetching it never waits for the next batch.
+        results = [_to_host(tensor) for tensor in results]
+        landed = torch.cuda.Event()
+        landed.record(torch.cuda.current_stream(vectors.device))
+    vectors, top, scores, healthy = results
+    return _Flying(rows=batch.rows, vectors=vectors, top=top, scores=scores, healthy=healthy, landed=landed)
+
+
+def _to_host(tensor: torch.Tensor) -> torch.Tensor:
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
+
+
+@contextmanager
+def _memory_explained(batch_size: int) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise BackendUnavailable(
+            f"the device has no memory for batches of {batch_size} images: lower loader.batch_size ({error})"
+        ) from error
 
 
 class _Accumulated:
@@ -206,18 +231,20 @@ class _Accumulated:
         self._top = np.zeros((shard.rows, k), dtype=np.int64)
         self._scores = np.zeros((shard.rows, k), dtype=np.float32)
 
-    def add(self, batch: _OnDevice) -> None:
-        """Fetch a batch from the device; waits until it is computed."""
-        healthy = batch.healthy.cpu().numpy()
+    def add(self, batch: _Flying) -> None:
+        """Take a batch's results; waits until they have landed."""
+        if batch.landed is not None:
+            batch.landed.synchronize()
+        healthy = batch.healthy.numpy()
         if not healthy.all():
             position = int(batch.rows[int(np.flatnonzero(~healthy)[0])])
             raise NumericalError(
                 f"shard {self._shard.index}, row {position}: the encoder returned NaN, infinity or a vector "
                 "that is not of length 1; the shard is not committed. Try backend.precision=fp32, check the checkpoint"
             )
-        self._vectors[batch.rows] = batch.vectors.cpu().numpy()
-        self._top[batch.rows] = batch.top.cpu().numpy()
-        self._scores[batch.rows] = batch.scores.cpu().numpy()
+        self._vectors[batch.rows] = batch.vectors.numpy()
+        self._top[batch.rows] = batch.top.numpy()
+        self._scores[batch.rows] = batch.scores.numpy()
 
     def finish(self, rows: ShardRows) -> ShardResult:
         """The whole shard."""

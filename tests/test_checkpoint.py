@@ -118,6 +118,26 @@ def test_openai_s_tokenizer_gives_the_published_ids() -> None:
         assert tokenizer(case["text"])["input_ids"] == case["ids"], case["text"]
 
 
+def drop_tensors(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = {k: v for k, v in load_file(folder / "model.safetensors").items() if "layers.0." not in k}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def resize(folder: Path) -> None:
+    content = json.loads((folder / "preprocessor_config.json").read_text())
+    content |= {"size": {"shortest_edge": 56}, "crop_size": {"height": 56, "width": 56}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(content))
+
+
+def test_siglip_reads_lower_case(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(ModelConfig(name=str(small_siglip(tmp_path))))
+    tokens = checkpoint.tokenize(["A Red CIRCLE", "a red circle"])["input_ids"]
+    assert torch.equal(tokens[0], tokens[1])
+    assert tokens[0, 0] != checkpoint.tokenizer.pad_token_id, "padding stands on the right"
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -125,6 +145,11 @@ def test_openai_s_tokenizer_gives_the_published_ids() -> None:
         (lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"), "no \\*.safetensors"),
         (lambda folder: (folder / "config.json").write_text('{"model_type": "bert"}'), "'bert' is not supported"),
         (lambda folder: (folder / "preprocessor_config.json").unlink(), "no preprocessor_config"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "no tokenizer"),
+        (lambda folder: (folder / "config.json").write_text("{"), "not a JSON object"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 99), "cannot be loaded"),
+        (drop_tensors, "lack 32 tensors of the model, for example"),
+        (resize, "56 x 56 pixels, the model takes 48 x 48"),
     ],
 )
 def test_a_folder_that_is_no_checkpoint_is_explained(copy: Path, spoil, message: str) -> None:  # type: ignore[no-untyped-def]

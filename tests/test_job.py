@@ -10,13 +10,21 @@ import dask.dataframe as dd
 import duckdb
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
 from pipeline.config import Config
 from pipeline.dataset.parts import METADATA_KEY
-from pipeline.errors import ManifestError, NumericalError, PipelineError, PlanMismatch, TooManyFailures
+from pipeline.errors import (
+    ManifestError,
+    NumericalError,
+    PipelineError,
+    PlanMismatch,
+    StorageError,
+    TooManyFailures,
+)
 from pipeline.job import run_job
 from tests.conftest import data_folder
 from tests.jobs import StubEncoder, config_for, content, scenes_manifest, stub_backend
@@ -189,6 +197,88 @@ def test_a_small_job_pads_no_batch(tmp_path: Path) -> None:
     config = config_for(scenes_manifest(tmp_path / "m.parquet", 5), tmp_path / "out", loader={"batch_size": 64})
     assert run_job(config).fingerprints["batch_size"] == 5
     assert pq.read_table(tmp_path / "out")["embedding"].null_count == 1
+
+
+def files_manifest(folder: Path, rows: int, colour: str) -> Path:
+    """A manifest of paths that lie under its own folder."""
+    from PIL import Image
+
+    folder.mkdir()
+    for i in range(rows):
+        Image.new("RGB", (32, 32), colour).save(folder / f"{i}.png")
+    names = [f"{i}.png" for i in range(rows)]
+    pq.write_table(pa.table({"id": names, "image": names}), folder.parent / "m.parquet")
+    return folder.parent / "m.parquet"
+
+
+def test_the_same_paths_under_another_root_are_another_job(tmp_path: Path) -> None:
+    files_manifest(tmp_path / "red", 3, "red")
+    manifest = files_manifest(tmp_path / "blue", 3, "blue")
+    run_job(config_for(manifest, tmp_path / "out", manifest={"root": str(tmp_path / "red"), "keep": []}))
+    with pytest.raises(PlanMismatch, match=r"manifest\.root: there \".*red\", now \".*blue\""):
+        run_job(config_for(manifest, tmp_path / "out", manifest={"root": str(tmp_path / "blue"), "keep": []}))
+
+
+def test_a_root_that_is_not_mounted_is_no_set_of_bad_images(tmp_path: Path) -> None:
+    manifest = files_manifest(tmp_path / "red", 3, "red")
+    with pytest.raises(ManifestError, match="is a disk not mounted"):
+        run_job(config_for(manifest, tmp_path / "out", manifest={"root": str(tmp_path / "gone"), "keep": []}))
+
+
+def test_a_broken_machine_is_no_set_of_bad_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import errno
+
+    manifest = files_manifest(tmp_path / "red", 3, "red")
+
+    def read(self: object, path: str, start: int, stop: int | None) -> bytes:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr("pipeline.images.sources.Source._read_local", read)
+    with pytest.raises(StorageError, match="not the image"):
+        run_job(config_for(manifest, tmp_path / "out", manifest={"root": str(tmp_path / "red"), "keep": []}))
+    assert not list((tmp_path / "out").glob("part-*"))
+
+
+@pytest.mark.parametrize("output", ["data", "data/out", "."])
+def test_an_output_within_or_around_the_manifest_is_refused(tmp_path: Path, output: str) -> None:
+    (tmp_path / "data").mkdir()
+    scenes_manifest(tmp_path / "data" / "m.parquet", 5)
+    with pytest.raises(ManifestError, match="lie in one another"):
+        run_job(config_for(tmp_path / "data", tmp_path / output))
+    assert not (tmp_path / output / "_plan.json").exists()
+
+
+def test_files_that_differ_in_nullability_are_one_manifest(tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    table = pq.read_table(scenes_manifest(tmp_path / "m" / "a.parquet", 10))
+    strict = pa.schema([field.with_nullable(False) if field.name == "id" else field for field in table.schema])
+    ids = pa.array([f"b{i}" for i in range(10)])
+    pq.write_table(table.set_column(0, "id", ids).cast(strict), tmp_path / "m" / "b.parquet")
+    assert run_job(config_for(tmp_path / "m", tmp_path / "out")).total_rows == 20
+    assert pq.read_table(tmp_path / "out").num_rows == 20
+
+
+def test_paths_need_not_be_utf8(tmp_path: Path) -> None:
+    import os
+
+    files_manifest(tmp_path / "red", 2, "red")
+    os.rename(tmp_path / "red" / "1.png", os.fsencode(tmp_path / "red") + b"/\xff.png")
+    paths = pa.array([b"0.png", b"\xff.png", b"\xfe.png"]).view(pa.string())
+    pq.write_table(pa.table({"id": [0, 1, 2], "image": paths}), tmp_path / "m.parquet")
+    report = run_job(
+        config_for(tmp_path / "m.parquet", tmp_path / "out", manifest={"root": str(tmp_path / "red"), "keep": []})
+    )
+    assert report.counts == {"ok": 2, "not_found": 1}
+    assert "?.png" in pq.read_table(tmp_path / "out")["error"][2].as_py()
+
+
+def test_five_thousand_labels_and_one(tmp_path: Path) -> None:
+    manifest = scenes_manifest(tmp_path / "m.parquet", 6, damaged={})
+    many = {"labels": [f"thing {i} 🎈" for i in range(5000)]}
+    run_job(config_for(manifest, tmp_path / "many", prompts=many, labels={"top_k": 7}))
+    assert pq.read_table(tmp_path / "many")["top_labels"].to_pylist()[0][0].startswith("thing ")
+    run_job(config_for(manifest, tmp_path / "one", prompts={"labels": ["shape"]}))
+    assert pq.read_table(tmp_path / "one")["top_scores"].to_pylist() == [[1.0]] * 6
 
 
 def test_too_many_failures_is_said_after_the_dataset_is_complete(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.models.labels import label
+from pipeline.models.labels import best, label
 from pipeline.records import Embeddings, TextBank
 
 
@@ -51,3 +51,12 @@ def test_saturated_scores_are_still_ranked_by_logit() -> None:
     found = label(Embeddings(image), bank(texts, scoring="sigmoid", scale=1000.0), torch.from_numpy(texts), top_k=4)
     assert found.indices.tolist() == [[1, 0, 3, 2]]
     assert found.scores[0, :3].tolist() == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 6])
+def test_equal_logits_keep_the_order_of_the_labels(count: int) -> None:
+    logits = torch.tensor(
+        [[1.0, 3.0, 3.0, 0.0, 3.0, 2.0], [5.0, 5.0, 5.0, 5.0, 5.0, 5.0], [6.0, 5.0, 4.0, 3.0, 2.0, 1.0]]
+    )
+    expected = torch.tensor([[1, 2, 4, 5, 0, 3], [0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5]])
+    assert torch.equal(best(logits, count), expected[:, :count])

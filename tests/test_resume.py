@@ -13,7 +13,10 @@ import pytest
 
 from pipeline.config import Config
 from pipeline.dataset import commits
+from pipeline.dataset.plan import Plan
+from pipeline.errors import StorageError
 from pipeline.job import run_job
+from pipeline.storage import open_storage
 from tests.jobs import config_for, content, overrides_of, scenes_manifest, start
 
 # PIPELINE_TEST_KILLS=50 for a longer siege.
@@ -95,7 +98,12 @@ DAMAGES = {
     "a missing commit": lambda out: (out / "_commits" / "00003.json").unlink(),
     "a left-over part": lambda out: (out / f"part-00003-{'0' * 16}.parquet").write_bytes(b"old"),
     "a left-over temporary file": lambda out: (out / f"_tmp-{socket.gethostname()}-999999999-ab").write_bytes(b"half"),
-    "no success marker": lambda out: None,
+    "a damaged part whose commit is missing": lambda out: (
+        flip(next(out.glob("part-00003-*"))),
+        (out / "_commits" / "00003.json").unlink(),
+    ),
+    "no success marker": lambda out: (out / commits.SUCCESS).unlink(),
+    "a stale success marker": lambda out: (out / commits.SUCCESS).write_text('{"rows": 1}'),
 }
 
 
@@ -114,14 +122,58 @@ def test_damage_counts_as_not_done_and_is_mended(unbroken: Config, tmp_path: Pat
     import shutil
 
     out = Path(shutil.copytree(unbroken.output.dir, tmp_path / "out"))
-    (out / commits.SUCCESS).unlink()
     DAMAGES[damage](out)
     report = run_job(other_output(unbroken, out))
     again = any(word in damage for word in ("torn", "empty", "missing", "truncated", "flipped"))
     assert report.rows == (4 if again else 0)
     said = "the shard is done again" in (out / "_run.log").read_text()
-    assert said == ((again and damage != "a missing commit") or damage == "a foreign commit")
+    assert said == (
+        (again and "commit is missing" not in damage and damage != "a missing commit") or "foreign" in damage
+    )
     assert content(out) == content(Path(unbroken.output.dir))
+
+
+def test_a_dataset_that_lost_a_part_is_not_a_success_while_it_is_mended(unbroken: Config, tmp_path: Path) -> None:
+    import shutil
+
+    out = Path(shutil.copytree(unbroken.output.dir, tmp_path / "out"))
+    next(out.glob("part-00003-*")).unlink()
+    plan = Plan(rows=ROWS, shards=SHARDS, shard_rows=4, fingerprints={}, about={})
+    assert len(commits.find_done(open_storage(str(out)), plan)) == SHARDS - 1
+    assert not (out / commits.SUCCESS).exists()
+    assert not (out / "_commits" / "00003.json").exists()
+
+
+def test_finalize_looks_at_the_parts(unbroken: Config, tmp_path: Path) -> None:
+    import shutil
+
+    out = Path(shutil.copytree(unbroken.output.dir, tmp_path / "out"))
+    plan = Plan(rows=ROWS, shards=SHARDS, shard_rows=4, fingerprints={}, about={})
+    storage = open_storage(str(out))
+    settled = commits.read_commits(storage, plan)
+    truncate(out / settled[5].part)
+    with pytest.raises(StorageError, match="missing or torn"):
+        commits.finalize(storage, plan, settled)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.3, 0.6, 0.9, 1.2, 1.6, 2.0, 2.4])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_during_start_up_ends_with_75(unbroken: Config, tmp_path: Path, number: int, seconds: float) -> None:
+    process = start(*overrides_of(other_output(unbroken, tmp_path / "out")))
+    assert process.stderr is not None
+    time.sleep(0.25 + seconds)
+    process.send_signal(number)
+    errors = process.communicate(timeout=30)[1]
+    assert process.returncode == 75, errors
+    assert "Traceback" not in errors
+
+
+def test_a_terminal_that_went_away_does_not_end_the_job(unbroken: Config, tmp_path: Path) -> None:
+    process = start(*overrides_of(other_output(unbroken, tmp_path / "out")))
+    assert process.stderr is not None
+    process.stderr.close()
+    assert process.wait(timeout=120) == 0
+    assert content(tmp_path / "out") == content(Path(unbroken.output.dir))
 
 
 def test_two_runs_at_once_leave_one_commit_for_each_shard(unbroken: Config, tmp_path: Path) -> None:

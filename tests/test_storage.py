@@ -82,12 +82,27 @@ def test_a_stage_that_was_never_written_is_no_error(storage: Storage) -> None:
         assert not staged.path.exists()
 
 
-@pytest.mark.parametrize(("replace", "left"), [(False, b"first"), (True, b"second")])
-def test_an_existing_file_stays_unless_it_is_to_be_replaced(storage: Storage, replace: bool, left: bytes) -> None:
-    publish(storage, "part.bin", b"first", replace=replace)
-    publish(storage, "part.bin", b"second", replace=replace)
-    assert storage.read("part.bin") == left
-    assert storage.sizes() == {"part.bin": len(left)}
+@pytest.mark.parametrize("replace", [False, True])
+def test_a_file_of_other_content_is_replaced(storage: Storage, replace: bool) -> None:
+    """Also where names hold digests: what stands there under the name of this content is damaged."""
+    publish(storage, "part.bin", b"damaged", replace=replace)
+    publish(storage, "part.bin", b"sound", replace=replace)
+    assert storage.read("part.bin") == b"sound"
+    assert storage.sizes() == {"part.bin": 5}
+
+
+def test_a_file_of_the_same_content_stays(tmp_path: Path) -> None:
+    storage = open_storage(str(tmp_path))
+    publish(storage, "part.bin", b"sound", replace=False)
+    before = (tmp_path / "part.bin").stat().st_ino
+    publish(storage, "part.bin", b"sound", replace=False)
+    assert (tmp_path / "part.bin").stat().st_ino == before
+
+
+def test_digests_are_those_of_the_bytes(storage: Storage) -> None:
+    storage.write("a.bin", b"x" * 3_000_000)
+    assert storage.digest("a.bin") == hashlib.sha256(b"x" * 3_000_000).hexdigest()
+    assert storage.digest("b.bin") is None
 
 
 def test_folders_come_into_being_with_their_files(storage: Storage) -> None:

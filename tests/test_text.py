@@ -67,6 +67,11 @@ def test_labels_without_prompts_take_every_template(config: Callable[[Path], Pro
     assert labels == LabelSet(("cat", "dog"), (("a photo of a cat", "a cat"), ("a photo of a dog", "a dog")))
 
 
+def test_braces_in_templates_and_labels_are_text() -> None:
+    labels = read_labels(PromptsConfig(labels=["{x}"], templates=["a {} {", "{{}}"]))
+    assert labels.prompts == (("a {x} {", "{{x}}"),)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

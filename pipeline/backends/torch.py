@@ -57,6 +57,9 @@ class TorchEncoder(ImageEncoder):
 def open_encoder(checkpoint: Checkpoint, config: BackendConfig, *, batch_size: int) -> TorchEncoder:
     """See :class:`~pipeline.backends.base.BackendFactory`."""
     device = choose_device(config.device)
+    if device.type == "cuda":
+        # Pinned memory, streams and memory figures belong to the current device.
+        torch.cuda.set_device(device)
     precision = choose_precision(config.precision, device)
     return TorchEncoder(checkpoint, precision=precision, device=device, batch_size=batch_size)
 

@@ -7,7 +7,6 @@ alone, so a run may be killed anywhere and two runs may overlap.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections import Counter
@@ -18,6 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from pipeline.addresses import explained
 from pipeline.dataset.parts import PartFormat, write_part
 from pipeline.dataset.plan import Plan
 from pipeline.errors import StorageError
@@ -49,7 +49,7 @@ def commit_part(
     storage: Storage, shard: int, table: pa.Table, form: PartFormat, counts: Mapping[str, int]
 ) -> ShardReport:
     """Write, flush and publish a part, then commit it, unless somebody else has committed the shard."""
-    with storage.staged() as staged:
+    with storage.staged() as staged, explained(storage.url):
         write_part(table, staged.path, form)
         digest, size = sha256(staged.path), staged.path.stat().st_size
         part = f"part-{shard:05d}-{digest[:16]}.parquet"
@@ -69,19 +69,25 @@ def find_done(storage: Storage, plan: Plan) -> dict[int, Commit]:
     Anything else (torn, foreign, part missing or damaged) is said, and cleared so that the shard can be
     done again.
     """
-    sizes = storage.sizes()
+    # Commits first: a part is there before its commit, so a shard that another run commits meanwhile
+    # is not taken for one without a part.
     names = sorted(name for name in storage.sizes(FOLDER) if name.endswith(".json"))
+    sizes = storage.sizes()
     with ThreadPoolExecutor(8) as pool:
         checked = list(pool.map(lambda name: _check(storage, plan, sizes, name), names))
     done: dict[int, Commit] = {}
     for name, (commit, problem) in zip(names, checked, strict=True):
         if problem:
             log.warning("%s/%s: %s; the shard is done again", FOLDER, name, problem)
-            storage.remove(f"{FOLDER}/{name}")
-            if commit is not None and commit.part in sizes:
+            # In this order: a damaged part must never outlive its commit and be met by the next one.
+            storage.remove(SUCCESS)
+            if commit is not None:
                 storage.remove(commit.part)
+            storage.remove(f"{FOLDER}/{name}")
         elif commit is not None:
             done[commit.shard] = commit
+    if len(done) < plan.shards:
+        storage.remove(SUCCESS)
     return done
 
 
@@ -119,14 +125,20 @@ def finalize(storage: Storage, plan: Plan, commits: Iterable[Commit]) -> dict[st
             f"{storage.url}: {len(ordered)} of {plan.shards} shards and {rows} of {plan.rows} rows are committed; "
             "run the same command again"
         )
+    sizes = storage.sizes()
+    lost = [commit.part for commit in ordered if sizes.get(commit.part) != commit.size]
+    if lost:
+        raise StorageError(f"{storage.url}/{lost[0]}: missing or torn; run the same command again")
     # Every shard is decided, so a part without a commit is a left-over, and readers would count it twice.
     parts = {commit.part for commit in ordered}
-    for name in storage.sizes():
+    for name in sizes:
         if name.startswith("part-") and name.endswith(".parquet") and name not in parts:
             storage.remove(name)
     storage.sweep()
     content = {"rows": rows, "counts": dict(sorted(counts.items())), "parts": [commit.part for commit in ordered]}
-    storage.create_once(SUCCESS, (json.dumps(content, indent=2) + "\n").encode())
+    marker = (json.dumps(content, indent=2) + "\n").encode()
+    if storage.read(SUCCESS) != marker:
+        storage.write(SUCCESS, marker)
     return dict(counts)
 
 
@@ -152,7 +164,6 @@ def _check(storage: Storage, plan: Plan, sizes: Mapping[str, int], name: str) ->
         return commit, f"its part {commit.part} is missing"
     if sizes[commit.part] != commit.size:
         return commit, f"its part has {sizes[commit.part]} bytes, not {commit.size}"
-    data = storage.read(commit.part)
-    if data is None or hashlib.sha256(data).hexdigest() != commit.sha256:
+    if storage.digest(commit.part) != commit.sha256:
         return commit, "its part has another digest"
     return commit, ""

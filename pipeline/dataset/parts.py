@@ -17,8 +17,6 @@ from numpy.typing import NDArray
 from pipeline.records import OK, ShardRows
 
 METADATA_KEY = b"pipeline"
-# Embeddings are close to random: a dictionary would make them larger, and statistics say nothing.
-EMBEDDING_LEAF = "embedding.list.element"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +25,7 @@ class PartFormat:
 
     schema: pa.Schema
     compression: str
+    plain_leaves: tuple[str, ...]
 
     @property
     def dim(self) -> int:
@@ -51,7 +50,7 @@ def part_format(
     ]
     text = json.dumps(fingerprints, sort_keys=True, ensure_ascii=False)
     schema = pa.schema([*manifest_schema, *ours], metadata={METADATA_KEY: text.encode()})
-    return PartFormat(schema=schema, compression=compression)
+    return PartFormat(schema=schema, compression=compression, plain_leaves=_leaves(schema))
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,28 +82,44 @@ def build_table(result: ShardResult, form: PartFormat) -> pa.Table:
     columns = {name: result.rows.table.column(name) for name in result.rows.table.column_names}
     columns |= {"embedding": vectors, **_labels(result, failed)}
     columns["status"] = pa.array([failures[i].status if i in failures else OK for i in range(count)])
-    columns["error"] = pa.array([failures[i].error if i in failures else None for i in range(count)], pa.string())
+    errors = [_utf8(failures[i].error) if i in failures else None for i in range(count)]
+    columns["error"] = pa.array(errors, pa.string())
     return pa.Table.from_arrays([columns[name] for name in form.schema.names], schema=form.schema)
 
 
 def write_part(table: pa.Table, path: Path, form: PartFormat) -> None:
     """Write one row group; the same table gives the same bytes with the same version of Arrow."""
-    plain = [name for name in table.column_names if name != "embedding"]
+    # Embeddings are close to random: a dictionary would make them larger, and statistics say nothing.
+    leaves = list(form.plain_leaves)
     pq.write_table(
         table,
         path,
         row_group_size=max(1, table.num_rows),
         compression=form.compression,
-        use_dictionary=plain,
-        write_statistics=plain,
+        use_dictionary=leaves,
+        write_statistics=leaves,
         version="2.6",
     )
+
+
+def _leaves(schema: pa.Schema) -> tuple[str, ...]:
+    """The paths of Parquet's leaf columns, but for the embedding's."""
+    buffer = pa.BufferOutputStream()
+    pq.write_table(schema.empty_table(), buffer)
+    columns = pq.ParquetFile(pa.BufferReader(buffer.getvalue())).schema
+    paths = (columns.column(index).path for index in range(len(columns)))
+    return tuple(path for path in paths if path.split(".")[0] != "embedding")
 
 
 def count_statuses(rows: ShardRows) -> dict[str, int]:
     """Rows by status, ``ok`` first."""
     failed = Counter(failure.status for failure in rows.failures.values())
     return {OK: rows.shard.rows - len(rows.failures), **dict(sorted(failed.items()))}
+
+
+def _utf8(text: str) -> str:
+    """File names need not be UTF-8; what is not becomes a question mark."""
+    return text.encode(errors="replace").decode()
 
 
 def _labels(result: ShardResult, failed: NDArray[np.bool_]) -> dict[str, pa.Array]:

@@ -57,8 +57,8 @@ def settle(storage: Storage, plan: Plan) -> bool:
         if storage.create_once(NAME, plan.to_json()):
             return True
     try:
-        found = json.loads(storage.read(NAME) or b"")
-    except ValueError as error:
+        found = dict(json.loads(storage.read(NAME) or b""))
+    except (ValueError, TypeError) as error:
         raise PlanMismatch(
             f"{storage.url}/{NAME}: not readable as JSON ({error}); choose another output.dir"
         ) from error

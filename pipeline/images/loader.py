@@ -144,6 +144,8 @@ class Loader:
         self._stopped.set()
         if self._thread is not None:
             self._thread.join()
+        if self._cuda is not None:
+            self._cuda.synchronize()
 
     def stream(self, shards: Iterable[Shard]) -> Iterator[ImageBatch | ShardRows]:
         """Every shard's batches in order, then its :class:`ShardRows`, shard after shard.
@@ -183,7 +185,8 @@ class Loader:
             host = torch.zeros(shape, dtype=torch.uint8)
             return _Slot(host=host, device=host)
         host = torch.zeros(shape, dtype=torch.uint8, pin_memory=True)
-        return _Slot(host=host, device=torch.zeros(shape, dtype=torch.uint8, device=device))
+        # Left empty: zeroing would run on another stream than the first copy, and might come after it.
+        return _Slot(host=host, device=torch.empty(shape, dtype=torch.uint8, device=device))
 
     def _run(self, shards: Iterable[Shard]) -> None:
         pool = ThreadPoolExecutor(self._workers, thread_name_prefix="decode")
@@ -220,14 +223,15 @@ class Loader:
         for shard in shards:
             position, kept = 0, []
             for batch in reader.read(shard):
-                kept.append(batch.select(self._manifest.schema.names))
+                columns = [batch.column(name) for name in self._manifest.schema.names]
+                kept.append(pa.RecordBatch.from_arrays(columns, schema=self._manifest.schema))
                 images = refs(self._manifest, batch)
                 for start in range(0, len(images), CHUNK):
                     part = images[start : start + CHUNK]
                     future = pool.submit(self._decode, part)
                     yield _Chunk(shard=shard, start=position + start, rows=len(part), results=future)
                 position += len(images)
-            table = pa.Table.from_batches(kept, schema=kept[0].schema)
+            table = pa.Table.from_batches(kept, schema=self._manifest.schema)
             yield ShardRows(shard=shard, table=table, failures={})
 
     def _decode(self, images: list[ImageRef]) -> list[Pixels | Failure]:

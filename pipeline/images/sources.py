@@ -6,6 +6,7 @@ end in ``#bytes=START-STOP`` to name a range of a file: that is how members of a
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
@@ -16,8 +17,11 @@ from typing import Any
 from fsspec.core import url_to_fs
 
 from pipeline.addresses import is_local, local_path, scheme_of
+from pipeline.errors import StorageError
 from pipeline.records import Failure, ImageRef
 
+# What says that the machine is broken, and nothing about the image.
+_BROKEN = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN)
 # No more digits than a file offset has.
 _RANGE = re.compile(r"#bytes=(\d{1,18})-(\d{1,18})$")
 
@@ -41,6 +45,9 @@ class Source:
 
         Statuses of a failure: ``no_image`` (a null cell), ``empty``, ``not_found``, ``permission``,
         ``unreadable``, ``too_many_bytes``, ``outside_root``, ``scheme_not_allowed``.
+
+        Raises:
+            StorageError: the machine or the store failed, which says nothing about the image.
         """
         if ref.data is not None:
             return self._checked(ref.data, "the manifest's cell")
@@ -61,6 +68,12 @@ class Source:
         except PermissionError as error:
             return Failure("permission", f"{ref.path}: {error.strerror or error}")
         except (OSError, ValueError, ImportError) as error:
+            if isinstance(error, OSError) and (
+                error.errno in _BROKEN or isinstance(error, ConnectionError | TimeoutError)
+            ):
+                raise StorageError(
+                    f"{ref.path}: {error}; the machine or the store is at fault, not the image"
+                ) from error
             return Failure("unreadable", f"{ref.path}: {error}")
 
     def _read_local(self, path: str, start: int, stop: int | None) -> bytes | Failure:

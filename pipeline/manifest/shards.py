@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -133,10 +135,20 @@ class ShardReader:
             ) from error
 
 
+def _cells(column: pa.Array) -> list[Any]:
+    try:
+        cells: list[Any] = column.to_pylist()
+    except UnicodeDecodeError:
+        # Paths are bytes to the operating system, and need not be UTF-8.
+        raw = column.cast(pa.binary())
+        cells = [None if cell is None else os.fsdecode(cell) for cell in raw.to_pylist()]
+    return cells
+
+
 def refs(manifest: Manifest, batch: pa.RecordBatch) -> list[ImageRef]:
     """The image references of a batch that :class:`ShardReader` read."""
     ids = batch.column(manifest.id).to_pylist()
-    cells = batch.column(manifest.image).to_pylist()
+    cells = _cells(batch.column(manifest.image))
     if manifest.image_kind == "path":
         return [ImageRef(id=i, path=cell) for i, cell in zip(ids, cells, strict=True)]
     if manifest.image_kind == "bytes":

@@ -67,6 +67,7 @@ class Manifest:
             "rows": self.rows,
             "digest": hashlib.sha256(json.dumps(content).encode()).hexdigest(),
             "columns": [self.id, self.image, *self.schema.names[1:]],
+            "root": None if self.image_kind == "bytes" else self.root,
         }
 
 
@@ -105,7 +106,8 @@ def open_manifest(config: ManifestConfig) -> Manifest:
     root = os.path.expanduser(config.root) if config.root and is_local(config.root) else config.root
     return Manifest(
         files=tuple(files),
-        schema=pa.schema([field.remove_metadata() for field in kept]),
+        # One schema for all files, though one may promise that a column has no nulls and another not.
+        schema=pa.schema([field.remove_metadata().with_nullable(True) for field in kept]),
         id=config.id,
         image=config.image,
         image_kind=_image_kind(first.field(config.image).type),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers import logging as transformers_logging
 
@@ -25,6 +26,7 @@ from pipeline.storage import sha256
 SCORING = {"clip": "softmax", "siglip": "sigmoid"}
 # SigLIP was trained on texts padded to 64 tokens, and pools the last one.
 TEXT_LENGTH = {"clip": None, "siglip": 64}
+VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +51,11 @@ class Checkpoint:
         """Token ids (and the attention mask, for families that use one), int64 ``[N, T]``."""
         length = TEXT_LENGTH[self.family]
         tokens = self.tokenizer(
-            list(texts),
+            # CLIP's tokenizer lowers its texts itself. SigLIP was trained on lower case too, but SigLIP 2's
+            # files name Gemma's tokenizer, which keeps capitals.
+            [text.lower() for text in texts] if self.family == "siglip" else list(texts),
             padding="max_length" if length else True,
+            padding_side="right",
             truncation=True,
             max_length=length or self.max_tokens,
             return_tensors="pt",
@@ -92,7 +97,7 @@ def open_checkpoint(config: ModelConfig) -> Checkpoint:
             f"{config.name}: no *.safetensors in {folder}; other formats can run code when they are loaded. Choose a "
             "revision that has them (model.revision=...), or convert the checkpoint with save_pretrained()"
         )
-    model = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, local_files_only=True)
+    model = _load(folder)
     digests = {path.name: sha256(path) for path in weights}
     return _assemble(
         config,
@@ -102,6 +107,23 @@ def open_checkpoint(config: ModelConfig) -> Checkpoint:
         weights=digests,
         tokenizer_digest=_digest_files(folder),
     )
+
+
+def _load(folder: Path) -> Any:
+    try:
+        model, facts = AutoModel.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        raise ModelError(f"{folder}: the weights cannot be loaded: {error}") from error
+    # transformers fills what is missing with random numbers and says so in a warning at most.
+    missing = sorted(facts["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{folder}: the weights lack {len(missing)} tensors of the model, for example {', '.join(missing[:3])}; "
+            "the download or the conversion is incomplete"
+        )
+    return model
 
 
 def _open_random(config: ModelConfig) -> Checkpoint:
@@ -137,6 +159,12 @@ def _assemble(
 ) -> Checkpoint:
     model.eval().requires_grad_(False)
     settings = model.config
+    side = settings.vision_config.image_size
+    if spec.size != (side, side):
+        raise ModelError(
+            f"{config.name}: the preprocessor makes pictures of {spec.size[0]} x {spec.size[1]} pixels, "
+            f"the model takes {side} x {side}"
+        )
     family = settings.model_type
     # Where it was loaded from says nothing about what it is; neither does the library's version.
     architecture = {
@@ -169,20 +197,29 @@ def _read_config(folder: Path) -> Any:
     path = folder / "config.json"
     if not path.is_file():
         raise ModelError(f"{folder}: no config.json, so this is not a Hugging Face checkpoint")
-    family = json.loads(path.read_text()).get("model_type")
+    try:
+        family = json.loads(path.read_text()).get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise ModelError(f"{path}: not a JSON object: {error}") from error
     if family not in SCORING:
         raise ModelError(f"{folder}: model_type {family!r} is not supported; supported are {', '.join(SCORING)}")
     return AutoConfig.from_pretrained(folder, local_files_only=True)
 
 
 def _tokenizer(folder: Path) -> Any:
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    # Without these files transformers makes up an empty vocabulary, and every prompt is the same.
+    if not any((folder / name).is_file() for name in VOCABULARIES):
+        raise ModelError(f"{folder}: no tokenizer; copy one of {', '.join(VOCABULARIES)} from the original checkpoint")
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"{folder}: the tokenizer cannot be loaded: {error}") from error
 
 
 def _digest_files(folder: Path) -> str:
     """One digest of the files that a tokenizer may consist of."""
     digest = hashlib.sha256()
-    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "spiece.model"):
+    for name in (*VOCABULARIES, "merges.txt", "tokenizer_config.json"):
         path = folder / name
         if path.is_file():
             digest.update(name.encode() + b"\0" + path.read_bytes())

@@ -64,7 +64,7 @@ def read_labels(config: PromptsConfig) -> LabelSet:
         if prompt is None:
             if prompts:
                 raise PromptsError(f"{place}: the label {name!r} stands there twice")
-            prompts += [template.format(name) for template in config.templates]
+            prompts += [template.replace("{}", name) for template in config.templates]
         elif isinstance(prompt, str) and prompt.strip():
             prompts.append(prompt)
         else:
@@ -122,7 +122,7 @@ def embed_prompts(checkpoint: Checkpoint, prompts: Sequence[Sequence[str]]) -> n
 
 def default_cache() -> Path:
     """Where text banks are kept when the config does not say."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clip-pipeline" / "text"
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "clip-pipeline" / "text"
 
 
 def _warn_of_long(checkpoint: Checkpoint, texts: Sequence[str]) -> None:
@@ -168,7 +168,7 @@ def _read_pairs(path: Path, place: str) -> Iterable[tuple[Any, Any]]:
 
             table = pq.read_table(path)
             return _table_pairs(table.to_pylist(), table.column_names, place)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, csv.Error) as error:
         raise PromptsError(f"{place}: {error}") from error
     raise PromptsError(f"{place}: wanted a file that ends in .yaml, .yml, .csv, .parquet or .pq")
 

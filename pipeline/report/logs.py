@@ -6,11 +6,12 @@ import logging
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tqdm import tqdm
 
+from pipeline.addresses import explained
 from pipeline.errors import PipelineError
 from pipeline.storage import LocalStorage, Storage
 
@@ -21,8 +22,10 @@ class _Terminal(logging.Handler):
     """Writes above a progress bar, if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Write one sentence; a terminal that has gone away does not end the job."""
         level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
-        tqdm.write(f"{level}{record.getMessage()}", file=sys.stderr)
+        with suppress(OSError, ValueError, AttributeError):
+            tqdm.write(f"{level}{record.getMessage()}", file=sys.stderr)
 
 
 @contextmanager
@@ -37,7 +40,8 @@ def log_to(storage: Storage) -> Iterator[None]:
         if isinstance(storage, LocalStorage):
             storage.make()
             path = storage.root / NAME
-        file = logging.FileHandler(path, encoding="utf-8")
+        with explained(str(path)):
+            file = logging.FileHandler(path, encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         handlers: list[logging.Handler] = [_Terminal(), file]
         level, propagate = root.level, root.propagate

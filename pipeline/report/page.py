@@ -39,7 +39,7 @@ def to_html(report: RunReport, gallery: Sequence[Example], *, output: str, model
     most = max(report.labels.values(), default=1)
     page = environment.get_template("page.html.j2").render(
         report=report,
-        headline=headline(report.rows, report.wall_seconds, report.images_per_second, report.bound),
+        headline=headline(report.images, report.wall_seconds, report.images_per_second, report.bound),
         output=output,
         model=model,
         failed=sum(count for status, count in report.counts.items() if status != OK),

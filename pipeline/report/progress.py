@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from contextlib import suppress
 from types import TracebackType
 
 from tqdm import tqdm
@@ -22,7 +23,7 @@ class Progress:
 
     def __init__(self, total: int, *, done: int, mode: str) -> None:
         self._total, self._rows, self._failed, self._images = total, done, 0, 0
-        self._plain = mode == "plain" or (mode == "auto" and not sys.stderr.isatty())
+        self._plain = mode == "plain" or (mode == "auto" and not _is_terminal())
         wanted = mode == "bar" or (mode == "auto" and not self._plain)
         self._bar = tqdm(total=total, initial=done, unit="img", smoothing=0.1, dynamic_ncols=True) if wanted else None
         self._started = self._said = time.perf_counter()
@@ -36,7 +37,13 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._bar is not None:
-            self._bar.close()
+            with suppress(OSError, ValueError):
+                self._bar.close()
+
+    @property
+    def images(self) -> int:
+        """Images embedded so far."""
+        return self._images
 
     @property
     def first_batch_seconds(self) -> float:
@@ -66,10 +73,19 @@ class Progress:
     def _advance(self, rows: int) -> None:
         self._rows += rows
         if self._bar is not None:
-            self._bar.set_postfix(failed=self._failed, refresh=False)
-            self._bar.update(rows)
+            # A terminal that has gone away does not end the job.
+            with suppress(OSError, ValueError):
+                self._bar.set_postfix(failed=self._failed, refresh=False)
+                self._bar.update(rows)
         now = time.perf_counter()
         if self._plain and now - self._said >= LINE_SECONDS:
             self._said = now
             rate = self._images / (now - self._started)
             log.info("%d of %d rows, %.1f images/s, %d failed", self._rows, self._total, rate, self._failed)
+
+
+def _is_terminal() -> bool:
+    try:
+        return sys.stderr.isatty()
+    except (AttributeError, ValueError):
+        return False

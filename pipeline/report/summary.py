@@ -27,7 +27,6 @@ class DatasetSummary:
     """What the whole dataset holds: label counts, and the first failures of each status."""
 
     labels: Mapping[str, int]
-    unlabelled: int
     failures: tuple[Mapping[str, object], ...]
 
 
@@ -39,7 +38,7 @@ def summarize(folder: str, parts: Sequence[str], *, id: str, examples: int) -> D
     for part in parts:
         with open_arrow(f"{folder.rstrip('/')}/{part}") as file:
             table = pq.read_table(file, columns=[id, "label", "status", "error"])
-        for pair in pc.value_counts(table["label"]).to_pylist():
+        for pair in pc.value_counts(table["label"].drop_null()).to_pylist():
             labels[pair["values"]] += pair["counts"]
         failed = table.filter(pc.field("status") != OK)
         for row in failed.select([id, "status", "error"]).to_pylist():
@@ -47,8 +46,7 @@ def summarize(folder: str, parts: Sequence[str], *, id: str, examples: int) -> D
             # A few of each kind say more than many of one.
             if len(failures) < examples and seen[row["status"]] <= max(3, examples // 8):
                 failures.append({"id": row[id], "status": row["status"], "error": row["error"]})
-    unlabelled = labels.pop(None, 0)  # type: ignore[call-overload]
-    return DatasetSummary(labels=dict(labels.most_common()), unlabelled=unlabelled, failures=tuple(failures))
+    return DatasetSummary(labels=dict(labels.most_common()), failures=tuple(failures))
 
 
 def find_bound(
@@ -127,11 +125,11 @@ def versions() -> dict[str, str]:
     return found
 
 
-def headline(rows: int, wall: float, rate: float, bound: str) -> str:
+def headline(images: int, wall: float, rate: float, bound: str) -> str:
     """The report in one sentence."""
     minutes, seconds = divmod(round(wall), 60)
     took = f"{minutes} min {seconds} s" if minutes else f"{wall:.1f} s"
-    return f"{rows:,} images in {took}: {rate:,.1f} images/s, bound by {bound}"
+    return f"{images:,} images in {took}: {rate:,.1f} images/s, bound by {bound}"
 
 
 def _processor() -> str:
