@@ -179,8 +179,9 @@ RANGES: dict[str, tuple[float, float | None]] = {
 
 
 def conf_dir() -> Path:
-    """The folder of YAML files that belongs to this package."""
-    return Path(__file__).resolve().parent.parent / "conf"
+    """The folder of YAML files that belongs to this package: within it in a wheel, beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
