@@ -247,6 +247,8 @@ def _check_columns(config: Config) -> list[Problem]:
         problems.append(
             Problem("manifest.path", "", "must name a file, a folder or a glob, or be null for demo scenes")
         )
+    if manifest.path is None and (manifest.keep or manifest.root is not None):
+        problems.append(Problem("manifest.path", None, "must be set where manifest.keep or manifest.root is"))
     if not config.model.name:
         problems.append(Problem("model.name", "", "must name a checkpoint"))
     if manifest.id in OUTPUT_COLUMNS:

@@ -17,6 +17,7 @@ from pipeline.config import (
     OUTPUT_COLUMNS,
     RANGES,
     Config,
+    ManifestConfig,
     check,
     conf_dir,
     nearest,
@@ -41,9 +42,9 @@ def config_of(*overrides: str) -> Config:
 
 
 def changed(key: str, value: Any) -> Config:
-    """The default config with one other value, whatever its type."""
+    """A config with a manifest, and one value that is not the default, whatever its type."""
     group, name = key.split(".")
-    config = Config()
+    config = Config(manifest=ManifestConfig(path="m.parquet"))
     return dataclasses.replace(config, **{group: dataclasses.replace(getattr(config, group), **{name: value})})
 
 
@@ -198,6 +199,12 @@ def test_a_value_that_makes_no_sense_is_refused(key: str, value: Any, part: str)
     assert part in str(problem)
 
 
+@pytest.mark.parametrize("values", [{"keep": ["brand"]}, {"root": "/photos"}])
+def test_what_belongs_to_a_manifest_needs_one(values: dict[str, Any]) -> None:
+    (problem,) = check(Config(manifest=ManifestConfig(**values)))
+    assert problem.key == "manifest.path"
+
+
 @pytest.mark.parametrize("name", OUTPUT_COLUMNS)
 def test_kept_columns_cannot_take_the_names_of_the_output(name: str) -> None:
     (problem,) = check(changed("manifest.keep", [name]))
@@ -211,7 +218,13 @@ def test_labels_come_from_the_config_or_from_a_file_but_not_from_both() -> None:
 
 def test_all_problems_come_in_one_message() -> None:
     with pytest.raises(ConfigError) as caught:
-        config_of("loader.batch_size=0", "backend.precision=bf61", "labels.threshold=2", "manifest.keep=[label]")
+        config_of(
+            "manifest.path=m",
+            "loader.batch_size=0",
+            "backend.precision=bf61",
+            "labels.threshold=2",
+            "manifest.keep=[label]",
+        )
     lines = str(caught.value).splitlines()
     assert lines[0] == "the config has 4 problems:"
     assert sorted(line.split(" = ")[0] for line in lines[1:]) == [

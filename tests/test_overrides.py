@@ -132,7 +132,7 @@ def test_all_problems_come_at_once_those_of_good_overrides_included() -> None:
     ],
 )
 def test_a_good_override_arrives_as_it_was_meant(argument: str, value: object) -> None:
-    assert value_of(config_of(argument), argument.lstrip("+").split("=", 1)[0]) == value
+    assert value_of(config_of("manifest.path=m.parquet", argument), argument.lstrip("+").split("=", 1)[0]) == value
 
 
 @pytest.mark.parametrize(

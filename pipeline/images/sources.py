@@ -94,9 +94,11 @@ class Source:
         if not scheme_of(path):
             path = f"{self.root}{path}" if self.root.endswith("/") else f"{self.root}/{path}"
         scheme = scheme_of(path)
-        fs = self._systems.get(scheme)
+        # One connection for each host or bucket.
+        host = path.split("/")[2]
+        fs = self._systems.get(f"{scheme}://{host}")
         if fs is None:
-            fs = self._systems[scheme] = url_to_fs(path)[0]
+            fs = self._systems[f"{scheme}://{host}"] = url_to_fs(path)[0]
         name = fs._strip_protocol(path)
         if scheme == scheme_of(self.root):
             base = fs._strip_protocol(self.root).rstrip("/")
