@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import PIL
-import psutil
 
 from pipeline.addresses import is_local, local_path
 from pipeline.backends.base import ImageEncoder
@@ -38,19 +37,21 @@ from pipeline.worker import Job, cores, open_encoder, pixel_reader, worker_threa
 
 REPORT, PAGE = "_report.json", "_report.html"
 log = logging.getLogger(__name__)
-_first_job = True
 
 
 @dataclass(frozen=True, slots=True)
 class _Times:
-    """Seconds since the process began."""
+    """Seconds since the job began."""
 
     startup: float
     wall: float
 
 
-def run_job(config: Config) -> RunReport:
+def run_job(config: Config, *, began: float | None = None) -> RunReport:
     """Embed and label what is not done yet, finish the dataset, write the report.
+
+    ``began`` is when the command was given, in seconds since the epoch; without it, the start-up that the
+    report shows begins with this call.
 
     Raises:
         PipelineError: one of :mod:`pipeline.errors`, each with its exit code.
@@ -59,10 +60,11 @@ def run_job(config: Config) -> RunReport:
     # From here on the one address that all rooms can open, without a ~.
     config = dataclasses.replace(config, output=dataclasses.replace(config.output, dir=storage.url))
     with log_to(storage):
-        began, before = _began(), time.time()
+        before = time.time()
         rendered = with_demo_scenes(config)
         # Rendering the demo's pictures is no part of embedding them.
-        return _run(rendered, storage, began=began + time.time() - before, demo_scenes=rendered is not config)
+        began = (began or before) + time.time() - before
+        return _run(rendered, storage, began=began, demo_scenes=rendered is not config)
 
 
 def with_demo_scenes(config: Config) -> Config:
@@ -102,13 +104,6 @@ def with_batch_that_fits(config: Config, rows: int) -> Config:
     """The config with no batch larger than its largest shard: what is over would be padding in every batch."""
     size = min(config.loader.batch_size, config.manifest.shard_rows, rows)
     return dataclasses.replace(config, loader=dataclasses.replace(config.loader, batch_size=size))
-
-
-def _began() -> float:
-    """When this job began: the first of a process with the process, a later one now."""
-    global _first_job
-    first, _first_job = _first_job, False
-    return psutil.Process().create_time() if first else time.time()
 
 
 def _run(config: Config, storage: Storage, *, began: float, demo_scenes: bool) -> RunReport:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
@@ -17,6 +18,8 @@ from pipeline.overrides import check_overrides, register, to_config
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+# The first job of a process began with it; the process itself may be older, where a shell became it.
+_began = iter([time.time()])
 INTERRUPTED = "interrupted; what was committed stays, and the same command goes on from there"
 
 
@@ -43,7 +46,7 @@ def _task(composed: DictConfig) -> None:
         from pipeline.job import run_job
 
         _on_signals(_interrupt)
-        run_job(config)
+        run_job(config, began=next(_began, None))
     except KeyboardInterrupt:
         _exit(Interrupted(INTERRUPTED))
     except PipelineError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -191,6 +192,15 @@ def test_a_changed_manifest_is_another_job(finished: Config, tmp_path: Path) -> 
     manifest = scenes_manifest(tmp_path / "m.parquet", ROWS, damaged={3: b"other damage", 20: b""})
     with pytest.raises(PlanMismatch, match=r"manifest\.digest"):
         run_job(config_for(manifest, output(finished)))
+
+
+def test_start_up_counts_from_the_command(tmp_path: Path) -> None:
+    config = config_for(scenes_manifest(tmp_path / "m.parquet", 20), tmp_path / "a")
+    report = run_job(config, began=time.time() - 100)
+    assert 100 < report.startup_seconds <= report.wall_seconds < 130
+    assert report.bound == "start-up"
+    again = run_job(replace(config, output=replace(config.output, dir=str(tmp_path / "b"))))
+    assert again.wall_seconds < 30
 
 
 def test_a_small_job_pads_no_batch(tmp_path: Path) -> None:
