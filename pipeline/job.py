@@ -6,7 +6,6 @@ import dataclasses
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import PIL
 from pipeline.addresses import is_local, local_path
 from pipeline.backends.base import ImageEncoder
 from pipeline.cluster import inline
-from pipeline.config import DEMO_MODEL, Config, ImagesConfig
+from pipeline.config import DEMO_MODEL, Config
 from pipeline.dataset import commits, plan
 from pipeline.dataset.parts import part_format
 from pipeline.demo import folder as demo
@@ -37,14 +36,6 @@ from pipeline.worker import Job, cores, open_encoder, pixel_reader, worker_threa
 
 REPORT, PAGE = "_report.json", "_report.html"
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class _Times:
-    """Seconds since the job began."""
-
-    startup: float
-    wall: float
 
 
 def run_job(config: Config, *, began: float | None = None) -> RunReport:
@@ -150,12 +141,12 @@ def _run(config: Config, storage: Storage, *, began: float, demo_scenes: bool) -
             rows += report.rows if report.committed else 0
             progress.failed(report.rows - report.counts[OK])
     counts, parts = _finish(storage, wanted)
-    times = _Times(startup=looped - began + progress.first_batch_seconds, wall=time.time() - began)
+    startup, wall = looped - began + progress.first_batch_seconds, time.time() - began
 
     bound, advice = summary.find_bound(
         clocks.total(),
-        startup=times.startup,
-        wall=times.wall,
+        startup=startup,
+        wall=wall,
         workers=worker_threads(config),
         device=encoder.device.type,
         precision=encoder.precision,
@@ -170,9 +161,9 @@ def _run(config: Config, storage: Storage, *, began: float, demo_scenes: bool) -
         images=progress.images,
         resumed_rows=resumed_rows,
         total_rows=manifest.rows,
-        wall_seconds=round(times.wall, 3),
-        startup_seconds=round(times.startup, 3),
-        images_per_second=round(progress.images / times.wall, 2),
+        wall_seconds=round(wall, 3),
+        startup_seconds=round(startup, 3),
+        images_per_second=round(progress.images / wall, 2),
         steady_images_per_second=round(progress.steady_images_per_second, 2),
         stages={name: round(seconds, 3) for name, seconds in clocks.total().seconds.items()},
         bound=bound,
@@ -217,17 +208,13 @@ def fingerprints(
         }
     return {
         "model": checkpoint.fingerprint,
-        "images": _images_fingerprint(config.images),
+        "images": {**dataclasses.asdict(config.images), "library": f"Pillow {PIL.__version__}"},
         "backend": encoder.fingerprint,
         "batch_size": config.loader.batch_size,
         "prompts": labels,
         "manifest": manifest.fingerprint,
         "output": {"dtype": config.output.dtype, "compression": config.output.compression},
     }
-
-
-def _images_fingerprint(images: ImagesConfig) -> dict[str, Any]:
-    return {**dataclasses.asdict(images), "library": f"Pillow {PIL.__version__}"}
 
 
 def _bank(config: Config, checkpoint: Checkpoint) -> TextBank | None:

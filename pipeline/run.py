@@ -51,6 +51,16 @@ def _task(composed: DictConfig) -> None:
         _exit(Interrupted(INTERRUPTED))
     except PipelineError as error:
         _exit(error)
+    finally:
+        _leave_dead_terminal()
+
+
+def _leave_dead_terminal() -> None:
+    """Where standard error has gone away, Python would fail to flush it at the end, with exit code 120."""
+    try:
+        sys.stderr.flush()
+    except (OSError, ValueError, AttributeError):
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for what is left of the process
 
 
 def _on_signals(handler: Callable[[int, FrameType | None], None]) -> None:

@@ -65,7 +65,7 @@ def test_giants_are_decoded_one_at_a_time(tmp_path: Path) -> None:
     few, _ = peak_mib(tiny_images(tmp_path / "few.parquet", 512), tmp_path / "few")
     giants, rows = peak_mib(tmp_path / "giants.parquet", tmp_path / "giants")
     assert rows == 12
-    assert giants <= few + 600, f"{few} MiB for tiny images, {giants} MiB for giants"
+    assert giants <= few + 800, f"{few} MiB for tiny images, {giants} MiB for giants"
 
 
 def test_the_odd_files_stay_within_a_gibibyte(tmp_path: Path) -> None:
