@@ -18,6 +18,7 @@ from pipeline.report.clocks import StageClocks
 from pipeline.report.logs import NAME, log_to
 from pipeline.report.progress import Progress
 from pipeline.storage import open_storage
+from tests.conftest import ROOT
 
 REPORT = RunReport(
     started="2026-01-02T03:04:05+00:00",
@@ -159,6 +160,30 @@ def test_the_bar_is_drawn_on_standard_error(capsys: pytest.CaptureFixture[str]) 
     assert "10/10" in captured.err
     assert "failed=1" in captured.err
     assert captured.out == ""
+
+
+@pytest.mark.parametrize("columns", [0, 100])
+def test_a_terminal_gets_the_bar_whatever_it_says_of_its_width(columns: int) -> None:
+    import fcntl
+    import os
+    import pty
+    import struct
+    import subprocess
+    import sys
+    import termios
+
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24 if columns else 0, columns, 0, 0))
+    code = (
+        "from pipeline.report.progress import Progress\n"
+        "with Progress(10, done=0, mode='auto') as p: p.embedded(9); p.failed(1)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, stderr=follower, check=True)
+    os.close(follower)
+    shown = os.read(leader, 10_000).decode()
+    os.close(leader)
+    assert "10/10" in shown
+    assert "failed=1" in shown
 
 
 @pytest.mark.parametrize("kind", ["local", "memory"])

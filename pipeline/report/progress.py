@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from contextlib import suppress
@@ -25,7 +26,9 @@ class Progress:
         self._total, self._rows, self._failed, self._images = total, done, 0, 0
         self._plain = mode == "plain" or (mode == "auto" and not _is_terminal())
         wanted = mode == "bar" or (mode == "auto" and not self._plain)
-        self._bar = tqdm(total=total, initial=done, unit="img", smoothing=0.1, dynamic_ncols=True) if wanted else None
+        # A terminal that does not tell its size (a bare pty has 0 columns) would get no bar at all.
+        size = {"dynamic_ncols": True} if _columns() else {"ncols": 80, "nrows": 24}
+        self._bar = tqdm(total=total, initial=done, unit="img", smoothing=0.1, **size) if wanted else None
         self._started = self._said = time.perf_counter()
         self._first: tuple[float, int] | None = None
         self._last = self._started
@@ -89,3 +92,10 @@ def _is_terminal() -> bool:
         return sys.stderr.isatty()
     except (AttributeError, ValueError):
         return False
+
+
+def _columns() -> int:
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns
+    except (AttributeError, OSError, ValueError):
+        return 0
