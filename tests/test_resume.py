@@ -155,6 +155,19 @@ def test_a_dataset_that_lost_a_part_is_not_a_success_while_it_is_mended(unbroken
     assert not (out / "_commits" / "00003.json").exists()
 
 
+def test_a_commit_that_points_out_of_the_dataset_removes_nothing_there(unbroken: Config, tmp_path: Path) -> None:
+    import json
+    import shutil
+
+    out = Path(shutil.copytree(unbroken.output.dir, tmp_path / "out"))
+    (tmp_path / "precious").write_text("mine")
+    commit = out / "_commits" / "00003.json"
+    commit.write_text(json.dumps({**json.loads(commit.read_text()), "part": "../precious"}))
+    run_job(other_output(unbroken, out))
+    assert (tmp_path / "precious").read_text() == "mine"
+    assert content(out) == content(Path(unbroken.output.dir))
+
+
 def test_finalize_looks_at_the_parts(unbroken: Config, tmp_path: Path) -> None:
     import shutil
 

@@ -75,19 +75,17 @@ def find_done(storage: Storage, plan: Plan) -> dict[int, Commit]:
     sizes = storage.sizes()
     with ThreadPoolExecutor(8) as pool:
         checked = list(pool.map(lambda name: _check(storage, plan, sizes, name), names))
-    done: dict[int, Commit] = {}
+    done = {commit.shard: commit for commit, problem in checked if commit is not None and not problem}
+    if len(done) < plan.shards:
+        storage.remove(SUCCESS)
     for name, (commit, problem) in zip(names, checked, strict=True):
         if problem:
             log.warning("%s/%s: %s; the shard is done again", FOLDER, name, problem)
-            # In this order: a damaged part must never outlive its commit and be met by the next one.
-            storage.remove(SUCCESS)
-            if commit is not None:
+            # The part first: a damaged one must never outlive its commit and be met by the next. What a bad
+            # commit names is removed only if it is a file of this dataset.
+            if commit is not None and commit.part in sizes:
                 storage.remove(commit.part)
             storage.remove(f"{FOLDER}/{name}")
-        elif commit is not None:
-            done[commit.shard] = commit
-    if len(done) < plan.shards:
-        storage.remove(SUCCESS)
     return done
 
 
