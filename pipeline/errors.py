@@ -91,3 +91,15 @@ class Interrupted(PipelineError):
     """A signal ended the run; what was committed stays, and the same command goes on."""
 
     exit_code = 75
+
+
+class ArtifactError(PipelineError):
+    """An exported file cannot be made, found or trusted."""
+
+    exit_code = 2
+
+
+class ParityError(PipelineError):
+    """A backend's embeddings are too far from fp32's; nothing is computed with it."""
+
+    exit_code = 4

@@ -1,0 +1,59 @@
+"""The two halves of a checkpoint as modules of their own, for runtimes that take one graph."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+
+from pipeline.models.checkpoint import Checkpoint
+
+# The children of transformers' dual encoders that only one half uses.
+TEXT_MODULES = ("text_model", "text_projection")
+VISION_MODULES = ("vision_model", "visual_projection")
+
+
+class ImageTower(torch.nn.Module):
+    """Normalised pixels float ``[N, 3, H, W]`` in, L2-normalised image embeddings ``[N, D]`` out.
+
+    Shares the checkpoint's weights: take a ``copy.deepcopy`` before changing them.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__()
+        self.model = _without(checkpoint.model, TEXT_MODULES)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Embed a batch."""
+        return _unit(self.model.get_image_features(pixel_values=pixel_values).pooler_output)
+
+
+class TextTower(torch.nn.Module):
+    """Token ids and attention mask, int64 ``[N, T]``, in, L2-normalised text embeddings ``[N, D]`` out.
+
+    Families that were trained without a mask (SigLIP) take one and do not look at it.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__()
+        self.model = _without(checkpoint.model, VISION_MODULES)
+        self.masked = "attention_mask" in checkpoint.tokenize(["a"])
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Embed a batch."""
+        mask = {"attention_mask": attention_mask} if self.masked else {}
+        return _unit(self.model.get_text_features(input_ids=input_ids, **mask).pooler_output)
+
+
+def _without(model: Any, names: tuple[str, ...]) -> Any:
+    """The same model object without some children; the weights of the others are shared."""
+    half = copy.copy(model)
+    half._modules = {name: child for name, child in model._modules.items() if name not in names}
+    return half
+
+
+def _unit(features: torch.Tensor) -> torch.Tensor:
+    """Rows of length 1, in float32; a zero row becomes NaN, which no caller takes for an embedding."""
+    wide = features.float()
+    return wide / torch.linalg.vector_norm(wide, dim=1, keepdim=True)
