@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import ModelError
-from pipeline.models.architectures import CLIP_PREPROCESSOR, OPENAI_MEAN, SIGLIP_PREPROCESSOR
+from pipeline.models.architectures import ARCHITECTURES, CLIP_PREPROCESSOR, OPENAI_MEAN
 from pipeline.models.preprocessor import read_spec, to_spec
 
 
@@ -21,6 +21,9 @@ from pipeline.models.preprocessor import read_spec, to_spec
         ({"size": {"height": 224, "width": 200}, "do_center_crop": False}, "clip", (224, 200), None),
         ({}, "clip", 224, (224, 224)),
         ({}, "siglip", (224, 224), None),
+        ({}, "chinese_clip", 224, (224, 224)),
+        ({"size": {"height": 224, "width": 224}, "do_center_crop": False}, "chinese_clip", (224, 224), None),
+        ({"size": 336, "crop_size": 336}, "chinese_clip", 336, (336, 336)),
     ],
 )
 def test_sizes_are_read_in_every_spelling(
@@ -32,10 +35,15 @@ def test_sizes_are_read_in_every_spelling(
 
 
 def test_defaults_are_those_of_transformers() -> None:
+    from transformers.models.chinese_clip.image_processing_pil_chinese_clip import ChineseCLIPImageProcessorPil
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-    for family, processor in (("clip", CLIPImageProcessorPil()), ("siglip", SiglipImageProcessorPil())):
+    for family, processor in (
+        ("clip", CLIPImageProcessorPil()),
+        ("chinese_clip", ChineseCLIPImageProcessorPil()),
+        ("siglip", SiglipImageProcessorPil()),
+    ):
         spec = to_spec({}, family, "here")
         assert spec.resample == int(processor.resample)
         assert spec.mean == tuple(processor.image_mean)
@@ -46,7 +54,12 @@ def test_no_normalisation_means_zero_and_one() -> None:
     spec = to_spec({"do_normalize": False}, "clip", "here")
     assert (spec.mean, spec.std) == ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     assert to_spec(CLIP_PREPROCESSOR, "clip", "here").mean == OPENAI_MEAN
-    assert to_spec(SIGLIP_PREPROCESSOR, "siglip", "here").resample == 2
+
+
+def test_siglip_2_resizes_bilinearly_and_siglip_bicubically() -> None:
+    for name, (values, preprocessor) in ARCHITECTURES.items():
+        spec = to_spec(preprocessor, values["model_type"], name)
+        assert spec.resample == (2 if "siglip2" in name else 3), name
 
 
 @pytest.mark.parametrize(

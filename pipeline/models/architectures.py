@@ -1,7 +1,8 @@
 """Full-size architectures by hub id, so that ``model.weights=random`` needs no download.
 
 Values that differ from transformers' defaults, from each checkpoint's published ``config.json`` and
-``preprocessor_config.json``.
+``preprocessor_config.json``. SigLIP's sizes are those of the authors' conversion to transformers; Chinese-CLIP's
+of ``cn_clip/clip/model_configs`` in OFA-Sys/Chinese-CLIP.
 """
 
 from __future__ import annotations
@@ -10,15 +11,21 @@ from typing import Any
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+BILINEAR, BICUBIC = 2, 3
+
+LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+SO400M = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
+# RoBERTa-wwm-ext-base-chinese: BERT's base size with the vocabulary of Chinese BERT.
+CHINESE_TEXT = {"vocab_size": 21_128}
 
 
-def _clip(patch: int, *, large: bool = False) -> dict[str, Any]:
-    vision: dict[str, Any] = {"patch_size": patch}
+def _clip(patch: int, *, large: bool = False, side: int = 224) -> dict[str, Any]:
+    vision: dict[str, Any] = {"patch_size": patch, "image_size": side}
     text: dict[str, Any] = {}
     projection = 512
     if large:
         projection = 768
-        vision |= {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+        vision |= LARGE
         text |= {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
     return {
         "model_type": "clip",
@@ -28,32 +35,65 @@ def _clip(patch: int, *, large: bool = False) -> dict[str, Any]:
     }
 
 
-def _siglip(patch: int, vocabulary: int) -> dict[str, Any]:
+def _siglip(patch: int, vocabulary: int, *, side: int = 224, sizes: dict[str, int] | None = None) -> dict[str, Any]:
     return {
         "model_type": "siglip",
-        "vision_config": {"patch_size": patch, "image_size": 224},
-        "text_config": {"vocab_size": vocabulary},
+        "vision_config": {**(sizes or {}), "patch_size": patch, "image_size": side},
+        "text_config": {**(sizes or {}), "vocab_size": vocabulary},
     }
 
 
-CLIP_PREPROCESSOR: dict[str, Any] = {
-    "size": {"shortest_edge": 224},
-    "crop_size": {"height": 224, "width": 224},
-    "do_center_crop": True,
-    "resample": 3,
-    "image_mean": OPENAI_MEAN,
-    "image_std": OPENAI_STD,
-}
-SIGLIP_PREPROCESSOR: dict[str, Any] = {
+def _chinese_clip(patch: int, *, large: bool = False) -> dict[str, Any]:
+    projection = 768 if large else 512
+    vision = {"patch_size": patch, "projection_dim": projection, **(LARGE if large else {})}
+    return {
+        "model_type": "chinese_clip",
+        "projection_dim": projection,
+        "vision_config": vision,
+        "text_config": CHINESE_TEXT,
+    }
+
+
+def _cropped(side: int) -> dict[str, Any]:
+    return {
+        "size": {"shortest_edge": side},
+        "crop_size": {"height": side, "width": side},
+        "do_center_crop": True,
+        "resample": BICUBIC,
+        "image_mean": OPENAI_MEAN,
+        "image_std": OPENAI_STD,
+    }
+
+
+def _squeezed(side: int, resample: int) -> dict[str, Any]:
+    return {
+        "size": {"height": side, "width": side},
+        "resample": resample,
+        "image_mean": (0.5, 0.5, 0.5),
+        "image_std": (0.5, 0.5, 0.5),
+    }
+
+
+CLIP_PREPROCESSOR = _cropped(224)
+SIGLIP_PREPROCESSOR = _squeezed(224, BICUBIC)
+# The whole picture, squeezed into a square: image_transform in OFA-Sys/Chinese-CLIP.
+CHINESE_CLIP_PREPROCESSOR: dict[str, Any] = {
+    **CLIP_PREPROCESSOR,
     "size": {"height": 224, "width": 224},
-    "resample": 2,
-    "image_mean": (0.5, 0.5, 0.5),
-    "image_std": (0.5, 0.5, 0.5),
+    "do_center_crop": False,
 }
 
 ARCHITECTURES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "openai/clip-vit-base-patch32": (_clip(32), CLIP_PREPROCESSOR),
     "openai/clip-vit-base-patch16": (_clip(16), CLIP_PREPROCESSOR),
     "openai/clip-vit-large-patch14": (_clip(14, large=True), CLIP_PREPROCESSOR),
-    "google/siglip2-base-patch16-224": (_siglip(16, 256_000), SIGLIP_PREPROCESSOR),
+    "openai/clip-vit-large-patch14-336": (_clip(14, large=True, side=336), _cropped(336)),
+    "google/siglip-base-patch16-224": (_siglip(16, 32_000), SIGLIP_PREPROCESSOR),
+    "google/siglip-so400m-patch14-384": (_siglip(14, 32_000, side=384, sizes=SO400M), _squeezed(384, BICUBIC)),
+    # SigLIP 2 resizes bilinearly.
+    "google/siglip2-base-patch16-224": (_siglip(16, 256_000), _squeezed(224, BILINEAR)),
+    "google/siglip2-large-patch16-256": (_siglip(16, 256_000, side=256, sizes=LARGE), _squeezed(256, BILINEAR)),
+    "google/siglip2-so400m-patch14-384": (_siglip(14, 256_000, side=384, sizes=SO400M), _squeezed(384, BILINEAR)),
+    "OFA-Sys/chinese-clip-vit-base-patch16": (_chinese_clip(16), CHINESE_CLIP_PREPROCESSOR),
+    "OFA-Sys/chinese-clip-vit-large-patch14": (_chinese_clip(14, large=True), CHINESE_CLIP_PREPROCESSOR),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 from transformers import logging as transformers_logging
 
 from pipeline.config import ModelConfig
@@ -23,10 +24,53 @@ from pipeline.models.preprocessor import read_spec, to_spec
 from pipeline.records import PreprocessSpec
 from pipeline.storage import sha256
 
-SCORING = {"clip": "softmax", "siglip": "sigmoid"}
-# SigLIP was trained on texts padded to 64 tokens, and pools the last one.
-TEXT_LENGTH = {"clip": None, "siglip": 64}
-VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """What the checkpoints of one ``model_type`` have in common, as they were trained.
+
+    A tokenizer can be read from any of the files ``vocabularies``. ``projected`` families have an embedding of
+    ``projection_dim``, others of the image tower's width. ``masked`` ones look at the attention mask, ``padded``
+    ones fill every text up to the full length, and ``lowered`` ones are given lower case. ``tokens`` is what texts
+    are cut to where the text tower could take more.
+    """
+
+    scoring: str
+    vocabularies: tuple[str, ...]
+    projected: bool = True
+    masked: bool = True
+    padded: bool = False
+    lowered: bool = False
+    tokens: int | None = None
+
+
+FAMILIES = {
+    # Pooled at EOS, under a causal mask: padding changes nothing.
+    "clip": Family(scoring="softmax", vocabularies=("tokenizer.json", "vocab.json")),
+    # Trained on texts padded to the full length, and pooled at the last token, without a mask. In lower case:
+    # SigLIP's own tokenizer sees to that, but SigLIP 2's files name Gemma's, which keeps capitals.
+    "siglip": Family(
+        scoring="sigmoid",
+        vocabularies=("tokenizer.json", "spiece.model", "tokenizer.model"),
+        projected=False,
+        masked=False,
+        padded=True,
+        lowered=True,
+    ),
+    # BERT, pooled at CLS: padding is masked. It has 512 positions, and was trained on 52 (cn_clip.clip.tokenize).
+    "chinese_clip": Family(scoring="softmax", vocabularies=("tokenizer.json", "vocab.txt"), tokens=52),
+}
+TOKENIZER_FILES = (
+    *("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "tokenizer.model"),
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+)
+
+# Where torchao is installed, transformers imports it to load any model. It then reports every kernel
+# that was built for another machine, and calls a function that torch deprecates: nothing a user could act on.
+logging.getLogger("torchao").addFilter(lambda record: not record.getMessage().startswith("Failed to load "))
+logging.getLogger("torch.utils._pytree").addFilter(
+    lambda record: "register_constant() on Enum subclasses is deprecated" not in record.getMessage()
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,27 +90,27 @@ class Checkpoint:
     scale: float
     bias: float
     fingerprint: dict[str, Any]
+    revision: str | None = None
 
     def tokenize(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
         """Token ids (and the attention mask, for families that use one), int64 ``[N, T]``."""
-        length = TEXT_LENGTH[self.family]
+        family = FAMILIES[self.family]
         tokens = self.tokenizer(
-            # CLIP's tokenizer lowers its texts itself. SigLIP was trained on lower case too, but SigLIP 2's
-            # files name Gemma's tokenizer, which keeps capitals.
-            [text.lower() for text in texts] if self.family == "siglip" else list(texts),
-            padding="max_length" if length else True,
+            [text.lower() for text in texts] if family.lowered else list(texts),
+            padding="max_length" if family.padded else True,
             padding_side="right",
             truncation=True,
-            max_length=length or self.max_tokens,
+            max_length=self.max_tokens,
             return_tensors="pt",
         )
-        wanted = ("input_ids",) if self.family == "siglip" else ("input_ids", "attention_mask")
+        wanted = ("input_ids", "attention_mask") if family.masked else ("input_ids",)
         return {name: tokens[name] for name in wanted}
 
     @property
     def max_tokens(self) -> int:
-        """Tokens that the text tower can take."""
-        return int(self.model.config.text_config.max_position_embeddings)
+        """Tokens of a text that count, special ones included; longer texts are cut."""
+        positions = int(self.model.config.text_config.max_position_embeddings)
+        return min(positions, FAMILIES[self.family].tokens or positions)
 
     def image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Projected image features ``[N, D]``, not normalised, of normalised pixels ``[N, 3, H, W]``."""
@@ -102,7 +146,7 @@ def open_checkpoint(config: ModelConfig) -> Checkpoint:
     return _assemble(
         config,
         model,
-        _tokenizer(folder),
+        _tokenizer(folder, settings.model_type),
         read_spec(folder, settings.model_type),
         weights=digests,
         tokenizer_digest=_digest_files(folder),
@@ -137,7 +181,7 @@ def _open_random(config: ModelConfig) -> Checkpoint:
         folder = find_folder(config)
         settings = _read_config(folder)
         spec = read_spec(folder, settings.model_type)
-    tokenizer = _tokenizer(folder)
+    tokenizer = _tokenizer(folder, settings.model_type)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(settings.text_config, name, getattr(tokenizer, name))
     with torch.random.fork_rng(devices=[]):
@@ -166,6 +210,14 @@ def _assemble(
             f"the model takes {side} x {side}"
         )
     family = settings.model_type
+    # CLIP pools the text at EOS. transformers takes the highest id where the config says 2, as OpenAI's first
+    # configs do, and the first token, the same for every text, where a text has no EOS of the config's.
+    eos = settings.text_config.eos_token_id
+    if family == "clip" and eos != 2 and eos not in tokenizer("a")["input_ids"]:
+        raise ModelError(
+            f"{config.name}: the model takes a text's features at token {eos} (text_config.eos_token_id), and its "
+            "tokenizer does not write that token; config.json and tokenizer belong to different checkpoints"
+        )
     # Where it was loaded from says nothing about what it is; neither does the library's version.
     architecture = {
         key: value
@@ -179,9 +231,10 @@ def _assemble(
         model=model,
         tokenizer=tokenizer,
         spec=spec,
-        dim=int(settings.projection_dim if family == "clip" else settings.vision_config.hidden_size),
-        scoring=SCORING[family],
+        dim=int(settings.projection_dim if FAMILIES[family].projected else settings.vision_config.hidden_size),
+        scoring=FAMILIES[family].scoring,
         scale=float(model.logit_scale.exp()),
+        revision=config.revision,
         bias=float(bias) if bias is not None else 0.0,
         fingerprint={
             "family": family,
@@ -201,25 +254,35 @@ def _read_config(folder: Path) -> Any:
         family = json.loads(path.read_text()).get("model_type")
     except (ValueError, AttributeError) as error:
         raise ModelError(f"{path}: not a JSON object: {error}") from error
-    if family not in SCORING:
-        raise ModelError(f"{folder}: model_type {family!r} is not supported; supported are {', '.join(SCORING)}")
+    if family == "siglip2":
+        raise ModelError(
+            f"{folder}: model_type 'siglip2' is SigLIP 2's NaFlex variant, which gives every picture its own number of "
+            "patches, and batches here have one shape; take SigLIP 2 at a fixed resolution, such as "
+            "google/siglip2-base-patch16-224 or google/siglip2-so400m-patch16-256"
+        )
+    if family not in FAMILIES:
+        raise ModelError(f"{folder}: model_type {family!r} is not supported; supported are {', '.join(FAMILIES)}")
     return AutoConfig.from_pretrained(folder, local_files_only=True)
 
 
-def _tokenizer(folder: Path) -> Any:
+def _tokenizer(folder: Path, family: str) -> Any:
     # Without these files transformers makes up an empty vocabulary, and every prompt is the same.
-    if not any((folder / name).is_file() for name in VOCABULARIES):
-        raise ModelError(f"{folder}: no tokenizer; copy one of {', '.join(VOCABULARIES)} from the original checkpoint")
+    wanted = FAMILIES[family].vocabularies
+    if not any((folder / name).is_file() for name in wanted):
+        raise ModelError(f"{folder}: no tokenizer; copy one of {', '.join(wanted)} from the original checkpoint")
+    # transformers reads SigLIP's with sentencepiece alone; tokenizer.json says the same and needs nothing more.
+    complete = family == "siglip" and (folder / "tokenizer.json").is_file()
+    reader = PreTrainedTokenizerFast if complete else AutoTokenizer
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, ImportError) as error:
+        return reader.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise ModelError(f"{folder}: the tokenizer cannot be loaded: {error}") from error
 
 
 def _digest_files(folder: Path) -> str:
     """One digest of the files that a tokenizer may consist of."""
     digest = hashlib.sha256()
-    for name in (*VOCABULARIES, "merges.txt", "tokenizer_config.json"):
+    for name in TOKENIZER_FILES:
         path = folder / name
         if path.is_file():
             digest.update(name.encode() + b"\0" + path.read_bytes())

@@ -12,7 +12,9 @@ from pipeline.models.architectures import CLIP_PREPROCESSOR, SIGLIP_PREPROCESSOR
 from pipeline.records import PreprocessSpec
 
 # What transformers' image processors assume where the file says nothing.
-_DEFAULTS = {"clip": CLIP_PREPROCESSOR, "siglip": {**SIGLIP_PREPROCESSOR, "resample": 3}}
+_DEFAULTS = {"clip": CLIP_PREPROCESSOR, "chinese_clip": CLIP_PREPROCESSOR, "siglip": SIGLIP_PREPROCESSOR}
+# Families whose processors crop, and read a bare size as the shorter edge, unless the file says otherwise.
+_CROPPED = ("clip", "chinese_clip")
 
 
 def read_spec(folder: Path, family: str) -> PreprocessSpec:
@@ -43,7 +45,7 @@ def to_spec(values: Mapping[str, Any], family: str, place: str) -> PreprocessSpe
     if abs(merged.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-9:
         raise ModelError(f"{place}: rescale_factor={merged['rescale_factor']} is not supported, only 1/255")
     normalised = merged.get("do_normalize", True)
-    cropped = merged.get("do_center_crop", family == "clip")
+    cropped = merged.get("do_center_crop", family in _CROPPED)
     resize = _resize(merged["size"], family, place)
     crop = _pair(merged["crop_size"], place) if cropped else None
     if isinstance(resize, int) and crop is None:
@@ -59,7 +61,7 @@ def to_spec(values: Mapping[str, Any], family: str, place: str) -> PreprocessSpe
 
 def _resize(size: Any, family: str, place: str) -> int | tuple[int, int]:
     if isinstance(size, int):
-        return size if family == "clip" else (size, size)
+        return size if family in _CROPPED else (size, size)
     if isinstance(size, Mapping) and set(size) == {"shortest_edge"}:
         return int(size["shortest_edge"])
     return _pair(size, place)

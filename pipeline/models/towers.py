@@ -56,4 +56,6 @@ def _without(model: Any, names: tuple[str, ...]) -> Any:
 def _unit(features: torch.Tensor) -> torch.Tensor:
     """Rows of length 1, in float32; a zero row becomes NaN, which no caller takes for an embedding."""
     wide = features.float()
-    return wide / torch.linalg.vector_norm(wide, dim=1, keepdim=True)
+    # Not vector_norm: it exports as ReduceL2, at which ONNX Runtime's optimizer loses track of the shapes.
+    length: torch.Tensor = (wide * wide).sum(dim=1, keepdim=True).sqrt()
+    return wide / length
