@@ -1,0 +1,1 @@
+"""Models exported for other runtimes, in a store keyed by fingerprint."""

@@ -1,0 +1,185 @@
+"""What the store needs of a local disk: locks between processes, folders made durable, what lies in one."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import re
+import shutil
+import socket
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from pipeline.addresses import explained
+from pipeline.errors import StorageError
+from pipeline.storage import GIVEN_UP_SECONDS
+
+# What a file system answers that has no locks (Lustre without -o flock, some NFS mounts).
+LOCKLESS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+NAME = re.compile(r"([0-9a-f]{64})(\.lock|\.tmp-.*)?")
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock file ``path``, which is gone afterwards; yields False where the file system has no locks.
+
+    Raises:
+        BlockingIOError: somebody else holds it, and ``wait`` is false.
+        StorageError: the file cannot be made or locked.
+    """
+    descriptor, held = _acquire(path, wait)
+    try:
+        yield held
+    finally:
+        # Removed while it is held: who waits for it sees that its file lost the name, and makes a new one.
+        with suppress(OSError):
+            if _has_name(descriptor, path):
+                path.unlink()
+        os.close(descriptor)
+
+
+def _acquire(path: Path, wait: bool) -> tuple[int, bool]:
+    while True:
+        with explained(str(path)):
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        try:
+            held = _flock(descriptor, path, wait)
+            if not held or _has_name(descriptor, path):
+                return descriptor, held
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _flock(descriptor: int, path: Path, wait: bool) -> bool:
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not wait:
+                raise
+            log.info("%s: another process is at work on this artefact; waiting for it", path)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno in LOCKLESS:
+            return False
+        if isinstance(error, BlockingIOError):
+            raise
+        raise StorageError(f"{path}: cannot be locked: {error.strerror}") from error
+    return True
+
+
+def _has_name(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
+    except FileNotFoundError:
+        return False
+
+
+def contents(folder: Path) -> tuple[dict[str, int], list[str]]:
+    """The plain files below ``folder`` with their sizes, and a line for everything that is neither file nor folder.
+
+    Links are never followed. Names are relative, with ``/``.
+
+    Raises:
+        OSError: a folder cannot be listed.
+    """
+    sizes: dict[str, int] = {}
+    odd: list[str] = []
+    pending = [folder]
+    while pending:
+        with os.scandir(pending.pop()) as entries:
+            for entry in entries:
+                name = Path(entry.path).relative_to(folder).as_posix()
+                if entry.is_symlink():
+                    odd.append(f"{name}: a link to {os.readlink(entry.path)}; an artefact holds plain files only")
+                elif entry.is_dir():
+                    pending.append(Path(entry.path))
+                elif entry.is_file():
+                    sizes[name] = entry.stat(follow_symlinks=False).st_size
+                else:
+                    odd.append(f"{name}: neither a file nor a folder")
+    return sizes, sorted(odd)
+
+
+def sync(path: Path) -> None:
+    """Make a file's bytes, or the names in a folder, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Make a folder durable with everything in it."""
+    for place, _, names in os.walk(folder):
+        for name in names:
+            sync(Path(place, name))
+        sync(Path(place))
+
+
+def discard(path: Path) -> None:
+    """Delete a file, a link or a folder; what cannot be deleted is left with a warning."""
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        log.warning("%s: cannot be removed: %s", path, error)
+
+
+def fingerprints(root: Path) -> list[str]:
+    """All fingerprints that something in ``root`` is named for; other names are not the store's.
+
+    Raises:
+        StorageError: the folder cannot be listed.
+    """
+    with explained(str(root)):
+        names = os.listdir(root) if root.exists() else []
+    return sorted({match[1] for match in map(NAME.fullmatch, names) if match})
+
+
+def temporary_path(root: Path, fingerprint: str) -> Path:
+    """A name that nobody else has, on the same disk as what will be published."""
+    return root / f"{fingerprint}.tmp-{socket.gethostname()}-{uuid.uuid4().hex}"
+
+
+@contextmanager
+def fresh(root: Path, fingerprint: str) -> Iterator[Path]:
+    """A new temporary folder, gone afterwards unless it was renamed.
+
+    Raises:
+        StorageError: it cannot be made, or the disk is full; every other error goes on as it is.
+    """
+    path = temporary_path(root, fingerprint)
+    with explained(str(path)):
+        path.mkdir()
+    try:
+        yield path
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StorageError(f"{root}: {error.strerror}; free some space, or use a store on another disk") from error
+        raise
+    finally:
+        discard(path)
+
+
+def sweep(root: Path, fingerprint: str, *, held: bool) -> None:
+    """Delete temporary folders of writers that are no more: with the lock really ``held``, all of this machine.
+
+    Those of other machines, or on a file system without locks, are given up after a day.
+    """
+    for path in root.glob(f"{fingerprint}.tmp-*"):
+        here = path.name.removeprefix(f"{fingerprint}.tmp-").rpartition("-")[0] == socket.gethostname()
+        with suppress(FileNotFoundError):
+            if (held and here) or time.time() - path.lstat().st_mtime > GIVEN_UP_SECONDS:
+                discard(path)
