@@ -1,0 +1,47 @@
+"""The benchmark as one self-contained HTML page: no script, no network, light and dark."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
+
+from pipeline.bench import plots, tables
+from pipeline.bench.figures import advise, best, floored, in_words, rate, speed
+from pipeline.bench.records import Bench
+
+
+def to_html(bench: Bench) -> bytes:
+    """The content of ``backends.html``."""
+    environment = Environment(loader=PackageLoader("pipeline.bench", "."), autoescape=True, trim_blocks=True)
+    advice = advise(bench)
+    reference = bench.results[0]
+    chosen = next(result for result in bench.results if result.title == advice.title)
+    one = best(chosen)
+    # Without matplotlib the tables say the same.
+    drawn = plots.available()
+    page = environment.get_template("bench.html.j2").render(
+        bench=bench,
+        advice=advice,
+        tiles=[
+            (in_words(rate(one)) if one else tables.ABSENT, f"images/s, {chosen.title}"),
+            (f"{speed(chosen, reference) or 0:.1f} x", "as fast as torch fp32"),
+            (floored(one.lowest_cosine, 4) if one else tables.ABSENT, "its lowest cosine to torch fp32"),
+            (f"{chosen.weight_bytes / 2**20:,.0f} MiB", f"of weights; torch fp32 {_mib(reference.weight_bytes)}"),
+        ],
+        accuracy=Markup(plots.accuracy_plot(bench, advice)) if drawn else None,
+        batches=Markup(plots.batch_plot(bench, advice)) if drawn else None,
+        main=tables.main_table(bench),
+        by_batch=tables.batch_table(bench),
+        failures=tables.failures(bench),
+        sample=tables.sample_line(bench),
+        notes=tables.NOTES,
+        parity=json.dumps(asdict(bench.parity), indent=2),
+    )
+    return page.encode()
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.0f} MiB"

@@ -1,0 +1,102 @@
+"""The frozen types of a benchmark of backends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from pipeline.config import PRECISIONS, ParityConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the table: a backend, and how it is opened; see :mod:`pipeline.bench.rows` for its short form."""
+
+    backend: str
+    precision: str = "auto"
+    compile: str = "none"
+    quantization: str = "dynamic"
+
+    @property
+    def file_name(self) -> str:
+        """A name for the row's files, different for each row."""
+        return "-".join([self.backend, self.precision, self.compile, self.quantization])
+
+    def title(self, precision: str) -> str:
+        """What people read, such as ``torch bf16 compiled``; ``precision`` is the one that was opened."""
+        words = [self.backend]
+        if len(PRECISIONS.get(self.backend, ())) != 1 and precision != "auto":
+            words.append(precision)
+        if self.compile != "none":
+            words.append("compiled" if self.compile == "default" else self.compile)
+        if self.backend == "onnx_int8":
+            words.append(self.quantization)
+        return " ".join(words)
+
+    def overrides(self, precision: str) -> list[str]:
+        """What to type behind ``python -m pipeline.run`` to get it."""
+        words = [f"backend={self.backend}"]
+        if len(PRECISIONS.get(self.backend, ())) != 1:
+            words.append(f"backend.precision={precision}")
+        if self.compile != "none":
+            words.append(f"backend.compile={self.compile}")
+        if self.quantization != "dynamic":
+            words.append(f"backend.quantization={self.quantization}")
+        return words
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """One row at one batch size.
+
+    ``startup_seconds`` is opening the encoder and its first batch. ``images_per_second`` has one value for each
+    round, and ``latencies`` the seconds of every single call (batch 1 only). Memory is in MiB: ``start_rss`` the
+    peak of resident memory up to the first batch, ``rss`` the peak while measuring, ``device`` what it holds of the
+    GPU's memory besides the CUDA context (0 on the CPU).
+    """
+
+    batch: int
+    startup_seconds: float
+    images_per_second: tuple[float, ...]
+    latencies: tuple[float, ...]
+    start_rss: float
+    rss: float
+    device: float
+    lowest_cosine: float
+    mean_cosine: float
+    top1: float
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """All that is known of one row; ``failure`` says why it could not run, or why it stopped after ``at``."""
+
+    row: Row
+    precision: str
+    weight_bytes: int = 0
+    fingerprint: Mapping[str, str] = field(default_factory=dict)
+    at: tuple[Measurement, ...] = ()
+    failure: str | None = None
+
+    @property
+    def title(self) -> str:
+        """What people read."""
+        return self.row.title(self.precision)
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """The whole benchmark, as written to ``backends.json``; ``results`` begin with the reference, torch fp32 eager."""
+
+    started: str
+    command: str
+    model: str
+    sample: str
+    images: int
+    labels: int
+    repeats: int
+    seconds: float
+    machine: Mapping[str, object]
+    versions: Mapping[str, str]
+    parity: ParityConfig
+    results: tuple[Result, ...]

@@ -1,0 +1,191 @@
+"""What a child does: open the backend at a batch size, warm up, measure, embed the sample."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import math
+import time
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import numpy as np
+import torch
+
+from pipeline.backends.base import ImageEncoder
+from pipeline.backends.devices import choose_device
+from pipeline.backends.parity import embed_sample
+from pipeline.bench.records import Row
+from pipeline.bench.rounds import BANK, SAMPLE
+from pipeline.config import Config
+from pipeline.demo import folder as demo
+from pipeline.errors import ManifestError
+from pipeline.images.sample import draw_sample
+from pipeline.manifest.source import open_manifest
+from pipeline.models.checkpoint import Checkpoint, open_checkpoint
+from pipeline.models.text import build_bank, read_labels
+from pipeline.records import Sample, TextBank
+from pipeline.report.summary import machine, memory
+from pipeline.worker import cores, open_encoder, pixel_reader
+
+# Times have settled when the last few lie this near to one another, or when warming up has taken too long.
+SETTLED, LAST, PATIENCE = 1.1, 3, 3.0
+
+
+class Subject:
+    """One row of the table; holds one encoder at a time, and no checkpoint while it waits."""
+
+    def __init__(self, config: dict[str, Any], row: dict[str, Any], work: str) -> None:
+        plain = config_from(config)
+        backend = dataclasses.replace(plain.backend, **{("name" if k == "backend" else k): v for k, v in row.items()})
+        self._config = dataclasses.replace(plain, backend=backend)
+        self._row, self._work = Row(**row), Path(work)
+        self._checkpoint: Checkpoint | None = None
+        self._encoder: ImageEncoder | None = None
+        self._pixels = torch.empty(0)
+        self._settled, self._opened_mib = 1.0, 0.0
+
+    def prepare(self) -> dict[str, Any]:
+        """Draw the sample and embed the labels, once for all children; says what the machine is."""
+        device = choose_device(self._config.backend.device)
+        checkpoint = self._checkpoint = open_checkpoint(self._config.model)
+        sample, words = _draw(self._config, checkpoint)
+        # As the loader lays them out: [N, H, W, 3] memory.
+        pictures = sample.pixels.permute(0, 2, 3, 1).contiguous().numpy()
+        np.savez(self._work / SAMPLE, pixels=pictures, ids=np.array(sample.ids))
+        bank = _bank(self._config, checkpoint)
+        np.savez(self._work / BANK, names=np.array(bank.names), features=bank.features)
+        facts = machine(str(device), cores())
+        return {
+            "device": device.type,
+            "images": len(sample.ids),
+            "labels": len(bank.names),
+            "sample": words,
+            "machine": {**facts, "instructions": torch.backends.cpu.get_cpu_capability()},
+        }
+
+    def open(self, batch: int, vectors: str, seconds: float) -> dict[str, Any]:
+        """Open the encoder for batches of ``batch``, embed the sample into the file ``vectors``, warm up."""
+        self._let_go()
+        with np.load(self._work / SAMPLE) as file:
+            memory_order, ids = torch.from_numpy(file["pixels"]), tuple(map(str, file["ids"]))
+        sample = Sample(ids=ids, pixels=memory_order.permute(0, 3, 1, 2))
+        checkpoint = self._checkpoint or open_checkpoint(self._config.model)
+        config = dataclasses.replace(self._config, loader=dataclasses.replace(self._config.loader, batch_size=batch))
+        device = choose_device(config.backend.device)
+        if device.type == "cuda":
+            # The context belongs to every process alike, and its memory is not counted.
+            torch.cuda.set_device(device)
+            torch.cuda.init()
+        free = _free_gpu_mib()
+        began = time.perf_counter()
+        encoder = self._encoder = open_encoder(config, checkpoint, lambda: sample)
+        self._pixels = _batch(memory_order, 0, batch).to(encoder.device)
+        self._encode(1)
+        startup = time.perf_counter() - began
+        # A waiting child keeps what its encoder needs and no more: many wait at once.
+        self._checkpoint = None
+        del checkpoint
+        gc.collect()
+        peak = memory()["peak_rss_mib"]
+        np.save(vectors, embed_sample(encoder, sample).numpy())
+        self._warm_up(seconds)
+        self._rest()
+        self._opened_mib = free - _free_gpu_mib()
+        return {
+            "startup_seconds": startup,
+            "precision": encoder.precision,
+            "weight_bytes": encoder.weight_bytes,
+            "fingerprint": encoder.fingerprint,
+            "start_rss": peak,
+        }
+
+    def measure(self, seconds: float) -> dict[str, Any]:
+        """About ``seconds`` of encoding, one whole batch at least; the clock stops when the device is done."""
+        _forget_peak()
+        free = _free_gpu_mib()
+        self._encode(1)
+        batch = len(self._pixels)
+        calls = max(1, math.ceil(seconds / self._settled))
+        # Calls queue up on a GPU, as they do in a job; the latency of one call is another question.
+        latencies = [self._encode(1) for _ in range(calls)] if batch == 1 else []
+        taken = sum(latencies) if latencies else self._encode(calls)
+        # Only one child moves at a time: what is gone from the device meanwhile, this one took.
+        device_mib = self._opened_mib + free - _free_gpu_mib()
+        self._rest()
+        return {
+            "images_per_second": batch * calls / taken,
+            "latencies": latencies,
+            "rss": memory()["peak_rss_mib"],
+            "device": round(device_mib, 1),
+        }
+
+    def _encode(self, calls: int) -> float:
+        if self._encoder is None:
+            raise RuntimeError("no encoder is open")
+        began = time.perf_counter()
+        for _ in range(calls):
+            self._encoder.encode(self._pixels)
+        if self._encoder.device.type == "cuda":
+            torch.cuda.synchronize(self._encoder.device)
+        return time.perf_counter() - began
+
+    def _warm_up(self, seconds: float) -> None:
+        times: list[float] = []
+        while len(times) < 2 or sum(times) < PATIENCE * seconds:
+            times.append(self._encode(1))
+            if len(times) >= LAST and max(times[-LAST:]) <= SETTLED * min(times[-LAST:]):
+                break
+        self._settled = sorted(times[-LAST:])[len(times[-LAST:]) // 2]
+
+    def _let_go(self) -> None:
+        self._encoder, self._pixels = None, torch.empty(0)
+        if self._row.compile != "none":
+            torch.compiler.reset()
+        gc.collect()
+        self._rest()
+
+    def _rest(self) -> None:
+        """Leave the device's memory to the others."""
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+
+def config_from(values: dict[str, Any]) -> Config:
+    """The config of ``dataclasses.asdict``."""
+    return Config(**{name: kind(**values[name]) for name, kind in get_type_hints(Config).items()})
+
+
+def _batch(memory_order: torch.Tensor, start: int, size: int) -> torch.Tensor:
+    """``size`` pictures from ``start`` on, begun again where they end: uint8 ``[B, 3, H, W]``."""
+    return memory_order[(torch.arange(size) + start) % len(memory_order)].permute(0, 3, 1, 2)
+
+
+def _draw(config: Config, checkpoint: Checkpoint) -> tuple[Sample, str]:
+    count = config.parity.images
+    if config.manifest.path is None:
+        return demo.rendered_sample(checkpoint.spec, count), "rendered scenes"
+    manifest = open_manifest(config.manifest)
+    spec = dataclasses.replace(checkpoint.spec, corner=config.images.crop_corner)
+    sample = draw_sample(manifest, pixel_reader(config, manifest, spec), count)
+    if sample is None:
+        raise ManifestError(f"manifest.path={config.manifest.path}: none of the images that were tried can be decoded")
+    return sample, f"images of {config.manifest.path}"
+
+
+def _bank(config: Config, checkpoint: Checkpoint) -> TextBank:
+    prompts = config.prompts
+    if not prompts.labels and prompts.path is None:
+        prompts = dataclasses.replace(prompts, labels=demo.label_names())
+    return build_bank(checkpoint, read_labels(prompts), prompts, config.labels)
+
+
+def _forget_peak() -> None:
+    """Begin the peak of resident memory anew, where the system can."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def _free_gpu_mib() -> float:
+    return torch.cuda.mem_get_info()[0] / 2**20 if torch.cuda.is_initialized() else 0.0
