@@ -1,7 +1,7 @@
-"""The schemas of everything under ``conf/``, and the checks that need more than a type.
+"""The schemas of everything under ``conf/``, with the choices and ranges of their values.
 
 A ``DictConfig`` enters :func:`~pipeline.overrides.to_config` and goes no further: the rest of the package
-sees frozen dataclasses. Every check reports a :class:`~pipeline.errors.Problem`, and all of them come at once.
+sees frozen dataclasses.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-from pipeline.errors import Problem
 
 DEMO_MODEL = "demo"
 OUTPUT_COLUMNS = ("embedding", "label", "score", "top_labels", "top_scores", "status", "error")
@@ -43,6 +41,23 @@ class BackendConfig:
     name: str = "torch"
     precision: str = "auto"
     device: str = "auto"
+    compile: str = "none"
+    quantization: str = "dynamic"
+    artifacts: str | None = None
+
+
+def _by_precision(fp32: float, fp16: float, bf16: float, int8: float, fp8: float) -> dict[str, float]:
+    return {"fp32": fp32, "fp16": fp16, "bf16": bf16, "int8": int8, "fp8": fp8}
+
+
+@dataclass(frozen=True)
+class ParityConfig:
+    """Group ``parity``: how near to fp32 a backend must be before a job uses it, by its precision."""
+
+    images: int = 64
+    lowest_cosine: dict[str, float] = field(default_factory=lambda: _by_precision(0.9999, 0.999, 0.995, 0.98, 0.98))
+    mean_cosine: dict[str, float] = field(default_factory=lambda: _by_precision(0.99999, 0.9995, 0.998, 0.99, 0.99))
+    top1: dict[str, float] = field(default_factory=lambda: _by_precision(0.98, 0.95, 0.95, 0.9, 0.9))
 
 
 @dataclass(frozen=True)
@@ -138,6 +153,7 @@ class Config:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     backend: BackendConfig = field(default_factory=BackendConfig)
+    parity: ParityConfig = field(default_factory=ParityConfig)
     manifest: ManifestConfig = field(default_factory=ManifestConfig)
     images: ImagesConfig = field(default_factory=ImagesConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
@@ -149,10 +165,22 @@ class Config:
     report: ReportConfig = field(default_factory=ReportConfig)
 
 
+# The backends, and what each can compute in; the first is what ``auto`` means where only one is left.
+PRECISIONS: dict[str, tuple[str, ...]] = {
+    "torch": ("fp32", "bf16", "fp16"),
+    "torchscript": ("fp32", "bf16", "fp16"),
+    "torch_int8": ("int8",),
+    "torch_fp8": ("fp8",),
+    "onnx": ("fp32", "fp16"),
+    "onnx_int8": ("int8",),
+    "tensorrt": ("fp16",),
+}
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.weights": ("pretrained", "random"),
-    "backend.name": ("torch",),
-    "backend.precision": ("auto", "fp32", "bf16", "fp16"),
+    "backend.name": tuple(PRECISIONS),
+    "backend.precision": ("auto", "fp32", "bf16", "fp16", "int8", "fp8"),
+    "backend.compile": ("none", "default", "reduce-overhead", "max-autotune"),
+    "backend.quantization": ("dynamic", "static"),
     "images.decoder": ("exact",),
     "images.exif": ("apply", "ignore"),
     "images.transparency": ("white", "black", "drop"),
@@ -172,6 +200,7 @@ RANGES: dict[str, tuple[float, float | None]] = {
     "loader.batch_size": (1, 65_536),
     "loader.workers": (0, 1024),
     "loader.prefetch": (1, 64),
+    "parity.images": (1, 4096),
     "labels.top_k": (1, 1000),
     "errors.max_fraction": (0, 1),
     "report.examples": (0, 1000),
@@ -194,89 +223,3 @@ def value_of(config: Config, key: str) -> Any:
     """The value at a dotted key such as ``loader.batch_size``."""
     group, name = key.split(".", 1)
     return getattr(getattr(config, group), name)
-
-
-def check(config: Config) -> list[Problem]:
-    """Everything about the values that types cannot say."""
-    problems = []
-    for key, allowed in CHOICES.items():
-        value = value_of(config, key)
-        if value not in allowed:
-            problems.append(Problem(key, value, f"must be one of {', '.join(allowed)}", nearest(value, allowed)))
-    for key, (lowest, highest) in RANGES.items():
-        value = value_of(config, key)
-        # Written so that NaN, which is neither more nor less, does not pass.
-        if not (value >= lowest and (highest is None or value <= highest)):
-            limits = f"at least {lowest}" if highest is None else f"from {lowest} to {highest}"
-            problems.append(Problem(key, value, f"must be {limits}"))
-    return problems + _check_device(config) + _check_lists(config) + _check_columns(config) + _check_prompts(config)
-
-
-def _check_device(config: Config) -> list[Problem]:
-    kind, _, index = config.backend.device.partition(":")
-    if kind in ("auto", "cpu") and not index:
-        return []
-    if kind == "cuda" and (not index or index.isdigit()) and not config.backend.device.endswith(":"):
-        return []
-    allowed = "must be auto, cpu, cuda, or cuda:N"
-    return [Problem("backend.device", config.backend.device, allowed, nearest(kind, ("auto", "cpu", "cuda")))]
-
-
-def _check_lists(config: Config) -> list[Problem]:
-    problems = [
-        Problem("images.formats", name, f"must be among {', '.join(FORMATS)}", nearest(name.upper(), FORMATS))
-        for name in config.images.formats
-        if name not in FORMATS
-    ]
-    if not config.images.formats:
-        problems.append(Problem("images.formats", [], f"must name at least one of {', '.join(FORMATS)}"))
-    return problems
-
-
-def _check_columns(config: Config) -> list[Problem]:
-    manifest, problems = config.manifest, []
-    taken = {manifest.id: "manifest.id", **dict.fromkeys(OUTPUT_COLUMNS, "the output")}
-    for name in manifest.keep:
-        if name in taken:
-            problems.append(Problem("manifest.keep", name, f"is already a column of {taken[name]}; leave it out"))
-        taken[name] = "manifest.keep"
-    for key, name in (("manifest.id", manifest.id), ("manifest.image", manifest.image)):
-        if not name:
-            problems.append(Problem(key, name, "must name a column"))
-    if manifest.path is not None and not manifest.path:
-        problems.append(
-            Problem("manifest.path", "", "must name a file, a folder or a glob, or be null for demo scenes")
-        )
-    if manifest.path is None and (manifest.keep or manifest.root is not None):
-        problems.append(Problem("manifest.path", None, "must be set where manifest.keep or manifest.root is"))
-    if not config.model.name:
-        problems.append(Problem("model.name", "", "must name a checkpoint"))
-    if manifest.id in OUTPUT_COLUMNS:
-        problems.append(Problem("manifest.id", manifest.id, "is the name of an output column; rename it"))
-    if not config.output.dir:
-        problems.append(Problem("output.dir", config.output.dir, "must name a folder or an fsspec address"))
-    return problems
-
-
-def _check_prompts(config: Config) -> list[Problem]:
-    prompts, problems = config.prompts, []
-    if prompts.labels and prompts.path is not None:
-        problems.append(Problem("prompts.path", prompts.path, "cannot stand beside prompts.labels; use one"))
-    if not prompts.templates:
-        problems.append(Problem("prompts.templates", [], 'must hold at least one template, such as "{}"'))
-    problems += [
-        Problem("prompts.templates", template, "must hold {} exactly once, where the label goes")
-        for template in prompts.templates
-        if template.count("{}") != 1
-    ]
-    seen: set[str] = set()
-    for label in prompts.labels:
-        if not label.strip():
-            problems.append(Problem("prompts.labels", label, "a label cannot be empty"))
-        elif label in seen:
-            problems.append(Problem("prompts.labels", label, "stands there twice"))
-        seen.add(label)
-    threshold = config.labels.threshold
-    if threshold is not None and not 0 <= threshold <= 1:
-        problems.append(Problem("labels.threshold", threshold, "must be from 0 to 1, or null for none"))
-    return problems

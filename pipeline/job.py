@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import PIL
 
 from pipeline.addresses import is_local, local_path
 from pipeline.backends.base import ImageEncoder
+from pipeline.backends.parity import pass_gate, record
 from pipeline.cluster import inline
 from pipeline.config import DEMO_MODEL, Config
 from pipeline.dataset import commits, plan
@@ -21,12 +23,13 @@ from pipeline.dataset.parts import part_format
 from pipeline.demo import folder as demo
 from pipeline.errors import ManifestError, TooManyFailures
 from pipeline.gallery import gallery
+from pipeline.images.sample import draw_sample
 from pipeline.manifest.ids import check_ids
 from pipeline.manifest.shards import count_shards, cut
 from pipeline.manifest.source import Manifest, open_manifest
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline.models.text import build_bank, read_labels
-from pipeline.records import OK, RunReport, TextBank
+from pipeline.records import OK, PreprocessSpec, RunReport, Sample, TextBank
 from pipeline.report import page, summary
 from pipeline.report.clocks import StageClocks
 from pipeline.report.logs import log_to
@@ -107,8 +110,10 @@ def _run(config: Config, storage: Storage, *, began: float, demo_scenes: bool) -
 
     checkpoint = open_checkpoint(config.model)
     bank = _bank(config, checkpoint)
-    encoder = open_encoder(config, checkpoint)
-    log.info("model %s on %s in %s", config.model.name, encoder.device, encoder.precision)
+    spec = dataclasses.replace(checkpoint.spec, corner=config.images.crop_corner)
+    sample = cache(partial(_sample, config, manifest, spec))
+    encoder = open_encoder(config, checkpoint, sample)
+    log.info("model %s with %s on %s in %s", config.model.name, encoder.name, encoder.device, encoder.precision)
 
     prints = fingerprints(config, manifest, checkpoint, encoder, bank)
     wanted = plan.Plan(
@@ -118,7 +123,11 @@ def _run(config: Config, storage: Storage, *, began: float, demo_scenes: bool) -
         fingerprints=prints,
         about={"model": config.model.name, "manifest": config.manifest.path},
     )
+    limits = config.parity
+    parity = pass_gate(encoder, checkpoint, sample, bank=bank, limits=limits, fingerprints=prints, storage=storage)
     plan.settle(storage, wanted)
+    if parity is not None:
+        record(parity, encoder, limits=limits, fingerprints=prints, storage=storage)
     done = commits.find_done(storage, wanted)
     resumed_rows = sum(commit.rows for commit in done.values())
     if done:
@@ -131,7 +140,6 @@ def _run(config: Config, storage: Storage, *, began: float, demo_scenes: bool) -
         compression=config.output.compression,
         fingerprints=prints,
     )
-    spec = dataclasses.replace(checkpoint.spec, corner=config.images.crop_corner)
     job = Job(config=config, manifest=manifest, spec=spec, form=form, bank=bank)
     todo = (shard for shard in cut(manifest, config.manifest.shard_rows) if shard.index not in done)
     clocks, rows = StageClocks(), 0
@@ -172,6 +180,7 @@ def _run(config: Config, storage: Storage, *, began: float, demo_scenes: bool) -
         failures=content.failures,
         labels=content.labels,
         prompts={"labels": len(bank.names) if bank else 0, "cached": bank is not None and bank.cached},
+        parity=parity,
         memory=summary.memory(),
         machine=summary.machine(str(encoder.device), cores()),
         versions=summary.versions(),
@@ -230,6 +239,15 @@ def _bank(config: Config, checkpoint: Checkpoint) -> TextBank | None:
     bank = build_bank(checkpoint, labels, prompts, config.labels)
     log.info("%d labels, text features %s", len(bank.names), "from the cache" if bank.cached else "embedded and cached")
     return bank
+
+
+def _sample(config: Config, manifest: Manifest, spec: PreprocessSpec) -> Sample:
+    """Images of the job for its backend to be compared on."""
+    sample = draw_sample(manifest, pixel_reader(config, manifest, spec), config.parity.images)
+    if sample is None:
+        log.warning("none of the first images can be read; the backend is compared with fp32 on rendered scenes")
+        return demo.rendered_sample(spec, config.parity.images)
+    return sample
 
 
 def _finish(storage: Storage, wanted: plan.Plan) -> tuple[Mapping[str, int], list[str]]:

@@ -11,7 +11,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-from pipeline.config import Config, check, nearest
+from pipeline.checks import check
+from pipeline.config import Config, conf_dir, nearest, value_of
 from pipeline.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def to_config(composed: DictConfig) -> Config:
 
 def read_config(composed: DictConfig) -> tuple[Config, list[Problem]]:
     """The config, and every problem: values that are missing or point nowhere, and what
-    :func:`~pipeline.config.check` finds.
+    :func:`~pipeline.checks.check` finds.
 
     In the config, defaults stand in for values that are missing or point nowhere.
     """
@@ -117,6 +118,22 @@ def read_config(composed: DictConfig) -> tuple[Config, list[Problem]]:
     return config, problems + check(config)
 
 
+def compose_config(arguments: Sequence[str]) -> Config:
+    """The config of ``GROUP=OPTION`` and ``KEY=VALUE`` overrides, for doors that are not Hydra's own.
+
+    Raises:
+        ConfigError: with every problem.
+    """
+    from hydra import compose, initialize_config_dir
+
+    problems = check_overrides(arguments, conf_dir())
+    if problems:
+        raise ConfigError(problems)
+    register()
+    with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"):
+        return to_config(compose("config", overrides=list(arguments)))
+
+
 def known_keys() -> list[str]:
     """Every dotted key of the schemas, such as ``loader.batch_size``."""
     groups = get_type_hints(Config)
@@ -142,11 +159,21 @@ def _check_one(key: str, raw: str | None, value: Any, conf: Path) -> list[Proble
         if key == "model" and raw:
             hint = hint or f"for any other checkpoint: model=hub model.name={raw}"
         return [Problem(key, raw, allowed, hint)]
-    if key not in known_keys():
-        hint = nearest(key, [*known_keys(), *options])
+    entries = _entries(key)
+    if key not in known_keys() and key not in entries:
+        hint = nearest(key, [*known_keys(), *options, *entries])
         allowed = "there is no such key" if "." in key else f"there is no such group; groups: {', '.join(options)}"
         return [Problem(key, raw, allowed, hint or "python -m pipeline.run --cfg job prints all keys")]
+    if isinstance(value, dict) and isinstance(value_of(Config(), key), dict):
+        return [problem for name, one in value.items() for problem in _check_one(f"{key}.{name}", str(one), one, conf)]
     return _check_type(key, value)
+
+
+def _entries(key: str) -> list[str]:
+    """The keys below a mapping, such as ``parity.top1.int8``, where ``key`` is meant as one of them."""
+    mapping = key.rpartition(".")[0]
+    value = value_of(Config(), mapping) if mapping in known_keys() else None
+    return [f"{mapping}.{name}" for name in value] if isinstance(value, dict) else []
 
 
 def _check_type(key: str, value: Any) -> list[Problem]:
@@ -154,13 +181,13 @@ def _check_type(key: str, value: Any) -> list[Problem]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    group, name = key.split(".", 1)
+    group, name, *entry = key.split(".")
     if isinstance(value, QuotedString):
         value = value.text
     try:
         OmegaConf.update(schema(), key, value)
     except OmegaConfBaseException:
-        hint = get_type_hints(get_type_hints(Config)[group])[name]
+        hint = float if entry else get_type_hints(get_type_hints(Config)[group])[name]
         return [Problem(key, value, f"must be {_in_words(hint)}")]
     return []
 
@@ -172,6 +199,7 @@ def _in_words(hint: Any) -> str:
         bool: "true or false",
         str: "text",
         list[str]: "a list of texts, such as [a,b]",
+        dict[str, float]: "numbers by name, such as {int8:0.99}",
     }
     for kind, text in words.items():
         if hint == kind:

@@ -116,6 +116,31 @@ class ImageBatch:
 
 
 @dataclass(frozen=True, slots=True)
+class Sample:
+    """Pictures of the job, spread over its manifest: what a backend is compared, and calibrated, on.
+
+    ``pixels`` is uint8 ``[N, 3, H, W]`` on the CPU, N at least 1; row i is the picture ``ids[i]``.
+    """
+
+    ids: tuple[str, ...]
+    pixels: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Parity:
+    """How near a backend is to fp32: cosines over ``images`` pictures, and the share with the same best label.
+
+    ``top1`` is None where there are no labels; ``worst`` holds ids and cosines, lowest first.
+    """
+
+    images: int
+    lowest_cosine: float
+    mean_cosine: float
+    top1: float | None
+    worst: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ShardRows:
     """All that is known of a shard once its last image was read, except for embeddings.
 
@@ -186,7 +211,8 @@ class RunReport:
     """The throughput report of one run, as written to ``_report.json``; times are seconds.
 
     ``rows`` counts what this run committed and ``images`` those it embedded, ``resumed_rows`` what earlier
-    runs had committed. ``steady`` throughput leaves out the start-up and the first batch.
+    runs had committed. ``steady`` throughput leaves out the start-up and the first batch. ``parity`` is None
+    for eager fp32, with which the others are compared.
     """
 
     started: str
@@ -205,6 +231,7 @@ class RunReport:
     failures: tuple[Mapping[str, object], ...]
     labels: Mapping[str, int]
     prompts: Mapping[str, object]
+    parity: Parity | None
     memory: Mapping[str, float]
     machine: Mapping[str, object]
     versions: Mapping[str, str]

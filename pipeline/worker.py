@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from pipeline.backends import factory
-from pipeline.backends.base import ImageEncoder
+from pipeline.backends.base import Draw, ImageEncoder
 from pipeline.config import Config
 from pipeline.dataset.commits import commit_part
 from pipeline.dataset.parts import PartFormat, ShardResult, build_table, count_statuses
@@ -23,7 +23,16 @@ from pipeline.images.sources import Source
 from pipeline.manifest.source import Manifest
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.labels import label
-from pipeline.records import Embeddings, ImageBatch, PreprocessSpec, Shard, ShardReport, ShardRows, Stage, TextBank
+from pipeline.records import (
+    Embeddings,
+    ImageBatch,
+    PreprocessSpec,
+    Shard,
+    ShardReport,
+    ShardRows,
+    Stage,
+    TextBank,
+)
 from pipeline.report.clocks import StageClocks
 from pipeline.storage import open_storage
 
@@ -56,9 +65,11 @@ class _Flying:
     landed: torch.cuda.Event | None
 
 
-def open_encoder(config: Config, checkpoint: Checkpoint) -> ImageEncoder:
-    """Open the backend of the config; once per process."""
-    return factory(config.backend.name)(checkpoint, config.backend, batch_size=config.loader.batch_size)
+def open_encoder(config: Config, checkpoint: Checkpoint, sample: Draw) -> ImageEncoder:
+    """Open the backend of the config; once per process. See :class:`~pipeline.backends.base.BackendFactory`."""
+    return factory(config.backend.name)(
+        checkpoint, config.backend, batch_size=config.loader.batch_size, sample=sample, limits=config.parity
+    )
 
 
 def pixel_reader(config: Config, manifest: Manifest, spec: PreprocessSpec) -> PixelReader:

@@ -88,9 +88,9 @@ def content(output: Path) -> dict[str, bytes]:
 
 
 class StubEncoder(ImageEncoder):
-    """Embeds a picture as its mean colour, at no cost; ``spoil`` changes what comes out."""
+    """Embeds a picture as its mean colour, at no cost, in the reference's place; ``spoil`` changes what comes out."""
 
-    name, precision, dim = "stub", "fp32", 4
+    name, precision, dim = "torch", "fp32", 4
 
     def __init__(self, batch_size: int) -> None:
         self.device, self.batch_size = torch.device("cpu"), batch_size
@@ -111,7 +111,7 @@ class StubEncoder(ImageEncoder):
 def stub_backend(encoder: type[StubEncoder]) -> Iterator[None]:
     """Let ``backend=torch`` open ``encoder`` instead."""
     module = type(sys)("tests_stub_backend")
-    module.open_encoder = lambda checkpoint, config, *, batch_size: encoder(batch_size)  # type: ignore[attr-defined]
+    module.open_encoder = lambda checkpoint, config, *, batch_size, sample, limits: encoder(batch_size)  # type: ignore[attr-defined]
     sys.modules[module.__name__] = module
     before = dict(backends.TABLE)
     backends.TABLE["torch"] = module.__name__

@@ -11,14 +11,15 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
+from pipeline.checks import check
 from pipeline.config import (
     CHOICES,
     FORMATS,
     OUTPUT_COLUMNS,
+    PRECISIONS,
     RANGES,
     Config,
     ManifestConfig,
-    check,
     conf_dir,
     nearest,
     value_of,
@@ -82,8 +83,8 @@ def test_every_key_stands_in_one_yaml_of_its_group(key: str) -> None:
     if key == "images.formats":
         # The list is long, and stands in the schema with its reason.
         assert holders == []
-    elif key == "model.name":
-        assert holders == groups(conf_dir())["model"]
+    elif key in ("model.name", "backend.name"):
+        assert holders == groups(conf_dir())[group]
     else:
         assert len(holders) == 1
         assert documented(group, holders[0])[name] == value_of(Config(), key)
@@ -138,7 +139,12 @@ def test_the_config_is_frozen() -> None:
 @pytest.mark.parametrize("key", CHOICES)
 def test_every_allowed_word_passes_and_a_typo_gets_the_nearest(key: str) -> None:
     for word in CHOICES[key]:
-        assert not [problem for problem in check(changed(key, word)) if problem.key == key]
+        config = changed(key, word)
+        if key == "backend.precision":
+            # Each backend has its own.
+            able = next(name for name, words in PRECISIONS.items() if word in (*words, "auto"))
+            config = dataclasses.replace(config, backend=dataclasses.replace(config.backend, name=able))
+        assert not [problem for problem in check(config) if problem.key == key]
     word = CHOICES[key][0]
     (problem,) = check(changed(key, f"{word}x"))
     assert problem == Problem(key, f"{word}x", f"must be one of {', '.join(CHOICES[key])}", f"did you mean {word}?")
@@ -155,6 +161,48 @@ def test_numbers_outside_their_range_are_refused(key: str) -> None:
         assert problem.allowed.startswith(f"must be from {lowest} to" if highest is not None else "must be at least")
     if highest is not None:
         assert check(changed(key, highest)) == []
+
+
+@pytest.mark.parametrize(
+    ("backend", "precision", "hint"),
+    [
+        ("torch", "int8", "int8: backend=torch_int8 or onnx_int8"),
+        ("onnx", "bf16", "bf16: backend=torch or torchscript"),
+        ("tensorrt", "fp32", "fp32: backend=torch or torchscript or onnx"),
+    ],
+)
+def test_a_precision_of_another_backend_is_refused_with_the_backends_that_have_it(
+    backend: str, precision: str, hint: str
+) -> None:
+    (problem,) = check(config_with_backend(name=backend, precision=precision))
+    assert problem.key == "backend.precision"
+    assert problem.allowed == f"backend={backend} computes in {', '.join(PRECISIONS[backend])}"
+    assert problem.hint == hint
+
+
+def config_with_backend(**values: str) -> Config:
+    return dataclasses.replace(Config(), backend=dataclasses.replace(Config().backend, **values))
+
+
+def test_the_compiler_is_a_choice_of_torch_alone() -> None:
+    assert check(config_with_backend(compile="default")) == []
+    (problem,) = check(config_with_backend(name="onnx", compile="default"))
+    assert problem.key == "backend.compile"
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({"int9": 0.5}, "parity.top1.int9 = 0.5: must be one of fp32, fp16, bf16, int8, fp8"),
+        ({"int8": 1.5}, "parity.top1.int8 = 1.5: must be from 0 to 1"),
+        ({"int8": float("nan")}, "parity.top1.int8 = nan: must be from 0 to 1"),
+    ],
+)
+def test_limits_of_parity_have_a_precision_and_a_range(values: dict[str, float], text: str) -> None:
+    config = changed("parity.top1", {**Config().parity.top1, **values})
+    assert [str(problem) for problem in check(config)] == [text]
+    (missing,) = check(changed("parity.top1", {k: v for k, v in Config().parity.top1.items() if k != "bf16"}))
+    assert missing.key == "parity.top1.bf16"
 
 
 @pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:0", "cuda:15"])

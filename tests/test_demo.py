@@ -22,13 +22,14 @@ DECODER = Decoder(formats=FORMATS, max_pixels=10_000_000)
 
 def top1(chosen: list[scenes.Scene], side: int) -> float:
     """Accuracy through the job's own path: JPEG bytes, decode, preprocess, encode, nearest label."""
-    from pipeline.backends.torch import open_encoder
-    from pipeline.config import BackendConfig
+    from pipeline.backends.torch import reference
 
     checkpoint = open_checkpoint(ModelConfig())
     names = folder.label_names()
     features = torch.from_numpy(embed_prompts(checkpoint, [[f"a photo of a {name}"] for name in names]))
-    encoder = open_encoder(checkpoint, BackendConfig(device="cpu"), batch_size=100)
+    encoder = reference(
+        checkpoint, torch.device("cpu"), batch_size=100, sample=lambda: folder.rendered_sample(checkpoint.spec, 1)
+    )
     hits = 0
     for start in range(0, len(chosen), 100):
         batch = []

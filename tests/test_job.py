@@ -426,4 +426,5 @@ def test_errors_know_their_exit_codes() -> None:
     assert codes == {
         "ConfigError": 2, "ManifestError": 2, "ModelError": 2, "PromptsError": 2, "BackendUnavailable": 2,
         "PlanMismatch": 2, "StorageError": 1, "NumericalError": 1, "TooManyFailures": 3, "Interrupted": 75,
+        "ArtifactError": 2, "ParityError": 4,
     }  # fmt: skip

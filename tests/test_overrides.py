@@ -8,10 +8,10 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from pipeline.config import Config, conf_dir, value_of
-from pipeline.errors import Problem
-from pipeline.overrides import check_overrides, groups, known_keys, register, to_config
+from pipeline.errors import ConfigError, Problem
+from pipeline.overrides import check_overrides, compose_config, groups, known_keys, register, to_config
 
-MODELS = "clip_vit_b16, clip_vit_b32, clip_vit_l14, demo, hub, siglip2_base"
+MODELS = ", ".join(groups(conf_dir())["model"])
 
 
 def problems_of(*arguments: str, sweep: bool = False) -> list[Problem]:
@@ -79,6 +79,10 @@ WRONG = [
         "model.name=openai/whatever)",
     ),
     ("model=clip_vit_b23", f"model = 'clip_vit_b23': must be one of {MODELS} (did you mean clip_vit_b32?)"),
+    ("parity.top1.int9=0.5", "parity.top1.int9 = '0.5': there is no such key (did you mean parity.top1.int8?)"),
+    ("parity.top1={int9:0.5}", "parity.top1.int9 = '0.5': there is no such key (did you mean parity.top1.int8?)"),
+    ("parity.top1.int8=much", "parity.top1.int8 = 'much': must be a number"),
+    ("parity.top1=1", "parity.top1 = 1: must be numbers by name, such as {int8:0.99}"),
     ("a.b.c=1", "a.b.c = '1': there is no such key (python -m pipeline.run --cfg job prints all keys)"),
 ]
 
@@ -159,3 +163,12 @@ def test_groups_are_the_folders_and_options_the_files(tmp_path: Path) -> None:
     for name in ("model/b.yaml", "model/a.yaml", "model/notes.txt", "config.yaml"):
         (tmp_path / name).write_text("")
     assert groups(tmp_path) == {"model": ["a", "b"]}
+
+
+def test_other_doors_compose_the_same_config() -> None:
+    config = compose_config(["backend=onnx_int8", "parity.top1.int8=0.5", "parity.mean_cosine={int8:0.25,fp8:0.5}"])
+    assert (config.backend.name, config.parity.top1["int8"]) == ("onnx_int8", 0.5)
+    assert config.parity.mean_cosine == {**Config().parity.mean_cosine, "int8": 0.25, "fp8": 0.5}
+    with pytest.raises(ConfigError) as caught:
+        compose_config(["modle=demo", "loader.batch_size=0"])
+    assert [problem.key for problem in caught.value.problems] == ["modle", "loader.batch_size"]

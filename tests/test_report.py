@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from pipeline.errors import StorageError
-from pipeline.records import Clocks, RunReport, Stage
+from pipeline.records import Clocks, Parity, RunReport, Stage
 from pipeline.report import page, summary
 from pipeline.report.clocks import StageClocks
 from pipeline.report.logs import NAME, log_to
@@ -37,6 +37,9 @@ REPORT = RunReport(
     failures=({"id": "<script>alert(1)</script>", "status": "truncated", "error": "cut & short"},),
     labels={"cat": 600, "<b>dog</b>": 398},
     prompts={"labels": 3, "cached": True},
+    parity=Parity(
+        images=64, lowest_cosine=0.99875, mean_cosine=0.9995, top1=0.984375, worst=(("<i>odd</i>.jpg", 0.99875),)
+    ),
     memory={"peak_rss_mib": 512.0},
     machine={"processor": "test", "cores": 2, "device": "cpu"},
     versions={"python": "3.11"},
@@ -205,3 +208,16 @@ def test_the_log_lies_beside_the_dataset(kind: str, tmp_path: Path, capsys: pyte
     assert "Traceback" in text
     assert kind == "memory" or "ERROR pipeline: no space\n" in text
     assert capsys.readouterr().err == "a sentence\nwarning: a worry\n"
+
+
+def test_the_page_tells_how_near_to_fp32_the_backend_is() -> None:
+    def text(parity: Parity | None) -> str:
+        return page.to_html(replace(REPORT, parity=parity), [], output="out", model="demo").decode()
+
+    assert REPORT.parity is not None
+    for words in ("Compared with fp32", "0.998750", "98.4 %", "&lt;i&gt;odd&lt;/i&gt;.jpg"):
+        assert words in text(REPORT.parity)
+    assert "Compared with fp32" not in text(None)
+    unlabelled = text(replace(REPORT.parity, top1=None))
+    assert "Compared with fp32" in unlabelled
+    assert "same best label" not in unlabelled

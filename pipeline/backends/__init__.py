@@ -9,6 +9,12 @@ from pipeline.backends.base import BackendFactory
 # Name to module; a module is imported when its backend is opened, never before.
 TABLE: dict[str, str] = {
     "torch": "pipeline.backends.torch",
+    "torchscript": "pipeline.backends.torchscript",
+    "torch_int8": "pipeline.backends.torch_int8",
+    "torch_fp8": "pipeline.backends.torch_fp8",
+    "onnx": "pipeline.backends.onnx",
+    "onnx_int8": "pipeline.backends.onnx_int8",
+    "tensorrt": "pipeline.backends.tensorrt",
 }
 
 

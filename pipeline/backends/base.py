@@ -3,23 +3,37 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
-    from pipeline.config import BackendConfig
+    from pipeline.artifacts.store import Artifact
+    from pipeline.config import BackendConfig, ParityConfig
     from pipeline.models.checkpoint import Checkpoint
+    from pipeline.records import Sample
+
+
+# Draws pictures of the job when they are needed, the same ones every time.
+Draw: TypeAlias = "Callable[[], Sample]"
 
 
 class ImageEncoder(ABC):
-    """An opened image tower on one device, at one precision, for one static batch shape."""
+    """An opened image tower on one device, at one precision, for one static batch shape.
+
+    ``weight_bytes`` is the size of the weights as the runtime takes them: in memory, or of the exported file.
+    ``artifact`` is what it was loaded from, or None for a runtime that takes the checkpoint itself.
+    """
 
     name: str
     precision: str
     device: torch.device
     dim: int
     batch_size: int
+    weight_bytes: int = 0
+    artifact: Artifact | None = None
 
     @abstractmethod
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -30,7 +44,7 @@ class ImageEncoder(ABC):
 
         Returns:
             float32 ``[B, D]`` on ``device``, each row of length 1. Row i belongs to picture i, and does
-            not depend on its neighbours at fp32.
+            not depend on its neighbours, unless activations are scaled batch by batch (``onnx_int8``, dynamic).
         """
 
     @property
@@ -40,12 +54,25 @@ class ImageEncoder(ABC):
 
 
 class BackendFactory(Protocol):
-    """How a backend is opened.
+    """How a backend is opened."""
 
-    Raises:
-        BackendUnavailable: this machine cannot run it as asked.
-    """
+    def __call__(
+        self,
+        checkpoint: Checkpoint,
+        config: BackendConfig,
+        *,
+        batch_size: int,
+        sample: Draw,
+        limits: ParityConfig,
+    ) -> ImageEncoder:
+        """Open the backend for batches of ``batch_size``; the checkpoint stays as it is.
 
-    def __call__(self, checkpoint: Checkpoint, config: BackendConfig, *, batch_size: int) -> ImageEncoder:
-        """Open the backend for batches of ``batch_size``."""
+        A model that is exported now is calibrated on ``sample()`` where it must be, and then compared with fp32
+        on it; ``limits`` says how near it must come.
+
+        Raises:
+            BackendUnavailable: this machine cannot run it as asked.
+            ArtifactError: the export failed.
+            ParityError: the export is too far from fp32.
+        """
         ...

@@ -1,48 +1,119 @@
-"""How far a backend's embeddings are from fp32's, on images of the job itself."""
+"""The gate: before a backend works on a job, its embeddings are compared with fp32's on images of that job."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
 
 import torch
 
-from pipeline.records import TextBank
+from pipeline.artifacts.store import ArtifactStore
+from pipeline.backends.base import Draw, ImageEncoder
+from pipeline.backends.torch import reference
+from pipeline.config import ParityConfig
+from pipeline.errors import ArtifactError, StorageError
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.parity import compare, hold
+from pipeline.records import Parity, Sample, TextBank
+from pipeline.storage import Storage
 
-WORST = 5
+FILE = "_parity.json"
+log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Parity:
-    """One comparison: cosines over ``images`` pictures, and the share whose best label is the same.
+def measure(encoder: ImageEncoder, checkpoint: Checkpoint, sample: Sample, bank: TextBank | None) -> Parity:
+    """Compare ``encoder`` with eager fp32 on its own device, over all of ``sample``."""
+    exact = reference(checkpoint, encoder.device, batch_size=encoder.batch_size, sample=lambda: sample)
+    return compare(embed_sample(encoder, sample), embed_sample(exact, sample), ids=sample.ids, bank=bank)
 
-    ``top1`` is None where there are no labels; ``worst`` holds ids and cosines, lowest first.
+
+def pass_gate(
+    encoder: ImageEncoder,
+    checkpoint: Checkpoint,
+    sample: Draw,
+    *,
+    bank: TextBank | None,
+    limits: ParityConfig,
+    fingerprints: Mapping[str, Any],
+    storage: Storage,
+) -> Parity | None:
+    """The figures of this backend on this job: those in the output's books, or measured now.
+
+    None for eager fp32 in PyTorch, with which all others are compared.
+
+    Raises:
+        ParityError: a figure misses its limit.
     """
+    if is_reference(encoder):
+        return None
+    parity = _recorded(storage, key_of(fingerprints, limits))
+    if parity is None:
+        parity = measure(encoder, checkpoint, sample(), bank)
+        log.info("%s", in_words(parity))
+    hold(parity, limits, precision=encoder.precision, what=f"{checkpoint.name} on backend={encoder.name}")
+    return parity
 
-    images: int
-    lowest_cosine: float
-    mean_cosine: float
-    top1: float | None
-    worst: tuple[tuple[str, float], ...]
+
+def record(
+    parity: Parity, encoder: ImageEncoder, *, limits: ParityConfig, fingerprints: Mapping[str, Any], storage: Storage
+) -> None:
+    """Write the figures into the output's books, and onto the card of the artefact, if there is one."""
+    key = key_of(fingerprints, limits)
+    if _recorded(storage, key) is None:
+        storage.write(FILE, (json.dumps({"key": key, "parity": asdict(parity)}, indent=2) + "\n").encode())
+    if encoder.artifact is not None and key not in encoder.artifact.card.get("gates", {}):
+        try:
+            ArtifactStore(encoder.artifact.path.parent).note(encoder.artifact, key, asdict(parity))
+        except (ArtifactError, StorageError) as error:
+            # The store may be read-only; the output has the figures too.
+            log.warning("the parity figures are not on the artefact's card: %s", error)
 
 
-def compare(vectors: torch.Tensor, reference: torch.Tensor, *, ids: Sequence[str], bank: TextBank | None) -> Parity:
-    """Compare embeddings with fp32's, both L2-normalised float32 ``[N, D]``, row i being the picture ``ids[i]``."""
-    vectors, reference = vectors.cpu().double(), reference.cpu().double()
-    # Both are of length 1 up to float32's rounding, which would hide the last digits of a cosine.
-    cosine = torch.nn.functional.cosine_similarity(vectors, reference, dim=1)
-    # NaN is worse than anything.
-    cosine = torch.nan_to_num(cosine, nan=-1.0)
-    order = cosine.argsort()[:WORST].tolist()
-    top1 = None
-    if bank is not None:
-        features = torch.from_numpy(bank.features).double()
-        same = (vectors @ features.T).argmax(dim=1) == (reference @ features.T).argmax(dim=1)
-        top1 = float(same.double().mean())
-    return Parity(
-        images=len(ids),
-        lowest_cosine=float(cosine.min()),
-        mean_cosine=float(cosine.mean()),
-        top1=top1,
-        worst=tuple((str(ids[i]), float(cosine[i])) for i in order),
+def is_reference(encoder: ImageEncoder) -> bool:
+    """Whether this is eager fp32 in PyTorch, with which all others are compared."""
+    return encoder.name == "torch" and encoder.precision == "fp32" and "compile" not in encoder.fingerprint
+
+
+def embed_sample(encoder: ImageEncoder, sample: Sample) -> torch.Tensor:
+    """Embeddings of the sample, float32 ``[N, D]`` on the CPU, in batches of the encoder's static shape."""
+    size = encoder.batch_size
+    batch = torch.zeros(size, *sample.pixels.shape[2:], 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+    rows = []
+    for start in range(0, len(sample.ids), size):
+        part = sample.pixels[start : start + size]
+        batch[: len(part)] = part
+        batch[len(part) :] = 0
+        rows.append(encoder.encode(batch.to(encoder.device)).cpu()[: len(part)])
+    return torch.cat(rows)
+
+
+def in_words(parity: Parity) -> str:
+    """The figures in a sentence."""
+    agreed = "" if parity.top1 is None else f", the same best label for {parity.top1:.1%}"
+    return (
+        f"compared with fp32 on {parity.images} images: lowest cosine {parity.lowest_cosine:.6f}, mean "
+        f"{parity.mean_cosine:.6f}{agreed}"
     )
+
+
+def key_of(fingerprints: Mapping[str, Any], limits: ParityConfig) -> str:
+    """A digest of what the figures follow from: the job, and how many images are compared."""
+    content = json.dumps([fingerprints, limits.images], sort_keys=True, default=str)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _recorded(storage: Storage, key: str) -> Parity | None:
+    try:
+        content = json.loads(storage.read(FILE) or b"{}")
+        if content.get("key") != key:
+            return None
+        figures = dict(content["parity"])
+        figures["worst"] = tuple((str(id), float(cosine)) for id, cosine in figures["worst"])
+        return Parity(**figures)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        # Not written by this: measured again.
+        return None

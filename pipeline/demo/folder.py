@@ -12,7 +12,10 @@ import pyarrow.parquet as pq
 
 from pipeline.addresses import open_arrow
 from pipeline.demo import scenes
+from pipeline.images.preprocess import preprocess
+from pipeline.images.sample import stack
 from pipeline.manifest.source import ROOT_KEY
+from pipeline.records import PreprocessSpec, Sample
 from pipeline.storage import LocalStorage
 
 # Far from the seeds of the training.
@@ -53,6 +56,13 @@ def jpeg(scene: scenes.Scene, width: int, height: int) -> bytes:
     buffer = io.BytesIO()
     scenes.render(scene, width, height).save(buffer, "JPEG", quality=90)
     return buffer.getvalue()
+
+
+def rendered_sample(spec: PreprocessSpec, count: int, *, seed: int = SEED) -> Sample:
+    """``count`` scenes as pixels of a model's size, where no manifest is at hand."""
+    height, width = (side * 5 // 4 for side in spec.size)
+    pictures = [preprocess(scenes.render(scene, width, height), spec) for scene in scenes.scenes(seed, count)]
+    return stack([f"scene-{i:06d}" for i in range(count)], pictures)
 
 
 def label_names() -> list[str]:

@@ -29,6 +29,22 @@ class _Terminal(logging.Handler):
 
 
 @contextmanager
+def log_to_terminal() -> Iterator[None]:
+    """Send the package's log to the terminal alone, for doors that make no dataset."""
+    root, handler = logging.getLogger("pipeline"), _Terminal()
+    level, propagate = root.level, root.propagate
+    root.setLevel(logging.INFO)
+    root.propagate = False
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(level)
+        root.propagate = propagate
+
+
+@contextmanager
 def log_to(storage: Storage) -> Iterator[None]:
     """Send the package's log to the terminal and to ``_run.log``, with the error that ends the run, if any.
 

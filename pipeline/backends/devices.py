@@ -1,0 +1,73 @@
+"""Which device and precision a backend works with, proved to be there."""
+
+from __future__ import annotations
+
+import torch
+
+from pipeline.config import PRECISIONS, BackendConfig
+from pipeline.errors import BackendUnavailable
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose(config: BackendConfig) -> tuple[torch.device, str]:
+    """The device and the precision of a config.
+
+    Raises:
+        BackendUnavailable: see :func:`choose_device` and :func:`choose_precision`.
+    """
+    device = choose_device(config.device)
+    if device.type == "cuda":
+        # Pinned memory, streams and memory figures belong to the current device.
+        torch.cuda.set_device(device)
+    return device, choose_precision(config, device)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that was asked for, proved to be there; ``auto`` is CUDA where there is one.
+
+    Raises:
+        BackendUnavailable: CUDA was asked for and is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device(name)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            build = f"torch {torch.__version__}"
+            why = (
+                "was built without CUDA; install a CUDA build"
+                if torch.version.cuda is None
+                else "sees no GPU or driver"
+            )
+            raise BackendUnavailable(f"backend.device={name}: {build} {why}; or take backend.device=cpu")
+        if device.index is not None and device.index >= torch.cuda.device_count():
+            raise BackendUnavailable(
+                f"backend.device={name}: this machine has {torch.cuda.device_count()} GPUs, counted from 0"
+            )
+        return torch.device("cuda", device.index or 0)
+    return device
+
+
+def choose_precision(config: BackendConfig, device: torch.device) -> str:
+    """The precision that was asked for; ``auto`` is fp32 on the CPU, bf16 or else fp16 on CUDA.
+
+    Raises:
+        BackendUnavailable: fp16 was asked for on the CPU, where it is slower than fp32, or a precision that is
+            not the backend's.
+    """
+    name, able = config.precision, PRECISIONS[config.name]
+    if name == "auto":
+        if len(able) == 1:
+            return able[0]
+        if device.type == "cpu":
+            return "fp32"
+        return "bf16" if "bf16" in able and torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if name not in able:
+        raise BackendUnavailable(f"backend={config.name} computes in {', '.join(able)}, not in {name}")
+    if name == "fp16" and device.type != "cuda":
+        raise BackendUnavailable(
+            f"backend.precision=fp16 needs CUDA, and the device is {device.type}: there fp16 is slower than fp32; "
+            "take bf16 (backend=torch), int8 or fp32"
+        )
+    return name

@@ -1,0 +1,126 @@
+"""What the backends share that run a torch module: pixels to tensors, the compiler, the encoder itself."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+
+import torch
+
+from pipeline.artifacts.graphs import quiet
+from pipeline.artifacts.store import Artifact
+from pipeline.backends.base import ImageEncoder
+from pipeline.backends.devices import DTYPES
+from pipeline.errors import BackendUnavailable
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.records import PreprocessSpec
+
+Forward = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Normaliser:
+    """uint8 pixels to what a model takes: ``(pixels / 255 - mean) / std`` in float32, in the reference's order."""
+
+    def __init__(self, spec: PreprocessSpec, device: torch.device) -> None:
+        self._mean = torch.tensor(spec.mean, device=device).view(1, 3, 1, 1)
+        self._std = torch.tensor(spec.std, device=device).view(1, 3, 1, 1)
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Float32 ``[B, 3, H, W]``, contiguous, of uint8 pixels of the same shape in any layout."""
+        return (pixels.contiguous().float() / 255 - self._mean) / self._std
+
+
+class ModuleEncoder(ImageEncoder):
+    """An image tower that is a torch callable: normalised pixels in ``dtype`` to unit vectors in float32."""
+
+    def __init__(
+        self,
+        forward: Forward,
+        checkpoint: Checkpoint,
+        *,
+        name: str,
+        precision: str,
+        device: torch.device,
+        batch_size: int,
+        weight_bytes: int,
+        options: dict[str, str],
+        dtype: torch.dtype | None = None,
+        artifact: Artifact | None = None,
+        reuses_memory: bool = False,
+    ) -> None:
+        self.name, self.precision, self.device = name, precision, device
+        self.dim, self.batch_size = checkpoint.dim, batch_size
+        self.weight_bytes, self.artifact = weight_bytes, artifact
+        self._forward, self._options = forward, options
+        self._dtype = dtype or DTYPES[precision]
+        self._normalise = Normaliser(checkpoint.spec, device)
+        self._reuses_memory = reuses_memory
+
+    @torch.inference_mode()
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """See :meth:`ImageEncoder.encode`."""
+        vectors = self._forward(self._normalise(pixels).to(self._dtype))
+        # A CUDA graph writes its next result over this one.
+        return vectors.clone() if self._reuses_memory else vectors
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """See :attr:`ImageEncoder.fingerprint`."""
+        return {
+            "name": self.name,
+            "precision": self.precision,
+            "device": self.device.type,
+            "runtime": f"torch {torch.__version__}",
+            **self._options,
+        }
+
+
+def compiled(module: torch.nn.Module, *, mode: str, pixels: torch.Tensor) -> Forward:
+    """``torch.compile`` at the one static shape of ``pixels``, run once, so that what fails fails here.
+
+    Args:
+        module: the tower, on its device.
+        mode: a mode of ``torch.compile``.
+        pixels: normalised pixels of the static shape, in the dtype and on the device of the tower.
+
+    Raises:
+        BackendUnavailable: there is no C++ compiler, or the compiler failed.
+    """
+    compiler = os.environ.get("CXX", "g++") if pixels.device.type == "cpu" else os.environ.get("CC", "gcc")
+    if shutil.which(compiler.split()[0]) is None and shutil.which("clang++") is None:
+        raise BackendUnavailable(
+            f"torch.compile needs a C++ compiler, and {compiler} is not on this machine: install it (Debian and "
+            "Ubuntu: apt-get install g++), name another in CXX, or take backend.compile=none or backend=onnx_int8"
+        )
+    try:
+        # The compiler warns of parts of torch that it uses itself.
+        with quiet(), torch.inference_mode():
+            forward: Forward = torch.compile(module, mode=mode, dynamic=False)
+            forward(pixels)
+    except Exception as error:
+        # The compiler raises its own and the toolchain's exceptions, of many kinds.
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise BackendUnavailable(
+            f"torch.compile failed ({type(error).__name__}: {first}); take backend.compile=none, or backend=onnx"
+        ) from error
+    return forward
+
+
+def count_bytes(module: torch.nn.Module) -> int:
+    """Bytes of a module's weights and buffers as they lie in memory."""
+    return sum(_bytes(tensor) for tensor in (*module.parameters(), *module.buffers()))
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    """Bytes of a tensor; of one that is made of others, such as torchao's int8 values and scales, of those."""
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is None:
+        return tensor.numel() * tensor.element_size()
+    return sum(_bytes(getattr(tensor, name)) for name in flatten()[0])
+
+
+def blank(checkpoint: Checkpoint, *, batch_size: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Black pixels of the static shape."""
+    height, width = checkpoint.spec.size
+    return torch.zeros(batch_size, 3, height, width, device=device, dtype=dtype)

@@ -1,0 +1,42 @@
+"""ONNX Runtime in int8 on the CPU: activations scaled batch by batch, or by fixed scales from images of the job."""
+
+from __future__ import annotations
+
+from pipeline.artifacts.exports import GraphOptions, onnx_graph
+from pipeline.artifacts.store import ArtifactStore
+from pipeline.backends.base import Draw
+from pipeline.backends.devices import choose
+from pipeline.backends.sessions import SessionEncoder, graph_of, open_session
+from pipeline.config import BackendConfig, ParityConfig
+from pipeline.errors import BackendUnavailable
+from pipeline.models.checkpoint import Checkpoint
+
+
+def open_encoder(
+    checkpoint: Checkpoint, config: BackendConfig, *, batch_size: int, sample: Draw, limits: ParityConfig
+) -> SessionEncoder:
+    """See :class:`~pipeline.backends.base.BackendFactory`."""
+    device, precision = choose(config)
+    if device.type != "cpu":
+        raise BackendUnavailable(
+            "backend=onnx_int8 runs on the CPU alone, since ONNX Runtime has no int8 products for CUDA: take "
+            "backend=torch_int8, backend=onnx backend.precision=fp16, or backend.device=cpu"
+        )
+    artifact = onnx_graph(
+        checkpoint,
+        GraphOptions(precision=precision, quantization=config.quantization),
+        ArtifactStore(config.artifacts),
+        sample=sample,
+        limits=limits,
+    )
+    session = open_session(graph_of(artifact), provider="cpu", device=device, batch_size=batch_size)
+    return SessionEncoder(
+        session,
+        checkpoint,
+        name="onnx_int8",
+        precision=precision,
+        device=device,
+        batch_size=batch_size,
+        artifact=artifact,
+        options={"quantization": config.quantization},
+    )

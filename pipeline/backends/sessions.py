@@ -1,0 +1,149 @@
+"""What the backends share that run an ONNX graph: a session that is proved to be the one asked for, and its encoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline.artifacts.graphs import GRAPH, INPUTS, OUTPUTS
+from pipeline.artifacts.store import Artifact
+from pipeline.backends.base import ImageEncoder
+from pipeline.backends.modules import Normaliser
+from pipeline.errors import BackendUnavailable
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.records import PreprocessSpec
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+INPUT, OUTPUT = INPUTS["image"][0], OUTPUTS["image"]
+
+
+def open_session(
+    path: Path, *, provider: str, device: torch.device, batch_size: int, options: dict[str, str] | None = None
+) -> Any:
+    """An ONNX Runtime session of one static batch size on ``cpu``, ``cuda`` or ``tensorrt``.
+
+    Raises:
+        BackendUnavailable: the provider's libraries are missing, or it did not take the whole graph.
+    """
+    import onnxruntime
+
+    wanted = PROVIDERS[provider]
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 3
+    # With the batch size known, ONNX Runtime folds all arithmetic on shapes, which CUDA would leave to the CPU.
+    settings.add_free_dimension_override_by_name("batch", batch_size)
+    if provider == "cpu":
+        settings.intra_op_num_threads = torch.get_num_threads()
+        given: list[Any] = [wanted]
+    else:
+        if wanted not in onnxruntime.get_available_providers():
+            raise BackendUnavailable(
+                f"this ONNX Runtime {onnxruntime.__version__} was built without {wanted}: pip uninstall onnxruntime, "
+                "then pip install 'onnxruntime-gpu[cuda,cudnn]'"
+            )
+        # Loads the CUDA libraries that came with torch or with NVIDIA's packages.
+        onnxruntime.preload_dlls()
+        settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        # ONNX Runtime queues its work on torch's stream, so that neither waits for the other.
+        stream = {
+            "device_id": str(device.index or 0),
+            "user_compute_stream": str(torch.cuda.current_stream(device).cuda_stream),
+        }
+        given = [(wanted, {**stream, **(options or {})})]
+        if provider == "tensorrt":
+            # For nodes that TensorRT does not take.
+            given.append((PROVIDERS["cuda"], stream))
+    try:
+        session = onnxruntime.InferenceSession(str(path), settings, providers=given)
+    except Exception as error:
+        # ONNX Runtime raises classes of its own that have no common base but Exception.
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise BackendUnavailable(f"ONNX Runtime could not open {path} with {wanted}: {first}") from error
+    kept = session.get_providers()
+    if kept[0] != wanted:
+        raise BackendUnavailable(
+            f"ONNX Runtime {onnxruntime.__version__} kept {', '.join(kept)}, not {wanted}: its libraries are "
+            "missing or of another version; pip install 'onnxruntime-gpu[cuda,cudnn]'"
+        )
+    return session
+
+
+class SessionEncoder(ImageEncoder):
+    """An image tower in an ONNX Runtime session; on CUDA its tensors are torch's own, bound without a copy."""
+
+    def __init__(
+        self,
+        session: Any,
+        checkpoint: Checkpoint,
+        *,
+        name: str,
+        precision: str,
+        device: torch.device,
+        batch_size: int,
+        artifact: Artifact,
+        options: dict[str, str] | None = None,
+    ) -> None:
+        self.name, self.precision, self.device = name, precision, device
+        self.dim, self.batch_size = checkpoint.dim, batch_size
+        self.artifact, self.weight_bytes = artifact, artifact.size
+        self._session, self._options = session, options or {}
+        self._spec = checkpoint.spec
+        self._normalise = Normaliser(checkpoint.spec, device)
+
+    @torch.inference_mode()
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """See :meth:`ImageEncoder.encode`."""
+        if self.device.type == "cpu":
+            values = normalise(pixels.numpy(), self._spec)
+            return torch.from_numpy(self._session.run([OUTPUT], {INPUT: values})[0])
+        return self._encode_bound(self._normalise(pixels))
+
+    def _encode_bound(self, values: torch.Tensor) -> torch.Tensor:
+        import onnxruntime
+
+        vectors = torch.empty(len(values), self.dim, device=self.device, dtype=torch.float32)
+        binding = self._session.io_binding()
+        index = self.device.index or 0
+        binding.bind_input(INPUT, "cuda", index, np.float32, tuple(values.shape), values.data_ptr())
+        binding.bind_output(OUTPUT, "cuda", index, np.float32, tuple(vectors.shape), vectors.data_ptr())
+        options = onnxruntime.RunOptions()
+        # The work is on torch's stream: whoever reads the vectors there comes after it.
+        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        self._session.run_with_iobinding(binding, options)
+        return vectors
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """See :attr:`ImageEncoder.fingerprint`."""
+        import onnxruntime
+
+        return {
+            "name": self.name,
+            "precision": self.precision,
+            "device": self.device.type,
+            "runtime": f"onnxruntime {onnxruntime.__version__}",
+            "artifact": self.artifact.fingerprint if self.artifact else "",
+            **self._options,
+        }
+
+
+def normalise(pixels: np.ndarray, spec: PreprocessSpec) -> np.ndarray:
+    """What :class:`~pipeline.backends.modules.Normaliser` computes, bit for bit, without torch.
+
+    torch's threads go on spinning for a while after they are done, on the cores that ONNX Runtime's threads want:
+    a small model lost more than half of its speed to that.
+    """
+    values = np.empty(pixels.shape, dtype=np.float32)
+    np.divide(pixels, np.float32(255), out=values)
+    for channel, (mean, std) in enumerate(zip(spec.mean, spec.std, strict=True)):
+        values[:, channel] -= np.float32(mean)
+        values[:, channel] /= np.float32(std)
+    return values
+
+
+def graph_of(artifact: Artifact) -> Path:
+    """The graph's path."""
+    return artifact.file(GRAPH)

@@ -1,0 +1,104 @@
+"""TensorRT through ONNX Runtime: fp16 with norms in fp32, one shape, the engine built once and kept."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from pipeline.artifacts.exports import GraphOptions, need_packages, onnx_graph
+from pipeline.artifacts.graphs import INPUTS
+from pipeline.artifacts.store import Artifact, ArtifactStore
+from pipeline.backends.base import Draw
+from pipeline.backends.devices import choose
+from pipeline.backends.sessions import SessionEncoder, graph_of, open_session
+from pipeline.config import BackendConfig, ParityConfig
+from pipeline.errors import BackendUnavailable
+from pipeline.models.checkpoint import Checkpoint
+
+# ONNX Runtime 1.27 and newer link this one; TensorRT 11 brings another.
+LIBRARY = "libnvinfer.so.10"
+ENGINES = "engines"
+
+
+def open_encoder(
+    checkpoint: Checkpoint, config: BackendConfig, *, batch_size: int, sample: Draw, limits: ParityConfig
+) -> SessionEncoder:
+    """See :class:`~pipeline.backends.base.BackendFactory`."""
+    device, precision = choose(config)
+    if device.type != "cuda":
+        raise BackendUnavailable(
+            f"backend=tensorrt needs an NVIDIA GPU, and the device is {device.type}: take backend=onnx or onnx_int8"
+        )
+    need_packages()
+    library = find_library()
+    store = ArtifactStore(config.artifacts)
+    # Standard operators alone: TensorRT knows none of ONNX Runtime's own, and fuses by itself.
+    graph = GraphOptions(precision=precision, fused=False)
+    artifact = onnx_graph(checkpoint, graph, store, sample=sample, limits=limits)
+    session = open_session(
+        graph_of(artifact),
+        provider="tensorrt",
+        device=device,
+        batch_size=batch_size,
+        options=provider_options(checkpoint, store, artifact, batch_size=batch_size, device=device, library=library),
+    )
+    return SessionEncoder(
+        session,
+        checkpoint,
+        name="tensorrt",
+        precision=precision,
+        device=device,
+        batch_size=batch_size,
+        artifact=artifact,
+        options={"tensorrt": library, "gpu": torch.cuda.get_device_name(device)},
+    )
+
+
+def find_library() -> str:
+    """The version of the TensorRT library that ONNX Runtime will load.
+
+    Raises:
+        BackendUnavailable: it is not on this machine.
+    """
+    try:
+        library = ctypes.CDLL(LIBRARY)
+    except OSError as error:
+        raise BackendUnavailable(
+            f"backend=tensorrt: {LIBRARY} cannot be loaded ({error}); install TensorRT 10, not 11: "
+            "pip install 'tensorrt-cu13>=10.13,<11', and put its folder tensorrt_libs on LD_LIBRARY_PATH"
+        ) from error
+    return version_words(int(library.getInferLibVersion()))
+
+
+def version_words(number: int) -> str:
+    """``10.13.3`` of 101303, as ``getInferLibVersion`` of TensorRT 10 codes it."""
+    return f"{number // 10_000}.{number // 100 % 100}.{number % 100}"
+
+
+def provider_options(
+    checkpoint: Checkpoint,
+    store: ArtifactStore,
+    artifact: Artifact,
+    *,
+    batch_size: int,
+    device: torch.device,
+    library: str,
+) -> dict[str, str]:
+    """Settings of the provider: one profile shape, and a cache folder for this graph, GPU and library alone."""
+    height, width = checkpoint.spec.size
+    shape = f"{INPUTS['image'][0]}:{batch_size}x3x{height}x{width}"
+    gpu = "".join(c if c.isalnum() else "-" for c in torch.cuda.get_device_name(device))
+    folder = store.root / ENGINES / artifact.fingerprint / f"{gpu}-tensorrt-{library}-batch-{batch_size}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return {
+        "trt_fp16_enable": "1",
+        "trt_layer_norm_fp32_fallback": "1",
+        "trt_engine_cache_enable": "1",
+        "trt_engine_cache_path": str(folder),
+        "trt_timing_cache_enable": "1",
+        "trt_timing_cache_path": str(folder),
+        "trt_profile_min_shapes": shape,
+        "trt_profile_opt_shapes": shape,
+        "trt_profile_max_shapes": shape,
+    }

@@ -1,0 +1,57 @@
+"""torchao, compiled: int8 weights, and int8 activations with a scale for every row where the hardware has them."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+
+from pipeline.artifacts.exports import need_packages
+from pipeline.backends.base import Draw
+from pipeline.backends.devices import choose
+from pipeline.backends.modules import ModuleEncoder, blank, compiled, count_bytes
+from pipeline.config import BackendConfig, ParityConfig
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.towers import ImageTower
+
+# Turing, the first GPUs with int8 tensor cores.
+INT8_CAPABILITY = (7, 5)
+
+
+def open_encoder(
+    checkpoint: Checkpoint, config: BackendConfig, *, batch_size: int, sample: Draw, limits: ParityConfig
+) -> ModuleEncoder:
+    """See :class:`~pipeline.backends.base.BackendFactory`."""
+    need_packages("torchao", extra="int8")
+    import torchao
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
+
+    device, precision = choose(config)
+    # What stays in floating point: fp32 on the CPU, where converting to bf16 and back costs more than it saves.
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    dynamic = multiplies_int8(device)
+    tower = copy.deepcopy(ImageTower(checkpoint)).to(device=device, dtype=dtype)
+    quantize_(tower, Int8DynamicActivationInt8WeightConfig() if dynamic else Int8WeightOnlyConfig())
+    pixels = blank(checkpoint, batch_size=batch_size, device=device, dtype=dtype)
+    return ModuleEncoder(
+        compiled(tower, mode="default", pixels=pixels),
+        checkpoint,
+        name="torch_int8",
+        precision=precision,
+        device=device,
+        batch_size=batch_size,
+        weight_bytes=count_bytes(tower),
+        options={"torchao": torchao.__version__, "activations": "int8 by row" if dynamic else str(dtype)},
+        dtype=dtype,
+    )
+
+
+def multiplies_int8(device: torch.device) -> bool:
+    """Whether the hardware multiplies int8 by int8: VNNI or AMX on a CPU, tensor cores on a GPU.
+
+    Without them int8 activations cost more than they save, and only the weights are quantized.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= INT8_CAPABILITY
+    able = torch.cpu.get_capabilities()
+    return any(able.get(name) for name in ("avx512_vnni", "avx_vnni", "avx_vnni_int8", "amx_int8", "i8mm"))

@@ -1,0 +1,126 @@
+"""What types cannot say of a config; every check reports a problem, and all of them come at once."""
+
+from __future__ import annotations
+
+from pipeline.config import (
+    CHOICES,
+    FORMATS,
+    OUTPUT_COLUMNS,
+    PRECISIONS,
+    RANGES,
+    Config,
+    ParityConfig,
+    nearest,
+    value_of,
+)
+from pipeline.errors import Problem
+
+
+def check(config: Config) -> list[Problem]:
+    """Everything about the values that types cannot say."""
+    problems = []
+    for key, allowed in CHOICES.items():
+        value = value_of(config, key)
+        if value not in allowed:
+            problems.append(Problem(key, value, f"must be one of {', '.join(allowed)}", nearest(value, allowed)))
+    for key, (lowest, highest) in RANGES.items():
+        value = value_of(config, key)
+        # Written so that NaN, which is neither more nor less, does not pass.
+        if not (value >= lowest and (highest is None or value <= highest)):
+            limits = f"at least {lowest}" if highest is None else f"from {lowest} to {highest}"
+            problems.append(Problem(key, value, f"must be {limits}"))
+    for checks in (_check_backend, _check_parity, _check_lists, _check_columns, _check_prompts):
+        problems += checks(config)
+    return problems
+
+
+def _check_backend(config: Config) -> list[Problem]:
+    backend, problems = config.backend, []
+    kind, _, index = backend.device.partition(":")
+    plain = kind in ("auto", "cpu") and not index and not backend.device.endswith(":")
+    numbered = kind == "cuda" and (not index or index.isdigit()) and not backend.device.endswith(":")
+    if not plain and not numbered:
+        hint = nearest(kind, ("auto", "cpu", "cuda"))
+        problems.append(Problem("backend.device", backend.device, "must be auto, cpu, cuda, or cuda:N", hint))
+    able = PRECISIONS.get(backend.name, ())
+    if able and backend.precision in CHOICES["backend.precision"][1:] and backend.precision not in able:
+        others = [name for name, precisions in PRECISIONS.items() if backend.precision in precisions]
+        allowed = f"backend={backend.name} computes in {', '.join(able)}"
+        hint = f"{backend.precision}: backend={' or '.join(others)}"
+        problems.append(Problem("backend.precision", backend.precision, allowed, hint))
+    if backend.compile != "none" and backend.name != "torch" and backend.name in PRECISIONS:
+        problems.append(Problem("backend.compile", backend.compile, "is a choice of backend=torch alone"))
+    return problems
+
+
+def _check_parity(config: Config) -> list[Problem]:
+    problems = []
+    for name in ("lowest_cosine", "mean_cosine", "top1"):
+        values, default = getattr(config.parity, name), getattr(ParityConfig(), name)
+        for precision in dict.fromkeys([*default, *values]):
+            key, value = f"parity.{name}.{precision}", values.get(precision)
+            if precision not in default:
+                problems.append(Problem(key, value, f"must be one of {', '.join(default)}"))
+            elif value is None or not 0 <= value <= 1:
+                problems.append(Problem(key, value, "must be from 0 to 1"))
+    return problems
+
+
+def _check_lists(config: Config) -> list[Problem]:
+    problems = [
+        Problem("images.formats", name, f"must be among {', '.join(FORMATS)}", nearest(name.upper(), FORMATS))
+        for name in config.images.formats
+        if name not in FORMATS
+    ]
+    if not config.images.formats:
+        problems.append(Problem("images.formats", [], f"must name at least one of {', '.join(FORMATS)}"))
+    return problems
+
+
+def _check_columns(config: Config) -> list[Problem]:
+    manifest, problems = config.manifest, []
+    taken = {manifest.id: "manifest.id", **dict.fromkeys(OUTPUT_COLUMNS, "the output")}
+    for name in manifest.keep:
+        if name in taken:
+            problems.append(Problem("manifest.keep", name, f"is already a column of {taken[name]}; leave it out"))
+        taken[name] = "manifest.keep"
+    for key, name in (("manifest.id", manifest.id), ("manifest.image", manifest.image)):
+        if not name:
+            problems.append(Problem(key, name, "must name a column"))
+    if manifest.path is not None and not manifest.path:
+        problems.append(
+            Problem("manifest.path", "", "must name a file, a folder or a glob, or be null for demo scenes")
+        )
+    if manifest.path is None and (manifest.keep or manifest.root is not None):
+        problems.append(Problem("manifest.path", None, "must be set where manifest.keep or manifest.root is"))
+    if not config.model.name:
+        problems.append(Problem("model.name", "", "must name a checkpoint"))
+    if manifest.id in OUTPUT_COLUMNS:
+        problems.append(Problem("manifest.id", manifest.id, "is the name of an output column; rename it"))
+    if not config.output.dir:
+        problems.append(Problem("output.dir", config.output.dir, "must name a folder or an fsspec address"))
+    return problems
+
+
+def _check_prompts(config: Config) -> list[Problem]:
+    prompts, problems = config.prompts, []
+    if prompts.labels and prompts.path is not None:
+        problems.append(Problem("prompts.path", prompts.path, "cannot stand beside prompts.labels; use one"))
+    if not prompts.templates:
+        problems.append(Problem("prompts.templates", [], 'must hold at least one template, such as "{}"'))
+    problems += [
+        Problem("prompts.templates", template, "must hold {} exactly once, where the label goes")
+        for template in prompts.templates
+        if template.count("{}") != 1
+    ]
+    seen: set[str] = set()
+    for label in prompts.labels:
+        if not label.strip():
+            problems.append(Problem("prompts.labels", label, "a label cannot be empty"))
+        elif label in seen:
+            problems.append(Problem("prompts.labels", label, "stands there twice"))
+        seen.add(label)
+    threshold = config.labels.threshold
+    if threshold is not None and not 0 <= threshold <= 1:
+        problems.append(Problem("labels.threshold", threshold, "must be from 0 to 1, or null for none"))
+    return problems

@@ -1,0 +1,168 @@
+"""``python -m pipeline.export``: export a model's towers into the artefact store, ready for jobs and for others."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from pipeline.config import Config
+from pipeline.errors import ConfigError, PipelineError, Problem
+from pipeline.overrides import compose_config
+
+if TYPE_CHECKING:
+    from pipeline.artifacts.store import Artifact
+
+FORMATS = ("onnx", "torchscript")
+TOWERS = ("image", "text")
+PRECISIONS = {"onnx": ("fp32", "fp16", "int8"), "torchscript": ("fp32", "bf16")}
+EXAMPLES = """\
+examples:
+  python -m pipeline.export model=clip_vit_b32
+      both towers as ONNX graphs in fp32, for ONNX Runtime
+  python -m pipeline.export model=clip_vit_b32 --tower image --precision int8
+      what backend=onnx_int8 loads
+  python -m pipeline.export model=clip_vit_b32 --tower image --precision int8 --static manifest.path=photos.parquet
+      calibrated on images of the manifest
+  python -m pipeline.export --plain --precision fp16
+      standard operators alone, with fp32 norms: for TensorRT and other runtimes
+
+An export is published when onnx.checker accepts it, its inputs and outputs are as declared, and its embeddings
+are as near to fp32's as the group parity wants at batches of 1, 2, 7 and 64. python -m pipeline.artifacts lists
+what is there. A job exports what it needs by itself.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line, export, say what was made; returns the exit code."""
+    options = _parser().parse_intermixed_args(arguments)
+    try:
+        config = _read(options)
+        from pipeline.report.logs import log_to_terminal
+
+        with log_to_terminal():
+            for artifact in _export(config, options):
+                print(describe(artifact), flush=True)
+    except PipelineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def describe(artifact: Artifact) -> str:
+    """What was exported, in a few lines: inputs and outputs, operators, distance from fp32, size and place."""
+    card = artifact.card
+    parity, facts, options = card["parity"], card["facts"], card["options"]
+    kind = " ".join(str(v) for k, v in options.items() if k in ("precision", "quantization", "device"))
+    lines = [
+        f"{card['kind']} of {card['model']['name']}, {kind}: {artifact.size / 1e6:,.1f} MB, lowest cosine to fp32 "
+        f"{parity['lowest_cosine']:.6f}, mean {parity['mean_cosine']:.6f}"
+    ]
+    if "inputs" in facts:
+        sides = [
+            ", ".join(f"{name} [{', '.join(axes)}]" for name, axes in facts[side].items())
+            for side in ("inputs", "outputs")
+        ]
+        lines.append(f"  {' -> '.join(sides)}")
+        most = list(facts["operators"].items())[:8]
+        lines.append(f"  operators: {', '.join(f'{count} {name}' for name, count in most)}, ...")
+    return "\n".join([*lines, *(f"  {artifact.file(name)}" for name in card["files"])])
+
+
+def _export(config: Config, options: argparse.Namespace) -> Iterator[Artifact]:
+    import dataclasses
+    from functools import cache
+
+    import torch
+
+    from pipeline.artifacts.exports import GraphOptions, onnx_graph
+    from pipeline.artifacts.store import ArtifactStore
+    from pipeline.artifacts.torchscript import traced
+    from pipeline.demo.folder import rendered_sample
+    from pipeline.errors import ManifestError
+    from pipeline.images.sample import draw_sample
+    from pipeline.manifest.source import open_manifest
+    from pipeline.models.checkpoint import open_checkpoint
+    from pipeline.records import Sample
+    from pipeline.worker import pixel_reader
+
+    checkpoint = open_checkpoint(config.model)
+
+    @cache
+    def sample() -> Sample:
+        spec = dataclasses.replace(checkpoint.spec, corner=config.images.crop_corner)
+        if config.manifest.path is None:
+            return rendered_sample(spec, config.parity.images)
+        manifest = open_manifest(config.manifest)
+        drawn = draw_sample(manifest, pixel_reader(config, manifest, spec), config.parity.images)
+        if drawn is None:
+            raise ManifestError(f"{config.manifest.path}: none of the images that were tried can be decoded")
+        return drawn
+
+    store, limits = ArtifactStore(config.backend.artifacts), config.parity
+    if options.format == "torchscript":
+        dtype = torch.float32 if options.precision == "fp32" else torch.bfloat16
+        device = torch.device("cpu")
+        yield traced(
+            checkpoint, store, precision=options.precision, dtype=dtype, device=device, sample=sample, limits=limits
+        )
+        return
+    for tower in TOWERS if options.tower == "both" else (options.tower,):
+        yield onnx_graph(
+            checkpoint,
+            GraphOptions(
+                tower=tower,
+                precision=options.precision,
+                fused=not options.plain,
+                quantization=("static" if options.static else "dynamic") if options.precision == "int8" else None,
+            ),
+            store,
+            sample=sample,
+            limits=limits,
+        )
+
+
+def _read(options: argparse.Namespace) -> Config:
+    problems = _check(options)
+    try:
+        config = compose_config(options.overrides)
+    except ConfigError as error:
+        raise ConfigError([*problems, *error.problems]) from error
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def _check(options: argparse.Namespace) -> list[Problem]:
+    problems = []
+    able = PRECISIONS[options.format]
+    if options.precision not in able:
+        problems.append(Problem("--precision", options.precision, f"{options.format} takes {', '.join(able)}"))
+    if options.format == "torchscript" and options.tower == "text":
+        problems.append(Problem("--tower", "text", "TorchScript is exported for the image tower alone"))
+    if options.static and (options.precision != "int8" or options.format != "onnx"):
+        problems.append(Problem("--static", True, "goes with --precision int8 of ONNX"))
+    if options.static and options.tower != "image":
+        problems.append(Problem("--static", True, "is calibrated on images", "add --tower image"))
+    return problems
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.export",
+        description="Export a model's towers as ONNX graphs or TorchScript, compared with fp32, into the store.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="GROUP=OPTION or KEY=VALUE, as for the job")
+    parser.add_argument("--format", choices=FORMATS, default="onnx", help="default: onnx")
+    parser.add_argument("--tower", choices=(*TOWERS, "both"), default="both", help="default: both")
+    parser.add_argument("--precision", choices=("fp32", "fp16", "bf16", "int8"), default="fp32", help="default: fp32")
+    parser.add_argument("--static", action="store_true", help="int8 activations by fixed scales, calibrated on images")
+    parser.add_argument("--plain", action="store_true", help="ONNX's standard operators alone, nothing fused")
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

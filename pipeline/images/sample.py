@@ -1,0 +1,63 @@
+"""A few pictures of the manifest, for comparing backends and for calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+
+import numpy as np
+import torch
+
+from pipeline.images.loader import PixelReader
+from pipeline.manifest.shards import ShardReader, refs
+from pipeline.manifest.source import Manifest
+from pipeline.records import Failure, ImageRef, Piece, Pixels, Sample, Shard
+
+# Row groups among which the pictures are spread. Only their first rows are looked at: to reach a later row
+# of a column of images means to read all before it.
+PLACES = 16
+# Rows tried for each picture wanted, where images are damaged.
+TRIES = 4
+
+
+def draw_sample(manifest: Manifest, reader: PixelReader, count: int) -> Sample | None:
+    """Up to ``count`` pictures from the beginnings of row groups all over the manifest; always the same ones.
+
+    None where no image that was tried could be decoded.
+    """
+    groups = [(file, group) for file, f in enumerate(manifest.files) for group, rows in enumerate(f.row_groups) if rows]
+    places = min(PLACES, len(groups), count)
+    chosen = [groups[place * len(groups) // places] for place in range(places)]
+    share = -(-count // places)
+    ids: list[str] = []
+    pictures: list[Pixels] = []
+    with ShardReader(manifest) as rows:
+        for file, group in chosen:
+            wanted = min(share, count - len(ids))
+            found = 0
+            for ref in islice(_refs(manifest, rows, file, group), TRIES * share):
+                if found == wanted:
+                    break
+                pixels = reader.read(ref, _no_timer)
+                if not isinstance(pixels, Failure):
+                    ids.append(str(ref.id))
+                    pictures.append(pixels)
+                    found += 1
+    return stack(ids, pictures) if ids else None
+
+
+def stack(ids: Sequence[str], pictures: Sequence[Pixels]) -> Sample:
+    """A sample of decoded pictures, laid out as the loader lays out its batches."""
+    memory = torch.from_numpy(np.stack([picture.rgb for picture in pictures]))
+    return Sample(ids=tuple(ids), pixels=memory.permute(0, 3, 1, 2))
+
+
+def _refs(manifest: Manifest, reader: ShardReader, file: int, group: int) -> Iterator[ImageRef]:
+    rows = manifest.files[file].row_groups[group]
+    piece = Piece(file=file, row_group=group, start=0, stop=rows)
+    for batch in reader.read(Shard(index=0, rows=rows, pieces=(piece,))):
+        yield from refs(manifest, batch)
+
+
+def _no_timer(stage: str, seconds: float) -> None:
+    return

@@ -1,0 +1,56 @@
+"""How near embeddings are to fp32's, and whether that is near enough; pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from pipeline.config import ParityConfig
+from pipeline.errors import ParityError
+from pipeline.records import Parity, TextBank
+
+WORST = 5
+
+
+def compare(vectors: torch.Tensor, reference: torch.Tensor, *, ids: Sequence[str], bank: TextBank | None) -> Parity:
+    """Compare embeddings with fp32's, both float32 ``[N, D]`` of length 1, row i being the picture ``ids[i]``."""
+    vectors, reference = vectors.cpu().double(), reference.cpu().double()
+    # Both are of length 1 only up to float32's rounding, which would hide the last digits of a cosine.
+    cosine = torch.nn.functional.cosine_similarity(vectors, reference, dim=1)
+    # NaN is worse than anything.
+    cosine = torch.nan_to_num(cosine, nan=-1.0)
+    order = cosine.argsort()[:WORST].tolist()
+    top1 = None
+    if bank is not None:
+        features = torch.from_numpy(bank.features).double()
+        same = (vectors @ features.T).argmax(dim=1) == (reference @ features.T).argmax(dim=1)
+        top1 = float(same.double().mean())
+    return Parity(
+        images=len(ids),
+        lowest_cosine=float(cosine.min()),
+        mean_cosine=float(cosine.mean()),
+        top1=top1,
+        worst=tuple((str(ids[i]), float(cosine[i])) for i in order),
+    )
+
+
+def hold(parity: Parity, limits: ParityConfig, *, precision: str, what: str) -> None:
+    """Pass if every figure is at least its limit for ``precision``; ``what`` names the model and its runtime.
+
+    Raises:
+        ParityError: with the figures that miss, and the worst pictures.
+    """
+    figures = {"lowest_cosine": parity.lowest_cosine, "mean_cosine": parity.mean_cosine, "top1": parity.top1}
+    misses = [
+        f"parity.{name}.{precision} wants {getattr(limits, name)[precision]}, measured {value:.6f}"
+        for name, value in figures.items()
+        # Written so that NaN misses.
+        if value is not None and not value >= getattr(limits, name)[precision]
+    ]
+    if misses:
+        worst = ", ".join(f"{id} ({cosine:.5f})" for id, cosine in parity.worst)
+        raise ParityError(
+            f"{what} is too far from fp32 over {parity.images} images: {'; '.join(misses)}. The worst by cosine: "
+            f"{worst}. Take another backend or precision, or lower the limit if that is near enough for you"
+        )
