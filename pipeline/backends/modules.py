@@ -120,7 +120,8 @@ def _bytes(tensor: torch.Tensor) -> int:
     return sum(_bytes(getattr(tensor, name)) for name in flatten()[0])
 
 
+@torch.inference_mode()
 def blank(checkpoint: Checkpoint, *, batch_size: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """Black pixels of the static shape."""
+    """Pixels of the static shape, made as those of a batch are: an ordinary tensor would be compiled for anew."""
     height, width = checkpoint.spec.size
     return torch.zeros(batch_size, 3, height, width, device=device, dtype=dtype)

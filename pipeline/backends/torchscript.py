@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import torch
+
 from pipeline.artifacts.store import ArtifactStore
 from pipeline.artifacts.torchscript import FILE, load, traced
 from pipeline.backends.base import Draw
 from pipeline.backends.devices import DTYPES, choose
-from pipeline.backends.modules import ModuleEncoder
+from pipeline.backends.modules import ModuleEncoder, blank
 from pipeline.config import BackendConfig, ParityConfig
 from pipeline.models.checkpoint import Checkpoint
+
+# Calls that TorchScript's executor profiles before it settles.
+PROFILED = 2
 
 
 def open_encoder(
@@ -25,8 +30,14 @@ def open_encoder(
         sample=sample,
         limits=limits,
     )
+    module = load(artifact.file(FILE), device)
+    pixels = blank(checkpoint, batch_size=batch_size, device=device, dtype=DTYPES[precision])
+    with torch.inference_mode():
+        # TorchScript watches the first calls and then compiles: from here on every batch runs in the same kernels.
+        for _ in range(PROFILED + 1):
+            module(pixels)
     return ModuleEncoder(
-        load(artifact.file(FILE), device),
+        module,
         checkpoint,
         name="torchscript",
         precision=precision,
