@@ -107,6 +107,15 @@ def compiled(module: torch.nn.Module, *, mode: str, pixels: torch.Tensor) -> For
     return forward
 
 
+def in_a_layer(module: torch.nn.Module, name: str) -> bool:
+    """Whether this is a linear layer of the transformer: the ones that are quantized.
+
+    What comes after the pooling has one row for each picture, of which int8 products on CUDA want more than 16; it
+    costs nearly nothing either way.
+    """
+    return isinstance(module, torch.nn.Linear) and ".encoder.layers." in name
+
+
 def count_bytes(module: torch.nn.Module) -> int:
     """Bytes of a module's weights and buffers as they lie in memory."""
     return sum(_bytes(tensor) for tensor in (*module.parameters(), *module.buffers()))

@@ -9,7 +9,7 @@ import torch
 from pipeline.artifacts.exports import need_packages
 from pipeline.backends.base import Draw
 from pipeline.backends.devices import choose
-from pipeline.backends.modules import ModuleEncoder, blank, compiled, count_bytes
+from pipeline.backends.modules import ModuleEncoder, blank, compiled, count_bytes, in_a_layer
 from pipeline.config import BackendConfig, ParityConfig
 from pipeline.errors import BackendUnavailable
 from pipeline.models.checkpoint import Checkpoint
@@ -23,7 +23,7 @@ def open_encoder(
 ) -> ModuleEncoder:
     """See :class:`~pipeline.backends.base.BackendFactory`.
 
-    The patch embedding, a convolution, stays in bf16, as does all that is not a linear layer.
+    The patch embedding, a convolution, stays in bf16, as does all that is not a linear layer of the transformer.
     """
     device, precision = choose(config)
     if device.type != "cuda":
@@ -41,7 +41,7 @@ def open_encoder(
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
     tower = copy.deepcopy(ImageTower(checkpoint)).to(device=device, dtype=torch.bfloat16)
-    quantize_(tower, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
+    quantize_(tower, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()), filter_fn=in_a_layer)
     pixels = blank(checkpoint, batch_size=batch_size, device=device, dtype=torch.bfloat16)
     return ModuleEncoder(
         compiled(tower, mode="max-autotune-no-cudagraphs", pixels=pixels),

@@ -9,7 +9,7 @@ import torch
 from pipeline.artifacts.exports import need_packages
 from pipeline.backends.base import Draw
 from pipeline.backends.devices import choose
-from pipeline.backends.modules import ModuleEncoder, blank, compiled, count_bytes
+from pipeline.backends.modules import ModuleEncoder, blank, compiled, count_bytes, in_a_layer
 from pipeline.config import BackendConfig, ParityConfig
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.towers import ImageTower
@@ -31,7 +31,8 @@ def open_encoder(
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     dynamic = multiplies_int8(device)
     tower = copy.deepcopy(ImageTower(checkpoint)).to(device=device, dtype=dtype)
-    quantize_(tower, Int8DynamicActivationInt8WeightConfig() if dynamic else Int8WeightOnlyConfig())
+    scheme = Int8DynamicActivationInt8WeightConfig() if dynamic else Int8WeightOnlyConfig()
+    quantize_(tower, scheme, filter_fn=in_a_layer)
     pixels = blank(checkpoint, batch_size=batch_size, device=device, dtype=dtype)
     return ModuleEncoder(
         compiled(tower, mode="default", pixels=pixels),
