@@ -50,6 +50,8 @@ def _check_backend(config: Config) -> list[Problem]:
         problems.append(Problem("backend.precision", backend.precision, allowed, hint))
     if backend.compile != "none" and backend.name != "torch" and backend.name in PRECISIONS:
         problems.append(Problem("backend.compile", backend.compile, "is a choice of backend=torch alone"))
+    if backend.quantization == "static" and backend.name != "onnx_int8" and backend.name in PRECISIONS:
+        problems.append(Problem("backend.quantization", backend.quantization, "is a choice of backend=onnx_int8 alone"))
     return problems
 
 

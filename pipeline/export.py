@@ -92,10 +92,12 @@ def _export(config: Config, options: argparse.Namespace) -> Iterator[Artifact]:
     @cache
     def sample() -> Sample:
         spec = dataclasses.replace(checkpoint.spec, corner=config.images.crop_corner)
+        # One half is for calibration, the other for the comparison.
+        count = config.parity.images * (2 if options.static else 1)
         if config.manifest.path is None:
-            return rendered_sample(spec, config.parity.images)
+            return rendered_sample(spec, count)
         manifest = open_manifest(config.manifest)
-        drawn = draw_sample(manifest, pixel_reader(config, manifest, spec), config.parity.images)
+        drawn = draw_sample(manifest, pixel_reader(config, manifest, spec), count)
         if drawn is None:
             raise ManifestError(f"{config.manifest.path}: none of the images that were tried can be decoded")
         return drawn

@@ -123,6 +123,8 @@ def _run(config: Config, storage: Storage, *, began: float, demo_scenes: bool) -
         fingerprints=prints,
         about={"model": config.model.name, "manifest": config.manifest.path},
     )
+    # A wrong output.dir is told at once, a backend that misses leaves no plan behind.
+    plan.compare(storage, wanted)
     limits = config.parity
     parity = pass_gate(encoder, checkpoint, sample, bank=bank, limits=limits, fingerprints=prints, storage=storage)
     plan.settle(storage, wanted)
@@ -242,11 +244,12 @@ def _bank(config: Config, checkpoint: Checkpoint) -> TextBank | None:
 
 
 def _sample(config: Config, manifest: Manifest, spec: PreprocessSpec) -> Sample:
-    """Images of the job for its backend to be compared on."""
-    sample = draw_sample(manifest, pixel_reader(config, manifest, spec), config.parity.images)
+    """Images of the job for its backend to be compared on; twice as many where one half is for calibration."""
+    count = config.parity.images * (2 if config.backend.quantization == "static" else 1)
+    sample = draw_sample(manifest, pixel_reader(config, manifest, spec), count)
     if sample is None:
-        log.warning("none of the first images can be read; the backend is compared with fp32 on rendered scenes")
-        return demo.rendered_sample(spec, config.parity.images)
+        log.warning("none of the images that were tried can be read; the backend is compared on rendered scenes")
+        return demo.rendered_sample(spec, count)
     return sample
 
 

@@ -125,6 +125,12 @@ class Sample:
     ids: tuple[str, ...]
     pixels: torch.Tensor
 
+    def half(self, start: int) -> Sample:
+        """Every second picture from ``start`` (0 or 1) on: what is calibrated on one half is judged on the other."""
+        if len(self.ids) == 1:
+            return self
+        return Sample(ids=self.ids[start::2], pixels=self.pixels[start::2])
+
 
 @dataclass(frozen=True, slots=True)
 class Parity:

@@ -6,22 +6,25 @@ import ctypes
 import functools
 import shutil
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from pipeline.artifacts.store import ArtifactStore
 from pipeline.backends import TABLE, factory
 from pipeline.backends.base import ImageEncoder
 from pipeline.backends.devices import choose_device, choose_precision
 from pipeline.backends.modules import Normaliser, compiled
-from pipeline.backends.sessions import normalise
-from pipeline.backends.tensorrt import find_library, version_words
+from pipeline.backends.sessions import PROVIDERS, normalise, open_session
+from pipeline.backends.tensorrt import engine_options, find_library, version_words
 from pipeline.backends.torch_int8 import multiplies_int8
 from pipeline.config import CHOICES, PRECISIONS, BackendConfig, ModelConfig, ParityConfig
 from pipeline.demo.folder import rendered_sample
-from pipeline.errors import ArtifactError, BackendUnavailable
+from pipeline.errors import BackendUnavailable, StorageError
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline.records import Sample
 
@@ -288,13 +291,75 @@ def test_a_graph_for_other_operators_is_refused_by_name(store: str, monkeypatch:
     import onnxruntime
 
     monkeypatch.setattr(onnxruntime.InferenceSession, "get_providers", lambda self: ["OtherProvider"])
-    with pytest.raises(BackendUnavailable, match="kept OtherProvider, not CPUExecutionProvider"):
+    with pytest.raises(BackendUnavailable, match="kept OtherProvider and would not go on with CPUExecutionProvider"):
         open_anew(BackendConfig(name="onnx", device="cpu", artifacts=store))
 
 
-def test_a_store_that_cannot_be_written_is_named(tmp_path: Any) -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+def test_a_provider_without_its_libraries_is_told_by_its_own_name(
+    provider: str, store: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    artifact = opened(BackendConfig(name="onnx", precision="fp32", device="cpu"), store).artifact
+    assert artifact is not None
+    stream: Any = SimpleNamespace(cuda_stream=1)
+    with pytest.raises(BackendUnavailable, match=rf"could not open .* with {PROVIDERS[provider]}.*pip install"):
+        open_session(
+            artifact.file("model.onnx"),
+            provider=provider,
+            device=torch.device("cuda"),
+            batch_size=BATCH,
+            stream=stream,
+            options={},
+        )
+    assert "EP Error" not in capfd.readouterr().out, "ONNX Runtime tried something else in its place"
+
+
+def test_an_engine_has_one_shape_and_a_folder_of_its_own(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact = opened(BackendConfig(name="onnx", precision="fp32", device="cpu"), store).artifact
+    assert artifact is not None
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB")
+
+    def options(batch_size: int, library: str) -> dict[str, str]:
+        return engine_options(
+            demo(),
+            ArtifactStore(store),
+            artifact,
+            batch_size=batch_size,
+            device=torch.device("cuda"),
+            library=library,
+        )
+
+    found = options(8, "10.13.3")
+    shapes = {found[f"trt_profile_{kind}_shapes"] for kind in ("min", "opt", "max")}
+    assert shapes == {"pixel_values:8x3x48x48"}
+    # ONNX Runtime takes these words and no numbers.
+    assert {value for key, value in found.items() if key.endswith(("_enable", "_fallback"))} == {"True"}
+    folder = Path(found["trt_engine_cache_path"])
+    assert folder.is_dir()
+    assert "NVIDIA-H100" in folder.name
+    others = {options(size, library)["trt_engine_cache_path"] for size, library in ((16, "10.13.3"), (8, "10.14.0"))}
+    assert len({*others, str(folder)}) == 3
+    # The store does not take engines for artefacts.
+    assert ArtifactStore(store).problems(artifact) == []
+
+
+@pytest.mark.parametrize("name", ["torch", "torch_int8"])
+def test_a_compiled_tower_is_compiled_once(name: str, store: str) -> None:
+    from torch._dynamo.utils import counters
+
+    config = BackendConfig(name=name, device="cpu", compile="default" if name == "torch" else "none")
+    encoder = open_anew(replace(config, artifacts=store), batch_size=5)
+    before = counters["stats"]["unique_graphs"]
+    assert before > 0
+    encoder.encode(scenes(5))
+    encoder.encode(scenes(5))
+    assert counters["stats"]["unique_graphs"] == before
+
+
+def test_a_store_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
-    with pytest.raises((ArtifactError, OSError, Exception), match="file"):
+    with pytest.raises(StorageError, match=str(tmp_path / "file")):
         open_anew(BackendConfig(name="onnx", device="cpu", artifacts=str(tmp_path / "file")))
 
 

@@ -144,6 +144,8 @@ def test_every_allowed_word_passes_and_a_typo_gets_the_nearest(key: str) -> None
             # Each backend has its own.
             able = next(name for name, words in PRECISIONS.items() if word in (*words, "auto"))
             config = dataclasses.replace(config, backend=dataclasses.replace(config.backend, name=able))
+        if key == "backend.quantization":
+            config = dataclasses.replace(config, backend=dataclasses.replace(config.backend, name="onnx_int8"))
         assert not [problem for problem in check(config) if problem.key == key]
     word = CHOICES[key][0]
     (problem,) = check(changed(key, f"{word}x"))
@@ -188,6 +190,12 @@ def test_the_compiler_is_a_choice_of_torch_alone() -> None:
     assert check(config_with_backend(compile="default")) == []
     (problem,) = check(config_with_backend(name="onnx", compile="default"))
     assert problem.key == "backend.compile"
+
+
+def test_the_quantization_is_a_choice_of_onnx_int8_alone() -> None:
+    assert check(config_with_backend(name="onnx_int8", quantization="static")) == []
+    (problem,) = check(config_with_backend(name="torch_int8", quantization="static"))
+    assert problem.key == "backend.quantization"
 
 
 @pytest.mark.parametrize(

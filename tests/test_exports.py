@@ -292,6 +292,13 @@ def test_a_missed_tolerance_publishes_nothing(demo: Demo, tmp_path: Path) -> Non
     assert store.artifacts() == []
 
 
+def test_an_export_made_under_looser_limits_is_held_to_those_of_today(demo: Demo) -> None:
+    demo(DYNAMIC)
+    limits = dataclasses.replace(LIMITS, mean_cosine={**LIMITS.mean_cosine, "int8": 1.0})
+    with pytest.raises(ParityError, match=r"of demo is too far.*mean_cosine.int8 wants 1.0"):
+        onnx_graph(demo.checkpoint, DYNAMIC, demo.store, sample=lambda: demo.sample, limits=limits)
+
+
 @pytest.mark.parametrize("size", [1, 7])
 def test_every_batch_size_is_held(demo: Demo, size: int) -> None:
     sizes = []
@@ -354,7 +361,8 @@ def test_every_family_exports_both_towers(family: Checkpoint, store: ArtifactSto
 
     for options in (STATIC, TEXT_INT8):
         artifact, counts = make(options)
-        assert artifact.card["parity"]["lowest_cosine"] > 0.999
+        # A handful of pictures to calibrate on, and others to be judged on.
+        assert artifact.card["parity"]["lowest_cosine"] > (0.995 if options is STATIC else 0.999)
         assert not {"QAttention", "Attention"} & counts.keys()
 
 

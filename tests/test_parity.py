@@ -9,19 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from pipeline.artifacts.cards import CARD, sealed, write_card
 from pipeline.artifacts.store import ArtifactStore
-from pipeline.backends.parity import FILE, embed_sample, in_words
-from pipeline.config import Config, ParityConfig
+from pipeline.backends.parity import FILE, embed_sample, in_words, measure
+from pipeline.backends.torch import reference
+from pipeline.config import Config, ModelConfig, ParityConfig
 from pipeline.demo.folder import rendered_sample
 from pipeline.errors import ParityError, PlanMismatch
 from pipeline.job import run_job
+from pipeline.models.checkpoint import open_checkpoint
 from pipeline.models.preprocessor import to_spec
 from pipeline.parity import compare, hold
-from pipeline.records import Parity, TextBank
+from pipeline.records import Parity, Sample, TextBank
 from pipeline.storage import sha256
 from tests.jobs import StubEncoder, config_for, content, scenes_manifest, start, stub_backend
 
@@ -92,6 +96,18 @@ def test_each_figure_has_its_limit(change: dict[str, Any], words: str) -> None:
     assert caught.value.exit_code == 4
 
 
+def test_a_picture_is_named_once_among_the_worst() -> None:
+    parity = compare(turned(5, 30, 20, 10), turned(0, 0, 0, 0), ids=["a", "b", "b", "a"], bank=None)
+    assert [id for id, _ in parity.worst] == ["b", "a"]
+    assert parity.worst[1][1] == pytest.approx(np.cos(np.deg2rad(10)), abs=1e-6)
+
+
+def test_one_picture_alone_may_change_its_label() -> None:
+    hold(replace(GOOD, top1=7 / 8), ParityConfig(), precision="int8", what="it")
+    with pytest.raises(ParityError, match=r"parity\.top1\.int8 wants 0\.9, measured 0\.75"):
+        hold(replace(GOOD, top1=6 / 8), ParityConfig(), precision="int8", what="it")
+
+
 def test_limits_go_by_precision() -> None:
     hold(GOOD, ParityConfig(), precision="bf16", what="it")
     with pytest.raises(ParityError, match=r"parity\.lowest_cosine\.fp32"):
@@ -107,6 +123,35 @@ def test_a_sample_is_embedded_whatever_the_batch_size() -> None:
     assert whole.shape == (7, 4)
     for size in (1, 3, 16):
         assert torch.equal(embed_sample(StubEncoder(size), sample), whole)
+
+
+def test_every_place_of_a_batch_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = open_checkpoint(ModelConfig())
+    sample = rendered_sample(checkpoint.spec, 6)
+    encoder = reference(checkpoint, torch.device("cpu"), batch_size=20, sample=lambda: sample)
+    good = measure(encoder, checkpoint, sample, None)
+    assert good.images == 6
+    assert good.lowest_cosine > 0.999999
+    right = encoder.encode
+
+    def wrong_at_the_end(pixels: torch.Tensor) -> torch.Tensor:
+        vectors = right(pixels).clone()
+        vectors[-1] = -vectors[-1]
+        return vectors
+
+    monkeypatch.setattr(encoder, "encode", wrong_at_the_end)
+    bad = measure(encoder, checkpoint, sample, None)
+    assert bad.lowest_cosine < -0.999
+    # The twentieth place holds the second of six pictures.
+    assert bad.worst[0][0] == sample.ids[19 % 6]
+
+
+def test_a_half_is_every_second_picture() -> None:
+    sample = Sample(ids=("a", "b", "c"), pixels=torch.arange(3).view(3, 1, 1, 1).to(torch.uint8))
+    assert (sample.half(0).ids, sample.half(1).ids) == (("a", "c"), ("b",))
+    assert sample.half(1).pixels.flatten().tolist() == [1]
+    one = Sample(ids=("a",), pixels=sample.pixels[:1])
+    assert one.half(0) is one.half(1) is one
 
 
 # Jobs.
@@ -169,6 +214,31 @@ def test_a_second_run_takes_the_figures_from_the_books(
         run_job(replace(config, parity=replace(config.parity, lowest_cosine={"int8": 0.99999})))
 
 
+def test_figures_of_other_hardware_do_not_count(
+    manifest: Path, tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = job(manifest, tmp_path / "out", "onnx_int8", store=store)
+    run_job(config)
+    key = json.loads((tmp_path / "out" / FILE).read_text())["key"]
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_vnni": False})
+    run_job(config)
+    assert json.loads((tmp_path / "out" / FILE).read_text())["key"] != key
+
+
+def test_a_graph_with_fixed_scales_is_judged_on_other_pictures(manifest: Path, tmp_path: Path) -> None:
+    quantization = {"quantization": "static"}
+    config = job(
+        manifest, tmp_path / "out", "onnx_int8", store=tmp_path / "store", backend=quantization, parity={"images": 12}
+    )
+    report = run_job(config)
+    assert report.parity is not None
+    assert report.parity.images == 12
+    ids = pq.read_table(tmp_path / "out", columns=["id", "status"]).filter(pc.field("status") == "ok")["id"].to_pylist()
+    judged = {id for id, _ in report.parity.worst}
+    # 24 pictures were drawn from three row groups, eight of each; every second one was for the scales.
+    assert judged <= {id for group in (ids[:15], ids[15:30], ids[30:]) for id in group[:8][1::2]}
+
+
 @pytest.mark.parametrize("spoiled", [b"", b"[1]", b"no json", b'{"key": 3}'])
 def test_books_that_cannot_be_read_are_written_anew(
     spoiled: bytes, manifest: Path, tmp_path: Path, store: Path
@@ -183,7 +253,7 @@ def test_books_that_cannot_be_read_are_written_anew(
 
 def test_a_miss_ends_the_job_before_anything_is_computed(manifest: Path, tmp_path: Path, store: Path) -> None:
     config = job(manifest, tmp_path / "out", "onnx_int8", store=store, parity={"mean_cosine": {"int8": 1.0}})
-    with pytest.raises(ParityError, match=r"demo on backend=onnx_int8 is too far.*scene/") as caught:
+    with pytest.raises(ParityError, match=r"demo is too far from fp32.*mean_cosine\.int8 wants 1\.0.*scene/") as caught:
         run_job(config)
     assert caught.value.exit_code == 4
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"_run.log"}

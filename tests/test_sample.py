@@ -80,9 +80,15 @@ def test_damaged_pictures_are_skipped(tmp_path: Path, kind: str) -> None:
 
 def test_a_group_of_damaged_pictures_is_left_after_some_tries(tmp_path: Path) -> None:
     write(tmp_path, range(60), kind="bytes", bad=tuple(range(20)), group=30)
-    # Two of each group wanted: TRIES * 2 rows are looked at, and the second group gives its own two.
+    # Two of each group wanted: TRIES * 2 rows are looked at, and the second group gives the others too.
     assert 2 * TRIES < 20
-    assert rows_of(draw(opened(tmp_path), 4)) == [30, 31]
+    assert rows_of(draw(opened(tmp_path), 4)) == [30, 31, 32, 33]
+
+
+def test_row_groups_of_one_row_give_as_many_pictures_as_large_ones(tmp_path: Path) -> None:
+    write(tmp_path, range(40), kind="bytes", bad=(0, 1), group=1)
+    found = rows_of(draw(opened(tmp_path), 24))
+    assert len(found) == len(set(found)) == 24
 
 
 def test_none_where_nothing_decodes(tmp_path: Path) -> None:

@@ -22,18 +22,21 @@ def to_fp16(source: Path, target: Path, *, fp32_norms: bool) -> None:
     The normalisation to length 1 at the end stays in fp32.
     """
     import onnx
-    from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST
+    from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
     from onnxruntime.transformers.onnx_model import OnnxModel
 
-    model = OnnxModel(onnx.load(str(source)))
+    graph = onnx.load(str(source))
     blocked = [*DEFAULT_OP_BLOCK_LIST, *(["LayerNormalization"] if fp32_norms else [])]
     with quiet():
-        model.convert_float_to_float16(
-            use_symbolic_shape_infer=False,
+        converted = convert_float_to_float16(
+            graph,
             keep_io_types=True,
+            # onnx cannot infer shapes over the limit of a protobuf; the exporter's own are there.
+            disable_shape_infer=_is_large(graph),
             op_block_list=blocked,
-            node_block_list=_tail(model.model),
+            node_block_list=_tail(graph),
         )
+        model = OnnxModel(converted)
         _drop_useless_casts(model.model.graph)
         model.topological_sort()
         model.save_model_to_file(str(target), use_external_data_format=_is_large(model.model))

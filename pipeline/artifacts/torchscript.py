@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from pipeline.artifacts.exports import check_parity, recipe
+from pipeline.artifacts.exports import check_parity, hold_card, recipe
 from pipeline.artifacts.graphs import quiet
 from pipeline.artifacts.store import Artifact, ArtifactStore
 from pipeline.config import ParityConfig
@@ -67,7 +67,9 @@ def traced(
             "facts": {"seconds": round(time.perf_counter() - started, 1)},
         }
 
-    return store.make(recipe("torchscript", checkpoint, options), build)
+    artifact = store.make(recipe("torchscript", checkpoint, options), build)
+    hold_card(artifact, limits, precision=precision)
+    return artifact
 
 
 def load(path: Path, device: torch.device) -> Any:

@@ -20,7 +20,12 @@ def choose(config: BackendConfig) -> tuple[torch.device, str]:
     if device.type == "cuda":
         # Pinned memory, streams and memory figures belong to the current device.
         torch.cuda.set_device(device)
-    return device, choose_precision(config, device)
+    precision = choose_precision(config, device)
+    if precision == "fp32":
+        # fp32 is what every other backend is compared with: no TF32 in its convolution, nor in its products.
+        torch.backends.cudnn.allow_tf32 = False
+        torch.set_float32_matmul_precision("highest")
+    return device, precision
 
 
 def choose_device(name: str) -> torch.device:

@@ -6,7 +6,7 @@ from pipeline.artifacts.exports import GraphOptions, onnx_graph
 from pipeline.artifacts.store import ArtifactStore
 from pipeline.backends.base import Draw
 from pipeline.backends.devices import choose
-from pipeline.backends.sessions import SessionEncoder, graph_of, open_session
+from pipeline.backends.sessions import SessionEncoder
 from pipeline.config import BackendConfig, ParityConfig
 from pipeline.models.checkpoint import Checkpoint
 
@@ -23,13 +23,14 @@ def open_encoder(
         sample=sample,
         limits=limits,
     )
-    session = open_session(graph_of(artifact), provider=device.type, device=device, batch_size=batch_size)
+    # By default ONNX Runtime computes fp32 on CUDA in TF32, which is not fp32.
+    exact = {"use_tf32": "0"} if device.type == "cuda" and precision == "fp32" else {}
     return SessionEncoder(
-        session,
         checkpoint,
         name="onnx",
         precision=precision,
         device=device,
         batch_size=batch_size,
         artifact=artifact,
+        provider_options=exact,
     )

@@ -6,7 +6,7 @@ from pipeline.artifacts.exports import GraphOptions, onnx_graph
 from pipeline.artifacts.store import ArtifactStore
 from pipeline.backends.base import Draw
 from pipeline.backends.devices import choose
-from pipeline.backends.sessions import SessionEncoder, graph_of, open_session
+from pipeline.backends.sessions import SessionEncoder
 from pipeline.config import BackendConfig, ParityConfig
 from pipeline.errors import BackendUnavailable
 from pipeline.models.checkpoint import Checkpoint
@@ -29,9 +29,7 @@ def open_encoder(
         sample=sample,
         limits=limits,
     )
-    session = open_session(graph_of(artifact), provider="cpu", device=device, batch_size=batch_size)
     return SessionEncoder(
-        session,
         checkpoint,
         name="onnx_int8",
         precision=precision,

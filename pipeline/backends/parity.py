@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -15,20 +15,39 @@ from pipeline.artifacts.store import ArtifactStore
 from pipeline.backends.base import Draw, ImageEncoder
 from pipeline.backends.torch import reference
 from pipeline.config import ParityConfig
-from pipeline.errors import ArtifactError, StorageError
+from pipeline.errors import ArtifactError, BackendUnavailable, StorageError
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.parity import compare, hold
 from pipeline.records import Parity, Sample, TextBank
 from pipeline.storage import Storage
 
 FILE = "_parity.json"
+REFERENCE_BATCH = 16
 log = logging.getLogger(__name__)
 
 
 def measure(encoder: ImageEncoder, checkpoint: Checkpoint, sample: Sample, bank: TextBank | None) -> Parity:
-    """Compare ``encoder`` with eager fp32 on its own device, over all of ``sample``."""
-    exact = reference(checkpoint, encoder.device, batch_size=encoder.batch_size, sample=lambda: sample)
-    return compare(embed_sample(encoder, sample), embed_sample(exact, sample), ids=sample.ids, bank=bank)
+    """Compare ``encoder`` with eager fp32 on its own device, over all of ``sample``, at every place of a batch."""
+    if encoder.fingerprint.get("quantization") == "static":
+        sample = sample.half(1)
+    count = len(sample.ids)
+    rows = torch.arange(max(count, encoder.batch_size)) % count
+    ids = tuple(sample.ids[row] for row in rows)
+    try:
+        vectors = embed_sample(encoder, Sample(ids=ids, pixels=sample.pixels[rows]))
+        exact = reference(checkpoint, encoder.device, batch_size=min(count, REFERENCE_BATCH), sample=lambda: sample)
+        wanted = embed_sample(exact, sample)
+    except torch.OutOfMemoryError as error:
+        raise BackendUnavailable(
+            f"the device has no memory to compare batches of {encoder.batch_size} images with fp32: lower "
+            f"loader.batch_size ({error})"
+        ) from error
+    if encoder.device.type == "cuda":
+        # The reference is not part of the job's memory.
+        del exact
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(encoder.device)
+    return dataclasses.replace(compare(vectors, wanted[rows], ids=ids, bank=bank), images=count)
 
 
 def pass_gate(
@@ -50,7 +69,7 @@ def pass_gate(
     """
     if is_reference(encoder):
         return None
-    parity = _recorded(storage, key_of(fingerprints, limits))
+    parity = _recorded(storage, key_of(encoder, fingerprints, limits))
     if parity is None:
         parity = measure(encoder, checkpoint, sample(), bank)
         log.info("%s", in_words(parity))
@@ -62,12 +81,12 @@ def record(
     parity: Parity, encoder: ImageEncoder, *, limits: ParityConfig, fingerprints: Mapping[str, Any], storage: Storage
 ) -> None:
     """Write the figures into the output's books, and onto the card of the artefact, if there is one."""
-    key = key_of(fingerprints, limits)
+    key = key_of(encoder, fingerprints, limits)
     if _recorded(storage, key) is None:
-        storage.write(FILE, (json.dumps({"key": key, "parity": asdict(parity)}, indent=2) + "\n").encode())
+        storage.write(FILE, (json.dumps({"key": key, "parity": dataclasses.asdict(parity)}, indent=2) + "\n").encode())
     if encoder.artifact is not None and key not in encoder.artifact.card.get("gates", {}):
         try:
-            ArtifactStore(encoder.artifact.path.parent).note(encoder.artifact, key, asdict(parity))
+            ArtifactStore(encoder.artifact.path.parent).note(encoder.artifact, key, dataclasses.asdict(parity))
         except (ArtifactError, StorageError) as error:
             # The store may be read-only; the output has the figures too.
             log.warning("the parity figures are not on the artefact's card: %s", error)
@@ -100,9 +119,14 @@ def in_words(parity: Parity) -> str:
     )
 
 
-def key_of(fingerprints: Mapping[str, Any], limits: ParityConfig) -> str:
-    """A digest of what the figures follow from: the job, and how many images are compared."""
-    content = json.dumps([fingerprints, limits.images], sort_keys=True, default=str)
+def key_of(encoder: ImageEncoder, fingerprints: Mapping[str, Any], limits: ParityConfig) -> str:
+    """A digest of what the figures follow from: the job, the hardware, and how many images are compared."""
+    if encoder.device.type == "cuda":
+        hardware: Any = [torch.cuda.get_device_name(encoder.device), torch.cuda.get_device_capability(encoder.device)]
+    else:
+        # int8 products come out differently where an instruction is missing.
+        hardware = sorted(name for name, there in torch.cpu.get_capabilities().items() if there is True)
+    content = json.dumps([fingerprints, hardware, limits.images], sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()
 
 

@@ -21,9 +21,17 @@ INPUT, OUTPUT = INPUTS["image"][0], OUTPUTS["image"]
 
 
 def open_session(
-    path: Path, *, provider: str, device: torch.device, batch_size: int, options: dict[str, str] | None = None
+    path: Path,
+    *,
+    provider: str,
+    device: torch.device,
+    batch_size: int,
+    stream: torch.cuda.Stream | None,
+    options: dict[str, str],
 ) -> Any:
     """An ONNX Runtime session of one static batch size on ``cpu``, ``cuda`` or ``tensorrt``.
+
+    On a GPU it takes every node or is refused, and queues its work on ``stream``.
 
     Raises:
         BackendUnavailable: the provider's libraries are missing, or it did not take the whole graph.
@@ -31,42 +39,37 @@ def open_session(
     import onnxruntime
 
     wanted = PROVIDERS[provider]
+    advice = f"with {wanted}; its libraries may be missing or of another version: pip uninstall onnxruntime, then "
+    advice += "pip install 'onnxruntime-gpu[cuda,cudnn]'"
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 3
     # With the batch size known, ONNX Runtime folds all arithmetic on shapes, which CUDA would leave to the CPU.
     settings.add_free_dimension_override_by_name("batch", batch_size)
-    if provider == "cpu":
+    if stream is None:
         settings.intra_op_num_threads = torch.get_num_threads()
         given: list[Any] = [wanted]
     else:
         if wanted not in onnxruntime.get_available_providers():
-            raise BackendUnavailable(
-                f"this ONNX Runtime {onnxruntime.__version__} was built without {wanted}: pip uninstall onnxruntime, "
-                "then pip install 'onnxruntime-gpu[cuda,cudnn]'"
-            )
+            raise BackendUnavailable(f"ONNX Runtime {onnxruntime.__version__} was not built {advice}")
         # Loads the CUDA libraries that came with torch or with NVIDIA's packages.
         onnxruntime.preload_dlls()
         settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-        # ONNX Runtime queues its work on torch's stream, so that neither waits for the other.
-        stream = {
-            "device_id": str(device.index or 0),
-            "user_compute_stream": str(torch.cuda.current_stream(device).cuda_stream),
-        }
-        given = [(wanted, {**stream, **(options or {})})]
-        if provider == "tensorrt":
-            # For nodes that TensorRT does not take.
-            given.append((PROVIDERS["cuda"], stream))
+        # The handle of torch's default stream is 0, which ONNX Runtime takes for none, and makes one of its own.
+        place = {"device_id": str(device.index or 0), "user_compute_stream": str(stream.cuda_stream)}
+        given = [(wanted, {**place, **options})]
     try:
-        session = onnxruntime.InferenceSession(str(path), settings, providers=given)
+        # Its own way of falling back would try other providers, and report their failure in the place of this one.
+        session = onnxruntime.InferenceSession(str(path), settings, providers=given, enable_fallback=0)
     except Exception as error:
         # ONNX Runtime raises classes of its own that have no common base but Exception.
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise BackendUnavailable(f"ONNX Runtime could not open {path} with {wanted}: {first}") from error
+        raise BackendUnavailable(
+            f"ONNX Runtime {onnxruntime.__version__} could not open {path} ({first}) {advice}"
+        ) from error
     kept = session.get_providers()
     if kept[0] != wanted:
         raise BackendUnavailable(
-            f"ONNX Runtime {onnxruntime.__version__} kept {', '.join(kept)}, not {wanted}: its libraries are "
-            "missing or of another version; pip install 'onnxruntime-gpu[cuda,cudnn]'"
+            f"ONNX Runtime {onnxruntime.__version__} kept {', '.join(kept)} and would not go on {advice}"
         )
     return session
 
@@ -76,7 +79,6 @@ class SessionEncoder(ImageEncoder):
 
     def __init__(
         self,
-        session: Any,
         checkpoint: Checkpoint,
         *,
         name: str,
@@ -84,24 +86,35 @@ class SessionEncoder(ImageEncoder):
         device: torch.device,
         batch_size: int,
         artifact: Artifact,
+        provider: str | None = None,
+        provider_options: dict[str, str] | None = None,
         options: dict[str, str] | None = None,
     ) -> None:
         self.name, self.precision, self.device = name, precision, device
         self.dim, self.batch_size = checkpoint.dim, batch_size
         self.artifact, self.weight_bytes = artifact, artifact.size
-        self._session, self._options = session, options or {}
+        self._options = options or {}
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._session = open_session(
+            artifact.file(GRAPH),
+            provider=provider or device.type,
+            device=device,
+            batch_size=batch_size,
+            stream=self._stream,
+            options=provider_options or {},
+        )
         self._spec = checkpoint.spec
         self._normalise = Normaliser(checkpoint.spec, device)
 
     @torch.inference_mode()
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """See :meth:`ImageEncoder.encode`."""
-        if self.device.type == "cpu":
+        if self._stream is None:
             values = normalise(pixels.numpy(), self._spec)
             return torch.from_numpy(self._session.run([OUTPUT], {INPUT: values})[0])
-        return self._encode_bound(self._normalise(pixels))
+        return self._encode_bound(self._normalise(pixels), self._stream)
 
-    def _encode_bound(self, values: torch.Tensor) -> torch.Tensor:
+    def _encode_bound(self, values: torch.Tensor, stream: torch.cuda.Stream) -> torch.Tensor:
         import onnxruntime
 
         vectors = torch.empty(len(values), self.dim, device=self.device, dtype=torch.float32)
@@ -110,9 +123,15 @@ class SessionEncoder(ImageEncoder):
         binding.bind_input(INPUT, "cuda", index, np.float32, tuple(values.shape), values.data_ptr())
         binding.bind_output(OUTPUT, "cuda", index, np.float32, tuple(vectors.shape), vectors.data_ptr())
         options = onnxruntime.RunOptions()
-        # The work is on torch's stream: whoever reads the vectors there comes after it.
+        # Nobody waits on the host: the two streams wait for one another on the device.
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        current = torch.cuda.current_stream(self.device)
+        stream.wait_stream(current)
         self._session.run_with_iobinding(binding, options)
+        current.wait_stream(stream)
+        # Their memory is not given to others before this stream is done with it.
+        values.record_stream(stream)
+        vectors.record_stream(stream)
         return vectors
 
     @property
@@ -142,8 +161,3 @@ def normalise(pixels: np.ndarray, spec: PreprocessSpec) -> np.ndarray:
         values[:, channel] -= np.float32(mean)
         values[:, channel] /= np.float32(std)
     return values
-
-
-def graph_of(artifact: Artifact) -> Path:
-    """The graph's path."""
-    return artifact.file(GRAPH)

@@ -11,7 +11,7 @@ from pipeline.artifacts.graphs import INPUTS
 from pipeline.artifacts.store import Artifact, ArtifactStore
 from pipeline.backends.base import Draw
 from pipeline.backends.devices import choose
-from pipeline.backends.sessions import SessionEncoder, graph_of, open_session
+from pipeline.backends.sessions import SessionEncoder
 from pipeline.config import BackendConfig, ParityConfig
 from pipeline.errors import BackendUnavailable
 from pipeline.models.checkpoint import Checkpoint
@@ -36,21 +36,17 @@ def open_encoder(
     # Standard operators alone: TensorRT knows none of ONNX Runtime's own, and fuses by itself.
     graph = GraphOptions(precision=precision, fused=False)
     artifact = onnx_graph(checkpoint, graph, store, sample=sample, limits=limits)
-    session = open_session(
-        graph_of(artifact),
-        provider="tensorrt",
-        device=device,
-        batch_size=batch_size,
-        options=provider_options(checkpoint, store, artifact, batch_size=batch_size, device=device, library=library),
-    )
     return SessionEncoder(
-        session,
         checkpoint,
         name="tensorrt",
         precision=precision,
         device=device,
         batch_size=batch_size,
         artifact=artifact,
+        provider="tensorrt",
+        provider_options=engine_options(
+            checkpoint, store, artifact, batch_size=batch_size, device=device, library=library
+        ),
         options={"tensorrt": library, "gpu": torch.cuda.get_device_name(device)},
     )
 
@@ -76,7 +72,7 @@ def version_words(number: int) -> str:
     return f"{number // 10_000}.{number // 100 % 100}.{number % 100}"
 
 
-def provider_options(
+def engine_options(
     checkpoint: Checkpoint,
     store: ArtifactStore,
     artifact: Artifact,
@@ -92,11 +88,11 @@ def provider_options(
     folder = store.root / ENGINES / artifact.fingerprint / f"{gpu}-tensorrt-{library}-batch-{batch_size}"
     folder.mkdir(parents=True, exist_ok=True)
     return {
-        "trt_fp16_enable": "1",
-        "trt_layer_norm_fp32_fallback": "1",
-        "trt_engine_cache_enable": "1",
+        "trt_fp16_enable": "True",
+        "trt_layer_norm_fp32_fallback": "True",
+        "trt_engine_cache_enable": "True",
         "trt_engine_cache_path": str(folder),
-        "trt_timing_cache_enable": "1",
+        "trt_timing_cache_enable": "True",
         "trt_timing_cache_path": str(folder),
         "trt_profile_min_shapes": shape,
         "trt_profile_opt_shapes": shape,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.backends.base import Draw
 from pipeline.backends.devices import DTYPES, choose
@@ -14,6 +15,8 @@ from pipeline.errors import BackendUnavailable
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.towers import ImageTower
 
+# The first GPUs with a flash attention kernel in torch.
+AMPERE = (8, 0)
 # Modes of torch.compile that replay CUDA graphs.
 GRAPHS = ("reduce-overhead", "max-autotune")
 
@@ -27,11 +30,8 @@ def open_encoder(
     tower = ImageTower(checkpoint)
     if device.type != "cpu" or precision != "fp32":
         tower = copy.deepcopy(tower).to(device=device, dtype=dtype)
-    if device.type == "cuda":
-        # fp32 is what every other backend is compared with: no TF32 in the patch embedding's convolution.
-        torch.backends.cudnn.allow_tf32 = precision != "fp32"
-        if precision != "fp32":
-            assert_flash(checkpoint, batch_size=batch_size, device=device, dtype=dtype)
+    if device.type == "cuda" and precision != "fp32":
+        assert_flash(checkpoint, device=device, dtype=dtype)
     forward: Forward = tower
     if config.compile != "none":
         pixels = blank(checkpoint, batch_size=batch_size, device=device, dtype=dtype)
@@ -55,23 +55,26 @@ def reference(checkpoint: Checkpoint, device: torch.device, *, batch_size: int, 
     return open_encoder(checkpoint, config, batch_size=batch_size, sample=sample, limits=ParityConfig())
 
 
-def assert_flash(checkpoint: Checkpoint, *, batch_size: int, device: torch.device, dtype: torch.dtype) -> None:
+def assert_flash(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype) -> None:
     """Prove that attention runs in the flash kernel at the tower's shape; the others are several times slower.
 
-    Raises:
-        BackendUnavailable: the kernel does not take the shape on this GPU.
-    """
-    vision = checkpoint.model.config.vision_config
-    heads = vision.num_attention_heads
-    tokens = (vision.image_size // vision.patch_size) ** 2 + 1
-    query = torch.zeros(batch_size, heads, tokens, vision.hidden_size // heads, device=device, dtype=dtype)
-    from torch.nn.attention import SDPBackend, sdpa_kernel
+    GPUs before Ampere have no such kernel, and pass.
 
+    Raises:
+        BackendUnavailable: this GPU should have the kernel, and it does not take the shape.
+    """
+    if torch.cuda.get_device_capability(device) < AMPERE:
+        return
+    vision = checkpoint.model.config.vision_config
+    heads, tokens = vision.num_attention_heads, (vision.image_size // vision.patch_size) ** 2 + 1
+    query = torch.zeros(1, heads, tokens, vision.hidden_size // heads, device=device, dtype=dtype)
     try:
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
             torch.nn.functional.scaled_dot_product_attention(query, query, query)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         raise BackendUnavailable(
             f"{torch.cuda.get_device_name(device)}: no flash attention for {heads} heads of {query.shape[-1]} in "
-            f"{dtype} ({error}); take backend.precision=fp32, or a GPU of compute capability 8.0 or newer"
+            f"{dtype} ({error}); take backend.precision=fp32, or another build of torch {torch.__version__}"
         ) from error

@@ -45,6 +45,19 @@ def settle(storage: Storage, plan: Plan) -> bool:
     """Create the plan, or find the same one; True when the dataset is new.
 
     Raises:
+        PlanMismatch: see :func:`compare`.
+    """
+    compare(storage, plan)
+    if storage.create_once(NAME, plan.to_json()):
+        return True
+    compare(storage, plan)
+    return False
+
+
+def compare(storage: Storage, plan: Plan) -> None:
+    """Pass if the output holds nothing, or the same plan.
+
+    Raises:
         PlanMismatch: the output holds another dataset; the message lists every difference.
     """
     if storage.read(NAME) is None:
@@ -54,8 +67,7 @@ def settle(storage: Storage, plan: Plan) -> bool:
                 f"{storage.url}: holds {stray[0]} but no {NAME}, so it is not a dataset of this pipeline; "
                 "its rows would mix with the new ones. Choose another output.dir"
             )
-        if storage.create_once(NAME, plan.to_json()):
-            return True
+        return
     try:
         found = dict(json.loads(storage.read(NAME) or b""))
     except (ValueError, TypeError) as error:
@@ -75,7 +87,6 @@ def settle(storage: Storage, plan: Plan) -> bool:
                 ]
             )
         )
-    return False
 
 
 def _differences(found: Any, wanted: Any, key: str) -> Iterator[str]:

@@ -8,6 +8,7 @@ from itertools import islice
 import numpy as np
 import torch
 
+from pipeline.images.decode import limit_pixels
 from pipeline.images.loader import PixelReader
 from pipeline.manifest.shards import ShardReader, refs
 from pipeline.manifest.source import Manifest
@@ -28,21 +29,25 @@ def draw_sample(manifest: Manifest, reader: PixelReader, count: int) -> Sample |
     groups = [(file, group) for file, f in enumerate(manifest.files) for group, rows in enumerate(f.row_groups) if rows]
     places = min(PLACES, len(groups), count)
     chosen = [groups[place * len(groups) // places] for place in range(places)]
-    share = -(-count // places)
+    # Where a place has too few good pictures, the next ones give more; the rest of the manifest stands by.
+    spare = [place for place in groups[: PLACES * TRIES] if place not in chosen]
     ids: list[str] = []
     pictures: list[Pixels] = []
+    limit_pixels(reader.decoder.max_pixels)
     with ShardReader(manifest) as rows:
-        for file, group in chosen:
-            wanted = min(share, count - len(ids))
-            found = 0
-            for ref in islice(_refs(manifest, rows, file, group), TRIES * share):
-                if found == wanted:
-                    break
+        for number, (file, group) in enumerate([*chosen, *spare]):
+            left = count - len(ids)
+            if left == 0:
+                break
+            wanted = -(-left // max(1, places - number))
+            for ref in islice(_refs(manifest, rows, file, group), TRIES * wanted):
                 pixels = reader.read(ref, _no_timer)
                 if not isinstance(pixels, Failure):
                     ids.append(str(ref.id))
                     pictures.append(pixels)
-                    found += 1
+                    wanted -= 1
+                    if wanted == 0:
+                        break
     return stack(ids, pictures) if ids else None
 
 

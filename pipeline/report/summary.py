@@ -105,7 +105,7 @@ def machine(device: str, cores: int) -> dict[str, object]:
     facts: dict[str, object] = {
         "processor": _processor(),
         "cores": cores,
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
         "device": device,
     }
     torch: Any = sys.modules.get("torch")
