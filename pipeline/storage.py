@@ -129,12 +129,12 @@ class LocalStorage(Storage):
             if not replace:
                 with suppress(FileExistsError):
                     os.link(path, target)
-                    _sync_folder(target.parent)
+                    sync(target.parent)
                     return
                 if sha256(target) == sha256(path):
                     return
             path.replace(target)
-            _sync_folder(target.parent)
+            sync(target.parent)
 
     def create_once(self, name: str, data: bytes) -> bool:
         """See :meth:`Storage.create_once`."""
@@ -149,7 +149,7 @@ class LocalStorage(Storage):
                 os.link(staged.path, target)
             except FileExistsError:
                 return False
-            _sync_folder(target.parent)
+            sync(target.parent)
             return True
 
     def read(self, name: str) -> bytes | None:
@@ -291,9 +291,9 @@ def _alive(process: int) -> bool:
     return True
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make a new name durable: on POSIX that takes an fsync of the folder."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make a file's bytes, or a new name in a folder, durable: on POSIX the second takes an fsync of the folder."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

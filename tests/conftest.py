@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        if item.get_closest_marker("tensorrt") and torch.cuda.is_available() and not _has_tensorrt():
+            item.add_marker(pytest.mark.skip(reason="no TensorRT 10 (libnvinfer.so.10)"))
         if item.get_closest_marker("hub") and os.environ.get("PIPELINE_TEST_HUB") != "1":
             item.add_marker(pytest.mark.skip(reason="PIPELINE_TEST_HUB=1 allows tests that use the hub"))
 
@@ -28,6 +31,14 @@ def _private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+def _has_tensorrt() -> bool:
+    try:
+        ctypes.CDLL("libnvinfer.so.10")
+    except OSError:
+        return False
+    return True
 
 
 def data_folder(name: str) -> Path:

@@ -35,9 +35,12 @@ COSINE = {"fp32": 0.99999, "bf16": 0.995, "fp16": 0.999, "int8": 0.99, "fp8": 0.
 
 def _case(name: str, precision: str, device: str, **options: str) -> Any:
     words = [name, precision, device, *options.values()]
-    marks = [pytest.mark.gpu] if device == "cuda" else []
+    marks: list[pytest.MarkDecorator] = [pytest.mark.gpu] if device == "cuda" else []
     if name == "tensorrt":
         marks.append(pytest.mark.tensorrt)
+    if name == "torch_fp8":
+        old = torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0)
+        marks.append(pytest.mark.skipif(old, reason="a GPU before Hopper"))
     config = BackendConfig(name=name, precision=precision, device=device, **options)
     return pytest.param(config, id="-".join(words), marks=marks)
 

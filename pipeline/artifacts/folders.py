@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pipeline.addresses import explained
 from pipeline.errors import StorageError
-from pipeline.storage import GIVEN_UP_SECONDS
+from pipeline.storage import GIVEN_UP_SECONDS, sync
 
 # What a file system answers that has no locks (Lustre without -o flock, some NFS mounts).
 LOCKLESS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
@@ -107,15 +107,6 @@ def contents(folder: Path) -> tuple[dict[str, int], list[str]]:
                 else:
                     odd.append(f"{name}: neither a file nor a folder")
     return sizes, sorted(odd)
-
-
-def sync(path: Path) -> None:
-    """Make a file's bytes, or the names in a folder, durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def sync_tree(folder: Path) -> None:
