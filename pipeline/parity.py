@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -38,6 +39,16 @@ def compare(vectors: torch.Tensor, reference: torch.Tensor, *, ids: Sequence[str
         top1=top1,
         worst=tuple(worst.items()),
     )
+
+
+def from_json(figures: Mapping[str, Any]) -> Parity:
+    """The figures as they were written by ``dataclasses.asdict`` and read back.
+
+    Raises:
+        KeyError, TypeError, ValueError: they are not.
+    """
+    worst = tuple((str(id), float(cosine)) for id, cosine in figures["worst"])
+    return Parity(**{**figures, "worst": worst})
 
 
 def hold(parity: Parity, limits: ParityConfig, *, precision: str, what: str) -> None:

@@ -18,7 +18,7 @@ from pipeline.artifacts.store import ArtifactStore
 from pipeline.backends import TABLE, factory
 from pipeline.backends.base import ImageEncoder
 from pipeline.backends.devices import choose_device, choose_precision
-from pipeline.backends.modules import Normaliser, compiled
+from pipeline.backends.modules import compiled
 from pipeline.backends.sessions import PROVIDERS, normalise, open_session
 from pipeline.backends.tensorrt import engine_options, find_library, version_words
 from pipeline.backends.torch_int8 import multiplies_int8
@@ -26,6 +26,7 @@ from pipeline.config import CHOICES, PRECISIONS, BackendConfig, ModelConfig, Par
 from pipeline.demo.folder import rendered_sample
 from pipeline.errors import BackendUnavailable, StorageError
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
+from pipeline.models.towers import Normaliser
 from pipeline.records import Sample
 
 BATCH = 8

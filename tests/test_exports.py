@@ -17,7 +17,7 @@ import onnx
 import pytest
 import torch
 
-from pipeline.artifacts import exports, graphs, quantize, torchscript
+from pipeline.artifacts import exports, graphs, torchscript
 from pipeline.artifacts.exports import BATCH_SIZES, GraphOptions, onnx_graph
 from pipeline.artifacts.graphs import check_fusions, check_graph
 from pipeline.artifacts.store import Artifact, ArtifactStore
@@ -27,7 +27,7 @@ from pipeline.demo.folder import label_names, rendered_sample
 from pipeline.errors import ArtifactError, BackendUnavailable, ParityError
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline.models.text import embed_prompts
-from pipeline.models.towers import ImageTower
+from pipeline.models.towers import ImageTower, Normaliser
 from pipeline.records import Sample
 from tests.conftest import ROOT
 from tests.families import CASES, CHINESE, ENGLISH
@@ -274,7 +274,7 @@ def test_int8_texts_keep_the_causal_mask(demo: Demo) -> None:
 
 
 def test_rows_do_not_depend_on_their_neighbours(demo: Demo) -> None:
-    pixels = exports.normalised(demo.checkpoint, demo.sample.pixels).numpy()
+    pixels = Normaliser(demo.checkpoint.spec, torch.device("cpu"))(demo.sample.pixels).numpy()
     for options in (IMAGE, STATIC):
         opened = exports.session(demo(options).file(graphs.GRAPH))
         (whole,) = opened.run(None, {"pixel_values": pixels})
@@ -425,7 +425,6 @@ def test_two_processes_make_one_artefact(tmp_path: Path) -> None:
 
 def test_large_weights_lie_beside_the_graph(demo: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "LARGE", 100_000)
-    monkeypatch.setattr(quantize, "LARGE", 100_000)
     store = ArtifactStore(tmp_path / "store")
     for options in (IMAGE, PLAIN[0], FP16[0], DYNAMIC, STATIC):
         artifact = onnx_graph(demo.checkpoint, options, store, sample=lambda: demo.sample, limits=LIMITS)
@@ -486,7 +485,7 @@ def test_torchscript_is_traced_loaded_and_compared(demo: Demo, tmp_path: Path) -
     made = trace("fp32", torch.float32)
     assert made.card["parity"]["lowest_cosine"] > 1 - 1e-9
     assert made.card["files"].keys() == {"model.pt"}
-    pixels = exports.normalised(demo.checkpoint, demo.sample.pixels)
+    pixels = Normaliser(demo.checkpoint.spec, torch.device("cpu"))(demo.sample.pixels)
     module = torchscript.load(made.file("model.pt"), cpu)
     for size in (1, 3, 16):
         expected = ImageTower(demo.checkpoint)(pixels[:size])

@@ -21,8 +21,8 @@ from pipeline.artifacts.store import Artifact, ArtifactStore, Recipe
 from pipeline.config import ParityConfig
 from pipeline.errors import BackendUnavailable
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.models.towers import ImageTower, TextTower
-from pipeline.parity import compare, hold
+from pipeline.models.towers import ImageTower, Normaliser, TextTower
+from pipeline.parity import compare, from_json, hold
 from pipeline.records import Parity, Sample
 
 # Part of the recipe: raise it when the same checkpoint would come out as another graph.
@@ -86,9 +86,8 @@ def hold_card(artifact: Artifact, limits: ParityConfig, *, precision: str) -> No
     Raises:
         ParityError: they are not.
     """
-    figures = dict(artifact.card["parity"])
-    figures["worst"] = tuple((str(id), float(cosine)) for id, cosine in figures["worst"])
-    hold(Parity(**figures), limits, precision=precision, what=f"{artifact.path} of {artifact.card['model']['name']}")
+    what = f"{artifact.path} of {artifact.card['model']['name']}"
+    hold(from_json(artifact.card["parity"]), limits, precision=precision, what=what)
 
 
 def recipe(kind: str, checkpoint: Checkpoint, options: Mapping[str, Any], packages: tuple[str, ...] = ()) -> Recipe:
@@ -121,7 +120,7 @@ def check_parity(
         pictures = sample()
         rows = torch.arange(most) % len(pictures.ids)
         ids = [pictures.ids[row] for row in rows]
-        inputs = {"pixel_values": normalised(checkpoint, pictures.pixels[rows])}
+        inputs = {"pixel_values": Normaliser(checkpoint.spec, pictures.pixels.device)(pictures.pixels[rows])}
         module: torch.nn.Module = ImageTower(checkpoint)
     else:
         ids = [f"{TEXTS[i % len(TEXTS)]!r}" for i in range(most)]
@@ -145,12 +144,6 @@ def check_parity(
     return compare(torch.cat(vectors), reference[owners], ids=[ids[i] for i in owners], bank=None)
 
 
-def normalised(checkpoint: Checkpoint, pixels: torch.Tensor) -> torch.Tensor:
-    """What a tower takes, float32 ``[N, 3, H, W]``, of uint8 pixels of that shape."""
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (checkpoint.spec.mean, checkpoint.spec.std))
-    return (pixels.contiguous().float() / 255 - mean) / std
-
-
 def need_packages(*packages: str, extra: str = "onnx") -> None:
     """Pass if ``packages``, or those of the extra ``onnx``, can be imported.
 
@@ -165,13 +158,12 @@ def need_packages(*packages: str, extra: str = "onnx") -> None:
         )
 
 
-def session(path: Path, *, threads: int = 0) -> Any:
+def session(path: Path) -> Any:
     """An ONNX Runtime session on the CPU for any batch size."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    options.intra_op_num_threads = threads
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
@@ -227,7 +219,8 @@ def _convert(
     if options.precision == "fp16":
         quantize.to_fp16(source, path, fp32_norms=not options.fused)
     elif options.quantization == "static":
-        quantize.to_static_int8(source, path, normalised(checkpoint, sample().half(0).pixels).numpy())
+        pixels = sample().half(0).pixels
+        quantize.to_static_int8(source, path, Normaliser(checkpoint.spec, pixels.device)(pixels).numpy())
     else:
         quantize.to_dynamic_int8(source, path)
 

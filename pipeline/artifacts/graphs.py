@@ -94,10 +94,9 @@ def fuse(checkpoint: Checkpoint, tower: str, path: Path, *, attention: bool = Tr
             opt_level=0,
         )
         _rename(optimized.model, name)
-        large = sum(t.ByteSize() for t in optimized.model.graph.initializer) > LARGE
         for stale in path.parent.glob(f"{path.name}.data"):
             stale.unlink()
-        optimized.save_model_to_file(str(path), use_external_data_format=large)
+        optimized.save_model_to_file(str(path), use_external_data_format=is_large_graph(optimized.model))
     check_fusions(operators(path), layers=config.num_hidden_layers, attention=attention, what=f"{tower} tower")
 
 
@@ -159,6 +158,12 @@ def operators(path: Path) -> dict[str, int]:
 def is_large(module: torch.nn.Module) -> bool:
     """Whether the weights do not fit into one protobuf file."""
     return sum(p.numel() * p.element_size() for p in module.parameters()) > LARGE
+
+
+def is_large_graph(model: Any) -> bool:
+    """Whether the weights of an ONNX model do not fit into one protobuf file."""
+    size: int = sum(tensor.ByteSize() for tensor in model.graph.initializer)
+    return size > LARGE
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.artifacts.graphs import LARGE, quiet
+from pipeline.artifacts.graphs import is_large_graph, quiet
 
 # Images for each run of the calibration; its figures of many are merged.
 CALIBRATION_BATCH = 8
@@ -32,14 +32,14 @@ def to_fp16(source: Path, target: Path, *, fp32_norms: bool) -> None:
             graph,
             keep_io_types=True,
             # onnx cannot infer shapes over the limit of a protobuf; the exporter's own are there.
-            disable_shape_infer=_is_large(graph),
+            disable_shape_infer=is_large_graph(graph),
             op_block_list=blocked,
             node_block_list=_tail(graph),
         )
         model = OnnxModel(converted)
         _drop_useless_casts(model.model.graph)
         model.topological_sort()
-        model.save_model_to_file(str(target), use_external_data_format=_is_large(model.model))
+        model.save_model_to_file(str(target), use_external_data_format=is_large_graph(model.model))
 
 
 def to_dynamic_int8(source: Path, target: Path) -> None:
@@ -57,7 +57,7 @@ def to_dynamic_int8(source: Path, target: Path) -> None:
             op_types_to_quantize=["MatMul", "Gemm", "Attention"],
             per_channel=True,
             weight_type=QuantType.QInt8,
-            use_external_data_format=_is_large(model),
+            use_external_data_format=is_large_graph(model),
             extra_options={"MatMulConstBOnly": True, "DefaultTensorType": onnx.TensorProto.FLOAT},
         )
 
@@ -89,7 +89,7 @@ def to_static_int8(source: Path, target: Path, pixel_values: np.ndarray) -> None
             weight_type=QuantType.QInt8,
             calibrate_method=CalibrationMethod.MinMax,
             nodes_to_exclude=_scores(model),
-            use_external_data_format=_is_large(model),
+            use_external_data_format=is_large_graph(model),
             extra_options={"MatMulConstBOnly": True},
         )
 
@@ -148,8 +148,3 @@ def _drop_useless_casts(graph: Any) -> None:
     for node in graph.node:
         for i, name in enumerate(node.input):
             node.input[i] = own.get(name, name)
-
-
-def _is_large(model: Any) -> bool:
-    size: int = sum(tensor.ByteSize() for tensor in model.graph.initializer)
-    return size > LARGE

@@ -17,7 +17,7 @@ from pipeline.backends.torch import reference
 from pipeline.config import ParityConfig
 from pipeline.errors import ArtifactError, BackendUnavailable, StorageError
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.parity import compare, hold
+from pipeline.parity import compare, from_json, hold
 from pipeline.records import Parity, Sample, TextBank
 from pipeline.storage import Storage
 
@@ -135,9 +135,7 @@ def _recorded(storage: Storage, key: str) -> Parity | None:
         content = json.loads(storage.read(FILE) or b"{}")
         if content.get("key") != key:
             return None
-        figures = dict(content["parity"])
-        figures["worst"] = tuple((str(id), float(cosine)) for id, cosine in figures["worst"])
-        return Parity(**figures)
+        return from_json(content["parity"])
     except (ValueError, KeyError, TypeError, AttributeError):
         # Not written by this: measured again.
         return None

@@ -11,9 +11,9 @@ import torch
 from pipeline.artifacts.graphs import GRAPH, INPUTS, OUTPUTS
 from pipeline.artifacts.store import Artifact
 from pipeline.backends.base import ImageEncoder
-from pipeline.backends.modules import Normaliser
 from pipeline.errors import BackendUnavailable
 from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.towers import Normaliser
 from pipeline.records import PreprocessSpec
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
@@ -150,7 +150,7 @@ class SessionEncoder(ImageEncoder):
 
 
 def normalise(pixels: np.ndarray, spec: PreprocessSpec) -> np.ndarray:
-    """What :class:`~pipeline.backends.modules.Normaliser` computes, bit for bit, without torch.
+    """What :class:`~pipeline.models.towers.Normaliser` computes, bit for bit, without torch.
 
     torch's threads go on spinning for a while after they are done, on the cores that ONNX Runtime's threads want:
     a small model lost more than half of its speed to that.

@@ -47,29 +47,31 @@ def settle(storage: Storage, plan: Plan) -> bool:
     Raises:
         PlanMismatch: see :func:`compare`.
     """
-    compare(storage, plan)
+    if compare(storage, plan):
+        return False
     if storage.create_once(NAME, plan.to_json()):
         return True
     compare(storage, plan)
     return False
 
 
-def compare(storage: Storage, plan: Plan) -> None:
-    """Pass if the output holds nothing, or the same plan.
+def compare(storage: Storage, plan: Plan) -> bool:
+    """Pass if the output holds the same plan (True), or nothing yet (False).
 
     Raises:
         PlanMismatch: the output holds another dataset; the message lists every difference.
     """
-    if storage.read(NAME) is None:
+    data = storage.read(NAME)
+    if data is None:
         stray = sorted(name for name in storage.sizes() if name.endswith(".parquet"))
         if stray:
             raise PlanMismatch(
                 f"{storage.url}: holds {stray[0]} but no {NAME}, so it is not a dataset of this pipeline; "
                 "its rows would mix with the new ones. Choose another output.dir"
             )
-        return
+        return False
     try:
-        found = dict(json.loads(storage.read(NAME) or b""))
+        found = dict(json.loads(data))
     except (ValueError, TypeError) as error:
         raise PlanMismatch(
             f"{storage.url}/{NAME}: not readable as JSON ({error}); choose another output.dir"
@@ -87,6 +89,7 @@ def compare(storage: Storage, plan: Plan) -> None:
                 ]
             )
         )
+    return True
 
 
 def _differences(found: Any, wanted: Any, key: str) -> Iterator[str]:

@@ -8,10 +8,23 @@ from typing import Any
 import torch
 
 from pipeline.models.checkpoint import Checkpoint
+from pipeline.records import PreprocessSpec
 
 # The children of transformers' dual encoders that only one half uses.
 TEXT_MODULES = ("text_model", "text_projection")
 VISION_MODULES = ("vision_model", "visual_projection")
+
+
+class Normaliser:
+    """uint8 pixels to what a model takes: ``(pixels / 255 - mean) / std`` in float32, in the reference's order."""
+
+    def __init__(self, spec: PreprocessSpec, device: torch.device) -> None:
+        self._mean = torch.tensor(spec.mean, device=device).view(1, 3, 1, 1)
+        self._std = torch.tensor(spec.std, device=device).view(1, 3, 1, 1)
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Float32 ``[B, 3, H, W]``, contiguous, of uint8 pixels of the same shape in any layout."""
+        return (pixels.contiguous().float() / 255 - self._mean) / self._std
 
 
 class ImageTower(torch.nn.Module):
