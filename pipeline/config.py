@@ -85,15 +85,20 @@ class ImagesConfig:
     max_bytes: int = 268_435_456
     formats: list[str] = field(default_factory=lambda: list(FORMATS))
     schemes: list[str] = field(default_factory=lambda: ["file"])
+    private_hosts: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class LoaderConfig:
-    """Group ``loader``: the batches and the threads that fill them."""
+    """Group ``loader``: the batches, the threads that fill them, and what a single image may cost."""
 
     batch_size: int = 64
     workers: int = 0
     prefetch: int = 3
+    isolation: str = "process"
+    decode_seconds: float = 60.0
+    decode_memory: int = 2_147_483_648
+    read_seconds: float = 30.0
 
 
 @dataclass(frozen=True)
@@ -122,13 +127,15 @@ class OutputConfig:
     dir: str = "outputs/demo"
     dtype: str = "float32"
     compression: str = "zstd"
+    lease_seconds: float = 60.0
 
 
 @dataclass(frozen=True)
 class ErrorsConfig:
-    """Group ``errors``: how many failed images a good run may have."""
+    """Group ``errors``: how many failed images a good run may have, and how long an interrupted one may take."""
 
     max_fraction: float = 0.05
+    grace_seconds: float = 20.0
 
 
 @dataclass(frozen=True)
@@ -185,6 +192,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "images.exif": ("apply", "ignore"),
     "images.transparency": ("white", "black", "drop"),
     "images.crop_corner": ("floor", "round"),
+    "loader.isolation": ("process", "none"),
     "labels.scoring": ("auto", "softmax", "sigmoid"),
     "output.dtype": ("float32", "float16"),
     "output.compression": ("zstd", "snappy", "none"),
@@ -200,9 +208,14 @@ RANGES: dict[str, tuple[float, float | None]] = {
     "loader.batch_size": (1, 65_536),
     "loader.workers": (0, 1024),
     "loader.prefetch": (1, 64),
+    "loader.decode_seconds": (0.1, None),
+    "loader.decode_memory": (67_108_864, None),
+    "loader.read_seconds": (0.1, None),
     "parity.images": (1, 4096),
     "labels.top_k": (1, 1000),
+    "output.lease_seconds": (1, None),
     "errors.max_fraction": (0, 1),
+    "errors.grace_seconds": (0, None),
     "report.examples": (0, 1000),
 }
 

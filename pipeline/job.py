@@ -22,6 +22,7 @@ from pipeline.dataset import commits, plan
 from pipeline.dataset.parts import part_format
 from pipeline.demo import folder as demo
 from pipeline.errors import ManifestError, TooManyFailures
+from pipeline.failpoints import failpoint
 from pipeline.gallery import gallery
 from pipeline.images.sample import draw_sample
 from pipeline.manifest.ids import check_ids
@@ -34,7 +35,8 @@ from pipeline.report import page, summary
 from pipeline.report.clocks import StageClocks
 from pipeline.report.logs import log_to
 from pipeline.report.progress import Progress
-from pipeline.storage import Storage, open_storage
+from pipeline.storage.base import Storage
+from pipeline.storage.opening import open_storage
 from pipeline.worker import Job, cores, open_encoder, pixel_reader, worker_threads
 
 REPORT, PAGE = "_report.json", "_report.html"
@@ -128,6 +130,7 @@ def _run(config: Config, storage: Storage, *, began: float, demo_scenes: bool) -
     limits = config.parity
     parity = pass_gate(encoder, checkpoint, sample, bank=bank, limits=limits, fingerprints=prints, storage=storage)
     plan.settle(storage, wanted)
+    failpoint("plan.settled")
     if parity is not None:
         record(parity, encoder, limits=limits, fingerprints=prints, storage=storage)
     done = commits.find_done(storage, wanted)
@@ -192,6 +195,7 @@ def _run(config: Config, storage: Storage, *, began: float, demo_scenes: bool) -
     )
     if rows or storage.read(REPORT) is None:
         _publish(storage, result, config, manifest, checkpoint, parts)
+        failpoint("report.written")
     _say(result, config)
     if demo_scenes:
         log.info("%.1f %% of the scenes got their true label", 100 * demo.accuracy(config.output.dir, parts))

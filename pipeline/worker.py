@@ -17,6 +17,7 @@ from pipeline.config import Config
 from pipeline.dataset.commits import commit_part
 from pipeline.dataset.parts import PartFormat, ShardResult, build_table, count_statuses
 from pipeline.errors import BackendUnavailable, NumericalError
+from pipeline.failpoints import failpoint
 from pipeline.images.decode import Decoder
 from pipeline.images.loader import Loader, PixelReader
 from pipeline.images.sources import Source
@@ -34,7 +35,7 @@ from pipeline.records import (
     TextBank,
 )
 from pipeline.report.clocks import StageClocks
-from pipeline.storage import open_storage
+from pipeline.storage.opening import open_storage
 
 # Parts that may wait for the disk before the loop waits too.
 PENDING_PARTS = 2
@@ -112,6 +113,7 @@ def embed(
 
     def write(result: ShardResult) -> ShardReport:
         with clocks.time(Stage.WRITE):
+            failpoint("part.build")
             table = build_table(result, job.form)
             return commit_part(storage, result.rows.shard.index, table, job.form, count_statuses(result.rows))
 
@@ -189,7 +191,9 @@ def _launch(
     batch: ImageBatch, encoder: ImageEncoder, job: Job, features: torch.Tensor | None, clocks: StageClocks
 ) -> _Flying:
     with clocks.time(Stage.ENCODE), _memory_explained(len(batch.pixels)):
+        failpoint("encode")
         encoded = encoder.encode(batch.pixels)
+        failpoint("encoded")
     expected = (batch.pixels.shape[0], encoder.dim)
     if tuple(encoded.shape) != expected or encoded.dtype != torch.float32:
         raise NumericalError(
@@ -203,6 +207,7 @@ def _launch(
     top, scores = empty.long(), empty
     if job.bank is not None and features is not None:
         with clocks.time(Stage.LABEL):
+            failpoint("label")
             found = label(Embeddings(vectors), job.bank, features, top_k=job.config.labels.top_k)
         top, scores = found.indices, found.scores
     results = [vectors, top, scores, healthy]

@@ -18,6 +18,7 @@ FLOORS = {
     "config": 1,
     "checks": 1.2,
     "addresses": 1,
+    "failpoints": 0,
     "storage": 1.5,
     "overrides": 1.5,
     "manifest": 2,

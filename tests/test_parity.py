@@ -26,7 +26,7 @@ from pipeline.models.checkpoint import open_checkpoint
 from pipeline.models.preprocessor import to_spec
 from pipeline.parity import compare, hold
 from pipeline.records import Parity, Sample, TextBank
-from pipeline.storage import sha256
+from pipeline.storage.base import sha256
 from tests.jobs import StubEncoder, config_for, content, scenes_manifest, start, stub_backend
 
 ROWS = 40

@@ -17,7 +17,7 @@ from pipeline.report import page, summary
 from pipeline.report.clocks import StageClocks
 from pipeline.report.logs import NAME, log_to
 from pipeline.report.progress import Progress
-from pipeline.storage import open_storage
+from pipeline.storage.opening import open_storage
 from tests.conftest import ROOT
 
 REPORT = RunReport(

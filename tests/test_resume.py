@@ -16,7 +16,7 @@ from pipeline.dataset import commits
 from pipeline.dataset.plan import Plan
 from pipeline.errors import StorageError
 from pipeline.job import run_job
-from pipeline.storage import open_storage
+from pipeline.storage.opening import open_storage
 from tests.jobs import config_for, content, overrides_of, scenes_manifest, start
 
 # PIPELINE_TEST_KILLS=50 for a longer siege.

@@ -20,7 +20,10 @@ import pytest
 
 from pipeline.addresses import is_local, local_path, open_arrow, open_file, scheme_of
 from pipeline.errors import StorageError
-from pipeline.storage import LocalStorage, ObjectStorage, Staged, Storage, open_storage, sha256
+from pipeline.storage.base import Staged, Storage, sha256
+from pipeline.storage.local import LocalStorage
+from pipeline.storage.objects import ObjectStorage
+from pipeline.storage.opening import open_storage
 
 BIG = 1 << 20
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline.artifacts.folders import contents
 from pipeline.errors import ArtifactError
-from pipeline.storage import sha256
+from pipeline.storage.base import sha256
 
 CARD = "card.json"
 # Part of every fingerprint: raise it when a card of today could not be read or trusted any more.

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pipeline.addresses import explained
 from pipeline.errors import StorageError
-from pipeline.storage import GIVEN_UP_SECONDS, sync
+from pipeline.storage.local import GIVEN_UP_SECONDS, sync
 
 # What a file system answers that has no locks (Lustre without -o flock, some NFS mounts).
 LOCKLESS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)

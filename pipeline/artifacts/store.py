@@ -23,7 +23,7 @@ from pipeline.addresses import explained
 from pipeline.artifacts import cards
 from pipeline.artifacts.folders import discard, fingerprints, fresh, locked, sweep, sync_tree, temporary_path
 from pipeline.errors import ArtifactError
-from pipeline.storage import sync
+from pipeline.storage.local import sync
 
 # Of the parity figures of jobs, how many a card keeps.
 GATES = 20

@@ -19,7 +19,7 @@ from pipeline.errors import ArtifactError, BackendUnavailable, StorageError
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.parity import compare, from_json, hold
 from pipeline.records import Parity, Sample, TextBank
-from pipeline.storage import Storage
+from pipeline.storage.base import Storage
 
 FILE = "_parity.json"
 REFERENCE_BATCH = 16

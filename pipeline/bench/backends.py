@@ -120,7 +120,7 @@ def measure(config: Config, plan: Plan, out: Path, *, command: str) -> Bench:
 def write(bench: Bench, out: Path) -> str:
     """Write the three files; returns the Markdown."""
     from pipeline.bench import page, tables
-    from pipeline.storage import LocalStorage
+    from pipeline.storage.local import LocalStorage
 
     text = tables.to_markdown(bench)
     storage = LocalStorage(str(out))

@@ -21,8 +21,9 @@ from pipeline.addresses import explained
 from pipeline.dataset.parts import PartFormat, write_part
 from pipeline.dataset.plan import Plan
 from pipeline.errors import StorageError
+from pipeline.failpoints import failpoint
 from pipeline.records import ShardReport
-from pipeline.storage import Storage, sha256
+from pipeline.storage.base import Storage, sha256
 
 FOLDER = "_commits"
 SUCCESS = "_SUCCESS"
@@ -50,12 +51,16 @@ def commit_part(
 ) -> ShardReport:
     """Write, flush and publish a part, then commit it, unless somebody else has committed the shard."""
     with storage.staged() as staged, explained(storage.url):
+        failpoint("part.write")
         write_part(table, staged.path, form)
+        failpoint("part.written")
         digest, size = sha256(staged.path), staged.path.stat().st_size
         part = f"part-{shard:05d}-{digest[:16]}.parquet"
         staged.publish(part)
+    failpoint("part.published")
     commit = Commit(shard=shard, part=part, rows=table.num_rows, size=size, sha256=digest, counts=counts)
     won = storage.create_once(_name(shard), commit.to_json())
+    failpoint("commit.done" if won else "commit.lost")
     if not won:
         first = _parse(storage.read(_name(shard)))
         if first is not None and first.part != part:
@@ -113,6 +118,7 @@ def finalize(storage: Storage, plan: Plan, commits: Iterable[Commit]) -> dict[st
     Raises:
         StorageError: the counts do not add up.
     """
+    failpoint("finalize.begin")
     ordered = sorted(commits, key=lambda commit: commit.shard)
     counts: Counter[str] = Counter()
     for commit in ordered:
@@ -127,16 +133,19 @@ def finalize(storage: Storage, plan: Plan, commits: Iterable[Commit]) -> dict[st
     lost = [commit.part for commit in ordered if sizes.get(commit.part) != commit.size]
     if lost:
         raise StorageError(f"{storage.url}/{lost[0]}: missing or torn; run the same command again")
+    failpoint("finalize.checked")
     # Every shard is decided, so a part without a commit is a left-over, and readers would count it twice.
     parts = {commit.part for commit in ordered}
     for name in sizes:
         if name.startswith("part-") and name.endswith(".parquet") and name not in parts:
             storage.remove(name)
     storage.sweep()
+    failpoint("finalize.cleared")
     content = {"rows": rows, "counts": dict(sorted(counts.items())), "parts": [commit.part for commit in ordered]}
     marker = (json.dumps(content, indent=2) + "\n").encode()
     if storage.read(SUCCESS) != marker:
         storage.write(SUCCESS, marker)
+    failpoint("finalize.done")
     return dict(counts)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import PlanMismatch
-from pipeline.storage import Storage
+from pipeline.storage.base import Storage
 
 NAME = "_plan.json"
 VERSION = 1

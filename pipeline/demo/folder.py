@@ -16,7 +16,7 @@ from pipeline.images.preprocess import preprocess
 from pipeline.images.sample import stack
 from pipeline.manifest.source import ROOT_KEY
 from pipeline.records import PreprocessSpec, Sample
-from pipeline.storage import LocalStorage
+from pipeline.storage.local import LocalStorage
 
 # Far from the seeds of the training.
 SEED = 20_000_003

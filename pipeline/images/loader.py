@@ -25,6 +25,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from pipeline.failpoints import failpoint
 from pipeline.images.decode import Decoder, limit_pixels
 from pipeline.images.preprocess import preprocess
 from pipeline.images.sources import Source
@@ -53,13 +54,16 @@ class PixelReader:
     def read(self, ref: ImageRef, timer: Timer) -> Pixels | Failure:
         """Read, decode and preprocess one image."""
         started = time.perf_counter()
+        failpoint("read")
         data = self.source.read(ref)
         read = time.perf_counter()
         timer(Stage.READ, read - started)
         if isinstance(data, Failure):
             return data
+        failpoint("decode", data)
         pixels = self.decoder.apply(data, lambda image: preprocess(image, self.spec))
         timer(Stage.DECODE, time.perf_counter() - read)
+        failpoint("decoded")
         return pixels
 
 
@@ -223,6 +227,7 @@ class Loader:
         for shard in shards:
             position, kept = 0, []
             for batch in reader.read(shard):
+                failpoint("rows")
                 columns = [batch.column(name) for name in self._manifest.schema.names]
                 kept.append(pa.RecordBatch.from_arrays(columns, schema=self._manifest.schema))
                 images = refs(self._manifest, batch)

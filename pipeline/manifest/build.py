@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from pipeline.addresses import is_local, local_path, open_file
 from pipeline.errors import ManifestError, StorageError
 from pipeline.manifest.source import ROOT_KEY
-from pipeline.storage import open_storage
+from pipeline.storage.opening import open_storage
 
 EXTENSIONS = frozenset(
     [

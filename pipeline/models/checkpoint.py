@@ -22,7 +22,7 @@ from pipeline.models.architectures import ARCHITECTURES
 from pipeline.models.hub import DEMO_FOLDER, find_folder
 from pipeline.models.preprocessor import read_spec, to_spec
 from pipeline.records import PreprocessSpec
-from pipeline.storage import sha256
+from pipeline.storage.base import sha256
 
 
 @dataclass(frozen=True, slots=True)

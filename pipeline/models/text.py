@@ -22,7 +22,8 @@ from pipeline.config import LabelsConfig, PromptsConfig
 from pipeline.errors import PromptsError, StorageError
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.records import TextBank
-from pipeline.storage import Storage, open_storage
+from pipeline.storage.base import Storage
+from pipeline.storage.opening import open_storage
 
 BATCH = 256
 # Part of the cache key: raise it when the features of the same prompts would come out different.

@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from pipeline.addresses import explained
 from pipeline.errors import PipelineError
-from pipeline.storage import LocalStorage, Storage
+from pipeline.storage.base import Storage
+from pipeline.storage.local import LocalStorage
 
 NAME = "_run.log"
 

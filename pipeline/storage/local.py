@@ -1,0 +1,137 @@
+"""Files of a local disk: durable by fsync, and exclusive by hard links."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+import uuid
+from contextlib import suppress
+from pathlib import Path
+
+from pipeline.addresses import explained
+from pipeline.failpoints import failpoint
+from pipeline.storage.base import LIVE, TEMPORARY, Entry, Storage, sha256
+
+# A writer on another machine is taken for dead after a day.
+GIVEN_UP_SECONDS = 86_400
+
+
+class LocalStorage(Storage):
+    """A folder on a local disk; hard links make ``create_once`` atomic."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(str(Path(url).expanduser()))
+        self.root = Path(self.url).absolute()
+
+    def make(self) -> None:
+        """Create the folder if it is not there."""
+        with explained(self.url):
+            self.root.mkdir(parents=True, exist_ok=True)
+
+    def _temporary(self) -> Path:
+        self.make()
+        return self.root / f"{TEMPORARY}{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}"
+
+    def adopt(self, path: Path, name: str, *, replace: bool) -> None:
+        """See :meth:`Storage.adopt`."""
+        target = self.root / name
+        with explained(str(target)):
+            self._flush(path, target)
+            if not replace and (self._link(path, target) or sha256(target) == sha256(path)):
+                return
+            path.replace(target)
+            failpoint("storage.replaced", name)
+            sync(target.parent)
+            failpoint("storage.durable", name)
+
+    def create_once(self, name: str, data: bytes) -> bool:
+        """See :meth:`Storage.create_once`."""
+        target = self.root / name
+        with explained(str(target)), self.staged() as staged:
+            staged.path.write_bytes(data)
+            self._flush(staged.path, target)
+            return self._link(staged.path, target)
+
+    def _flush(self, path: Path, target: Path) -> None:
+        """Make the bytes durable, and the folder that they go to."""
+        name = str(target.relative_to(self.root))
+        failpoint("storage.staged", name)
+        sync(path)
+        if not target.parent.is_dir():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            sync(self.root)
+        failpoint("storage.synced", name)
+
+    def _link(self, path: Path, target: Path) -> bool:
+        """Give the file its name, if nobody has it."""
+        try:
+            os.link(path, target)
+        except FileExistsError:
+            return False
+        failpoint("storage.linked", str(target.relative_to(self.root)))
+        sync(target.parent)
+        failpoint("storage.durable", str(target.relative_to(self.root)))
+        return True
+
+    def read(self, name: str) -> bytes | None:
+        """See :meth:`Storage.read`."""
+        with explained(str(self.root / name)):
+            try:
+                return (self.root / name).read_bytes()
+            except FileNotFoundError:
+                return None
+
+    def digest(self, name: str) -> str | None:
+        """See :meth:`Storage.digest`."""
+        with explained(str(self.root / name)), suppress(FileNotFoundError):
+            return sha256(self.root / name)
+        return None
+
+    def entries(self, folder: str = "") -> dict[str, Entry]:
+        """See :meth:`Storage.entries`."""
+        with explained(str(self.root / folder)):
+            try:
+                with os.scandir(self.root / folder) as found:
+                    files = [(e.name, e.stat()) for e in found if e.is_file()]
+            except FileNotFoundError:
+                return {}
+        return {name: Entry(size=stat.st_size, modified=stat.st_mtime) for name, stat in files}
+
+    def remove(self, name: str) -> None:
+        """See :meth:`Storage.remove`."""
+        with explained(str(self.root / name)):
+            (self.root / name).unlink(missing_ok=True)
+
+    def sweep(self) -> None:
+        """See :meth:`Storage.sweep`; a writer on another machine is given up after a day."""
+        for path in self.root.glob(f"{TEMPORARY}*"):
+            host, _, number = path.name.removeprefix(TEMPORARY).rpartition("-")[0].rpartition("-")
+            here = host == socket.gethostname() and number.isdigit()
+            with suppress(FileNotFoundError):
+                if path in LIVE or (here and _alive(int(number))):
+                    continue
+                if here or time.time() - path.stat().st_mtime > GIVEN_UP_SECONDS:
+                    path.unlink()
+
+
+def _alive(process: int) -> bool:
+    """Whether another process of this machine has the number."""
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def sync(path: Path) -> None:
+    """Make a file's bytes, or a new name in a folder, durable: on POSIX the second takes an fsync of the folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,13 @@
+"""The storage at an address."""
+
+from __future__ import annotations
+
+from pipeline.addresses import is_local, local_path
+from pipeline.storage.base import Storage
+from pipeline.storage.local import LocalStorage
+from pipeline.storage.objects import ObjectStorage
+
+
+def open_storage(url: str) -> Storage:
+    """The storage at a local path or an fsspec address such as ``s3://bucket/prefix``."""
+    return LocalStorage(local_path(url)) if is_local(url) else ObjectStorage(url)
