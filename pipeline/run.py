@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
+import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 # The first job of a process began with it; the process itself may be older, where a shell became it.
 _began = iter([time.time()])
 INTERRUPTED = "interrupted; what was committed stays, and the same command goes on from there"
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def main() -> None:
@@ -45,7 +49,7 @@ def _task(composed: DictConfig) -> None:
         config = to_config(composed)
         from pipeline.job import run_job
 
-        _on_signals(_interrupt)
+        _interrupt_within(config.errors.grace_seconds)
         run_job(config, began=next(_began, None))
     except KeyboardInterrupt:
         _exit(Interrupted(INTERRUPTED))
@@ -64,18 +68,47 @@ def _leave_dead_terminal() -> None:
 
 
 def _on_signals(handler: Callable[[int, FrameType | None], None]) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in SIGNALS:
         signal.signal(number, handler)
 
 
-def _leave(number: int, frame: FrameType | None) -> None:
+def _interrupt_within(grace: float) -> None:
+    """The first signal drops the shard at hand and lets finished ones be written; after ``grace`` seconds, or with a
+    second signal, the process ends at once.
+
+    Python's own handlers wait for the main thread, which may be in a long call; so a thread keeps the time.
+    """
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+    _on_signals(_interrupt)
+    threading.Thread(target=_watch, args=(ours, theirs, grace), name="signals", daemon=True).start()
+
+
+def _watch(signals: socket.socket, writer: socket.socket, grace: float) -> None:
+    """Wait for the first signal, then for a second one or for the end of the grace; ``writer`` is kept open."""
+    while signals.recv(1)[0] not in SIGNALS:
+        continue
+    end = time.monotonic() + grace
+    while (left := end - time.monotonic()) > 0:
+        if select.select([signals], [], [], left)[0] and signals.recv(1)[0] in SIGNALS:
+            break
+    _leave()
+
+
+def _leave(number: int = 0, frame: FrameType | None = None) -> None:
     with suppress(OSError):
         os.write(2, f"error: {INTERRUPTED}\n".encode())
     os._exit(Interrupted.exit_code)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
+    _on_signals(_again)
     raise KeyboardInterrupt
+
+
+def _again(number: int, frame: FrameType | None) -> None:
+    """Left to the thread that keeps the time."""
 
 
 def _exit(error: PipelineError) -> None:
