@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import fsspec
+from fsspec.core import url_to_fs
 
 from pipeline.errors import StorageError
+
+# The packages whose errors reach us as they are where a store cannot be asked at all.
+DRIVERS = ("adlfs", "aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google", "s3fs")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def is_local(url: str) -> bool:
@@ -28,10 +33,30 @@ def local_path(url: str) -> str:
     return url.split("://", 1)[1] if "://" in url else url
 
 
+def is_s3(url: str) -> bool:
+    """Whether ``url`` lies in S3, or in a store that speaks its protocol."""
+    return scheme_of(url) in ("s3", "s3a")
+
+
+def filesystem(url: str) -> tuple[Any, str]:
+    """The fsspec file system of an address, and the address's path in it."""
+    # s3fs would take size and ETag from a listing that this process once made.
+    fs, path = url_to_fs(url, **({"use_listings_cache": False} if is_s3(url) else {}))
+    return fs, path
+
+
+def from_driver(error: Exception) -> bool:
+    """Whether an error is one of a store's driver: credentials that are missing, a host that does not answer."""
+    return type(error).__module__.partition(".")[0] in DRIVERS
+
+
 def open_file(url: str) -> Any:
     """A seekable binary file at a path or fsspec address."""
     with explained(url):
-        return Path(local_path(url)).open("rb") if is_local(url) else fsspec.open(url, "rb").open()
+        if is_local(url):
+            return Path(local_path(url)).open("rb")
+        fs, path = filesystem(url)
+        return fs.open(path, "rb")
 
 
 def open_arrow(url: str) -> Any:
@@ -45,21 +70,66 @@ def open_arrow(url: str) -> Any:
 
 
 @contextmanager
-def explained(place: str) -> Iterator[None]:
-    """Turn what the operating system says into an error that names the place and the way out."""
+def explained(place: str, *, needed: int | None = None) -> Iterator[None]:
+    """Turn what the operating system or a store says into an error that names the place and the way out.
+
+    ``needed`` is about how many bytes are to be written; a full disk's message compares them with what is free.
+    """
     try:
         yield
     except FileNotFoundError as error:
-        raise StorageError(f"{place}: no such file or folder") from error
+        # A missing bucket is more than a missing file.
+        text = str(error) if "bucket does not exist" in str(error) else "no such file or folder"
+        raise StorageError(f"{place}: {text}") from error
     except PermissionError as error:
         hint = "check the permissions, or choose another place"
         if error.errno == errno.EPERM:
             hint = "the file system may lack hard links, which the commits need; choose another disk"
         raise StorageError(f"{place}: {error.strerror or error}; {hint}") from error
-    except OSError as error:
-        hint = ""
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            hint = "; free some space and run the same command again, finished shards are kept"
-        raise StorageError(f"{place}: {error.strerror or error}{hint}") from error
     except ImportError as error:
         raise StorageError(f"{place}: {error}; install the fsspec driver for this address") from error
+    except Exception as error:
+        if isinstance(error, OSError):
+            # Arrow wraps these in words of its own.
+            said = os.strerror(error.errno) if error.errno in _FULL else error.strerror or error or type(error).__name__
+            text = f"{said}{_way_out(error.errno, place, needed)}"
+        elif from_driver(error):
+            text = f"{error}; check the address, the credentials and the network, and run the same command again"
+        else:
+            raise
+        raise StorageError(f"{place}: {text}") from error
+
+
+def _way_out(number: int | None, place: str, needed: int | None) -> str:
+    """What to do about an error of the operating system, and for want of space how much is wanted."""
+    again = "and run the same command again, finished shards are kept"
+    figures = [f"about {_size(needed)} to be written"] if needed is not None else []
+    if number == errno.EFBIG:
+        hint = f"; raise the limit on the size of files (ulimit -f) {again}"
+    elif number in (errno.ENOSPC, errno.EDQUOT):
+        free = _free(place) if is_local(place) else None
+        figures += [f"{_size(free)} free"] if free is not None else []
+        hint = f"; free some space {again}"
+    elif number == errno.EROFS:
+        return f"; choose another place, or have it mounted for writing {again}"
+    elif not is_local(place):
+        return "; when the store is well, run the same command again: finished shards are kept"
+    else:
+        return ""
+    return (f" ({', '.join(figures)})" if figures else "") + hint
+
+
+def _free(place: str) -> int | None:
+    """Bytes that this user may still write on the disk of a local place, which need not be there yet."""
+    path = Path(local_path(place)).absolute()
+    for folder in (path, *path.parents):
+        try:
+            found = os.statvfs(folder)
+        except OSError:
+            continue
+        return found.f_bavail * found.f_frsize
+    return None
+
+
+def _size(count: int) -> str:
+    return f"{count:,} bytes" if count < 10_000 else f"{count / 1e6:,.2f} MB"

@@ -17,21 +17,36 @@ from pathlib import Path
 import fsspec
 import pyarrow as pa
 import pytest
+from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError, ReadTimeoutError
 
-from pipeline.addresses import is_local, local_path, open_arrow, open_file, scheme_of
+from pipeline.addresses import explained, is_local, local_path, open_arrow, open_file, scheme_of
 from pipeline.errors import StorageError
+from pipeline.failpoints import armed
+from pipeline.storage import retries
 from pipeline.storage.base import Staged, Storage, sha256
 from pipeline.storage.local import LocalStorage
 from pipeline.storage.objects import ObjectStorage
 from pipeline.storage.opening import open_storage
+from pipeline.storage.retries import is_transient, retried
+from tests.s3 import BUCKET, moto_server, pointed_at
 
 BIG = 1 << 20
 
 
-@pytest.fixture(params=["disk", "store"])
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with moto_server(tmp_path_factory.mktemp("moto") / "log") as url, pointed_at(url):
+        yield
+
+
+@pytest.fixture(params=["disk", "store", "s3"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Storage]:
     if request.param == "disk":
         yield open_storage(str(tmp_path / "out"))
+        return
+    if request.param == "s3":
+        request.getfixturevalue("s3")
+        yield open_storage(f"s3://{BUCKET}/{uuid.uuid4().hex}")
         return
     url = f"memory:///{uuid.uuid4().hex}"
     yield open_storage(url)
@@ -153,13 +168,14 @@ def race(count: int, work: Callable[[int], bool]) -> list[bool]:
 
 
 def test_of_16_threads_one_creates_a_file_and_its_bytes_are_whole(storage: Storage) -> None:
-    for trial in range(20):
+    trials = 5 if storage.url.startswith("s3") else 20
+    for trial in range(trials):
         name = f"_commits/{trial}.json"
         won = race(16, lambda number, name=name: storage.create_once(name, bytes([number]) * 50_000))  # type: ignore[misc]
         assert won.count(True) == 1
         assert storage.read(name) == bytes([won.index(True)]) * 50_000
     assert storage.sizes() == {}
-    assert len(storage.sizes("_commits")) == 20
+    assert len(storage.sizes("_commits")) == trials
 
 
 def create_many(url: str, number: int, names: int, gate: threading.Barrier, results: object) -> None:
@@ -266,7 +282,8 @@ def test_a_read_only_folder_can_still_be_read(locked: Path) -> None:
         (errno.EPERM, "may lack hard links, which the commits need; choose another disk"),
         (errno.ENOSPC, "free some space and run the same command again, finished shards are kept"),
         (errno.EDQUOT, "free some space"),
-        (errno.EROFS, "Read-only file system"),
+        (errno.EROFS, "Read-only file system; choose another place, or have it mounted for writing"),
+        (errno.EFBIG, "raise the limit on the size of files (ulimit -f)"),
         (errno.EIO, "Input/output error"),
     ],
     ids=errno.errorcode.get,
@@ -294,6 +311,82 @@ def test_a_full_disk_while_a_file_is_written_is_explained(tmp_path: Path, monkey
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(StorageError, match="free some space"):
         open_storage(str(tmp_path)).write("report", b"x")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_told_with_the_bytes_that_are_needed_and_free(tmp_path: Path, number: int) -> None:
+    text = r"not/there: .* \(about 12\.35 MB to be written, [\d,.]+ (MB|bytes) free\); free some space and run"
+    with pytest.raises(StorageError, match=text), explained(str(tmp_path / "not" / "there"), needed=12_345_678):
+        raise OSError(number, os.strerror(number))
+    with (
+        pytest.raises(StorageError, match=r"s3://a/b: .* \(about 9 bytes to be written\)"),
+        explained("s3://a/b", needed=9),
+    ):
+        raise OSError(number, os.strerror(number))
+
+
+def test_what_is_no_fault_of_a_store_stays_as_it_is() -> None:
+    with pytest.raises(ZeroDivisionError), explained("a"):
+        print(1 / 0)
+
+
+def answer(status: int, code: str) -> OSError:
+    error = OSError(errno.EIO, code)
+    error.__cause__ = ClientError({"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}, "Put")
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "passes"),
+    [
+        (answer(500, "InternalError"), True),
+        (answer(503, "SlowDown"), True),
+        (answer(503, "anything"), True),
+        (answer(409, "ConditionalRequestConflict"), True),
+        (answer(429, "TooManyRequests"), True),
+        (answer(400, "RequestTimeout"), True),
+        (answer(404, "NoSuchUpload"), True),
+        (answer(400, "InvalidArgument"), False),
+        (answer(403, "AccessDenied"), False),
+        (answer(404, "NoSuchKey"), False),
+        (answer(412, "PreconditionFailed"), False),
+        (answer(501, "NotImplemented"), False),
+        (TimeoutError(), True),
+        (ConnectionResetError(), True),
+        (OSError(errno.EBUSY, "busy"), True),
+        (EndpointConnectionError(endpoint_url="http://a"), True),
+        (ReadTimeoutError(endpoint_url="http://a"), True),
+        (NoCredentialsError(), False),
+        (OSError(errno.ENOSPC, "full"), False),
+        (FileNotFoundError(), False),
+        (FileExistsError(), False),
+        (PermissionError(), False),
+        (ValueError(), False),
+    ],
+    ids=repr,
+)
+def test_only_what_may_pass_is_tried_again(error: Exception, passes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retries, "FIRST_WAIT", 0.0)
+    assert is_transient(error) == passes
+    tries = []
+
+    def fail() -> None:
+        tries.append(1)
+        raise error
+
+    with pytest.raises(type(error)):
+        retried("place", fail)
+    assert len(tries) == (retries.TRIES if passes else 1)
+
+
+def test_any_store_is_asked_again_and_knows_its_own_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retries, "FIRST_WAIT", 0.0)
+    storage = open_storage(f"memory:///{uuid.uuid4().hex}")
+    with armed("object.put=raise:EBUSY@1; object.created=raise:ETIMEDOUT@1"):
+        storage.write("a", b"1")
+        assert storage.create_once("b", b"2")
+        assert not storage.create_once("b", b"3")
+    assert (storage.read("a"), storage.read("b")) == (b"1", b"2")
 
 
 def test_a_file_where_a_folder_should_be_is_explained(tmp_path: Path) -> None:

@@ -12,9 +12,8 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from fsspec.core import url_to_fs
 
-from pipeline.addresses import is_local, open_arrow, open_file
+from pipeline.addresses import filesystem, from_driver, is_local, open_arrow, open_file
 from pipeline.config import ManifestConfig, nearest
 from pipeline.errors import ManifestError
 
@@ -122,9 +121,11 @@ def find_files(path: str) -> list[str]:
         ManifestError: nothing is there; the message names the nearest thing to try.
     """
     try:
-        fs, root = url_to_fs(path)
+        fs, root = filesystem(path)
         found = _listed(fs, root)
-    except (OSError, ImportError, ValueError) as error:
+    except Exception as error:
+        if not isinstance(error, OSError | ImportError | ValueError) and not from_driver(error):
+            raise
         raise ManifestError(f"manifest.path={path}: {error}") from error
     if not found:
         if fs.exists(root):
@@ -158,7 +159,7 @@ def _listed(fs: Any, root: str) -> list[str]:
 
 
 def _inspect(url: str) -> tuple[pa.Schema, ManifestFile]:
-    fs, path = url_to_fs(url)
+    fs, path = filesystem(url)
     try:
         with open_arrow(url) as handle:
             parquet = pq.ParquetFile(handle)

@@ -12,7 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from pipeline.addresses import explained
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, StorageError
 from pipeline.storage.base import Storage
 from pipeline.storage.local import LocalStorage
 
@@ -25,8 +25,38 @@ class _Terminal(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Write one sentence; a terminal that has gone away does not end the job."""
         level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
-        with suppress(OSError, ValueError, AttributeError):
-            tqdm.write(f"{level}{record.getMessage()}", file=sys.stderr)
+        _say(f"{level}{record.getMessage()}")
+
+
+class _File(logging.FileHandler):
+    """Writes with times to a file; where that fails, as on a full disk, the terminal hears of it once."""
+
+    _failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Say that the log is not whole."""
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError):
+            self._tell(error)
+        else:
+            super().handleError(record)
+
+    def close(self) -> None:
+        """Close the file; what the disk has no room for is lost."""
+        try:
+            super().close()
+        except OSError as error:
+            self._tell(error)
+
+    def _tell(self, error: OSError) -> None:
+        if not self._failed:
+            self._failed = True
+            _say(f"warning: {self.baseFilename}: {error.strerror or error}; lines of the log are lost")
+
+
+def _say(text: str) -> None:
+    with suppress(OSError, ValueError, AttributeError):
+        tqdm.write(text, file=sys.stderr)
 
 
 @contextmanager
@@ -52,13 +82,9 @@ def log_to(storage: Storage) -> Iterator[None]:
     An object store gets the log at the end.
     """
     root = logging.getLogger("pipeline")
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / NAME
-        if isinstance(storage, LocalStorage):
-            storage.make()
-            path = storage.root / NAME
+    with _path(storage) as path:
         with explained(str(path)):
-            file = logging.FileHandler(path, encoding="utf-8")
+            file = _File(path, encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         handlers: list[logging.Handler] = [_Terminal(), file]
         level, propagate = root.level, root.propagate
@@ -81,4 +107,21 @@ def log_to(storage: Storage) -> Iterator[None]:
             root.setLevel(level)
             root.propagate = propagate
             if not isinstance(storage, LocalStorage):
-                storage.write(NAME, path.read_bytes())
+                # Nothing depends on the log: a store that is away hides neither the dataset nor the error.
+                try:
+                    storage.write(NAME, path.read_bytes())
+                except StorageError as error:
+                    _say(f"warning: {error}; the log of this run is lost")
+
+
+@contextmanager
+def _path(storage: Storage) -> Iterator[Path]:
+    """Where the log is written while the run goes on."""
+    if isinstance(storage, LocalStorage):
+        storage.make()
+        yield storage.root / NAME
+        return
+    with explained("a temporary folder for the log (TMPDIR)"):
+        scratch = tempfile.TemporaryDirectory()
+    with scratch as folder:
+        yield Path(folder) / NAME

@@ -61,7 +61,7 @@ class Storage(ABC):
 
     def write(self, name: str, data: bytes) -> None:
         """Publish ``data`` as ``name``, replacing what was there."""
-        with explained(f"{self.url}/{name}"), self.staged() as staged:
+        with explained(f"{self.url}/{name}", needed=len(data)), self.staged() as staged:
             staged.path.write_bytes(data)
             staged.publish(name, replace=True)
 

@@ -36,7 +36,9 @@ class LocalStorage(Storage):
     def adopt(self, path: Path, name: str, *, replace: bool) -> None:
         """See :meth:`Storage.adopt`."""
         target = self.root / name
-        with explained(str(target)):
+        with explained(str(path)):
+            size = path.stat().st_size
+        with explained(str(target), needed=size):
             self._flush(path, target)
             if not replace and (self._link(path, target) or sha256(target) == sha256(path)):
                 return
@@ -48,7 +50,7 @@ class LocalStorage(Storage):
     def create_once(self, name: str, data: bytes) -> bool:
         """See :meth:`Storage.create_once`."""
         target = self.root / name
-        with explained(str(target)), self.staged() as staged:
+        with explained(str(target), needed=len(data)), self.staged() as staged:
             staged.path.write_bytes(data)
             self._flush(staged.path, target)
             return self._link(staged.path, target)

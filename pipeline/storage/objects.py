@@ -1,96 +1,203 @@
-"""Files of an object store, or of any other file system that fsspec knows."""
+"""Files of an object store, or of any other file system that fsspec knows.
+
+S3 (and what speaks its protocol) is the store that this is tested with. Every request is tried again by
+:mod:`pipeline.storage.retries` alone: boto and s3fs would multiply the tries, and hide a reply that was lost.
+
+An upload is visible when it is whole, and not before. s3fs sends a file of up to 100 MB in one request, which S3 checks
+against its length and checksum, and a larger one in chunks of 50 MB or more (a multipart upload), which appears with
+the last request. One that is broken off shows nowhere; s3fs aborts it, and what a killed process leaves takes up room
+unseen until the bucket's lifecycle rule (AbortIncompleteMultipartUpload) clears it.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import os
 import tempfile
 import threading
 import uuid
-from contextlib import suppress
+from contextlib import nullcontext
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fsspec.config import conf
 from fsspec.core import url_to_fs
 
-from pipeline.addresses import explained
+from pipeline.addresses import explained, is_s3, scheme_of
 from pipeline.failpoints import failpoint
-from pipeline.storage.base import TEMPORARY, Entry, Storage, sha256, sha256_of
+from pipeline.storage import retries
+from pipeline.storage.base import TEMPORARY, Entry, Storage, sha256
+from pipeline.storage.retries import exists_already, retried
 
 _CREATING = threading.Lock()
+# The name of the metadata by which a writer knows its own object again.
+WRITER = "writer"
+# A digest is read in blocks of this many bytes, each of them one request.
+BLOCK = 16 << 20
 
 
 class ObjectStorage(Storage):
-    """A prefix of an object store (or any other fsspec file system); uploads are whole by nature."""
+    """A prefix of an object store (or any other fsspec file system); uploads are whole by nature.
+
+    Raises:
+        StorageError: out of every method, where the store cannot be reached or refuses.
+    """
 
     def __init__(self, url: str) -> None:
-        super().__init__(url)
-        self.fs: Any
-        self.fs, root = url_to_fs(url)
+        super().__init__(url if url.endswith("://") else url.rstrip("/"))
+        self._s3 = is_s3(url)
+        # Whole objects in one request, without asking for the size before.
+        self._whole: dict[str, Any] = {"max_concurrency": 1} if self._s3 else {}
+        self._connect()
+
+    def _connect(self) -> None:
+        self._process = os.getpid()
+        with explained(self.url):
+            self._fs, root = url_to_fs(self.url, **_options(self.url))
+        if self._s3:
+            self._fs.retries = 1
         self.root = root.rstrip("/")
 
+    @property
+    def fs(self) -> Any:
+        """The fsspec file system; a process that was forked opens its own."""
+        if self._process != os.getpid():
+            self._connect()
+        return self._fs
+
     def _temporary(self) -> Path:
-        return Path(tempfile.gettempdir()) / f"{TEMPORARY}{uuid.uuid4().hex}"
+        with explained("a temporary folder (TMPDIR)"):
+            folder = Path(tempfile.gettempdir())
+        return folder / f"{TEMPORARY}{uuid.uuid4().hex}"
 
     def adopt(self, path: Path, name: str, *, replace: bool) -> None:
-        """See :meth:`Storage.adopt`."""
-        target = f"{self.root}/{name}"
-        with explained(f"{self.url}/{name}"):
-            if replace or self.digest(name) != sha256(path):
-                failpoint("object.put", name)
-                self.fs.put_file(str(path), target)
+        """See :meth:`Storage.adopt`; a second try of an upload writes the same bytes again."""
+        place = f"{self.url}/{name}"
+
+        def put() -> None:
+            failpoint("object.put", name)
+            self.fs.put_file(str(path), f"{self.root}/{name}")
+
+        with explained(str(path)):
+            size = path.stat().st_size
+        with explained(place, needed=size):
+            # Only a file of the same size is worth reading for its digest.
+            same_size = not replace and self._size(name) == size
+            if not (same_size and self.digest(name) == sha256(path)):
+                retried(place, put)
 
     def create_once(self, name: str, data: bytes) -> bool:
-        """See :meth:`Storage.create_once`; conditional put where the store has it (S3)."""
-        # Other stores look first and write later; the lock keeps at least the threads of this process apart.
-        with _CREATING, explained(f"{self.url}/{name}"):
-            try:
-                self.fs.pipe_file(f"{self.root}/{name}", data, mode="create")
-            except FileExistsError:
-                return False
+        """See :meth:`Storage.create_once`; a conditional put where the store has it (S3).
+
+        If the reply to a put that succeeded is lost, the next try meets its own object; the writer's mark tells.
+        """
+        place, mark, tries = f"{self.url}/{name}", uuid.uuid4().hex, 0
+
+        def put() -> None:
+            nonlocal tries
+            tries += 1
+            marked = {"Metadata": {WRITER: mark}} if self._s3 else {}
+            self.fs.pipe_file(f"{self.root}/{name}", data, mode="create", **marked)
             failpoint("object.created", name)
+
+        # Other stores look first and write later; the lock keeps at least the threads of this process apart.
+        with nullcontext() if self._s3 else _CREATING, explained(place, needed=len(data)):
+            try:
+                retried(place, put)
+            except Exception as error:
+                if not exists_already(error):
+                    raise
+                if self._s3:
+                    return self._writer(name) == mark
+                return tries > 1 and self.read(name) == data
             return True
+
+    def _writer(self, name: str) -> str | None:
+        """The mark of the writer that created an object of S3."""
+        try:
+            found: dict[str, str] = retried(f"{self.url}/{name}", lambda: self.fs.metadata(f"{self.root}/{name}"))
+        except FileNotFoundError:
+            return None
+        return found.get(WRITER)
 
     def read(self, name: str) -> bytes | None:
         """See :meth:`Storage.read`."""
-        with explained(f"{self.url}/{name}"):
+        place = f"{self.url}/{name}"
+        with explained(place):
             try:
-                data: bytes = self.fs.cat_file(f"{self.root}/{name}")
+                data: bytes = retried(place, lambda: self.fs.cat_file(f"{self.root}/{name}", **self._whole))
             except FileNotFoundError:
                 return None
             return data
 
     def digest(self, name: str) -> str | None:
         """See :meth:`Storage.digest`."""
-        with (
-            explained(f"{self.url}/{name}"),
-            suppress(FileNotFoundError),
-            self.fs.open(f"{self.root}/{name}", "rb") as file,
-        ):
-            return sha256_of(file)
-        return None
+        size = self._size(name)
+        if size is None:
+            return None
+        digest, place = hashlib.sha256(), f"{self.url}/{name}"
+        for start in range(0, size, BLOCK):
+            with explained(place):
+                digest.update(retried(place, partial(self._range, name, start, min(start + BLOCK, size))))
+        return digest.hexdigest()
+
+    def _range(self, name: str, start: int, end: int) -> bytes:
+        data: bytes = self.fs.cat_file(f"{self.root}/{name}", start=start, end=end)
+        return data
+
+    def _size(self, name: str) -> int | None:
+        """Bytes of an object, or None if there is none."""
+        place = f"{self.url}/{name}"
+        with explained(place):
+            try:
+                found = retried(place, lambda: self.fs.info(f"{self.root}/{name}"))
+            except FileNotFoundError:
+                return None
+        return int(found["size"]) if found["type"] == "file" else None
 
     def entries(self, folder: str = "") -> dict[str, Entry]:
         """See :meth:`Storage.entries`."""
         path = f"{self.root}/{folder}".rstrip("/")
-        self.fs.invalidate_cache(path)
-        with explained(path):
+        place = f"{self.url}/{folder}".rstrip("/")
+
+        def listed() -> list[dict[str, Any]]:
+            self.fs.invalidate_cache(path)
+            found: list[dict[str, Any]] = self.fs.ls(path, detail=True)
+            return found
+
+        with explained(place):
             try:
-                found = self.fs.ls(path, detail=True)
+                found = retried(place, listed)
             except FileNotFoundError:
                 return {}
-        return {
-            entry["name"].rsplit("/", 1)[-1]: Entry(size=int(entry["size"]), modified=_seconds(entry))
-            for entry in found
-            if entry["type"] == "file"
-        }
+        # Some tools put an empty object where a folder would be; it has no name within it.
+        files = {entry["name"].rsplit("/", 1)[-1]: entry for entry in found if entry["type"] == "file"}
+        return {name: Entry(size=int(entry["size"]), modified=_seconds(entry)) for name, entry in files.items() if name}
 
     def remove(self, name: str) -> None:
         """See :meth:`Storage.remove`."""
-        with explained(f"{self.url}/{name}"):
+        place = f"{self.url}/{name}"
+        with explained(place):
             try:
-                self.fs.rm_file(f"{self.root}/{name}")
+                retried(place, lambda: self.fs.rm_file(f"{self.root}/{name}"))
             except FileNotFoundError:
                 return
+
+
+def _options(url: str) -> dict[str, Any]:
+    """How this room opens a file system, over what the user's fsspec config says."""
+    if not is_s3(url):
+        return {}
+    own = conf.get(scheme_of(url), {}).get("config_kwargs", {})
+    config = {
+        "connect_timeout": retries.CONNECT_SECONDS,
+        "read_timeout": retries.READ_SECONDS,
+        **own,
+        "retries": {"total_max_attempts": 1},
+    }
+    return {"config_kwargs": config, "use_listings_cache": False}
 
 
 def _seconds(entry: dict[str, Any]) -> float:
