@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from pipeline.config import (
     CHOICES,
     FORMATS,
@@ -14,6 +16,12 @@ from pipeline.config import (
     value_of,
 )
 from pipeline.errors import Problem
+
+# Drivers of fsspec that read through other drivers, or from what an address itself says.
+WRAPPERS = (
+    *("simplecache", "filecache", "blockcache", "cached", "reference", "dir", "generic", "async_wrapper"),
+    *("asyncwrapper", "zip", "tar", "libarchive", "data"),
+)
 
 
 def check(config: Config) -> list[Problem]:
@@ -29,7 +37,7 @@ def check(config: Config) -> list[Problem]:
         if not (value >= lowest and (highest is None or value <= highest)):
             limits = f"at least {lowest}" if highest is None else f"from {lowest} to {highest}"
             problems.append(Problem(key, value, f"must be {limits}"))
-    for checks in (_check_backend, _check_parity, _check_lists, _check_columns, _check_prompts):
+    for checks in (_check_backend, _check_parity, _check_lists, _check_doors, _check_columns, _check_prompts):
         problems += checks(config)
     return problems
 
@@ -76,6 +84,22 @@ def _check_lists(config: Config) -> list[Problem]:
     ]
     if not config.images.formats:
         problems.append(Problem("images.formats", [], f"must name at least one of {', '.join(FORMATS)}"))
+    return problems
+
+
+def _check_doors(config: Config) -> list[Problem]:
+    problems = []
+    for scheme in config.images.schemes:
+        if scheme in WRAPPERS:
+            allowed = "would let a row choose what is read through it; use it in manifest.root alone"
+            problems.append(Problem("images.schemes", scheme, allowed))
+        elif not re.fullmatch(r"[a-z][a-z0-9+.-]*", scheme):
+            problems.append(Problem("images.schemes", scheme, "must be a scheme in small letters, such as https or s3"))
+    for host in config.images.private_hosts:
+        match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._-]+)(?::(\d{1,5}))?", host)
+        if match is None or not 0 < int(match[2] or 1) < 65536:
+            allowed = "must be a name or name:port, such as images.internal:8080 or 10.0.0.5; [::1]:8080 for IPv6"
+            problems.append(Problem("images.private_hosts", host, allowed))
     return problems
 
 

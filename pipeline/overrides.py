@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 from pipeline.checks import check
 from pipeline.config import Config, conf_dir, nearest, value_of
 from pipeline.errors import ConfigError, Problem
+from pipeline.hydra_settings import check_setting
 
 if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
     from omegaconf import DictConfig
 
 
@@ -41,7 +43,11 @@ def check_overrides(arguments: Sequence[str], conf: Path, *, sweep: bool = False
             problems.append(Problem(key, argument, f"cannot be read as key=value: {reason}", hint))
             continue
         key = override.key_or_group
-        if key.startswith(("hydra.", "hydra/")) or (sweep and override.is_sweep_override()):
+        if key.startswith(("hydra.", "hydra/")):
+            problems += check_setting(override, argument)
+            continue
+        if sweep and override.is_sweep_override():
+            problems += _check_sweep(override, conf)
             continue
         raw = argument.split("=", 1)[1] if "=" in argument else None
         if override.is_delete():
@@ -90,11 +96,21 @@ def read_config(composed: DictConfig) -> tuple[Config, list[Problem]]:
     :func:`~pipeline.checks.check` finds.
 
     In the config, defaults stand in for values that are missing or point nowhere.
+
+    Raises:
+        ConfigError: it holds what no schema knows.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    merged: Any = OmegaConf.merge(schema(), composed)
+    try:
+        merged: Any = OmegaConf.merge(schema(), composed)
+    except OmegaConfBaseException as error:
+        # A file of one's own that does not take the schema into its defaults can hold anything.
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            [Problem(str(error.full_key or "config"), "", reason, "add schema to its defaults")]
+        ) from error
     problems = []
     for group in fields(Config):
         node = merged[group.name]
@@ -147,6 +163,21 @@ def groups(conf: Path) -> dict[str, list[str]]:
         for folder in sorted(conf.iterdir())
         if folder.is_dir()
     }
+
+
+def _check_sweep(override: Override, conf: Path) -> list[Problem]:
+    """What is wrong with the groups that a sweep goes through; values are checked in the run that takes them."""
+    from hydra.core.override_parser.types import ValueType
+
+    key = override.key_or_group
+    if key in known_keys() or key in _entries(key):
+        return []
+    values: list[str | None] = [None]
+    if key in groups(conf):
+        # A glob finds what is there; a choice could be a path out of the group.
+        glob = override.value_type == ValueType.GLOB_CHOICE_SWEEP
+        values = [] if glob or not override.is_discrete_sweep() else list(override.sweep_string_iterator())
+    return [problem for value in values for problem in _check_one(key, value, value, conf)]
 
 
 def _check_one(key: str, raw: str | None, value: Any, conf: Path) -> list[Problem]:

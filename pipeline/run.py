@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.config import conf_dir
 from pipeline.errors import ConfigError, Interrupted, PipelineError
+from pipeline.hydra_settings import check_files
 from pipeline.overrides import check_overrides, register, to_config
 
 if TYPE_CHECKING:
@@ -36,11 +37,13 @@ def main() -> None:
 
     # Hydra's own parser, so that the values of its options (--cfg job, --config-dir DIR) are not overrides.
     options = get_args_parser().parse_args()
+    register()
     if not options.shell_completion:
         problems = check_overrides(options.overrides, conf_dir(), sweep=options.multirun)
+        # Composed with overrides that are good, so only when these are.
+        problems = problems or check_files(options)
         if problems:
             _exit(ConfigError(problems))
-    register()
     hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(_task)()
 
 

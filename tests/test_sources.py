@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
 
+from pipeline.images import sources
 from pipeline.images.sources import Source
 from pipeline.records import Failure, ImageRef
+from tests.servers import answer, serve
 
 BYTES = bytes(range(100))
 LIMIT = 1000
@@ -82,6 +88,94 @@ def test_no_symbolic_link_leaves_the_root(root: Path) -> None:
     assert status(root, "link.jpg") == "outside_root"
     assert status(root, "way-out/secret.jpg") == "outside_root"
     assert read(root, "round.jpg") == BYTES
+
+
+WATCHED: list[list[str] | None] = [None]
+
+
+def _watch(event: str, arguments: tuple[Any, ...]) -> None:
+    if WATCHED[0] is not None and event in ("open", "os.listdir", "os.scandir", "socket.connect", "socket.getaddrinfo"):
+        WATCHED[0].append(f"{event} {arguments[0]}")
+
+
+@contextmanager
+def watched() -> Iterator[list[str]]:
+    """All files that Python opens meanwhile, and all connections; a hook stays for the life of the process."""
+    if not hasattr(sys, "_clip_pipeline_watch"):
+        sys.addaudithook(_watch)
+        sys._clip_pipeline_watch = True  # type: ignore[attr-defined]
+    WATCHED[0] = seen = []
+    try:
+        yield seen
+    finally:
+        WATCHED[0] = None
+
+
+OUTSIDE = [
+    "../secret.jpg", "{outside}/secret.jpg", "file://{outside}/secret.jpg", "FILE://{outside}/secret.jpg",
+    "file://localhost{outside}/secret.jpg", "file:{outside}/secret.jpg", "local://{outside}/secret.jpg",
+    "file://../secret.jpg", "file:///../{outside}/secret.jpg", "~/secret.jpg", "$HOME/secret.jpg", "%2e%2e/secret.jpg",
+    "..\\secret.jpg", "link.jpg", "way-out/secret.jpg", "folder/../way-out/secret.jpg", "link.jpg#bytes=0-10",
+    "../secret.jpg\0.jpg", "/proc/self/environ", "/proc/self/environ#bytes=0-100", "/dev/zero#bytes=0-100",
+    "simplecache::file://{outside}/secret.jpg", "zip://secret.jpg::{outside}/photos.zip", "data:,secret",
+    "simplecache::http://127.0.0.1:9/a.jpg", "zip://a.jpg::http://127.0.0.1:9/a.zip", "reference://::{outside}/x.json",
+    "http://127.0.0.1:9/a.jpg", " http://127.0.0.1:9/a.jpg", "http:/127.0.0.1:9/a.jpg", "//127.0.0.1:9/a.jpg",
+    "s3://127.0.0.1:9/a.jpg", "ftp://127.0.0.1:9/a.jpg", "github://me:x@/a.jpg", "hf://datasets/me/a.jpg",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("place", ["local", "memory://photos"])
+@pytest.mark.parametrize("schemes", [("file",), ("file", "https"), ()])
+def test_no_row_makes_python_open_a_file_outside_or_ask_the_network(
+    root: Path, place: str, schemes: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(root.parent))
+    monkeypatch.chdir(root.parent)
+    (root / "link.jpg").symlink_to(root.parent / "secret.jpg")
+    (root / "way-out").symlink_to(root.parent)
+    source = Source(root=str(root) if place == "local" else place, max_bytes=LIMIT, schemes=schemes)
+    source.read(ImageRef(id=0, path="nothing.jpg"))
+    with watched() as seen:
+        results = [source.read(ImageRef(id=1, path=path.format(outside=root.parent))) for path in OUTSIDE]
+    assert seen == []
+    assert {result.status for result in results if isinstance(result, Failure)} <= {
+        "outside_root", "scheme_not_allowed", "not_found", "unreadable",
+    }  # fmt: skip
+    assert not any(isinstance(result, bytes) for result in results)
+    if place == "local":
+        with watched() as seen:
+            source.read(ImageRef(id=1, path="a.jpg"))
+        assert set(seen) == {f"open {root}/a.jpg"}
+
+
+@pytest.mark.parametrize("swapped", ["a.jpg", "folder"])
+def test_a_link_that_appears_between_the_check_and_the_opening_leads_nowhere(
+    root: Path, swapped: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (root.parent / "photos-too" / "b c.jpg").write_bytes(b"secret")
+    opener = sources._open_exactly
+
+    def swap(path: str, flags: int) -> int:
+        (root / swapped).rename(root / "was-here")
+        (root / swapped).symlink_to(root.parent / ("secret.jpg" if swapped == "a.jpg" else "photos-too"))
+        return opener(path, flags)
+
+    monkeypatch.setattr(sources, "_open_exactly", swap)
+    found = status(root, "a.jpg" if swapped == "a.jpg" else "folder/b c.jpg")
+    assert found == ("unreadable" if swapped == "a.jpg" else "outside_root")
+
+
+def test_a_device_is_not_opened() -> None:
+    with watched() as seen:
+        assert status("/dev", "zero") == "unreadable"
+        assert status("/dev", "zero#bytes=0-10") == "unreadable"
+    assert seen == []
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="no /proc")
+def test_a_file_that_says_to_be_empty_is_not_read_on() -> None:
+    assert status("/proc/self", "environ") == "empty"
+    assert status("/proc/self", "environ#bytes=0-100") == "empty"
 
 
 def test_a_root_that_is_a_symbolic_link_holds_its_files(root: Path) -> None:
@@ -241,3 +335,64 @@ def test_another_scheme_is_read_when_it_is_listed(root: Path) -> None:
     source = Source(root=str(root), max_bytes=LIMIT, schemes=("file", "memory"))
     assert source.read(ImageRef(id=1, path="memory://listed/a.jpg")) == BYTES
     assert source.read(ImageRef(id=2, path="a.jpg")) == BYTES
+
+
+def test_a_row_never_chains_drivers_and_never_chooses_their_settings(root: Path) -> None:
+    fsspec.filesystem("memory").pipe_file("/listed/a.jpg", BYTES)
+    schemes = ("file", "memory", "simplecache", "zip", "reference", "generic", "dir", "sftp")
+    source = Source(root=str(root), max_bytes=LIMIT, schemes=schemes)
+    for path in (
+        f"memory://x::file://{root}/a.jpg",
+        f"simplecache://x::file://{root}/a.jpg",
+        f"simplecache::file://{root}/a.jpg",
+        f"zip://a.jpg::{root}/a.zip",
+        "reference://a.jpg",
+        "dir://a.jpg",
+        "sftp://me:secret@127.0.0.1/a.jpg",
+    ):
+        with watched() as seen:
+            result = source.read(ImageRef(id=1, path=path))
+        assert isinstance(result, Failure), path
+        assert result.status in ("scheme_not_allowed", "unreadable"), path
+        assert [one for one in seen if not one.startswith("open ") or one.endswith((".jpg", ".zip"))] == [], path
+
+
+def test_a_root_that_is_a_chain_is_the_config_s_choice_and_holds_its_rows(root: Path, tmp_path: Path) -> None:
+    import zipfile
+
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+        archive.writestr("photos/a.jpg", BYTES)
+        archive.writestr("secret.jpg", BYTES)
+    place = f"zip://photos::file://{tmp_path}/photos.zip"
+    assert read(place, "a.jpg") == BYTES
+    assert status(place, "../secret.jpg") == "outside_root"
+    assert status(place, "%2e%2e/secret.jpg") == "outside_root"
+    assert status(place, f"zip://secret.jpg::file://{tmp_path}/photos.zip") == "outside_root"
+
+
+def test_a_root_at_a_web_address_holds_its_rows() -> None:
+    with serve({"/photos/a.jpg": answer(200, BYTES), "/secret.jpg": answer(200, BYTES)}) as server:
+        source = Source(root=f"{server.url}/photos", max_bytes=LIMIT, schemes=("file",), private_hosts=(server.place,))
+
+        def ask(path: str) -> bytes | str:
+            found = source.read(ImageRef(id=1, path=path))
+            return found.status if isinstance(found, Failure) else found
+
+        assert ask("a.jpg") == BYTES
+        assert ask(f"{server.url}/photos/a.jpg") == BYTES
+        for path in ("../secret.jpg", "%2e%2e/secret.jpg", "..%2fsecret.jpg", f"{server.url}/secret.jpg"):
+            assert ask(path) == "outside_root"
+        assert ask("https://example.org/a.jpg") == "scheme_not_allowed"
+        assert set(server.asked) == {"/photos/a.jpg"}
+
+
+def test_a_web_address_is_read_when_its_scheme_is_listed_and_its_host_is_public_or_named(root: Path) -> None:
+    with serve({"/a.jpg": answer(200, BYTES)}) as server:
+        ref = ImageRef(id=1, path=f"{server.url}/a.jpg#bytes=0-10")
+        schemes = ("file", "http")
+        refused = Source(root=str(root), max_bytes=LIMIT, schemes=schemes).read(ref)
+        assert isinstance(refused, Failure)
+        assert refused.status == "address_not_allowed"
+        assert server.connections == 0
+        named = Source(root=str(root), max_bytes=LIMIT, schemes=schemes, private_hosts=(server.place,))
+        assert named.read(ref) == BYTES[:10]

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pipeline.artifacts.external import check_external
 from pipeline.errors import ArtifactError
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.towers import ImageTower, TextTower
@@ -121,13 +122,14 @@ def check_fusions(counts: Mapping[str, int], *, layers: int, attention: bool, wh
 
 
 def check_graph(path: Path, tower: str) -> None:
-    """Pass if ``onnx.checker`` accepts the file, and inputs and outputs have the declared names and axes.
+    """Pass if the graph keeps to its folder, is valid, and its inputs and outputs have the declared names and axes.
 
     Raises:
         ArtifactError: with what is wrong.
     """
     import onnx
 
+    check_external(path)
     try:
         onnx.checker.check_model(str(path))
     except onnx.checker.ValidationError as error:

@@ -1,7 +1,8 @@
 """From a reference to encoded bytes, or a failure that names why not.
 
-Relative paths start at the manifest's root, and no path leaves it, symbolic links included. A path may
-end in ``#bytes=START-STOP`` to name a range of a file: that is how members of a tar are addressed.
+Relative paths start at the manifest's root, and no path leaves it, symbolic links included; a hard link cannot
+be told from the file itself. A path may end in ``#bytes=START-STOP`` to name a range of a file: that is how
+members of a tar are addressed. What a row says never chooses a driver's settings, and no address is a chain.
 """
 
 from __future__ import annotations
@@ -13,17 +14,22 @@ import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
-from fsspec.core import url_to_fs
+import fsspec
 
-from pipeline.addresses import is_local, local_path, scheme_of
+from pipeline.addresses import filesystem, from_driver, is_local, local_path, scheme_of
+from pipeline.checks import WRAPPERS
 from pipeline.errors import StorageError
+from pipeline.images.http import SCHEMES, Fetcher
 from pipeline.records import Failure, ImageRef
 
 # What says that the machine is broken, and nothing about the image.
 _BROKEN = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN)
 # No more digits than a file offset has.
 _RANGE = re.compile(r"#bytes=(\d{1,18})-(\d{1,18})$")
+# Where Linux says which file a descriptor belongs to.
+_DESCRIPTORS = "/proc/self/fd"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +39,8 @@ class Source:
     root: str
     max_bytes: int
     schemes: tuple[str, ...] = ("file",)
+    private_hosts: tuple[str, ...] = ()
+    read_seconds: float = 30.0
     _real_root: str = field(init=False, default="")
     _systems: dict[str, Any] = field(init=False, default_factory=dict, compare=False)
 
@@ -44,10 +52,11 @@ class Source:
         """The encoded bytes of one image.
 
         Statuses of a failure: ``no_image`` (a null cell), ``empty``, ``not_found``, ``permission``,
-        ``unreadable``, ``too_many_bytes``, ``outside_root``, ``scheme_not_allowed``.
+        ``unreadable``, ``too_many_bytes``, ``outside_root``, ``scheme_not_allowed``; of http and https also
+        ``address_not_allowed`` and ``timeout``, see :class:`~pipeline.images.http.Fetcher`.
 
         Raises:
-            StorageError: the machine or the store failed, which says nothing about the image.
+            StorageError: the machine, the store or the network failed, which says nothing about the image.
         """
         if ref.data is not None:
             return self._checked(ref.data, "the manifest's cell")
@@ -56,31 +65,59 @@ class Source:
         path, start, stop = _split(ref.path)
         if stop is not None and stop < start:
             return Failure("unreadable", f"{ref.path}: the range ends before it starts")
-        scheme = scheme_of(path) or scheme_of(self.root) or "file"
-        if scheme not in self.schemes and scheme != (scheme_of(self.root) or "file"):
+        own = scheme_of(self.root) or "file"
+        scheme = scheme_of(path) or own
+        if scheme != own and scheme not in self.schemes:
             return Failure("scheme_not_allowed", f"{ref.path}: {scheme} is not among images.schemes")
+        if scheme in SCHEMES:
+            return self._read_web(path, start, stop)
         try:
             if scheme in ("file", "local"):
                 return self._read_local(path, start, stop)
-            return self._read_remote(path, start, stop)
+            return self._read_remote(scheme, path, start, stop)
         except (FileNotFoundError, NotADirectoryError):
             return Failure("not_found", f"{ref.path}: no such file")
         except PermissionError as error:
             return Failure("permission", f"{ref.path}: {error.strerror or error}")
-        except (OSError, ValueError, ImportError) as error:
-            if isinstance(error, OSError) and (
-                error.errno in _BROKEN or isinstance(error, ConnectionError | TimeoutError)
-            ):
+        except Exception as error:
+            broken = isinstance(error, ConnectionError | TimeoutError) or from_driver(error)
+            if broken or (isinstance(error, OSError) and error.errno in _BROKEN):
                 raise StorageError(
                     f"{ref.path}: {error}; the machine or the store is at fault, not the image"
                 ) from error
+            if not isinstance(error, OSError | ValueError | ImportError):
+                raise
             return Failure("unreadable", f"{ref.path}: {error}")
+
+    def _read_web(self, path: str, start: int, stop: int | None) -> bytes | Failure:
+        url = path if scheme_of(path) else f"{self.root.rstrip('/')}/{path}"
+        # A root at an http address is allowed as any root is, and holds its rows as any root does.
+        below = url.startswith(f"{self.root.rstrip('/')}/") and not _climbs(url.split("?", 1)[0])
+        if not below and (not scheme_of(path) or scheme_of(path) not in self.schemes):
+            return self._outside(path)
+        fetcher = self._systems.get("http")
+        if fetcher is None:
+            made = Fetcher(
+                max_bytes=self.max_bytes,
+                seconds=self.read_seconds,
+                schemes=tuple({*self.schemes, scheme_of(self.root)}),
+                private_hosts=self.private_hosts,
+            )
+            fetcher = self._systems.setdefault("http", made)
+        found: bytes | Failure = fetcher.fetch(url, start, stop)
+        return found
 
     def _read_local(self, path: str, start: int, stop: int | None) -> bytes | Failure:
         real = os.path.realpath(Path(self._real_root or ".") / local_path(path))
-        if not self._real_root or os.path.commonpath([real, self._real_root]) != self._real_root:
-            return Failure("outside_root", f"{path}: leads out of manifest.root ({self.root})")
-        with open(real, "rb", opener=_open_without_waiting) as file:
+        if not self._holds(real):
+            return self._outside(path)
+        # A device is not even opened: that alone can do something.
+        if not stat.S_ISREG(os.lstat(real).st_mode):
+            return Failure("unreadable", f"{path}: not a regular file")
+        with open(real, "rb", opener=_open_exactly) as file:
+            # A folder on the way may have become a link since; the descriptor cannot.
+            if not self._holds(_name_of(file.fileno(), real)):
+                return self._outside(path)
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 return Failure("unreadable", f"{path}: not a regular file")
@@ -88,26 +125,45 @@ class Source:
             if length > self.max_bytes:
                 return self._too_large(path, length)
             file.seek(start)
-            return self._checked(file.read(length), path)
+            # No more than the file says to have: those of /proc say nothing, and some never end.
+            return self._checked(file.read(max(0, min(length, status.st_size - start))) or b"", path)
 
-    def _read_remote(self, path: str, start: int, stop: int | None) -> bytes | Failure:
-        if not scheme_of(path):
-            path = f"{self.root}{path}" if self.root.endswith("/") else f"{self.root}/{path}"
-        scheme = scheme_of(path)
-        # One connection for each host or bucket.
-        host = path.split("/")[2]
-        fs = self._systems.get(f"{scheme}://{host}")
-        if fs is None:
-            fs = self._systems[f"{scheme}://{host}"] = url_to_fs(path)[0]
-        name = fs._strip_protocol(path)
+    def _holds(self, real: str) -> bool:
+        return bool(self._real_root) and os.path.commonpath([real, self._real_root]) == self._real_root
+
+    def _outside(self, path: str) -> Failure:
+        return Failure("outside_root", f"{path}: leads out of manifest.root ({self.root})")
+
+    def _read_remote(self, scheme: str, path: str, start: int, stop: int | None) -> bytes | Failure:
+        found = self._systems.get(scheme)
+        if found is None:
+            found = self._systems.setdefault(scheme, self._open_system(scheme))
+        fs, base = found
         if scheme == scheme_of(self.root):
-            base = fs._strip_protocol(self.root).rstrip("/")
-            if ".." in name.split("/") or not name.startswith(base + "/"):
-                return Failure("outside_root", f"{path}: leads out of manifest.root ({self.root})")
+            name = fs._strip_protocol(path) if scheme_of(path) else f"{base.rstrip('/')}/{path}"
+            # The host of a server is no part of the name.
+            elsewhere = scheme_of(path) and _server(self.root) not in ("", _server(path))
+            if elsewhere or _climbs(name) or not name.startswith(f"{base.rstrip('/')}/"):
+                return self._outside(path)
+        elif "::" in path:
+            return Failure("scheme_not_allowed", f"{path}: chains of addresses are not read")
+        else:
+            name = fs._strip_protocol(path)
         length = (int(fs.size(name) or 0) if stop is None else stop) - start
         if length > self.max_bytes:
             return self._too_large(path, length)
         return self._checked(fs.cat_file(name, start=start, end=stop), path)
+
+    def _open_system(self, scheme: str) -> tuple[Any, str]:
+        """The driver and its name for the root, as the root says; of another scheme without any settings."""
+        if scheme == scheme_of(self.root):
+            return filesystem(self.root)
+        if scheme in WRAPPERS:
+            raise ValueError(f"{scheme} reads through other drivers, and a row does not choose those")
+        try:
+            return fsspec.filesystem(scheme), ""
+        except (TypeError, AttributeError) as error:
+            raise ValueError(f"{scheme} is read as the scheme of manifest.root alone ({error})") from error
 
     def _checked(self, data: bytes, place: str) -> bytes | Failure:
         if not data:
@@ -118,9 +174,27 @@ class Source:
         return Failure("too_many_bytes", f"{place}: {size:,} bytes, over images.max_bytes={self.max_bytes:,}")
 
 
-def _open_without_waiting(path: str, flags: int) -> int:
-    """Open for :func:`open`, so that a named pipe among the photos cannot hang the run."""
-    return os.open(path, flags | os.O_NONBLOCK)
+def _open_exactly(path: str, flags: int) -> int:
+    """Open for :func:`open`: no link in the last place, and a named pipe among the photos cannot hang the run."""
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW)
+
+
+def _name_of(descriptor: int, opened: str) -> str:
+    """Where an open file really lies; as good as can be told where the system does not say."""
+    try:
+        return os.readlink(f"{_DESCRIPTORS}/{descriptor}")
+    except OSError:
+        return os.path.realpath(opened)
+
+
+def _climbs(name: str) -> bool:
+    """Whether ``..`` is among the parts of a name, however it is written: some stores take %2e for a dot."""
+    return ".." in re.split(r"[/\\]", unquote(unquote(name)))
+
+
+def _server(url: str) -> str:
+    """What stands between the scheme and the first slash."""
+    return url.split("://", 1)[1].split("/", 1)[0].split("::", 1)[0]
 
 
 def _split(path: str) -> tuple[str, int, int | None]:

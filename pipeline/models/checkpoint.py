@@ -21,6 +21,7 @@ from pipeline.errors import ModelError
 from pipeline.models.architectures import ARCHITECTURES
 from pipeline.models.hub import DEMO_FOLDER, find_folder
 from pipeline.models.preprocessor import read_spec, to_spec
+from pipeline.models.trust import check_config, check_weights
 from pipeline.records import PreprocessSpec
 from pipeline.storage.base import sha256
 
@@ -141,6 +142,7 @@ def open_checkpoint(config: ModelConfig) -> Checkpoint:
             f"{config.name}: no *.safetensors in {folder}; other formats can run code when they are loaded. Choose a "
             "revision that has them (model.revision=...), or convert the checkpoint with save_pretrained()"
         )
+    check_weights(folder, weights)
     model = _load(folder)
     digests = {path.name: sha256(path) for path in weights}
     return _assemble(
@@ -156,7 +158,12 @@ def open_checkpoint(config: ModelConfig) -> Checkpoint:
 def _load(folder: Path) -> Any:
     try:
         model, facts = AutoModel.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
+            folder,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
         )
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise ModelError(f"{folder}: the weights cannot be loaded: {error}") from error
@@ -251,7 +258,8 @@ def _read_config(folder: Path) -> Any:
     if not path.is_file():
         raise ModelError(f"{folder}: no config.json, so this is not a Hugging Face checkpoint")
     try:
-        family = json.loads(path.read_text()).get("model_type")
+        values = json.loads(path.read_text())
+        family = values.get("model_type")
     except (ValueError, AttributeError) as error:
         raise ModelError(f"{path}: not a JSON object: {error}") from error
     if family == "siglip2":
@@ -262,7 +270,8 @@ def _read_config(folder: Path) -> Any:
         )
     if family not in FAMILIES:
         raise ModelError(f"{folder}: model_type {family!r} is not supported; supported are {', '.join(FAMILIES)}")
-    return AutoConfig.from_pretrained(folder, local_files_only=True)
+    check_config(path, values)
+    return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
 def _tokenizer(folder: Path, family: str) -> Any:
@@ -274,7 +283,7 @@ def _tokenizer(folder: Path, family: str) -> Any:
     complete = family == "siglip" and (folder / "tokenizer.json").is_file()
     reader = PreTrainedTokenizerFast if complete else AutoTokenizer
     try:
-        return reader.from_pretrained(folder, local_files_only=True)
+        return reader.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise ModelError(f"{folder}: the tokenizer cannot be loaded: {error}") from error
 

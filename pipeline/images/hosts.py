@@ -1,0 +1,281 @@
+"""Which network addresses a request may reach, and sockets that reach exactly those.
+
+A host's name is looked up once for each connection, and the connection goes to an address that was checked:
+a name server that gives another answer a moment later changes nothing.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import queue
+import socket
+import ssl
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+from urllib3 import HTTPConnectionPool, HTTPSConnectionPool, PoolManager
+from urllib3.connection import HTTPConnection, HTTPSConnection
+
+from pipeline.errors import StorageError
+
+# All addresses of a host together may take this long to answer.
+CONNECT_SECONDS = 10.0
+# Requests one after the other that found nobody to talk to, before the network is suspected.
+SILENT = 100
+# Servers that answered lately, to be asked whether it is the network.
+WITNESSES = 8
+# Hosts, and connections to each, that are kept open between requests.
+POOLS, CONNECTIONS = 64, 32
+# The only range of IPv6 that is handed out for the internet, and what carries an IPv4 address.
+_UNICAST = ipaddress.IPv6Network("2000::/3")
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+# What Python's tables take for public, or did in some version.
+_NOT_PUBLIC = tuple(
+    ipaddress.ip_network(text) for text in ("192.0.0.0/24", "192.88.99.0/24", "2001::/23", "2001:db8::/32", "3fff::/20")
+)
+# RFC 1918, RFC 6598, RFC 4193, and loopback.
+_INTERNAL = tuple(
+    ipaddress.ip_network(text)
+    for text in ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "127.0.0.0/8", "::1/128", "fc00::/7")
+)
+# Where clouds tell a machine its secrets: never reached, whatever is allowed. Link-local ones go without saying.
+_METADATA = tuple(
+    ipaddress.ip_address(text) for text in ("100.100.100.200", "168.63.129.16", "192.0.0.192", "fd00:ec2::254")
+)
+
+
+class AddressNotAllowed(Exception):
+    """A host has no address that may be reached."""
+
+
+class NoConnection(Exception):
+    """A host has no address at all, or nothing answers there. ``passing`` if a second try may help."""
+
+    def __init__(self, text: str, *, passing: bool = False) -> None:
+        super().__init__(text)
+        self.passing = passing
+
+
+class _Clock(threading.local):
+    """When the request of this thread ends, by :func:`time.monotonic`."""
+
+    deadline = float("inf")
+
+
+_clock = _Clock()
+
+
+def set_deadline(deadline: float) -> None:
+    """Let every wait of this thread's sockets end at ``deadline``, by :func:`time.monotonic`."""
+    _clock.deadline = deadline
+
+
+def seconds_left() -> float:
+    """Until the deadline of this thread.
+
+    Raises:
+        TimeoutError: it is over.
+    """
+    left = _clock.deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError("the time for this image is over")
+    return left
+
+
+def is_public(text: str) -> bool:
+    """Whether an IP address belongs to the internet: not private, link-local, loopback, multicast, reserved, ...
+
+    IPv6 addresses that carry an IPv4 address (mapped, 6to4, NAT64) are as public as that one.
+    """
+    ip = _parse(text)
+    if isinstance(ip, ipaddress.IPv6Address):
+        if ip.sixtofour is not None:
+            return is_public(str(ip.sixtofour))
+        if ip not in _UNICAST:
+            return False
+    if ip in _METADATA or any(ip.version == net.version and ip in net for net in _NOT_PUBLIC):
+        return False
+    return ip.is_global and not ip.is_multicast and not ip.is_reserved
+
+
+def is_internal(text: str) -> bool:
+    """Whether an IP address is one that ``images.private_hosts`` may open: private or loopback, nothing else."""
+    ip = _parse(text)
+    if ip in _METADATA:
+        return False
+    return any(ip.version == net.version and ip in net for net in _INTERNAL)
+
+
+def pools(private: frozenset[str]) -> PoolManager:
+    """Connections that are kept and used again; those to ``private`` hosts may reach private addresses.
+
+    Nothing is taken from the environment but the certificates: no proxy, no netrc. Safe to use from many threads.
+    """
+    manager = PoolManager(num_pools=POOLS, maxsize=CONNECTIONS, retries=False, ssl_context=_tls())
+    plain = type("PlainConnection", (_Pinned, HTTPConnection), {"private": private})
+    secure = type("SecureConnection", (_Pinned, HTTPSConnection), {"private": private})
+    manager.pool_classes_by_scheme = {
+        "http": type("PlainPool", (HTTPConnectionPool,), {"ConnectionCls": plain}),
+        "https": type("SecurePool", (HTTPSConnectionPool,), {"ConnectionCls": secure}),
+    }
+    return manager
+
+
+def connect(host: str, port: int, private: frozenset[str]) -> socket.socket:
+    """A socket to the first address of ``host`` that is allowed and answers.
+
+    Raises:
+        AddressNotAllowed: none is allowed; nothing was sent.
+        NoConnection: there is no such host, or none of its addresses answers.
+        TimeoutError: the thread's deadline came first.
+    """
+    allowed = is_internal_or_public if is_listed(host, port, private) else is_public
+    ends = time.monotonic() + min(CONNECT_SECONDS, seconds_left())
+    found = _look_up(host, port, ends)
+    good = [one for one in found if allowed(one[4][0])]
+    if not good:
+        places = ", ".join(sorted({str(one[4][0]) for one in found}))
+        raise AddressNotAllowed(f"{host} is {places}, which is not an address of the internet")
+    failed: OSError = TimeoutError(f"no answer within {CONNECT_SECONDS:g} s")
+    for family, kind, protocol, _, address in good:
+        left = ends - time.monotonic()
+        if left <= 0:
+            break
+        one = _Timed(family, kind, protocol)
+        try:
+            one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            one.settimeout(left)
+            one.connect(address)
+        except OSError as error:
+            one.close()
+            failed = error
+        else:
+            return one
+    seconds_left()
+    raise NoConnection(f"{host}:{port}: {failed.strerror or failed}") from failed
+
+
+def is_internal_or_public(text: str) -> bool:
+    """Whether an IP address is one that a host of ``images.private_hosts`` may have."""
+    return is_internal(text) or is_public(text)
+
+
+def is_listed(host: str, port: int, private: frozenset[str]) -> bool:
+    """Whether ``private`` names the host, or the host with this port."""
+    name = host.rstrip(".").lower()
+    return not private.isdisjoint({name, f"{name}:{port}", f"[{name}]", f"[{name}]:{port}"})
+
+
+class Network:
+    """Tells a dead host, which is a row's fault, from a dead network, which would fail all rows that are left.
+
+    After ``SILENT`` requests in a row that found nobody, the servers that answered lately are called once more.
+    If one is there, the hosts are dead, and the count begins anew; otherwise the run ends.
+    """
+
+    def __init__(self, private: frozenset[str]) -> None:
+        self._private = private
+        self._lock = threading.Lock()
+        self._silent = 0
+        self._witnesses: OrderedDict[tuple[str, int], None] = OrderedDict()
+
+    def answered(self, host: str, port: int) -> None:
+        """A server spoke."""
+        with self._lock:
+            self._silent = 0
+            self._witnesses[host, port] = None
+            self._witnesses.move_to_end((host, port))
+            if len(self._witnesses) > WITNESSES:
+                self._witnesses.popitem(last=False)
+
+    def silent(self, reason: str) -> None:
+        """Nobody was there; raises StorageError where that is so for everybody."""
+        with self._lock:
+            self._silent += 1
+            if self._silent < SILENT:
+                return
+            if any(self._is_there(host, port) for host, port in self._witnesses):
+                self._silent = 0
+                return
+        known = "nor do those that answered before" if self._witnesses else "and none has answered yet"
+        raise StorageError(
+            f"no server answered {SILENT} requests in a row ({reason}), {known}: the network or the name server is at "
+            "fault, not the images. Run the same command again when they are back, finished shards are kept; rows of "
+            "hosts that are gone for good can be left out of the manifest"
+        )
+
+    def _is_there(self, host: str, port: int) -> bool:
+        set_deadline(time.monotonic() + 5)
+        try:
+            connect(host, port, self._private).close()
+        except (AddressNotAllowed, NoConnection, OSError):
+            return False
+        return True
+
+
+class _Timed(socket.socket):
+    """Waits no longer than its thread's deadline, however often a server sends one more byte."""
+
+    def recv_into(self, *arguments: Any) -> int:
+        self.settimeout(seconds_left())
+        return super().recv_into(*arguments)
+
+
+class _TimedTLS(ssl.SSLSocket):
+    """The same for what is encrypted."""
+
+    def recv_into(self, *arguments: Any) -> int:
+        self.settimeout(seconds_left())
+        return super().recv_into(*arguments)
+
+
+class _Pinned:
+    """The part of a connection that replaces urllib3's: it looks the host up once and checks what it found."""
+
+    private: frozenset[str]
+    port: int
+    _dns_host: str
+
+    def _new_conn(self) -> socket.socket:
+        return connect(self._dns_host.strip("[]"), self.port, self.private)
+
+
+def _tls() -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    context.sslsocket_class = _TimedTLS
+    return context
+
+
+def _parse(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    ip = ipaddress.ip_address(text.partition("%")[0])
+    if isinstance(ip, ipaddress.IPv6Address):
+        if ip.ipv4_mapped is not None:
+            return ip.ipv4_mapped
+        if ip in _NAT64:
+            return ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+    return ip
+
+
+def _look_up(host: str, port: int, ends: float) -> list[Any]:
+    """What the system's resolver says; it has no time-out of its own, so it is asked in a thread."""
+    answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    threading.Thread(target=_ask, args=(socket.getaddrinfo, host, port, answers.put), daemon=True).start()
+    try:
+        found: Any = answers.get(timeout=max(0.001, ends - time.monotonic()))
+    except queue.Empty:
+        seconds_left()
+        raise NoConnection(f"{host}: the name server does not answer", passing=True) from None
+    if isinstance(found, Exception):
+        passing = isinstance(found, socket.gaierror) and found.errno == socket.EAI_AGAIN
+        raise NoConnection(f"{host}: {found}", passing=passing) from found
+    return list(found)
+
+
+def _ask(resolve: Callable[..., Any], host: str, port: int, answer: Callable[[Any], None]) -> None:
+    try:
+        answer(resolve(host, port, 0, socket.SOCK_STREAM))
+    except (OSError, UnicodeError) as error:
+        answer(error)
