@@ -67,8 +67,20 @@ class BackendUnavailable(PipelineError):
     exit_code = 2
 
 
+class DecoderUnavailable(PipelineError):
+    """This machine cannot start a process that decodes images."""
+
+    exit_code = 2
+
+
 class PlanMismatch(PipelineError):
     """The output holds a dataset of another model, manifest, prompt set, ...; the message lists what differs."""
+
+    exit_code = 2
+
+
+class NoDataset(PipelineError):
+    """There is no dataset at the address that was given."""
 
     exit_code = 2
 
@@ -89,6 +101,18 @@ class TooManyFailures(PipelineError):
 
 class Interrupted(PipelineError):
     """A signal ended the run; what was committed stays, and the same command goes on."""
+
+    exit_code = 75
+
+
+class OutputBusy(PipelineError):
+    """Another run holds the output; the message says who, since when, and what to do."""
+
+    exit_code = 75
+
+
+class LeaseLost(PipelineError):
+    """Another run took the output over while this one was silent; what was committed stays."""
 
     exit_code = 75
 

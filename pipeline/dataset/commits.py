@@ -10,14 +10,16 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
 
 from pipeline.addresses import explained
+from pipeline.dataset.audit import audit, prefix_of
 from pipeline.dataset.parts import PartFormat, write_part
 from pipeline.dataset.plan import Plan
 from pipeline.errors import StorageError
@@ -50,11 +52,13 @@ def commit_part(
     storage: Storage, shard: int, table: pa.Table, form: PartFormat, counts: Mapping[str, int]
 ) -> ShardReport:
     """Write, flush and publish a part, then commit it, unless somebody else has committed the shard."""
-    with storage.staged() as staged, explained(storage.url):
-        failpoint("part.write")
-        write_part(table, staged.path, form)
-        failpoint("part.written")
-        digest, size = sha256(staged.path), staged.path.stat().st_size
+    with storage.staged() as staged:
+        # The disk that fills up is that of the temporary file, which for an object store lies elsewhere.
+        with explained(str(staged.path.with_name(f"part-{shard:05d}-*.parquet")), needed=table.nbytes):
+            failpoint("part.write")
+            write_part(table, staged.path, form)
+            failpoint("part.written")
+            digest, size = sha256(staged.path), staged.path.stat().st_size
         part = f"part-{shard:05d}-{digest[:16]}.parquet"
         staged.publish(part)
     failpoint("part.published")
@@ -68,29 +72,27 @@ def commit_part(
     return ShardReport(shard=shard, part=part, rows=table.num_rows, counts=counts, committed=won)
 
 
-def find_done(storage: Storage, plan: Plan) -> dict[int, Commit]:
-    """The shards that need no work: a commit whose part is there with its size and digest.
+def find_done(storage: Storage, plan: Plan, confirm: Callable[[], None] = lambda: None) -> dict[int, Commit]:
+    """The shards that need no work: a commit whose part is there, whole, and of this plan.
 
     Anything else (torn, foreign, part missing or damaged) is said, and cleared so that the shard can be
-    done again.
+    done again. ``confirm`` is called before anything is cleared, and raises if the output is another run's by now.
     """
     # Commits first: a part is there before its commit, so a shard that another run commits meanwhile
     # is not taken for one without a part.
     names = sorted(name for name in storage.sizes(FOLDER) if name.endswith(".json"))
     sizes = storage.sizes()
     with ThreadPoolExecutor(8) as pool:
-        checked = list(pool.map(lambda name: _check(storage, plan, sizes, name), names))
-    done = {commit.shard: commit for commit, problem in checked if commit is not None and not problem}
+        checked = list(pool.map(partial(check, storage, plan, sizes), names))
+    done = {each.commit.shard: each.commit for each in checked if each.commit is not None and not each.problem}
     if len(done) < plan.shards:
+        confirm()
         storage.remove(SUCCESS)
-    for name, (commit, problem) in zip(names, checked, strict=True):
-        if problem:
-            log.warning("%s/%s: %s; the shard is done again", FOLDER, name, problem)
-            # The part first: a damaged one must never outlive its commit and be met by the next. What a bad
-            # commit names is removed only if it is a file of this dataset.
-            if commit is not None and commit.part in sizes:
-                storage.remove(commit.part)
-            storage.remove(f"{FOLDER}/{name}")
+    for each in checked:
+        if each.problem:
+            log.warning("%s/%s: %s; the shard is done again", FOLDER, each.name, each.problem)
+            confirm()
+            _discard(storage, each, sizes)
     return done
 
 
@@ -101,16 +103,21 @@ def read_commits(storage: Storage, plan: Plan) -> list[Commit]:
         StorageError: one is missing or torn.
     """
     commits = []
-    for shard in range(plan.shards):
-        commit = _parse(storage.read(_name(shard)))
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda shard: _parse(storage.read(_name(shard))), range(plan.shards)))
+    for shard, commit in enumerate(found):
         if commit is None:
             raise StorageError(f"{storage.url}/{_name(shard)}: missing or torn; run the same command again")
         commits.append(commit)
     return commits
 
 
-def finalize(storage: Storage, plan: Plan, commits: Iterable[Commit]) -> dict[str, int]:
+def finalize(
+    storage: Storage, plan: Plan, commits: Iterable[Commit], confirm: Callable[[], None] = lambda: None
+) -> dict[str, int]:
     """Check that the commits cover the plan, clear what nobody refers to, write ``_SUCCESS``.
+
+    ``confirm`` is called before anything is cleared or written, and raises if the output is another run's by now.
 
     Returns:
         Rows by status over the whole dataset.
@@ -136,14 +143,16 @@ def finalize(storage: Storage, plan: Plan, commits: Iterable[Commit]) -> dict[st
     failpoint("finalize.checked")
     # Every shard is decided, so a part without a commit is a left-over, and readers would count it twice.
     parts = {commit.part for commit in ordered}
+    confirm()
     for name in sizes:
-        if name.startswith("part-") and name.endswith(".parquet") and name not in parts:
+        if is_part(name) and name not in parts and _is_decided(storage, plan, name):
             storage.remove(name)
     storage.sweep()
     failpoint("finalize.cleared")
     content = {"rows": rows, "counts": dict(sorted(counts.items())), "parts": [commit.part for commit in ordered]}
     marker = (json.dumps(content, indent=2) + "\n").encode()
     if storage.read(SUCCESS) != marker:
+        confirm()
         storage.write(SUCCESS, marker)
     failpoint("finalize.done")
     return dict(counts)
@@ -156,21 +165,74 @@ def _name(shard: int) -> str:
 def _parse(data: bytes | None) -> Commit | None:
     try:
         values: dict[str, Any] = json.loads(data or b"")
-        return Commit(**values)
+        commit = Commit(**values)
     except (ValueError, TypeError):
         return None
+    numbers = (commit.shard, commit.rows, commit.size)
+    texts = (commit.part, commit.sha256)
+    sound = all(type(value) is int for value in numbers) and all(isinstance(value, str) for value in texts)
+    counts: Any = commit.counts
+    sound = sound and isinstance(counts, dict) and all(type(value) is int for value in counts.values())
+    return commit if sound else None
 
 
-def _check(storage: Storage, plan: Plan, sizes: Mapping[str, int], name: str) -> tuple[Commit | None, str]:
-    commit = _parse(storage.read(f"{FOLDER}/{name}"))
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """A commit file that was looked at: what it holds, and what is wrong with it or its part, if anything.
+
+    ``kind`` is a short name of the problem; ``data`` are the bytes that were judged.
+    """
+
+    name: str
+    commit: Commit | None
+    kind: str = ""
+    problem: str = ""
+    data: bytes | None = None
+
+
+def check(storage: Storage, plan: Plan, sizes: Mapping[str, int], name: str) -> Checked:
+    """Look at a commit file and at its part, of which every byte is read; ``sizes`` are those of the output."""
+    data = storage.read(f"{FOLDER}/{name}")
+    commit = _parse(data)
     if commit is None:
-        return None, "the commit is torn"
+        return Checked(name, None, "torn commit", "the commit is torn", data)
     if not 0 <= commit.shard < plan.shards or f"{FOLDER}/{name}" != _name(commit.shard):
-        return None, f"the commit is of a foreign shard ({commit.shard})"
-    if commit.part not in sizes:
-        return commit, f"its part {commit.part} is missing"
-    if sizes[commit.part] != commit.size:
-        return commit, f"its part has {sizes[commit.part]} bytes, not {commit.size}"
-    if storage.digest(commit.part) != commit.sha256:
-        return commit, "its part has another digest"
-    return commit, ""
+        return Checked(name, None, "foreign commit", f"the commit is of a foreign shard ({commit.shard})", data)
+    problem = audit(storage, plan, sizes, **asdict(commit))
+    if problem is None:
+        return Checked(name, commit)
+    return Checked(name, commit, problem.kind, problem.text, data)
+
+
+def read_commit(storage: Storage, name: str) -> Commit | None:
+    """What a commit file holds; None if it is torn or gone."""
+    return _parse(storage.read(f"{FOLDER}/{name}"))
+
+
+def is_part(name: str) -> bool:
+    """Whether a file of the output is named like a part."""
+    return name.startswith("part-") and name.endswith(".parquet")
+
+
+def _is_decided(storage: Storage, plan: Plan, part: str) -> bool:
+    """Whether the shard that a part is named after is none of the plan, or has a commit, now, for another part.
+
+    Another run may have taken the output over, and published what it has not committed yet.
+    """
+    shard = part.split("-")[1]
+    if not shard.isdigit() or int(shard) >= plan.shards:
+        return True
+    commit = _parse(storage.read(_name(int(shard))))
+    return commit is not None and commit.part != part
+
+
+def _discard(storage: Storage, bad: Checked, sizes: Mapping[str, int]) -> None:
+    """Clear a bad commit and its part, unless another run has replaced the commit since it was judged."""
+    if storage.read(f"{FOLDER}/{bad.name}") != bad.data:
+        return
+    # The part first: a damaged one must never outlive its commit and be met by the next. What a bad
+    # commit names is removed only if it is a part of its own shard.
+    commit = bad.commit
+    if commit is not None and commit.part in sizes and commit.part.startswith(prefix_of(commit.shard)):
+        storage.remove(commit.part)
+    storage.remove(f"{FOLDER}/{bad.name}")

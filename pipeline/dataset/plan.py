@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.errors import PlanMismatch
@@ -18,8 +18,9 @@ VERSION = 1
 class Plan:
     """Everything that the bytes of the dataset follow from.
 
-    ``fingerprints`` are compared on resume; ``about`` is for people, and may differ. The shard list is not spelled out:
-    it follows from the manifest's row groups and ``shard_rows``, so a plan stays small at any size.
+    ``fingerprints`` are compared on resume; ``about`` is for people, and ``config`` is what the job was told, for a
+    repair (see :mod:`pipeline.dataset.recipe`); both may differ. The shard list is not spelled out: it follows from the
+    manifest's row groups and ``shard_rows``, so a plan stays small at any size.
     """
 
     rows: int
@@ -27,6 +28,7 @@ class Plan:
     shard_rows: int
     fingerprints: Mapping[str, Any]
     about: Mapping[str, Any]
+    config: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> bytes:
         """The content of ``_plan.json``."""
@@ -37,8 +39,30 @@ class Plan:
             "shard_rows": self.shard_rows,
             "fingerprints": self.fingerprints,
             "about": self.about,
+            "config": self.config,
         }
         return (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def read(storage: Storage) -> Plan | None:
+    """The plan of an output; None if there is none.
+
+    Raises:
+        PlanMismatch: it is torn, or of another version.
+    """
+    data = storage.read(NAME)
+    if data is None:
+        return None
+    try:
+        content = dict(json.loads(data))
+        if content.pop("version") != VERSION:
+            raise ValueError("of another version of this pipeline")  # noqa: TRY301
+        plan = Plan(**{"config": {}, **content})
+    except (ValueError, TypeError, KeyError) as error:
+        raise PlanMismatch(f"{storage.url}/{NAME}: not readable as a plan ({error})") from error
+    if not all(type(number) is int and number > 0 for number in (plan.rows, plan.shards, plan.shard_rows)):
+        raise PlanMismatch(f"{storage.url}/{NAME}: not readable as a plan (rows and shards must be positive numbers)")
+    return plan
 
 
 def settle(storage: Storage, plan: Plan) -> bool:
@@ -77,6 +101,8 @@ def compare(storage: Storage, plan: Plan) -> bool:
             f"{storage.url}/{NAME}: not readable as JSON ({error}); choose another output.dir"
         ) from error
     wanted = json.loads(plan.to_json())
+    for content in (found, wanted):
+        content.pop("config", None)
     named = list(_differences(found.pop("about", {}), wanted.pop("about"), ""))
     differences = list(_differences(found, wanted, ""))
     if differences:

@@ -1,0 +1,131 @@
+"""What is wrong with a part: its place, size and digest, its rows and counts, and the job that it says it is of."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.addresses import explained, open_arrow
+from pipeline.config import OUTPUT_COLUMNS
+from pipeline.dataset.parts import METADATA_KEY
+from pipeline.dataset.plan import Plan
+from pipeline.storage.base import Storage
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something wrong with a part: a short name of it, and a sentence."""
+
+    kind: str
+    text: str
+
+
+def prefix_of(shard: int) -> str:
+    """What the name of every part of a shard begins with."""
+    return f"part-{shard:05d}-"
+
+
+def audit(
+    storage: Storage,
+    plan: Plan,
+    sizes: Mapping[str, int],
+    *,
+    shard: int,
+    part: str,
+    rows: int,
+    size: int,
+    sha256: str,
+    counts: Mapping[str, int],
+) -> Problem | None:
+    """The first thing wrong with a part, or with what its commit says of it; every byte of the part is read.
+
+    Raises:
+        StorageError: the storage does not answer, which says nothing about the part.
+    """
+    wanted = min(plan.shard_rows, plan.rows - shard * plan.shard_rows)
+    if not part.startswith(prefix_of(shard)):
+        return Problem("wrong part", f"the commit names {part}, which is no part of shard {shard}")
+    if part not in sizes:
+        return Problem("missing part", f"its part {part} is missing")
+    if sizes[part] != size:
+        return Problem("wrong size", f"its part {part} has {sizes[part]} bytes, not {size}")
+    if rows != wanted:
+        return Problem("wrong rows", f"the commit says {rows} rows; the plan gives the shard {wanted}")
+    if sum(counts.values()) != rows:
+        return Problem("wrong counts", f"the counts of the commit add up to {sum(counts.values())}, not {rows} rows")
+    found = storage.digest(part)
+    if found != sha256:
+        if found is None:
+            return Problem("missing part", f"its part {part} is missing")
+        return Problem("wrong digest", f"its part {part} has another digest: {found[:16]}..., not {sha256[:16]}...")
+    return _audit_content(f"{storage.url}/{part}", plan, part, rows, counts)
+
+
+def _audit_content(url: str, plan: Plan, part: str, rows: int, counts: Mapping[str, int]) -> Problem | None:
+    try:
+        with _opened(url) as parquet:
+            there = parquet.metadata.num_rows
+            if there != rows:
+                return Problem("wrong rows", f"its part {part} has {there} rows, not {rows}")
+            if problem := _audit_schema(parquet.schema_arrow, plan, part):
+                return problem
+            statuses = _count(parquet)
+    except pa.ArrowException as error:
+        return Problem("unreadable part", f"its part {part} is not readable as Parquet: {error}")
+    told = {name: count for name, count in counts.items() if count}
+    if statuses != told:
+        return Problem("wrong counts", f"its part {part} holds {_listed(statuses)}; the commit says {_listed(told)}")
+    return None
+
+
+def _audit_schema(schema: pa.Schema, plan: Plan, part: str) -> Problem | None:
+    if tuple(schema.names[-len(OUTPUT_COLUMNS) :]) != OUTPUT_COLUMNS:
+        return Problem("wrong schema", f"its part {part} has the columns {', '.join(schema.names)}")
+    try:
+        prints = json.loads((schema.metadata or {}).get(METADATA_KEY, b""))
+    except ValueError:
+        prints = None
+    if not isinstance(prints, dict):
+        return Problem("wrong fingerprints", f"its part {part} has no fingerprints in its metadata")
+    wanted = json.loads(json.dumps(plan.fingerprints))
+    differing = sorted(name for name in {*prints, *wanted} if prints.get(name) != wanted.get(name))
+    if differing:
+        return Problem("wrong fingerprints", f"its part {part} is of another job; what differs: {', '.join(differing)}")
+    # The id and the kept columns; the image's own stands second in the fingerprint, and not in the output.
+    wanted_names = [name for place, name in enumerate(wanted["manifest"]["columns"]) if place != 1]
+    kind, dtype = schema.field("embedding").type, str(wanted["output"]["dtype"])
+    stored = pa.types.is_fixed_size_list(kind) and kind.value_type == pa.type_for_alias(dtype)
+    if schema.names[: -len(OUTPUT_COLUMNS)] != wanted_names or not stored:
+        return Problem("wrong schema", f"its part {part} has columns {', '.join(schema.names)}, embeddings of {kind}")
+    return None
+
+
+def _count(parquet: pq.ParquetFile) -> dict[str, int]:
+    counts: Counter[str] = Counter()
+    for batch in parquet.iter_batches(columns=["status"], use_threads=False):
+        for entry in batch.column(0).value_counts().to_pylist():
+            counts[str(entry["values"])] += entry["counts"]
+    return dict(counts)
+
+
+@contextmanager
+def _opened(url: str) -> Iterator[Any]:
+    with explained(url), open_arrow(url) as file:
+        try:
+            yield pq.ParquetFile(file, pre_buffer=False)
+        except OSError as error:
+            # Arrow tells of a damaged file so too, then without a number of the system's.
+            if error.errno is None:
+                raise pa.ArrowInvalid(str(error)) from error
+            raise
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))

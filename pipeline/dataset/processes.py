@@ -1,0 +1,79 @@
+"""Processes as others can name them: on which machine, which number, and whether they still live."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """A process of some machine.
+
+    ``boot`` and ``space`` tell machines and containers of one name apart, ``started`` (clock ticks since the boot)
+    tells processes of one number apart; they are empty where the system does not say.
+    """
+
+    host: str
+    pid: int
+    user: str
+    boot: str
+    space: str
+    started: str
+
+    def __str__(self) -> str:
+        return f"process {self.pid} of {self.user or 'an unknown user'} on {self.host}"
+
+
+def this_process() -> Process:
+    """The one that asks."""
+    try:
+        user = getpass.getuser()
+    except (OSError, KeyError):
+        # A container may run under a number that has no name.
+        user = str(os.getuid())
+    pid = os.getpid()
+    return Process(host=socket.gethostname(), pid=pid, user=user, boot=_boot(), space=_space(), started=_stat(pid)[1])
+
+
+def is_gone(process: Process) -> bool:
+    """Whether it is certain that a process is no more; False where that cannot be known from here."""
+    here = this_process()
+    if (process.host, process.boot, process.space) != (here.host, here.boot, here.space):
+        return False
+    try:
+        os.kill(process.pid, 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):
+        # It lives, under another user, or the number is none.
+        return False
+    state, started = _stat(process.pid)
+    # A zombie only waits for its parent to notice.
+    return state in ("Z", "X") or bool(started and process.started and started != process.started)
+
+
+def _stat(pid: int) -> tuple[str, str]:
+    """State and start time on Linux; empty elsewhere."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return "", ""
+    return (fields[0], fields[19]) if len(fields) > 19 else ("", "")
+
+
+def _boot() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _space() -> str:
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""

@@ -1,0 +1,68 @@
+"""The config of a dataset as its plan keeps it: what the rows follow from, without what is this run's alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.addresses import is_local, local_path
+from pipeline.checks import check
+from pipeline.config import Config, value_of
+from pipeline.errors import ConfigError, PlanMismatch
+
+# A run may change these at will: the rows are the same, and so must be the plan.
+_OF_THE_RUN = {
+    "cluster", "report", "loader.workers", "loader.prefetch", "loader.isolation", "prompts.cache", "backend.artifacts",
+    "output.dir", "output.lease_seconds", "errors.grace_seconds",
+}  # fmt: skip
+# Addresses that may be relative to where the command was given. Not manifest.root: its words are a fingerprint.
+_PLACES = ("manifest.path", "prompts.path")
+
+
+def recipe_of(config: Config) -> dict[str, Any]:
+    """What the plan keeps of a config, by group; local places are absolute."""
+    recipe: dict[str, Any] = {}
+    for group, values in asdict(config).items():
+        kept = {name: value for name, value in values.items() if not {group, f"{group}.{name}"} & _OF_THE_RUN}
+        if kept:
+            recipe[group] = kept
+    for key in _PLACES:
+        group, name = key.split(".")
+        address = value_of(config, key)
+        if address is not None and is_local(address):
+            recipe[group][name] = _absolute(address)
+    # A model is a name on the hub, unless a folder is there.
+    if Path(config.model.name).expanduser().is_dir():
+        recipe["model"]["name"] = _absolute(config.model.name)
+    return recipe
+
+
+def config_of(recipe: Mapping[str, Any], output: str) -> Config:
+    """The config that makes the same rows at ``output``; what the plan does not keep has its default.
+
+    Raises:
+        PlanMismatch: the plan keeps no config, or one that this version does not know.
+    """
+    if not recipe:
+        raise PlanMismatch(f"{output}/_plan.json: keeps no config to repair with; run the command that began it")
+    config = Config()
+    try:
+        groups = {name: replace(getattr(config, name), **values) for name, values in recipe.items()}
+        config = replace(config, **groups)
+        config = replace(config, output=replace(config.output, dir=output))
+        problems = check(config)
+    except (TypeError, AttributeError) as error:
+        known = ", ".join(each.name for each in fields(Config))
+        raise PlanMismatch(
+            f"{output}/_plan.json: its config is not one of this version ({error}; groups: {known}); run the command "
+            "that began it"
+        ) from error
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def _absolute(address: str) -> str:
+    return str(Path(local_path(address)).expanduser().absolute())

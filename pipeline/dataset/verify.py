@@ -1,0 +1,223 @@
+"""Whether a dataset is whole: every part against its commit, every count against the plan, every file accounted for."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from json import loads
+from typing import Any
+
+from pipeline.dataset import commits, lease, plan
+from pipeline.dataset.audit import prefix_of
+from pipeline.dataset.processes import is_gone
+from pipeline.errors import NoDataset, PlanMismatch
+from pipeline.storage.base import TEMPORARY, Storage
+
+# Parts are looked at by so many threads at once; each holds one block of a part.
+THREADS = 8
+# So many results wait at most.
+WINDOW = 256
+BOOKS = {plan.NAME, commits.SUCCESS, "_report.json", "_report.html", "_run.log", "_parity.json"}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was found: a short name, the file, a sentence, and what to do.
+
+    ``damage`` is False where the rows are whole all the same, as with a left-over temporary file.
+    """
+
+    kind: str
+    place: str
+    text: str
+    way_out: str
+    damage: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """What is known of a dataset after every byte of it was read; ``done`` shards are committed and whole."""
+
+    output: str
+    finished: bool
+    rows: int
+    shards: int
+    done: int
+    counts: Mapping[str, int]
+    findings: Sequence[Finding]
+
+    @property
+    def state(self) -> str:
+        """``healthy``, ``unfinished`` (what is there is whole) or ``damaged``."""
+        if any(finding.damage for finding in self.findings):
+            return "damaged"
+        return "healthy" if self.finished else "unfinished"
+
+
+def verify(storage: Storage, *, on_shard: Callable[[int, int], None] = lambda done, total: None) -> Health:
+    """Look at every file of a dataset; nothing is changed.
+
+    Args:
+        storage: the dataset.
+        on_shard: called with the commits that were looked at, and all of them.
+
+    Raises:
+        NoDataset: neither a plan nor a part is there.
+        StorageError: the storage does not answer, which says nothing about the dataset.
+    """
+    # Commits first: a part is there before its commit, so that one which a run commits meanwhile has a part.
+    names = sorted(storage.sizes(commits.FOLDER))
+    sizes = storage.sizes()
+    try:
+        wanted = plan.read(storage)
+        if wanted is None and not names and not any(commits.is_part(name) for name in sizes):
+            raise NoDataset(f"{storage.url}: no dataset is here; give the output.dir of a job")
+        trouble = "" if wanted is not None else f"{storage.url}/{plan.NAME}: missing"
+    except PlanMismatch as error:
+        wanted, trouble = None, str(error)
+    if wanted is None:
+        way_out = "restore it from a copy, or run the job again into another output.dir"
+        found = [Finding("damaged plan", plan.NAME, trouble, way_out, damage=True)]
+        return Health(storage.url, finished=False, rows=0, shards=0, done=0, counts={}, findings=found)
+
+    repair = f"python -m pipeline.verify {storage.url} --repair"
+    findings, rows, counts, parts = list[Finding](), 0, Counter[str](), dict[int, str]()
+    files = [name for name in names if name.endswith(".json")]
+    for number, each in enumerate(_checked(storage, wanted, sizes, files), 1):
+        if each.problem:
+            place = f"{commits.FOLDER}/{each.name}"
+            findings.append(Finding(each.kind, place, each.problem, repair, damage=True))
+        elif each.commit is not None:
+            rows += each.commit.rows
+            counts.update(each.commit.counts)
+            parts[each.commit.shard] = each.commit.part
+        on_shard(number, len(files))
+    marker = storage.read(commits.SUCCESS)
+    if marker is not None:
+        there = set(files)
+        for shard in range(wanted.shards):
+            if f"{shard:05d}.json" not in there:
+                text = f"shard {shard} has no commit, though {commits.SUCCESS} says that all is done"
+                place = f"{commits.FOLDER}/{shard:05d}.json"
+                findings.append(Finding("missing commit", place, text, repair, damage=True))
+        if len(parts) == wanted.shards:
+            findings += _audit_marker(marker, rows, counts, [parts[shard] for shard in sorted(parts)], repair)
+    if wanted.shards != -(-wanted.rows // wanted.shard_rows):
+        text = f"{wanted.rows} rows by {wanted.shard_rows} do not make {wanted.shards} shards"
+        findings.append(Finding("damaged plan", plan.NAME, text, "run the job into another output.dir", damage=True))
+    findings += _strangers(
+        storage, sizes, names, parts, shards=wanted.shards, finished=marker is not None, repair=repair
+    )
+    findings += _leases(storage)
+    return Health(
+        output=storage.url,
+        finished=marker is not None,
+        rows=rows,
+        shards=wanted.shards,
+        done=len(parts),
+        counts=dict(sorted(counts.items())),
+        findings=findings,
+    )
+
+
+def collect(storage: Storage, *, age: float) -> dict[str, int]:
+    """Remove parts that no commit names, and temporary files, if they were written more than ``age`` seconds ago.
+
+    The caller holds the lease. What a commit names stays, and so does every part of a shard whose commit is torn, and
+    every file whose storage does not say when it was written.
+
+    Returns:
+        The files that are gone, with their sizes in bytes.
+    """
+    entries = storage.entries()
+    named, unsure = set(), set()
+    for name in storage.sizes(commits.FOLDER):
+        commit = commits.read_commit(storage, name)
+        if commit is not None:
+            named.add(commit.part)
+        elif name.removesuffix(".json").isdigit():
+            unsure.add(prefix_of(int(name.removesuffix(".json"))))
+    gone, latest = {}, time.time() - age
+    for name, entry in sorted(entries.items()):
+        free = commits.is_part(name) and name not in named and not name.startswith(tuple(unsure))
+        if (free or name.startswith(TEMPORARY)) and 0 < entry.modified < latest:
+            storage.remove(name)
+            gone[name] = entry.size
+    return gone
+
+
+def _checked(
+    storage: Storage, wanted: plan.Plan, sizes: Mapping[str, int], names: Sequence[str]
+) -> Iterator[commits.Checked]:
+    """Every commit in order, looked at by threads, a window at a time."""
+    left = iter(names)
+    with ThreadPoolExecutor(THREADS) as pool:
+        while window := list(islice(left, WINDOW)):
+            yield from pool.map(partial(commits.check, storage, wanted, sizes), window)
+
+
+def _audit_marker(
+    marker: bytes, rows: int, counts: Mapping[str, int], parts: Sequence[str], repair: str
+) -> Iterator[Finding]:
+    try:
+        found: Any = loads(marker)
+    except ValueError:
+        found = None
+    wanted = {"rows": rows, "counts": dict(counts), "parts": list(parts)}
+    if not isinstance(found, dict):
+        yield Finding("wrong marker", commits.SUCCESS, "it is torn", repair, damage=True)
+        return
+    for key, value in wanted.items():
+        if found.get(key) != value:
+            text = f"its {key} are not those of the commits"
+            yield Finding("wrong marker", commits.SUCCESS, text, repair, damage=True)
+
+
+def _strangers(
+    storage: Storage,
+    sizes: Mapping[str, int],
+    names: Sequence[str],
+    parts: Mapping[int, str],
+    *,
+    shards: int,
+    finished: bool,
+    repair: str,
+) -> Iterator[Finding]:
+    """Files that neither the plan nor a commit accounts for."""
+    named, clear = set(parts.values()), f"python -m pipeline.verify {storage.url} --collect 24h"
+    for name in sorted(set(sizes) - named - BOOKS):
+        if name.startswith(TEMPORARY):
+            text = "left by a killed run, or just being written"
+            yield Finding("temporary file", name, text, clear, damage=False)
+        elif commits.is_part(name):
+            shard = name.split("-")[1]
+            # One of a shard that has to be done again anyway is told of with its commit.
+            again = shard.isdigit() and int(shard) < shards and int(shard) not in parts
+            if not again or (not finished and f"{shard}.json" not in names):
+                text = "no commit names it" + ("; readers see its rows twice" if finished else "")
+                yield Finding("stray part", name, text, repair if finished else clear, damage=finished)
+        elif name.endswith((".parquet", ".pq")) and not name.startswith(("_", ".")):
+            text = "no file of this dataset; readers mix its rows with the dataset's"
+            yield Finding("foreign file", name, text, "move it elsewhere", damage=True)
+        else:
+            yield Finding("unknown file", name, "no file of this dataset", "move it elsewhere", damage=False)
+    for name in names:
+        if not name.endswith(".json"):
+            place = f"{commits.FOLDER}/{name}"
+            yield Finding("unknown file", place, "no commit", "move it elsewhere", damage=False)
+
+
+def _leases(storage: Storage) -> Iterator[Finding]:
+    for name in lease.leases(storage).values():
+        holder = lease.parse(storage.read(name))
+        if holder is not None and not holder.silent() and not is_gone(holder.process):
+            text = f"a run is at work: {holder}"
+            yield Finding("lease", name, text, "look again when it has ended", damage=False)
+        else:
+            text = f"left by a run that is gone: {holder or 'torn'}"
+            yield Finding("stale lease", name, text, "the next run takes it over", damage=False)

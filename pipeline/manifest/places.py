@@ -1,0 +1,31 @@
+"""Whether a job's places fit together: the images' root, the manifest and the output."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.addresses import is_local, local_path
+from pipeline.config import Config
+from pipeline.errors import ManifestError
+from pipeline.manifest.source import Manifest
+
+
+def check_places(config: Config, manifest: Manifest) -> None:
+    """Refuse a root that is not there, and an output that would mix with the manifest.
+
+    Raises:
+        ManifestError: every row would fail, or the next run would take its own parts for manifest files.
+    """
+    root, output = manifest.root, config.output.dir
+    if manifest.image_kind != "bytes" and is_local(root) and not Path(local_path(root)).is_dir():
+        raise ManifestError(f"manifest.root={root}: no such folder; is a disk not mounted? manifest.root sets another")
+    if not is_local(output) or not is_local(manifest.files[0].url):
+        return
+    folder = Path(local_path(output)).resolve()
+    given = Path(local_path(config.manifest.path or "")).expanduser().resolve()
+    inside = [file.url for file in manifest.files if folder in Path(local_path(file.url)).resolve().parents]
+    if inside or (given.is_dir() and (given == folder or given in folder.parents)):
+        raise ManifestError(
+            f"output.dir={output} and manifest.path={config.manifest.path} lie in one another, so that readers would "
+            "mix the rows of both; choose an output.dir beside the manifest"
+        )
