@@ -104,9 +104,9 @@ class PreprocessSpec:
 class ImageBatch:
     """A batch of one shard at the static shape.
 
-    ``pixels`` is uint8 ``[B, 3, H, W]`` on the encoder's device; the first ``len(rows)`` images count,
-    the rest are zeros. ``rows`` are the positions in the shard. Whoever encodes it calls ``release``
-    once the pixels are no longer needed, and the buffer is used again.
+    ``pixels`` is uint8 ``[B, 3, H, W]`` on the encoder's device; the first ``len(rows)`` images count, the rest
+    repeat them (:mod:`pipeline.images.padding`). ``rows`` are the positions in the shard. Whoever encodes it calls
+    ``release`` once the pixels are no longer needed, and the buffer is used again.
     """
 
     shard: Shard
@@ -218,7 +218,8 @@ class RunReport:
 
     ``rows`` counts what this run committed and ``images`` those it embedded, ``resumed_rows`` what earlier
     runs had committed. ``steady`` throughput leaves out the start-up and the first batch. ``parity`` is None
-    for eager fp32, with which the others are compared.
+    for eager fp32, with which the others are compared. ``batch_sizes`` has more than one where the device had no memory
+    for the first.
     """
 
     started: str
@@ -238,6 +239,7 @@ class RunReport:
     labels: Mapping[str, int]
     prompts: Mapping[str, object]
     parity: Parity | None
+    batch_sizes: tuple[int, ...]
     memory: Mapping[str, float]
     machine: Mapping[str, object]
     versions: Mapping[str, str]

@@ -40,6 +40,7 @@ REPORT = RunReport(
     parity=Parity(
         images=64, lowest_cosine=0.99875, mean_cosine=0.9995, top1=0.984375, worst=(("<i>odd</i>.jpg", 0.99875),)
     ),
+    batch_sizes=(64,),
     memory={"peak_rss_mib": 512.0},
     machine={"processor": "test", "cores": 2, "device": "cpu"},
     versions={"python": "3.11"},

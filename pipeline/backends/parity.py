@@ -33,15 +33,9 @@ def measure(encoder: ImageEncoder, checkpoint: Checkpoint, sample: Sample, bank:
     count = len(sample.ids)
     rows = torch.arange(max(count, encoder.batch_size)) % count
     ids = tuple(sample.ids[row] for row in rows)
-    try:
-        vectors = embed_sample(encoder, Sample(ids=ids, pixels=sample.pixels[rows]))
-        exact = reference(checkpoint, encoder.device, batch_size=min(count, REFERENCE_BATCH), sample=lambda: sample)
-        wanted = embed_sample(exact, sample)
-    except torch.OutOfMemoryError as error:
-        raise BackendUnavailable(
-            f"the device has no memory to compare batches of {encoder.batch_size} images with fp32: lower "
-            f"loader.batch_size ({error})"
-        ) from error
+    vectors = embed_sample(encoder, Sample(ids=ids, pixels=sample.pixels[rows]))
+    exact = reference(checkpoint, encoder.device, batch_size=min(count, REFERENCE_BATCH), sample=lambda: sample)
+    wanted = embed_sample(exact, sample)
     if encoder.device.type == "cuda":
         # The reference is not part of the job's memory.
         del exact
@@ -71,10 +65,32 @@ def pass_gate(
         return None
     parity = _recorded(storage, key_of(encoder, fingerprints, limits))
     if parity is None:
-        parity = measure(encoder, checkpoint, sample(), bank)
+        try:
+            parity = measure(encoder, checkpoint, sample(), bank)
+        except torch.OutOfMemoryError as error:
+            raise BackendUnavailable(
+                f"{encoder.device} has no memory to compare backend={encoder.name} with fp32 PyTorch, which takes "
+                f"{REFERENCE_BATCH} images at a time beside it ({error}); free the device, or lower loader.batch_size"
+            ) from error
         log.info("%s", in_words(parity))
     hold(parity, limits, precision=encoder.precision, what=f"{checkpoint.name} on backend={encoder.name}")
     return parity
+
+
+def check(
+    encoder: ImageEncoder, checkpoint: Checkpoint, sample: Draw, *, bank: TextBank | None, limits: ParityConfig
+) -> None:
+    """Compare a backend that was opened anew in the middle of a job.
+
+    Raises:
+        ParityError: a figure misses its limit.
+        torch.OutOfMemoryError: the device has no memory for the encoder and fp32 side by side.
+    """
+    if is_reference(encoder):
+        return
+    parity = measure(encoder, checkpoint, sample(), bank)
+    log.info("batches of %d images: %s", encoder.batch_size, in_words(parity))
+    hold(parity, limits, precision=encoder.precision, what=f"{checkpoint.name} on backend={encoder.name}")
 
 
 def record(

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pipeline.artifacts.external import check_external
 from pipeline.artifacts.graphs import GRAPH, INPUTS, OUTPUTS
 from pipeline.artifacts.store import Artifact
 from pipeline.backends.base import ImageEncoder
@@ -17,6 +18,8 @@ from pipeline.models.towers import Normaliser
 from pipeline.records import PreprocessSpec
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+# What ONNX Runtime's arena, CUDA and cuBLAS say when the device is full.
+NO_MEMORY = ("failed to allocate memory", "out of memory", "cublas_status_alloc_failed")
 INPUT, OUTPUT = INPUTS["image"][0], OUTPUTS["image"]
 
 
@@ -35,9 +38,11 @@ def open_session(
 
     Raises:
         BackendUnavailable: the provider's libraries are missing, or it did not take the whole graph.
+        ArtifactError: the graph names files outside its folder.
     """
     import onnxruntime
 
+    check_external(path)
     wanted = PROVIDERS[provider]
     advice = f"with {wanted}; its libraries may be missing or of another version: pip uninstall onnxruntime, then "
     advice += "pip install 'onnxruntime-gpu[cuda,cudnn]'"
@@ -127,7 +132,13 @@ class SessionEncoder(ImageEncoder):
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         current = torch.cuda.current_stream(self.device)
         stream.wait_stream(current)
-        self._session.run_with_iobinding(binding, options)
+        try:
+            self._session.run_with_iobinding(binding, options)
+        except Exception as error:
+            # ONNX Runtime has no class of its own for it.
+            if any(words in str(error).lower() for words in NO_MEMORY):
+                raise torch.OutOfMemoryError(str(error)) from error
+            raise
         current.wait_stream(stream)
         # Their memory is not given to others before this stream is done with it.
         values.record_stream(stream)

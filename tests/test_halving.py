@@ -1,0 +1,119 @@
+"""A device without memory for a batch gets smaller ones, and the job goes on with the same embeddings."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from pipeline.backends.halving import HalvingEncoder
+from pipeline.errors import BackendUnavailable, ParityError
+from pipeline.job import run_job
+from pipeline.models.hub import DEMO_FOLDER
+from tests.jobs import StubEncoder, config_for, scenes_manifest, stub_backend
+
+
+class Small(StubEncoder):
+    """Has memory for three pictures."""
+
+    room = 3
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        assert len(pixels) == self.batch_size, "the shape is static"
+        if len(pixels) > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return super().encode(pixels)
+
+
+def pictures(count: int) -> torch.Tensor:
+    dice = torch.Generator().manual_seed(1)
+    return torch.randint(0, 256, (count, 8, 8, 3), dtype=torch.uint8, generator=dice).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize(("size", "sizes"), [(3, [3]), (4, [4, 2]), (7, [7, 4, 2]), (16, [16, 8, 4, 2])])
+def test_a_batch_is_encoded_in_parts_that_fit(size: int, sizes: list[int]) -> None:
+    checked: list[int] = []
+    encoder = HalvingEncoder(Small(size), Small, lambda reopened: checked.append(reopened.batch_size))
+    pixels = pictures(size)
+    assert torch.equal(encoder.encode(pixels), StubEncoder(size).encode(pixels))
+    assert torch.equal(encoder.encode(pixels.flip(0)), StubEncoder(size).encode(pixels.flip(0)))
+    assert encoder.batch_sizes == sizes
+    assert encoder.batch_size == size
+    assert checked == sizes[1:]
+
+
+def test_parts_lie_in_memory_as_batches_do() -> None:
+    seen: list[tuple[int, ...]] = []
+
+    class Strict(Small):
+        def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+            seen.append(pixels.stride())
+            return super().encode(pixels)
+
+    HalvingEncoder(Strict(7), Strict, lambda reopened: None).encode(pictures(7))
+    assert len(set(seen)) == 1
+
+
+def test_no_memory_for_a_single_picture_is_an_error() -> None:
+    class Full(Small):
+        room = 0
+
+    with pytest.raises(BackendUnavailable, match=r"no memory to embed a single picture.*20\.00 MiB"):
+        HalvingEncoder(Full(8), Full, lambda reopened: None).encode(pictures(8))
+
+
+def test_memory_that_is_short_while_reopening_counts_too() -> None:
+    def reopen(size: int) -> Small:
+        if size == 4:
+            raise torch.OutOfMemoryError("no room for the weights beside somebody else's")
+        return Small(size)
+
+    encoder = HalvingEncoder(Small(8), reopen, lambda reopened: None)
+    assert len(encoder.encode(pictures(8))) == 8
+    assert encoder.batch_sizes == [8, 4, 2]
+
+
+def test_a_reopened_backend_that_is_too_far_from_fp32_ends_the_job() -> None:
+    def check(reopened: StubEncoder) -> None:
+        raise ParityError("too far")
+
+    with pytest.raises(ParityError):
+        HalvingEncoder(Small(8), Small, check).encode(pictures(8))  # type: ignore[arg-type]
+
+
+def test_the_memory_of_the_first_encoder_is_given_back_before_the_next_is_opened() -> None:
+    import weakref
+
+    first = Small(8)
+    alive = weakref.ref(first)
+    found: list[object] = []
+
+    def reopen(size: int) -> Small:
+        found.append(alive())
+        return Small(size)
+
+    encoder = HalvingEncoder(first, reopen, lambda reopened: None)
+    del first
+    encoder.encode(pictures(8))
+    assert found == [None, None]
+
+
+def test_a_job_goes_on_with_smaller_batches_and_says_so(tmp_path: Path) -> None:
+    manifest = scenes_manifest(tmp_path / "m.parquet", 40)
+    outputs = {}
+    for kind in (StubEncoder, Small):
+        config = config_for(manifest, tmp_path / kind.__name__, prompts={"labels": []})
+        config = replace(config, model=replace(config.model, name=str(DEMO_FOLDER)))
+        with stub_backend(kind):
+            report = run_job(config)
+        outputs[kind] = np.stack(pq.read_table(config.output.dir)["embedding"].drop_null().to_numpy())
+        assert report.batch_sizes == ((8,) if kind is StubEncoder else (8, 4, 2))
+    assert np.array_equal(outputs[StubEncoder], outputs[Small])
+    assert json.loads((tmp_path / "Small" / "_report.json").read_text())["batch_sizes"] == [8, 4, 2]
+    assert "batches of 8 images at first, then 4, then 2" in (tmp_path / "Small" / "_report.html").read_text()
+    assert "no memory for batches of 8 pictures; going on with 4" in (tmp_path / "Small" / "_run.log").read_text()
