@@ -97,7 +97,8 @@ def _export(config: Config, options: argparse.Namespace) -> Iterator[Artifact]:
         if config.manifest.path is None:
             return rendered_sample(spec, count)
         manifest = open_manifest(config.manifest)
-        drawn = draw_sample(manifest, pixel_reader(config, manifest, spec), count)
+        with pixel_reader(config, manifest, spec) as reader:
+            drawn = draw_sample(manifest, reader, count)
         if drawn is None:
             raise ManifestError(f"{config.manifest.path}: none of the images that were tried can be decoded")
         return drawn

@@ -98,9 +98,9 @@ def failpoint(name: str, data: bytes | str = b"") -> None:
     if not _armed:
         return
     handled = data.encode(errors="surrogateescape") if isinstance(data, str) else data
-    for rule in _armed.get(name, ()):
-        if rule.due(handled):
-            rule.act(name)
+    # All count the hit before one acts on it.
+    for rule in [rule for rule in _armed.get(name, ()) if rule.due(handled)]:
+        rule.act(name)
 
 
 def arm(text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from itertools import islice
 
@@ -9,21 +10,21 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from pipeline.addresses import open_arrow
-from pipeline.images.decode import Decoder
-from pipeline.images.sources import Source
+from pipeline.images.reader import PixelReader
 from pipeline.manifest.shards import ShardReader, cut, refs
 from pipeline.manifest.source import Manifest
-from pipeline.records import OK, Failure
+from pipeline.records import OK, Failure, Pixels, PreprocessSpec
 from pipeline.report.page import Example
 
-THUMBNAIL = 160
+# The square in the middle, which is about what the model saw.
+THUMBNAIL = PreprocessSpec(
+    resize=160, crop=(160, 160), resample=Image.Resampling.BICUBIC, mean=(0, 0, 0), std=(1, 1, 1)
+)
 # Rows of the first shard among which examples are spread: a bytes column is not read much further.
 REACH = 512
 
 
-def gallery(
-    manifest: Manifest, source: Source, decoder: Decoder, *, part: str, shard_rows: int, count: int
-) -> list[Example]:
+def gallery(manifest: Manifest, reader: PixelReader, *, part: str, shard_rows: int, count: int) -> list[Example]:
     """Up to ``count`` embedded images, spread evenly over the first rows of the first shard.
 
     ``part`` is the address of the first shard's part.
@@ -37,24 +38,25 @@ def gallery(
     chosen = set(good[::step][:count])
     examples: list[Example] = []
     shard = next(cut(manifest, shard_rows))
-    with ShardReader(manifest) as reader:
-        images = (ref for batch in reader.read(shard) for ref in refs(manifest, batch))
+    thumbnails = dataclasses.replace(reader, spec=THUMBNAIL)
+    with ShardReader(manifest) as rows:
+        images = (ref for batch in rows.read(shard) for ref in refs(manifest, batch))
         for position, ref in enumerate(islice(images, max(chosen, default=-1) + 1)):
-            data = source.read(ref) if position in chosen else None
-            if data is None or isinstance(data, Failure):
-                continue
-            image = decoder.decode(data)
-            if isinstance(image, Failure):
+            pixels = thumbnails.read(ref, _no_timer) if position in chosen else None
+            if pixels is None or isinstance(pixels, Failure):
                 continue
             row = table.slice(position, 1).to_pylist()[0]
             examples.append(
-                Example(id=str(row[manifest.id]), label=row["label"], score=row["score"], thumbnail=_thumbnail(image))
+                Example(id=str(row[manifest.id]), label=row["label"], score=row["score"], thumbnail=_jpeg(pixels))
             )
     return examples
 
 
-def _thumbnail(image: Image.Image) -> bytes:
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
+def _jpeg(pixels: Pixels) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=82)
+    Image.fromarray(pixels.rgb).save(buffer, "JPEG", quality=82)
     return buffer.getvalue()
+
+
+def _no_timer(stage: str, seconds: float) -> None:
+    return

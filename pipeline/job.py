@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from functools import cache, partial
 from pathlib import Path
@@ -18,26 +19,29 @@ from pipeline.backends.base import ImageEncoder
 from pipeline.backends.parity import pass_gate, record
 from pipeline.cluster import inline
 from pipeline.config import DEMO_MODEL, Config
-from pipeline.dataset import commits, plan
+from pipeline.dataset import commits, lease, plan
 from pipeline.dataset.parts import part_format
+from pipeline.dataset.recipe import recipe_of
 from pipeline.demo import folder as demo
-from pipeline.errors import ManifestError, TooManyFailures
+from pipeline.errors import TooManyFailures
 from pipeline.failpoints import failpoint
 from pipeline.gallery import gallery
+from pipeline.images.reader import PixelReader
 from pipeline.images.sample import draw_sample
 from pipeline.manifest.ids import check_ids
+from pipeline.manifest.places import check_places
 from pipeline.manifest.shards import count_shards, cut
 from pipeline.manifest.source import Manifest, open_manifest
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline.models.text import build_bank, read_labels
-from pipeline.records import OK, PreprocessSpec, RunReport, Sample, TextBank
+from pipeline.records import OK, RunReport, Sample, TextBank
 from pipeline.report import page, summary
 from pipeline.report.clocks import StageClocks
-from pipeline.report.logs import log_to
+from pipeline.report.logs import log_to, log_to_terminal
 from pipeline.report.progress import Progress
 from pipeline.storage.base import Storage
 from pipeline.storage.opening import open_storage
-from pipeline.worker import Job, cores, open_encoder, pixel_reader, worker_threads
+from pipeline.worker import Job, cores, open_for_job, pixel_reader, worker_threads
 
 REPORT, PAGE = "_report.json", "_report.html"
 log = logging.getLogger(__name__)
@@ -55,12 +59,18 @@ def run_job(config: Config, *, began: float | None = None) -> RunReport:
     storage = open_storage(config.output.dir)
     # From here on the one address that all rooms can open, without a ~.
     config = dataclasses.replace(config, output=dataclasses.replace(config.output, dir=storage.url))
-    with log_to(storage):
+    # Before the log of the output, and before a GPU's memory is taken: a run that is refused disturbs nothing.
+    with ExitStack() as opened:
+        with log_to_terminal():
+            held = opened.enter_context(lease.take(storage, seconds=config.output.lease_seconds))
+        opened.enter_context(log_to(storage))
+        if held.taken_over:
+            log.warning("took over from %s", held.taken_over)
         before = time.time()
         rendered = with_demo_scenes(config)
         # Rendering the demo's pictures is no part of embedding them.
         began = (began or before) + time.time() - before
-        return _run(rendered, storage, began=began, demo_scenes=rendered is not config)
+        return _run(rendered, storage, held, opened, began=began, demo_scenes=rendered is not config)
 
 
 def with_demo_scenes(config: Config) -> Config:
@@ -75,34 +85,15 @@ def with_demo_scenes(config: Config) -> Config:
     return dataclasses.replace(config, manifest=manifest)
 
 
-def check_places(config: Config, manifest: Manifest) -> None:
-    """Refuse a root that is not there, and an output that would mix with the manifest.
-
-    Raises:
-        ManifestError: every row would fail, or the next run would take its own parts for manifest files.
-    """
-    root, output = manifest.root, config.output.dir
-    if manifest.image_kind != "bytes" and is_local(root) and not Path(local_path(root)).is_dir():
-        raise ManifestError(f"manifest.root={root}: no such folder; is a disk not mounted? manifest.root sets another")
-    if not is_local(output) or not is_local(manifest.files[0].url):
-        return
-    folder = Path(local_path(output)).resolve()
-    given = Path(local_path(config.manifest.path or "")).expanduser().resolve()
-    inside = [file.url for file in manifest.files if folder in Path(local_path(file.url)).resolve().parents]
-    if inside or (given.is_dir() and (given == folder or given in folder.parents)):
-        raise ManifestError(
-            f"output.dir={output} and manifest.path={config.manifest.path} lie in one another, so that readers would "
-            "mix the rows of both; choose an output.dir beside the manifest"
-        )
-
-
 def with_batch_that_fits(config: Config, rows: int) -> Config:
     """The config with no batch larger than its largest shard: what is over would be padding in every batch."""
     size = min(config.loader.batch_size, config.manifest.shard_rows, rows)
     return dataclasses.replace(config, loader=dataclasses.replace(config.loader, batch_size=size))
 
 
-def _run(config: Config, storage: Storage, *, began: float, demo_scenes: bool) -> RunReport:
+def _run(
+    config: Config, storage: Storage, held: lease.Lease, opened: ExitStack, *, began: float, demo_scenes: bool
+) -> RunReport:
     started = datetime.now(UTC)
     manifest = open_manifest(config.manifest)
     check_places(config, manifest)
@@ -113,8 +104,9 @@ def _run(config: Config, storage: Storage, *, began: float, demo_scenes: bool) -
     checkpoint = open_checkpoint(config.model)
     bank = _bank(config, checkpoint)
     spec = dataclasses.replace(checkpoint.spec, corner=config.images.crop_corner)
-    sample = cache(partial(_sample, config, manifest, spec))
-    encoder = open_encoder(config, checkpoint, sample)
+    reader = opened.enter_context(pixel_reader(config, manifest, spec))
+    sample = cache(partial(_sample, config, manifest, reader))
+    encoder = open_for_job(config, checkpoint, sample, bank)
     log.info("model %s with %s on %s in %s", config.model.name, encoder.name, encoder.device, encoder.precision)
 
     prints = fingerprints(config, manifest, checkpoint, encoder, bank)
@@ -124,16 +116,18 @@ def _run(config: Config, storage: Storage, *, began: float, demo_scenes: bool) -
         shard_rows=config.manifest.shard_rows,
         fingerprints=prints,
         about={"model": config.model.name, "manifest": config.manifest.path},
+        config=recipe_of(config),
     )
     # A wrong output.dir is told at once, a backend that misses leaves no plan behind.
     plan.compare(storage, wanted)
     limits = config.parity
     parity = pass_gate(encoder, checkpoint, sample, bank=bank, limits=limits, fingerprints=prints, storage=storage)
+    held.confirm()
     plan.settle(storage, wanted)
     failpoint("plan.settled")
     if parity is not None:
         record(parity, encoder, limits=limits, fingerprints=prints, storage=storage)
-    done = commits.find_done(storage, wanted)
+    done = commits.find_done(storage, wanted, held.confirm)
     resumed_rows = sum(commit.rows for commit in done.values())
     if done:
         log.info("%d of %d shards (%d rows) are done already", len(done), wanted.shards, resumed_rows)
@@ -150,10 +144,11 @@ def _run(config: Config, storage: Storage, *, began: float, demo_scenes: bool) -
     clocks, rows = StageClocks(), 0
     looped = time.time()
     with Progress(manifest.rows, done=resumed_rows, mode=config.report.progress) as progress:
-        for report in inline.run(todo, job, encoder, clocks=clocks, on_batch=progress.embedded):
+        for report in inline.run(todo, job, encoder, clocks=clocks, on_batch=progress.embedded, reader=reader):
+            held.check()
             rows += report.rows if report.committed else 0
             progress.failed(report.rows - report.counts[OK])
-    counts, parts = _finish(storage, wanted)
+    counts, parts = _finish(storage, wanted, held)
     startup, wall = looped - began + progress.first_batch_seconds, time.time() - began
 
     bound, advice = summary.find_bound(
@@ -186,15 +181,17 @@ def _run(config: Config, storage: Storage, *, began: float, demo_scenes: bool) -
         labels=content.labels,
         prompts={"labels": len(bank.names) if bank else 0, "cached": bank is not None and bank.cached},
         parity=parity,
-        memory=summary.memory(),
+        batch_sizes=tuple(encoder.batch_sizes),
+        memory={**summary.memory(), **reader.memory()},
         machine=summary.machine(str(encoder.device), cores()),
         versions=summary.versions(),
         fingerprints=prints,
         config=dataclasses.asdict(config),
         exit_code=TooManyFailures.exit_code if over else 0,
     )
+    held.confirm()
     if rows or storage.read(REPORT) is None:
-        _publish(storage, result, config, manifest, checkpoint, parts)
+        _publish(storage, result, config, manifest, reader, parts)
         failpoint("report.written")
     _say(result, config)
     if demo_scenes:
@@ -247,40 +244,38 @@ def _bank(config: Config, checkpoint: Checkpoint) -> TextBank | None:
     return bank
 
 
-def _sample(config: Config, manifest: Manifest, spec: PreprocessSpec) -> Sample:
+def _sample(config: Config, manifest: Manifest, reader: PixelReader) -> Sample:
     """Images of the job for its backend to be compared on; twice as many where one half is for calibration."""
     count = config.parity.images * (2 if config.backend.quantization == "static" else 1)
-    sample = draw_sample(manifest, pixel_reader(config, manifest, spec), count)
+    sample = draw_sample(manifest, reader, count)
     if sample is None:
         log.warning("none of the images that were tried can be read; the backend is compared on rendered scenes")
-        return demo.rendered_sample(spec, count)
+        return demo.rendered_sample(reader.spec, count)
     return sample
 
 
-def _finish(storage: Storage, wanted: plan.Plan) -> tuple[Mapping[str, int], list[str]]:
+def _finish(storage: Storage, wanted: plan.Plan, held: lease.Lease) -> tuple[Mapping[str, int], list[str]]:
     """Write ``_SUCCESS``; rows by status with ``ok`` first, and the parts in order."""
     settled = commits.read_commits(storage, wanted)
-    counts = commits.finalize(storage, wanted, settled)
+    counts = commits.finalize(storage, wanted, settled, held.confirm)
     ordered = {OK: counts.pop(OK, 0), **dict(sorted(counts.items()))}
     return ordered, [commit.part for commit in settled]
 
 
 def _publish(
-    storage: Storage, result: RunReport, config: Config, manifest: Manifest, checkpoint: Checkpoint, parts: list[str]
+    storage: Storage, result: RunReport, config: Config, manifest: Manifest, reader: PixelReader, parts: list[str]
 ) -> None:
+    if config.report.html:
+        examples = gallery(
+            manifest,
+            reader,
+            part=f"{config.output.dir.rstrip('/')}/{parts[0]}",
+            shard_rows=config.manifest.shard_rows,
+            count=config.report.examples,
+        )
+        storage.write(PAGE, page.to_html(result, examples, output=config.output.dir, model=config.model.name))
+    # Last: a run that finds it has nothing left to write.
     storage.write(REPORT, page.to_json(result))
-    if not config.report.html:
-        return
-    reader = pixel_reader(config, manifest, checkpoint.spec)
-    examples = gallery(
-        manifest,
-        reader.source,
-        reader.decoder,
-        part=f"{config.output.dir.rstrip('/')}/{parts[0]}",
-        shard_rows=config.manifest.shard_rows,
-        count=config.report.examples,
-    )
-    storage.write(PAGE, page.to_html(result, examples, output=config.output.dir, model=config.model.name))
 
 
 def _say(result: RunReport, config: Config) -> None:

@@ -5,42 +5,33 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 
 from pipeline.backends import factory
 from pipeline.backends.base import Draw, ImageEncoder
+from pipeline.backends.halving import HalvingEncoder
+from pipeline.backends.parity import check
 from pipeline.config import Config
 from pipeline.dataset.commits import commit_part
 from pipeline.dataset.parts import PartFormat, ShardResult, build_table, count_statuses
-from pipeline.errors import BackendUnavailable, NumericalError
 from pipeline.failpoints import failpoint
 from pipeline.images.decode import Decoder
-from pipeline.images.loader import Loader, PixelReader
+from pipeline.images.decoders import Decoders
+from pipeline.images.loader import Loader
+from pipeline.images.reader import PixelReader
 from pipeline.images.sources import Source
 from pipeline.manifest.source import Manifest
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.models.labels import label
-from pipeline.records import (
-    Embeddings,
-    ImageBatch,
-    PreprocessSpec,
-    Shard,
-    ShardReport,
-    ShardRows,
-    Stage,
-    TextBank,
-)
+from pipeline.records import PreprocessSpec, Shard, ShardReport, ShardRows, Stage, TextBank
 from pipeline.report.clocks import StageClocks
+from pipeline.results import Accumulated, Flying, Labelling, launch
 from pipeline.storage.opening import open_storage
 
 # Parts that may wait for the disk before the loop waits too.
 PENDING_PARTS = 2
-# An embedding of length 1 in float32 is off by rounding only.
-UNIT_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,18 +45,6 @@ class Job:
     bank: TextBank | None
 
 
-@dataclass(frozen=True, slots=True)
-class _Flying:
-    """A batch whose results are on their way to the host; ``landed`` tells when (None: they are there)."""
-
-    rows: np.ndarray
-    vectors: torch.Tensor
-    top: torch.Tensor
-    scores: torch.Tensor
-    healthy: torch.Tensor
-    landed: torch.cuda.Event | None
-
-
 def open_encoder(config: Config, checkpoint: Checkpoint, sample: Draw) -> ImageEncoder:
     """Open the backend of the config; once per process. See :class:`~pipeline.backends.base.BackendFactory`."""
     return factory(config.backend.name)(
@@ -73,18 +52,43 @@ def open_encoder(config: Config, checkpoint: Checkpoint, sample: Draw) -> ImageE
     )
 
 
+def open_for_job(config: Config, checkpoint: Checkpoint, sample: Draw, bank: TextBank | None) -> HalvingEncoder:
+    """As :func:`open_encoder`, and open it again for smaller batches where the device has no memory for these."""
+
+    def reopen(size: int) -> ImageEncoder:
+        return open_encoder(replace(config, loader=replace(config.loader, batch_size=size)), checkpoint, sample)
+
+    def judge(encoder: ImageEncoder) -> None:
+        check(encoder, checkpoint, sample, bank=bank, limits=config.parity)
+
+    return HalvingEncoder(open_encoder(config, checkpoint, sample), reopen, judge)
+
+
 def pixel_reader(config: Config, manifest: Manifest, spec: PreprocessSpec) -> PixelReader:
-    """How this job turns a reference into pixels."""
-    images = config.images
+    """How this job turns a reference into pixels; close it, as it may start processes that decode."""
+    images, loader = config.images, config.loader
+    decoder = Decoder(
+        formats=tuple(images.formats),
+        max_pixels=images.max_pixels,
+        exif=images.exif,
+        transparency=images.transparency,
+    )
+    decoders = None
+    if loader.isolation == "process":
+        # Threads beyond the cores help where reading waits; processes beyond them would only take memory.
+        processes = min(worker_threads(config), cores())
+        decoders = Decoders(decoder, processes=processes, seconds=loader.decode_seconds, memory=loader.decode_memory)
     return PixelReader(
-        source=Source(root=manifest.root, max_bytes=images.max_bytes, schemes=tuple(images.schemes)),
-        decoder=Decoder(
-            formats=tuple(images.formats),
-            max_pixels=images.max_pixels,
-            exif=images.exif,
-            transparency=images.transparency,
+        source=Source(
+            root=manifest.root,
+            max_bytes=images.max_bytes,
+            schemes=tuple(images.schemes),
+            private_hosts=tuple(images.private_hosts),
+            read_seconds=loader.read_seconds,
         ),
+        decoder=decoder,
         spec=spec,
+        decoders=decoders,
     )
 
 
@@ -95,6 +99,7 @@ def embed(
     *,
     clocks: StageClocks,
     on_batch: Callable[[int], None] = lambda images: None,
+    reader: PixelReader | None = None,
 ) -> Iterator[ShardReport]:
     """Embed, label, write and commit every shard; a report for each, in order, once it is durable.
 
@@ -104,6 +109,7 @@ def embed(
         encoder: the opened backend.
         clocks: where the time of every stage is added up.
         on_batch: called after each batch with the images in it.
+        reader: the opened reader of images; without one, this opens and closes its own.
 
     Raises:
         NumericalError: the encoder returned something that is not an embedding; the shard stays undone.
@@ -119,7 +125,7 @@ def embed(
 
     pending: list[Future[ShardReport]] = []
     with ThreadPoolExecutor(1, thread_name_prefix="writer") as writer:
-        for result in _results(shards, job, encoder, clocks, on_batch):
+        for result in _results(shards, job, encoder, clocks, on_batch, reader):
             pending.append(writer.submit(write, result))
             while pending and (pending[0].done() or len(pending) > PENDING_PARTS):
                 with clocks.time(Stage.WAIT_OUTPUT):
@@ -147,36 +153,50 @@ def _results(
     encoder: ImageEncoder,
     clocks: StageClocks,
     on_batch: Callable[[int], None],
+    reader: PixelReader | None,
 ) -> Iterator[ShardResult]:
     config = job.config
-    features = torch.from_numpy(job.bank.features).to(encoder.device) if job.bank is not None else None
-    with Loader(
-        job.manifest,
-        pixel_reader(config, job.manifest, job.spec),
-        batch_size=config.loader.batch_size,
-        workers=worker_threads(config),
-        prefetch=config.loader.prefetch,
-        device=encoder.device,
-        timer=clocks.add,
-    ) as loader:
+    labelling = None
+    if job.bank is not None:
+        features = torch.from_numpy(job.bank.features).to(encoder.device)
+        labelling = Labelling(bank=job.bank, features=features, top_k=config.labels.top_k)
+    with (
+        nullcontext(reader) if reader is not None else pixel_reader(config, job.manifest, job.spec) as pixels,
+        Loader(
+            job.manifest,
+            pixels,
+            batch_size=config.loader.batch_size,
+            workers=worker_threads(config),
+            prefetch=config.loader.prefetch,
+            device=encoder.device,
+            timer=clocks.add,
+        ) as loader,
+    ):
         items = loader.stream(shards)
-        shard: _Accumulated | None = None
-        flying: _Flying | None = None
+        shard: Accumulated | None = None
+        flying: Flying | None = None
+        number = 0
         while True:
             with clocks.time(Stage.WAIT_INPUT):
                 item = next(items, None)
             if item is None:
                 return
-            shard = shard or _Accumulated(job, item.shard, encoder.dim)
+            shard = shard or Accumulated(
+                item.shard,
+                dim=encoder.dim,
+                dtype=config.output.dtype,
+                labelling=labelling,
+                threshold=config.labels.threshold,
+            )
             if isinstance(item, ShardRows):
                 if flying is not None:
                     with clocks.time(Stage.ENCODE):
                         shard.add(flying)
                     flying = None
                 yield shard.finish(item)
-                shard = None
+                shard, number = None, 0
                 continue
-            launched = _launch(item, encoder, job, features, clocks)
+            launched = launch(item, encoder, labelling, clocks, number=number)
             loader.release(item)
             # On CUDA the last batch's results are fetched while this one is being computed: the clock of
             # the encoder then runs until the device is done, and that of the labels only while they queue.
@@ -184,92 +204,5 @@ def _results(
                 with clocks.time(Stage.ENCODE):
                     shard.add(flying)
             flying = launched
+            number += 1
             on_batch(len(item.rows))
-
-
-def _launch(
-    batch: ImageBatch, encoder: ImageEncoder, job: Job, features: torch.Tensor | None, clocks: StageClocks
-) -> _Flying:
-    with clocks.time(Stage.ENCODE), _memory_explained(len(batch.pixels)):
-        failpoint("encode")
-        encoded = encoder.encode(batch.pixels)
-        failpoint("encoded")
-    expected = (batch.pixels.shape[0], encoder.dim)
-    if tuple(encoded.shape) != expected or encoded.dtype != torch.float32:
-        raise NumericalError(
-            f"shard {batch.shard.index}: {encoder.name} returned {encoded.dtype} {tuple(encoded.shape)}, wanted "
-            f"float32 {expected}"
-        )
-    vectors = encoded[: len(batch.rows)]
-    lengths = torch.linalg.vector_norm(vectors, dim=1)
-    healthy = (lengths - 1).abs() < UNIT_TOLERANCE
-    empty = torch.empty((len(batch.rows), 0), device=vectors.device)
-    top, scores = empty.long(), empty
-    if job.bank is not None and features is not None:
-        with clocks.time(Stage.LABEL):
-            failpoint("label")
-            found = label(Embeddings(vectors), job.bank, features, top_k=job.config.labels.top_k)
-        top, scores = found.indices, found.scores
-    results = [vectors, top, scores, healthy]
-    landed = None
-    if vectors.device.type == "cuda":
-        # Copied behind this batch's own work, so that fetching it never waits for the next batch.
-        results = [_to_host(tensor) for tensor in results]
-        landed = torch.cuda.Event()
-        landed.record(torch.cuda.current_stream(vectors.device))
-    vectors, top, scores, healthy = results
-    return _Flying(rows=batch.rows, vectors=vectors, top=top, scores=scores, healthy=healthy, landed=landed)
-
-
-def _to_host(tensor: torch.Tensor) -> torch.Tensor:
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return host.copy_(tensor, non_blocking=True)
-
-
-@contextmanager
-def _memory_explained(batch_size: int) -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise BackendUnavailable(
-            f"the device has no memory for batches of {batch_size} images: lower loader.batch_size ({error})"
-        ) from error
-
-
-class _Accumulated:
-    """The results of one shard as they come in."""
-
-    def __init__(self, job: Job, shard: Shard, dim: int) -> None:
-        self._job, self._shard = job, shard
-        labels = job.bank.names if job.bank is not None else ()
-        k = min(job.config.labels.top_k, len(labels))
-        self._vectors = np.zeros((shard.rows, dim), dtype=np.dtype(job.config.output.dtype))
-        self._top = np.zeros((shard.rows, k), dtype=np.int64)
-        self._scores = np.zeros((shard.rows, k), dtype=np.float32)
-
-    def add(self, batch: _Flying) -> None:
-        """Take a batch's results; waits until they have landed."""
-        if batch.landed is not None:
-            batch.landed.synchronize()
-        healthy = batch.healthy.numpy()
-        if not healthy.all():
-            position = int(batch.rows[int(np.flatnonzero(~healthy)[0])])
-            raise NumericalError(
-                f"shard {self._shard.index}, row {position}: the encoder returned NaN, infinity or a vector "
-                "that is not of length 1; the shard is not committed. Try backend.precision=fp32, check the checkpoint"
-            )
-        self._vectors[batch.rows] = batch.vectors.numpy()
-        self._top[batch.rows] = batch.top.numpy()
-        self._scores[batch.rows] = batch.scores.numpy()
-
-    def finish(self, rows: ShardRows) -> ShardResult:
-        """The whole shard."""
-        bank, threshold = self._job.bank, self._job.config.labels.threshold
-        return ShardResult(
-            rows=rows,
-            vectors=self._vectors,
-            top=self._top,
-            scores=self._scores,
-            names=bank.names if bank is not None else (),
-            threshold=threshold,
-        )

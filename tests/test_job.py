@@ -358,13 +358,14 @@ def test_numbers_that_are_no_embedding_are_never_committed(tmp_path: Path, bad: 
 
         def spoil(self, vectors: torch.Tensor) -> torch.Tensor:
             Spoiled.calls += 1
-            if Spoiled.calls == 5:
+            # The first shard takes four: its first batch is encoded twice.
+            if Spoiled.calls == 6:
                 vectors[1] *= bad
             return vectors
 
     config = config_for(scenes_manifest(tmp_path / "m.parquet", 60), tmp_path / "out", prompts={"labels": []})
     config = replace(config, model=replace(config.model, name=str(demo_folder())))
-    with stub_backend(Spoiled), pytest.raises(NumericalError, match="shard 1, row 9"):
+    with stub_backend(Spoiled), pytest.raises(NumericalError, match="shard 1, batch 1, row 9"):
         run_job(config)
     assert [path.name for path in (tmp_path / "out" / "_commits").iterdir()] == ["00000.json"]
 
@@ -426,6 +427,7 @@ def test_errors_know_their_exit_codes() -> None:
     codes = {error.__name__: error.exit_code for error in errors}
     assert codes == {
         "ConfigError": 2, "ManifestError": 2, "ModelError": 2, "PromptsError": 2, "BackendUnavailable": 2,
-        "PlanMismatch": 2, "StorageError": 1, "NumericalError": 1, "TooManyFailures": 3, "Interrupted": 75,
+        "PlanMismatch": 2, "DecoderUnavailable": 2, "StorageError": 1, "NumericalError": 1, "TooManyFailures": 3, "Interrupted": 75,
+        "OutputBusy": 75, "LeaseLost": 75, "NoDataset": 2,
         "ArtifactError": 2, "ParityError": 4,
     }  # fmt: skip

@@ -10,7 +10,7 @@ import torch
 
 from pipeline.config import FORMATS
 from pipeline.images.decode import Decoder
-from pipeline.images.loader import PixelReader
+from pipeline.images.reader import PixelReader
 from pipeline.images.sample import PLACES, TRIES, draw_sample
 from pipeline.images.sources import Source
 from pipeline.manifest.shards import cut

@@ -168,7 +168,8 @@ def _draw(config: Config, checkpoint: Checkpoint) -> tuple[Sample, str]:
         return demo.rendered_sample(checkpoint.spec, count), "rendered scenes"
     manifest = open_manifest(config.manifest)
     spec = dataclasses.replace(checkpoint.spec, corner=config.images.crop_corner)
-    sample = draw_sample(manifest, pixel_reader(config, manifest, spec), count)
+    with pixel_reader(config, manifest, spec) as reader:
+        sample = draw_sample(manifest, reader, count)
     if sample is None:
         raise ManifestError(f"manifest.path={config.manifest.path}: none of the images that were tried can be decoded")
     return sample, f"images of {config.manifest.path}"

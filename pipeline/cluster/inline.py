@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 
 from pipeline.backends.base import ImageEncoder
+from pipeline.images.reader import PixelReader
 from pipeline.records import Shard, ShardReport
 from pipeline.report.clocks import StageClocks
 from pipeline.worker import Job, embed
@@ -17,6 +18,7 @@ def run(
     *,
     clocks: StageClocks,
     on_batch: Callable[[int], None],
+    reader: PixelReader | None = None,
 ) -> Iterator[ShardReport]:
     """See :func:`pipeline.worker.embed`."""
-    return embed(shards, job, encoder, clocks=clocks, on_batch=on_batch)
+    return embed(shards, job, encoder, clocks=clocks, on_batch=on_batch, reader=reader)

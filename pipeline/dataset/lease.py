@@ -99,7 +99,11 @@ def take(storage: Storage, *, seconds: float, folder: str = FOLDER) -> Lease:
     if not _create(storage, name, holder.to_json()):
         raise _busy(storage, parse(storage.read(name)))
     lease = Lease(storage, number + 1, holder, folder=folder, taken_over=gone)
-    failpoint("lease.taken")
+    try:
+        failpoint("lease.taken")
+    except BaseException:
+        lease.release()
+        raise
     return lease
 
 
@@ -128,7 +132,7 @@ class Lease:
         self._over.set()
         self._thread.join(self._holder.seconds)
         try:
-            self._release()
+            self.release()
         except StorageError as problem:
             log.warning("the lease was not released, and ends by itself in %g s: %s", self._holder.seconds, problem)
 
@@ -182,7 +186,8 @@ class Lease:
             "command goes on when the output is free"
         )
 
-    def _release(self) -> None:
+    def release(self) -> None:
+        """Take the lease's file away, and older ones; that of another run stays."""
         own = parse(self._storage.read(self._name))
         if own is not None and own.token == self._holder.token:
             # Ours last: as long as it stands, nobody takes a lower one for the newest.

@@ -23,9 +23,9 @@ import threading
 import warnings
 import zlib
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
-from dataclasses import dataclass
-from typing import TypeVar
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
@@ -36,6 +36,8 @@ T = TypeVar("T")
 
 # An image above this is decoded alone, so that several threads cannot hold several giants at once.
 LARGE_PIXELS = 16_000_000
+# Rows of deep samples that are scaled at a time.
+BAND = 256
 _one_giant = threading.Lock()
 
 # Pillow warns of odd metadata that changes no pixel; a run over millions of files would drown in it.
@@ -78,12 +80,25 @@ _BOXES = 64
 
 @dataclass(frozen=True, slots=True)
 class Decoder:
-    """Pillow with the rules above; safe to use from many threads."""
+    """Pillow with the rules above; safe to use from many threads.
+
+    ``turn`` is held for as long as a giant is in memory; without one, the giants of this process take turns.
+    """
 
     formats: tuple[str, ...]
     max_pixels: int
     exif: str = "apply"
     transparency: str = "white"
+    turn: AbstractContextManager[Any] = field(default=_one_giant, repr=False, compare=False)
+
+    def rules(self) -> dict[str, Any]:
+        """The arguments that make the same decoder elsewhere, fit for JSON."""
+        return {
+            "formats": list(self.formats),
+            "max_pixels": self.max_pixels,
+            "exif": self.exif,
+            "transparency": self.transparency,
+        }
 
     def decode(self, data: bytes) -> Image.Image | Failure:
         """An RGB image, or a failure as :meth:`apply` gives it."""
@@ -117,7 +132,7 @@ class Decoder:
                     "too_many_pixels",
                     f"{image.width} x {image.height} pixels, over images.max_pixels={self.max_pixels:,}",
                 )
-            with _one_giant if pixels > LARGE_PIXELS else nullcontext():
+            with self.turn if pixels > LARGE_PIXELS else nullcontext():
                 rgb = self._load(image)
                 return rgb if isinstance(rgb, Failure) else finish(rgb)
 
@@ -143,7 +158,7 @@ class Decoder:
         if image.mode.startswith("I") or image.mode == "F":
             return _deep_to_rgb(image)
         if image.has_transparency_data and self.transparency != "drop":
-            rgba = image.convert("RGBA")
+            rgba = image if image.mode == "RGBA" else image.convert("RGBA")
             background = Image.new("RGBA", rgba.size, (*_BACKGROUNDS[self.transparency], 255))
             return Image.alpha_composite(background, rgba).convert("RGB")
         return image.convert("RGB")
@@ -169,12 +184,23 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _deep_to_rgb(image: Image.Image) -> Image.Image:
     samples = np.asarray(image)
+    grey = np.empty(samples.shape, dtype=np.uint8)
+    # Some rows at a time: the sums need eight bytes a sample.
+    bands = [slice(start, start + BAND) for start in range(0, len(samples), BAND)]
     if image.mode != "F":
-        return Image.fromarray((np.clip(samples.astype(np.int64), 0, 65_535) >> 8).astype(np.uint8)).convert("RGB")
-    finite = np.nan_to_num(samples.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
-    low, high = float(finite.min()), float(finite.max())
-    grey = (finite - low) / (high - low) * 255 if high > low else np.zeros_like(finite)
-    return Image.fromarray(grey.round().astype(np.uint8)).convert("RGB")
+        for band in bands:
+            grey[band] = np.clip(samples[band].astype(np.int64), 0, 65_535) >> 8
+        return Image.fromarray(grey).convert("RGB")
+    low = min(float(_finite(samples[band]).min()) for band in bands)
+    high = max(float(_finite(samples[band]).max()) for band in bands)
+    for band in bands:
+        finite = _finite(samples[band])
+        grey[band] = ((finite - low) / (high - low) * 255).round() if high > low else 0
+    return Image.fromarray(grey).convert("RGB")
+
+
+def _finite(samples: np.ndarray) -> np.ndarray:
+    return np.nan_to_num(samples.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _unidentified(data: bytes, formats: Sequence[str]) -> Failure:
@@ -221,6 +247,8 @@ def _ends_early(data: bytes) -> bool:
 def _damaged(error: Exception, data: bytes) -> Failure:
     text = str(error) or type(error).__name__
     lowered = text.lower()
+    if "out of memory" in lowered:
+        return Failure("out_of_memory", text)
     if (
         "truncated" in lowered
         or "not enough image data" in lowered

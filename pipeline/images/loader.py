@@ -2,11 +2,11 @@
 
 One feeder thread reads the manifest, hands chunks of rows to a pool of decoding threads, takes the
 results back in order, fills buffers that are used again and again, and (on CUDA) copies them ahead on
-a stream of its own. Pillow releases the GIL, so threads scale, cost no copies between processes, and
-live anywhere: in a Dask worker, in a container with a small /dev/shm, after CUDA was started.
+a stream of its own. Threads live anywhere: in a Dask worker, in a container with a small /dev/shm, after
+CUDA was started; what they decode is decoded for them by processes of :mod:`pipeline.images.decoders`.
 
 What a batch holds follows from the manifest and the config alone: the rows of one shard that could be
-decoded, in order, ``batch_size`` at a time, the last one padded with zeros.
+decoded, in order, ``batch_size`` at a time, the last one filled up with pictures of its own.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain
@@ -26,45 +26,19 @@ import pyarrow as pa
 import torch
 
 from pipeline.failpoints import failpoint
-from pipeline.images.decode import Decoder, limit_pixels
-from pipeline.images.preprocess import preprocess
-from pipeline.images.sources import Source
+from pipeline.images.decode import limit_pixels
+from pipeline.images.padding import repeats
+from pipeline.images.reader import PixelReader, Timer
+from pipeline.images.wire import CHUNK
 from pipeline.manifest.shards import ShardReader, refs
 from pipeline.manifest.source import Manifest
-from pipeline.records import Failure, ImageBatch, ImageRef, Pixels, PreprocessSpec, Shard, ShardRows, Stage
+from pipeline.records import Failure, ImageBatch, ImageRef, Pixels, Shard, ShardRows, Stage
 
-# Rows that a thread decodes in one go: enough to make handing over cheap, few enough to share evenly.
-CHUNK = 8
 # Finished shards that may wait for the consumer: they hold no buffer, so nothing else would stop a run
 # whose images all fail from reading the whole manifest into memory.
 WAITING_SHARDS = 4
 # How often a blocked feeder looks whether it should stop, in seconds.
 POLL = 0.2
-Timer = Callable[[str, float], None]
-
-
-@dataclass(frozen=True, slots=True)
-class PixelReader:
-    """From a reference to pixels, or to the failure that stopped it; never raises for a bad image."""
-
-    source: Source
-    decoder: Decoder
-    spec: PreprocessSpec
-
-    def read(self, ref: ImageRef, timer: Timer) -> Pixels | Failure:
-        """Read, decode and preprocess one image."""
-        started = time.perf_counter()
-        failpoint("read")
-        data = self.source.read(ref)
-        read = time.perf_counter()
-        timer(Stage.READ, read - started)
-        if isinstance(data, Failure):
-            return data
-        failpoint("decode", data)
-        pixels = self.decoder.apply(data, lambda image: preprocess(image, self.spec))
-        timer(Stage.DECODE, time.perf_counter() - read)
-        failpoint("decoded")
-        return pixels
 
 
 @dataclass(slots=True)
@@ -240,7 +214,7 @@ class Loader:
             yield ShardRows(shard=shard, table=table, failures={})
 
     def _decode(self, images: list[ImageRef]) -> list[Pixels | Failure]:
-        return [self._reader.read(ref, self._timer) for ref in images]
+        return self._reader.read_all(images, self._timer)
 
     def _take(self, done: _Chunk | ShardRows, filling: _Filling | None) -> _Filling | None:
         filling = filling or _Filling(done.shard)
@@ -267,7 +241,8 @@ class Loader:
     def _finish(self, filling: _Filling) -> None:
         started = time.perf_counter()
         slot = self._slots[filling.slot]
-        slot.host[len(filling.rows) :] = 0
+        count = len(filling.rows)
+        slot.host[count:] = slot.host[repeats(count, self._batch_size)]
         if self._cuda is not None:
             with torch.cuda.stream(self._cuda):
                 if slot.encoded is not None:

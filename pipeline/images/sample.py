@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from pipeline.images.decode import limit_pixels
-from pipeline.images.loader import PixelReader
+from pipeline.images.reader import PixelReader
 from pipeline.manifest.shards import ShardReader, refs
 from pipeline.manifest.source import Manifest
 from pipeline.records import Failure, ImageRef, Piece, Pixels, Sample, Shard

@@ -1,0 +1,138 @@
+"""A decoder process: ``python -m pipeline.images.child SETTINGS``, started by :mod:`pipeline.images.decoders`.
+
+It decodes bytes of strangers with libraries written in C, so that it gives up what it does not need before the first
+one: it opens no file, writes no core and little else, holds no more memory than it was given, and ends with the
+process that started it.
+"""
+
+from __future__ import annotations
+
+import codecs
+import ctypes
+import fcntl
+import json
+import os
+import resource
+import signal
+import socket
+import sys
+from contextlib import suppress
+from types import TracebackType
+from typing import Any
+
+from PIL import AvifImagePlugin, Image, ImageCms, ImageColor, ImageOps, ImagePalette  # noqa: F401
+
+from pipeline.failpoints import failpoint
+from pipeline.images.decode import Decoder, limit_pixels
+from pipeline.images.preprocess import preprocess
+from pipeline.images.wire import CRASHED, DONE, OUT_OF_MEMORY, READY, Answer, State, parse_request
+from pipeline.records import Failure, Pixels, PreprocessSpec
+
+PR_SET_PDEATHSIG = 1
+# Text in images; Python loads these from files when they are first used.
+_CODECS = ("ascii", "latin-1", "utf-8", "utf-16", "utf-16-be", "utf-16-le", "utf-32", "cp1252", "mac-roman")
+
+
+class Turn:
+    """The turn of a giant, among the processes that share the file; the kernel ends it if the process dies."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self.answer: Answer | None = None
+        self.index = 0
+
+    def __enter__(self) -> None:
+        try:
+            fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            # The wait is not the image's fault, and its clock stands still.
+            self._mark(State.QUEUED)
+            fcntl.lockf(self._fd, fcntl.LOCK_EX)
+            self._mark(State.DECODING)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        fcntl.lockf(self._fd, fcntl.LOCK_UN)
+
+    def _mark(self, state: State) -> None:
+        if self.answer is not None:
+            self.answer.mark(self.index, state)
+
+
+def main() -> None:
+    """Answer requests until the socket closes."""
+    settings = json.loads(sys.argv[1])
+    _end_with(settings["parent"])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    control = socket.socket(fileno=settings["control"])
+    turn = Turn(settings["giants"])
+    rules: dict[str, Any] = settings["decoder"]
+    decoder = Decoder(**{**rules, "formats": tuple(rules["formats"])}, turn=turn)
+    _load_all(decoder.max_pixels)
+    _give_up_rights(settings["memory"], settings["written"])
+    control.sendall(READY)
+    while head := control.recv(4, socket.MSG_WAITALL):
+        pieces, spec = parse_request(control.recv(int.from_bytes(head, "little"), socket.MSG_WAITALL))
+        turn.answer = answer = Answer(settings["outbox"], spec)
+        for index, (offset, size) in enumerate(pieces):
+            turn.index = index
+            answer.mark(index, State.DECODING)
+            answer.put(index, _decode(settings["inbox"], offset, size, decoder, spec))
+        control.sendall(DONE)
+
+
+def _decode(inbox: int, offset: int, size: int, decoder: Decoder, spec: PreprocessSpec) -> Pixels | Failure:
+    try:
+        data = os.pread(inbox, size, offset)
+        failpoint("child.decode", data)
+        return decoder.apply(data, lambda image: preprocess(image, spec))
+    except MemoryError:
+        return Failure(OUT_OF_MEMORY, f"not enough memory to decode {size:,} bytes")
+    except Exception as error:
+        return Failure(CRASHED, f"{type(error).__name__}: {error}")
+
+
+def _end_with(parent: int) -> None:
+    """Die when the thread that started this process ends; its pool keeps that thread for as long as it lives."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        raise SystemExit("the process that started this decoder has gone")
+
+
+def _load_all(max_pixels: int) -> None:
+    """Load whatever decoding may need later, when no file can be opened any more."""
+    Image.init()
+    limit_pixels(max_pixels)
+    # As many decoders run as there are cores; threads of their own would only take memory.
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1
+    for name in _CODECS:
+        codecs.lookup(name)
+
+
+def _give_up_rights(memory: int, written: int) -> None:
+    quiet = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(quiet, 2)
+    os.close(quiet)
+    _lower(resource.RLIMIT_CORE, 0)
+    _lower(resource.RLIMIT_FSIZE, written)
+    with suppress(OSError):
+        with open("/proc/self/statm", encoding="ascii") as file:
+            own = int(file.read().split()[0]) * resource.getpagesize()
+        _lower(resource.RLIMIT_AS, own + memory)
+    # The limit is on numbers: 0 to 2 are taken, and what is open already stays.
+    _lower(resource.RLIMIT_NOFILE, 3)
+
+
+def _lower(kind: int, limit: int) -> None:
+    hard = resource.getrlimit(kind)[1]
+    if hard != resource.RLIM_INFINITY:
+        limit = min(limit, hard)
+    # Not every system knows every limit.
+    with suppress(OSError, ValueError):
+        resource.setrlimit(kind, (limit, limit))
+
+
+if __name__ == "__main__":
+    main()

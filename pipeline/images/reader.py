@@ -1,0 +1,105 @@
+"""From a reference to pixels: read here, decoded in a process that may crash, or in this one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+
+from pipeline.failpoints import failpoint
+from pipeline.images.decode import Decoder
+from pipeline.images.decoders import Decoders
+from pipeline.images.preprocess import preprocess
+from pipeline.images.sources import Source
+from pipeline.images.wire import CHUNK
+from pipeline.records import Failure, ImageRef, Pixels, PreprocessSpec, Stage
+
+# Encoded bytes that are read before they are decoded: eight photos, but not eight files of images.max_bytes.
+HELD = 32 * 2**20
+Timer = Callable[[str, float], None]
+
+
+@dataclass(frozen=True, slots=True)
+class PixelReader:
+    """From references to pixels, or to the failures that stopped them; safe to use from many threads.
+
+    Without ``decoders`` it decodes in the thread that calls. Use it as a context manager: it closes its decoders.
+    """
+
+    source: Source
+    decoder: Decoder
+    spec: PreprocessSpec
+    decoders: Decoders | None = None
+
+    def __enter__(self) -> PixelReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the decoder processes."""
+        if self.decoders is not None:
+            self.decoders.close()
+
+    def read(self, ref: ImageRef, timer: Timer) -> Pixels | Failure:
+        """Read, decode and preprocess one image."""
+        return self.read_all([ref], timer)[0]
+
+    def read_all(self, refs: Sequence[ImageRef], timer: Timer) -> list[Pixels | Failure]:
+        """The same for several images, one result for each; never raises for a bad image.
+
+        ``timer`` is told how long reading and decoding took, the wait for a decoder included.
+
+        Raises:
+            StorageError: images cannot be read, and it is no fault of theirs.
+            DecoderUnavailable: no decoder process can be started.
+        """
+        results: list[Pixels | Failure | None] = [None] * len(refs)
+        positions: list[int] = []
+        encoded: list[bytes] = []
+        held = 0
+        for position, ref in enumerate(refs):
+            data = self._read(ref, timer)
+            if isinstance(data, Failure):
+                results[position] = data
+            else:
+                positions.append(position)
+                encoded.append(data)
+                held += len(data)
+            del data
+            full = self.decoders is None or len(encoded) == CHUNK or held >= HELD
+            if encoded and (full or position == len(refs) - 1):
+                for decoded, result in zip(positions, self._decode(encoded, timer), strict=True):
+                    results[decoded] = result
+                positions, encoded, held = [], [], 0
+        return [result for result in results if result is not None]
+
+    def memory(self) -> dict[str, float]:
+        """For the report: peak resident memory of the largest decoder process, in MiB."""
+        peak = self.decoders.peak_rss() if self.decoders is not None else 0
+        return {"peak_decoder_mib": round(peak / 2**20, 1)} if peak else {}
+
+    def _read(self, ref: ImageRef, timer: Timer) -> bytes | Failure:
+        started = time.perf_counter()
+        failpoint("read")
+        data = self.source.read(ref)
+        timer(Stage.READ, time.perf_counter() - started)
+        return data
+
+    def _decode(self, encoded: list[bytes], timer: Timer) -> list[Pixels | Failure]:
+        started = time.perf_counter()
+        for data in encoded:
+            failpoint("decode", data)
+        results: list[Pixels | Failure]
+        if self.decoders is not None:
+            results = self.decoders.decode(encoded, self.spec)
+        else:
+            results = [self.decoder.apply(data, lambda image: preprocess(image, self.spec)) for data in encoded]
+        timer(Stage.DECODE, time.perf_counter() - started)
+        for _ in results:
+            failpoint("decoded")
+        return results

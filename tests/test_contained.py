@@ -1,0 +1,584 @@
+"""Decoding in processes of its own: the same pixels, and a crash, a hang or a want of memory costs one row."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from pipeline.config import FORMATS
+from pipeline.errors import DecoderUnavailable
+from pipeline.images import children as processes
+from pipeline.images import decoders as module
+from pipeline.images.decode import Decoder, limit_pixels
+from pipeline.images.decoders import Decoders
+from pipeline.images.preprocess import preprocess
+from pipeline.images.reader import PixelReader
+from pipeline.images.sources import Source
+from pipeline.images.wire import CHUNK, TEXT, Answer, Nonsense, State
+from pipeline.job import run_job
+from pipeline.models.hub import DEMO_FOLDER
+from pipeline.records import Failure, ImageRef, Pixels, PreprocessSpec, RunReport
+from tests.conftest import ROOT, data_folder
+from tests.jobs import StubEncoder, config_for, stub_backend
+
+SPEC = PreprocessSpec(resize=32, crop=(32, 32), resample=3, mean=(0, 0, 0), std=(1, 1, 1))
+MIB = 2**20
+DECODER = Decoder(formats=FORMATS, max_pixels=100_000_000)
+Result = Pixels | Failure
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+    limit_pixels(DECODER.max_pixels)
+    yield
+    assert children() == []
+
+
+def children(of: int | None = None) -> list[int]:
+    """The decoder processes that were started by this process, or by ``of``."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            words = (entry / "stat").read_text().rsplit(")", 1)[1].split()
+            command = (entry / "cmdline").read_text()
+        except (OSError, IndexError):
+            continue
+        if int(words[1]) == (of or os.getpid()) and "pipeline.images.child" in command:
+            found.append(int(entry.name))
+    return found
+
+
+@contextmanager
+def pool(**settings: Any) -> Iterator[Decoders]:
+    given = {"processes": 2, "seconds": 60.0, "memory": 2048 * MIB, **settings}
+    decoders = Decoders(given.pop("decoder", DECODER), **given)
+    try:
+        yield decoders
+    finally:
+        decoders.close()
+
+
+def photo(number: int, *, mark: str = "", size: int = 48) -> bytes:
+    """A JPEG file of one colour; ``mark`` stands in its comment."""
+    file = io.BytesIO()
+    colour = (number * 37 % 256, number * 11 % 256, 128)
+    Image.new("RGB", (size, size), colour).save(file, "JPEG", quality=90, comment=mark.encode() or None)
+    return file.getvalue()
+
+
+def alike(one: Result, other: Result) -> bool:
+    if isinstance(one, Pixels) and isinstance(other, Pixels):
+        return np.array_equal(one.rgb, other.rgb)
+    return one == other
+
+
+def here(data: bytes, spec: PreprocessSpec = SPEC, decoder: Decoder = DECODER) -> Result:
+    return decoder.apply(data, lambda image: preprocess(image, spec))
+
+
+def there(decoders: Decoders, images: list[bytes], spec: PreprocessSpec = SPEC) -> list[Result]:
+    """All of ``images``, a chunk at a time."""
+    return [r for start in range(0, len(images), CHUNK) for r in decoders.decode(images[start : start + CHUNK], spec)]
+
+
+def statuses(results: list[Result]) -> list[str]:
+    return [result.status if isinstance(result, Failure) else "ok" for result in results]
+
+
+# Pixels
+
+
+@pytest.mark.parametrize(("folder", "count"), [("odd", 150), ("clothing", 100)])
+def test_pixels_and_failures_are_those_of_this_process(folder: str, count: int) -> None:
+    files = [path for path in sorted(data_folder(folder).rglob("*.*")) if path.suffix not in (".csv", ".md")]
+    images = [path.read_bytes() for path in files[: 2 * count] if path.stat().st_size]
+    assert len(images) >= count
+    with pool() as decoders:
+        for path, one, other in zip(files, map(here, images), there(decoders, images), strict=False):
+            assert alike(one, other), (path, one, other)
+
+
+@pytest.mark.parametrize(
+    ("rules", "spec"),
+    [
+        ({"transparency": "black", "exif": "ignore"}, SPEC),
+        ({"transparency": "drop"}, PreprocessSpec((20, 44), None, 2, (0, 0, 0), (1, 1, 1))),
+        ({"formats": ("PNG",), "max_pixels": 3000}, PreprocessSpec(30, (41, 17), 3, (0, 0, 0), (1, 1, 1), "round")),
+    ],
+)
+def test_rules_and_preprocessing_are_carried_over(rules: dict[str, Any], spec: PreprocessSpec) -> None:
+    decoder = Decoder(**{"formats": FORMATS, "max_pixels": 100_000, **rules})
+    limit_pixels(decoder.max_pixels)
+    images = []
+    for number, (mode, size) in enumerate([("RGBA", (50, 31)), ("LA", (33, 50)), ("RGB", (90, 60)), ("I;16", (9, 9))]):
+        file = io.BytesIO()
+        exif = Image.Exif()
+        exif[0x0112] = 1 + number * 2
+        Image.effect_noise(size, 80).convert(mode).save(file, "PNG", exif=exif)
+        images.append(file.getvalue())
+    images.append(photo(3))
+    with pool(decoder=decoder) as decoders:
+        for one, other in zip(
+            (here(data, spec, decoder) for data in images), there(decoders, images, spec), strict=True
+        ):
+            assert alike(one, other), (one, other)
+
+
+def test_one_pool_serves_several_sizes_and_many_threads() -> None:
+    images = [photo(number, size=20 + number) for number in range(40)]
+    specs = [
+        SPEC,
+        PreprocessSpec(160, (160, 160), 3, (0, 0, 0), (1, 1, 1)),
+        PreprocessSpec(8, (8, 8), 0, (0, 0, 0), (1, 1, 1)),
+    ]
+    with pool() as decoders, ThreadPoolExecutor(5) as threads:
+        jobs = [(images[start : start + 3], specs[start % 3]) for start in range(0, 39, 3)]
+        results = list(threads.map(lambda job: decoders.decode(list(job[0]), job[1]), jobs))
+        assert len(children()) <= 2
+        for (some, spec), found in zip(jobs, results, strict=True):
+            assert all(alike(here(data, spec), result) for data, result in zip(some, found, strict=True))
+
+
+def test_a_process_loads_nothing_heavy() -> None:
+    heavy = ("torch", "pandas", "pyarrow", "fsspec", "asyncio", "multiprocessing")
+    code = f"import sys, pipeline.images.child; print([m for m in {heavy} if m in sys.modules])"
+    assert (
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        == "[]\n"
+    )
+
+
+def test_giants_take_turns_and_the_wait_is_not_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = io.BytesIO()
+    Image.new("L", (4100, 4100), 90).save(file, "PNG", compress_level=1)
+    giant = file.getvalue()
+    monkeypatch.setenv("PIPELINE_FAILPOINTS", "")
+    with pool(processes=3, seconds=20.0) as decoders, ThreadPoolExecutor(3) as threads:
+        # Held by this process: the decoders wait for longer than an image may take, and are not blamed.
+        decoders.seconds = 0.6
+        import fcntl
+
+        fcntl.lockf(decoders.children._giants, fcntl.LOCK_EX)
+        waiting = [threads.submit(decoders.decode, [giant], SPEC) for _ in range(3)]
+        time.sleep(2.5)
+        assert not any(future.done() for future in waiting)
+        decoders.seconds = 20.0
+        fcntl.lockf(decoders.children._giants, fcntl.LOCK_UN)
+        assert [statuses(future.result()) for future in waiting] == [["ok"]] * 3
+
+
+# What goes wrong
+
+
+CLEAN = [photo(number) for number in range(12)]
+
+
+def marked(*rows: int) -> list[bytes]:
+    return [photo(number, mark=f"MARK{number}") if number in rows else CLEAN[number] for number in range(len(CLEAN))]
+
+
+@pytest.mark.parametrize(
+    ("action", "settings", "status", "words"),
+    [
+        ("kill:SIGSEGV", {}, "decoder_crashed", "killed by SIGSEGV"),
+        ("kill:SIGKILL", {}, "decoder_crashed", "killed by SIGKILL"),
+        ("raise:EPERM", {}, "decoder_crashed", "PermissionError"),
+        ("delay:100", {"seconds": 0.4}, "decoder_timeout", "not decoded in 0.4 s (loader.decode_seconds)"),
+        ("grow:1e10", {}, "out_of_memory", "not enough memory"),
+    ],
+)
+def test_trouble_costs_the_rows_that_make_it(
+    monkeypatch: pytest.MonkeyPatch, action: str, settings: dict[str, Any], status: str, words: str
+) -> None:
+    monkeypatch.setenv("PIPELINE_FAILPOINTS", f"child.decode[MARK]={action}")
+    images = marked(0, 3, 4, 11)
+    with pool(**settings) as decoders:
+        results = there(decoders, list(images))
+    for number, result in enumerate(results):
+        if number in (0, 3, 4, 11):
+            assert isinstance(result, Failure)
+            assert result.status == status
+            assert words in result.error
+        else:
+            assert alike(result, here(CLEAN[number]))
+
+
+def test_an_image_is_blamed_only_if_it_crashes_alone_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The second image that a process meets crashes it, whichever it is.
+    monkeypatch.setenv("PIPELINE_FAILPOINTS", "child.decode=kill:SIGSEGV@2")
+    with pool(processes=1) as decoders:
+        assert statuses(there(decoders, list(CLEAN))) == ["ok"] * len(CLEAN)
+
+
+def test_a_process_that_dies_between_two_requests_costs_no_row() -> None:
+    with pool(processes=1) as decoders:
+        assert statuses(decoders.decode([CLEAN[0]], SPEC)) == ["ok"]
+        for pid in children():
+            os.kill(pid, signal.SIGKILL)
+        time.sleep(0.1)
+        assert statuses(there(decoders, list(CLEAN))) == ["ok"] * len(CLEAN)
+
+
+def test_a_file_that_needs_more_memory_than_it_may_have() -> None:
+    file = io.BytesIO()
+    Image.new("RGBA", (9000, 9000), (1, 2, 3, 90)).save(file, "PNG", compress_level=1)
+    with pool(processes=1, memory=64 * MIB) as decoders:
+        results = decoders.decode([CLEAN[0], file.getvalue(), CLEAN[1]], SPEC)
+    assert statuses(results) == ["ok", "out_of_memory", "ok"]
+
+
+def test_a_file_that_takes_longer_than_it_may() -> None:
+    file = io.BytesIO()
+    noise = Image.effect_noise((3500, 3500), 90).convert("RGB")
+    noise.save(file, "JPEG", quality=95, progressive=True)
+    with pool(processes=1, seconds=0.1) as decoders:
+        began = time.monotonic()
+        assert statuses(decoders.decode([CLEAN[0], file.getvalue(), CLEAN[1]], SPEC)) == ["ok", "decoder_timeout", "ok"]
+        assert time.monotonic() - began < 20
+
+
+def test_a_machine_that_cannot_start_a_process_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pool() as decoders:
+        monkeypatch.setattr(processes, "ROOT", tmp_path)
+        monkeypatch.setenv("PYTHONPATH", "")
+        monkeypatch.setattr(sys, "executable", "/bin/false")
+        with pytest.raises(DecoderUnavailable, match=r"ended with code 1 while it started.*loader\.isolation=none"):
+            decoders.decode([CLEAN[0]], SPEC)
+        monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+        with pytest.raises(DecoderUnavailable, match="No such file"):
+            decoders.decode([CLEAN[0]], SPEC)
+        # The place is free again.
+        monkeypatch.undo()
+        assert statuses(decoders.decode([CLEAN[0]], SPEC)) == ["ok"]
+
+
+def test_what_keeps_a_process_from_starting_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIPELINE_FAILPOINTS", "no such thing")
+    with (
+        pool() as decoders,
+        pytest.raises(DecoderUnavailable, match="ValueError: PIPELINE_FAILPOINTS: 'no such thing'"),
+    ):
+        decoders.decode([CLEAN[0]], SPEC)
+
+
+def test_closed_decoders_say_so() -> None:
+    with pool() as decoders:
+        decoders.decode([CLEAN[0]], SPEC)
+    decoders.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        decoders.decode([CLEAN[0]], SPEC)
+
+
+def test_closing_ends_a_process_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIPELINE_FAILPOINTS", "child.decode=delay:100")
+    with ThreadPoolExecutor(1) as threads:
+        with pool() as decoders:
+            hanging = threads.submit(decoders.decode, [CLEAN[0]], SPEC)
+            while not children():
+                time.sleep(0.01)
+            time.sleep(0.5)
+            began = time.monotonic()
+        assert time.monotonic() - began < 5
+        with pytest.raises(RuntimeError, match="closed"):
+            hanging.result()
+
+
+# Answers
+
+
+def spoil_state(fd: int) -> None:
+    os.pwrite(fd, b"\x63", 1)
+
+
+def spoil_status(fd: int) -> None:
+    os.pwrite(fd, bytes([State.FAILED]), 1)
+    text = b"__import__('os')\nx"
+    os.pwrite(fd, len(text).to_bytes(4, "little") + text, 2 * TEXT)
+
+
+def spoil_length(fd: int) -> None:
+    os.pwrite(fd, bytes([State.FAILED]), 1)
+    os.pwrite(fd, b"\xff\xff\xff\xff", 2 * TEXT)
+
+
+def spoil_size(fd: int) -> None:
+    os.ftruncate(fd, TEXT)
+
+
+SPOILERS = [spoil_state, spoil_status, spoil_length, spoil_size]
+
+
+@pytest.mark.parametrize("spoil", SPOILERS)
+def test_an_answer_that_makes_no_sense_is_an_error(spoil: Callable[[int], None]) -> None:
+    with processes.nameless_file() as file:
+        answer = Answer(file.fileno(), SPEC)
+        answer.clear()
+        for index in range(2):
+            answer.put(index, Pixels(rgb=np.zeros((32, 32, 3), np.uint8)))
+        assert len(answer.finished(3)) == 2
+        spoil(file.fileno())
+        with pytest.raises(Nonsense):
+            answer.finished(2)
+
+
+def test_a_process_that_answers_nonsense_costs_rows_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    finished = Answer.finished
+
+    def spoiled(answer: Answer, count: int) -> list[Result]:
+        if os.pread(answer._fd, 1, 0)[0] == State.PIXELS:
+            spoil_state(answer._fd)
+            os.pwrite(answer._fd, b"\x63", 0)
+        return finished(answer, count)
+
+    monkeypatch.setattr(Answer, "finished", spoiled)
+    with pool(processes=1) as decoders:
+        results = decoders.decode(CLEAN[:3], SPEC)
+    assert statuses(results) == ["decoder_crashed"] * 3
+    assert all(isinstance(result, Failure) and "no sense" in result.error for result in results)
+
+
+def test_a_long_or_odd_text_is_carried_as_far_as_it_goes() -> None:
+    with processes.nameless_file() as file:
+        answer = Answer(file.fileno(), SPEC)
+        answer.clear()
+        answer.put(0, Failure("corrupt", "ä" * 10_000))
+        answer.put(1, Failure("corrupt", "half \ud800 a pair\nand a line"))
+        long, odd = answer.finished(2)
+        assert isinstance(long, Failure)
+        assert long.error.startswith("ä" * 2000)
+        assert odd == Failure("corrupt", "half ? a pair\nand a line")
+
+
+# Jobs
+
+
+def job(tmp_path: Path, name: str, images: list[bytes], **loader: Any) -> tuple[RunReport, list[dict[str, Any]]]:
+    manifest = tmp_path / f"{name}.parquet"
+    pq.write_table(pa.table({"id": [f"row-{n}" for n in range(len(images))], "image": images}), manifest)
+    config = config_for(
+        manifest, tmp_path / name, manifest={"keep": []}, loader=loader, model={"name": str(DEMO_FOLDER)}
+    )
+    with stub_backend(StubEncoder):
+        report = run_job(config)
+    parts = sorted((tmp_path / name).glob("part-*.parquet"))
+    return report, pa.concat_tables(pq.read_table(part) for part in parts).to_pylist()
+
+
+def test_a_job_names_the_rows_that_bring_decoders_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = [photo(number) for number in range(30)]
+    before = set(os.listdir("/dev/shm")) if Path("/dev/shm").is_dir() else set()
+    clean, rows = job(tmp_path, "clean", images, decode_seconds=0.5)
+    assert clean.counts == {"ok": 30}
+    assert clean.memory["peak_decoder_mib"] > 10
+    monkeypatch.setenv(
+        "PIPELINE_FAILPOINTS",
+        "child.decode[SEGV]=kill:SIGSEGV; child.decode[KILL]=kill; child.decode[HANG]=delay:100; "
+        "child.decode[GROW]=grow:1e10",
+    )
+    bad = {2: "SEGV", 7: "KILL", 8: "HANG", 20: "GROW", 29: "SEGV"}
+    spoiled = [photo(number, mark=bad.get(number, "")) for number in range(30)]
+    report, found = job(tmp_path, "spoiled", spoiled, decode_seconds=0.5)
+    assert report.exit_code == 0
+    assert report.counts == {"ok": 25, "decoder_crashed": 3, "decoder_timeout": 1, "out_of_memory": 1}
+    wanted = {"SEGV": "decoder_crashed", "KILL": "decoder_crashed", "HANG": "decoder_timeout", "GROW": "out_of_memory"}
+    for number, (row, other) in enumerate(zip(rows, found, strict=True)):
+        if number in bad:
+            assert (other["id"], other["status"]) == (f"row-{number}", wanted[bad[number]])
+            assert other["embedding"] is None
+        else:
+            assert row == other
+    assert {entry["id"] for entry in report.failures} <= {f"row-{number}" for number in bad}
+    if before:
+        assert set(os.listdir("/dev/shm")) <= before
+
+
+def test_a_job_writes_the_same_rows_without_processes(tmp_path: Path) -> None:
+    images = [photo(number) for number in range(10)] + [b"none", photo(3)[:60]]
+    contained, rows = job(tmp_path, "process", images)
+    plain, others = job(tmp_path, "none", images, isolation="none")
+    assert rows == others
+    assert contained.fingerprints == plain.fingerprints | {"manifest": contained.fingerprints["manifest"]}
+    assert "peak_decoder_mib" not in plain.memory
+
+
+def test_no_process_is_left_after_an_error(tmp_path: Path) -> None:
+    class Broken(StubEncoder):
+        def encode(self, pixels: Any) -> Any:
+            assert children()
+            raise ZeroDivisionError
+
+    manifest = tmp_path / "m.parquet"
+    pq.write_table(pa.table({"id": list(range(20)), "image": [photo(n) for n in range(20)]}), manifest)
+    with stub_backend(Broken), pytest.raises(ZeroDivisionError):
+        run_job(config_for(manifest, tmp_path / "out", manifest={"keep": []}, model={"name": str(DEMO_FOLDER)}))
+    assert children() == []
+
+
+# Processes
+
+
+LIGHT = """
+import sys, time
+from pipeline.config import FORMATS
+from pipeline.images.decode import Decoder
+from pipeline.images.decoders import Decoders
+from pipeline.records import PreprocessSpec
+SPEC = PreprocessSpec(resize=32, crop=(32, 32), resample=3, mean=(0, 0, 0), std=(1, 1, 1))
+decoders = Decoders(Decoder(formats=FORMATS, max_pixels=1000), processes=1, seconds=60, memory=2**31)
+"""
+PARENT = f"""{LIGHT}
+decoders.decode([b"none"], SPEC)
+print(*decoders.children._alive, flush=True)
+if len(sys.argv) > 1:
+    decoders.decode([b"none"], SPEC)
+time.sleep(100)
+"""
+DAEMON = f"""{LIGHT}
+import multiprocessing
+def work():
+    print([result.status for result in decoders.decode([b"none"], SPEC)], flush=True)
+    decoders.close()
+process = multiprocessing.get_context("fork").Process(target=work, daemon=True)
+process.start()
+process.join()
+decoders.close()
+sys.exit(process.exitcode)
+"""
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_process_dies_with_the_one_that_started_it(busy: bool) -> None:
+    command = [sys.executable, "-c", PARENT, *(["busy"] if busy else [])]
+    # The first image decodes, the second one hangs.
+    env = {**os.environ, "PIPELINE_FAILPOINTS": "child.decode=delay:100@2" if busy else ""}
+    with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        assert Path(f"/proc/{pid}").exists()
+        parent.kill()
+    until = time.monotonic() + 5
+    while running(pid):
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def running(pid: int) -> bool:
+    """Whether it runs; one that has ended, and that nobody waited for, does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_process_outlives_the_thread_that_first_needed_it() -> None:
+    with pool(processes=1) as decoders:
+        seen = []
+        for _ in range(3):
+            with ThreadPoolExecutor(1) as threads:
+                assert statuses(threads.submit(decoders.decode, [CLEAN[0]], SPEC).result()) == ["ok"]
+            time.sleep(0.05)
+            seen.append(children())
+        assert seen == [seen[0]] * 3
+
+
+def test_ctrl_c_is_for_the_job_to_answer() -> None:
+    with pool(processes=1) as decoders:
+        decoders.decode([CLEAN[0]], SPEC)
+        (pid,) = children()
+        assert os.getpgid(pid) != os.getpgid(0)
+        os.kill(pid, signal.SIGINT)
+        time.sleep(0.1)
+        assert statuses(decoders.decode([CLEAN[0]], SPEC)) == ["ok"]
+        assert children() == [pid]
+
+
+def test_a_process_holds_no_files_of_the_job(tmp_path: Path) -> None:
+    with open(tmp_path / "secret", "w") as file, pool(processes=2) as decoders, ThreadPoolExecutor(2) as threads:
+        os.set_inheritable(file.fileno(), True)
+        list(threads.map(lambda data: decoders.decode([data], SPEC), CLEAN))
+        for pid in children():
+            held = [os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir()]
+            assert len(held) == 7, held
+            assert sum("memfd:decoder" in name for name in held) == 3
+            limits = Path(f"/proc/{pid}/limits").read_text()
+            assert "Max open files            3 " in limits
+            assert "Max core file size        0 " in limits
+
+
+def test_it_works_in_a_worker_that_is_a_daemon() -> None:
+    done = subprocess.run([sys.executable, "-c", DAEMON], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "['not_an_image']\n"
+
+
+def test_nothing_grows_over_many_requests() -> None:
+    with pool(processes=1) as decoders:
+        there(decoders, CLEAN * 10)
+        (pid,) = children()
+        fds, before = len(os.listdir("/proc/self/fd")), rss(pid)
+        mine = rss(os.getpid())
+        for _ in range(1000):
+            decoders.decode(CLEAN[:2], SPEC)
+        assert children() == [pid]
+        assert len(os.listdir("/proc/self/fd")) == fds
+        assert rss(pid) <= before + 2 * MIB
+        assert rss(os.getpid()) <= mine + 8 * MIB
+
+
+def rss(pid: int) -> int:
+    """Bytes."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+# Reading
+
+
+def test_a_reader_splits_what_is_large_and_keeps_the_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("pipeline.images.reader.HELD", 1500)
+    asked: list[int] = []
+    decode = Decoders.decode
+
+    def counted(decoders: Decoders, encoded: list[bytes], spec: PreprocessSpec) -> list[Result]:
+        asked.append(len(encoded))
+        return decode(decoders, encoded, spec)
+
+    monkeypatch.setattr(Decoders, "decode", counted)
+    refs = [ImageRef(id=n, data=data) for n, data in enumerate([*CLEAN, b"", b"x" * 1600, *CLEAN])]
+    refs[5] = ImageRef(id=5, path="absent.jpg")
+    source = Source(root=str(tmp_path), max_bytes=MIB)
+    seconds: dict[str, float] = {}
+    with PixelReader(source, DECODER, SPEC, Decoders(DECODER, processes=1, seconds=60, memory=MIB * 2048)) as reader:
+        results = reader.read_all(refs, lambda stage, spent: seconds.update({stage: spent}))
+    plain = PixelReader(source, DECODER, SPEC).read_all(refs, lambda stage, spent: None)
+    assert all(alike(one, other) for one, other in zip(results, plain, strict=True))
+    assert statuses(results)[5] == "not_found"
+    assert statuses(results)[12:14] == ["empty", "not_an_image"]
+    assert len(asked) > 1
+    assert sum(asked) == len(refs) - 2
+    assert set(seconds) == {"read", "decode"}
+
+
+def test_the_file_of_a_large_image_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "KEEP", 1000)
+    with pool(processes=1) as decoders:
+        assert statuses(decoders.decode([CLEAN[0] + bytes(5000)], SPEC)) == ["ok"]
+        seat = decoders._seats.get()
+        assert seat is not None
+        assert os.fstat(seat._inbox.fileno()).st_size == 0
+        decoders._seats.put(seat)
+        assert statuses(there(decoders, list(CLEAN))) == ["ok"] * 12
