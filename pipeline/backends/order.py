@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 # Euclidean distances of unit vectors: what rounding may make of one picture, and where it is told from others.
-# Measured for 32 photos on a CPU in fp32 and bf16: a picture's two embeddings are equal, and two pictures' at least 0.05
-# apart on a ViT-B/32 of random weights, whose embeddings are all alike; 0.24 on the trained demo model.
+# Measured for 32 photos on a CPU in fp32 and bf16: a picture's two embeddings are equal, and those of two pictures at
+# least 0.05 apart on a ViT-B/32 of random weights, whose embeddings are all alike; 0.24 on the trained demo model.
 ROUNDING = 0.01
 LARGEST = 0.05
 
