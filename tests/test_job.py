@@ -427,7 +427,7 @@ def test_errors_know_their_exit_codes() -> None:
     codes = {error.__name__: error.exit_code for error in errors}
     assert codes == {
         "ConfigError": 2, "ManifestError": 2, "ModelError": 2, "PromptsError": 2, "BackendUnavailable": 2,
-        "PlanMismatch": 2, "DecoderUnavailable": 2, "StorageError": 1, "NumericalError": 1, "TooManyFailures": 3, "Interrupted": 75,
-        "OutputBusy": 75, "LeaseLost": 75, "NoDataset": 2,
+        "PlanMismatch": 2, "DecoderUnavailable": 2, "StorageError": 1, "NumericalError": 1, "TooManyFailures": 3,
+        "Interrupted": 75, "OutputBusy": 75, "LeaseLost": 75, "NoDataset": 2,
         "ArtifactError": 2, "ParityError": 4,
     }  # fmt: skip
