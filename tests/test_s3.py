@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,7 +19,8 @@ import pytest
 import s3fs
 
 from pipeline.addresses import open_file
-from pipeline.errors import StorageError
+from pipeline.dataset import lease
+from pipeline.errors import LeaseLost, OutputBusy, StorageError
 from pipeline.failpoints import armed
 from pipeline.job import run_job
 from pipeline.report.logs import log_to
@@ -26,6 +28,7 @@ from pipeline.storage import retries
 from pipeline.storage.base import Storage
 from pipeline.storage.objects import ObjectStorage
 from pipeline.storage.opening import open_storage
+from pipeline.verify import main as verify
 from tests.conftest import ROOT
 from tests.jobs import config_for, content, overrides_of, scenes_manifest
 from tests.s3 import BUCKET, PASSING, Proxy, moto_server, objects, pointed_at, proxy_to
@@ -354,6 +357,59 @@ def test_a_run_that_broke_off_goes_on_in_s3(proxy: Proxy, server: str, manifest:
         assert "_SUCCESS" not in stored(server, prefix)
     run_job(config)
     assert stored(server, prefix) == local
+
+
+def test_damage_in_s3_is_found_and_repaired(
+    proxy: Proxy, server: str, manifest: Path, local: dict[str, bytes], capsys: pytest.CaptureFixture[str]
+) -> None:
+    prefix = uuid.uuid4().hex
+    output = f"s3://{BUCKET}/{prefix}"
+    run_job(config_for(manifest, Path("x"), manifest={"shard_rows": 6}, output={"dir": output}))
+    fs = s3fs.S3FileSystem(endpoint_url=server, key="test", secret="test", use_listings_cache=False)
+    parts = sorted(name for name in stored(server, prefix) if name.startswith("part-"))
+    fs.rm_file(f"{BUCKET}/{prefix}/{parts[1]}")
+    fs.pipe_file(f"{BUCKET}/{prefix}/{parts[2]}", local[parts[2]][:-10])
+    fs.pipe_file(f"{BUCKET}/{prefix}/{parts[3]}", bytes([*local[parts[3]][:-1], local[parts[3]][-1] ^ 1]))
+    fs.pipe_file(f"{BUCKET}/{prefix}/_commits/00004.json", b'{"shard": 4, "pa')
+    proxy.throw_dice(0.2, seed=4)
+    assert verify([output]) == 1
+    said = capsys.readouterr().out
+    for kind in ("missing part", "wrong size", "wrong digest", "torn commit", "0 of 5", "1 of 5"):
+        assert (kind in said) == (kind != "0 of 5"), said
+    assert verify([output, "--repair"]) == 0
+    assert stored(server, prefix) == local
+    assert verify([output]) == 0
+
+
+def test_of_many_runs_in_s3_one_gets_the_lease_and_a_silent_one_is_taken_over(storage: Storage, proxy: Proxy) -> None:
+    def attempt(_: int) -> lease.Lease | None:
+        try:
+            return lease.take(storage, seconds=60)
+        except OutputBusy:
+            return None
+
+    proxy.throw_dice(0.2, seed=7)
+    with ThreadPoolExecutor(8) as pool:
+        held = [found for found in pool.map(attempt, range(8)) if found is not None]
+    assert len(held) == 1
+    with held[0]:
+        held[0].confirm()
+        (name,) = lease.leases(storage).values()
+        holder = lease.parse(storage.read(name))
+        assert holder is not None
+        # A run on a machine that went silent a while ago.
+        gone = replace(holder, process=replace(holder.process, host="elsewhere"), renewed=holder.since, seconds=0.2)
+        storage.write(name, gone.to_json())
+        time.sleep(0.3)
+        with ThreadPoolExecutor(8) as pool:
+            new = [found for found in pool.map(attempt, range(8)) if found is not None]
+        assert len(new) == 1
+        assert "elsewhere" in new[0].taken_over
+        with pytest.raises(LeaseLost, match="was taken over by"):
+            held[0].confirm()
+        with new[0]:
+            new[0].confirm()
+    assert not lease.leases(storage)
 
 
 def test_the_door_reads_its_manifest_from_s3_and_writes_there(proxy: Proxy, server: str, manifest: Path) -> None:
