@@ -15,6 +15,7 @@ from pipeline.errors import StorageError
 
 # The packages whose errors reach us as they are where a store cannot be asked at all.
 DRIVERS = ("adlfs", "aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google", "s3fs")
+NO_LINKS = "the file system may lack hard links, which the commits need; choose another disk"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
@@ -84,8 +85,8 @@ def explained(place: str, *, needed: int | None = None) -> Iterator[None]:
     except PermissionError as error:
         hint = "check the permissions, or choose another place"
         if error.errno == errno.EPERM:
-            hint = "the file system may lack hard links, which the commits need; choose another disk"
-        raise StorageError(f"{place}: {error.strerror or error}; {hint}") from error
+            hint = NO_LINKS
+        raise StorageError(f"{place}: {error.strerror or error}{_wanted(needed)}; {hint}") from error
     except ImportError as error:
         raise StorageError(f"{place}: {error}; install the fsspec driver for this address") from error
     except Exception as error:
@@ -103,20 +104,28 @@ def explained(place: str, *, needed: int | None = None) -> Iterator[None]:
 def _way_out(number: int | None, place: str, needed: int | None) -> str:
     """What to do about an error of the operating system, and for want of space how much is wanted."""
     again = "and run the same command again, finished shards are kept"
-    figures = [f"about {_size(needed)} to be written"] if needed is not None else []
+    free = None
     if number == errno.EFBIG:
-        hint = f"; raise the limit on the size of files (ulimit -f) {again}"
+        hint = f"raise the limit on the size of files (ulimit -f) {again}"
     elif number in (errno.ENOSPC, errno.EDQUOT):
         free = _free(place) if is_local(place) else None
-        figures += [f"{_size(free)} free"] if free is not None else []
-        hint = f"; free some space {again}"
+        hint = f"free some space {again}"
     elif number == errno.EROFS:
-        return f"; choose another place, or have it mounted for writing {again}"
+        hint = f"choose another place, or have it mounted for writing {again}"
+    elif number in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+        hint = NO_LINKS
     elif not is_local(place):
         return "; when the store is well, run the same command again: finished shards are kept"
     else:
         return ""
-    return (f" ({', '.join(figures)})" if figures else "") + hint
+    return f"{_wanted(needed, free)}; {hint}"
+
+
+def _wanted(needed: int | None, free: int | None = None) -> str:
+    """How much was to be written, and how much room there is, as far as that is known."""
+    figures = [f"about {_size(needed)} to be written"] if needed is not None else []
+    figures += [f"{_size(free)} free"] if free is not None else []
+    return f" ({', '.join(figures)})" if figures else ""
 
 
 def _free(place: str) -> int | None:

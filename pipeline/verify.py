@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from pipeline.config import OutputConfig
-from pipeline.errors import Interrupted, PipelineError, PlanMismatch, TooManyFailures
+from pipeline.errors import Interrupted, NoDataset, PipelineError, PlanMismatch, StorageError, TooManyFailures
 
 if TYPE_CHECKING:
     from pipeline.dataset.verify import Health
@@ -26,7 +27,8 @@ examples:
       compute again the shards that are missing or damaged, and no other
   python -m pipeline.verify outputs/demo --collect 7d
       remove parts that no commit names, and temporary files, if they are older than a week
-exit codes: 0 healthy, 1 damaged, 2 no dataset there or no repair possible, 75 unfinished but whole, or held by a run
+exit codes: 0 healthy, 1 damaged, 2 no dataset there, the storage does not answer, or no repair possible,
+75 unfinished but whole, or held by a run
 """
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 CODES = {"healthy": 0, "damaged": 1, "unfinished": Interrupted.exit_code}
@@ -39,6 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return _act(options)
+    except StorageError as error:
+        # Says nothing about the dataset, and must not look as if it were damaged.
+        print(f"error: {error}", file=sys.stderr)
+        return NoDataset.exit_code
     except PipelineError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -98,8 +104,8 @@ def _collect(storage: Storage, age: float) -> dict[str, int]:
     from pipeline.dataset.verify import collect
     from pipeline.report.logs import log_to_terminal
 
-    with log_to_terminal(), lease.take(storage, seconds=OutputConfig().lease_seconds):
-        gone = collect(storage, age=age)
+    with log_to_terminal(), lease.take(storage, seconds=OutputConfig().lease_seconds) as held:
+        gone = collect(storage, age=age, confirm=held.confirm)
     for name, size in gone.items():
         print(f"removed {name}, {size:,} bytes", file=sys.stderr)
     print(f"{len(gone)} files removed, {sum(gone.values()):,} bytes freed", file=sys.stderr)
@@ -166,5 +172,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _interrupt)
     raise SystemExit(main())

@@ -349,7 +349,7 @@ def test_a_run_that_broke_off_goes_on_in_s3(proxy: Proxy, server: str, manifest:
     config = config_for(manifest, Path("x"), manifest={"shard_rows": 6}, output={"dir": f"s3://{BUCKET}/{prefix}"})
     for place in (
         "part.write=raise:ENOSPC@3",
-        "object.created[_commits]=raise:EIO@2",
+        "object.created[_commits]=raise:EIO@1",
         "object.put[_SUCCESS]=raise:EIO",
     ):
         with armed(place), pytest.raises(StorageError):

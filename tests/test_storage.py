@@ -6,6 +6,7 @@ import errno
 import hashlib
 import multiprocessing
 import os
+import re
 import shutil
 import tempfile
 import threading
@@ -267,7 +268,7 @@ def test_a_missing_permission_is_named_with_the_place_and_a_way_out(
         work(open_storage(str(locked)))
     message = str(caught.value)
     assert message.startswith(str(locked))
-    assert "Permission denied; check the permissions, or choose another place" in message
+    assert re.search(r"Permission denied( \(about .* to be written\))?; check the permissions, or choose", message)
 
 
 def test_a_read_only_folder_can_still_be_read(locked: Path) -> None:
@@ -282,7 +283,8 @@ def test_a_read_only_folder_can_still_be_read(locked: Path) -> None:
         (errno.EPERM, "may lack hard links, which the commits need; choose another disk"),
         (errno.ENOSPC, "free some space and run the same command again, finished shards are kept"),
         (errno.EDQUOT, "free some space"),
-        (errno.EROFS, "Read-only file system; choose another place, or have it mounted for writing"),
+        (errno.EROFS, "; choose another place, or have it mounted for writing"),
+        (errno.EOPNOTSUPP, "may lack hard links, which the commits need; choose another disk"),
         (errno.EFBIG, "raise the limit on the size of files (ulimit -f)"),
         (errno.EIO, "Input/output error"),
     ],
@@ -323,6 +325,54 @@ def test_a_full_disk_is_told_with_the_bytes_that_are_needed_and_free(tmp_path: P
         explained("s3://a/b", needed=9),
     ):
         raise OSError(number, os.strerror(number))
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.EFBIG])
+def test_whatever_keeps_a_file_from_being_written_is_told_with_its_size(tmp_path: Path, number: int) -> None:
+    with (
+        pytest.raises(StorageError, match=r" \(about 12\.35 MB to be written\); "),
+        explained(str(tmp_path), needed=12_345_678),
+    ):
+        raise OSError(number, os.strerror(number))
+
+
+def test_a_listing_is_whole_while_others_write(tmp_path: Path) -> None:
+    storage = open_storage(str(tmp_path / "out"))
+    for number in range(200):
+        storage.write(f"{number}", b"x")
+    over = threading.Event()
+
+    def renew() -> None:
+        while not over.is_set():
+            storage.write("again", b"y")
+
+    writer = threading.Thread(target=renew)
+    writer.start()
+    try:
+        for _ in range(200):
+            assert len([name for name in storage.sizes() if name.isdigit()]) == 200
+    finally:
+        over.set()
+        writer.join()
+
+
+def test_a_link_whose_reply_was_lost_is_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    link = os.link
+
+    def lose(path: Path, target: Path) -> None:
+        link(path, target)
+        raise FileExistsError(errno.EEXIST, "exists")
+
+    storage = open_storage(str(tmp_path))
+    monkeypatch.setattr(os, "link", lose)
+    assert storage.create_once("a", b"x")
+    assert not storage.create_once("a", b"x")
+
+
+def test_folders_are_listed(storage: Storage) -> None:
+    storage.write("a", b"x")
+    storage.write("within/b", b"x")
+    assert storage.folders() == ["within"]
 
 
 def test_what_is_no_fault_of_a_store_stays_as_it_is() -> None:

@@ -19,11 +19,12 @@ import pytest
 
 from pipeline.config import Config
 from pipeline.dataset import plan
+from pipeline.dataset.commits import find_done
 from pipeline.dataset.lease import take
 from pipeline.dataset.parts import METADATA_KEY
 from pipeline.dataset.recipe import config_of, recipe_of
 from pipeline.dataset.verify import Health, collect, verify
-from pipeline.errors import ConfigError, NoDataset, PlanMismatch
+from pipeline.errors import ConfigError, LeaseLost, NoDataset, PlanMismatch, StorageError
 from pipeline.job import run_job
 from pipeline.storage.base import sha256
 from pipeline.storage.opening import open_storage
@@ -111,7 +112,7 @@ def with_another_dtype(out: Path, shard: int) -> None:
 def no_parquet(out: Path, shard: int) -> None:
     old, data = part(out, shard), b"no Parquet"
     old.unlink()
-    new = out / f"part-{shard:05d}-forged.parquet"
+    new = out / f"part-{shard:05d}-{'f' * 16}.parquet"
     new.write_bytes(data)
     change(commit(out, shard), part=new.name, size=len(data), sha256=sha256(new))
 
@@ -189,7 +190,7 @@ def test_only_the_damaged_shards_are_done_again(
     [
         (lambda out: (out / "_SUCCESS").write_text('{"rows": 1'), "wrong marker"),
         (lambda out: change(out / "_SUCCESS", counts={"ok": 76}), "wrong marker"),
-        (lambda out: shutil.copy(part(out, 2), out / "part-00002-aaaa.parquet"), "stray part"),
+        (lambda out: shutil.copy(part(out, 2), out / "part-00002-aaaaaaaaaaaaaaaa.parquet"), "stray part"),
     ],
 )
 def test_what_lies_beside_the_commits_is_repaired_without_a_shard(
@@ -276,8 +277,8 @@ def test_json_holds_every_finding(out: Path, capsys: pytest.CaptureFixture[str])
 
 def test_collect_removes_what_is_old_and_nobody_needs(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (out / "_SUCCESS").unlink()
-    old = [out / "part-00003-aaaa.parquet", out / "_tmp-elsewhere-1-ab"]
-    young = [out / "part-00004-bbbb.parquet", out / "_tmp-elsewhere-2-cd"]
+    old = [out / "part-00003-aaaaaaaaaaaaaaaa.parquet", out / "_tmp-elsewhere-1-ab"]
+    young = [out / "part-00004-bbbbbbbbbbbbbbbb.parquet", out / "_tmp-elsewhere-2-cd"]
     for path in (*old, *young):
         path.write_bytes(b"12345")
     commit(out, 5).write_text("torn")
@@ -311,7 +312,105 @@ def test_a_file_of_unknown_age_stays(out: Path, monkeypatch: pytest.MonkeyPatch)
     (out / "_tmp-elsewhere-1-ab").write_bytes(b"half")
     entries = {"_tmp-elsewhere-1-ab": Entry(size=4, modified=0.0)}
     monkeypatch.setattr(LocalStorage, "entries", lambda self, folder="": {} if folder else entries)
-    assert collect(open_storage(str(out)), age=0) == {}
+    assert collect(open_storage(str(out)), age=0, confirm=lambda: None) == {}
+
+
+def aged(out: Path) -> None:
+    for path in out.rglob("*"):
+        os.utime(path, (time.time() - 2 * DAY,) * 2)
+
+
+@pytest.mark.parametrize("lost", ["one commit", "all commits"])
+def test_parts_of_a_finished_dataset_whose_commits_are_lost_are_not_collected(out: Path, lost: str) -> None:
+    for path in (out / "_commits").iterdir() if lost == "all commits" else [commit(out, 3)]:
+        path.unlink()
+    aged(out)
+    parts = sorted(out.glob("part-*"))
+    assert main([str(out), "--collect", "0s"]) == 1
+    assert sorted(out.glob("part-*")) == parts
+
+
+def test_nothing_is_collected_without_a_plan(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (out / "_plan.json").unlink()
+    aged(out)
+    before = sorted(out.iterdir())
+    assert main([str(out), "--collect", "0s"]) == 2
+    assert "nothing tells which files are wanted" in capsys.readouterr().err
+    assert sorted(out.iterdir()) == before
+
+
+def test_a_holder_that_was_overtaken_collects_nothing(out: Path) -> None:
+    def overtaken() -> None:
+        raise LeaseLost("somebody else's")
+
+    (out / "_SUCCESS").unlink()
+    (out / f"part-00003-{'0' * 16}.parquet").write_bytes(b"old")
+    aged(out)
+    with pytest.raises(LeaseLost):
+        collect(open_storage(str(out)), age=0, confirm=overtaken)
+    assert (out / f"part-00003-{'0' * 16}.parquet").exists()
+
+
+def test_files_that_others_named_like_parts_are_left_alone(whole: Config, out: Path) -> None:
+    for name in ("part-00000-6cb3-c000.snappy.parquet", "part-0.parquet"):
+        (out / name).write_bytes(b"mine")
+    run_job(replace(whole, output=replace(whole.output, dir=str(out))))
+    assert (out / "part-0.parquet").exists()
+    assert (out / "part-00000-6cb3-c000.snappy.parquet").exists()
+    assert {finding.kind for finding in look(out).findings} == {"foreign file"}
+
+
+def test_a_folder_of_parquet_files_within_is_told(out: Path) -> None:
+    (out / "old").mkdir()
+    shutil.copy(part(out, 0), out / "old" / "x.parquet")
+    assert [(finding.kind, finding.damage) for finding in look(out).findings] == [("foreign folder", True)]
+
+
+def test_a_dataset_that_is_finished_while_it_is_looked_at_is_no_damage(whole: Config, out: Path) -> None:
+    (out / "_SUCCESS").unlink()
+    kept = commit(out, 18).read_bytes()
+    commit(out, 18).unlink()
+
+    def finish(done: int, total: int) -> None:
+        commit(out, 18).write_bytes(kept)
+        (out / "_SUCCESS").write_bytes((Path(whole.output.dir) / "_SUCCESS").read_bytes())
+
+    assert verify(open_storage(str(out)), on_shard=finish).state == "unfinished"
+
+
+@pytest.mark.parametrize("fault", [TimeoutError(), PermissionError(), pa.ArrowMemoryError("no memory")])
+def test_a_fault_of_the_machine_is_no_damage(out: Path, monkeypatch: pytest.MonkeyPatch, fault: Exception) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise fault
+
+    monkeypatch.setattr("pipeline.dataset.audit.pq.ParquetFile", fail)
+    monkeypatch.setattr("pipeline.storage.retries.FIRST_WAIT", 0.001)
+    plan_of = plan.read(open_storage(str(out)))
+    assert plan_of is not None
+    with pytest.raises((StorageError, pa.ArrowMemoryError)):
+        find_done(open_storage(str(out)), plan_of)
+    monkeypatch.undo()
+    assert look(out).state == "healthy"
+
+
+def test_a_storage_that_does_not_answer_is_no_damage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("no folder")
+    assert main([str(tmp_path / "file")]) == 2
+    assert "Not a directory" in capsys.readouterr().err
+
+
+def test_an_overtaken_holder_clears_nothing_that_was_mended(whole: Config, out: Path) -> None:
+    flip(part(out, 3))
+    storage = open_storage(str(out))
+    plan_of = plan.read(storage)
+    assert plan_of is not None
+
+    def mended_meanwhile() -> None:
+        shutil.copy(part(Path(whole.output.dir), 3), part(out, 3))
+
+    assert len(find_done(storage, plan_of, mended_meanwhile)) == 18
+    assert part(out, 3).exists()
+    assert commit(out, 3).exists()
 
 
 def test_an_object_store_is_verified_and_repaired_too(whole: Config) -> None:

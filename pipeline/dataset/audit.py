@@ -17,6 +17,7 @@ from pipeline.config import OUTPUT_COLUMNS
 from pipeline.dataset.parts import METADATA_KEY
 from pipeline.dataset.plan import Plan
 from pipeline.storage.base import Storage
+from pipeline.storage.retries import retried
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,12 @@ def audit(
 
 
 def _audit_content(url: str, plan: Plan, part: str, rows: int, counts: Mapping[str, int]) -> Problem | None:
+    # A fault that may pass is no damage.
+    with explained(url):
+        return retried(url, lambda: _look_into(url, plan, part, rows, counts))
+
+
+def _look_into(url: str, plan: Plan, part: str, rows: int, counts: Mapping[str, int]) -> Problem | None:
     try:
         with _opened(url) as parquet:
             there = parquet.metadata.num_rows
@@ -77,6 +84,8 @@ def _audit_content(url: str, plan: Plan, part: str, rows: int, counts: Mapping[s
             if problem := _audit_schema(parquet.schema_arrow, plan, part):
                 return problem
             statuses = _count(parquet)
+    except pa.ArrowMemoryError:
+        raise
     except pa.ArrowException as error:
         return Problem("unreadable part", f"its part {part} is not readable as Parquet: {error}")
     told = {name: count for name, count in counts.items() if count}
@@ -117,12 +126,13 @@ def _count(parquet: pq.ParquetFile) -> dict[str, int]:
 
 @contextmanager
 def _opened(url: str) -> Iterator[Any]:
-    with explained(url), open_arrow(url) as file:
+    with open_arrow(url) as file:
         try:
             yield pq.ParquetFile(file, pre_buffer=False)
         except OSError as error:
-            # Arrow tells of a damaged file so too, then without a number of the system's.
-            if error.errno is None:
+            # Arrow tells of a damaged file so too, then without a number of the system's; drivers of stores raise
+            # classes of their own.
+            if type(error) is OSError and error.errno is None:
                 raise pa.ArrowInvalid(str(error)) from error
             raise
 

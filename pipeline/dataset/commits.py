@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,7 @@ from pipeline.storage.base import Storage, sha256
 
 FOLDER = "_commits"
 SUCCESS = "_SUCCESS"
+_PART = re.compile(r"part-\d{5,}-[0-9a-f]{16}\.parquet")
 log = logging.getLogger(__name__)
 
 
@@ -92,7 +94,7 @@ def find_done(storage: Storage, plan: Plan, confirm: Callable[[], None] = lambda
         if each.problem:
             log.warning("%s/%s: %s; the shard is done again", FOLDER, each.name, each.problem)
             confirm()
-            _discard(storage, each, sizes)
+            _discard(storage, plan, each)
     return done
 
 
@@ -146,6 +148,7 @@ def finalize(
     confirm()
     for name in sizes:
         if is_part(name) and name not in parts and _is_decided(storage, plan, name):
+            log.info("%s: no commit names it; removed", name)
             storage.remove(name)
     storage.sweep()
     failpoint("finalize.cleared")
@@ -211,7 +214,7 @@ def read_commit(storage: Storage, name: str) -> Commit | None:
 
 def is_part(name: str) -> bool:
     """Whether a file of the output is named like a part."""
-    return name.startswith("part-") and name.endswith(".parquet")
+    return _PART.fullmatch(name) is not None
 
 
 def _is_decided(storage: Storage, plan: Plan, part: str) -> bool:
@@ -219,20 +222,22 @@ def _is_decided(storage: Storage, plan: Plan, part: str) -> bool:
 
     Another run may have taken the output over, and published what it has not committed yet.
     """
-    shard = part.split("-")[1]
-    if not shard.isdigit() or int(shard) >= plan.shards:
+    shard = int(part.split("-")[1])
+    if shard >= plan.shards:
         return True
-    commit = _parse(storage.read(_name(int(shard))))
+    commit = _parse(storage.read(_name(shard)))
     return commit is not None and commit.part != part
 
 
-def _discard(storage: Storage, bad: Checked, sizes: Mapping[str, int]) -> None:
-    """Clear a bad commit and its part, unless another run has replaced the commit since it was judged."""
-    if storage.read(f"{FOLDER}/{bad.name}") != bad.data:
+def _discard(storage: Storage, plan: Plan, bad: Checked) -> None:
+    """Clear a bad commit and its part, unless another run has mended them since they were judged."""
+    sizes = storage.sizes()
+    now = check(storage, plan, sizes, bad.name)
+    if now.data is None or not now.problem:
         return
     # The part first: a damaged one must never outlive its commit and be met by the next. What a bad
     # commit names is removed only if it is a part of its own shard.
-    commit = bad.commit
+    commit = now.commit
     if commit is not None and commit.part in sizes and commit.part.startswith(prefix_of(commit.shard)):
         storage.remove(commit.part)
     storage.remove(f"{FOLDER}/{bad.name}")

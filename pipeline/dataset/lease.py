@@ -88,11 +88,12 @@ def take(storage: Storage, *, seconds: float, folder: str = FOLDER) -> Lease:
     Raises:
         OutputBusy: another run holds it.
     """
-    found = leases(storage, folder)
-    number, gone = 0, ""
-    if found:
-        number, name = list(found.items())[-1]
-        gone = _judge(storage, name, seconds)
+    gone: str | None = None
+    while gone is None:
+        found = leases(storage, folder)
+        number, name = list(found.items())[-1] if found else (0, "")
+        # One that was released meanwhile is no lease: look again.
+        gone = _judge(storage, name, seconds) if found else ""
     now = _now()
     holder = Holder(token=uuid.uuid4().hex, process=this_process(), since=now, renewed=now, seconds=seconds)
     name = f"{folder}/{number + 1}.json"
@@ -200,13 +201,15 @@ class Lease:
                 (self._storage.root / self._folder).rmdir()
 
 
-def _judge(storage: Storage, name: str, seconds: float) -> str:
-    """Why the holder of a lease is gone.
+def _judge(storage: Storage, name: str, seconds: float) -> str | None:
+    """Why the holder of a lease is gone; None if it has just released it.
 
     Raises:
         OutputBusy: it is not.
     """
     data = storage.read(name)
+    if data is None:
+        return None
     holder = parse(data)
     if holder is not None and is_gone(holder.process):
         return f"{holder}: that process is no more"

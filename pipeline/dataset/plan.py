@@ -123,6 +123,16 @@ def _differences(found: Any, wanted: Any, key: str) -> Iterator[str]:
         for name in dict.fromkeys([*found, *wanted]):
             inner = f"{key}.{name}" if key else name
             yield from _differences(found.get(name), wanted.get(name), inner.removeprefix("fingerprints."))
+    elif (
+        found != wanted
+        and isinstance(found, list)
+        and isinstance(wanted, list)
+        and sorted(map(str, found)) != sorted(map(str, wanted))
+    ):
+        # Of two long lists only what they do not share tells them apart.
+        missing = [value for value in found if value not in wanted]
+        added = [value for value in wanted if value not in found]
+        yield f"{key}: there also {_short(missing)}, now instead {_short(added)}"
     elif found != wanted:
         yield f"{key}: there {_short(found)}, now {_short(wanted)}"
 

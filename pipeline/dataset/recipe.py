@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.addresses import is_local, local_path
 from pipeline.checks import check
-from pipeline.config import Config, value_of
+from pipeline.config import DEMO_MODEL, Config, value_of
 from pipeline.errors import ConfigError, PlanMismatch
 
 # A run may change these at will: the rows are the same, and so must be the plan.
@@ -17,8 +17,8 @@ _OF_THE_RUN = {
     "cluster", "report", "loader.workers", "loader.prefetch", "loader.isolation", "prompts.cache", "backend.artifacts",
     "output.dir", "output.lease_seconds", "errors.grace_seconds",
 }  # fmt: skip
-# Addresses that may be relative to where the command was given. Not manifest.root: its words are a fingerprint.
-_PLACES = ("manifest.path", "prompts.path")
+# Addresses that may be relative to where the command was given.
+_PLACES = ("manifest.path", "manifest.root", "prompts.path")
 
 
 def recipe_of(config: Config) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def recipe_of(config: Config) -> dict[str, Any]:
         if address is not None and is_local(address):
             recipe[group][name] = _absolute(address)
     # A model is a name on the hub, unless a folder is there.
-    if Path(config.model.name).expanduser().is_dir():
+    if config.model.name != DEMO_MODEL and (Path(config.model.name).expanduser() / "config.json").is_file():
         recipe["model"]["name"] = _absolute(config.model.name)
     return recipe
 

@@ -70,7 +70,9 @@ def verify(storage: Storage, *, on_shard: Callable[[int, int], None] = lambda do
         NoDataset: neither a plan nor a part is there.
         StorageError: the storage does not answer, which says nothing about the dataset.
     """
-    # Commits first: a part is there before its commit, so that one which a run commits meanwhile has a part.
+    # The marker first, as it comes last, then the commits: a part is there before its commit, so that a run which
+    # is at work meanwhile leaves nothing half told.
+    marker = storage.read(commits.SUCCESS)
     names = sorted(storage.sizes(commits.FOLDER))
     sizes = storage.sizes()
     try:
@@ -97,7 +99,6 @@ def verify(storage: Storage, *, on_shard: Callable[[int, int], None] = lambda do
             counts.update(each.commit.counts)
             parts[each.commit.shard] = each.commit.part
         on_shard(number, len(files))
-    marker = storage.read(commits.SUCCESS)
     if marker is not None:
         there = set(files)
         for shard in range(wanted.shards):
@@ -125,26 +126,35 @@ def verify(storage: Storage, *, on_shard: Callable[[int, int], None] = lambda do
     )
 
 
-def collect(storage: Storage, *, age: float) -> dict[str, int]:
+def collect(storage: Storage, *, age: float, confirm: Callable[[], None]) -> dict[str, int]:
     """Remove parts that no commit names, and temporary files, if they were written more than ``age`` seconds ago.
 
-    The caller holds the lease. What a commit names stays, and so does every part of a shard whose commit is torn, and
-    every file whose storage does not say when it was written.
+    The caller holds the lease, and ``confirm`` raises if it is another run's by now. Whatever may still be wanted
+    stays: what a commit or ``_SUCCESS`` names, every part of a shard without a sound commit in a dataset that was
+    finished, and every file whose storage does not say when it was written.
 
     Returns:
         The files that are gone, with their sizes in bytes.
+
+    Raises:
+        NoDataset: there is no plan, so that nothing tells what is wanted.
     """
+    wanted = plan.read(storage)
+    if wanted is None:
+        raise NoDataset(f"{storage.url}: no {plan.NAME}, so nothing tells which files are wanted; none is removed")
+    marker = storage.read(commits.SUCCESS)
     entries = storage.entries()
-    named, unsure = set(), set()
-    for name in storage.sizes(commits.FOLDER):
-        commit = commits.read_commit(storage, name)
-        if commit is not None:
-            named.add(commit.part)
-        elif name.removesuffix(".json").isdigit():
-            unsure.add(prefix_of(int(name.removesuffix(".json"))))
+    found = {name: commits.read_commit(storage, name) for name in storage.sizes(commits.FOLDER)}
+    named = {commit.part for commit in found.values() if commit is not None}
+    decided = {prefix_of(commit.shard) for commit in found.values() if commit is not None}
+    torn = {prefix_of(int(name[:-5])) for name, commit in found.items() if commit is None and name[:-5].isdigit()}
+    named |= {name for name in entries if marker is not None and name.encode() in marker}
     gone, latest = {}, time.time() - age
+    confirm()
     for name, entry in sorted(entries.items()):
-        free = commits.is_part(name) and name not in named and not name.startswith(tuple(unsure))
+        prefix = name.rpartition("-")[0] + "-"
+        kept = name in named or prefix in torn or (marker is not None and prefix not in decided)
+        free = commits.is_part(name) and not kept
         if (free or name.startswith(TEMPORARY)) and 0 < entry.modified < latest:
             storage.remove(name)
             gone[name] = entry.size
@@ -206,6 +216,10 @@ def _strangers(
             yield Finding("foreign file", name, text, "move it elsewhere", damage=True)
         else:
             yield Finding("unknown file", name, "no file of this dataset", "move it elsewhere", damage=False)
+    for name in storage.folders():
+        if not name.startswith(("_", ".")):
+            text = "a folder within the dataset; readers mix the rows of Parquet files in it with the dataset's"
+            yield Finding("foreign folder", name, text, "move it elsewhere", damage=True)
     for name in names:
         if not name.endswith(".json"):
             place = f"{commits.FOLDER}/{name}"

@@ -19,13 +19,21 @@ def check_places(config: Config, manifest: Manifest) -> None:
     root, output = manifest.root, config.output.dir
     if manifest.image_kind != "bytes" and is_local(root) and not Path(local_path(root)).is_dir():
         raise ManifestError(f"manifest.root={root}: no such folder; is a disk not mounted? manifest.root sets another")
+    given_path = config.manifest.path or ""
     if not is_local(output) or not is_local(manifest.files[0].url):
+        above, below = f"{given_path.rstrip('/')}/", f"{output.rstrip('/')}/"
+        if below.startswith(above) or any(file.url.startswith(below) for file in manifest.files):
+            raise _in_one_another(config)
         return
     folder = Path(local_path(output)).resolve()
-    given = Path(local_path(config.manifest.path or "")).expanduser().resolve()
+    given = Path(local_path(given_path)).expanduser().resolve()
     inside = [file.url for file in manifest.files if folder in Path(local_path(file.url)).resolve().parents]
     if inside or (given.is_dir() and (given == folder or given in folder.parents)):
-        raise ManifestError(
-            f"output.dir={output} and manifest.path={config.manifest.path} lie in one another, so that readers would "
-            "mix the rows of both; choose an output.dir beside the manifest"
-        )
+        raise _in_one_another(config)
+
+
+def _in_one_another(config: Config) -> ManifestError:
+    return ManifestError(
+        f"output.dir={config.output.dir} and manifest.path={config.manifest.path} lie in one another, so that readers "
+        "would mix the rows of both; choose an output.dir beside the manifest"
+    )

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.addresses import filesystem, from_driver, is_local, open_arrow, open_file
+from pipeline.addresses import filesystem, from_driver, is_local, local_path, open_arrow, open_file
 from pipeline.config import ManifestConfig, nearest
 from pipeline.errors import ManifestError
 
@@ -102,7 +102,10 @@ def open_manifest(config: ManifestConfig) -> Manifest:
             f"folder, or set manifest.root"
         )
     kept = [first.field(config.id), *(first.field(name) for name in config.keep)]
-    root = os.path.expanduser(config.root) if config.root and is_local(config.root) else config.root
+    root = config.root
+    if root and is_local(root):
+        # What is relative to where the command was given means another folder elsewhere.
+        root = os.path.abspath(os.path.expanduser(local_path(root)))
     return Manifest(
         files=tuple(files),
         # One schema for all files, though one may promise that a column has no nulls and another not.

@@ -92,6 +92,10 @@ class Storage(ABC):
     def entries(self, folder: str = "") -> dict[str, Entry]:
         """The files directly in ``folder``, by name."""
 
+    @abstractmethod
+    def folders(self) -> list[str]:
+        """The folders directly in the storage, by name."""
+
     def sizes(self, folder: str = "") -> dict[str, int]:
         """Names and sizes in bytes of the files directly in ``folder``."""
         return {name: entry.size for name, entry in self.entries(folder).items()}

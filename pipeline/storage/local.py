@@ -6,6 +6,7 @@ import os
 import socket
 import time
 import uuid
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -70,7 +71,9 @@ class LocalStorage(Storage):
         try:
             os.link(path, target)
         except FileExistsError:
-            return False
+            # A network file system may have lost the reply to a link that it made.
+            if not os.path.samefile(path, target):
+                return False
         failpoint("storage.linked", str(target.relative_to(self.root)))
         sync(target.parent)
         failpoint("storage.durable", str(target.relative_to(self.root)))
@@ -93,12 +96,24 @@ class LocalStorage(Storage):
     def entries(self, folder: str = "") -> dict[str, Entry]:
         """See :meth:`Storage.entries`."""
         with explained(str(self.root / folder)):
-            try:
-                with os.scandir(self.root / folder) as found:
-                    files = [(e.name, e.stat()) for e in found if e.is_file()]
-            except FileNotFoundError:
-                return {}
-        return {name: Entry(size=stat.st_size, modified=stat.st_mtime) for name, stat in files}
+            return dict(self._entries(self.root / folder))
+
+    def _entries(self, folder: Path) -> Iterator[tuple[str, Entry]]:
+        try:
+            found = list(os.scandir(folder))
+        except FileNotFoundError:
+            return
+        for entry in found:
+            # Temporary files of other threads come and go; one that is gone by now says nothing of the others.
+            with suppress(FileNotFoundError):
+                if entry.is_file():
+                    status = entry.stat()
+                    yield entry.name, Entry(size=status.st_size, modified=status.st_mtime)
+
+    def folders(self) -> list[str]:
+        """See :meth:`Storage.folders`."""
+        with explained(self.url):
+            return sorted(path.name for path in self.root.iterdir() if path.is_dir()) if self.root.is_dir() else []
 
     def remove(self, name: str) -> None:
         """See :meth:`Storage.remove`."""

@@ -159,6 +159,15 @@ class ObjectStorage(Storage):
 
     def entries(self, folder: str = "") -> dict[str, Entry]:
         """See :meth:`Storage.entries`."""
+        # Some tools put an empty object where a folder would be; it has no name within it.
+        files = {_last(entry): entry for entry in self._listed(folder) if entry["type"] == "file"}
+        return {name: Entry(size=int(entry["size"]), modified=_seconds(entry)) for name, entry in files.items() if name}
+
+    def folders(self) -> list[str]:
+        """See :meth:`Storage.folders`."""
+        return sorted(_last(entry) for entry in self._listed("") if entry["type"] == "directory")
+
+    def _listed(self, folder: str) -> list[dict[str, Any]]:
         path = f"{self.root}/{folder}".rstrip("/")
         place = f"{self.url}/{folder}".rstrip("/")
 
@@ -169,12 +178,9 @@ class ObjectStorage(Storage):
 
         with explained(place):
             try:
-                found = retried(place, listed)
+                return retried(place, listed)
             except FileNotFoundError:
-                return {}
-        # Some tools put an empty object where a folder would be; it has no name within it.
-        files = {entry["name"].rsplit("/", 1)[-1]: entry for entry in found if entry["type"] == "file"}
-        return {name: Entry(size=int(entry["size"]), modified=_seconds(entry)) for name, entry in files.items() if name}
+                return []
 
     def remove(self, name: str) -> None:
         """See :meth:`Storage.remove`."""
@@ -198,6 +204,12 @@ def _options(url: str) -> dict[str, Any]:
         "retries": {"total_max_attempts": 1},
     }
     return {"config_kwargs": config, "use_listings_cache": False}
+
+
+def _last(entry: dict[str, Any]) -> str:
+    """The last part of an object's name."""
+    name: str = entry["name"]
+    return name.rsplit("/", 1)[-1]
 
 
 def _seconds(entry: dict[str, Any]) -> float:

@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, stop_after_delay
 from tenacity.wait import wait_random_exponential
 
+from pipeline.errors import StorageError
+
 # With one request of five failing, eight tries in a row fail once in 400,000 times.
 TRIES = 8
 # No new try begins after this long; the waits alone add up to half a minute at most.
@@ -65,6 +67,8 @@ def retried(place: str, work: Callable[[], _T]) -> _T:
 
 def is_transient(error: BaseException) -> bool:
     """Whether the same request may succeed a moment later."""
+    if isinstance(error, StorageError) and error.__cause__ is not None:
+        return is_transient(error.__cause__)
     response = response_of(error)
     if response is not None:
         status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
