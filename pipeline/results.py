@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from pipeline.backends.base import ImageEncoder
+from pipeline.backends.devices import out_of_memory
 from pipeline.backends.order import in_order, turned
 from pipeline.dataset.parts import ShardResult
 from pipeline.errors import BackendUnavailable, NumericalError
@@ -50,13 +51,13 @@ class Flying:
 def launch(
     batch: ImageBatch, encoder: ImageEncoder, labelling: Labelling | None, clocks: StageClocks, *, number: int
 ) -> Flying:
-    """Embed and label a batch, the ``number``-th of its shard; waits for nothing on CUDA.
+    """Embed and label a batch, the ``number``-th of its shard; on CUDA the results are not waited for.
 
     Raises:
         NumericalError: the encoder returned another shape.
     """
     where = f"shard {batch.shard.index}, batch {number}"
-    with clocks.time(Stage.ENCODE), _memory_explained(len(batch.pixels)):
+    with clocks.time(Stage.ENCODE), memory_explained(len(batch.pixels)):
         failpoint("encode")
         encoded = encoder.encode(batch.pixels)
         failpoint("encoded")
@@ -72,7 +73,7 @@ def launch(
     empty = torch.empty((len(batch.rows), 0), device=vectors.device)
     top, scores = empty.long(), empty
     if labelling is not None:
-        with clocks.time(Stage.LABEL):
+        with clocks.time(Stage.LABEL), memory_explained(len(batch.pixels)):
             failpoint("label")
             found = label(Embeddings(vectors), labelling.bank, labelling.features, top_k=labelling.top_k)
         top, scores = found.indices, found.scores
@@ -112,10 +113,13 @@ def _to_host(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def _memory_explained(batch_size: int) -> Iterator[None]:
+def memory_explained(batch_size: int) -> Iterator[None]:
+    """Turn a want of the device's memory that no smaller batch of the encoder can mend into an error that says so."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
         raise BackendUnavailable(
             f"the device has no memory for batches of {batch_size} images: lower loader.batch_size ({error})"
         ) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,7 +27,7 @@ from pipeline.manifest.source import Manifest
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.records import PreprocessSpec, Shard, ShardReport, ShardRows, Stage, TextBank
 from pipeline.report.clocks import StageClocks
-from pipeline.results import Accumulated, Flying, Labelling, launch
+from pipeline.results import Accumulated, Flying, Labelling, launch, memory_explained
 from pipeline.storage.opening import open_storage
 
 # Parts that may wait for the disk before the loop waits too.
@@ -61,7 +61,7 @@ def open_for_job(config: Config, checkpoint: Checkpoint, sample: Draw, bank: Tex
     def judge(encoder: ImageEncoder) -> None:
         check(encoder, checkpoint, sample, bank=bank, limits=config.parity)
 
-    return HalvingEncoder(open_encoder(config, checkpoint, sample), reopen, judge)
+    return HalvingEncoder(reopen, judge, batch_size=config.loader.batch_size)
 
 
 def pixel_reader(config: Config, manifest: Manifest, spec: PreprocessSpec) -> PixelReader:
@@ -157,21 +157,22 @@ def _results(
 ) -> Iterator[ShardResult]:
     config = job.config
     labelling = None
-    if job.bank is not None:
-        features = torch.from_numpy(job.bank.features).to(encoder.device)
-        labelling = Labelling(bank=job.bank, features=features, top_k=config.labels.top_k)
-    with (
-        nullcontext(reader) if reader is not None else pixel_reader(config, job.manifest, job.spec) as pixels,
-        Loader(
-            job.manifest,
-            pixels,
-            batch_size=config.loader.batch_size,
-            workers=worker_threads(config),
-            prefetch=config.loader.prefetch,
-            device=encoder.device,
-            timer=clocks.add,
-        ) as loader,
-    ):
+    with ExitStack() as opened:
+        pixels = reader or opened.enter_context(pixel_reader(config, job.manifest, job.spec))
+        with memory_explained(config.loader.batch_size):
+            if job.bank is not None:
+                features = torch.from_numpy(job.bank.features).to(encoder.device)
+                labelling = Labelling(bank=job.bank, features=features, top_k=config.labels.top_k)
+            loader = Loader(
+                job.manifest,
+                pixels,
+                batch_size=config.loader.batch_size,
+                workers=worker_threads(config),
+                prefetch=config.loader.prefetch,
+                device=encoder.device,
+                timer=clocks.add,
+            )
+        opened.enter_context(loader)
         items = loader.stream(shards)
         shard: Accumulated | None = None
         flying: Flying | None = None

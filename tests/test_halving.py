@@ -11,7 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from pipeline.backends.devices import out_of_memory
 from pipeline.backends.halving import HalvingEncoder
+from pipeline.backends.modules import compiled
 from pipeline.errors import BackendUnavailable, ParityError
 from pipeline.job import run_job
 from pipeline.models.hub import DEMO_FOLDER
@@ -38,7 +40,7 @@ def pictures(count: int) -> torch.Tensor:
 @pytest.mark.parametrize(("size", "sizes"), [(3, [3]), (4, [4, 2]), (7, [7, 4, 2]), (16, [16, 8, 4, 2])])
 def test_a_batch_is_encoded_in_parts_that_fit(size: int, sizes: list[int]) -> None:
     checked: list[int] = []
-    encoder = HalvingEncoder(Small(size), Small, lambda reopened: checked.append(reopened.batch_size))
+    encoder = HalvingEncoder(Small, lambda reopened: checked.append(reopened.batch_size), batch_size=size)
     pixels = pictures(size)
     assert torch.equal(encoder.encode(pixels), StubEncoder(size).encode(pixels))
     assert torch.equal(encoder.encode(pixels.flip(0)), StubEncoder(size).encode(pixels.flip(0)))
@@ -55,7 +57,7 @@ def test_parts_lie_in_memory_as_batches_do() -> None:
             seen.append(pixels.stride())
             return super().encode(pixels)
 
-    HalvingEncoder(Strict(7), Strict, lambda reopened: None).encode(pictures(7))
+    HalvingEncoder(Strict, lambda reopened: None, batch_size=7).encode(pictures(7))
     assert len(set(seen)) == 1
 
 
@@ -64,7 +66,7 @@ def test_no_memory_for_a_single_picture_is_an_error() -> None:
         room = 0
 
     with pytest.raises(BackendUnavailable, match=r"no memory to embed a single picture.*20\.00 MiB"):
-        HalvingEncoder(Full(8), Full, lambda reopened: None).encode(pictures(8))
+        HalvingEncoder(Full, lambda reopened: None, batch_size=8).encode(pictures(8))
 
 
 def test_memory_that_is_short_while_reopening_counts_too() -> None:
@@ -73,7 +75,7 @@ def test_memory_that_is_short_while_reopening_counts_too() -> None:
             raise torch.OutOfMemoryError("no room for the weights beside somebody else's")
         return Small(size)
 
-    encoder = HalvingEncoder(Small(8), reopen, lambda reopened: None)
+    encoder = HalvingEncoder(reopen, lambda reopened: None, batch_size=8)
     assert len(encoder.encode(pictures(8))) == 8
     assert encoder.batch_sizes == [8, 4, 2]
 
@@ -83,24 +85,78 @@ def test_a_reopened_backend_that_is_too_far_from_fp32_ends_the_job() -> None:
         raise ParityError("too far")
 
     with pytest.raises(ParityError):
-        HalvingEncoder(Small(8), Small, check).encode(pictures(8))  # type: ignore[arg-type]
+        HalvingEncoder(Small, check, batch_size=8).encode(pictures(8))  # type: ignore[arg-type]
 
 
-def test_the_memory_of_the_first_encoder_is_given_back_before_the_next_is_opened() -> None:
+def test_the_memory_of_the_last_encoder_is_given_back_before_the_next_is_opened() -> None:
     import weakref
 
-    first = Small(8)
-    alive = weakref.ref(first)
-    found: list[object] = []
+    opened: list[weakref.ref[Small]] = []
+    alive: list[int] = []
 
     def reopen(size: int) -> Small:
-        found.append(alive())
-        return Small(size)
+        alive.append(sum(one() is not None for one in opened))
+        encoder = Small(size)
+        opened.append(weakref.ref(encoder))
+        return encoder
 
-    encoder = HalvingEncoder(first, reopen, lambda reopened: None)
-    del first
-    encoder.encode(pictures(8))
-    assert found == [None, None]
+    HalvingEncoder(reopen, lambda reopened: None, batch_size=8).encode(pictures(8))
+    assert alive == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+        RuntimeError(
+            "The following operation failed in the TorchScript interpreter.\nRuntimeError: CUDA out of memory."
+        ),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_every_runtime_is_understood(error: Exception) -> None:
+    class Full(StubEncoder):
+        def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+            if len(pixels) > 2:
+                raise error
+            return super().encode(pixels)
+
+    encoder = HalvingEncoder(Full, lambda reopened: None, batch_size=4)
+    assert len(encoder.encode(pictures(4))) == 4
+    assert encoder.batch_sizes == [4, 2]
+
+
+def test_other_errors_are_no_want_of_memory() -> None:
+    class Broken(StubEncoder):
+        def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        HalvingEncoder(Broken, lambda reopened: None, batch_size=4).encode(pictures(4))
+
+
+def test_a_compiler_without_memory_is_no_broken_compiler() -> None:
+    class Full(torch.nn.Module):
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(Exception, match="out of memory") as caught:
+        compiled(Full(), mode="default", pixels=torch.zeros(2, 2))
+    assert out_of_memory(caught.value)
+
+
+def test_numbers_that_depend_on_the_batch_are_not_mixed() -> None:
+    class Dynamic(Small):
+        name = "onnx_int8"
+
+        @property
+        def fingerprint(self) -> dict[str, str]:
+            return {**super().fingerprint, "quantization": "dynamic"}
+
+    encoder = HalvingEncoder(Dynamic, lambda reopened: None, batch_size=8)
+    with pytest.raises(BackendUnavailable, match=r"would give other numbers: lower loader\.batch_size"):
+        encoder.encode(pictures(8))
 
 
 def test_a_job_goes_on_with_smaller_batches_and_says_so(tmp_path: Path) -> None:

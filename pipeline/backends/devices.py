@@ -7,7 +7,19 @@ import torch
 from pipeline.config import PRECISIONS, BackendConfig
 from pipeline.errors import BackendUnavailable
 
+# What torch, CUDA, cuBLAS, cuDNN and ONNX Runtime say when the memory is full, besides torch.OutOfMemoryError:
+# TorchScript's interpreter hands every error on as a RuntimeError, and ONNX Runtime has no class of its own for it.
+_FULL = ("out of memory", "failed to allocate memory", "can't allocate memory", "_status_alloc_failed")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error of a runtime says that the device's memory is full."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    # ONNX Runtime's errors are Exceptions without a common base.
+    runtime = isinstance(error, RuntimeError) or type(error).__module__.startswith("onnxruntime")
+    return runtime and any(words in str(error).lower() for words in _FULL)
 
 
 def choose(config: BackendConfig) -> tuple[torch.device, str]:

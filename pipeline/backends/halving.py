@@ -5,12 +5,15 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
 from pipeline.backends.base import ImageEncoder
+from pipeline.backends.devices import out_of_memory
 from pipeline.errors import BackendUnavailable
 
+_T = TypeVar("_T")
 log = logging.getLogger(__name__)
 
 
@@ -18,43 +21,65 @@ class HalvingEncoder(ImageEncoder):
     """Takes batches of one size; where the device has no memory for one, encodes it in halves, quarters, ...
 
     Args:
-        encoder: the opened backend; not used by anybody else, so that its memory can be given back.
-        reopen: opens the same backend for another batch size.
-        check: compares a reopened backend with fp32; raises ``ParityError`` if it is too far.
+        reopen: opens the backend for a batch size; what it returns is used by nobody else, so that its memory can be
+            given back.
+        check: compares a backend that was opened again with fp32; raises ``ParityError`` if it is too far.
+        batch_size: of the batches that come.
+
+    Raises:
+        BackendUnavailable: the device has no memory for a single picture, or smaller batches would change the numbers.
     """
 
     def __init__(
-        self,
-        encoder: ImageEncoder,
-        reopen: Callable[[int], ImageEncoder],
-        check: Callable[[ImageEncoder], None],
+        self, reopen: Callable[[int], ImageEncoder], check: Callable[[ImageEncoder], None], *, batch_size: int
     ) -> None:
-        self.name, self.precision, self.device = encoder.name, encoder.precision, encoder.device
-        self.dim, self.batch_size = encoder.dim, encoder.batch_size
-        self.weight_bytes, self.artifact = encoder.weight_bytes, encoder.artifact
-        # What the dataset is said to be made with does not change with the memory of a machine.
-        self._fingerprint = encoder.fingerprint
-        self._inner: ImageEncoder | None = encoder
         self._reopen, self._check = reopen, check
-        self.batch_sizes = [encoder.batch_size]
+        self.batch_size, self.batch_sizes = batch_size, [batch_size]
+        self._inner: ImageEncoder | None = None
+        while self._inner is None:
+            self._try(self._open_first)
+        encoder = self._inner
+        self.name, self.precision, self.device = encoder.name, encoder.precision, encoder.device
+        self.dim, self.weight_bytes, self.artifact = encoder.dim, encoder.weight_bytes, encoder.artifact
+        # What the dataset is said to be made with does not change with the memory of a machine.
+        self._fingerprint: dict[str, str] = encoder.fingerprint
+        if self.batch_sizes != [batch_size]:
+            self._refuse_other_numbers()
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """See :meth:`ImageEncoder.encode`.
+        """See :meth:`ImageEncoder.encode`."""
+        vectors = None
+        while vectors is None:
+            vectors = self._try(lambda: self._encode(pixels))
+        return vectors
 
-        Raises:
-            BackendUnavailable: the device has no memory for a single picture.
-        """
-        while True:
-            try:
-                return self._encode(pixels)
-            except torch.OutOfMemoryError as error:
-                reason = str(error).splitlines()[0]
-            # Not within the handler: what the exception holds would keep the memory.
-            self._halve(reason)
+    def _try(self, work: Callable[[], _T]) -> _T | None:
+        """What ``work`` returns; None if the memory was too small, and the batch is now half of what it was."""
+        try:
+            return work()
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            reason = str(error).splitlines()[0]
+        # Not within the handler: what the exception holds would keep the memory.
+        self._halve(reason)
+        return None
+
+    def _open_first(self) -> None:
+        self._inner = self._reopen(self.batch_sizes[-1])
+
+    def _refuse_other_numbers(self) -> None:
+        if self.name == "onnx_int8" and self._fingerprint.get("quantization") == "dynamic":
+            raise BackendUnavailable(
+                f"the device has no memory for batches of {self.batch_size} pictures, and with "
+                "backend.quantization=dynamic smaller ones would give other numbers: lower loader.batch_size in a new "
+                "output.dir, or take backend.quantization=static"
+            )
 
     def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
         size = self.batch_sizes[-1]
         if self._inner is None:
+            self._refuse_other_numbers()
             self._inner = self._reopen(size)
             self._check(self._inner)
         if size == len(pixels):
@@ -74,20 +99,19 @@ class HalvingEncoder(ImageEncoder):
         size = self.batch_sizes[-1]
         if size == 1:
             raise BackendUnavailable(
-                f"{self.device} has no memory to embed a single picture with backend={self.name} ({reason}); "
-                "free the device, or take a smaller model or precision"
+                f"the device has no memory to embed a single picture ({reason}); free it, or take a smaller model or "
+                "precision"
             )
         self.batch_sizes.append(-(-size // 2))
         log.warning(
-            "%s has no memory for batches of %d pictures; going on with %d (%s)",
-            self.device,
+            "the device has no memory for batches of %d pictures; going on with %d (%s)",
             size,
             self.batch_sizes[-1],
             reason,
         )
         self._inner = None
         gc.collect()
-        if self.device.type == "cuda":
+        if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     @property

@@ -11,7 +11,7 @@ import torch
 from pipeline.artifacts.graphs import quiet
 from pipeline.artifacts.store import Artifact
 from pipeline.backends.base import ImageEncoder
-from pipeline.backends.devices import DTYPES
+from pipeline.backends.devices import DTYPES, out_of_memory
 from pipeline.errors import BackendUnavailable
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.towers import Normaliser
@@ -87,6 +87,8 @@ def compiled(module: torch.nn.Module, *, mode: str, pixels: torch.Tensor) -> For
             forward: Forward = torch.compile(module, mode=mode, dynamic=False)
             forward(pixels)
     except Exception as error:
+        if out_of_memory(error):
+            raise
         # The compiler raises its own and the toolchain's exceptions, of many kinds.
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise BackendUnavailable(

@@ -13,6 +13,7 @@ import torch
 
 from pipeline.artifacts.store import ArtifactStore
 from pipeline.backends.base import Draw, ImageEncoder
+from pipeline.backends.devices import out_of_memory
 from pipeline.backends.torch import reference
 from pipeline.config import ParityConfig
 from pipeline.errors import ArtifactError, BackendUnavailable, StorageError
@@ -67,7 +68,9 @@ def pass_gate(
     if parity is None:
         try:
             parity = measure(encoder, checkpoint, sample(), bank)
-        except torch.OutOfMemoryError as error:
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
             raise BackendUnavailable(
                 f"{encoder.device} has no memory to compare backend={encoder.name} with fp32 PyTorch, which takes "
                 f"{REFERENCE_BATCH} images at a time beside it ({error}); free the device, or lower loader.batch_size"

@@ -12,14 +12,13 @@ from pipeline.artifacts.external import check_external
 from pipeline.artifacts.graphs import GRAPH, INPUTS, OUTPUTS
 from pipeline.artifacts.store import Artifact
 from pipeline.backends.base import ImageEncoder
+from pipeline.backends.devices import out_of_memory
 from pipeline.errors import BackendUnavailable
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.towers import Normaliser
 from pipeline.records import PreprocessSpec
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
-# What ONNX Runtime's arena, CUDA and cuBLAS say when the device is full.
-NO_MEMORY = ("failed to allocate memory", "out of memory", "cublas_status_alloc_failed")
 INPUT, OUTPUT = INPUTS["image"][0], OUTPUTS["image"]
 
 
@@ -67,6 +66,8 @@ def open_session(
         session = onnxruntime.InferenceSession(str(path), settings, providers=given, enable_fallback=0)
     except Exception as error:
         # ONNX Runtime raises classes of its own that have no common base but Exception.
+        if out_of_memory(error):
+            raise torch.OutOfMemoryError(str(error)) from error
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise BackendUnavailable(
             f"ONNX Runtime {onnxruntime.__version__} could not open {path} ({first}) {advice}"
@@ -134,15 +135,11 @@ class SessionEncoder(ImageEncoder):
         stream.wait_stream(current)
         try:
             self._session.run_with_iobinding(binding, options)
-        except Exception as error:
-            # ONNX Runtime has no class of its own for it.
-            if any(words in str(error).lower() for words in NO_MEMORY):
-                raise torch.OutOfMemoryError(str(error)) from error
-            raise
-        current.wait_stream(stream)
-        # Their memory is not given to others before this stream is done with it.
-        values.record_stream(stream)
-        vectors.record_stream(stream)
+        finally:
+            current.wait_stream(stream)
+            # Their memory is not given to others before this stream is done with it, even where the run broke off.
+            values.record_stream(stream)
+            vectors.record_stream(stream)
         return vectors
 
     @property
