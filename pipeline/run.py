@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 # The first job of a process began with it; the process itself may be older, where a shell became it.
 _began = iter([time.time()])
 INTERRUPTED = "interrupted; what was committed stays, and the same command goes on from there"
+# The commands of Hydra's --shell-completion.
+COMPLETION = ("install", "uninstall", "query")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -38,12 +40,14 @@ def main() -> None:
     # Hydra's own parser, so that the values of its options (--cfg job, --config-dir DIR) are not overrides.
     options = get_args_parser().parse_args()
     register()
-    if not options.shell_completion:
-        problems = check_overrides(options.overrides, conf_dir(), sweep=options.multirun)
-        # Composed with overrides that are good, so only when these are.
-        problems = problems or check_files(options)
-        if problems:
-            _exit(ConfigError(problems))
+    if options.shell_completion:
+        # What completion is told to do looks like overrides; all else is checked as ever.
+        options.overrides = [text for text in options.overrides if text.partition("=")[0] not in COMPLETION]
+    problems = check_overrides(options.overrides, conf_dir(), sweep=options.multirun)
+    # Composed with overrides that are good, so only when these are.
+    problems = problems or check_files(options)
+    if problems:
+        _exit(ConfigError(problems))
     hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(_task)()
 
 

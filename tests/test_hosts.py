@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import socket
 import time
 
 import pytest
 
-from pipeline.errors import StorageError
-from pipeline.images import hosts
 from pipeline.images.hosts import (
     AddressNotAllowed,
-    Network,
     NoConnection,
     connect,
     is_internal,
@@ -18,7 +17,7 @@ from pipeline.images.hosts import (
     is_public,
     set_deadline,
 )
-from tests.servers import answer, connections_to, resolve, serve
+from tests.servers import connections_to, resolve, serve
 
 PUBLIC = [
     "8.8.8.8", "1.1.1.1", "193.0.0.1", "2606:4700::1111", "2a00:1450:4001::200e",
@@ -101,38 +100,42 @@ def test_an_unlisted_port_and_a_link_local_answer_of_a_listed_host_are_refused(m
 def test_a_name_server_that_does_not_answer_costs_no_more_than_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("socket.getaddrinfo", lambda *arguments, **named: time.sleep(2))
     started = time.monotonic()
-    set_deadline(started + 0.2)
+    set_deadline(started + 0.1)
+    with pytest.raises(NoConnection, match="the name server does not answer") as caught:
+        connect("slow.test", 80, frozenset())
+    assert caught.value.late
+    assert time.monotonic() - started < 1
     with pytest.raises(TimeoutError):
         connect("slow.test", 80, frozenset())
-    assert time.monotonic() - started < 1
 
 
 def test_a_host_that_is_not_there_is_told_from_one_that_may_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
     resolve(monkeypatch, {"gone.test": [[]]})
     with pytest.raises(NoConnection) as caught:
         connect("gone.test", 80, frozenset())
-    assert not caught.value.passing
-    with serve({}) as server:
-        port = server.server_port
-    with pytest.raises(NoConnection, match="refused"):
-        connect("127.0.0.1", port, frozenset({"127.0.0.1"}))
+    assert (caught.value.said, caught.value.passing) == ("no such name", False)
+    failing = socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+    monkeypatch.setattr("socket.getaddrinfo", lambda *arguments, **named: throw(failing))
+    with pytest.raises(NoConnection, match="Temporary") as caught:
+        connect("gone.test", 80, frozenset())
+    assert (caught.value.said, caught.value.passing) == ("nothing", True)
 
 
-def test_a_network_where_nobody_answers_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hosts, "SILENT", 3)
-    network = Network(frozenset())
-    network.silent("a")
-    network.silent("b")
-    with pytest.raises(StorageError, match=r"no server answered 3 requests in a row \(c\), and none has answered yet"):
-        network.silent("c")
+def test_a_refusal_is_told_from_silence_and_one_of_this_machine_from_one_elsewhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(NoConnection, match="refused") as caught:
+        connect("127.0.0.1", 1, frozenset({"127.0.0.1"}))
+    assert caught.value.said == "refused here"
+    resolve(monkeypatch, {"both.test": [["93.184.216.34", "93.184.216.35"]]})
+    failures = [ConnectionRefusedError(errno.ECONNREFUSED, "no"), OSError(errno.ENETUNREACH, "no way")]
+    left = [*failures, failures[1], failures[1]]
+    monkeypatch.setattr("pipeline.images.hosts._Timed.connect", lambda *_: throw(left.pop(0)), raising=False)
+    for said in ("refused", "nothing"):
+        with pytest.raises(NoConnection, match="no way") as caught:
+            connect("both.test", 80, frozenset())
+        assert caught.value.said == said
 
 
-def test_dead_hosts_beside_a_living_one_are_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hosts, "SILENT", 3)
-    with serve({"/": answer(200)}) as server:
-        network = Network(frozenset({server.place}))
-        network.answered("127.0.0.1", server.server_port)
-        for _ in range(11):
-            network.silent("dead")
-    with pytest.raises(StorageError, match="nor do those that answered before"):
-        network.silent("dead")
+def throw(error: OSError) -> None:
+    raise error

@@ -12,21 +12,14 @@ import socket
 import ssl
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from urllib3 import HTTPConnectionPool, HTTPSConnectionPool, PoolManager
 from urllib3.connection import HTTPConnection, HTTPSConnection
 
-from pipeline.errors import StorageError
-
 # All addresses of a host together may take this long to answer.
 CONNECT_SECONDS = 10.0
-# Requests one after the other that found nobody to talk to, before the network is suspected.
-SILENT = 100
-# Servers that answered lately, to be asked whether it is the network.
-WITNESSES = 8
 # Hosts, and connections to each, that are kept open between requests.
 POOLS, CONNECTIONS = 64, 32
 # The only range of IPv6 that is handed out for the internet, and what carries an IPv4 address.
@@ -45,18 +38,34 @@ _INTERNAL = tuple(
 _METADATA = tuple(
     ipaddress.ip_address(text) for text in ("100.100.100.200", "168.63.129.16", "192.0.0.192", "fd00:ec2::254")
 )
+# No such name, or a name without an address; not every system tells the two apart.
+_NO_NAME = (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME))
 
 
 class AddressNotAllowed(Exception):
     """A host has no address that may be reached."""
 
 
-class NoConnection(Exception):
-    """A host has no address at all, or nothing answers there. ``passing`` if a second try may help."""
+# Nobody said anything; or: the host said no, this machine said no, the name server knows no such name.
+Said = Literal["nothing", "refused", "refused here", "no such name"]
 
-    def __init__(self, text: str, *, passing: bool = False) -> None:
+
+class NoConnection(Exception):
+    """A host has no address at all, or takes no connection there.
+
+    Args:
+        place: the host and the port.
+        text: what is told of it.
+        said: what the network said, see :class:`~pipeline.images.network.Network`.
+        passing: a second try may help.
+        late: the deadline of the thread came first.
+    """
+
+    def __init__(
+        self, place: tuple[str, int], text: str, *, said: Said = "nothing", passing: bool = False, late: bool = False
+    ) -> None:
         super().__init__(text)
-        self.passing = passing
+        self.place, self.said, self.passing, self.late = place, said, passing, late
 
 
 class _Clock(threading.local):
@@ -83,6 +92,10 @@ def seconds_left() -> float:
     if left <= 0:
         raise TimeoutError("the time for this image is over")
     return left
+
+
+def _is_late() -> bool:
+    return time.monotonic() >= _clock.deadline
 
 
 def is_public(text: str) -> bool:
@@ -129,8 +142,8 @@ def connect(host: str, port: int, private: frozenset[str]) -> socket.socket:
 
     Raises:
         AddressNotAllowed: none is allowed; nothing was sent.
-        NoConnection: there is no such host, or none of its addresses answers.
-        TimeoutError: the thread's deadline came first.
+        NoConnection: there is no such host, or none of its addresses answers, or not before the thread's deadline.
+        TimeoutError: that deadline had passed before anything was tried.
     """
     allowed = is_internal_or_public if is_listed(host, port, private) else is_public
     ends = time.monotonic() + min(CONNECT_SECONDS, seconds_left())
@@ -140,6 +153,7 @@ def connect(host: str, port: int, private: frozenset[str]) -> socket.socket:
         places = ", ".join(sorted({str(one[4][0]) for one in found}))
         raise AddressNotAllowed(f"{host} is {places}, which is not an address of the internet")
     failed: OSError = TimeoutError(f"no answer within {CONNECT_SECONDS:g} s")
+    said: Said = "nothing"
     for family, kind, protocol, _, address in good:
         left = ends - time.monotonic()
         if left <= 0:
@@ -152,10 +166,12 @@ def connect(host: str, port: int, private: frozenset[str]) -> socket.socket:
         except OSError as error:
             one.close()
             failed = error
+            if isinstance(error, ConnectionRefusedError | ConnectionResetError) and said != "refused":
+                said = "refused here" if _parse(address[0]).is_loopback else "refused"
         else:
             return one
-    seconds_left()
-    raise NoConnection(f"{host}:{port}: {failed.strerror or failed}") from failed
+    text = f"{host}:{port}: {failed.strerror or failed}"
+    raise NoConnection((host, port), text, said=said, late=said == "nothing" and _is_late()) from failed
 
 
 def is_internal_or_public(text: str) -> bool:
@@ -167,53 +183,6 @@ def is_listed(host: str, port: int, private: frozenset[str]) -> bool:
     """Whether ``private`` names the host, or the host with this port."""
     name = host.rstrip(".").lower()
     return not private.isdisjoint({name, f"{name}:{port}", f"[{name}]", f"[{name}]:{port}"})
-
-
-class Network:
-    """Tells a dead host, which is a row's fault, from a dead network, which would fail all rows that are left.
-
-    After ``SILENT`` requests in a row that found nobody, the servers that answered lately are called once more.
-    If one is there, the hosts are dead, and the count begins anew; otherwise the run ends.
-    """
-
-    def __init__(self, private: frozenset[str]) -> None:
-        self._private = private
-        self._lock = threading.Lock()
-        self._silent = 0
-        self._witnesses: OrderedDict[tuple[str, int], None] = OrderedDict()
-
-    def answered(self, host: str, port: int) -> None:
-        """A server spoke."""
-        with self._lock:
-            self._silent = 0
-            self._witnesses[host, port] = None
-            self._witnesses.move_to_end((host, port))
-            if len(self._witnesses) > WITNESSES:
-                self._witnesses.popitem(last=False)
-
-    def silent(self, reason: str) -> None:
-        """Nobody was there; raises StorageError where that is so for everybody."""
-        with self._lock:
-            self._silent += 1
-            if self._silent < SILENT:
-                return
-            if any(self._is_there(host, port) for host, port in self._witnesses):
-                self._silent = 0
-                return
-        known = "nor do those that answered before" if self._witnesses else "and none has answered yet"
-        raise StorageError(
-            f"no server answered {SILENT} requests in a row ({reason}), {known}: the network or the name server is at "
-            "fault, not the images. Run the same command again when they are back, finished shards are kept; rows of "
-            "hosts that are gone for good can be left out of the manifest"
-        )
-
-    def _is_there(self, host: str, port: int) -> bool:
-        set_deadline(time.monotonic() + 5)
-        try:
-            connect(host, port, self._private).close()
-        except (AddressNotAllowed, NoConnection, OSError):
-            return False
-        return True
 
 
 class _Timed(socket.socket):
@@ -266,11 +235,15 @@ def _look_up(host: str, port: int, ends: float) -> list[Any]:
     try:
         found: Any = answers.get(timeout=max(0.001, ends - time.monotonic()))
     except queue.Empty:
-        seconds_left()
-        raise NoConnection(f"{host}: the name server does not answer", passing=True) from None
+        text = f"{host}: the name server does not answer"
+        raise NoConnection((host, port), text, passing=True, late=_is_late()) from None
     if isinstance(found, Exception):
         passing = isinstance(found, socket.gaierror) and found.errno == socket.EAI_AGAIN
-        raise NoConnection(f"{host}: {found}", passing=passing) from found
+        # What is no name at all is told by this machine, without a question to anybody.
+        said: Said = "refused here" if isinstance(found, UnicodeError) else "nothing"
+        if isinstance(found, socket.gaierror) and found.errno in _NO_NAME:
+            said = "no such name"
+        raise NoConnection((host, port), f"{host}: {found}", said=said, passing=passing) from found
     return list(found)
 
 

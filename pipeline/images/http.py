@@ -22,7 +22,8 @@ from urllib3.exceptions import SSLError as TLSError
 from urllib3.exceptions import TimeoutError as RequestTimeout
 from urllib3.util import Url, parse_url
 
-from pipeline.images.hosts import AddressNotAllowed, Network, NoConnection, pools, seconds_left, set_deadline
+from pipeline.images.hosts import AddressNotAllowed, NoConnection, pools, seconds_left, set_deadline
+from pipeline.images.network import Network
 from pipeline.records import Failure
 
 if TYPE_CHECKING:
@@ -111,10 +112,12 @@ class Fetcher:
         try:
             data = tries(self._follow, url, _Range(start, stop))
         except NoConnection as error:
-            self._network.silent(str(error))
+            self._network.failed(error)
+            if error.late:
+                return self._too_late(url)
             return Failure("unreadable", f"{url}: no connection: {error}")
         except (TimeoutError, RequestTimeout):
-            return Failure("timeout", f"{url}: not there within loader.read_seconds={self._seconds:g}")
+            return self._too_late(url)
         except AddressNotAllowed as error:
             reason = f"{url}: {error}; images.private_hosts lists internal servers"
             return Failure("address_not_allowed", reason)
@@ -216,6 +219,9 @@ class Fetcher:
             raise _Passing(f"the connection broke after {len(data):,} bytes: {error}") from error
         return bytes(data)
 
+    def _too_late(self, url: str) -> Failure:
+        return Failure("timeout", f"{url}: not there within loader.read_seconds={self._seconds:g}")
+
     def _too_large(self, url: str, size: int) -> Failure:
         return Failure("too_many_bytes", f"{url}: {size:,} bytes or more, over images.max_bytes={self._max_bytes:,}")
 
@@ -231,7 +237,7 @@ def _leave(response: BaseHTTPResponse) -> None:
 
 
 def _may_pass(error: BaseException) -> bool:
-    return isinstance(error, _Passing) or (isinstance(error, NoConnection) and error.passing)
+    return isinstance(error, _Passing) or (isinstance(error, NoConnection) and error.passing and not error.late)
 
 
 def _tried_enough(state: tenacity.RetryCallState) -> bool:
