@@ -68,7 +68,7 @@ class BackendUnavailable(PipelineError):
 
 
 class DecoderUnavailable(PipelineError):
-    """This machine cannot start a process that decodes images."""
+    """This machine cannot start a process that decodes images, or kills it."""
 
     exit_code = 2
 

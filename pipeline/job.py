@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from datetime import UTC, datetime
 from functools import cache, partial
 from pathlib import Path
@@ -143,8 +143,11 @@ def _run(
     todo = (shard for shard in cut(manifest, config.manifest.shard_rows) if shard.index not in done)
     clocks, rows = StageClocks(), 0
     looped = time.time()
-    with Progress(manifest.rows, done=resumed_rows, mode=config.report.progress) as progress:
-        for report in inline.run(todo, job, encoder, clocks=clocks, on_batch=progress.embedded, reader=reader):
+    with (
+        Progress(manifest.rows, done=resumed_rows, mode=config.report.progress) as progress,
+        closing(inline.run(todo, job, encoder, clocks=clocks, on_batch=progress.embedded, reader=reader)) as reports,
+    ):
+        for report in reports:
             held.check()
             rows += report.rows if report.committed else 0
             progress.failed(report.rows - report.counts[OK])

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 
 import torch
@@ -100,7 +100,7 @@ def embed(
     clocks: StageClocks,
     on_batch: Callable[[int], None] = lambda images: None,
     reader: PixelReader | None = None,
-) -> Iterator[ShardReport]:
+) -> Generator[ShardReport]:
     """Embed, label, write and commit every shard; a report for each, in order, once it is durable.
 
     Args:
@@ -124,8 +124,12 @@ def embed(
             return commit_part(storage, result.rows.shard.index, table, job.form, count_statuses(result.rows))
 
     pending: list[Future[ShardReport]] = []
-    with ThreadPoolExecutor(1, thread_name_prefix="writer") as writer:
-        for result in _results(shards, job, encoder, clocks, on_batch, reader):
+    with (
+        ThreadPoolExecutor(1, thread_name_prefix="writer") as writer,
+        # Whatever ends the loop ends the loader too, before finished shards are waited for.
+        closing(_results(shards, job, encoder, clocks, on_batch, reader)) as results,
+    ):
+        for result in results:
             pending.append(writer.submit(write, result))
             while pending and (pending[0].done() or len(pending) > PENDING_PARTS):
                 with clocks.time(Stage.WAIT_OUTPUT):
@@ -154,7 +158,7 @@ def _results(
     clocks: StageClocks,
     on_batch: Callable[[int], None],
     reader: PixelReader | None,
-) -> Iterator[ShardResult]:
+) -> Generator[ShardResult]:
     config = job.config
     labelling = None
     with ExitStack() as opened:

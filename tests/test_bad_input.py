@@ -211,7 +211,6 @@ def test_too_many_failures_end_with_3_and_a_whole_dataset(tmp_path: Path) -> Non
     [
         ("kill:SIGSEGV", "decoder_crashed", "SIGSEGV"),
         ("kill:SIGABRT", "decoder_crashed", "SIGABRT"),
-        ("kill", "decoder_crashed", "SIGKILL"),
         ("delay:600", "decoder_timeout", "loader.decode_seconds"),
         ("grow:1e12", "out_of_memory", "memory"),
         ("raise:EIO", "decoder_crashed", "failpoint"),
@@ -228,6 +227,19 @@ def test_a_decoder_that_dies_hangs_or_grows_costs_one_row(tmp_path: Path, rule: 
     assert [row["status"] for row in rows] == [status if name == "07.jpg" else "ok" for name in files]
     assert said in rows[7]["error"]
     assert forks().strays() == []
+
+
+def test_a_machine_that_kills_decoders_ends_the_job_and_is_told(tmp_path: Path) -> None:
+    """A system without memory kills with SIGKILL; the image is not to blame, and a later run embeds it."""
+    make(tmp_path, {"a.jpg": photo(), "b.jpg": photo(comment=MARK.encode())})
+    config = groups(tmp_path, tmp_path / "out")
+    child = forks().start("tests.forks:job", config, True, failpoints=f"child.decode[{MARK}]=kill")
+    assert child.wait() == 2
+    for word in ("SIGKILL", "memory", "loader.workers", "loader.decode_memory"):
+        assert word in child.said()
+    assert forks().strays() == []
+    assert forks().start("tests.forks:job", config, True).wait() == 0
+    assert [row["status"] for row in rows_of(tmp_path / "out")] == ["ok", "ok"]
 
 
 def test_a_job_whose_every_decoder_crashes_still_ends(tmp_path: Path) -> None:

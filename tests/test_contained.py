@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import io
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +24,8 @@ import pytest
 from PIL import Image
 
 from pipeline.config import FORMATS
-from pipeline.errors import DecoderUnavailable
+from pipeline.errors import DecoderUnavailable, NumericalError
+from pipeline.images import child as child_module
 from pipeline.images import children as processes
 from pipeline.images import decoders as module
 from pipeline.images.decode import Decoder, limit_pixels
@@ -171,9 +175,7 @@ def test_giants_take_turns_and_the_wait_is_not_theirs(monkeypatch: pytest.Monkey
     monkeypatch.setenv("PIPELINE_FAILPOINTS", "")
     with pool(processes=3, seconds=20.0) as decoders, ThreadPoolExecutor(3) as threads:
         # Held by this process: the decoders wait for longer than an image may take, and are not blamed.
-        decoders.seconds = 0.6
-        import fcntl
-
+        decoders.seconds = 0.8
         fcntl.lockf(decoders.children._giants, fcntl.LOCK_EX)
         waiting = [threads.submit(decoders.decode, [giant], SPEC) for _ in range(3)]
         time.sleep(2.5)
@@ -197,7 +199,7 @@ def marked(*rows: int) -> list[bytes]:
     ("action", "settings", "status", "words"),
     [
         ("kill:SIGSEGV", {}, "decoder_crashed", "killed by SIGSEGV"),
-        ("kill:SIGKILL", {}, "decoder_crashed", "killed by SIGKILL"),
+        ("kill:SIGABRT", {}, "decoder_crashed", "killed by SIGABRT"),
         ("raise:EPERM", {}, "decoder_crashed", "PermissionError"),
         ("delay:100", {"seconds": 0.4}, "decoder_timeout", "not decoded in 0.4 s (loader.decode_seconds)"),
         ("grow:1e10", {}, "out_of_memory", "not enough memory"),
@@ -207,11 +209,11 @@ def test_trouble_costs_the_rows_that_make_it(
     monkeypatch: pytest.MonkeyPatch, action: str, settings: dict[str, Any], status: str, words: str
 ) -> None:
     monkeypatch.setenv("PIPELINE_FAILPOINTS", f"child.decode[MARK]={action}")
-    images = marked(0, 3, 4, 11)
+    images = marked(0, 3, 4)[: CHUNK + 1]
     with pool(**settings) as decoders:
         results = there(decoders, list(images))
     for number, result in enumerate(results):
-        if number in (0, 3, 4, 11):
+        if number in (0, 3, 4):
             assert isinstance(result, Failure)
             assert result.status == status
             assert words in result.error
@@ -223,7 +225,7 @@ def test_an_image_is_blamed_only_if_it_crashes_alone_too(monkeypatch: pytest.Mon
     # The second image that a process meets crashes it, whichever it is.
     monkeypatch.setenv("PIPELINE_FAILPOINTS", "child.decode=kill:SIGSEGV@2")
     with pool(processes=1) as decoders:
-        assert statuses(there(decoders, list(CLEAN))) == ["ok"] * len(CLEAN)
+        assert statuses(there(decoders, CLEAN[:4])) == ["ok"] * 4
 
 
 def test_a_process_that_dies_between_two_requests_costs_no_row() -> None:
@@ -237,7 +239,7 @@ def test_a_process_that_dies_between_two_requests_costs_no_row() -> None:
 
 def test_a_file_that_needs_more_memory_than_it_may_have() -> None:
     file = io.BytesIO()
-    Image.new("RGBA", (9000, 9000), (1, 2, 3, 90)).save(file, "PNG", compress_level=1)
+    Image.new("L", (9000, 9000), 3).save(file, "PNG", compress_level=1)
     with pool(processes=1, memory=64 * MIB) as decoders:
         results = decoders.decode([CLEAN[0], file.getvalue(), CLEAN[1]], SPEC)
     assert statuses(results) == ["ok", "out_of_memory", "ok"]
@@ -245,12 +247,160 @@ def test_a_file_that_needs_more_memory_than_it_may_have() -> None:
 
 def test_a_file_that_takes_longer_than_it_may() -> None:
     file = io.BytesIO()
-    noise = Image.effect_noise((3500, 3500), 90).convert("RGB")
+    noise = Image.effect_noise((2500, 2500), 90).convert("RGB")
     noise.save(file, "JPEG", quality=95, progressive=True)
     with pool(processes=1, seconds=0.1) as decoders:
         began = time.monotonic()
         assert statuses(decoders.decode([CLEAN[0], file.getvalue(), CLEAN[1]], SPEC)) == ["ok", "decoder_timeout", "ok"]
         assert time.monotonic() - began < 20
+
+
+def progressive(side: int) -> bytes:
+    file = io.BytesIO()
+    Image.radial_gradient("L").resize((side, side)).convert("RGB").save(
+        file, "JPEG", progressive=True, subsampling="4:4:4", quality=60
+    )
+    return file.getvalue()
+
+
+def webp(side: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (side, side), (1, 2, 3)).save(file, "WEBP", quality=20, method=0)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(("make", "memory"), [(progressive, 64), (progressive, 128), (webp, 64)])
+def test_a_library_that_gets_no_memory_is_no_damage(make: Callable[[int], bytes], memory: int) -> None:
+    data = make(3950)
+    damaged = data[:-100]
+    with pool(processes=1, memory=memory * MIB) as decoders:
+        (result,) = decoders.decode([data], SPEC)
+        assert statuses([result]) == ["out_of_memory"], result
+        assert isinstance(result, Failure)
+        assert "not enough memory to decode" in result.error
+        # What is damaged is still said to be.
+        assert statuses(decoders.decode([CLEAN[0], CLEAN[1][:300]], SPEC)) == ["ok", "truncated"]
+    with pool(processes=1, memory=1024 * MIB) as decoders:
+        assert statuses(decoders.decode([data, damaged], SPEC)) == ["ok", "truncated"]
+
+
+def test_two_kills_from_outside_over_one_image_are_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIPELINE_FAILPOINTS", "child.decode[MARK]=kill")
+    with pool(processes=1) as decoders:
+        with pytest.raises(DecoderUnavailable, match=r"SIGKILL.*memory.*loader\.workers or loader\.decode_memory"):
+            decoders.decode(marked(1)[:3], SPEC)
+        monkeypatch.setenv("PIPELINE_FAILPOINTS", "")
+        assert statuses(decoders.decode(CLEAN[:3], SPEC)) == ["ok"] * 3
+
+
+def test_a_process_is_told_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("LC_ALL", "C.UTF-8")
+    with pool(processes=1) as decoders:
+        decoders.decode([CLEAN[0]], SPEC)
+        (pid,) = children()
+        known = dict(pair.split("=", 1) for pair in Path(f"/proc/{pid}/environ").read_text().split("\0") if pair)
+    assert "AWS_SECRET_ACCESS_KEY" not in known
+    assert known["LC_ALL"] == "C.UTF-8"
+    assert known["PATH"] == os.environ["PATH"]
+    assert known["MALLOC_ARENA_MAX"] == "1"
+
+
+RIGHTS = """
+import os, resource
+from pipeline.images.child import _give_up_rights
+_give_up_rights(2**30, 2**30)
+os.close(0)
+for path in ("/etc/passwd", "/proc/self/environ"):
+    try:
+        os.open(path, os.O_RDONLY)
+    except OSError as error:
+        print(error.strerror)
+try:
+    os.execv("/bin/cat", ["cat", "/etc/passwd"])
+except OSError as error:
+    print(error.strerror)
+"""
+
+
+def test_a_process_opens_no_file_even_after_it_closed_one() -> None:
+    done = subprocess.run([sys.executable, "-c", RIGHTS], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[:2] == ["Too many open files"] * 2
+    assert "root:" not in done.stdout
+
+
+def test_the_memory_limit_needs_no_proc(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(*_: Any, **__: Any) -> Any:
+        raise FileNotFoundError
+
+    monkeypatch.setattr("builtins.open", absent)
+    assert child_module._own() == child_module.OWN
+
+
+@pytest.mark.parametrize("call", ["socket.socketpair", "os.memfd_create", "os.pwrite", "os.ftruncate"])
+def test_a_machine_without_files_or_room_is_an_error_and_nothing_leaks(
+    monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    def fails(*_: Any) -> Any:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with pool(processes=1) as decoders:
+        before = len(os.listdir("/proc/self/fd"))
+        with monkeypatch.context() as patch:
+            patch.setattr(call, fails)
+            with pytest.raises(DecoderUnavailable, match=r"Too many open files.*loader\.isolation=none"):
+                decoders.decode([CLEAN[0]], SPEC)
+        # A place keeps its two files.
+        assert len(os.listdir("/proc/self/fd")) - before in (0, 2)
+        assert statuses(decoders.decode([CLEAN[0]], SPEC)) == ["ok"]
+
+
+def test_an_image_whose_turn_never_comes_costs_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = io.BytesIO()
+    Image.new("1", (4100, 4100)).save(file, "PNG")
+    with pool(processes=1) as decoders:
+        assert statuses(decoders.decode([CLEAN[0]], SPEC)) == ["ok"]
+        decoders.seconds = 0.3
+        fcntl.lockf(decoders.children._giants, fcntl.LOCK_EX)
+        began = time.monotonic()
+        small, large, other = decoders.decode([CLEAN[0], file.getvalue(), CLEAN[1]], SPEC)
+        assert statuses([small, large, other]) == ["ok", "decoder_timeout", "ok"]
+        assert isinstance(large, Failure)
+        assert "its turn among the large images did not come in 2 x 0.3 s" in large.error
+        assert time.monotonic() - began < 8
+
+
+def test_an_image_that_is_finished_at_the_last_moment_is_not_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIPELINE_FAILPOINTS", "child.decode[MARK]=delay:100")
+    end = module._Seat._end
+
+    def late(seat: module._Seat, child: processes.Child, *, wait: bool) -> Failure:
+        Answer(seat._outbox.fileno(), SPEC).put(1, Pixels(rgb=np.full((32, 32, 3), 9, np.uint8)))
+        return end(seat, child, wait=wait)
+
+    with pool(processes=1) as decoders:
+        decoders.decode([CLEAN[0]], SPEC)
+        decoders.seconds = 0.3
+        monkeypatch.setattr(module._Seat, "_end", late)
+        decoded = decoders.decode(marked(1)[:4], SPEC)
+    assert statuses(decoded) == ["ok"] * 4
+    assert isinstance(decoded[1], Pixels)
+    assert (decoded[1].rgb == 9).all()
+
+
+def test_abandoned_work_ends_at_once_and_the_decoders_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIPELINE_FAILPOINTS", "child.decode[MARK]=delay:100")
+    gone = threading.Event()
+    with pool(processes=1) as decoders, ThreadPoolExecutor(2) as threads:
+        decoders.decode([CLEAN[0]], SPEC)
+        work = [threads.submit(decoders.decode, marked(*range(8))[:8], SPEC, gone.is_set) for _ in range(2)]
+        time.sleep(0.5)
+        assert not any(future.done() for future in work)
+        gone.set()
+        for future in work:
+            with pytest.raises(processes.Abandoned):
+                future.result(1)
+        assert statuses(decoders.decode(CLEAN[:2], SPEC)) == ["ok", "ok"]
 
 
 def test_a_machine_that_cannot_start_a_process_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -368,13 +518,15 @@ def test_a_long_or_odd_text_is_carried_as_far_as_it_goes() -> None:
 # Jobs
 
 
-def job(tmp_path: Path, name: str, images: list[bytes], **loader: Any) -> tuple[RunReport, list[dict[str, Any]]]:
+def job(
+    tmp_path: Path, name: str, images: list[bytes], *, encoder: type[StubEncoder] = StubEncoder, **loader: Any
+) -> tuple[RunReport, list[dict[str, Any]]]:
     manifest = tmp_path / f"{name}.parquet"
     pq.write_table(pa.table({"id": [f"row-{n}" for n in range(len(images))], "image": images}), manifest)
     config = config_for(
         manifest, tmp_path / name, manifest={"keep": []}, loader=loader, model={"name": str(DEMO_FOLDER)}
     )
-    with stub_backend(StubEncoder):
+    with stub_backend(encoder):
         report = run_job(config)
     parts = sorted((tmp_path / name).glob("part-*.parquet"))
     return report, pa.concat_tables(pq.read_table(part) for part in parts).to_pylist()
@@ -383,20 +535,19 @@ def job(tmp_path: Path, name: str, images: list[bytes], **loader: Any) -> tuple[
 def test_a_job_names_the_rows_that_bring_decoders_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = [photo(number) for number in range(30)]
     before = set(os.listdir("/dev/shm")) if Path("/dev/shm").is_dir() else set()
-    clean, rows = job(tmp_path, "clean", images, decode_seconds=0.5)
+    clean, rows = job(tmp_path, "clean", images, isolation="none")
     assert clean.counts == {"ok": 30}
-    assert clean.memory["peak_decoder_mib"] > 10
     monkeypatch.setenv(
         "PIPELINE_FAILPOINTS",
-        "child.decode[SEGV]=kill:SIGSEGV; child.decode[KILL]=kill; child.decode[HANG]=delay:100; "
+        "child.decode[SEGV]=kill:SIGSEGV; child.decode[ABRT]=kill:SIGABRT; child.decode[HANG]=delay:100; "
         "child.decode[GROW]=grow:1e10",
     )
-    bad = {2: "SEGV", 7: "KILL", 8: "HANG", 20: "GROW", 29: "SEGV"}
+    bad = {2: "SEGV", 7: "ABRT", 8: "HANG", 20: "GROW", 29: "SEGV"}
     spoiled = [photo(number, mark=bad.get(number, "")) for number in range(30)]
     report, found = job(tmp_path, "spoiled", spoiled, decode_seconds=0.5)
     assert report.exit_code == 0
     assert report.counts == {"ok": 25, "decoder_crashed": 3, "decoder_timeout": 1, "out_of_memory": 1}
-    wanted = {"SEGV": "decoder_crashed", "KILL": "decoder_crashed", "HANG": "decoder_timeout", "GROW": "out_of_memory"}
+    wanted = {"SEGV": "decoder_crashed", "ABRT": "decoder_crashed", "HANG": "decoder_timeout", "GROW": "out_of_memory"}
     for number, (row, other) in enumerate(zip(rows, found, strict=True)):
         if number in bad:
             assert (other["id"], other["status"]) == (f"row-{number}", wanted[bad[number]])
@@ -413,6 +564,7 @@ def test_a_job_writes_the_same_rows_without_processes(tmp_path: Path) -> None:
     contained, rows = job(tmp_path, "process", images)
     plain, others = job(tmp_path, "none", images, isolation="none")
     assert rows == others
+    assert contained.memory["peak_decoder_mib"] > 10
     assert contained.fingerprints == plain.fingerprints | {"manifest": contained.fingerprints["manifest"]}
     assert "peak_decoder_mib" not in plain.memory
 
@@ -427,6 +579,23 @@ def test_no_process_is_left_after_an_error(tmp_path: Path) -> None:
     pq.write_table(pa.table({"id": list(range(20)), "image": [photo(n) for n in range(20)]}), manifest)
     with stub_backend(Broken), pytest.raises(ZeroDivisionError):
         run_job(config_for(manifest, tmp_path / "out", manifest={"keep": []}, model={"name": str(DEMO_FOLDER)}))
+    assert children() == []
+
+
+def test_an_error_waits_for_no_image_in_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = []
+
+    class Broken(StubEncoder):
+        def encode(self, pixels: Any) -> Any:
+            time.sleep(0.5)
+            failed.append(time.monotonic())
+            raise NumericalError("NaN")
+
+    monkeypatch.setenv("PIPELINE_FAILPOINTS", "child.decode[HANG]=delay:100")
+    images = [photo(number, mark="HANG" if number >= 8 else "") for number in range(16)]
+    with pytest.raises(NumericalError):
+        job(tmp_path, "out", images, encoder=Broken, decode_seconds=2.0, batch_size=8)
+    assert time.monotonic() - failed[0] < 2
     assert children() == []
 
 
@@ -497,12 +666,13 @@ def test_a_process_outlives_the_thread_that_first_needed_it() -> None:
         assert seen == [seen[0]] * 3
 
 
-def test_ctrl_c_is_for_the_job_to_answer() -> None:
+def test_ctrl_c_and_sigterm_are_for_the_job_to_answer() -> None:
     with pool(processes=1) as decoders:
         decoders.decode([CLEAN[0]], SPEC)
         (pid,) = children()
         assert os.getpgid(pid) != os.getpgid(0)
         os.kill(pid, signal.SIGINT)
+        os.kill(pid, signal.SIGTERM)
         time.sleep(0.1)
         assert statuses(decoders.decode([CLEAN[0]], SPEC)) == ["ok"]
         assert children() == [pid]
@@ -517,8 +687,9 @@ def test_a_process_holds_no_files_of_the_job(tmp_path: Path) -> None:
             assert len(held) == 7, held
             assert sum("memfd:decoder" in name for name in held) == 3
             limits = Path(f"/proc/{pid}/limits").read_text()
-            assert "Max open files            3 " in limits
+            assert "Max open files            0 " in limits
             assert "Max core file size        0 " in limits
+            assert "NoNewPrivs:\t1" in Path(f"/proc/{pid}/status").read_text()
 
 
 def test_it_works_in_a_worker_that_is_a_daemon() -> None:
@@ -553,9 +724,9 @@ def test_a_reader_splits_what_is_large_and_keeps_the_order(monkeypatch: pytest.M
     asked: list[int] = []
     decode = Decoders.decode
 
-    def counted(decoders: Decoders, encoded: list[bytes], spec: PreprocessSpec) -> list[Result]:
+    def counted(decoders: Decoders, encoded: list[bytes], *others: Any) -> list[Result]:
         asked.append(len(encoded))
-        return decode(decoders, encoded, spec)
+        return decode(decoders, encoded, *others)
 
     monkeypatch.setattr(Decoders, "decode", counted)
     refs = [ImageRef(id=n, data=data) for n, data in enumerate([*CLEAN, b"", b"x" * 1600, *CLEAN])]

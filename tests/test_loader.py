@@ -20,6 +20,7 @@ from PIL import Image
 
 from pipeline.config import FORMATS, ManifestConfig
 from pipeline.errors import ManifestError, StorageError
+from pipeline.failpoints import armed
 from pipeline.images.decode import Decoder
 from pipeline.images.loader import Loader
 from pipeline.images.padding import repeats
@@ -324,6 +325,18 @@ def test_closing_early_stops_the_threads(tmp_path: Path) -> None:
         assert "loader" in threads()
         started = time.perf_counter()
     assert time.perf_counter() - started < 2
+    assert threads() == []
+
+
+@pytest.mark.parametrize("step", ["read", "decode"])
+def test_closing_waits_for_one_image_and_not_for_a_chunk(tmp_path: Path, step: str) -> None:
+    write(tmp_path, range(300), kind="bytes")
+    manifest = opened(tmp_path)
+    with armed(f"{step}=delay:0.3"):
+        with make_loader(manifest, batch_size=4, prefetch=1) as loader:
+            next(loader.stream(cut(manifest, 100)))
+            started = time.perf_counter()
+        assert time.perf_counter() - started < 1.2
     assert threads() == []
 
 

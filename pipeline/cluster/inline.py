@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 
 from pipeline.backends.base import ImageEncoder
 from pipeline.images.reader import PixelReader
@@ -19,6 +19,6 @@ def run(
     clocks: StageClocks,
     on_batch: Callable[[int], None],
     reader: PixelReader | None = None,
-) -> Iterator[ShardReport]:
+) -> Generator[ShardReport]:
     """See :func:`pipeline.worker.embed`."""
     return embed(shards, job, encoder, clocks=clocks, on_batch=on_batch, reader=reader)

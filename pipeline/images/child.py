@@ -1,14 +1,15 @@
 """A decoder process: ``python -m pipeline.images.child SETTINGS``, started by :mod:`pipeline.images.decoders`.
 
 It decodes bytes of strangers with libraries written in C, so that it gives up what it does not need before the first
-one: it opens no file, writes no core and little else, holds no more memory than it was given, and ends with the
-process that started it.
+one: it opens no file, writes no core and little else, gains no rights, holds no more memory than it was given, and
+ends with the process that started it.
 """
 
 from __future__ import annotations
 
 import codecs
 import ctypes
+import errno
 import fcntl
 import json
 import os
@@ -28,9 +29,16 @@ from pipeline.images.preprocess import preprocess
 from pipeline.images.wire import CRASHED, DONE, OUT_OF_MEMORY, READY, Answer, State, parse_request
 from pipeline.records import Failure, Pixels, PreprocessSpec
 
-PR_SET_PDEATHSIG = 1
+PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
+# Address space of the process itself, in bytes, where the system does not tell.
+OWN = 512 * 2**20
 # Text in images; Python loads these from files when they are first used.
 _CODECS = ("ascii", "latin-1", "utf-8", "utf-16", "utf-16-be", "utf-16-le", "utf-32", "cp1252", "mac-roman")
+# What may be said of an image that no memory was left for.
+_DAMAGE = frozenset({"corrupt", "truncated", "unsupported"})
+_libc = ctypes.CDLL(None)
+_errno_location = getattr(_libc, "__errno_location" if sys.platform == "linux" else "__error")
+_errno_location.restype = ctypes.POINTER(ctypes.c_int)
 
 
 class Turn:
@@ -64,7 +72,9 @@ def main() -> None:
     """Answer requests until the socket closes."""
     settings = json.loads(sys.argv[1])
     _end_with(settings["parent"])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Some send these to every process of a job; it is for the job to say when its decoders end.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     control = socket.socket(fileno=settings["control"])
     turn = Turn(settings["giants"])
     rules: dict[str, Any] = settings["decoder"]
@@ -86,17 +96,29 @@ def _decode(inbox: int, offset: int, size: int, decoder: Decoder, spec: Preproce
     try:
         data = os.pread(inbox, size, offset)
         failpoint("child.decode", data)
-        return decoder.apply(data, lambda image: preprocess(image, spec))
+        _errno().value = 0
+        result = decoder.apply(data, lambda image: preprocess(image, spec))
+        missed = _errno().value == errno.ENOMEM
     except MemoryError:
         return Failure(OUT_OF_MEMORY, f"not enough memory to decode {size:,} bytes")
     except Exception as error:
         return Failure(CRASHED, f"{type(error).__name__}: {error}")
+    # Libraries report a malloc that failed as damage of the image; only its errno tells.
+    if isinstance(result, Failure) and result.status in _DAMAGE and missed:
+        return Failure(OUT_OF_MEMORY, f"not enough memory to decode {size:,} bytes ({result.error})")
+    return result
+
+
+def _errno() -> ctypes.c_int:
+    """C's ``errno`` of this thread itself; ``ctypes.get_errno`` only knows what functions called by ctypes left."""
+    number: ctypes.c_int = _errno_location().contents
+    return number
 
 
 def _end_with(parent: int) -> None:
     """Die when the thread that started this process ends; its pool keeps that thread for as long as it lives."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         raise SystemExit("the process that started this decoder has gone")
 
@@ -117,12 +139,20 @@ def _give_up_rights(memory: int, written: int) -> None:
     os.close(quiet)
     _lower(resource.RLIMIT_CORE, 0)
     _lower(resource.RLIMIT_FSIZE, written)
-    with suppress(OSError):
+    if sys.platform == "linux":
+        _libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    _lower(resource.RLIMIT_AS, _own() + memory)
+    # The limit is on the numbers of new files; what is open already stays.
+    _lower(resource.RLIMIT_NOFILE, 0)
+
+
+def _own() -> int:
+    """Bytes of address space that this process takes already."""
+    try:
         with open("/proc/self/statm", encoding="ascii") as file:
-            own = int(file.read().split()[0]) * resource.getpagesize()
-        _lower(resource.RLIMIT_AS, own + memory)
-    # The limit is on numbers: 0 to 2 are taken, and what is open already stays.
-    _lower(resource.RLIMIT_NOFILE, 3)
+            return int(file.read().split()[0]) * resource.getpagesize()
+    except OSError:
+        return OWN
 
 
 def _lower(kind: int, limit: int) -> None:

@@ -10,12 +10,15 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 from pipeline.errors import DecoderUnavailable
+from pipeline.failpoints import VARIABLE
 from pipeline.images.decode import Decoder
 from pipeline.images.wire import READY
 
@@ -23,6 +26,8 @@ from pipeline.images.wire import READY
 START_SECONDS = 120.0
 # A process that closed its socket has this long to end by itself, in seconds.
 END_SECONDS = 5.0
+# How often one that waits for a process looks whether it is still wanted, in seconds.
+TICK = 0.2
 ROOT = Path(__file__).resolve().parent.parent.parent
 # Decoding is one thread; malloc's arenas for others would count against the memory limit. With its usual thresholds
 # malloc gives every image's buffers back to the kernel, whose fresh pages cost a third of a small image's time.
@@ -34,6 +39,18 @@ _ENVIRONMENT = {
     "OPENBLAS_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
 }
+# What a process may know of the environment, where credentials lie too.
+_KNOWN = ("PATH", "HOME", "LANG", "LANGUAGE", "TMPDIR", "TZ", VARIABLE)
+_KNOWN_BEGINNINGS = ("LC_", "LD_", "DYLD_", "PYTHON", "MALLOC_", "COVERAGE_")
+
+
+class Abandoned(Exception):
+    """Nobody wants the pixels any more; nothing went wrong."""
+
+
+def never() -> bool:
+    """For those who wait for their pixels, whatever happens."""
+    return False
 
 
 class Child:
@@ -41,6 +58,13 @@ class Child:
 
     def __init__(self, process: subprocess.Popen[bytes], control: socket.socket) -> None:
         self.process, self.control = process, control
+
+
+class Ending(NamedTuple):
+    """How a process ended, and whether somebody else killed it: most often a system without memory."""
+
+    how: str
+    killed_by_others: bool
 
 
 class Children:
@@ -55,10 +79,33 @@ class Children:
         self._starter = ThreadPoolExecutor(1, thread_name_prefix="starter")
         self._closed = threading.Event()
 
-    def start(self, inbox: IO[bytes], outbox: IO[bytes]) -> Child:
-        """A new process that reads and writes these files."""
+    def start(self, inbox: IO[bytes], outbox: IO[bytes], abandoned: Callable[[], bool]) -> Child:
+        """A new process that reads and writes these files.
+
+        Raises:
+            DecoderUnavailable: it cannot be started.
+            Abandoned: ``abandoned`` said so first.
+        """
         self.check_open()
-        ours, theirs = socket.socketpair()
+        with nameless_file() as errors:
+            child = self._spawn(inbox, outbox, errors)
+            try:
+                ready = self._first_word(child, abandoned)
+            except BaseException:
+                self.end(child, wait=False)
+                raise
+            if ready != READY:
+                how = self.end(child, wait=not ready).how
+                self.check_open()
+                errors.seek(max(0, errors.tell() - 2000))
+                raise unavailable(f"{how} while it started. {errors.read().decode(errors='replace').strip()}")
+        return child
+
+    def _spawn(self, inbox: IO[bytes], outbox: IO[bytes], errors: IO[bytes]) -> Child:
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError as error:
+            raise unavailable(str(error)) from error
         fds = {
             "control": theirs.fileno(),
             "inbox": inbox.fileno(),
@@ -73,8 +120,7 @@ class Children:
             "written": self._memory,
             "decoder": self._decoder.rules(),
         }
-        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        with tempfile.TemporaryFile() as errors, theirs:
+        with theirs:
             try:
                 process = self._starter.submit(
                     subprocess.Popen,
@@ -83,44 +129,57 @@ class Children:
                     stdout=subprocess.DEVNULL,
                     stderr=errors,
                     pass_fds=list(fds.values()),
-                    env={**os.environ, **_ENVIRONMENT, "PYTHONPATH": path},
+                    env=environment(os.environ),
                     # Ctrl-C goes to a whole group; it is for the job to decide what becomes of its decoders.
                     process_group=0,
                 ).result()
             except OSError as error:
                 ours.close()
-                raise _unavailable(str(error)) from error
-            child = Child(process, ours)
-            self._alive[process.pid] = child
-            theirs.close()
-            ours.settimeout(START_SECONDS)
-            try:
-                ready = ours.recv(1)
-            except OSError:
-                ready = b""
-            if ready != READY:
-                how = self.end(child, wait=not ready)
-                self.check_open()
-                errors.seek(max(0, errors.tell() - 2000))
-                raise _unavailable(f"{how} while it started. {errors.read().decode(errors='replace').strip()}")
+                raise unavailable(str(error)) from error
+            except BaseException:
+                ours.close()
+                raise
+        child = Child(process, ours)
+        self._alive[process.pid] = child
         return child
 
-    def end(self, child: Child, *, wait: bool) -> str:
+    def _first_word(self, child: Child, abandoned: Callable[[], bool]) -> bytes:
+        child.control.settimeout(TICK)
+        until = time.monotonic() + START_SECONDS
+        while time.monotonic() < until:
+            self.check_wanted(abandoned)
+            try:
+                return child.control.recv(1)
+            except TimeoutError:
+                continue
+            except OSError:
+                break
+        return b""
+
+    def end(self, child: Child, *, wait: bool) -> Ending:
         """Make sure that a process has ended; how it ended by itself, if ``wait`` lets it."""
         self._peak = self.peak_rss()
         if wait:
             with suppress(subprocess.TimeoutExpired):
                 child.process.wait(END_SECONDS)
+        strange = child.process.poll() == -signal.SIGKILL and not self._closed.is_set()
         child.process.kill()
         code = child.process.wait()
         child.control.close()
         self._alive.pop(child.process.pid, None)
-        return f"killed by {_signal_name(-code)}" if code < 0 else f"ended with code {code}"
+        how = f"killed by {_signal_name(-code)}" if code < 0 else f"ended with code {code}"
+        return Ending(how=how, killed_by_others=strange)
 
     def check_open(self) -> None:
         """Raise RuntimeError once these are closed."""
         if self._closed.is_set():
             raise RuntimeError("the decoders are closed")
+
+    def check_wanted(self, abandoned: Callable[[], bool]) -> None:
+        """As :meth:`check_open`, and raise Abandoned if ``abandoned`` says so."""
+        self.check_open()
+        if abandoned():
+            raise Abandoned
 
     def peak_rss(self) -> int:
         """Bytes that the largest process held at its peak; 0 if none ran, or the system does not tell."""
@@ -142,13 +201,28 @@ class Children:
 
 
 def nameless_file() -> IO[bytes]:
-    """A file in memory where the system has such files, and in the temporary folder elsewhere."""
-    if hasattr(os, "memfd_create"):
-        return os.fdopen(os.memfd_create("decoder"), "w+b", buffering=0)
-    return tempfile.TemporaryFile(buffering=0)
+    """A file in memory where the system has such files, and in the temporary folder elsewhere.
+
+    Raises:
+        DecoderUnavailable: there can be none.
+    """
+    try:
+        if hasattr(os, "memfd_create"):
+            return os.fdopen(os.memfd_create("decoder"), "w+b", buffering=0)
+        return tempfile.TemporaryFile(buffering=0)
+    except OSError as error:
+        raise unavailable(str(error)) from error
 
 
-def _unavailable(why: str) -> DecoderUnavailable:
+def environment(ours: Mapping[str, str]) -> dict[str, str]:
+    """What a process gets to know of the environment ``ours``."""
+    known = {name: value for name, value in ours.items() if name in _KNOWN or name.startswith(_KNOWN_BEGINNINGS)}
+    path = os.pathsep.join([str(ROOT), *filter(None, [ours.get("PYTHONPATH")])])
+    return {**known, **_ENVIRONMENT, "PYTHONPATH": path}
+
+
+def unavailable(why: str) -> DecoderUnavailable:
+    """The error of a process that cannot start or work, and the way out."""
     return DecoderUnavailable(
         f"a decoder process cannot be started ({sys.executable}): {why}. loader.isolation=none decodes without, and "
         "an image that crashes the decoder then ends the run"

@@ -9,17 +9,27 @@ from __future__ import annotations
 
 import os
 import queue
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from pipeline.images.children import Child, Children, nameless_file
+from pipeline.errors import DecoderUnavailable
+from pipeline.images.children import TICK, Child, Children, nameless_file, never, unavailable
 from pipeline.images.decode import Decoder
 from pipeline.images.wire import CRASHED, DONE, OUT_OF_MEMORY, TIMEOUT, Answer, Nonsense, State, request
 from pipeline.records import Failure, Pixels, PreprocessSpec
 
-# How often a slow process is looked at, in seconds. A machine that sleeps, or a job that is stopped, does not count.
-TICK = 1.0
 # A file of encoded images larger than this is emptied after use, in bytes.
 KEEP = 32 * 2**20
+# Somebody else killed the process. It is known by its identity: no process can say it of itself.
+_KILLED = Failure(CRASHED, "the decoder was killed by SIGKILL")
+_NO_TURN = "its turn among the large images did not come"
+
+
+class _Overdue(Exception):
+    """The image at ``index`` takes too long, or its turn does not come."""
+
+    def __init__(self, *, index: int, queued: bool) -> None:
+        super().__init__(index, queued)
+        self.index, self.queued = index, queued
 
 
 class Decoders:
@@ -39,27 +49,35 @@ class Decoders:
         self._seats: queue.LifoQueue[_Seat | None] = queue.LifoQueue()
         for _ in range(processes):
             self._seats.put(None)
-        self._processes = processes
+        self.processes = processes
 
-    def decode(self, encoded: list[bytes], spec: PreprocessSpec) -> list[Pixels | Failure]:
+    def decode(
+        self, encoded: list[bytes], spec: PreprocessSpec, abandoned: Callable[[], bool] = never
+    ) -> list[Pixels | Failure]:
         """Pixels, or why there are none, for up to ``CHUNK`` images; takes them out of ``encoded``.
 
         Statuses of a failure: those of :meth:`Decoder.apply`, ``decoder_timeout`` and ``decoder_crashed``.
 
         Raises:
-            DecoderUnavailable: a process cannot be started.
+            DecoderUnavailable: a process cannot be started, or the machine kills them.
+            Abandoned: ``abandoned`` says, before all is done, that nobody waits for it.
         """
         seat = self._seats.get()
         try:
-            self.children.check_open()
+            self.children.check_wanted(abandoned)
             seat = seat or _Seat(self)
-            return seat.decode(encoded, spec)
+            return seat.decode(encoded, spec, abandoned)
         except BaseException:
             if seat is not None:
                 seat.retire()
             raise
         finally:
             self._seats.put(seat)
+
+    @property
+    def turns(self) -> int:
+        """How often ``seconds`` a giant waits for the others, at most."""
+        return self.processes + 1
 
     def peak_rss(self) -> int:
         """Bytes that the largest process held at its peak; 0 if none ran, or the system does not tell."""
@@ -69,7 +87,7 @@ class Decoders:
         """End all processes; what a thread has them decode right now is lost to it."""
         if not self.children.stop():
             return
-        for _ in range(self._processes):
+        for _ in range(self.processes):
             seat = self._seats.get()
             if seat is not None:
                 seat.close()
@@ -83,23 +101,37 @@ class _Seat:
 
     def __init__(self, decoders: Decoders) -> None:
         self._decoders = decoders
-        self._inbox, self._outbox = nameless_file(), nameless_file()
+        self._inbox = nameless_file()
+        try:
+            self._outbox = nameless_file()
+        except BaseException:
+            self._inbox.close()
+            raise
         self._child: Child | None = None
 
-    def decode(self, encoded: list[bytes], spec: PreprocessSpec) -> list[Pixels | Failure]:
+    def decode(
+        self, encoded: list[bytes], spec: PreprocessSpec, abandoned: Callable[[], bool]
+    ) -> list[Pixels | Failure]:
         pieces = self._take(encoded)
         results: list[Pixels | Failure] = []
         while len(results) < len(pieces):
-            found, trouble = self._ask(pieces[len(results) :], spec)
+            found, trouble = self._ask(pieces[len(results) :], spec, abandoned)
             results += found
             if trouble is not None and len(results) < len(pieces):
                 results.append(trouble)
         for index, result in enumerate(results):
             # Another image may be to blame: this one is tried once more, by a process that has met no other.
-            if isinstance(result, Failure) and result.status in (CRASHED, OUT_OF_MEMORY):
+            if isinstance(result, Failure) and _may_be_innocent(result):
                 self.retire()
-                found, trouble = self._ask([pieces[index]], spec)
-                results[index] = found[0] if found else trouble or result
+                found, trouble = self._ask([pieces[index]], spec, abandoned)
+                again = found[0] if found else trouble or result
+                if again is _KILLED and result is _KILLED:
+                    raise DecoderUnavailable(
+                        f"two decoder processes were killed by SIGKILL over one image of {pieces[index][1]:,} bytes, "
+                        "and not by this job: the machine, or the job's share of it, has too little memory. Lower "
+                        "loader.workers or loader.decode_memory, or give the job more memory"
+                    )
+                results[index] = result if again is _KILLED else again
         if os.fstat(self._inbox.fileno()).st_size > KEEP:
             os.ftruncate(self._inbox.fileno(), 0)
         return results
@@ -121,48 +153,92 @@ class _Seat:
             data = memoryview(encoded.pop(0))
             pieces.append((offset, data.nbytes))
             while data:
-                written = os.pwrite(self._inbox.fileno(), data, offset)
+                try:
+                    written = os.pwrite(self._inbox.fileno(), data, offset)
+                except OSError as error:
+                    raise unavailable(f"no room for its input: {error}") from error
                 data, offset = data[written:], offset + written
         return pieces
 
     def _ask(
-        self, pieces: Sequence[tuple[int, int]], spec: PreprocessSpec
+        self, pieces: Sequence[tuple[int, int]], spec: PreprocessSpec, abandoned: Callable[[], bool]
     ) -> tuple[list[Pixels | Failure], Failure | None]:
         """What the process finished, and what kept it from the next image."""
-        child = self._child = self._child or self._decoders.children.start(self._inbox, self._outbox)
+        child = self._child = self._child or self._decoders.children.start(self._inbox, self._outbox, abandoned)
         answer = Answer(self._outbox.fileno(), spec)
-        answer.clear()
-        trouble: Failure | None = None
+        try:
+            answer.clear()
+        except OSError as error:
+            raise unavailable(f"no room for its output: {error}") from error
+        said, overdue = b"", None
         try:
             child.control.sendall(request(pieces, spec))
-            said = self._listen(child, answer, len(pieces))
+            said = self._listen(child, answer, len(pieces), abandoned)
+        except _Overdue as error:
+            overdue = error
         except OSError:
-            said = b""
+            pass
+        # It ends before its answer is read, or an image that was finished just now would be blamed.
+        trouble = None if said == DONE else self._end(child, wait=said == b"" and overdue is None)
         try:
             found = answer.finished(len(pieces))
         except Nonsense as error:
-            found, said = [], b"?"
-            trouble = Failure(CRASHED, f"the decoder's answer makes no sense: {error}")
-        if said == DONE and len(found) == len(pieces):
+            found, trouble = [], Failure(CRASHED, f"the decoder's answer makes no sense: {error}")
+        if overdue is not None and found[overdue.index :]:
             return found, None
-        self._child = None
-        how = self._decoders.children.end(child, wait=said == b"")
-        if trouble is None and said is None:
-            trouble = Failure(TIMEOUT, f"not decoded in {self._decoders.seconds:g} s (loader.decode_seconds)")
-        return found, trouble or Failure(CRASHED, f"the decoder was {how}" if "killed" in how else f"the decoder {how}")
+        if overdue is not None and len(found) == overdue.index:
+            trouble = self._too_long(overdue)
+        if self._child is not None and len(found) < len(pieces):
+            self.retire()
+            trouble = trouble or Failure(CRASHED, "the decoder's answer makes no sense: it is not all there")
+        return found, trouble
 
-    def _listen(self, child: Child, answer: Answer, count: int) -> bytes | None:
-        """What the process says, nothing if it has gone, or None if one image takes too long."""
-        tick = min(TICK, self._decoders.seconds / 4)
+    def _end(self, child: Child, *, wait: bool) -> Failure:
+        how, killed_by_others = self._decoders.children.end(child, wait=wait)
+        self._child = None
+        self._decoders.children.check_open()
+        if killed_by_others:
+            return _KILLED
+        return Failure(CRASHED, f"the decoder was {how}" if "killed" in how else f"the decoder {how}")
+
+    def _too_long(self, overdue: _Overdue) -> Failure:
+        limit = f"{self._decoders.seconds:g} s (loader.decode_seconds)"
+        if overdue.queued:
+            return Failure(TIMEOUT, f"{_NO_TURN} in {self._decoders.turns} x {limit}")
+        return Failure(TIMEOUT, f"not decoded in {limit}")
+
+    def _listen(self, child: Child, answer: Answer, count: int, abandoned: Callable[[], bool]) -> bytes:
+        """What the process says, nothing if it has gone.
+
+        A machine that sleeps, or a job that is stopped, does not count. An image that was finished stays finished,
+        so that no process can set its clock back for ever.
+
+        Raises:
+            _Overdue: one image takes too long.
+            Abandoned: nobody waits for it.
+        """
+        limit = self._decoders.seconds
+        tick = min(TICK, limit / 4)
         child.control.settimeout(tick)
-        current, spent = 0, 0.0
-        while spent < self._decoders.seconds:
+        current, spent, queued = 0, 0.0, 0.0
+        while True:
             try:
                 return child.control.recv(1)
             except TimeoutError:
-                states = answer.states(count)
-                doing = next((i for i, state in enumerate(states) if state < State.PIXELS), count)
-                waits = doing < len(states) and states[doing] == State.QUEUED
-                spent = 0.0 if waits or doing != current else spent + tick
-                current = doing
-        return None
+                pass
+            self._decoders.children.check_wanted(abandoned)
+            states = answer.states(count)
+            doing = next((i for i, state in enumerate(states) if state < State.PIXELS), count)
+            if doing > current:
+                current, spent, queued = doing, 0.0, 0.0
+            elif states[current : current + 1] == [State.QUEUED]:
+                queued += tick
+            else:
+                spent += tick
+            if spent >= limit or queued >= self._decoders.turns * limit:
+                raise _Overdue(index=current, queued=spent < limit)
+
+
+def _may_be_innocent(failure: Failure) -> bool:
+    late = failure.status == TIMEOUT and failure.error.startswith(_NO_TURN)
+    return late or failure.status in (CRASHED, OUT_OF_MEMORY)

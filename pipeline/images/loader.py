@@ -26,6 +26,7 @@ import pyarrow as pa
 import torch
 
 from pipeline.failpoints import failpoint
+from pipeline.images.children import Abandoned
 from pipeline.images.decode import limit_pixels
 from pipeline.images.padding import repeats
 from pipeline.images.reader import PixelReader, Timer
@@ -118,7 +119,7 @@ class Loader:
         self.close()
 
     def close(self) -> None:
-        """Stop the threads and wait for them; decoding that has begun is finished first."""
+        """Stop the threads and wait for them; what they decode is abandoned, and the reader is left as it is."""
         self._stopped.set()
         if self._thread is not None:
             self._thread.join()
@@ -171,7 +172,7 @@ class Loader:
         try:
             self._feed(shards, pool)
             self._ready.put(None)
-        except _Stopped:
+        except Abandoned:
             self._ready.put(None)
         except BaseException as error:
             self._ready.put(error)
@@ -190,7 +191,7 @@ class Loader:
                     rows += item.rows if isinstance(item, _Chunk) else 0
                 while window and (item is None or rows > limit):
                     if self._stopped.is_set():
-                        raise _Stopped
+                        raise Abandoned
                     done = window.popleft()
                     rows -= done.rows if isinstance(done, _Chunk) else 0
                     filling = self._take(done, filling)
@@ -214,7 +215,7 @@ class Loader:
             yield ShardRows(shard=shard, table=table, failures={})
 
     def _decode(self, images: list[ImageRef]) -> list[Pixels | Failure]:
-        return self._reader.read_all(images, self._timer)
+        return self._reader.read_all(images, self._timer, self._stopped.is_set)
 
     def _take(self, done: _Chunk | ShardRows, filling: _Filling | None) -> _Filling | None:
         filling = filling or _Filling(done.shard)
@@ -223,7 +224,7 @@ class Loader:
                 self._finish(filling)
             while not self._room.acquire(timeout=POLL):
                 if self._stopped.is_set():
-                    raise _Stopped
+                    raise Abandoned
             self._ready.put(ShardRows(shard=done.shard, table=done.table, failures=filling.failures))
             return None
         for position, result in enumerate(done.results.result(), start=done.start):
@@ -267,8 +268,4 @@ class Loader:
             if copied is not None:
                 copied.synchronize()
             return index
-        raise _Stopped
-
-
-class _Stopped(Exception):
-    """The consumer has gone; nothing went wrong."""
+        raise Abandoned

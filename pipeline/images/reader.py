@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from pipeline.failpoints import failpoint
+from pipeline.images.children import Abandoned, never
 from pipeline.images.decode import Decoder
 from pipeline.images.decoders import Decoders
 from pipeline.images.preprocess import preprocess
@@ -49,20 +50,25 @@ class PixelReader:
         """Read, decode and preprocess one image."""
         return self.read_all([ref], timer)[0]
 
-    def read_all(self, refs: Sequence[ImageRef], timer: Timer) -> list[Pixels | Failure]:
+    def read_all(
+        self, refs: Sequence[ImageRef], timer: Timer, abandoned: Callable[[], bool] = never
+    ) -> list[Pixels | Failure]:
         """The same for several images, one result for each; never raises for a bad image.
 
         ``timer`` is told how long reading and decoding took, the wait for a decoder included.
 
         Raises:
             StorageError: images cannot be read, and it is no fault of theirs.
-            DecoderUnavailable: no decoder process can be started.
+            DecoderUnavailable: no decoder process can be started, or the machine kills them.
+            Abandoned: ``abandoned``, which is asked often, says that nobody waits for the pixels.
         """
         results: list[Pixels | Failure | None] = [None] * len(refs)
         positions: list[int] = []
         encoded: list[bytes] = []
         held = 0
         for position, ref in enumerate(refs):
+            if abandoned():
+                raise Abandoned
             data = self._read(ref, timer)
             if isinstance(data, Failure):
                 results[position] = data
@@ -73,7 +79,7 @@ class PixelReader:
             del data
             full = self.decoders is None or len(encoded) == CHUNK or held >= HELD
             if encoded and (full or position == len(refs) - 1):
-                for decoded, result in zip(positions, self._decode(encoded, timer), strict=True):
+                for decoded, result in zip(positions, self._decode(encoded, timer, abandoned), strict=True):
                     results[decoded] = result
                 positions, encoded, held = [], [], 0
         return [result for result in results if result is not None]
@@ -90,13 +96,13 @@ class PixelReader:
         timer(Stage.READ, time.perf_counter() - started)
         return data
 
-    def _decode(self, encoded: list[bytes], timer: Timer) -> list[Pixels | Failure]:
+    def _decode(self, encoded: list[bytes], timer: Timer, abandoned: Callable[[], bool]) -> list[Pixels | Failure]:
         started = time.perf_counter()
         for data in encoded:
             failpoint("decode", data)
         results: list[Pixels | Failure]
         if self.decoders is not None:
-            results = self.decoders.decode(encoded, self.spec)
+            results = self.decoders.decode(encoded, self.spec, abandoned)
         else:
             results = [self.decoder.apply(data, lambda image: preprocess(image, self.spec)) for data in encoded]
         timer(Stage.DECODE, time.perf_counter() - started)
