@@ -23,9 +23,12 @@ import traceback
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tests.conftest import ROOT
+
+if TYPE_CHECKING:
+    from pipeline.config import Config
 
 WARM = (
     "hydra._internal.utils",
@@ -39,6 +42,7 @@ WARM = (
     "pyarrow.acero",
     "pyarrow.dataset",
     "pyarrow.parquet",
+    "s3fs",
     "torch._dynamo",
     "torch.distributed.tensor",
     "transformers.models.auto",
@@ -162,22 +166,29 @@ def door(*overrides: str) -> int:
     return 0
 
 
-def job(groups: dict[str, dict[str, Any]], stub: bool = False) -> int:
-    """A job by its config, without Hydra: a third of a second less; ends as the door does."""
-    from contextlib import nullcontext
+def config_from(groups: dict[str, dict[str, Any]]) -> Config:
+    """The config that :func:`tests.siege.at` took apart."""
     from dataclasses import replace
 
     from pipeline.config import Config
-    from pipeline.errors import PipelineError
-    from pipeline.job import run_job
-    from tests.jobs import StubEncoder, stub_backend
 
     config = Config()
     for name, values in groups.items():
         config = replace(config, **{name: replace(getattr(config, name), **values)})
+    return config
+
+
+def job(groups: dict[str, dict[str, Any]], stub: bool = False) -> int:
+    """A job by its config, without Hydra: a third of a second less; ends as the door does."""
+    from contextlib import nullcontext
+
+    from pipeline.errors import PipelineError
+    from pipeline.job import run_job
+    from tests.jobs import StubEncoder, stub_backend
+
     try:
         with stub_backend(StubEncoder) if stub else nullcontext():
-            run_job(config)
+            run_job(config_from(groups))
     except PipelineError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -249,8 +260,11 @@ def _serve() -> None:
     import gc
 
     from PIL import Image
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     Image.init()
+    # A thousand regular expressions, which transformers compiles when the first model is loaded and then keeps.
+    get_checkpoint_conversion_mapping("clip")
     gc.freeze()
     # Orphans of killed jobs become children of this process, so that none goes unseen.
     ctypes.CDLL(None, use_errno=True).prctl(SUBREAPER, 1, 0, 0, 0)

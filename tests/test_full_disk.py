@@ -7,11 +7,12 @@ import logging
 import os
 import random
 import re
+import resource
 import subprocess
-import sys
 import tempfile
 import uuid
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -24,7 +25,7 @@ from pipeline.failpoints import armed
 from pipeline.job import run_job
 from pipeline.report.logs import log_to
 from pipeline.storage.opening import open_storage
-from tests.conftest import ROOT
+from tests.forks import door, forks
 from tests.jobs import config_for, content, overrides_of, scenes_manifest
 
 ROWS, SHARD_ROWS = 24, 6
@@ -43,7 +44,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config_of(manifest: Path, output: Path) -> Config:
-    return config_for(manifest, output, manifest={"shard_rows": SHARD_ROWS, "keep": KEEP})
+    return config_for(manifest, output, manifest={"shard_rows": SHARD_ROWS, "keep": KEEP}, loader={"isolation": "none"})
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +158,8 @@ def test_a_full_temporary_folder_before_an_object_store(
     monkeypatch.setattr(tempfile, "tempdir", str(disk))
     mount("-o", "remount,size=100k", str(disk))
     url = f"memory:///{uuid.uuid4().hex}"
-    config = config_for(manifest, Path("x"), manifest={"shard_rows": SHARD_ROWS, "keep": KEEP}, output={"dir": url})
+    config = config_of(manifest, Path("x"))
+    config = replace(config, output=replace(config.output, dir=url))
     with pytest.raises(StorageError, match=rf"^{disk}/part-00000-\*.parquet: No space left .* free some space"):
         run_job(config)
     assert list(disk.iterdir()) == []
@@ -179,22 +181,21 @@ def test_a_folder_that_may_only_be_read(manifest: Path, unbroken: dict[str, byte
     assert content(tmp_path / "out") == unbroken
 
 
+def limited_door(*overrides: str) -> int:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    return door(*overrides)
+
+
 def test_a_limit_on_the_size_of_files(manifest: Path, unbroken: dict[str, bytes], tmp_path: Path) -> None:
     config = config_of(manifest, tmp_path / "out")
-    limited = (
-        "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
-        "runpy.run_module('pipeline.run', run_name='__main__')"
-    )
     arguments = [*overrides_of(config), f"manifest.keep=[{','.join(KEEP)}]"]
-    done = subprocess.run(
-        [sys.executable, "-c", limited, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 1, done.stderr
-    assert f"error: {tmp_path}/out/part-00000-*.parquet: " in done.stderr
+    child = forks().start("tests.test_full_disk:limited_door", *arguments)
+    assert child.wait() == 1, child.said()
+    assert f"error: {tmp_path}/out/part-00000-*.parquet: " in child.said()
     assert (
-        "File too large (about 0.12 MB to be written); raise the limit on the size of files (ulimit -f)" in done.stderr
+        "File too large (about 0.12 MB to be written); raise the limit on the size of files (ulimit -f)" in child.said()
     )
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in child.said()
     assert check_broken(tmp_path / "out") == set()
     run_job(config)
     assert content(tmp_path / "out") == unbroken

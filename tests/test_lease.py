@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,12 @@ import pytest
 from pipeline.config import Config
 from pipeline.dataset.lease import Holder, Lease, leases, parse, take
 from pipeline.dataset.processes import Process, is_gone, this_process
-from pipeline.errors import LeaseLost, OutputBusy, StorageError
+from pipeline.errors import LeaseLost, OutputBusy, PipelineError, StorageError
 from pipeline.job import run_job
 from pipeline.storage.base import Storage
 from pipeline.storage.opening import open_storage
 from tests.conftest import ROOT
+from tests.forks import config_from, forks
 from tests.jobs import config_for, content, overrides_of, scenes_manifest, start
 
 # PIPELINE_TEST_ROUNDS=20 for a longer siege.
@@ -276,15 +277,13 @@ def other_output(config: Config, output: Path) -> Config:
     return replace(config, output=replace(config.output, dir=str(output)))
 
 
-def test_of_two_runs_at_once_one_works_and_one_says_who_holds_it(
-    unbroken: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Both are there before the first is done, however long their imports take.
-    monkeypatch.setenv("PIPELINE_FAILPOINTS", "lease.taken=delay:4")
+def test_of_two_runs_at_once_one_works_and_one_says_who_holds_it(unbroken: Config, tmp_path: Path) -> None:
     config = other_output(unbroken, tmp_path / "out")
-    processes = [start(*overrides(config)) for _ in range(2)]
-    errors = [process.communicate(timeout=120)[1] for process in processes]
-    codes = [process.returncode for process in processes]
+    # Both are there before the first is done.
+    delay = "lease.taken=delay:2"
+    processes = [forks().start("tests.forks:door", *overrides(config), failpoints=delay) for _ in range(2)]
+    codes = [process.wait() for process in processes]
+    errors = [process.said() for process in processes]
     assert sorted(codes) == [0, 75], errors
     holder, refused = processes[codes.index(0)], errors[codes.index(75)]
     assert f"held by process {holder.pid} of " in refused
@@ -295,53 +294,47 @@ def test_of_two_runs_at_once_one_works_and_one_says_who_holds_it(
     assert not (tmp_path / "out" / "_lease").exists()
 
 
-# One of two processes that run the same job at the same time, again and again; with "alone" its lease keeps nobody out.
-PAIR = """
-import dataclasses, json, pathlib, sys, time
-from pipeline.dataset import lease
-from pipeline.errors import PipelineError
-from pipeline.job import run_job
-from pipeline.overrides import compose_config
-folder, number, rounds, alone = pathlib.Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "alone"
-config = compose_config(sys.argv[5:])
-take = lease.take
-if alone:
-    lease.take = lambda storage, *, seconds: take(storage, seconds=seconds, folder=f"_lease-{number}")
-for turn in range(rounds):
-    (folder / f"ready-{turn}-{number}").touch()
-    while not (folder / f"ready-{turn}-{1 - number}").exists():
-        time.sleep(0.0005)
-    output = dataclasses.replace(config.output, dir=str(folder / f"out-{turn}"))
-    try:
-        report = run_job(dataclasses.replace(config, output=output))
-        print(json.dumps([0, report.rows, report.images]))
-    except PipelineError as error:
-        print(json.dumps([error.exit_code, str(error), type(error).__name__]))
-"""
+def one_of_a_pair(groups: dict[str, dict[str, Any]], folder: str, number: int, rounds: int, alone: bool) -> int:
+    """One of two processes that run the same job at the same time, again and again, and note what they say.
+
+    With ``alone`` its lease keeps nobody out.
+    """
+    from pipeline.dataset import lease
+
+    config = config_from(groups)
+    if alone:
+        lease.take = lambda storage, *, seconds: take(storage, seconds=seconds, folder=f"_lease-{number}")  # type: ignore[assignment,misc]
+    with (Path(folder) / f"said-{number}").open("w") as said:
+        for turn in range(rounds):
+            (Path(folder) / f"ready-{turn}-{number}").touch()
+            wait_for(lambda turn=turn: (Path(folder) / f"ready-{turn}-{1 - number}").exists())  # type: ignore[misc]
+            try:
+                report = run_job(other_output(config, Path(folder) / f"out-{turn}"))
+                line = [0, report.rows, report.images]
+            except PipelineError as error:
+                line = [error.exit_code, str(error), type(error).__name__]
+            said.write(json.dumps(line) + "\n")
+    return 0
 
 
-def pairs(config: Config, folder: Path, kind: str) -> list[tuple[list[Any], list[Any]]]:
+def pairs(config: Config, folder: Path, *, alone: bool, failpoints: str = "") -> list[tuple[list[Any], list[Any]]]:
     """What both processes say of every round."""
-    command = [sys.executable, "-c", PAIR, str(folder)]
     processes = [
-        subprocess.Popen(
-            [*command, str(n), str(ROUNDS), kind, *overrides(config)],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+        forks().start(
+            "tests.test_lease:one_of_a_pair", asdict(config), str(folder), n, ROUNDS, alone, failpoints=failpoints
         )
         for n in range(2)
     ]
-    said = [process.communicate(timeout=60 + 30 * ROUNDS) for process in processes]
-    first, second = ([json.loads(line) for line in out.splitlines()] for out, _ in said)
-    assert len(first) == len(second) == ROUNDS, said
+    for process in processes:
+        assert process.wait(60 + 30 * ROUNDS) == 0, process.said()
+    first, second = ([json.loads(line) for line in (folder / f"said-{n}").read_text().splitlines()] for n in range(2))
+    assert len(first) == len(second) == ROUNDS
     return list(zip(first, second, strict=True))
 
 
 @pytest.mark.skipif(ROUNDS < 2, reason="PIPELINE_TEST_ROUNDS=20 runs the job twice at once 20 times")
 def test_again_and_again_one_of_two_runs_is_refused(unbroken: Config, tmp_path: Path) -> None:
-    for turn, pair in enumerate(pairs(unbroken, tmp_path, "together")):
+    for turn, pair in enumerate(pairs(unbroken, tmp_path, alone=False)):
         done, refused = sorted(pair, key=lambda said: int(said[0]))
         assert done[:2] == [0, ROWS], pair
         assert (refused[0], refused[2]) == (75, "OutputBusy"), pair
@@ -349,13 +342,11 @@ def test_again_and_again_one_of_two_runs_is_refused(unbroken: Config, tmp_path: 
         assert content(tmp_path / f"out-{turn}") == content(Path(unbroken.output.dir))
 
 
-def test_a_shard_that_two_runs_do_at_once_has_one_commit(
-    unbroken: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_shard_that_two_runs_do_at_once_has_one_commit(unbroken: Config, tmp_path: Path) -> None:
     # Between a part and its commit there is time for the other's.
-    monkeypatch.setenv("PIPELINE_FAILPOINTS", "part.published=delay:0.02")
+    rounds = pairs(unbroken, tmp_path, alone=True, failpoints="part.published=delay:0.02")
     twice = 0
-    for turn, (first, second) in enumerate(pairs(unbroken, tmp_path, "alone")):
+    for turn, (first, second) in enumerate(rounds):
         assert (first[0], second[0]) == (0, 0), (first, second)
         # Every row was committed by one of them, though many were embedded by both.
         assert first[1] + second[1] == ROWS, (first, second)
@@ -369,23 +360,21 @@ def test_a_shard_that_two_runs_do_at_once_has_one_commit(
 def test_a_paused_run_that_was_taken_over_replaces_no_commit(unbroken: Config, tmp_path: Path, turn: int) -> None:
     config = other_output(unbroken, tmp_path / "out")
     commits = tmp_path / "out" / "_commits"
-    paused = start(*overrides(config), "output.lease_seconds=1")
+    paused = forks().start("tests.forks:door", *overrides(config), "output.lease_seconds=1")
     try:
         wait_for(lambda: len(list(commits.glob("*.json"))) >= 3 + turn)
-        paused.send_signal(signal.SIGSTOP)
+        paused.send(signal.SIGSTOP)
         done = len(list(commits.glob("*.json")))
         second = start(*overrides(config), "output.lease_seconds=1")
         said = second.communicate(timeout=120)[1]
         assert second.returncode == 0, said
         assert f"took over from process {paused.pid} of" in said
         before = {path.name: (path.stat().st_ino, path.read_bytes()) for path in commits.iterdir()}
-        paused.send_signal(signal.SIGCONT)
-        errors = paused.communicate(timeout=60)[1]
     finally:
-        paused.kill()
-        paused.communicate()
+        paused.send(signal.SIGCONT)
+    code, errors = paused.wait(60), paused.said()
     assert done < 40, "it was paused too late"
-    assert paused.returncode == 75, errors
+    assert code == 75, errors
     assert "the lease that this run held since" in errors
     assert "Traceback" not in errors
     assert {path.name: (path.stat().st_ino, path.read_bytes()) for path in commits.iterdir()} == before
@@ -424,17 +413,21 @@ def test_a_commit_that_was_mended_meanwhile_is_not_cleared(unbroken: Config, tmp
     out = Path(shutil.copytree(unbroken.output.dir, tmp_path / "out"))
     commit = out / "_commits" / "00003.json"
     good = commit.read_bytes()
-    (out / json.loads(good)["part"]).rename(tmp_path / "part")
+    part = out / json.loads(good)["part"]
+    part.rename(tmp_path / "part")
     wanted = plan.read(open_storage(str(out)))
     assert wanted is not None
     commit.write_bytes(b"torn")
 
     def mend() -> None:
         """What a run does that took the output over after this one had judged the commit."""
-        commit.write_bytes(good)
+        if not part.exists():
+            (tmp_path / "part").rename(part)
+            commit.write_bytes(good)
 
     commits.find_done(open_storage(str(out)), wanted, mend)
     assert commit.read_bytes() == good
+    assert part.exists()
 
 
 def test_a_part_of_a_shard_without_a_commit_is_no_left_over(unbroken: Config, tmp_path: Path) -> None:
@@ -447,12 +440,13 @@ def test_a_part_of_a_shard_without_a_commit_is_no_left_over(unbroken: Config, tm
     wanted = plan.read(storage)
     assert wanted is not None
     settled = commits.read_commits(storage, wanted)
-    for name in ("part-00003-new.parquet", "part-00004-old.parquet", "part-00099-foreign.parquet"):
-        (out / name).write_bytes(b"x")
+    new, old, foreign = (out / f"part-{shard:05d}-{'0' * 16}.parquet" for shard in (3, 4, 99))
+    for path in (new, old, foreign):
+        path.write_bytes(b"x")
     commits.finalize(storage, wanted, settled, lambda: (out / "_commits" / "00003.json").unlink(missing_ok=True))
-    assert (out / "part-00003-new.parquet").exists()
-    assert not (out / "part-00004-old.parquet").exists()
-    assert not (out / "part-00099-foreign.parquet").exists()
+    assert new.exists()
+    assert not old.exists()
+    assert not foreign.exists()
 
 
 def test_a_killed_run_is_taken_over_at_once_by_the_next(unbroken: Config, tmp_path: Path) -> None:

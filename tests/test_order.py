@@ -14,7 +14,7 @@ from pipeline.config import BackendConfig, ModelConfig, ParityConfig
 from pipeline.errors import NumericalError
 from pipeline.images.padding import repeats
 from pipeline.job import run_job
-from pipeline.models.checkpoint import open_checkpoint
+from pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline.models.hub import DEMO_FOLDER
 from tests.jobs import StubEncoder, config_for, scenes_manifest, stub_backend
 
@@ -100,14 +100,18 @@ def test_a_turned_batch_keeps_its_layout_in_memory() -> None:
     assert torch.equal(other, pixels[order])
 
 
+@pytest.fixture(scope="module")
+def random_weights() -> Checkpoint:
+    """The hardest case, as any two pictures come out nearly the same."""
+    return open_checkpoint(ModelConfig(name="openai/clip-vit-base-patch32", weights="random"))
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_embeddings_that_are_all_alike_are_still_told_apart(precision: str) -> None:
-    # Random weights: the hardest case, as any two pictures come out nearly the same.
+def test_embeddings_that_are_all_alike_are_still_told_apart(random_weights: Checkpoint, precision: str) -> None:
     from pipeline.backends.torch import open_encoder
 
-    checkpoint = open_checkpoint(ModelConfig(name="openai/clip-vit-base-patch32", weights="random"))
     config = BackendConfig(precision=precision, device="cpu")
-    encoder = open_encoder(checkpoint, config, batch_size=6, sample=lambda: None, limits=ParityConfig())  # type: ignore[arg-type,return-value]
+    encoder = open_encoder(random_weights, config, batch_size=6, sample=lambda: None, limits=ParityConfig())  # type: ignore[arg-type,return-value]
     dice = torch.Generator().manual_seed(5)
     grid = torch.rand(6, 3, 4, 4, generator=dice) * 255
     pixels = torch.nn.functional.interpolate(grid, size=224).to(torch.uint8)

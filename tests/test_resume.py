@@ -17,11 +17,13 @@ from pipeline.dataset.plan import Plan, read
 from pipeline.errors import StorageError
 from pipeline.job import run_job
 from pipeline.storage.opening import open_storage
+from tests.forks import forks
 from tests.jobs import config_for, content, overrides_of, scenes_manifest, start
+from tests.siege import at
 
 # PIPELINE_TEST_KILLS=50 for a longer siege.
 KILLS = int(os.environ.get("PIPELINE_TEST_KILLS", "5"))
-SHARDS = 20 * max(KILLS, 5)
+SHARDS = 12 * max(KILLS, 5)
 ROWS = 4 * SHARDS
 
 
@@ -29,7 +31,9 @@ ROWS = 4 * SHARDS
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Config:
     folder = tmp_path_factory.mktemp("resume")
     manifest = scenes_manifest(folder / "m.parquet", ROWS)
-    config = config_for(manifest, folder / "unbroken", manifest={"shard_rows": 4}, loader={"batch_size": 4})
+    # The jobs in processes of their own decode in further ones, as is the default.
+    loader = {"batch_size": 4, "isolation": "none"}
+    config = config_for(manifest, folder / "unbroken", manifest={"shard_rows": 4}, loader=loader)
     run_job(config)
     return config
 
@@ -66,35 +70,31 @@ def wait_for_handlers(process: int, seconds: float = 60) -> None:
 
 
 def test_killed_at_random_moments_and_run_again(unbroken: Config, tmp_path: Path) -> None:
-    config = other_output(unbroken, tmp_path / "out")
+    groups = at(unbroken, tmp_path / "out")
+    groups["loader"]["isolation"] = "process"
     dice = random.Random(2026)
     kills = done = 0
     while kills < KILLS:
-        process = start(*overrides_of(config))
-        try:
-            # Somewhere within the next few shards, the writing of parts and commits included.
-            wait_for_commits(tmp_path / "out", min(done + 1, SHARDS))
-            time.sleep(dice.uniform(0, 0.06))
-        finally:
-            process.kill()
-            process.communicate()
-        kills += process.returncode == -signal.SIGKILL
+        child = forks().start("tests.forks:job", groups)
+        # Somewhere within the next few shards, the writing of parts and commits included.
+        wait_for_commits(tmp_path / "out", min(done + 1, SHARDS))
+        child.alive(dice.uniform(0, 0.06))
+        child.send(signal.SIGKILL)
+        kills += child.wait() == -signal.SIGKILL
         found = len(list((tmp_path / "out" / "_commits").glob("*.json")))
         assert found >= done, "a commit was lost"
         done = found
-    process = start(*overrides_of(config))
-    errors = process.communicate()[1]
-    assert process.returncode == 0, errors
-    assert "are done already" in errors
+    child = forks().start("tests.forks:job", groups)
+    assert child.wait() == 0, child.said()
+    assert "are done already" in child.said()
     assert content(tmp_path / "out") == content(Path(unbroken.output.dir))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_with_75_and_the_next_run_goes_on(unbroken: Config, tmp_path: Path, number: int) -> None:
+def test_a_signal_ends_with_75_and_the_next_run_goes_on(unbroken: Config, tmp_path: Path) -> None:
     config = other_output(unbroken, tmp_path / "out")
     process = start(*overrides_of(config))
     wait_for_commits(tmp_path / "out", 3)
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     errors = process.communicate(timeout=30)[1]
     assert process.returncode == 75, errors
     assert "the same command goes on" in errors
@@ -184,8 +184,10 @@ def test_finalize_looks_at_the_parts(unbroken: Config, tmp_path: Path) -> None:
         commits.finalize(storage, plan_of(out), settled)
 
 
-@pytest.mark.parametrize("seconds", [0.0, 0.3, 0.6, 0.9, 1.2, 1.6, 2.0, 2.4])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+# Among the first imports, among those of PyTorch, and near the job's begin.
+@pytest.mark.parametrize(
+    ("number", "seconds"), [(signal.SIGINT, 0.0), (signal.SIGTERM, 0.4), (signal.SIGINT, 0.9), (signal.SIGTERM, 1.6)]
+)
 def test_a_signal_during_start_up_ends_with_75(unbroken: Config, tmp_path: Path, number: int, seconds: float) -> None:
     process = start(*overrides_of(other_output(unbroken, tmp_path / "out")))
     wait_for_handlers(process.pid)

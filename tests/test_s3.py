@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -19,6 +17,7 @@ import pytest
 import s3fs
 
 from pipeline.addresses import open_file
+from pipeline.config import Config
 from pipeline.dataset import lease
 from pipeline.errors import LeaseLost, OutputBusy, StorageError
 from pipeline.failpoints import armed
@@ -29,9 +28,9 @@ from pipeline.storage.base import Storage
 from pipeline.storage.objects import ObjectStorage
 from pipeline.storage.opening import open_storage
 from pipeline.verify import main as verify
-from tests.conftest import ROOT
+from tests.forks import forks
 from tests.jobs import config_for, content, overrides_of, scenes_manifest
-from tests.s3 import BUCKET, PASSING, Proxy, moto_server, objects, pointed_at, proxy_to
+from tests.s3 import BUCKET, PASSING, Proxy, environment, moto_server, objects, pointed_at, proxy_to
 
 OWN = {"_report.json", "_report.html", "_run.log"}
 DATA = bytes(range(256)) * 100
@@ -51,7 +50,7 @@ def module_proxy(server: str) -> Iterator[Proxy]:
 
 @pytest.fixture
 def proxy(module_proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> Proxy:
-    monkeypatch.setattr(retries, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(retries, "FIRST_WAIT", 0.003)
     module_proxy.reset()
     return module_proxy
 
@@ -271,8 +270,17 @@ def test_a_part_that_is_there_is_not_sent_again_and_a_damaged_one_is(storage: St
         assert storage.read("part") == DATA
 
 
-@pytest.mark.parametrize("fault", ["500", "cut", "lost"])
-@pytest.mark.parametrize("step", ["uploads", "partNumber=2", "uploadId"])
+@pytest.mark.parametrize(
+    ("step", "fault"),
+    [
+        ("uploads", "500"),
+        ("uploads", "lost"),
+        ("partNumber=2", "cut"),
+        ("partNumber=2", "lost"),
+        ("uploadId", "500"),
+        ("uploadId", "lost"),
+    ],
+)
 def test_a_large_file_is_visible_when_it_is_whole(
     storage: Storage, proxy: Proxy, monkeypatch: pytest.MonkeyPatch, fault: str, step: str
 ) -> None:
@@ -318,9 +326,15 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return scenes_manifest(tmp_path_factory.mktemp("s3") / "m.parquet", 30)
 
 
+def job_of(manifest: Path, output: str) -> Config:
+    return config_for(
+        manifest, Path("x"), manifest={"shard_rows": 6}, output={"dir": output}, loader={"isolation": "none"}
+    )
+
+
 @pytest.fixture(scope="module")
 def local(manifest: Path) -> dict[str, bytes]:
-    run_job(config_for(manifest, manifest.parent / "local", manifest={"shard_rows": 6}))
+    run_job(job_of(manifest, str(manifest.parent / "local")))
     return content(manifest.parent / "local")
 
 
@@ -332,7 +346,7 @@ def test_with_one_request_of_five_failing_the_dataset_is_the_local_one(
     proxy: Proxy, server: str, manifest: Path, local: dict[str, bytes]
 ) -> None:
     prefix = uuid.uuid4().hex
-    config = config_for(manifest, Path("x"), manifest={"shard_rows": 6}, output={"dir": f"s3://{BUCKET}/{prefix}"})
+    config = job_of(manifest, f"s3://{BUCKET}/{prefix}")
     proxy.throw_dice(0.2, seed=20)
     assert run_job(config).rows == 30
     assert stored(server, prefix) == local
@@ -346,7 +360,7 @@ def test_with_one_request_of_five_failing_the_dataset_is_the_local_one(
 
 def test_a_run_that_broke_off_goes_on_in_s3(proxy: Proxy, server: str, manifest: Path, local: dict[str, bytes]) -> None:
     prefix = uuid.uuid4().hex
-    config = config_for(manifest, Path("x"), manifest={"shard_rows": 6}, output={"dir": f"s3://{BUCKET}/{prefix}"})
+    config = job_of(manifest, f"s3://{BUCKET}/{prefix}")
     for place in (
         "part.write=raise:ENOSPC@3",
         "object.created[_commits]=raise:EIO@1",
@@ -364,7 +378,7 @@ def test_damage_in_s3_is_found_and_repaired(
 ) -> None:
     prefix = uuid.uuid4().hex
     output = f"s3://{BUCKET}/{prefix}"
-    run_job(config_for(manifest, Path("x"), manifest={"shard_rows": 6}, output={"dir": output}))
+    run_job(job_of(manifest, output))
     fs = s3fs.S3FileSystem(endpoint_url=server, key="test", secret="test", use_listings_cache=False)
     parts = sorted(name for name in stored(server, prefix) if name.startswith("part-"))
     fs.rm_file(f"{BUCKET}/{prefix}/{parts[1]}")
@@ -426,9 +440,8 @@ def test_the_door_reads_its_manifest_from_s3_and_writes_there(proxy: Proxy, serv
     proxy.inject("half", "GET", "part-00000")
     proxy.inject("lost", "PUT", "_plan.json")
     proxy.inject("cut", "PUT", "_commits")
-    command = [sys.executable, "-m", "pipeline.run", *overrides_of(config)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
+    child = forks().start("tests.forks:door", *overrides_of(config), environment=environment(proxy.url))
+    assert child.wait() == 0, child.said()
     found = objects(server, f"{prefix}/out")
     assert {"_plan.json", "_SUCCESS", "_report.json", "_report.html", "_run.log"} <= set(found)
     assert not any(rule.times for rule in proxy.rules)
