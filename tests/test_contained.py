@@ -315,7 +315,7 @@ for path in ("/etc/passwd", "/proc/self/environ"):
     try:
         os.open(path, os.O_RDONLY)
     except OSError as error:
-        print(error.strerror)
+        print(error.strerror, flush=True)
 try:
     os.execv("/bin/cat", ["cat", "/etc/passwd"])
 except OSError as error:
