@@ -42,7 +42,7 @@ def gallery(manifest: Manifest, reader: PixelReader, *, part: str, shard_rows: i
     with ShardReader(manifest) as rows:
         images = (ref for batch in rows.read(shard) for ref in refs(manifest, batch))
         for position, ref in enumerate(islice(images, max(chosen, default=-1) + 1)):
-            pixels = thumbnails.read(ref, _no_timer) if position in chosen else None
+            pixels = thumbnails.read(ref) if position in chosen else None
             if pixels is None or isinstance(pixels, Failure):
                 continue
             row = table.slice(position, 1).to_pylist()[0]
@@ -56,7 +56,3 @@ def _jpeg(pixels: Pixels) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels.rgb).save(buffer, "JPEG", quality=82)
     return buffer.getvalue()
-
-
-def _no_timer(stage: str, seconds: float) -> None:
-    return

@@ -20,6 +20,7 @@ FLOORS = {
     "hydra_settings": 1.2,
     "addresses": 1,
     "failpoints": 0,
+    "processes": 0,
     "storage": 1.5,
     "overrides": 1.5,
     "manifest": 2,

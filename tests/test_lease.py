@@ -21,9 +21,9 @@ import pytest
 
 from pipeline.config import Config
 from pipeline.dataset.lease import Holder, Lease, leases, parse, take
-from pipeline.dataset.processes import Process, is_gone, this_process
 from pipeline.errors import LeaseLost, OutputBusy, PipelineError, StorageError
 from pipeline.job import run_job
+from pipeline.processes import Process, is_gone, this_process
 from pipeline.storage.base import Storage
 from pipeline.storage.opening import open_storage
 from tests.conftest import ROOT

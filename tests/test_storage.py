@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import socket
 import tempfile
 import threading
 import uuid
@@ -367,6 +368,13 @@ def test_a_link_whose_reply_was_lost_is_ours(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(os, "link", lose)
     assert storage.create_once("a", b"x")
     assert not storage.create_once("a", b"x")
+
+
+def test_a_left_over_with_an_impossible_process_number_is_swept(tmp_path: Path) -> None:
+    stray = tmp_path / f"_tmp-{socket.gethostname()}-{'9' * 30}-ab"
+    stray.write_bytes(b"half")
+    open_storage(str(tmp_path)).sweep()
+    assert not stray.exists()
 
 
 def test_folders_are_listed(storage: Storage) -> None:

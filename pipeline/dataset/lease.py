@@ -20,9 +20,9 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import Self
 
-from pipeline.dataset.processes import Process, is_gone, this_process
 from pipeline.errors import LeaseLost, OutputBusy, StorageError
 from pipeline.failpoints import failpoint
+from pipeline.processes import Process, is_gone, this_process
 from pipeline.storage.base import Storage
 from pipeline.storage.local import LocalStorage
 

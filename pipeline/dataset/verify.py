@@ -14,8 +14,8 @@ from typing import Any
 
 from pipeline.dataset import commits, lease, plan
 from pipeline.dataset.audit import prefix_of
-from pipeline.dataset.processes import is_gone
 from pipeline.errors import NoDataset, PlanMismatch
+from pipeline.processes import is_gone
 from pipeline.storage.base import TEMPORARY, Storage
 
 # Parts are looked at by so many threads at once; each holds one block of a part.

@@ -46,9 +46,9 @@ class PixelReader:
         if self.decoders is not None:
             self.decoders.close()
 
-    def read(self, ref: ImageRef, timer: Timer) -> Pixels | Failure:
+    def read(self, ref: ImageRef) -> Pixels | Failure:
         """Read, decode and preprocess one image."""
-        return self.read_all([ref], timer)[0]
+        return self.read_all([ref], lambda stage, seconds: None)[0]
 
     def read_all(
         self, refs: Sequence[ImageRef], timer: Timer, abandoned: Callable[[], bool] = never

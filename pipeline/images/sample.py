@@ -41,7 +41,7 @@ def draw_sample(manifest: Manifest, reader: PixelReader, count: int) -> Sample |
                 break
             wanted = -(-left // max(1, places - number))
             for ref in islice(_refs(manifest, rows, file, group), TRIES * wanted):
-                pixels = reader.read(ref, _no_timer)
+                pixels = reader.read(ref)
                 if not isinstance(pixels, Failure):
                     ids.append(str(ref.id))
                     pictures.append(pixels)
@@ -62,7 +62,3 @@ def _refs(manifest: Manifest, reader: ShardReader, file: int, group: int) -> Ite
     piece = Piece(file=file, row_group=group, start=0, stop=rows)
     for batch in reader.read(Shard(index=0, rows=rows, pieces=(piece,))):
         yield from refs(manifest, batch)
-
-
-def _no_timer(stage: str, seconds: float) -> None:
-    return

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pipeline.addresses import explained
 from pipeline.failpoints import failpoint
+from pipeline.processes import has_process
 from pipeline.storage.base import LIVE, TEMPORARY, Entry, Storage, sha256
 
 # A writer on another machine is taken for dead after a day.
@@ -126,23 +127,10 @@ class LocalStorage(Storage):
             host, _, number = path.name.removeprefix(TEMPORARY).rpartition("-")[0].rpartition("-")
             here = host == socket.gethostname() and number.isdigit()
             with suppress(FileNotFoundError):
-                if path in LIVE or (here and _alive(int(number))):
+                if path in LIVE or (here and int(number) != os.getpid() and has_process(int(number))):
                     continue
                 if here or time.time() - path.stat().st_mtime > GIVEN_UP_SECONDS:
                     path.unlink()
-
-
-def _alive(process: int) -> bool:
-    """Whether another process of this machine has the number."""
-    if process == os.getpid():
-        return False
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def sync(path: Path) -> None:

@@ -39,18 +39,25 @@ def this_process() -> Process:
     return Process(host=socket.gethostname(), pid=pid, user=user, boot=_boot(), space=_space(), started=_stat(pid)[1])
 
 
+def has_process(pid: int) -> bool:
+    """Whether this machine, or this container, has a process of that number."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        # It lives, under another user.
+        return True
+    return True
+
+
 def is_gone(process: Process) -> bool:
     """Whether it is certain that a process is no more; False where that cannot be known from here."""
     here = this_process()
     if (process.host, process.boot, process.space) != (here.host, here.boot, here.space):
         return False
-    try:
-        os.kill(process.pid, 0)
-    except ProcessLookupError:
+    if not has_process(process.pid):
         return True
-    except (OSError, OverflowError):
-        # It lives, under another user, or the number is none.
-        return False
     state, started = _stat(process.pid)
     # A zombie only waits for its parent to notice.
     return state in ("Z", "X") or bool(started and process.started and started != process.started)
