@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,41 @@ def test_ids_whose_hashes_meet_are_compared_by_value(
 def test_integers_are_their_own_hash_so_that_none_meet() -> None:
     column = pa.array([-(2**63), -1, 0, 1, 2**63 - 1], pa.int64())
     assert len(np.unique(ids._hash(column))) == len(column)
+
+
+def test_different_texts_have_different_hashes_whatever_array_they_are_in() -> None:
+    dice = random.Random(4)
+    texts = {
+        "",
+        "\0",
+        "\0\0",
+        "a",
+        "a\0",
+        *(f"{n}" for n in range(5000)),
+        *(f"photos/{n:040}.jpg" for n in range(5000)),
+    }
+    texts |= {"x" * n for n in range(70)} | {"é" * n + "!" for n in range(20)}
+    texts |= {"".join(dice.choices("ab/é0\0", k=dice.randint(0, 30))) for _ in range(5000)}
+    column = pa.array(sorted(texts, key=lambda text: hash(text)))
+    hashes = ids._hash(column)
+    assert len(np.unique(hashes)) == len(texts)
+    for other in (
+        column.cast(pa.large_string()),
+        column.cast(pa.string_view()),
+        column.dictionary_encode(),
+        pa.concat_arrays([pa.array(["before"]), column]).slice(1),
+        pa.chunked_array([column.slice(0, 10), column.slice(10)]).combine_chunks(),
+    ):
+        assert np.array_equal(ids._hash(other), hashes)
+    assert np.array_equal(ids._hash(column.slice(7, 900)), hashes[7:907])
+    assert len(ids._hash(column.slice(0, 0))) == 0
+
+
+def test_a_pair_of_equal_hashes_is_found_across_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ids, "BLOCK", 4)
+    numbers = [1, 2, 3, 4, 4, 5, 6, 7, 7, 7, 9, 9]
+    assert ids._repeated(np.array(numbers[::-1], dtype=np.uint64)).tolist() == [4, 7, 9]
+    assert ids._repeated(np.array([3], dtype=np.uint64)).tolist() == []
 
 
 def test_many_ids_are_checked_in_batches(tmp_path: Path) -> None:

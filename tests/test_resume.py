@@ -173,6 +173,29 @@ def test_a_commit_that_points_out_of_the_dataset_removes_nothing_there(unbroken:
     assert content(out) == content(Path(unbroken.output.dir))
 
 
+def test_a_commit_that_is_known_is_not_read_again_and_one_that_went_away_is_missed(
+    unbroken: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    out = Path(shutil.copytree(unbroken.output.dir, tmp_path / "out"))
+    storage = open_storage(str(out))
+    done = commits.find_done(storage, plan_of(out))
+    read, read_now = list[str](), storage.read
+
+    def counted(name: str) -> bytes | None:
+        read.append(name)
+        return read_now(name)
+
+    monkeypatch.setattr(storage, "read", counted)
+    known = {shard: commit for shard, commit in done.items() if shard != 3}
+    assert commits.read_commits(storage, plan_of(out), known=known) == [done[shard] for shard in range(SHARDS)]
+    assert read == ["_commits/00003.json"]
+    (out / "_commits" / "00005.json").unlink()
+    with pytest.raises(StorageError, match=r"00005\.json: missing or torn"):
+        commits.read_commits(storage, plan_of(out), known=done)
+
+
 def test_finalize_looks_at_the_parts(unbroken: Config, tmp_path: Path) -> None:
     import shutil
 

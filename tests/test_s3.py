@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import time
@@ -18,7 +19,7 @@ import s3fs
 
 from pipeline.addresses import open_file
 from pipeline.config import Config
-from pipeline.dataset import lease
+from pipeline.dataset import commits, lease, plan
 from pipeline.errors import LeaseLost, OutputBusy, StorageError
 from pipeline.failpoints import armed
 from pipeline.job import run_job
@@ -264,6 +265,7 @@ def test_a_part_that_is_there_is_not_sent_again_and_a_damaged_one_is(storage: St
     adopt(storage, "part", DATA)
     adopt(storage, "part", DATA)
     assert proxy.seen("PUT") == [""]
+    assert storage.proven("part") == hashlib.sha256(DATA).hexdigest()
     for damage in (b"short", DATA[:-1] + b"?"):
         storage.write("part", damage)
         adopt(storage, "part", DATA)
@@ -286,6 +288,7 @@ def test_a_large_file_is_visible_when_it_is_whole(
 ) -> None:
     chunk = 5 << 20
     monkeypatch.setattr(s3fs.core, "calculate_chunksize", lambda *_, **__: chunk)
+    monkeypatch.setattr("pipeline.storage.objects.SINGLE_BYTES", chunk)
     data = random.Random(1).randbytes(2 * chunk + 100)
     proxy.inject(fault, "PUT" if step.startswith("part") else "POST", step)
     adopt(storage, "part", data)
@@ -393,6 +396,45 @@ def test_damage_in_s3_is_found_and_repaired(
     assert verify([output, "--repair"]) == 0
     assert stored(server, prefix) == local
     assert verify([output]) == 0
+
+
+def test_a_resume_in_s3_reads_no_part_that_the_store_can_prove(
+    proxy: Proxy, server: str, manifest: Path, local: dict[str, bytes]
+) -> None:
+    prefix = uuid.uuid4().hex
+    storage = open_storage(f"s3://{BUCKET}/{prefix}")
+    run_job(job_of(manifest, storage.url))
+    wanted = plan.read(storage)
+    assert wanted is not None
+    proxy.reset()
+    done = commits.find_done(storage, wanted, every_byte=False)
+    assert len(done) == 5
+    assert not proxy.seen("GET", "part-")
+    assert len(proxy.seen("HEAD", "part-")) == 5
+    proxy.reset()
+    assert commits.read_commits(storage, wanted, known=done) == [done[shard] for shard in range(5)]
+    assert len(proxy.requests) == 1
+    # What another tool wrote has no proof, and is read, whatever it holds.
+    fs = s3fs.S3FileSystem(endpoint_url=server, key="test", secret="test")
+    parts = sorted(name for name in local if name.startswith("part-"))
+    fs.pipe_file(f"{BUCKET}/{prefix}/{parts[1]}", local[parts[1]])
+    fs.pipe_file(f"{BUCKET}/{prefix}/{parts[3]}", bytes([*local[parts[3]][:-1], local[parts[3]][-1] ^ 1]))
+    proxy.reset()
+    assert set(commits.find_done(storage, wanted, every_byte=False)) == {0, 1, 2, 4}
+    assert {path.rsplit("/", 1)[1] for verb, path, _ in proxy.requests if verb == "GET" and "/part-" in path} == {
+        parts[1],
+        parts[3],
+    }
+
+
+def test_a_store_that_must_not_be_given_checksums_is_given_none(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
+    s3fs.S3FileSystem.clear_instance_cache()
+    storage = open_storage(f"s3://{BUCKET}/{uuid.uuid4().hex}")
+    adopt(storage, "part", DATA)
+    assert storage.proven("part") is None
+    assert storage.digest("part") == hashlib.sha256(DATA).hexdigest()
+    s3fs.S3FileSystem.clear_instance_cache()
 
 
 def test_of_many_runs_in_s3_one_gets_the_lease_and_a_silent_one_is_taken_over(storage: Storage, proxy: Proxy) -> None:

@@ -12,7 +12,6 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -27,6 +26,7 @@ from pipeline.errors import StorageError
 from pipeline.failpoints import failpoint
 from pipeline.records import ShardReport
 from pipeline.storage.base import Storage, sha256
+from pipeline.threads import in_order
 
 FOLDER = "_commits"
 SUCCESS = "_SUCCESS"
@@ -74,44 +74,55 @@ def commit_part(
     return ShardReport(shard=shard, part=part, rows=table.num_rows, counts=counts, committed=won)
 
 
-def find_done(storage: Storage, plan: Plan, confirm: Callable[[], None] = lambda: None) -> dict[int, Commit]:
+def find_done(
+    storage: Storage, plan: Plan, confirm: Callable[[], None] = lambda: None, *, every_byte: bool = True
+) -> dict[int, Commit]:
     """The shards that need no work: a commit whose part is there, whole, and of this plan.
 
     Anything else (torn, foreign, part missing or damaged) is said, and cleared so that the shard can be
     done again. ``confirm`` is called before anything is cleared, and raises if the output is another run's by now.
+    Without ``every_byte``, a digest that an object store keeps with a part stands for its bytes, and the commit for the
+    plan that they are of; a local disk keeps none, and is read.
     """
     # Commits first: a part is there before its commit, so a shard that another run commits meanwhile
     # is not taken for one without a part.
     names = sorted(name for name in storage.sizes(FOLDER) if name.endswith(".json"))
-    sizes = storage.sizes()
-    with ThreadPoolExecutor(8) as pool:
-        checked = list(pool.map(partial(check, storage, plan, sizes), names))
-    done = {each.commit.shard: each.commit for each in checked if each.commit is not None and not each.problem}
+    look = partial(check, storage, plan, storage.sizes().get, every_byte=every_byte)
+    done, bad = dict[int, Commit](), list[Checked]()
+    for each in in_order(look, names, threads=storage.threads):
+        if each.problem:
+            bad.append(each)
+        elif each.commit is not None:
+            done[each.commit.shard] = each.commit
     if len(done) < plan.shards:
         confirm()
         storage.remove(SUCCESS)
-    for each in checked:
-        if each.problem:
-            log.warning("%s/%s: %s; the shard is done again", FOLDER, each.name, each.problem)
-            confirm()
-            _discard(storage, plan, each)
+    for each in bad:
+        log.warning("%s/%s: %s; the shard is done again", FOLDER, each.name, each.problem)
+        confirm()
+        _discard(storage, plan, each, every_byte=every_byte)
     return done
 
 
-def read_commits(storage: Storage, plan: Plan) -> list[Commit]:
+def read_commits(storage: Storage, plan: Plan, *, known: Mapping[int, Commit] | None = None) -> list[Commit]:
     """Every commit by shard, without looking at the parts again.
+
+    Those that are ``known``, as :func:`find_done` gave them, are not read again while they are there.
 
     Raises:
         StorageError: one is missing or torn.
     """
-    commits = []
-    with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda shard: _parse(storage.read(_name(shard))), range(plan.shards)))
-    for shard, commit in enumerate(found):
+    sizes, known = storage.sizes(FOLDER), known or {}
+
+    def read(shard: int) -> Commit:
+        name, commit = _name(shard), known.get(shard)
+        if commit is None or sizes.get(name.removeprefix(f"{FOLDER}/")) != len(commit.to_json()):
+            commit = _parse(storage.read(name))
         if commit is None:
-            raise StorageError(f"{storage.url}/{_name(shard)}: missing or torn; run the same command again")
-        commits.append(commit)
-    return commits
+            raise StorageError(f"{storage.url}/{name}: missing or torn; run the same command again")
+        return commit
+
+    return list(in_order(read, range(plan.shards), threads=storage.threads))
 
 
 def finalize(
@@ -193,15 +204,17 @@ class Checked:
     data: bytes | None = None
 
 
-def check(storage: Storage, plan: Plan, sizes: Mapping[str, int], name: str) -> Checked:
-    """Look at a commit file and at its part, of which every byte is read; ``sizes`` are those of the output."""
+def check(
+    storage: Storage, plan: Plan, size_of: Callable[[str], int | None], name: str, *, every_byte: bool = True
+) -> Checked:
+    """Look at a commit file and at its part; ``size_of`` and ``every_byte`` are as for :func:`audit`."""
     data = storage.read(f"{FOLDER}/{name}")
     commit = _parse(data)
     if commit is None:
         return Checked(name, None, "torn commit", "the commit is torn", data)
     if not 0 <= commit.shard < plan.shards or f"{FOLDER}/{name}" != _name(commit.shard):
         return Checked(name, None, "foreign commit", f"the commit is of a foreign shard ({commit.shard})", data)
-    problem = audit(storage, plan, sizes, **asdict(commit))
+    problem = audit(storage, plan, size_of, every_byte=every_byte, **asdict(commit))
     if problem is None:
         return Checked(name, commit)
     return Checked(name, commit, problem.kind, problem.text, data)
@@ -229,15 +242,18 @@ def _is_decided(storage: Storage, plan: Plan, part: str) -> bool:
     return commit is not None and commit.part != part
 
 
-def _discard(storage: Storage, plan: Plan, bad: Checked) -> None:
+def _discard(storage: Storage, plan: Plan, bad: Checked, *, every_byte: bool) -> None:
     """Clear a bad commit and its part, unless another run has mended them since they were judged."""
-    sizes = storage.sizes()
-    now = check(storage, plan, sizes, bad.name)
+
+    def size_of(part: str) -> int | None:
+        return storage.size(part) if is_part(part) else None
+
+    now = check(storage, plan, size_of, bad.name, every_byte=every_byte)
     if now.data is None or not now.problem:
         return
     # The part first: a damaged one must never outlive its commit and be met by the next. What a bad
     # commit names is removed only if it is a part of its own shard.
     commit = now.commit
-    if commit is not None and commit.part in sizes and commit.part.startswith(prefix_of(commit.shard)):
+    if commit is not None and commit.part.startswith(prefix_of(commit.shard)) and is_part(commit.part):
         storage.remove(commit.part)
     storage.remove(f"{FOLDER}/{bad.name}")

@@ -5,10 +5,8 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from json import loads
 from typing import Any
 
@@ -17,12 +15,9 @@ from pipeline.dataset.audit import prefix_of
 from pipeline.errors import NoDataset, PlanMismatch
 from pipeline.processes import is_gone
 from pipeline.storage.base import TEMPORARY, Storage
+from pipeline.threads import in_order
 
-# Parts are looked at by so many threads at once; each holds one block of a part.
-THREADS = 8
-# So many results wait at most.
-WINDOW = 256
-BOOKS = {plan.NAME, commits.SUCCESS, "_report.json", "_report.html", "_run.log", "_parity.json"}
+BOOKS = {plan.NAME, commits.SUCCESS, "_report.json", "_report.html", "_run.log", "_parity.json", "_decoder_parity.json"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +85,8 @@ def verify(storage: Storage, *, on_shard: Callable[[int, int], None] = lambda do
     repair = f"python -m pipeline.verify {storage.url} --repair"
     findings, rows, counts, parts = list[Finding](), 0, Counter[str](), dict[int, str]()
     files = [name for name in names if name.endswith(".json")]
-    for number, each in enumerate(_checked(storage, wanted, sizes, files), 1):
+    look = partial(commits.check, storage, wanted, sizes.get)
+    for number, each in enumerate(in_order(look, files, threads=storage.threads), 1):
         if each.problem:
             place = f"{commits.FOLDER}/{each.name}"
             findings.append(Finding(each.kind, place, each.problem, repair, damage=True))
@@ -144,7 +140,9 @@ def collect(storage: Storage, *, age: float, confirm: Callable[[], None]) -> dic
         raise NoDataset(f"{storage.url}: no {plan.NAME}, so nothing tells which files are wanted; none is removed")
     marker = storage.read(commits.SUCCESS)
     entries = storage.entries()
-    found = {name: commits.read_commit(storage, name) for name in storage.sizes(commits.FOLDER)}
+    names = sorted(storage.sizes(commits.FOLDER))
+    read = in_order(partial(commits.read_commit, storage), names, threads=storage.threads)
+    found = dict(zip(names, read, strict=True))
     named = {commit.part for commit in found.values() if commit is not None}
     decided = {prefix_of(commit.shard) for commit in found.values() if commit is not None}
     torn = {prefix_of(int(name[:-5])) for name, commit in found.items() if commit is None and name[:-5].isdigit()}
@@ -159,16 +157,6 @@ def collect(storage: Storage, *, age: float, confirm: Callable[[], None]) -> dic
             storage.remove(name)
             gone[name] = entry.size
     return gone
-
-
-def _checked(
-    storage: Storage, wanted: plan.Plan, sizes: Mapping[str, int], names: Sequence[str]
-) -> Iterator[commits.Checked]:
-    """Every commit in order, looked at by threads, a window at a time."""
-    left = iter(names)
-    with ThreadPoolExecutor(THREADS) as pool:
-        while window := list(islice(left, WINDOW)):
-            yield from pool.map(partial(commits.check, storage, wanted, sizes), window)
 
 
 def _audit_marker(

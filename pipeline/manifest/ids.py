@@ -8,18 +8,28 @@ long the ids are.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import accumulate
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
-from pipeline.addresses import open_arrow
+from pipeline.addresses import is_local, open_arrow
 from pipeline.errors import ManifestError
-from pipeline.manifest.source import Manifest, example_row
+from pipeline.manifest.source import FILES_AT_A_TIME, Manifest, ManifestFile, example_row
+from pipeline.processes import cores
+from pipeline.threads import in_order
 
 BATCH_ROWS = 65_536
+# So many ids are hashed at a time: their words then stay in the processor's cache.
+HASHED_ROWS = 8192
+BLOCK = 1 << 20
+_WORD = 8
+_FACTOR, _SHIFT = np.uint64(0x9E3779B97F4A7C15), np.uint64(32)
+# What is left of a word whose first n bytes belong to the id.
+_MASKS = np.array([(1 << 8 * count) - 1 for count in range(_WORD + 1)], dtype=np.uint64)
 
 
 def check_ids(manifest: Manifest) -> None:
@@ -28,62 +38,127 @@ def check_ids(manifest: Manifest) -> None:
     Raises:
         ManifestError: an id is null or stands twice; the message names the rows.
     """
-    hashes = np.empty(manifest.rows, dtype=np.uint64)
-    filled = 0
-    for where, ids in _ids(manifest):
-        if ids.null_count:
-            row = pc.index(ids.is_null(), pa.scalar(True)).as_py()
-            raise ManifestError(
-                f"{_place(manifest, where + row)}: {manifest.id} is null; every row needs an id, or nobody could "
-                f"find its embedding{_example(manifest, where + row)}"
-            )
-        try:
-            hashes[filled : filled + len(ids)] = _hash(ids)
-        except (UnicodeDecodeError, pa.ArrowException) as error:
-            raise ManifestError(
-                f"{_place(manifest, where)} or one of the {len(ids) - 1} after it: {manifest.id} is not UTF-8"
-            ) from error
-        filled += len(ids)
-    hashes.sort()
-    repeated = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
+    repeated = _repeated(_hashes(manifest))
     if len(repeated):
         _explain(manifest, repeated)
 
 
-def _ids(manifest: Manifest) -> Iterator[tuple[int, pa.Array]]:
-    """Batches of the id column, each with the position of its first row."""
-    position = 0
-    for file in manifest.files:
-        with open_arrow(file.url) as handle:
-            parquet = pq.ParquetFile(handle, pre_buffer=False)
-            for batch in parquet.iter_batches(batch_size=BATCH_ROWS, columns=[manifest.id]):
-                column = batch.column(0)
-                yield position, column
-                position += len(column)
+def _hashes(manifest: Manifest) -> NDArray[np.uint64]:
+    """One for each row, in order."""
+    hashes = np.empty(manifest.rows, dtype=np.uint64)
 
+    def fill(place: tuple[int, ManifestFile]) -> None:
+        position, file = place
+        for ids in _batches(manifest, file):
+            _audit(manifest, position, ids)
+            hashes[position : position + len(ids)] = _hash(ids)
+            position += len(ids)
 
-def _hash(ids: pa.Array) -> np.ndarray:
-    if pa.types.is_integer(ids.type):
-        numbers = ids.to_numpy(zero_copy_only=False)
-        wide: np.ndarray = numbers.astype(np.int64 if numbers.dtype.kind == "i" else np.uint64).view(np.uint64)
-        return wide
-    hashes: np.ndarray = pd.util.hash_array(ids.to_numpy(zero_copy_only=False).astype(object), categorize=False)
+    threads = cores() if is_local(manifest.files[0].url) else FILES_AT_A_TIME
+    for _ in in_order(fill, _places(manifest), threads=threads):
+        pass
     return hashes
 
 
-def _explain(manifest: Manifest, repeated: np.ndarray) -> None:
+def _repeated(hashes: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The values that stand there twice; sorts in place, and makes no second array of that length."""
+    hashes.sort()
+    starts = range(0, len(hashes), BLOCK)
+    # Each block with the first of the next, so that no pair is missed.
+    blocks = (hashes[start : start + BLOCK + 1] for start in starts)
+    return np.unique(np.concatenate([block[1:][block[1:] == block[:-1]] for block in blocks]))
+
+
+def _places(manifest: Manifest) -> Iterator[tuple[int, ManifestFile]]:
+    """Every file with the position of its first row."""
+    return zip(accumulate((file.rows for file in manifest.files), initial=0), manifest.files, strict=False)
+
+
+def _batches(manifest: Manifest, file: ManifestFile) -> Iterator[pa.Array]:
+    """The ids of one file, a few at a time."""
+    with open_arrow(file.url) as handle:
+        parquet = pq.ParquetFile(handle, pre_buffer=False)
+        for batch in parquet.iter_batches(batch_size=BATCH_ROWS, columns=[manifest.id], use_threads=False):
+            yield batch.column(0)
+
+
+def _audit(manifest: Manifest, position: int, ids: pa.Array) -> None:
+    """Refuse ids that are null, or no text."""
+    if ids.null_count:
+        row = pc.index(ids.is_null(), pa.scalar(True)).as_py()
+        raise ManifestError(
+            f"{_place(manifest, position + row)}: {manifest.id} is null; every row needs an id, or nobody could "
+            f"find its embedding{_example(manifest, position + row)}"
+        )
+    try:
+        ids.validate(full=True)
+    except pa.ArrowException as error:
+        raise ManifestError(
+            f"{_place(manifest, position)} or one of the {len(ids) - 1} after it: {manifest.id} is not UTF-8"
+        ) from error
+
+
+def _hash(ids: pa.Array) -> NDArray[np.uint64]:
+    """64 bits of every id, equal for equal ids; integers keep their own."""
+    if pa.types.is_integer(ids.type):
+        numbers = ids.to_numpy(zero_copy_only=False)
+        wide: NDArray[np.uint64] = numbers.astype(np.int64 if numbers.dtype.kind == "i" else np.uint64).view(np.uint64)
+        return wide
+    if pa.types.is_dictionary(ids.type):
+        ids = ids.dictionary_decode()
+    if not pa.types.is_string(ids.type):
+        ids = ids.cast(pa.large_string())
+    parts = [_hash_texts(ids.slice(start, HASHED_ROWS)) for start in range(0, len(ids), HASHED_ROWS)]
+    return np.concatenate(parts) if parts else np.empty(0, dtype=np.uint64)
+
+
+def _hash_texts(ids: pa.Array) -> NDArray[np.uint64]:
+    """Texts, eight bytes of each at a time, multiplied and folded; the length comes first.
+
+    Texts of strangers may be made to meet here. They are then compared by value, which takes longer, and no more.
+    """
+    _, offsets, data = ids.buffers()
+    kind = np.int32 if pa.types.is_string(ids.type) else np.int64
+    bounds = np.frombuffer(offsets, dtype=kind)[ids.offset : ids.offset + len(ids) + 1].astype(np.int64)
+    first, last = int(bounds[0]), int(bounds[-1])
+    # Room behind the last text, as a word is read whole; what is not the text's own is masked.
+    room = np.zeros(last - first + _WORD, dtype=np.uint8)
+    if data is not None:
+        room[: last - first] = np.frombuffer(data, dtype=np.uint8)[first:last]
+    words = np.ndarray(last - first + 1, dtype="<u8", buffer=room, strides=(1,))
+    starts, lengths = bounds[:-1] - first, np.diff(bounds)
+    hashes = (lengths.astype(np.uint64) + np.uint64(1)) * _FACTOR
+    shortest, longest = int(lengths.min()), int(lengths.max())
+    for at in range(0, longest, _WORD):
+        if at + _WORD <= shortest:
+            hashes ^= words[starts + at]
+            hashes *= _FACTOR
+            hashes ^= hashes >> _SHIFT
+            continue
+        # Only the texts that go on.
+        left = np.flatnonzero(lengths > at)
+        found = words[starts[left] + at] & _MASKS[np.minimum(lengths[left] - at, _WORD)]
+        found = (hashes[left] ^ found) * _FACTOR
+        hashes[left] = found ^ (found >> _SHIFT)
+    return hashes
+
+
+def _explain(manifest: Manifest, repeated: NDArray[np.uint64]) -> None:
     """Raise if two ids are equal; return if only their hashes are."""
     seen: dict[object, int] = {}
-    for where, ids in _ids(manifest):
-        for offset in np.flatnonzero(np.isin(_hash(ids), repeated)):
-            value = ids[int(offset)].as_py()
-            row = where + int(offset)
-            if value in seen:
-                raise ManifestError(
-                    f"{manifest.id} {value!r} stands twice: at {_place(manifest, seen[value])} and at "
-                    f"{_place(manifest, row)}; ids must be unique{_example(manifest, row)}"
-                )
-            seen[value] = row
+    for where, file in _places(manifest):
+        position = where
+        for ids in _batches(manifest, file):
+            for offset in np.flatnonzero(np.isin(_hash(ids), repeated)):
+                value = ids[int(offset)].as_py()
+                row = position + int(offset)
+                if value in seen:
+                    raise ManifestError(
+                        f"{manifest.id} {value!r} stands twice: at {_place(manifest, seen[value])} and at "
+                        f"{_place(manifest, row)}; ids must be unique{_example(manifest, row)}"
+                    )
+                seen[value] = row
+            position += len(ids)
 
 
 def _place(manifest: Manifest, row: int) -> str:

@@ -150,7 +150,7 @@ def refs(manifest: Manifest, batch: pa.RecordBatch) -> list[ImageRef]:
     ids = batch.column(manifest.id).to_pylist()
     cells = _cells(batch.column(manifest.image))
     if manifest.image_kind == "path":
-        return [ImageRef(id=i, path=cell) for i, cell in zip(ids, cells, strict=True)]
+        return list(map(ImageRef, ids, cells))
     if manifest.image_kind == "bytes":
         return [ImageRef(id=i, data=cell) for i, cell in zip(ids, cells, strict=True)]
     return [

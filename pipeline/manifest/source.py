@@ -7,6 +7,7 @@ import json
 import os.path
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from typing import Any
 
@@ -15,12 +16,18 @@ import pyarrow.parquet as pq
 
 from pipeline.addresses import filesystem, from_driver, is_local, local_path, open_arrow, open_file
 from pipeline.config import ManifestConfig, nearest
-from pipeline.errors import ManifestError
+from pipeline.errors import ConfigError, ManifestError, Problem
+from pipeline.processes import cores
+from pipeline.threads import in_order
 
 ROOT_KEY = b"pipeline.root"
-# Above this a digest of the whole file would read a terabyte of pixels twice; the footer (offsets,
-# sizes and statistics of every column chunk) and the modification time stand in for the content.
-WHOLE_DIGEST_BYTES = 1 << 30
+# Above this, for one file or for all, a digest of every byte would read a terabyte of pixels twice; the footer
+# (offsets, sizes and statistics of every column chunk) and the modification time stand in for the content.
+WHOLE_DIGEST_BYTES, WHOLE_DIGEST_ALL_BYTES = 1 << 30, 1 << 35
+# The names of parts and commits have five digits.
+MOST_SHARDS = 100_000
+# A store takes a while to answer, and answers many at a time.
+FILES_AT_A_TIME = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +87,12 @@ def open_manifest(config: ManifestConfig) -> Manifest:
         raise ManifestError("manifest.path is null; give a Parquet file, a folder of them, or a glob")
     urls = find_files(config.path)
     files, first, roots = [], None, set()
-    for url in urls:
-        schema, file = _inspect(url)
+    local = is_local(config.path)
+    # A store has digests of its own.
+    total = sum(_size(url) for url in urls) if local else 0
+    inspect = partial(_inspect, whole=WHOLE_DIGEST_BYTES if total <= WHOLE_DIGEST_ALL_BYTES else 0)
+    found = in_order(inspect, urls, threads=cores() if local else FILES_AT_A_TIME)
+    for url, (schema, file) in zip(urls, found, strict=True):
         _check_columns(url, schema, config)
         if first is None:
             first = schema
@@ -95,6 +106,7 @@ def open_manifest(config: ManifestConfig) -> Manifest:
         roots.add((schema.metadata or {}).get(ROOT_KEY, b"").decode())
     if first is None or not any(file.rows for file in files):
         raise ManifestError(f"manifest.path={config.path}: the manifest has no rows")
+    _check_count(sum(file.rows for file in files), config)
     if config.root is None and len(roots) > 1:
         places = ", ".join(sorted(root or "none" for root in roots))
         raise ManifestError(
@@ -115,6 +127,14 @@ def open_manifest(config: ManifestConfig) -> Manifest:
         image_kind=_image_kind(first.field(config.image).type),
         root=root or roots.pop() or _folder(urls),
     )
+
+
+def _check_count(rows: int, config: ManifestConfig) -> None:
+    """Refuse more shards than the names of parts have digits for: beyond, readers would mix up their order."""
+    if -(-rows // config.shard_rows) > MOST_SHARDS:
+        allowed = f"{rows:,} rows would be more than {MOST_SHARDS:,} parts, the most that a dataset may have"
+        hint = f"take manifest.shard_rows={-(-rows // MOST_SHARDS)} or more"
+        raise ConfigError([Problem("manifest.shard_rows", config.shard_rows, allowed, hint)])
 
 
 def find_files(path: str) -> list[str]:
@@ -161,7 +181,15 @@ def _listed(fs: Any, root: str) -> list[str]:
     return [root] if fs.exists(root) else []
 
 
-def _inspect(url: str) -> tuple[pa.Schema, ManifestFile]:
+def _size(url: str) -> int:
+    try:
+        return os.path.getsize(local_path(url))
+    except OSError:
+        # What is wrong with it is said where it is opened.
+        return 0
+
+
+def _inspect(url: str, *, whole: int) -> tuple[pa.Schema, ManifestFile]:
     fs, path = filesystem(url)
     try:
         with open_arrow(url) as handle:
@@ -176,15 +204,16 @@ def _inspect(url: str) -> tuple[pa.Schema, ManifestFile]:
         raise ManifestError(f"{url}: not a readable Parquet file: {error}{hint}") from error
     info = fs.info(path)
     size = int(info["size"])
-    return schema, ManifestFile(url=url, row_groups=groups, size=size, digest=_digest(url, info, size, footer))
+    return schema, ManifestFile(url=url, row_groups=groups, size=size, digest=_digest(url, info, footer, whole))
 
 
-def _digest(url: str, info: dict[str, Any], size: int, footer: int) -> str:
-    tag = info.get("ETag") or info.get("etag")
+def _digest(url: str, info: dict[str, Any], footer: int, whole: int) -> str:
+    """What stands for a file's content: the store's tag, or of a local file up to ``whole`` bytes every byte."""
+    size, tag = int(info["size"]), info.get("ETag") or info.get("etag")
     if tag:
         return f"etag:{tag}"
     with open_file(url) as handle:
-        if size <= WHOLE_DIGEST_BYTES:
+        if size <= whole:
             return f"sha256:{hashlib.file_digest(handle, 'sha256').hexdigest()}"
         handle.seek(max(0, size - footer - 8))
         tail = hashlib.sha256(handle.read()).hexdigest()

@@ -48,6 +48,16 @@ class Storage(ABC):
     def __init__(self, url: str) -> None:
         self.url = url
 
+    @property
+    @abstractmethod
+    def remote(self) -> bool:
+        """Whether every look at a file is a request that is waited for."""
+
+    @property
+    @abstractmethod
+    def threads(self) -> int:
+        """How many files are worth reading at a time."""
+
     @contextmanager
     def staged(self) -> Iterator[Staged]:
         """A temporary local file for one ``publish``; it is gone afterwards, published or not."""
@@ -89,6 +99,13 @@ class Storage(ABC):
         """The SHA-256 of ``name`` in hex, read in blocks, or None if there is no such file."""
 
     @abstractmethod
+    def proven(self, name: str) -> str | None:
+        """The SHA-256 of ``name`` in hex as the storage itself has kept it with the bytes, which are not read.
+
+        None if there is no such file, or no such proof: then :meth:`digest` tells.
+        """
+
+    @abstractmethod
     def entries(self, folder: str = "") -> dict[str, Entry]:
         """The files directly in ``folder``, by name."""
 
@@ -99,6 +116,10 @@ class Storage(ABC):
     def sizes(self, folder: str = "") -> dict[str, int]:
         """Names and sizes in bytes of the files directly in ``folder``."""
         return {name: entry.size for name, entry in self.entries(folder).items()}
+
+    @abstractmethod
+    def size(self, name: str) -> int | None:
+        """The bytes of a file, or None if there is no such file."""
 
     @abstractmethod
     def remove(self, name: str) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pipeline.addresses import explained
 from pipeline.failpoints import failpoint
-from pipeline.processes import has_process
+from pipeline.processes import cores, has_process
 from pipeline.storage.base import LIVE, TEMPORARY, Entry, Storage, sha256
 
 # A writer on another machine is taken for dead after a day.
@@ -25,6 +25,16 @@ class LocalStorage(Storage):
     def __init__(self, url: str) -> None:
         super().__init__(str(Path(url).expanduser()))
         self.root = Path(self.url).absolute()
+
+    @property
+    def remote(self) -> bool:
+        """See :attr:`Storage.remote`."""
+        return False
+
+    @property
+    def threads(self) -> int:
+        """See :attr:`Storage.threads`; digests take cores, and reading hardly waits."""
+        return cores()
 
     def make(self) -> None:
         """Create the folder if it is not there."""
@@ -94,6 +104,10 @@ class LocalStorage(Storage):
             return sha256(self.root / name)
         return None
 
+    def proven(self, name: str) -> str | None:
+        """See :meth:`Storage.proven`; a disk proves nothing."""
+        return None
+
     def entries(self, folder: str = "") -> dict[str, Entry]:
         """See :meth:`Storage.entries`."""
         with explained(str(self.root / folder)):
@@ -115,6 +129,13 @@ class LocalStorage(Storage):
         """See :meth:`Storage.folders`."""
         with explained(self.url):
             return sorted(path.name for path in self.root.iterdir() if path.is_dir()) if self.root.is_dir() else []
+
+    def size(self, name: str) -> int | None:
+        """See :meth:`Storage.size`."""
+        path = self.root / name
+        with explained(str(path)), suppress(FileNotFoundError):
+            return path.stat().st_size if path.is_file() else None
+        return None
 
     def remove(self, name: str) -> None:
         """See :meth:`Storage.remove`."""

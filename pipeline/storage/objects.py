@@ -11,6 +11,7 @@ unseen until the bucket's lifecycle rule (AbortIncompleteMultipartUpload) clears
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import os
 import tempfile
@@ -36,6 +37,10 @@ _CREATING = threading.Lock()
 WRITER = "writer"
 # A digest is read in blocks of this many bytes, each of them one request.
 BLOCK = 16 << 20
+# s3fs sends up to 100 MB in one request.
+SINGLE_BYTES = 95_000_000
+# So many requests are on their way at a time. s3fs makes about 300 a second, so more would only take memory.
+REQUESTS = 16
 
 
 class ObjectStorage(Storage):
@@ -61,6 +66,16 @@ class ObjectStorage(Storage):
         self.root = root.rstrip("/")
 
     @property
+    def remote(self) -> bool:
+        """See :attr:`Storage.remote`."""
+        return True
+
+    @property
+    def threads(self) -> int:
+        """See :attr:`Storage.threads`; a store takes a while to answer, and answers many at a time."""
+        return REQUESTS
+
+    @property
     def fs(self) -> Any:
         """The fsspec file system; a process that was forked opens its own."""
         if self._process != os.getpid():
@@ -76,17 +91,29 @@ class ObjectStorage(Storage):
         """See :meth:`Storage.adopt`; a second try of an upload writes the same bytes again."""
         place = f"{self.url}/{name}"
 
+        with explained(str(path)):
+            size, digest = path.stat().st_size, sha256(path)
+
         def put() -> None:
             failpoint("object.put", name)
-            self.fs.put_file(str(path), f"{self.root}/{name}")
+            self.fs.put_file(str(path), f"{self.root}/{name}", **self._proof(digest, size))
 
-        with explained(str(path)):
-            size = path.stat().st_size
         with explained(place, needed=size):
             # Only a file of the same size is worth reading for its digest.
-            same_size = not replace and self._size(name) == size
-            if not (same_size and self.digest(name) == sha256(path)):
+            same_size = not replace and self.size(name) == size
+            if not (same_size and self.digest(name) == digest):
                 retried(place, put)
+
+    def _proof(self, digest: str, size: int) -> dict[str, str]:
+        """What has S3 check an upload against its SHA-256, and keep that; only one of a single request has such a one.
+
+        A user whose store knows no checksums has told boto so (AWS_REQUEST_CHECKSUM_CALCULATION=when_required).
+        """
+        if not self._s3 or size > SINGLE_BYTES:
+            return {}
+        if self.fs.s3.meta.config.request_checksum_calculation == "when_required":
+            return {}
+        return {"ChecksumAlgorithm": "SHA256", "ChecksumSHA256": base64.b64encode(bytes.fromhex(digest)).decode()}
 
     def create_once(self, name: str, data: bytes) -> bool:
         """See :meth:`Storage.create_once`; a conditional put where the store has it (S3).
@@ -134,7 +161,7 @@ class ObjectStorage(Storage):
 
     def digest(self, name: str) -> str | None:
         """See :meth:`Storage.digest`."""
-        size = self._size(name)
+        size = self.size(name)
         if size is None:
             return None
         digest, place = hashlib.sha256(), f"{self.url}/{name}"
@@ -147,8 +174,33 @@ class ObjectStorage(Storage):
         data: bytes = self.fs.cat_file(f"{self.root}/{name}", start=start, end=end)
         return data
 
-    def _size(self, name: str) -> int | None:
-        """Bytes of an object, or None if there is none."""
+    def proven(self, name: str) -> str | None:
+        """See :meth:`Storage.proven`: the checksum that S3 was given with the bytes, and compared with them.
+
+        Stores that keep none, and objects that others wrote, have no proof.
+        """
+        if not self._s3:
+            return None
+        bucket, key, _ = self.fs.split_path(f"{self.root}/{name}")
+        place = f"{self.url}/{name}"
+
+        def ask() -> dict[str, Any]:
+            found: dict[str, Any] = self.fs.call_s3("head_object", Bucket=bucket, Key=key, ChecksumMode="ENABLED")
+            return found
+
+        with explained(place):
+            try:
+                found = retried(place, ask)
+            except FileNotFoundError:
+                return None
+        # Of an object that came in chunks it is a checksum of checksums.
+        checksum, kind = found.get("ChecksumSHA256", ""), found.get("ChecksumType", "FULL_OBJECT")
+        if kind != "FULL_OBJECT" or not checksum or "-" in checksum:
+            return None
+        return base64.b64decode(checksum).hex()
+
+    def size(self, name: str) -> int | None:
+        """See :meth:`Storage.size`."""
         place = f"{self.url}/{name}"
         with explained(place):
             try:
@@ -199,6 +251,7 @@ def _options(url: str) -> dict[str, Any]:
     own = conf.get(scheme_of(url), {}).get("config_kwargs", {})
     config = {
         "connect_timeout": retries.CONNECT_SECONDS,
+        "max_pool_connections": REQUESTS,
         "read_timeout": retries.READ_SECONDS,
         **own,
         "retries": {"total_max_attempts": 1},

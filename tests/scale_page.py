@@ -1,0 +1,133 @@
+"""The page of :mod:`tests.scale`: its figures, what follows from them, and what is only estimated."""
+
+from __future__ import annotations
+
+from typing import Any
+
+SHARD_ROWS = 4096
+# The embedding of a row, 512 numbers of four bytes; what else a part holds is little.
+ROW_BYTES = 512 * 4
+# A request of S3 from within its region, and a LIST of 1,000 names; what the client's processor takes is measured.
+GET_SECONDS, LIST_SECONDS, REQUESTS = 0.025, 0.15, 16
+
+
+def to_markdown(content: dict[str, Any]) -> str:
+    """The whole page; ``content["before"]`` may hold the same figures of an older version."""
+    before = content.get("before") or {}
+    lines = [
+        "# A plan of 100 million rows",
+        "",
+        f"{content['machine']}; {content['versions']}. Written by `{content['command']}`.",
+        "",
+        "Seconds are of the processor (wall times, of a machine that did other work meanwhile, are in the JSON), MiB",
+        "the peak of a process that did this alone. Where two figures stand, the first is of the version before.",
+        "",
+        _table(content["sizes"], {size["rows"]: size for size in before.get("sizes", [])}),
+        "",
+        *_many(content["many files"], before.get("many files")),
+        "",
+        *_bytes(content),
+        "",
+        *_s3(content, before),
+    ]
+    if memory := content.get("memory"):
+        lines += ["", *_memory(memory)]
+    return "\n".join(lines) + "\n"
+
+
+def _table(sizes: list[dict[str, Any]], before: dict[int, dict[str, Any]]) -> str:
+    head = " | ".join(f"{size['rows']:,} rows" for size in sizes)
+    rows = {
+        "shards": lambda size: f"{size['shards']:,}",
+        "files of the manifest, MB": lambda size: f"{size['files']:,}, {size['manifest_bytes'] / 1e6:,.1f}",
+        "open the manifest (footers, schemas, digests), s, MiB": lambda size: _figures(size["open"]),
+        "no id twice: strings, s, MiB": lambda size: _figures(size["string ids"]),
+        "no id twice: integers, s, MiB": lambda size: _figures(size["integer ids"]),
+        "cut all shards, create and compare the plan, s, MiB": lambda size: _figures(size["plan"]),
+        "`_plan.json` without the config, bytes": lambda size: f"{size['plan']['plan_bytes']:,}",
+        "files of the output": lambda size: f"{size['output_files']:,}",
+        "all commits, MB": lambda size: f"{size['resume']['commit_bytes'] / 1e6:,.2f}",
+        "`_SUCCESS`, MB": lambda size: f"{size['resume']['success_bytes'] / 1e6:,.2f}",
+        "resume: find what is done, without the bytes of the parts, s, MiB": lambda s: _figures(
+            s["resume"]["find_done"]
+        ),
+        "all commits at the end, s, MiB": lambda size: _figures(size["resume"]["read_commits"]),
+        "finalize, s, MiB": lambda size: _figures(size["resume"]["finalize"]),
+        "`verify`, without the bytes of the parts, s, MiB": lambda size: _figures(size["resume"]["verify"]),
+        "`verify --collect`, s, MiB": lambda size: _figures(size["resume"]["collect"]),
+    }
+    lines = [f"| | {head} |", "| --- |" + " ---: |" * len(sizes)]
+    for name, cell in rows.items():
+        cells = []
+        for size in sizes:
+            old = before.get(size["rows"])
+            new = cell(size)
+            cells.append(new if old is None or cell(old) == new else f"{cell(old)} -> {new}")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _figures(found: dict[str, Any]) -> str:
+    return f"{found['cpu']:.2f}, {found['peak_mib']}"
+
+
+def _many(found: dict[str, Any], before: dict[str, Any] | None) -> list[str]:
+    old = f" (before: {_figures(before)})" if before else ""
+    return [f"A manifest of {found['files']:,} files is opened in {_figures(found)} (s, MiB){old}."]
+
+
+def _bytes(content: dict[str, Any]) -> list[str]:
+    speed = content["digest"]["mb_per_core_second"]
+    lines = ["## The bytes of the parts", ""]
+    for size in content["sizes"]:
+        amount = size["rows"] * ROW_BYTES
+        lines.append(
+            f"- {size['rows']:,} rows of 512 float32 are {amount / 1e9:,.1f} GB; SHA-256 at {speed:,} MB/s a core "
+            f"takes {amount / 1e6 / speed:,.0f} core seconds (and the disk must read as much)."
+        )
+    return [
+        *lines,
+        "",
+        "A resume on a local disk reads every byte, spread over the cores. In S3 it does not: each part is sent with",
+        "its SHA-256, which S3 compares and keeps, and a resume compares what S3 kept with the commit. A part without",
+        "such a checksum (above 95 MB, of another tool, in a store that keeps none) is read. `pipeline.verify` always",
+        "reads every byte.",
+    ]
+
+
+def _s3(content: dict[str, Any], before: dict[str, Any]) -> list[str]:
+    shards = content["s3"]["shards"]
+    lines = [
+        "## S3",
+        "",
+        f"Requests were counted and processor time measured with {shards:,} shards on moto's server; the seconds are",
+        f"estimates: {1000 * GET_SECONDS:.0f} ms for a request, {REQUESTS} at a time (8 before), {LIST_SECONDS} s for",
+        "each LIST of 1,000 names, one after another, or the processor's time where that is longer. Bytes of parts are",
+        "not counted.",
+        "",
+        "| | requests a shard | processor, ms a shard | 24,415 shards: requests | estimated seconds |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for name, found, width in (("before: ", before.get("s3"), 8), ("", content["s3"], REQUESTS)):
+        if not found:
+            continue
+        for step, title in {"find_done": "resume: find what is done", "read_commits": "all commits at the end"}.items():
+            lists = 2 * 25 if step == "find_done" else 25 * min(1, found[step]["lists"])
+            each = found[step]["others"] / found["shards"]
+            cpu = found[step]["cpu"] / found["shards"]
+            requests = 24_415 * each + lists
+            seconds = max(24_415 * each * GET_SECONDS / width, 24_415 * cpu) + lists * LIST_SECONDS
+            lines.append(f"| {name}{title} | {each:.2f} | {1000 * cpu:.1f} | {requests:,.0f} | {seconds:,.0f} |")
+    return lines
+
+
+def _memory(found: dict[str, Any]) -> list[str]:
+    peaks = {int(rows): peak for rows, peak in found["peaks"].items()}
+    least = peaks[min(peaks)]
+    text = ", ".join(f"{rows:,} rows {peak:.1f} MiB ({peak / least - 1:+.1%})" for rows, peak in sorted(peaks.items()))
+    return [
+        "## Memory of a job",
+        "",
+        f"{found['about']}, peak of the job and its decoders: {text}.",
+        "The check of the ids takes 8 bytes a row on top while it runs, and gives them back when it is done.",
+    ]
