@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.models.labels import best, label
+from pipeline.models.labels import _by_keys, best, label
 from pipeline.records import Embeddings, TextBank
 
 
@@ -60,3 +60,41 @@ def test_equal_logits_keep_the_order_of_the_labels(count: int) -> None:
     )
     expected = torch.tensor([[1, 2, 4, 5, 0, 3], [0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5]])
     assert torch.equal(best(logits, count), expected[:, :count])
+
+
+def rows(kind: str, labels: int) -> torch.Tensor:
+    dice = torch.Generator().manual_seed(labels)
+    values = torch.randn(40, labels, generator=dice) * 3
+    if kind == "ties":
+        return values.round()
+    if kind == "zeros of either sign":
+        return values.sign() * 0.0
+    odd = torch.tensor([float(kind), -float(kind), 0.0])[torch.randint(0, 3, values.shape, generator=dice)]
+    return torch.where(torch.rand(values.shape, generator=dice) < 0.3, odd, values.round())
+
+
+KINDS = ["ties", "zeros of either sign", "inf", "nan", "1e-40", "3e38"]
+
+
+@pytest.mark.parametrize("labels", [1, 4, 70])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_way_of_a_gpu_gives_the_order_of_a_cpu(kind: str, labels: int) -> None:
+    logits = rows(kind, labels)
+    expected = logits.argsort(dim=1, descending=True, stable=True)
+    for count in {1, min(3, labels), labels}:
+        assert torch.equal(best(logits, count), expected[:, :count])
+        assert torch.equal(_by_keys(logits, count), expected[:, :count])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gpu_ranks_as_a_cpu_does_and_is_not_waited_for(kind: str) -> None:
+    logits = rows(kind, 70)
+    on_device = logits.cuda()
+    best(on_device, 5)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = best(on_device, 5)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(found.cpu(), best(logits, 5))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.backends.order import in_order, turned
+from pipeline.backends.order import in_order, repeated, turned
 from pipeline.config import BackendConfig, ModelConfig, ParityConfig
 from pipeline.errors import NumericalError
 from pipeline.images.padding import repeats
@@ -89,6 +89,30 @@ def test_free_places_repeat_the_pictures(count: int, size: int) -> None:
     found = repeats(count, size).tolist()
     assert len(found) == size - count
     assert all(0 <= place < count for place in found)
+
+
+def test_places_are_made_once_for_a_device() -> None:
+    found = repeated(3, 8, torch.device("cpu"))
+    assert torch.equal(found, repeats(3, 8))
+    assert repeated(3, 8, torch.device("cpu")) is found
+    pixels = torch.zeros(8, 3, 2, 2, dtype=torch.uint8)
+    assert turned(pixels)[1] is turned(pixels.clone())[1]
+
+
+@pytest.mark.gpu
+def test_the_proof_waits_for_no_device() -> None:
+    pixels = torch.randint(0, 255, (8, 3, 4, 4), dtype=torch.uint8, device="cuda")
+    vectors = torch.nn.functional.normalize(torch.randn(8, 16, device="cuda"), dim=1)
+    for mode in ("default", "error"):
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            _, order = turned(pixels)
+            whole = in_order(vectors, vectors[order], order, pixels)
+            part = in_order(vectors[:5], vectors[5:], repeated(5, 8, pixels.device), pixels[:5])
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert whole
+    assert not part
 
 
 def test_a_turned_batch_keeps_its_layout_in_memory() -> None:

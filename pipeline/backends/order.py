@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
+
+from pipeline.images.padding import repeats
 
 # Euclidean distances of unit vectors: what rounding may make of one picture, and where it is told from others.
 # Measured for 32 photos on a CPU in fp32 and bf16: a picture's two embeddings are equal, and those of two pictures at
@@ -17,10 +21,24 @@ def turned(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Shuffled by a multiplicative hash (Knuth's constant), always the same way: a rotation would not show that an
     encoder rotates.
     """
-    order = torch.argsort(torch.arange(1, len(pixels) + 1) * 2_654_435_761 % 2**32)
+    order = _shuffled(len(pixels), pixels.device)
     other = torch.empty_like(pixels)
-    other.copy_(pixels[order.to(pixels.device)])
+    other.copy_(pixels[order])
     return other, order
+
+
+@lru_cache(maxsize=16)
+def repeated(count: int, size: int, device: torch.device) -> torch.Tensor:
+    """:func:`~pipeline.images.padding.repeats` on ``device``, kept: the copy would wait for the device each time.
+
+    Do not change it.
+    """
+    return repeats(count, size).to(device)
+
+
+@lru_cache(maxsize=16)
+def _shuffled(size: int, device: torch.device) -> torch.Tensor:
+    return torch.argsort(torch.arange(1, size + 1) * 2_654_435_761 % 2**32).to(device)
 
 
 def in_order(vectors: torch.Tensor, again: torch.Tensor, origin: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:

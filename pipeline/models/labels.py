@@ -6,6 +6,9 @@ import torch
 
 from pipeline.records import Embeddings, Labels, TextBank
 
+# Bits of a key that hold the place in the row; above them is the rank of the value.
+_INDEX_BITS = 32
+
 
 def label(batch: Embeddings, bank: TextBank, features: torch.Tensor, *, top_k: int) -> Labels:
     """Score every row against every label and keep the best ``min(top_k, L)``, best first.
@@ -22,17 +25,32 @@ def label(batch: Embeddings, bank: TextBank, features: torch.Tensor, *, top_k: i
 
 
 def best(logits: torch.Tensor, count: int) -> torch.Tensor:
-    """Indices of the ``count`` largest of each row of ``[N, L]``, largest first, equal ones in their order.
+    """Indices of the ``count`` largest of each row of float32 ``[N, L]``, largest first, equal ones in their order.
 
-    Ranked by logit, since scores that saturate at 0 or 1 would tie. Sorting all labels costs several times
-    the matrix product once there are thousands, so only rows that tie at the last place are sorted.
+    Ranked by logit, since scores that saturate at 0 or 1 would tie. The same indices on every device; NaN counts as
+    larger than all.
     """
+    return _by_keys(logits, count) if logits.is_cuda else _by_sorting(logits, count)
+
+
+def _by_keys(logits: torch.Tensor, count: int) -> torch.Tensor:
+    """No two entries of a row have the same key, so that nothing is left open, and no device is waited for."""
+    # The bits of floats are in their order if those of negative ones are turned over; adding 0 makes -0 a 0.
+    bits = (logits + 0.0).view(torch.int32)
+    ranks = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).masked_fill_(logits.isnan(), 0x7FFFFFFF)
+    keys = (ranks.long() << _INDEX_BITS) - torch.arange(logits.shape[1], device=logits.device)
+    return -keys.topk(count, dim=1).values & (1 << _INDEX_BITS) - 1
+
+
+def _by_sorting(logits: torch.Tensor, count: int) -> torch.Tensor:
+    """Sorts only rows that tie at the last place, which it looks for: that costs a CPU a fraction of the keys."""
     values, order = logits.topk(count, dim=1)
     # topk leaves the order of equal values open: sort by index first, then, stably, by value.
     order, by_index = order.sort(dim=1)
     values = values.gather(1, by_index)
     order = order.gather(1, values.argsort(dim=1, descending=True, stable=True))
-    tied = (logits >= values.amin(dim=1, keepdim=True)).sum(dim=1) > count
+    # Not less, rather than at least: so a row with NaN is sorted too.
+    tied = (~(logits < values.amin(dim=1, keepdim=True))).sum(dim=1) > count
     if tied.any():
         order[tied] = logits[tied].argsort(dim=1, descending=True, stable=True)[:, :count]
     return order
