@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 
 from pipeline.config import (
+    AUTO,
+    AUTOMATIC,
     CHOICES,
     FORMATS,
     OUTPUT_COLUMNS,
@@ -35,11 +37,18 @@ def check(config: Config) -> list[Problem]:
         value = value_of(config, key)
         # Written so that NaN, which is neither more nor less, does not pass.
         if not (value >= lowest and (highest is None or value <= highest)):
-            limits = f"at least {lowest}" if highest is None else f"from {lowest} to {highest}"
-            problems.append(Problem(key, value, f"must be {limits}"))
+            problems.append(Problem(key, value, limits(key)))
     for checks in (_check_backend, _check_parity, _check_lists, _check_doors, _check_columns, _check_prompts):
         problems += checks(config)
     return problems
+
+
+def limits(key: str) -> str:
+    """What the number ``key`` must be, in words."""
+    lowest, highest = RANGES[key]
+    if key in AUTOMATIC:
+        return f"must be a whole number from 1 to {highest}, or {AUTO}"
+    return f"must be at least {lowest}" if highest is None else f"must be from {lowest} to {highest}"
 
 
 def _check_backend(config: Config) -> list[Problem]:
@@ -65,7 +74,7 @@ def _check_backend(config: Config) -> list[Problem]:
 
 def _check_parity(config: Config) -> list[Problem]:
     problems = []
-    for name in ("lowest_cosine", "mean_cosine", "top1"):
+    for name in ("lowest_cosine", "mean_cosine", "top1", "decoder"):
         values, default = getattr(config.parity, name), getattr(ParityConfig(), name)
         for precision in dict.fromkeys([*default, *values]):
             key, value = f"parity.{name}.{precision}", values.get(precision)

@@ -43,6 +43,7 @@ class BackendConfig:
     device: str = "auto"
     compile: str = "none"
     quantization: str = "dynamic"
+    streams: int = 0
     artifacts: str | None = None
 
 
@@ -52,12 +53,16 @@ def _by_precision(fp32: float, fp16: float, bf16: float, int8: float, fp8: float
 
 @dataclass(frozen=True)
 class ParityConfig:
-    """Group ``parity``: how near to fp32 a backend must be before a job uses it, by its precision."""
+    """Group ``parity``: how near to fp32 a backend must be before a job uses it, by its precision.
+
+    ``decoder`` is the lowest cosine by ``images.decoder``: how near its embeddings must be to those of ``exact``.
+    """
 
     images: int = 64
     lowest_cosine: dict[str, float] = field(default_factory=lambda: _by_precision(0.9999, 0.999, 0.995, 0.98, 0.98))
     mean_cosine: dict[str, float] = field(default_factory=lambda: _by_precision(0.99999, 0.9995, 0.998, 0.99, 0.99))
     top1: dict[str, float] = field(default_factory=lambda: _by_precision(0.98, 0.95, 0.95, 0.9, 0.9))
+    decoder: dict[str, float] = field(default_factory=lambda: {"fast": 0.999, "scaled": 0.995, "gpu": 0.999})
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,10 @@ class ImagesConfig:
 
 @dataclass(frozen=True)
 class LoaderConfig:
-    """Group ``loader``: the batches, the threads that fill them, and what a single image may cost."""
+    """Group ``loader``: the batches, the threads that fill them, and what a single image may cost.
+
+    A ``batch_size`` of 0 is what ``auto`` is kept as: see :mod:`pipeline.batch_size`.
+    """
 
     batch_size: int = 64
     workers: int = 0
@@ -188,7 +196,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "backend.precision": ("auto", "fp32", "bf16", "fp16", "int8", "fp8"),
     "backend.compile": ("none", "default", "reduce-overhead", "max-autotune"),
     "backend.quantization": ("dynamic", "static"),
-    "images.decoder": ("exact",),
+    "images.decoder": ("exact", "fast", "scaled", "gpu"),
     "images.exif": ("apply", "ignore"),
     "images.transparency": ("white", "black", "drop"),
     "images.crop_corner": ("floor", "round"),
@@ -199,15 +207,19 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "cluster.name": ("inline",),
     "report.progress": ("auto", "bar", "plain", "none"),
 }
+# Numbers for which the word ``auto`` may be typed; the config keeps 0 for it.
+AUTO = "auto"
+AUTOMATIC = ("loader.batch_size",)
 # Key: (lowest, highest or None).
 RANGES: dict[str, tuple[float, float | None]] = {
     "manifest.shard_rows": (1, 1_000_000),
     "manifest.demo_scenes": (1, None),
     "images.max_pixels": (1, 2_000_000_000),
     "images.max_bytes": (1, 2_147_483_647),
-    "loader.batch_size": (1, 65_536),
+    "loader.batch_size": (0, 65_536),
     "loader.workers": (0, 1024),
     "loader.prefetch": (1, 64),
+    "backend.streams": (0, 1024),
     "loader.decode_seconds": (0.1, None),
     "loader.decode_memory": (67_108_864, None),
     "loader.read_seconds": (0.1, None),

@@ -84,8 +84,8 @@ def _export(config: Config, options: argparse.Namespace) -> Iterator[Artifact]:
     from pipeline.images.sample import draw_sample
     from pipeline.manifest.source import open_manifest
     from pipeline.models.checkpoint import open_checkpoint
+    from pipeline.reading import pixel_reader
     from pipeline.records import Sample
-    from pipeline.worker import pixel_reader
 
     checkpoint = open_checkpoint(config.model)
 

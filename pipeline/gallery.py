@@ -6,6 +6,7 @@ import dataclasses
 import io
 from itertools import islice
 
+import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
 
@@ -38,7 +39,8 @@ def gallery(manifest: Manifest, reader: PixelReader, *, part: str, shard_rows: i
     chosen = set(good[::step][:count])
     examples: list[Example] = []
     shard = next(cut(manifest, shard_rows))
-    thumbnails = dataclasses.replace(reader, spec=THUMBNAIL)
+    # A decoder on the GPU makes pictures of the model's size alone.
+    thumbnails = dataclasses.replace(reader, spec=THUMBNAIL, gpu=None)
     with ShardReader(manifest) as rows:
         images = (ref for batch in rows.read(shard) for ref in refs(manifest, batch))
         for position, ref in enumerate(islice(images, max(chosen, default=-1) + 1)):
@@ -54,5 +56,5 @@ def gallery(manifest: Manifest, reader: PixelReader, *, part: str, shard_rows: i
 
 def _jpeg(pixels: Pixels) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(pixels.rgb).save(buffer, "JPEG", quality=82)
+    Image.fromarray(np.asarray(pixels.rgb)).save(buffer, "JPEG", quality=82)
     return buffer.getvalue()

@@ -7,18 +7,25 @@ against the groups under ``conf/`` and the schemas, and offers the nearest name 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-from pipeline.checks import check
-from pipeline.config import Config, conf_dir, nearest, value_of
+from pipeline.checks import check, limits
+from pipeline.config import AUTO, AUTOMATIC, Config, LoaderConfig, conf_dir, nearest, value_of
 from pipeline.errors import ConfigError, Problem
 from pipeline.hydra_settings import check_setting
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
     from omegaconf import DictConfig
+
+
+@dataclass(frozen=True)
+class TypedLoader(LoaderConfig):
+    """The group ``loader`` as it is typed, which may say ``auto`` where the config keeps a number."""
+
+    batch_size: int | str = LoaderConfig.batch_size  # type: ignore[assignment]
 
 
 def check_overrides(arguments: Sequence[str], conf: Path, *, sweep: bool = False) -> list[Problem]:
@@ -71,7 +78,7 @@ def schema() -> DictConfig:
     """The root schema for OmegaConf: typed and closed, but open to new values, unlike the dataclasses."""
     from omegaconf import OmegaConf
 
-    node: DictConfig = OmegaConf.structured(Config)
+    node: DictConfig = OmegaConf.structured(Config(loader=TypedLoader()))
     for part in (node, *(node[group.name] for group in fields(Config))):
         OmegaConf.set_readonly(part, None)
     # A merge leaves what is below a ??? as it is: with a default here, model=hub would run the demo model.
@@ -115,22 +122,28 @@ def read_config(composed: DictConfig) -> tuple[Config, list[Problem]]:
     for group in fields(Config):
         node = merged[group.name]
         for name, default in vars(getattr(Config(), group.name)).items():
+            key = f"{group.name}.{name}"
             if OmegaConf.is_missing(node, name):
-                problem = Problem(f"{group.name}.{name}", "???", "has no default; give a value")
+                problem = Problem(key, "???", "has no default; give a value")
             else:
                 try:
                     value = node[name]
                     if OmegaConf.is_config(value):
                         OmegaConf.to_container(value, resolve=True, throw_on_missing=True)
+                    if key in AUTOMATIC:
+                        node[name] = _number(value)
                     continue
                 except OmegaConfBaseException as error:
                     raw: Any = OmegaConf.to_container(node)
-                    problem = Problem(f"{group.name}.{name}", raw[name], str(error).splitlines()[0])
+                    problem = Problem(key, raw[name], str(error).splitlines()[0])
+                except ValueError:
+                    problem = Problem(key, value, limits(key))
             problems.append(problem)
             node[name] = default
     config = OmegaConf.to_object(merged)
     if not isinstance(config, Config):
         raise TypeError(f"composed to {type(config).__name__}, not Config")
+    config = replace(config, loader=LoaderConfig(**vars(config.loader)))
     return config, problems + check(config)
 
 
@@ -215,12 +228,27 @@ def _check_type(key: str, value: Any) -> list[Problem]:
     group, name, *entry = key.split(".")
     if isinstance(value, QuotedString):
         value = value.text
+    typed = schema()
     try:
-        OmegaConf.update(schema(), key, value)
-    except OmegaConfBaseException:
+        OmegaConf.update(typed, key, value)
+        if key in AUTOMATIC and not OmegaConf.is_interpolation(typed[group], name):
+            _number(value)
+    except (OmegaConfBaseException, ValueError):
+        if key in AUTOMATIC:
+            return [Problem(key, value, limits(key))]
         hint = float if entry else get_type_hints(get_type_hints(Config)[group])[name]
         return [Problem(key, value, f"must be {_in_words(hint)}")]
     return []
+
+
+def _number(typed: int | str) -> int:
+    """The number that the config keeps of one that may be typed as ``auto``; raises ValueError for other words."""
+    if typed == AUTO:
+        return 0
+    number = int(typed)
+    if number == 0:
+        raise ValueError(f"{AUTO} is what is kept as 0")
+    return number
 
 
 def _in_words(hint: Any) -> str:

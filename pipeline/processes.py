@@ -1,4 +1,4 @@
-"""Processes as others can name them: on which machine, which number, and whether they still live."""
+"""Processes as others can name them: on which machine, which number, and whether they still live; and their cores."""
 
 from __future__ import annotations
 
@@ -26,6 +26,11 @@ class Process:
 
     def __str__(self) -> str:
         return f"process {self.pid} of {self.user or 'an unknown user'} on {self.host}"
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def this_process() -> Process:

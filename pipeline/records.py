@@ -68,9 +68,9 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Pixels:
-    """One decoded image at the model's input size: uint8 ``[H, W, 3]``, RGB."""
+    """One decoded image at the model's input size: uint8 ``[H, W, 3]``, RGB; a tensor if it is on a GPU."""
 
-    rgb: NDArray[np.uint8]
+    rgb: NDArray[np.uint8] | torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,13 +192,45 @@ class TextBank:
 
 @dataclass(frozen=True, slots=True)
 class Clocks:
-    """Seconds by stage, summed over the threads that spent them; clocks of shards and workers add up."""
+    """Seconds by stage, summed over the threads that spent them; clocks of shards and workers add up.
+
+    ``cores`` are the core seconds of those threads alone, not of others that work for them.
+    """
 
     seconds: Mapping[str, float] = field(default_factory=dict)
+    cores: Mapping[str, float] = field(default_factory=dict)
 
     def __add__(self, other: Clocks) -> Clocks:
-        names = dict.fromkeys([*self.seconds, *other.seconds])
-        return Clocks({n: self.seconds.get(n, 0.0) + other.seconds.get(n, 0.0) for n in names})
+        return Clocks(_sum(self.seconds, other.seconds), _sum(self.cores, other.cores))
+
+
+def _sum(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
+    return {name: one.get(name, 0.0) + other.get(name, 0.0) for name in dict.fromkeys([*one, *other])}
+
+
+@dataclass(frozen=True, slots=True)
+class StagePace:
+    """One stage of a run: ``images_per_second`` as parallel as it was (None where no clock tells), the core seconds
+    that it took, those of decoder processes included, and their ``share`` of all."""
+
+    images_per_second: float | None
+    core_seconds: float
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How fast a run was against what its stages allow.
+
+    ``bound`` is in images/s: on a CPU the cores over the core seconds of an image, with a GPU the slowest of what it,
+    the cores and the disks do. ``ratio`` is the run's steady throughput over the bound.
+    """
+
+    stages: Mapping[str, StagePace]
+    cores_busy: float
+    bound: float
+    ratio: float
+    verdict: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,8 +250,9 @@ class RunReport:
 
     ``rows`` counts what this run committed and ``images`` those it embedded, ``resumed_rows`` what earlier
     runs had committed. ``steady`` throughput leaves out the start-up and the first batch. ``parity`` is None
-    for eager fp32, with which the others are compared. ``batch_sizes`` has more than one where the device had no memory
-    for the first.
+    for eager fp32, with which the others are compared, and ``decoder_parity`` for the decoder ``exact``.
+    ``batch_sizes`` has more than one where the device had no memory for the first. ``pace`` is None where nothing was
+    embedded.
     """
 
     started: str
@@ -239,6 +272,7 @@ class RunReport:
     labels: Mapping[str, int]
     prompts: Mapping[str, object]
     parity: Parity | None
+    decoder_parity: Parity | None
     batch_sizes: tuple[int, ...]
     memory: Mapping[str, float]
     machine: Mapping[str, object]
@@ -246,3 +280,4 @@ class RunReport:
     fingerprints: Mapping[str, object]
     config: Mapping[str, object]
     exit_code: int
+    pace: Pace | None = None

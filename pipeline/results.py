@@ -11,11 +11,10 @@ import torch
 
 from pipeline.backends.base import ImageEncoder
 from pipeline.backends.devices import out_of_memory
-from pipeline.backends.order import in_order, turned
+from pipeline.backends.order import in_order, repeated, turned
 from pipeline.dataset.parts import ShardResult
 from pipeline.errors import BackendUnavailable, NumericalError
 from pipeline.failpoints import failpoint
-from pipeline.images.padding import repeats
 from pipeline.models.labels import label
 from pipeline.records import Embeddings, ImageBatch, Shard, ShardRows, Stage, TextBank
 from pipeline.report.clocks import StageClocks
@@ -43,7 +42,7 @@ class Flying:
     vectors: torch.Tensor
     top: torch.Tensor
     scores: torch.Tensor
-    healthy: torch.Tensor
+    lengths: torch.Tensor
     in_order: torch.Tensor
     landed: torch.cuda.Event | None
 
@@ -69,7 +68,6 @@ def launch(
         proved = _in_order(batch, encoded, encoder, first=number == 0)
     vectors = encoded[: len(batch.rows)]
     lengths = torch.linalg.vector_norm(vectors, dim=1)
-    healthy = (lengths - 1).abs() < UNIT_TOLERANCE
     empty = torch.empty((len(batch.rows), 0), device=vectors.device)
     top, scores = empty.long(), empty
     if labelling is not None:
@@ -77,16 +75,16 @@ def launch(
             failpoint("label")
             found = label(Embeddings(vectors), labelling.bank, labelling.features, top_k=labelling.top_k)
         top, scores = found.indices, found.scores
-    results = [vectors, top, scores, healthy, proved]
+    results = [vectors, top, scores, lengths, proved]
     landed = None
     if vectors.device.type == "cuda":
         # Copied behind this batch's own work, so that fetching it never waits for the next batch.
         results = [_to_host(tensor) for tensor in results]
         landed = torch.cuda.Event()
         landed.record(torch.cuda.current_stream(vectors.device))
-    vectors, top, scores, healthy, proved = results
+    vectors, top, scores, lengths, proved = results
     return Flying(
-        rows=batch.rows, vectors=vectors, top=top, scores=scores, healthy=healthy, in_order=proved, landed=landed
+        rows=batch.rows, vectors=vectors, top=top, scores=scores, lengths=lengths, in_order=proved, landed=landed
     )
 
 
@@ -98,7 +96,7 @@ def _in_order(batch: ImageBatch, encoded: torch.Tensor, encoder: ImageEncoder, *
     """
     count, size = len(batch.rows), len(batch.pixels)
     if count < size:
-        again, origin = encoded[count:], repeats(count, size)
+        again, origin = encoded[count:], repeated(count, size, encoded.device)
     elif first and size > 1 and batch.shard.rows % size == 0 and batch.shard.index % PROVED_SHARDS == 0:
         pixels, origin = turned(batch.pixels)
         again = encoder.encode(pixels)
@@ -157,7 +155,8 @@ class Accumulated:
             batch.landed.synchronize()
         where = f"shard {self._shard.index}, batch {self._batches}"
         self._batches += 1
-        healthy = batch.healthy.numpy()
+        # NaN is within no tolerance.
+        healthy = np.abs(batch.lengths.numpy() - 1) < UNIT_TOLERANCE
         if not healthy.all():
             position = int(batch.rows[int(np.flatnonzero(~healthy)[0])])
             raise NumericalError(

@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from pipeline.aside import own_exit_code
 from pipeline.config import OutputConfig
 from pipeline.errors import Interrupted, NoDataset, PipelineError, PlanMismatch, StorageError, TooManyFailures
 
@@ -96,7 +97,7 @@ def _repair(storage: Storage) -> None:
         raise PlanMismatch(f"{storage.url}: has no _plan.json, so nothing says how to repair it")
     # How many images failed was a verdict on the job; the dataset is complete.
     with suppress(TooManyFailures):
-        run_job(config_of(wanted.config, storage.url))
+        run_job(config_of(wanted.config, storage.url), every_byte=True)
 
 
 def _collect(storage: Storage, age: float) -> dict[str, int]:
@@ -178,4 +179,5 @@ def _interrupt(number: int, frame: object) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, _interrupt)
-    raise SystemExit(main())
+    with own_exit_code():
+        raise SystemExit(main())

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Generator, Iterable
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
 from pipeline.backends import factory
 from pipeline.backends.base import Draw, ImageEncoder
+from pipeline.backends.devices import choose_device
 from pipeline.backends.halving import HalvingEncoder
 from pipeline.backends.parity import check
+from pipeline.backends.streams import Streams, count_streams
 from pipeline.config import Config
 from pipeline.dataset.commits import commit_part
 from pipeline.dataset.parts import PartFormat, ShardResult, build_table, count_statuses
 from pipeline.failpoints import failpoint
-from pipeline.images.decode import Decoder
 from pipeline.images.decoders import Decoders
 from pipeline.images.loader import Loader
 from pipeline.images.reader import PixelReader
-from pipeline.images.sources import Source
 from pipeline.manifest.source import Manifest
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.records import PreprocessSpec, Shard, ShardReport, ShardRows, Stage, TextBank
+from pipeline.reading import pixel_reader, worker_threads
+from pipeline.records import ImageBatch, PreprocessSpec, Shard, ShardReport, ShardRows, Stage, TextBank
 from pipeline.report.clocks import StageClocks
 from pipeline.results import Accumulated, Flying, Labelling, launch, memory_explained
 from pipeline.storage.opening import open_storage
@@ -52,44 +54,56 @@ def open_encoder(config: Config, checkpoint: Checkpoint, sample: Draw) -> ImageE
     )
 
 
-def open_for_job(config: Config, checkpoint: Checkpoint, sample: Draw, bank: TextBank | None) -> HalvingEncoder:
-    """As :func:`open_encoder`, and open it again for smaller batches where the device has no memory for these."""
+def open_reader(
+    config: Config, manifest: Manifest, spec: PreprocessSpec, decoders: Decoders | None = None
+) -> PixelReader:
+    """As :func:`~pipeline.reading.pixel_reader`, with the GPU's decoder where the config asks for it.
 
-    def reopen(size: int) -> ImageEncoder:
-        return open_encoder(replace(config, loader=replace(config.loader, batch_size=size)), checkpoint, sample)
+    Raises:
+        BackendUnavailable: this machine has none.
+    """
+    reader = pixel_reader(config, manifest, spec, decoders)
+    if config.images.decoder != "gpu":
+        return reader
+    from pipeline.images.nvidia import NvidiaDecoder
+
+    images = config.images
+    gpu = NvidiaDecoder(
+        spec,
+        choose_device(config.backend.device),
+        formats=tuple(images.formats),
+        exif=images.exif,
+        max_pixels=images.max_pixels,
+    )
+    return replace(reader, gpu=gpu)
+
+
+def open_at(config: Config, checkpoint: Checkpoint, sample: Draw, size: int) -> ImageEncoder:
+    """As :func:`open_encoder`, for batches of ``size``, in a thread like those that it will work in.
+
+    What is compiled or opened there is made for their share of the cores.
+    """
+    sized = replace(config, loader=replace(config.loader, batch_size=size))
+    device = choose_device(config.backend.device)
+    streams = count_streams(config.backend.streams, device)
+    with Streams(device, streams) as threads:
+        encoder = threads.submit(lambda: open_encoder(sized, checkpoint, sample)).result()
+    encoder.streams = streams
+    return encoder
+
+
+def open_for_job(
+    config: Config, checkpoint: Checkpoint, sample: Draw, bank: Callable[[], TextBank | None]
+) -> HalvingEncoder:
+    """As :func:`open_at`, and open it again for smaller batches where the device has no memory for these.
+
+    ``bank`` is asked for the labels only when a smaller one is compared with fp32.
+    """
 
     def judge(encoder: ImageEncoder) -> None:
-        check(encoder, checkpoint, sample, bank=bank, limits=config.parity)
+        check(encoder, checkpoint, sample, bank=bank(), limits=config.parity)
 
-    return HalvingEncoder(reopen, judge, batch_size=config.loader.batch_size)
-
-
-def pixel_reader(config: Config, manifest: Manifest, spec: PreprocessSpec) -> PixelReader:
-    """How this job turns a reference into pixels; close it, as it may start processes that decode."""
-    images, loader = config.images, config.loader
-    decoder = Decoder(
-        formats=tuple(images.formats),
-        max_pixels=images.max_pixels,
-        exif=images.exif,
-        transparency=images.transparency,
-    )
-    decoders = None
-    if loader.isolation == "process":
-        # Threads beyond the cores help where reading waits; processes beyond them would only take memory.
-        processes = min(worker_threads(config), cores())
-        decoders = Decoders(decoder, processes=processes, seconds=loader.decode_seconds, memory=loader.decode_memory)
-    return PixelReader(
-        source=Source(
-            root=manifest.root,
-            max_bytes=images.max_bytes,
-            schemes=tuple(images.schemes),
-            private_hosts=tuple(images.private_hosts),
-            read_seconds=loader.read_seconds,
-        ),
-        decoder=decoder,
-        spec=spec,
-        decoders=decoders,
-    )
+    return HalvingEncoder(partial(open_at, config, checkpoint, sample), judge, batch_size=config.loader.batch_size)
 
 
 def embed(
@@ -141,16 +155,6 @@ def embed(
             yield report
 
 
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def worker_threads(config: Config) -> int:
-    """Decoding threads: as configured, or one for each core."""
-    return config.loader.workers or cores()
-
-
 def _results(
     shards: Iterable[Shard],
     job: Job,
@@ -161,8 +165,11 @@ def _results(
 ) -> Generator[ShardResult]:
     config = job.config
     labelling = None
+    # One batch more than are being encoded, so that no stream waits for this thread. On a GPU, the results of a batch
+    # are fetched while the next one is being computed, across the ends of shards too.
+    ahead = encoder.streams + 1
     with ExitStack() as opened:
-        pixels = reader or opened.enter_context(pixel_reader(config, job.manifest, job.spec))
+        pixels = reader or opened.enter_context(open_reader(config, job.manifest, job.spec))
         with memory_explained(config.loader.batch_size):
             if job.bank is not None:
                 features = torch.from_numpy(job.bank.features).to(encoder.device)
@@ -173,41 +180,79 @@ def _results(
                 batch_size=config.loader.batch_size,
                 workers=worker_threads(config),
                 prefetch=config.loader.prefetch,
+                in_flight=ahead if encoder.device.type == "cpu" else 1,
                 device=encoder.device,
                 timer=clocks.add,
             )
         opened.enter_context(loader)
-        items = loader.stream(shards)
-        shard: Accumulated | None = None
-        flying: Flying | None = None
-        number = 0
-        while True:
-            with clocks.time(Stage.WAIT_INPUT):
-                item = next(items, None)
-            if item is None:
-                return
-            shard = shard or Accumulated(
-                item.shard,
-                dim=encoder.dim,
-                dtype=config.output.dtype,
-                labelling=labelling,
-                threshold=config.labels.threshold,
-            )
-            if isinstance(item, ShardRows):
-                if flying is not None:
-                    with clocks.time(Stage.ENCODE):
-                        shard.add(flying)
-                    flying = None
-                yield shard.finish(item)
-                shard, number = None, 0
+        streams = opened.enter_context(Streams(encoder.device, encoder.streams))
+
+        submitted = _submit(loader, shards, job, encoder, labelling, clocks, streams)
+        for shard, result in _in_order(submitted, ahead):
+            if isinstance(result, ShardRows):
+                yield shard.finish(result)
                 continue
-            launched = launch(item, encoder, labelling, clocks, number=number)
-            loader.release(item)
-            # On CUDA the last batch's results are fetched while this one is being computed: the clock of
-            # the encoder then runs until the device is done, and that of the labels only while they queue.
-            if flying is not None:
-                with clocks.time(Stage.ENCODE):
-                    shard.add(flying)
-            flying = launched
+            batch = result.result()
+            # On CUDA the clock of the encoder runs until the device is done.
+            with clocks.time(Stage.ENCODE):
+                shard.add(batch)
+            on_batch(len(batch.rows))
+
+
+def _submit(
+    loader: Loader,
+    shards: Iterable[Shard],
+    job: Job,
+    encoder: ImageEncoder,
+    labelling: Labelling | None,
+    clocks: StageClocks,
+    streams: Streams,
+) -> Iterator[tuple[Accumulated, Future[Flying] | ShardRows]]:
+    """Every batch under way, and every shard's rows behind its batches, each with what its shard comes to."""
+
+    def work(batch: ImageBatch, number: int) -> Flying:
+        try:
+            return launch(batch, encoder, labelling, clocks, number=number)
+        except BaseException as error:
+            # Whoever waits for the next batch, which may take long, is told at once.
+            loader.fail(error)
+            raise
+        finally:
+            loader.release(batch)
+
+    items = loader.stream(shards)
+    shard: Accumulated | None = None
+    number = 0
+    while True:
+        with clocks.time(Stage.WAIT_INPUT):
+            item = next(items, None)
+        if item is None:
+            return
+        shard = shard or Accumulated(
+            item.shard,
+            dim=encoder.dim,
+            dtype=job.config.output.dtype,
+            labelling=labelling,
+            threshold=job.config.labels.threshold,
+        )
+        if isinstance(item, ShardRows):
+            yield shard, item
+            shard, number = None, 0
+        else:
+            yield shard, streams.submit(partial(work, item, number))
             number += 1
-            on_batch(len(item.rows))
+
+
+def _in_order(
+    submitted: Iterator[tuple[Accumulated, Future[Flying] | ShardRows]], ahead: int
+) -> Iterator[tuple[Accumulated, Future[Flying] | ShardRows]]:
+    """The same, but a batch only once ``ahead`` are under way; shards of failed rows alone cannot pile up either."""
+    waiting: deque[tuple[Accumulated, Future[Flying] | ShardRows]] = deque()
+    batches = 0
+    for item in submitted:
+        waiting.append(item)
+        batches += isinstance(item[1], Future)
+        while waiting and (batches >= ahead or len(waiting) > 2 * ahead or not isinstance(waiting[0][1], Future)):
+            batches -= isinstance(waiting[0][1], Future)
+            yield waiting.popleft()
+    yield from waiting

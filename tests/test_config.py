@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 
 from pipeline.checks import check
 from pipeline.config import (
+    AUTOMATIC,
     CHOICES,
     FORMATS,
     OUTPUT_COLUMNS,
@@ -83,7 +84,7 @@ def test_every_key_stands_in_one_yaml_of_its_group(key: str) -> None:
     if key == "images.formats":
         # The list is long, and stands in the schema with its reason.
         assert holders == []
-    elif key in ("model.name", "backend.name"):
+    elif key in ("model.name", "backend.name", "images.decoder"):
         assert holders == groups(conf_dir())[group]
     else:
         assert len(holders) == 1
@@ -105,7 +106,7 @@ def test_hub_needs_a_name_and_says_so_with_everything_else() -> None:
     assert caught.value.exit_code == 2
     assert caught.value.problems == (
         Problem("model.name", "???", "has no default; give a value"),
-        Problem("loader.batch_size", 0, "must be from 1 to 65536"),
+        Problem("loader.batch_size", 0, "must be a whole number from 1 to 65536, or auto"),
     )
 
 
@@ -160,7 +161,8 @@ def test_numbers_outside_their_range_are_refused(key: str) -> None:
     for value in outside:
         (problem,) = check(changed(key, value))
         assert (problem.key, problem.value) == (key, value)
-        assert problem.allowed.startswith(f"must be from {lowest} to" if highest is not None else "must be at least")
+        words = f"must be from {lowest} to" if highest is not None else "must be at least"
+        assert problem.allowed.startswith("must be a whole number from 1 to" if key in AUTOMATIC else words)
     if highest is not None:
         assert check(changed(key, highest)) == []
 

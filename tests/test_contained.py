@@ -435,6 +435,32 @@ def test_closed_decoders_say_so() -> None:
         decoders.decode([CLEAN[0]], SPEC)
 
 
+def test_processes_that_were_started_before_are_those_that_decode() -> None:
+    with pool() as decoders:
+        decoders.start()
+        until = time.monotonic() + 60
+        while len(started := sorted(children())) < 2 and time.monotonic() < until:
+            time.sleep(0.02)
+        assert len(started) == 2
+        with ThreadPoolExecutor(2) as threads:
+            found = list(threads.map(lambda data: decoders.decode([data], SPEC), CLEAN[:6]))
+        assert all(alike(result, here(data)) for (result,), data in zip(found, CLEAN, strict=False))
+        assert sorted(children()) == started
+
+
+@pytest.mark.parametrize("seconds", [0, 0.05, 0.3])
+def test_closing_ends_processes_that_are_being_started(seconds: float) -> None:
+    with ThreadPoolExecutor(1) as threads:
+        with pool(processes=3) as decoders:
+            decoders.start()
+            asked = threads.submit(decoders.decode, [CLEAN[0]], SPEC)
+            time.sleep(seconds)
+            started = time.monotonic()
+        assert time.monotonic() - started < 10
+        assert children() == []
+        assert asked.done() or isinstance(asked.exception(10), RuntimeError)
+
+
 def test_closing_ends_a_process_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIPELINE_FAILPOINTS", "child.decode=delay:100")
     with ThreadPoolExecutor(1) as threads:

@@ -33,7 +33,7 @@ ALONE = [
 # PIPELINE_TEST_SIEGE=full strikes with every action at every place, early and late.
 FULL = os.environ.get("PIPELINE_TEST_SIEGE") == "full"
 ROOMS = {
-    "lease": "dataset", "plan": "job.py", "rows": "images", "read": "images", "decode": "images", "child": "images",
+    "lease": "dataset", "plan": "setup.py", "rows": "images", "read": "images", "decode": "images", "child": "images",
     "decoded": "images", "encode": "results.py", "encoded": "results.py", "label": "results.py", "storage": "storage",
     "object": "storage", "commit": "dataset", "finalize": "dataset", "report": "job.py",
 }  # fmt: skip

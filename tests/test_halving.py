@@ -88,6 +88,17 @@ def test_a_reopened_backend_that_is_too_far_from_fp32_ends_the_job() -> None:
         HalvingEncoder(Small, check, batch_size=8).encode(pictures(8))  # type: ignore[arg-type]
 
 
+def test_no_batch_gets_through_a_reopened_backend_that_did_not_pass() -> None:
+    def check(reopened: StubEncoder) -> None:
+        raise ParityError("too far")
+
+    encoder = HalvingEncoder(Small, check, batch_size=4)  # type: ignore[arg-type]
+    # As of several batches side by side: each meets it, not the first alone.
+    for _ in range(2):
+        with pytest.raises(ParityError):
+            encoder.encode(pictures(4))
+
+
 def test_the_memory_of_the_last_encoder_is_given_back_before_the_next_is_opened() -> None:
     import weakref
 

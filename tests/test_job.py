@@ -21,6 +21,7 @@ from pipeline.dataset.parts import METADATA_KEY
 from pipeline.errors import (
     ManifestError,
     NumericalError,
+    ParityError,
     PipelineError,
     PlanMismatch,
     StorageError,
@@ -365,6 +366,8 @@ def test_numbers_that_are_no_embedding_are_never_committed(tmp_path: Path, bad: 
 
     config = config_for(scenes_manifest(tmp_path / "m.parquet", 60), tmp_path / "out", prompts={"labels": []})
     config = replace(config, model=replace(config.model, name=str(demo_folder())))
+    # One batch after the other, so that the calls can be counted.
+    config = replace(config, backend=replace(config.backend, streams=1))
     with stub_backend(Spoiled), pytest.raises(NumericalError, match="shard 1, batch 1, row 9"):
         run_job(config)
     assert [path.name for path in (tmp_path / "out" / "_commits").iterdir()] == ["00000.json"]
@@ -431,3 +434,52 @@ def test_errors_know_their_exit_codes() -> None:
         "Interrupted": 75, "OutputBusy": 75, "LeaseLost": 75, "NoDataset": 2,
         "ArtifactError": 2, "ParityError": 4,
     }  # fmt: skip
+
+
+def test_a_batch_size_that_was_found_is_in_the_plan_and_kept(tmp_path: Path) -> None:
+    config = config_for(
+        scenes_manifest(tmp_path / "m.parquet", 60),
+        tmp_path / "out",
+        manifest={"shard_rows": 20},
+        loader={"batch_size": 0},
+        backend={"artifacts": str(tmp_path / "store")},
+    )
+    first = run_job(config)
+    found = first.fingerprints["batch_size"]
+    assert first.config["loader"]["batch_size"] == found > 0  # type: ignore[index]
+    commit = tmp_path / "out" / "_commits" / "00001.json"
+    before = commit.read_bytes()
+    commit.unlink()
+    # Another machine's store knows another number; the plan's counts.
+    again = run_job(replace(config, backend=replace(config.backend, artifacts=str(tmp_path / "other"))))
+    assert again.fingerprints["batch_size"] == found
+    assert commit.read_bytes() == before
+
+
+def test_a_decoder_is_compared_with_the_exact_one_and_part_of_the_dataset(tmp_path: Path) -> None:
+    config = config_for(scenes_manifest(tmp_path / "m.parquet", 30), tmp_path / "out", images={"decoder": "fast"})
+    report = run_job(config)
+    assert report.decoder_parity is not None
+    assert report.decoder_parity.lowest_cosine >= config.parity.decoder["fast"]
+    assert "simplejpeg" in report.fingerprints["images"]["library"]  # type: ignore[index]
+    exact = replace(config, images=replace(config.images, decoder="exact"))
+    with pytest.raises(PlanMismatch, match=r"images\.decoder: there \"fast\", now \"exact\""):
+        run_job(exact)
+    limits = replace(config.parity, decoder={**config.parity.decoder, "fast": 1.01})
+    with pytest.raises(ParityError, match=r"parity\.decoder\.fast"):
+        run_job(replace(config, parity=limits, output=replace(config.output, dir=str(tmp_path / "other"))))
+    assert not (tmp_path / "other" / "_plan.json").exists()
+
+
+def test_a_decoder_that_decoded_nothing_is_not_said_to_be_near(tmp_path: Path) -> None:
+    unreadable = dict.fromkeys(range(4), b"no picture")
+    config = config_for(
+        scenes_manifest(tmp_path / "m.parquet", 4, damaged=unreadable),
+        tmp_path / "out",
+        images={"decoder": "fast"},
+        errors={"max_fraction": 1.0},
+    )
+    report = run_job(config)
+    assert report.counts == {"ok": 0, "not_an_image": 4}
+    assert report.decoder_parity is None
+    assert not (tmp_path / "out" / "_decoder_parity.json").exists()

@@ -26,7 +26,7 @@ from pipeline.images.loader import Loader
 from pipeline.images.padding import repeats
 from pipeline.images.reader import PixelReader
 from pipeline.images.sources import Source
-from pipeline.manifest.shards import cut
+from pipeline.manifest.shards import ShardReader, cut
 from pipeline.manifest.source import Manifest, open_manifest
 from pipeline.records import ImageBatch, PreprocessSpec, Shard, ShardRows, Stage
 
@@ -42,7 +42,7 @@ def _no_thread_is_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith(("loader", "decode"))]
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith(("loader", "decode", "rows"))]
 
 
 def colour(row: int) -> tuple[int, int, int]:
@@ -314,6 +314,83 @@ def test_the_work_is_timed(tmp_path: Path) -> None:
     assert all(seconds > 0 for seconds in timer.seconds.values())
 
 
+# Reading ahead
+
+
+@pytest.fixture
+def slow_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Every record batch of the manifest takes 50 ms; the shards whose rows were asked for."""
+    read, asked = ShardReader.read, list[int]()
+
+    def slowly(reader: ShardReader, shard: Shard) -> Iterator[pa.RecordBatch]:
+        asked.append(shard.index)
+        for batch in read(reader, shard):
+            time.sleep(0.05)
+            yield batch
+
+    monkeypatch.setattr(ShardReader, "read", slowly)
+    return asked
+
+
+def test_rows_are_read_while_others_are_decoded(tmp_path: Path, slow_rows: list[int]) -> None:
+    write(tmp_path, range(640), kind="bytes", group=32)
+    manifest = opened(tmp_path)
+    # 20 record batches of 50 ms: a second. 640 images of 6 ms in two threads: two seconds.
+    with armed("decode=delay:0.006"):
+        started = time.perf_counter()
+        items = run(manifest, list(cut(manifest, 64)))
+        both = time.perf_counter() - started
+    assert len(shard_rows(items)) == len(slow_rows) == 10
+    # One after the other they take 2.9 s at least.
+    assert both < 2.7
+
+
+def test_the_next_shard_is_decoded_while_the_last_batch_is_held(tmp_path: Path) -> None:
+    write(tmp_path, range(24), kind="bytes")
+    manifest = opened(tmp_path)
+    with make_loader(manifest, batch_size=8, prefetch=1) as loader:
+        stream = loader.stream(cut(manifest, 8))
+        held = next(stream)
+        # The first batch is in the encoder's hands, and the images of the next shards are ready.
+        assert isinstance(next(stream), ShardRows)
+        ready = next(stream)
+        assert isinstance(held, ImageBatch)
+        assert isinstance(ready, ImageBatch)
+        assert (held.shard.index, ready.shard.index) == (0, 1)
+
+
+def test_closing_does_not_wait_for_all_the_rows(tmp_path: Path, slow_rows: list[int]) -> None:
+    write(tmp_path, range(640), kind="bytes", group=32)
+    manifest = opened(tmp_path)
+    with make_loader(manifest, batch_size=4, prefetch=1) as loader:
+        next(loader.stream(cut(manifest, 32)))
+        started = time.perf_counter()
+    assert time.perf_counter() - started < 1
+    assert len(slow_rows) < 20
+    assert threads() == []
+
+
+def test_an_error_of_the_decoding_ends_the_reading(tmp_path: Path, slow_rows: list[int]) -> None:
+    write(tmp_path, range(640), kind="bytes", group=32)
+    manifest = opened(tmp_path)
+    with armed("decode=raise:EIO@40"), pytest.raises(OSError, match="failpoint decode"):
+        run(manifest, list(cut(manifest, 32)))
+    assert threads() == []
+    assert len(slow_rows) < 20
+
+
+def test_rows_that_weigh_much_wait_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, slow_rows: list[int]) -> None:
+    monkeypatch.setattr("pipeline.images.loader.AHEAD_BYTES", 1)
+    write(tmp_path, range(640), kind="bytes", group=32)
+    manifest = opened(tmp_path)
+    with make_loader(manifest, batch_size=8, prefetch=1) as loader:
+        stream = loader.stream(cut(manifest, 32))
+        next(stream)
+        time.sleep(0.6)
+        # Two shards are in the buffers and in the pool; one waits and one was read behind it.
+        assert len(slow_rows) <= 5
+
+
 # Stopping
 
 
@@ -400,7 +477,7 @@ def test_a_manifest_that_changes_during_the_run_is_an_error(
     tmp_path: Path, change: Callable[[Path], None], error: type[Exception]
 ) -> None:
     for number, name in enumerate("abc"):
-        write(tmp_path, range(number * 100, number * 100 + 100), kind="bytes", name=name, group=100)
+        write(tmp_path, range(number * 400, number * 400 + 400), kind="bytes", name=name, group=400)
     manifest = opened(tmp_path)
     seen = list[int]()
 
@@ -417,7 +494,7 @@ def test_a_manifest_that_changes_during_the_run_is_an_error(
         consume()
     # What was read before is sound; a few rows that were on their way are lost with the error.
     assert seen == list(range(len(seen)))
-    assert 150 < len(seen) <= 200
+    assert 400 < len(seen) <= 800
 
 
 def test_an_error_in_the_list_of_shards_reaches_the_consumer(tmp_path: Path) -> None:

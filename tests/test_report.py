@@ -3,7 +3,10 @@ from __future__ import annotations
 import io
 import json
 import logging
+import subprocess
+import sys
 import threading
+import time
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,11 +15,13 @@ import pytest
 from PIL import Image
 
 from pipeline.errors import StorageError
-from pipeline.records import Clocks, Parity, RunReport, Stage
+from pipeline.records import Clocks, Pace, Parity, RunReport, Stage, StagePace
 from pipeline.report import page, summary
 from pipeline.report.clocks import StageClocks
 from pipeline.report.logs import NAME, log_to
+from pipeline.report.pace import Cost, Limit, find_limit, find_pace
 from pipeline.report.progress import Progress
+from pipeline.report.spent import Spent, spent
 from pipeline.storage.opening import open_storage
 from tests.conftest import ROOT
 
@@ -40,6 +45,7 @@ REPORT = RunReport(
     parity=Parity(
         images=64, lowest_cosine=0.99875, mean_cosine=0.9995, top1=0.984375, worst=(("<i>odd</i>.jpg", 0.99875),)
     ),
+    decoder_parity=None,
     batch_sizes=(64,),
     memory={"peak_rss_mib": 512.0},
     machine={"processor": "test", "cores": 2, "device": "cpu"},
@@ -107,6 +113,10 @@ def test_the_json_holds_every_field() -> None:
         ({Stage.ENCODE: 5, Stage.WAIT_INPUT: 5, Stage.READ: 9, Stage.DECODE: 1}, 1, {}, "reading", "loader.workers"),
         ({Stage.ENCODE: 5, Stage.WAIT_INPUT: 5, Stage.DECODE: 9}, 1, {"workers": 1}, "decoding", "from 1 to 4"),
         ({Stage.ENCODE: 5, Stage.WAIT_INPUT: 5, Stage.DECODE: 9}, 1, {}, "decoding", "all 4 cores"),
+        ({Stage.ENCODE: 5, Stage.WAIT_INPUT: 5}, 1, {"decoder": "exact"}, "decoding", "images.decoder=fast"),
+        # Four batches side by side take a quarter of the time that their clocks add up to.
+        ({Stage.ENCODE: 40, Stage.WAIT_INPUT: 5}, 1, {"streams": 4}, "decoding", "all 4 cores"),
+        ({Stage.ENCODE: 40, Stage.WAIT_INPUT: 5}, 1, {}, "encoding", "bf16"),
         ({Stage.ENCODE: 5, Stage.WAIT_OUTPUT: 5}, 1, {}, "writing", "shard_rows"),
         ({Stage.ENCODE: 9, Stage.WAIT_INPUT: 1}, 1, {}, "encoding", "bf16"),
         ({Stage.ENCODE: 9, Stage.WAIT_INPUT: 1}, 1, {"precision": "bf16"}, "encoding", "more cores"),
@@ -116,7 +126,15 @@ def test_the_json_holds_every_field() -> None:
 def test_the_bound_follows_from_the_clocks(
     seconds: dict[str, float], startup: float, facts: dict[str, object], bound: str, advice: str
 ) -> None:
-    settings = {"workers": 4, "device": "cpu", "precision": "fp32", "cores": 4, **facts}
+    settings = {
+        "workers": 4,
+        "decoder": "fast",
+        "streams": 1,
+        "device": "cpu",
+        "precision": "fp32",
+        "cores": 4,
+        **facts,
+    }
     found = summary.find_bound(Clocks(seconds), startup=startup, wall=100, **settings)  # type: ignore[arg-type]
     assert found[0] == bound
     assert advice in found[1]
@@ -131,6 +149,134 @@ def test_clocks_add_up_over_threads_and_over_shards() -> None:
         thread.join()
     assert clocks.total().seconds == {"x": 2000.0}
     assert (Clocks({"x": 1.0}) + Clocks({"x": 2.0, "y": 3.0})).seconds == {"x": 3.0, "y": 3.0}
+
+
+def test_clocks_tell_the_core_seconds_of_the_threads_that_work_and_not_of_those_that_wait() -> None:
+    clocks = StageClocks()
+
+    def work(seconds: float) -> None:
+        until = time.thread_time() + seconds
+        while time.thread_time() < until:
+            pass
+
+    with clocks.time("outer"):
+        work(0.02)
+        with clocks.time("inner"):
+            work(0.04)
+            time.sleep(0.05)
+
+    def thread() -> None:
+        work(0.03)
+        clocks.add("told", 1.0)
+        work(0.02)
+        clocks.add("next", 1.0)
+
+    other = threading.Thread(target=thread)
+    other.start()
+    other.join()
+    found = clocks.total()
+    # What the outer one did before counts for neither: an inner clock begins where it begins.
+    assert found.cores["inner"] == pytest.approx(0.04, abs=0.01)
+    assert found.cores["told"] == pytest.approx(0.03, abs=0.01)
+    assert found.cores["next"] == pytest.approx(0.02, abs=0.01)
+    assert found.seconds["inner"] > 0.05
+    assert (found + found).cores["told"] == 2 * found.cores["told"]
+
+
+def test_what_children_spend_is_counted_while_they_live_and_when_they_are_gone() -> None:
+    code = "import sys, time\nwhile time.process_time() < 0.3: pass\nprint(flush=True)\nsys.stdin.read()"
+    before = spent()
+    child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert child.stdout is not None
+    child.stdout.readline()
+    alive = spent() - before
+    child.communicate()
+    gone = spent() - before
+    if sys.platform == "linux":
+        assert alive.children >= 0.28
+    assert gone.children >= 0.28
+    assert gone.own < gone.children
+    assert gone.total == gone.own + gone.children
+
+
+def test_the_bound_of_a_cpu_is_the_cores_over_the_core_seconds_of_all_stages() -> None:
+    costs = {
+        Stage.READ: Cost(0.001, 4000.0),
+        Stage.DECODE: Cost(0.009, 200.0),
+        Stage.ENCODE: Cost(0.090, 21.0),
+        Stage.WRITE: Cost(0.0, 5000.0),
+    }
+    found = find_limit(costs, cores=2, device="cpu")
+    assert found == Limit(pytest.approx(20.0), Stage.ENCODE, cores=True)
+    slow = find_limit({**costs, Stage.READ: Cost(0.001, 15.0)}, cores=2, device="cpu")
+    assert slow == Limit(15.0, Stage.READ, cores=False), "a network that is waited for"
+
+
+def test_the_bound_of_a_gpu_is_the_slowest_of_what_it_the_cores_and_the_disks_do() -> None:
+    costs = {
+        Stage.READ: Cost(0.0002, 90_000.0),
+        Stage.DECODE: Cost(0.0014, 11_000.0),
+        Stage.COPY: Cost(1.0, 40_000.0),
+        Stage.ENCODE: Cost(1.0, 9_000.0),
+        "other": Cost(1.0, float("inf")),
+    }
+    assert find_limit(costs, cores=16, device="cuda") == Limit(9_000.0, Stage.ENCODE, cores=False)
+    quick = {**costs, Stage.ENCODE: Cost(1.0, 30_000.0)}
+    assert find_limit(quick, cores=16, device="cuda") == Limit(pytest.approx(10_000.0), Stage.DECODE, cores=True)
+
+
+def test_the_pace_of_a_run_follows_from_its_clocks_and_its_core_seconds() -> None:
+    clocks = Clocks(
+        {Stage.DECODE: 20.0, Stage.ENCODE: 95.0, Stage.WRITE: 1.0, Stage.WAIT_INPUT: 3.0},
+        {Stage.DECODE: 1.0, Stage.ENCODE: 90.0, Stage.WRITE: 0.5, Stage.WAIT_INPUT: 0.2},
+    )
+    facts = {"images": 1000, "steady": 18.0, "seconds": 52.0, "cores": 2, "device": "cpu"}
+    threads = {Stage.DECODE: 2, Stage.ENCODE: 2}
+    found = find_pace(clocks, Spent(own=92.0, children=8.0), threads=threads, **facts)  # type: ignore[arg-type]
+    assert found is not None
+    assert found.stages[Stage.DECODE] == StagePace(pytest.approx(100.0), 9.0, pytest.approx(0.09))
+    assert found.stages[Stage.ENCODE].images_per_second == pytest.approx(1000 * 2 / 95)
+    assert found.stages["other"] == StagePace(None, pytest.approx(0.5), pytest.approx(0.005))
+    assert Stage.WAIT_INPUT not in found.stages
+    assert found.bound == pytest.approx(20.0)
+    assert found.ratio == pytest.approx(0.9)
+    assert found.cores_busy == pytest.approx(100 / 52)
+    assert found.verdict == (
+        "all stages together allow 20.0 images/s on 2 cores; the whole ran at 18.0, 90% of that; the other 10% went "
+        "to waiting, to contention, or to other programs (of the core time encode 90%, decode 9%)"
+    )
+    # One batch on both cores: the second thread has no clock.
+    together = find_pace(
+        Clocks(clocks.seconds, {**clocks.cores, Stage.ENCODE: 45.0}),
+        Spent(own=92.0, children=8.0),
+        threads={Stage.DECODE: 2},
+        **facts,  # type: ignore[arg-type]
+    )
+    assert together is not None
+    assert together.stages[Stage.ENCODE].core_seconds == pytest.approx(90.5)
+    assert "other" not in together.stages
+    assert find_pace(clocks, Spent(1.0, 0.0), threads={}, **{**facts, "images": 0}) is None  # type: ignore[arg-type]
+
+
+def test_the_page_shows_the_pace_of_every_stage_and_the_bound() -> None:
+    pace = Pace(
+        stages={
+            Stage.DECODE: StagePace(412.5, 9.25, 0.09),
+            Stage.ENCODE: StagePace(21.0, 90.0, 0.9),
+            "other": StagePace(None, 1.0, 0.01),
+        },
+        cores_busy=1.92,
+        bound=8.4,
+        ratio=0.952,
+        verdict="all stages together allow 8.4 images/s",
+    )
+    report = replace(REPORT, pace=pace, memory={"peak_rss_mib": 512.0, "peak_decoder_mib": 64.0})
+    found = Collector()
+    found.feed(page.to_html(report, [], output="out", model="demo").decode())
+    for text in ("All stages together allow 8.4 images/s.", "412.5", "9.25", "90.0%", "95%", "of the bound", "1.9"):
+        assert text in found.text
+    assert "a decoder 64" in found.text
+    assert json.loads(page.to_json(report))["pace"]["stages"]["decode"]["core_seconds"] == 9.25
 
 
 def test_progress_leaves_the_first_batch_out_of_the_steady_rate(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,6 +365,10 @@ def test_the_page_tells_how_near_to_fp32_the_backend_is() -> None:
     for words in ("Compared with fp32", "0.998750", "98.4 %", "&lt;i&gt;odd&lt;/i&gt;.jpg"):
         assert words in text(REPORT.parity)
     assert "Compared with fp32" not in text(None)
+    decoded = replace(REPORT, decoder_parity=REPORT.parity, config={"images": {"decoder": "fast"}})
+    html = page.to_html(decoded, [], output="out", model="demo").decode()
+    assert "Compared with the exact decoder" in html
+    assert "decoded by images.decoder=fast and by exact" in html
     unlabelled = text(replace(REPORT.parity, top1=None))
     assert "Compared with fp32" in unlabelled
     assert "same best label" not in unlabelled

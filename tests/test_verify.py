@@ -464,7 +464,7 @@ def test_a_plan_without_a_config_or_with_a_strange_one_is_told() -> None:
         with pytest.raises(PlanMismatch, match="not one of this version"):
             config_of(strange, "out")
     with pytest.raises(ConfigError, match=r"loader\.batch_size"):
-        config_of({"loader": {"batch_size": 0}}, "out")
+        config_of({"loader": {"batch_size": -1}}, "out")
 
 
 def test_a_plan_of_before_is_read_without_a_config(out: Path, whole: Config) -> None:

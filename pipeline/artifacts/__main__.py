@@ -1,4 +1,4 @@
-"""``python -m pipeline.artifacts``: list, show, verify, pin and prune exported models."""
+"""``python -m pipeline.artifacts``: list, show, verify, pin and prune exported models and measured batch sizes."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def _days(text: str) -> timedelta:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.artifacts",
-        description="Look after the exported models that backends run.",
+        description="Look after the exported models that backends run, and the batch sizes that were measured.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -25,6 +25,7 @@ class ImageEncoder(ABC):
 
     ``weight_bytes`` is the size of the weights as the runtime takes them: in memory, or of the exported file.
     ``artifact`` is what it was loaded from, or None for a runtime that takes the checkpoint itself.
+    ``streams`` is how many batches may be encoded side by side, see :mod:`pipeline.backends.streams`.
     """
 
     name: str
@@ -34,10 +35,11 @@ class ImageEncoder(ABC):
     batch_size: int
     weight_bytes: int = 0
     artifact: Artifact | None = None
+    streams: int = 1
 
     @abstractmethod
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Embed a batch.
+        """Embed a batch; on a CPU safe to call from many threads.
 
         Args:
             pixels: uint8 ``[B, 3, H, W]``, RGB, on ``device``; scaled and normalised here.

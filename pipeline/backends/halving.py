@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import logging
+import threading
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -31,16 +33,22 @@ class HalvingEncoder(ImageEncoder):
     """
 
     def __init__(
-        self, reopen: Callable[[int], ImageEncoder], check: Callable[[ImageEncoder], None], *, batch_size: int
+        self,
+        reopen: Callable[[int], ImageEncoder],
+        check: Callable[[ImageEncoder], None],
+        *,
+        batch_size: int,
     ) -> None:
         self._reopen, self._check = reopen, check
         self.batch_size, self.batch_sizes = batch_size, [batch_size]
+        self._lock = threading.RLock()
         self._inner: ImageEncoder | None = None
         while self._inner is None:
-            self._try(self._open_first)
+            self._try(self._open_first, self.batch_sizes[-1])
         encoder = self._inner
         self.name, self.precision, self.device = encoder.name, encoder.precision, encoder.device
         self.dim, self.weight_bytes, self.artifact = encoder.dim, encoder.weight_bytes, encoder.artifact
+        self.streams = encoder.streams
         # What the dataset is said to be made with does not change with the memory of a machine.
         self._fingerprint: dict[str, str] = encoder.fingerprint
         if self.batch_sizes != [batch_size]:
@@ -50,11 +58,12 @@ class HalvingEncoder(ImageEncoder):
         """See :meth:`ImageEncoder.encode`."""
         vectors = None
         while vectors is None:
-            vectors = self._try(lambda: self._encode(pixels))
+            size = self.batch_sizes[-1]
+            vectors = self._try(partial(self._encode, pixels, size), size)
         return vectors
 
-    def _try(self, work: Callable[[], _T]) -> _T | None:
-        """What ``work`` returns; None if the memory was too small, and the batch is now half of what it was."""
+    def _try(self, work: Callable[[], _T], size: int) -> _T | None:
+        """What ``work`` returns; None if the memory was too small for ``size``, and the batch is now half of that."""
         try:
             return work()
         except Exception as error:
@@ -62,7 +71,7 @@ class HalvingEncoder(ImageEncoder):
                 raise
             reason = str(error).splitlines()[0]
         # Not within the handler: what the exception holds would keep the memory.
-        self._halve(reason)
+        self._halve(reason, size)
         return None
 
     def _open_first(self) -> None:
@@ -76,14 +85,19 @@ class HalvingEncoder(ImageEncoder):
                 "output.dir, or take backend.quantization=static"
             )
 
-    def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        size = self.batch_sizes[-1]
-        if self._inner is None:
-            self._refuse_other_numbers()
-            self._inner = self._reopen(size)
-            self._check(self._inner)
+    def _encode(self, pixels: torch.Tensor, size: int) -> torch.Tensor | None:
+        with self._lock:
+            if size != self.batch_sizes[-1]:
+                return None
+            if self._inner is None:
+                self._refuse_other_numbers()
+                inner = self._reopen(size)
+                # Not there for the others before it has passed.
+                self._check(inner)
+                self._inner = inner
+            inner = self._inner
         if size == len(pixels):
-            return self._inner.encode(pixels)
+            return inner.encode(pixels)
         parts = []
         for start in range(0, len(pixels), size):
             part = pixels[start : start + size]
@@ -92,11 +106,16 @@ class HalvingEncoder(ImageEncoder):
                 # The static shape, in the batch's own layout of memory.
                 whole = torch.zeros_like(pixels[:size])
                 whole[: len(part)] = part
-            parts.append(self._inner.encode(whole)[: len(part)])
+            parts.append(inner.encode(whole)[: len(part)])
         return torch.cat(parts)
 
-    def _halve(self, reason: str) -> None:
-        size = self.batch_sizes[-1]
+    def _halve(self, reason: str, size: int) -> None:
+        with self._lock:
+            # Of several batches side by side, the first that finds no memory speaks for all.
+            if size == self.batch_sizes[-1]:
+                self._let_go(reason, size)
+
+    def _let_go(self, reason: str, size: int) -> None:
         if size == 1:
             raise BackendUnavailable(
                 f"the device has no memory to embed a single picture ({reason}); free it, or take a smaller model or "

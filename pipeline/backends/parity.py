@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import torch
 from pipeline.artifacts.store import ArtifactStore
 from pipeline.backends.base import Draw, ImageEncoder
 from pipeline.backends.devices import out_of_memory
+from pipeline.backends.streams import Streams
 from pipeline.backends.torch import reference
 from pipeline.config import ParityConfig
 from pipeline.errors import ArtifactError, BackendUnavailable, StorageError
@@ -36,6 +38,7 @@ def measure(encoder: ImageEncoder, checkpoint: Checkpoint, sample: Sample, bank:
     ids = tuple(sample.ids[row] for row in rows)
     vectors = embed_sample(encoder, Sample(ids=ids, pixels=sample.pixels[rows]))
     exact = reference(checkpoint, encoder.device, batch_size=min(count, REFERENCE_BATCH), sample=lambda: sample)
+    exact.streams = encoder.streams
     wanted = embed_sample(exact, sample)
     if encoder.device.type == "cuda":
         # The reference is not part of the job's memory.
@@ -119,14 +122,16 @@ def is_reference(encoder: ImageEncoder) -> bool:
 def embed_sample(encoder: ImageEncoder, sample: Sample) -> torch.Tensor:
     """Embeddings of the sample, float32 ``[N, D]`` on the CPU, in batches of the encoder's static shape."""
     size = encoder.batch_size
-    batch = torch.zeros(size, *sample.pixels.shape[2:], 3, dtype=torch.uint8).permute(0, 3, 1, 2)
-    rows = []
-    for start in range(0, len(sample.ids), size):
+
+    def embed(start: int) -> torch.Tensor:
         part = sample.pixels[start : start + size]
+        batch = torch.zeros(size, *sample.pixels.shape[2:], 3, dtype=torch.uint8).permute(0, 3, 1, 2)
         batch[: len(part)] = part
-        batch[len(part) :] = 0
-        rows.append(encoder.encode(batch.to(encoder.device)).cpu()[: len(part)])
-    return torch.cat(rows)
+        return encoder.encode(batch.to(encoder.device)).cpu()[: len(part)]
+
+    with Streams(encoder.device, encoder.streams) as streams:
+        rows = [streams.submit(partial(embed, start)) for start in range(0, len(sample.ids), size)]
+        return torch.cat([row.result() for row in rows])
 
 
 def in_words(parity: Parity) -> str:

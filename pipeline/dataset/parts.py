@@ -21,11 +21,12 @@ METADATA_KEY = b"pipeline"
 
 @dataclass(frozen=True, slots=True)
 class PartFormat:
-    """The schema of every part of a dataset."""
+    """The schema of every part of a dataset, and which of Parquet's leaf columns get statistics and a dictionary."""
 
     schema: pa.Schema
     compression: str
-    plain_leaves: tuple[str, ...]
+    statistics: tuple[str, ...]
+    dictionary: tuple[str, ...]
 
     @property
     def dim(self) -> int:
@@ -50,7 +51,15 @@ def part_format(
     ]
     text = json.dumps(fingerprints, sort_keys=True, ensure_ascii=False)
     schema = pa.schema([*manifest_schema, *ours], metadata={METADATA_KEY: text.encode()})
-    return PartFormat(schema=schema, compression=compression, plain_leaves=_leaves(schema))
+    # Embeddings and scores are close to random and ids occur once: a dictionary would make them larger. Statistics of
+    # an embedding's numbers say nothing.
+    unlike = {manifest_schema.names[0], "embedding", "score", "top_scores"}
+    return PartFormat(
+        schema=schema,
+        compression=compression,
+        statistics=_leaves(schema, without={"embedding"}),
+        dictionary=_leaves(schema, without=unlike),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,34 +90,33 @@ def build_table(result: ShardResult, form: PartFormat) -> pa.Table:
     )
     columns = {name: result.rows.table.column(name) for name in result.rows.table.column_names}
     columns |= {"embedding": vectors, **_labels(result, failed)}
-    columns["status"] = pa.array([failures[i].status if i in failures else OK for i in range(count)])
-    errors = [_utf8(failures[i].error) if i in failures else None for i in range(count)]
-    columns["error"] = pa.array(errors, pa.string())
+    statuses, errors = [OK] * count, list[str | None]([None]) * count
+    for position, failure in failures.items():
+        statuses[position], errors[position] = failure.status, _utf8(failure.error)
+    columns |= {"status": pa.array(statuses, pa.string()), "error": pa.array(errors, pa.string())}
     return pa.Table.from_arrays([columns[name] for name in form.schema.names], schema=form.schema)
 
 
 def write_part(table: pa.Table, path: Path, form: PartFormat) -> None:
     """Write one row group; the same table gives the same bytes with the same version of Arrow."""
-    # Embeddings are close to random: a dictionary would make them larger, and statistics say nothing.
-    leaves = list(form.plain_leaves)
     pq.write_table(
         table,
         path,
         row_group_size=max(1, table.num_rows),
         compression=form.compression,
-        use_dictionary=leaves,
-        write_statistics=leaves,
+        use_dictionary=list(form.dictionary),
+        write_statistics=list(form.statistics),
         version="2.6",
     )
 
 
-def _leaves(schema: pa.Schema) -> tuple[str, ...]:
-    """The paths of Parquet's leaf columns, but for the embedding's."""
+def _leaves(schema: pa.Schema, *, without: set[str]) -> tuple[str, ...]:
+    """The paths of Parquet's leaf columns, but for those of some fields."""
     buffer = pa.BufferOutputStream()
     pq.write_table(schema.empty_table(), buffer)
     columns = pq.ParquetFile(pa.BufferReader(buffer.getvalue())).schema
     paths = (columns.column(index).path for index in range(len(columns)))
-    return tuple(path for path in paths if path.split(".")[0] != "embedding")
+    return tuple(path for path in paths if path.split(".")[0] not in without)
 
 
 def count_statuses(rows: ShardRows) -> dict[str, int]:

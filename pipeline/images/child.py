@@ -24,8 +24,7 @@ from typing import Any
 from PIL import AvifImagePlugin, Image, ImageCms, ImageColor, ImageOps, ImagePalette  # noqa: F401
 
 from pipeline.failpoints import failpoint
-from pipeline.images.decode import Decoder, limit_pixels
-from pipeline.images.preprocess import preprocess
+from pipeline.images.decode import EXACT, Decoder, limit_pixels
 from pipeline.images.wire import CRASHED, DONE, OUT_OF_MEMORY, READY, Answer, State, parse_request
 from pipeline.records import Failure, Pixels, PreprocessSpec
 
@@ -79,7 +78,7 @@ def main() -> None:
     turn = Turn(settings["giants"])
     rules: dict[str, Any] = settings["decoder"]
     decoder = Decoder(**{**rules, "formats": tuple(rules["formats"])}, turn=turn)
-    _load_all(decoder.max_pixels)
+    _load_all(decoder)
     _give_up_rights(settings["memory"], settings["written"])
     control.sendall(READY)
     while head := control.recv(4, socket.MSG_WAITALL):
@@ -97,7 +96,7 @@ def _decode(inbox: int, offset: int, size: int, decoder: Decoder, spec: Preproce
         data = os.pread(inbox, size, offset)
         failpoint("child.decode", data)
         _errno().value = 0
-        result = decoder.apply(data, lambda image: preprocess(image, spec))
+        result = decoder.pixels(data, spec)
         missed = _errno().value == errno.ENOMEM
     except MemoryError:
         return Failure(OUT_OF_MEMORY, f"not enough memory to decode {size:,} bytes")
@@ -123,14 +122,21 @@ def _end_with(parent: int) -> None:
         raise SystemExit("the process that started this decoder has gone")
 
 
-def _load_all(max_pixels: int) -> None:
+def _load_all(decoder: Decoder) -> None:
     """Load whatever decoding may need later, when no file can be opened any more."""
     Image.init()
-    limit_pixels(max_pixels)
+    limit_pixels(decoder.max_pixels)
     # As many decoders run as there are cores; threads of their own would only take memory.
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1
     for name in _CODECS:
         codecs.lookup(name)
+    if decoder.kind != EXACT:
+        import torch
+
+        from pipeline.images import fast
+
+        torch.set_num_threads(1)
+        fast.warm_up()
 
 
 def _give_up_rights(memory: int, written: int) -> None:

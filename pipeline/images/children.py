@@ -71,7 +71,7 @@ class Children:
     """Starts and ends processes that decode by the rules of ``decoder``, with so many bytes of memory for an image."""
 
     def __init__(self, decoder: Decoder, *, memory: int) -> None:
-        self._decoder, self._memory = decoder, memory
+        self._decoder, self.memory = decoder, memory
         self._giants = nameless_file()
         self._alive: dict[int, Child] = {}
         self._peak = 0
@@ -115,9 +115,9 @@ class Children:
         settings = {
             **fds,
             "parent": os.getpid(),
-            "memory": self._memory,
+            "memory": self.memory,
             # It writes pixels and nothing else; they are a part of what it may hold.
-            "written": self._memory,
+            "written": self.memory,
             "decoder": self._decoder.rules(),
         }
         with theirs:

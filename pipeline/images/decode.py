@@ -30,12 +30,15 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
-from pipeline.records import Failure
+from pipeline.images.preprocess import preprocess
+from pipeline.records import Failure, Pixels, PreprocessSpec
 
 T = TypeVar("T")
 
 # An image above this is decoded alone, so that several threads cannot hold several giants at once.
 LARGE_PIXELS = 16_000_000
+# The decoder that the others are compared with.
+EXACT = "exact"
 # Rows of deep samples that are scaled at a time.
 BAND = 256
 _one_giant = threading.Lock()
@@ -82,6 +85,8 @@ _BOXES = 64
 class Decoder:
     """Pillow with the rules above; safe to use from many threads.
 
+    ``kind`` is ``exact``, or ``fast`` or ``scaled`` (:mod:`pipeline.images.fast`), which change how :meth:`pixels`
+    are computed and nothing else: what Pillow refuses is refused.
     ``turn`` is held for as long as a giant is in memory; without one, the giants of this process take turns.
     """
 
@@ -89,6 +94,7 @@ class Decoder:
     max_pixels: int
     exif: str = "apply"
     transparency: str = "white"
+    kind: str = EXACT
     turn: AbstractContextManager[Any] = field(default=_one_giant, repr=False, compare=False)
 
     def rules(self) -> dict[str, Any]:
@@ -98,23 +104,41 @@ class Decoder:
             "max_pixels": self.max_pixels,
             "exif": self.exif,
             "transparency": self.transparency,
+            "kind": self.kind,
         }
 
     def decode(self, data: bytes) -> Image.Image | Failure:
         """An RGB image, or a failure as :meth:`apply` gives it."""
         return self.apply(data, Image.Image.copy)
 
-    def apply(self, data: bytes, finish: Callable[[Image.Image], T]) -> T | Failure:
+    def pixels(self, data: bytes, spec: PreprocessSpec) -> Pixels | Failure:
+        """The pixels that the model wants, or a failure as :meth:`apply` gives it."""
+        if self.kind == EXACT:
+            return self.apply(data, lambda image: preprocess(image, spec))
+        from pipeline.images import fast
+
+        def read(image: Image.Image) -> Pixels | None:
+            return fast.read(data, image, spec, scaled=self.kind == "scaled", turned=self.exif == "apply")
+
+        return self.apply(data, lambda image: fast.shrink(image, spec), read)
+
+    def apply(
+        self,
+        data: bytes,
+        finish: Callable[[Image.Image], T],
+        read: Callable[[Image.Image], T | None] = lambda image: None,
+    ) -> T | Failure:
         """Decode, and hand the RGB image to ``finish`` while its buffers are there.
 
-        A giant has its turn until ``finish`` is done with it: of several threads one holds one.
+        A giant has its turn until ``finish`` is done with it: of several threads one holds one. ``read`` gets the
+        image before it is loaded, and may give the result at once; where it gives None, Pillow loads the image.
 
         Statuses of a failure: ``not_an_image``, ``format_not_allowed``, ``truncated``, ``corrupt``,
         ``too_many_pixels``, ``unsupported`` (a variant that Pillow does not decode, or a colour mode
         without a rule), ``out_of_memory``.
         """
         try:
-            return self._decode(data, finish)
+            return self._decode(data, finish, read)
         except Image.DecompressionBombError as error:
             return Failure("too_many_pixels", str(error))
         except UnidentifiedImageError:
@@ -124,7 +148,9 @@ class Decoder:
         except _DAMAGE as error:
             return _damaged(error, data)
 
-    def _decode(self, data: bytes, finish: Callable[[Image.Image], T]) -> T | Failure:
+    def _decode(
+        self, data: bytes, finish: Callable[[Image.Image], T], read: Callable[[Image.Image], T | None]
+    ) -> T | Failure:
         with Image.open(io.BytesIO(data), formats=self.formats) as image:
             pixels = image.width * image.height
             if pixels > self.max_pixels:
@@ -133,6 +159,8 @@ class Decoder:
                     f"{image.width} x {image.height} pixels, over images.max_pixels={self.max_pixels:,}",
                 )
             with self.turn if pixels > LARGE_PIXELS else nullcontext():
+                if (done := read(image)) is not None:
+                    return done
                 rgb = self._load(image)
                 return rgb if isinstance(rgb, Failure) else finish(rgb)
 
@@ -145,7 +173,7 @@ class Decoder:
         if image.width * image.height > self.max_pixels:
             return Failure("too_many_pixels", f"{image.width} x {image.height} pixels once decoded")
         if self.exif == "apply":
-            turned = _upright(image)
+            turned = upright(image)
         elif orientation in _UNTURNED:
             turned = image.transpose(_UNTURNED[orientation])
         else:
@@ -173,7 +201,8 @@ def limit_pixels(count: int) -> None:
     ImageFile.LOAD_TRUNCATED_IMAGES = False
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF orientation says, or as it is where that cannot be read."""
     try:
         if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
             return image
@@ -247,7 +276,8 @@ def _ends_early(data: bytes) -> bool:
 def _damaged(error: Exception, data: bytes) -> Failure:
     text = str(error) or type(error).__name__
     lowered = text.lower()
-    if "out of memory" in lowered:
+    # The last two are torch's.
+    if any(words in lowered for words in ("out of memory", "can't allocate memory", "bad_alloc")):
         return Failure("out_of_memory", text)
     if (
         "truncated" in lowered

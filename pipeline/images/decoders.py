@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import queue
+import threading
 from collections.abc import Callable, Sequence
 
 from pipeline.errors import DecoderUnavailable
@@ -51,6 +52,21 @@ class Decoders:
             self._seats.put(None)
         self.processes = processes
 
+    def start(self) -> None:
+        """Start every process and do not wait for them; what goes wrong is told when one is needed."""
+        for seat in [self._seats.get() for _ in range(self.processes)]:
+            threading.Thread(target=self._start, args=(seat,), name="start", daemon=True).start()
+
+    def _start(self, seat: _Seat | None) -> None:
+        try:
+            seat = seat or _Seat(self)
+            seat.start()
+        except (DecoderUnavailable, RuntimeError):
+            # The next one who wants it tries again; the pool may be closed by now.
+            pass
+        finally:
+            self._seats.put(seat)
+
     def decode(
         self, encoded: list[bytes], spec: PreprocessSpec, abandoned: Callable[[], bool] = never
     ) -> list[Pixels | Failure]:
@@ -73,6 +89,10 @@ class Decoders:
             raise
         finally:
             self._seats.put(seat)
+
+    def like(self, decoder: Decoder) -> Decoders:
+        """Another pool of as many processes, with the same limits, by the rules of ``decoder``."""
+        return Decoders(decoder, processes=self.processes, seconds=self.seconds, memory=self.children.memory)
 
     @property
     def turns(self) -> int:
@@ -136,6 +156,16 @@ class _Seat:
             os.ftruncate(self._inbox.fileno(), 0)
         return results
 
+    def start(self, abandoned: Callable[[], bool] = never) -> Child:
+        """The process, started if there is none.
+
+        Raises:
+            DecoderUnavailable: it cannot be started.
+        """
+        if self._child is None:
+            self._child = self._decoders.children.start(self._inbox, self._outbox, abandoned)
+        return self._child
+
     def retire(self) -> None:
         """End the process, if there is one; the next request starts another."""
         if self._child is not None:
@@ -164,7 +194,7 @@ class _Seat:
         self, pieces: Sequence[tuple[int, int]], spec: PreprocessSpec, abandoned: Callable[[], bool]
     ) -> tuple[list[Pixels | Failure], Failure | None]:
         """What the process finished, and what kept it from the next image."""
-        child = self._child = self._child or self._decoders.children.start(self._inbox, self._outbox, abandoned)
+        child = self.start(abandoned)
         answer = Answer(self._outbox.fileno(), spec)
         try:
             answer.clear()

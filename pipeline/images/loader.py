@@ -1,8 +1,8 @@
 """The loader: shards in, batches on the device out, a few of them always ready.
 
-One feeder thread reads the manifest, hands chunks of rows to a pool of decoding threads, takes the
-results back in order, fills buffers that are used again and again, and (on CUDA) copies them ahead on
-a stream of its own. Threads live anywhere: in a Dask worker, in a container with a small /dev/shm, after
+One thread reads the manifest a little ahead. The feeder hands chunks of rows to a pool of decoding threads,
+takes the results back in order, fills buffers that are used again and again, and (on CUDA) copies them ahead
+on a stream of its own. Threads live anywhere: in a Dask worker, in a container with a small /dev/shm, after
 CUDA was started; what they decode is decoded for them by processes of :mod:`pipeline.images.decoders`.
 
 What a batch holds follows from the manifest and the config alone: the rows of one shard that could be
@@ -15,7 +15,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain
@@ -26,10 +26,11 @@ import pyarrow as pa
 import torch
 
 from pipeline.failpoints import failpoint
+from pipeline.images.ahead import POLL, Ahead
 from pipeline.images.children import Abandoned
 from pipeline.images.decode import limit_pixels
-from pipeline.images.padding import repeats
 from pipeline.images.reader import PixelReader, Timer
+from pipeline.images.slots import new_slot
 from pipeline.images.wire import CHUNK
 from pipeline.manifest.shards import ShardReader, refs
 from pipeline.manifest.source import Manifest
@@ -38,21 +39,24 @@ from pipeline.records import Failure, ImageBatch, ImageRef, Pixels, Shard, Shard
 # Finished shards that may wait for the consumer: they hold no buffer, so nothing else would stop a run
 # whose images all fail from reading the whole manifest into memory.
 WAITING_SHARDS = 4
-# How often a blocked feeder looks whether it should stop, in seconds.
-POLL = 0.2
-
-
-@dataclass(slots=True)
-class _Slot:
-    """A reused buffer: on the host (pinned for CUDA), and its twin on the device."""
-
-    host: torch.Tensor
-    device: torch.Tensor
-    copied: torch.cuda.Event | None = None
-    encoded: torch.cuda.Event | None = None
+# Rows that are read before they are wanted: record batches of the manifest, and bytes of them.
+AHEAD_BATCHES = 8
+AHEAD_BYTES = 32 * 2**20
+# Rows in a task of the pool at most: handing over a task costs as much as a few rows of a manifest of paths.
+TASK = 4 * CHUNK
 
 
 @dataclass(frozen=True, slots=True)
+class _Read:
+    """Consecutive rows of a shard from ``start`` on, as they were read."""
+
+    shard: Shard
+    start: int
+    images: list[ImageRef]
+    bytes: int
+
+
+@dataclass(slots=True)
 class _Chunk:
     """A few consecutive rows of a shard that are being decoded."""
 
@@ -69,6 +73,8 @@ class _Filling:
     shard: Shard
     failures: dict[int, Failure] = field(default_factory=dict)
     rows: list[int] = field(default_factory=list)
+    # Pictures of the batch that were decoded on the device, by their places.
+    on_device: dict[int, torch.Tensor] = field(default_factory=dict)
     slot: int = -1
 
 
@@ -81,6 +87,7 @@ class Loader:
         batch_size: the static first dimension of every batch.
         workers: decoding threads.
         prefetch: batches that may be ready before they are asked for.
+        in_flight: batches that may be in the encoder's hands at once.
         device: where the pixels are wanted.
         timer: called with a stage and seconds, from any thread.
     """
@@ -95,13 +102,16 @@ class Loader:
         prefetch: int,
         device: torch.device,
         timer: Timer,
+        in_flight: int = 1,
     ) -> None:
         self._manifest, self._reader, self._timer = manifest, reader, timer
         self._batch_size, self._workers = batch_size, workers
+        # At least two tasks of every batch for each worker, so that all have work to the end of it.
+        self._task = max(reader.chunk, min(TASK, batch_size // (2 * workers) // CHUNK * CHUNK))
         limit_pixels(reader.decoder.max_pixels)
         self._cuda = torch.cuda.Stream(device) if device.type == "cuda" else None
-        # One in the encoder's hands, one being filled, the others ready.
-        self._slots = [self._new_slot(device) for _ in range(prefetch + 2)]
+        # Some in the encoder's hands, one being filled, the others ready.
+        self._slots = [new_slot((batch_size, *reader.spec.size, 3), device) for _ in range(prefetch + 1 + in_flight)]
         self._free: queue.SimpleQueue[int] = queue.SimpleQueue()
         for index in range(len(self._slots)):
             self._free.put(index)
@@ -149,6 +159,10 @@ class Loader:
                     torch.cuda.current_stream(item.pixels.device).wait_event(copied)
             yield item
 
+    def fail(self, error: BaseException) -> None:
+        """End the stream with an error of whoever encodes its batches, so that nobody waits for more of them."""
+        self._ready.put(error)
+
     def release(self, batch: ImageBatch) -> None:
         """Give a batch's buffer back, once all work on its pixels has been enqueued."""
         slot = self._slots[batch.slot]
@@ -156,16 +170,6 @@ class Loader:
             slot.encoded = torch.cuda.Event()
             slot.encoded.record(torch.cuda.current_stream(slot.device.device))
         self._free.put(batch.slot)
-
-    def _new_slot(self, device: torch.device) -> _Slot:
-        height, width = self._reader.spec.size
-        shape = (self._batch_size, height, width, 3)
-        if device.type != "cuda":
-            host = torch.zeros(shape, dtype=torch.uint8)
-            return _Slot(host=host, device=host)
-        host = torch.zeros(shape, dtype=torch.uint8, pin_memory=True)
-        # Left empty: zeroing would run on another stream than the first copy, and might come after it.
-        return _Slot(host=host, device=torch.empty(shape, dtype=torch.uint8, device=device))
 
     def _run(self, shards: Iterable[Shard]) -> None:
         pool = ThreadPoolExecutor(self._workers, thread_name_prefix="decode")
@@ -182,10 +186,17 @@ class Loader:
     def _feed(self, shards: Iterable[Shard], pool: ThreadPoolExecutor) -> None:
         """Keep about a batch of rows in the pool, across shard boundaries, and fill batches in order."""
         window: deque[_Chunk | ShardRows] = deque()
-        limit = self._batch_size + 2 * CHUNK * self._workers
+        limit = self._batch_size + 2 * self._task * self._workers
         rows, filling = 0, None
-        with ShardReader(self._manifest) as reader:
-            for item in chain(self._submit(shards, reader, pool), [None]):
+        with Ahead(
+            self._read(shards),
+            count=AHEAD_BATCHES,
+            size=AHEAD_BYTES,
+            weigh=lambda item: item.bytes if isinstance(item, _Read) else 0,
+            abandoned=self._stopped.is_set,
+            name="rows",
+        ) as read:
+            for item in chain(self._submit(read, pool), [None]):
                 if item is not None:
                     window.append(item)
                     rows += item.rows if isinstance(item, _Chunk) else 0
@@ -196,23 +207,28 @@ class Loader:
                     rows -= done.rows if isinstance(done, _Chunk) else 0
                     filling = self._take(done, filling)
 
-    def _submit(
-        self, shards: Iterable[Shard], reader: ShardReader, pool: ThreadPoolExecutor
-    ) -> Iterator[_Chunk | ShardRows]:
-        for shard in shards:
-            position, kept = 0, []
-            for batch in reader.read(shard):
-                failpoint("rows")
-                columns = [batch.column(name) for name in self._manifest.schema.names]
-                kept.append(pa.RecordBatch.from_arrays(columns, schema=self._manifest.schema))
-                images = refs(self._manifest, batch)
-                for start in range(0, len(images), CHUNK):
-                    part = images[start : start + CHUNK]
-                    future = pool.submit(self._decode, part)
-                    yield _Chunk(shard=shard, start=position + start, rows=len(part), results=future)
-                position += len(images)
-            table = pa.Table.from_batches(kept, schema=self._manifest.schema)
-            yield ShardRows(shard=shard, table=table, failures={})
+    def _read(self, shards: Iterable[Shard]) -> Generator[_Read | ShardRows]:
+        with ShardReader(self._manifest) as reader:
+            for shard in shards:
+                start, kept = 0, []
+                for batch in reader.read(shard):
+                    failpoint("rows")
+                    columns = [batch.column(name) for name in self._manifest.schema.names]
+                    kept.append(pa.RecordBatch.from_arrays(columns, schema=self._manifest.schema))
+                    yield _Read(shard=shard, start=start, images=refs(self._manifest, batch), bytes=batch.nbytes)
+                    start += batch.num_rows
+                table = pa.Table.from_batches(kept, schema=self._manifest.schema)
+                yield ShardRows(shard=shard, table=table, failures={})
+
+    def _submit(self, read: Iterable[_Read | ShardRows], pool: ThreadPoolExecutor) -> Iterator[_Chunk | ShardRows]:
+        for item in read:
+            if isinstance(item, ShardRows):
+                yield item
+                continue
+            for start in range(0, len(item.images), self._task):
+                part = item.images[start : start + self._task]
+                future = pool.submit(self._decode, part)
+                yield _Chunk(shard=item.shard, start=item.start + start, rows=len(part), results=future)
 
     def _decode(self, images: list[ImageRef]) -> list[Pixels | Failure]:
         return self._reader.read_all(images, self._timer, self._stopped.is_set)
@@ -233,7 +249,10 @@ class Loader:
                 continue
             if filling.slot < 0:
                 filling.slot = self._take_slot()
-            self._slots[filling.slot].host.numpy()[len(filling.rows)] = result.rgb
+            if isinstance(result.rgb, torch.Tensor):
+                filling.on_device[len(filling.rows)] = result.rgb
+            else:
+                self._slots[filling.slot].pixels[len(filling.rows)] = result.rgb
             filling.rows.append(position)
             if len(filling.rows) == self._batch_size:
                 self._finish(filling)
@@ -243,20 +262,13 @@ class Loader:
         started = time.perf_counter()
         slot = self._slots[filling.slot]
         count = len(filling.rows)
-        slot.host[count:] = slot.host[repeats(count, self._batch_size)]
-        if self._cuda is not None:
-            with torch.cuda.stream(self._cuda):
-                if slot.encoded is not None:
-                    self._cuda.wait_event(slot.encoded)
-                slot.device.copy_(slot.host, non_blocking=True)
-                slot.copied = torch.cuda.Event()
-                slot.copied.record(self._cuda)
+        slot.fill(count, filling.on_device, self._cuda)
         # The memory stays [B, H, W, 3]; the view has the shape that encoders take.
         pixels = slot.device.permute(0, 3, 1, 2)
         rows = np.asarray(filling.rows, dtype=np.int64)
         self._timer(Stage.COPY, time.perf_counter() - started)
         self._ready.put(ImageBatch(shard=filling.shard, rows=rows, pixels=pixels, slot=filling.slot))
-        filling.rows, filling.slot = [], -1
+        filling.rows, filling.slot, filling.on_device = [], -1, {}
 
     def _take_slot(self) -> int:
         while not self._stopped.is_set():

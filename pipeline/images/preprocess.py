@@ -26,17 +26,27 @@ def preprocess(image: Image.Image, spec: PreprocessSpec) -> Pixels:
     number (``round``); they differ in nothing else.
     """
     resample = Image.Resampling(spec.resample)
+    size = resized_size(image.size, spec)
+    if is_strip(image.size, spec):
+        resized = _resize_strip(image, size, spec, resample)
+    else:
+        resized = image if image.size == size else image.resize(size, resample)
+    return centre_crop(np.asarray(resized), spec)
+
+
+def resized_size(size: tuple[int, int], spec: PreprocessSpec) -> tuple[int, int]:
+    """Width and height that an image of ``size`` (width, height) is resized to, before the crop."""
     if isinstance(spec.resize, tuple):
         height, width = spec.resize
-    else:
-        short, long = sorted(image.size)
-        scaled = int(spec.resize * long / short)
-        width, height = (spec.resize, scaled) if image.width <= image.height else (scaled, spec.resize)
-        if spec.crop is not None and long > LONGEST * short:
-            resized = _resize_strip(image, (width, height), spec, resample)
-            return Pixels(rgb=_centre_crop(np.asarray(resized), spec))
-    resized = image if image.size == (width, height) else image.resize((width, height), resample)
-    return Pixels(rgb=_centre_crop(np.asarray(resized), spec))
+        return width, height
+    short, long = sorted(size)
+    scaled = int(spec.resize * long / short)
+    return (spec.resize, scaled) if size[0] <= size[1] else (scaled, spec.resize)
+
+
+def is_strip(size: tuple[int, int], spec: PreprocessSpec) -> bool:
+    """Whether an image of ``size`` is so long that only what the crop shows of it is resized."""
+    return not isinstance(spec.resize, tuple) and spec.crop is not None and max(size) > LONGEST * min(size)
 
 
 def _corner(margin: int, rule: str) -> int:
@@ -65,7 +75,8 @@ def _resize_strip(
     return part.resize((size[0], shown), resample, box=(0, first - start, image.width, last - start))
 
 
-def _centre_crop(rgb: np.ndarray, spec: PreprocessSpec) -> np.ndarray:
+def centre_crop(rgb: np.ndarray, spec: PreprocessSpec) -> Pixels:
+    """What the model sees of a resized picture, uint8 ``[H, W, 3]``; black where there is nothing."""
     for axis, wanted in enumerate(spec.size):
         have = rgb.shape[axis]
         if have >= wanted:
@@ -76,4 +87,4 @@ def _centre_crop(rgb: np.ndarray, spec: PreprocessSpec) -> np.ndarray:
             margins = [(0, 0), (0, 0), (0, 0)]
             margins[axis] = (before, wanted - have - before)
             rgb = np.pad(rgb, margins)
-    return rgb
+    return Pixels(rgb=rgb)

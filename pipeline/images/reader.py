@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from pipeline.failpoints import failpoint
 from pipeline.images.children import Abandoned, never
-from pipeline.images.decode import Decoder
+from pipeline.images.decode import EXACT, Decoder
 from pipeline.images.decoders import Decoders
-from pipeline.images.preprocess import preprocess
 from pipeline.images.sources import Source
 from pipeline.images.wire import CHUNK
 from pipeline.records import Failure, ImageRef, Pixels, PreprocessSpec, Stage
+
+if TYPE_CHECKING:
+    from pipeline.images.nvidia import NvidiaDecoder
 
 # Encoded bytes that are read before they are decoded: eight photos, but not eight files of images.max_bytes.
 HELD = 32 * 2**20
@@ -25,13 +28,15 @@ Timer = Callable[[str, float], None]
 class PixelReader:
     """From references to pixels, or to the failures that stopped them; safe to use from many threads.
 
-    Without ``decoders`` it decodes in the thread that calls. Use it as a context manager: it closes its decoders.
+    Without ``decoders`` it decodes in the thread that calls. What ``gpu`` takes, it decodes there, and those pixels
+    stay there. Use it as a context manager: it closes its decoders.
     """
 
     source: Source
     decoder: Decoder
     spec: PreprocessSpec
     decoders: Decoders | None = None
+    gpu: NvidiaDecoder | None = None
 
     def __enter__(self) -> PixelReader:
         return self
@@ -45,6 +50,17 @@ class PixelReader:
         """End the decoder processes."""
         if self.decoders is not None:
             self.decoders.close()
+
+    @property
+    def chunk(self) -> int:
+        """How many images are best read together."""
+        return CHUNK if self.gpu is None else self.gpu.chunk
+
+    def exact(self) -> PixelReader:
+        """The same by the decoder ``exact``, with which the others are compared; close it too."""
+        decoder = replace(self.decoder, kind=EXACT)
+        decoders = None if self.decoders is None else self.decoders.like(decoder)
+        return replace(self, decoder=decoder, decoders=decoders, gpu=None)
 
     def read(self, ref: ImageRef) -> Pixels | Failure:
         """Read, decode and preprocess one image."""
@@ -65,11 +81,12 @@ class PixelReader:
         results: list[Pixels | Failure | None] = [None] * len(refs)
         positions: list[int] = []
         encoded: list[bytes] = []
-        held = 0
+        held, started = 0, time.perf_counter()
         for position, ref in enumerate(refs):
             if abandoned():
                 raise Abandoned
-            data = self._read(ref, timer)
+            failpoint("read")
+            data = self.source.read(ref)
             if isinstance(data, Failure):
                 results[position] = data
             else:
@@ -77,11 +94,14 @@ class PixelReader:
                 encoded.append(data)
                 held += len(data)
             del data
-            full = self.decoders is None or len(encoded) == CHUNK or held >= HELD
-            if encoded and (full or position == len(refs) - 1):
-                for decoded, result in zip(positions, self._decode(encoded, timer, abandoned), strict=True):
-                    results[decoded] = result
-                positions, encoded, held = [], [], 0
+            alone = self.decoders is None and self.gpu is None
+            full = alone or len(encoded) == self.chunk or held >= HELD
+            if (encoded and full) or position == len(refs) - 1:
+                timer(Stage.READ, time.perf_counter() - started)
+                if encoded:
+                    for decoded, result in zip(positions, self._decode(encoded, timer, abandoned), strict=True):
+                        results[decoded] = result
+                positions, encoded, held, started = [], [], 0, time.perf_counter()
         return [result for result in results if result is not None]
 
     def memory(self) -> dict[str, float]:
@@ -89,23 +109,29 @@ class PixelReader:
         peak = self.decoders.peak_rss() if self.decoders is not None else 0
         return {"peak_decoder_mib": round(peak / 2**20, 1)} if peak else {}
 
-    def _read(self, ref: ImageRef, timer: Timer) -> bytes | Failure:
-        started = time.perf_counter()
-        failpoint("read")
-        data = self.source.read(ref)
-        timer(Stage.READ, time.perf_counter() - started)
-        return data
-
     def _decode(self, encoded: list[bytes], timer: Timer, abandoned: Callable[[], bool]) -> list[Pixels | Failure]:
         started = time.perf_counter()
         for data in encoded:
             failpoint("decode", data)
-        results: list[Pixels | Failure]
-        if self.decoders is not None:
-            results = self.decoders.decode(encoded, self.spec, abandoned)
+        if self.gpu is None:
+            results = self._by_cpu(encoded, abandoned)
         else:
-            results = [self.decoder.apply(data, lambda image: preprocess(image, self.spec)) for data in encoded]
+            there = self.gpu.decode(encoded)
+            left = [data for data, rgb in zip(encoded, there, strict=True) if rgb is None]
+            here = iter(self._by_cpu(left, abandoned))
+            results = [next(here) if rgb is None else Pixels(rgb=rgb) for rgb in there]
         timer(Stage.DECODE, time.perf_counter() - started)
         for _ in results:
             failpoint("decoded")
+        return results
+
+    def _by_cpu(self, encoded: list[bytes], abandoned: Callable[[], bool]) -> list[Pixels | Failure]:
+        if self.decoders is None:
+            return [self.decoder.pixels(data, self.spec) for data in encoded]
+        results: list[Pixels | Failure] = []
+        while encoded:
+            some = encoded[:CHUNK]
+            # Taken out, so that their memory is free once they are handed over.
+            del encoded[:CHUNK]
+            results += self.decoders.decode(some, self.spec, abandoned)
         return results

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
 import numpy as np
@@ -19,6 +20,8 @@ from pipeline.records import Failure, ImageRef, Piece, Pixels, Sample, Shard
 PLACES = 16
 # Rows tried for each picture wanted, where images are damaged.
 TRIES = 4
+# Pictures that are read at once.
+THREADS = 8
 
 
 def draw_sample(manifest: Manifest, reader: PixelReader, count: int) -> Sample | None:
@@ -34,27 +37,27 @@ def draw_sample(manifest: Manifest, reader: PixelReader, count: int) -> Sample |
     ids: list[str] = []
     pictures: list[Pixels] = []
     limit_pixels(reader.decoder.max_pixels)
-    with ShardReader(manifest) as rows:
+    with ShardReader(manifest) as rows, ThreadPoolExecutor(THREADS) as threads:
         for number, (file, group) in enumerate([*chosen, *spare]):
             left = count - len(ids)
             if left == 0:
                 break
             wanted = -(-left // max(1, places - number))
-            for ref in islice(_refs(manifest, rows, file, group), TRIES * wanted):
-                pixels = reader.read(ref)
-                if not isinstance(pixels, Failure):
-                    ids.append(str(ref.id))
-                    pictures.append(pixels)
-                    wanted -= 1
-                    if wanted == 0:
-                        break
+            tried = islice(_refs(manifest, rows, file, group), TRIES * wanted)
+            while wanted and (some := list(islice(tried, wanted))):
+                for ref, pixels in zip(some, threads.map(reader.read, some), strict=True):
+                    if not isinstance(pixels, Failure):
+                        ids.append(str(ref.id))
+                        pictures.append(pixels)
+                        wanted -= 1
     return stack(ids, pictures) if ids else None
 
 
 def stack(ids: Sequence[str], pictures: Sequence[Pixels]) -> Sample:
     """A sample of decoded pictures, laid out as the loader lays out its batches."""
-    memory = torch.from_numpy(np.stack([picture.rgb for picture in pictures]))
-    return Sample(ids=tuple(ids), pixels=memory.permute(0, 3, 1, 2))
+    # Arrays are copied: Pillow's may not be written to, of which torch would warn.
+    arrays = [p.rgb if isinstance(p.rgb, np.ndarray) else p.rgb.cpu().numpy() for p in pictures]
+    return Sample(ids=tuple(ids), pixels=torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2))
 
 
 def _refs(manifest: Manifest, reader: ShardReader, file: int, group: int) -> Iterator[ImageRef]:

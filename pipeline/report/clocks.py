@@ -12,27 +12,40 @@ from pipeline.records import Clocks
 
 
 class StageClocks:
-    """Adds up seconds by stage."""
+    """Adds up seconds by stage, and the core seconds of the threads that tell of them.
+
+    What a thread's core did since it last told of a stage counts towards the stage that it tells of next.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._cores: defaultdict[str, float] = defaultdict(float)
+        self._marks = threading.local()
+        # What this thread did before the run is no part of it.
+        self._marks.at = time.thread_time()
 
     @contextmanager
     def time(self, stage: str) -> Iterator[None]:
-        """Count the body's wall time towards ``stage``."""
+        """Count the body towards ``stage``."""
         started = time.perf_counter()
+        self._marks.at = time.thread_time()
         try:
             yield
         finally:
             self.add(stage, time.perf_counter() - started)
 
     def add(self, stage: str, seconds: float) -> None:
-        """Count ``seconds`` towards ``stage``."""
+        """Count ``seconds`` of wall time towards ``stage``, and what this thread's core did meanwhile."""
+        now = time.thread_time()
+        # A thread that has told of nothing yet works for the run since it was born.
+        core = now - getattr(self._marks, "at", 0.0)
+        self._marks.at = now
         with self._lock:
             self._seconds[stage] += seconds
+            self._cores[stage] += core
 
     def total(self) -> Clocks:
         """The sums so far."""
         with self._lock:
-            return Clocks(dict(self._seconds))
+            return Clocks(dict(self._seconds), dict(self._cores))

@@ -19,10 +19,11 @@ class Progress:
     """Counts rows towards a total; use it as a context manager.
 
     ``mode`` is ``bar``, ``plain``, ``none``, or ``auto``: a bar if standard error is a terminal.
-    ``steady`` throughput counts from the end of the first batch to the end of the last.
+    ``steady`` throughput counts from the end of the first batches, as many as are embedded side by side (``streams``),
+    to the end of the last.
     """
 
-    def __init__(self, total: int, *, done: int, mode: str) -> None:
+    def __init__(self, total: int, *, done: int, mode: str, streams: int = 1) -> None:
         self._total, self._rows, self._failed, self._images = total, done, 0, 0
         self._plain = mode == "plain" or (mode == "auto" and not _is_terminal())
         wanted = mode == "bar" or (mode == "auto" and not self._plain)
@@ -30,8 +31,9 @@ class Progress:
         size = {"dynamic_ncols": True} if _columns() else {"ncols": 80, "nrows": 24}
         self._bar = tqdm(total=total, initial=done, unit="img", smoothing=0.1, **size) if wanted else None
         self._started = self._said = time.perf_counter()
-        self._first: tuple[float, int] | None = None
-        self._last = self._started
+        self._streams, self._batches = streams, 0
+        self._first = self._last = self._started
+        self._warm: tuple[float, int] | None = None
 
     def __enter__(self) -> Progress:
         return self
@@ -51,21 +53,24 @@ class Progress:
     @property
     def first_batch_seconds(self) -> float:
         """From the start of this progress to the end of the first batch; 0 before it."""
-        return self._first[0] - self._started if self._first is not None else 0.0
+        return self._first - self._started
 
     @property
     def steady_images_per_second(self) -> float:
-        """Images a second after the first batch; 0 with fewer than two batches."""
-        if self._first is None or self._last <= self._first[0]:
+        """Images a second after the first batches; 0 where there were no others."""
+        if self._warm is None or self._last <= self._warm[0]:
             return 0.0
-        return (self._images - self._first[1]) / (self._last - self._first[0])
+        return (self._images - self._warm[1]) / (self._last - self._warm[0])
 
     def embedded(self, images: int) -> None:
         """Count the images of one more batch."""
         self._last = time.perf_counter()
         self._images += images
-        if self._first is None:
-            self._first = (self._last, images)
+        self._batches += 1
+        if self._batches == 1:
+            self._first = self._last
+        if self._batches == self._streams:
+            self._warm = (self._last, self._images)
         self._advance(images)
 
     def failed(self, rows: int) -> None:

@@ -1,0 +1,51 @@
+"""Work beside the main thread's, for what takes a while and is only needed later."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
+
+_T = TypeVar("_T")
+_AT_WORK: set[Future[Any]] = set()
+
+
+def aside(work: Callable[[], _T], *, name: str) -> Future[_T]:
+    """Start ``work`` in a thread of its own; what it returns or raises is in the future.
+
+    The thread is a daemon: a run that ends for another reason does not wait for it; see :func:`own_exit_code`.
+    """
+    future: Future[_T] = Future()
+    _AT_WORK.add(future)
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+        finally:
+            _AT_WORK.discard(future)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return future
+
+
+@contextmanager
+def own_exit_code() -> Iterator[None]:
+    """Around the last call of a process: it ends with the call's exit code, though work aside still goes on.
+
+    Python stops such a thread when it comes back from C++, which torch answers by aborting the process: exit code 134.
+    """
+    try:
+        yield
+    except SystemExit as end:
+        if _AT_WORK:
+            for stream in (sys.stdout, sys.stderr):
+                with suppress(OSError, ValueError, AttributeError):
+                    stream.flush()
+            os._exit(end.code if isinstance(end.code, int) else int(end.code is not None))
+        raise

@@ -1,0 +1,136 @@
+"""The gate of the decoders: before a job decodes otherwise than ``exact``, the embeddings of some of its images are
+compared with those of the same images decoded exactly, by the encoder of the job itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from pipeline.backends.base import ImageEncoder
+from pipeline.backends.parity import embed_sample, key_of
+from pipeline.config import ParityConfig
+from pipeline.errors import ParityError
+from pipeline.parity import compare, from_json
+from pipeline.records import Parity, Sample, TextBank
+from pipeline.storage.base import Storage
+
+FILE = "_decoder_parity.json"
+log = logging.getLogger(__name__)
+
+
+def measure(encoder: ImageEncoder, sample: Sample, exact: Sample, bank: TextBank | None) -> Parity | None:
+    """Compare two samples of the same pictures, by their ids; None where no picture is in both.
+
+    Only pictures whose pixels differ are embedded; the others are equal in both.
+    """
+    places = {id: place for place, id in enumerate(exact.ids)}
+    common = [(place, places[id]) for place, id in enumerate(sample.ids) if id in places]
+    missing = len(sample.ids) + len(exact.ids) - 2 * len(common)
+    if missing:
+        log.warning("%d pictures of the sample could be read in one of two ways alone, and are not compared", missing)
+    if not common:
+        return None
+    ids = tuple(sample.ids[place] for place, _ in common)
+    ours = sample.pixels[[place for place, _ in common]]
+    theirs = exact.pixels[[place for _, place in common]]
+    differ = (ours != theirs).flatten(1).any(dim=1)
+    # Any vector of length 1, as long as it is the same.
+    vectors = torch.nn.functional.one_hot(torch.zeros(len(ids), dtype=torch.int64), encoder.dim).float()
+    wanted = vectors.clone()
+    if differ.any():
+        chosen = tuple(id for id, other in zip(ids, differ.tolist(), strict=True) if other)
+        vectors[differ] = embed_sample(encoder, Sample(ids=chosen, pixels=ours[differ]))
+        wanted[differ] = embed_sample(encoder, Sample(ids=chosen, pixels=theirs[differ]))
+    return compare(vectors, wanted, ids=ids, bank=bank)
+
+
+def pass_gate(
+    encoder: ImageEncoder,
+    decoder: str,
+    sample: Callable[[], Sample | None],
+    exact: Callable[[], Sample | None],
+    *,
+    bank: TextBank | None,
+    limits: ParityConfig,
+    fingerprints: Mapping[str, Any],
+    storage: Storage,
+) -> Parity | None:
+    """The figures of ``images.decoder`` on this job: those in the output's books, or measured now.
+
+    None for ``exact``, with which the others are compared, and where there is nothing to compare.
+
+    Args:
+        encoder: the job's own.
+        decoder: ``images.decoder``.
+        sample: draws pictures of the job by this decoder; None where none that was tried can be read.
+        exact: draws the same pictures by ``exact``; not called if the figures are known.
+        bank: the embedded labels, if there are any.
+        limits: how near is near enough.
+        fingerprints: those of the job.
+        storage: the output.
+
+    Raises:
+        ParityError: the lowest cosine misses ``parity.decoder``.
+    """
+    if decoder == "exact":
+        return None
+    parity = _recorded(storage, key_of(encoder, fingerprints, limits))
+    if parity is None:
+        ours = sample()
+        theirs = None if ours is None else exact()
+        parity = None if ours is None or theirs is None else measure(encoder, ours, theirs, bank)
+        if parity is None:
+            log.warning("images.decoder=%s is not compared with exact: no picture that was tried can be read", decoder)
+            return None
+        log.info("images.decoder=%s: %s", decoder, in_words(parity))
+    hold(parity, decoder, limits)
+    return parity
+
+
+def record(
+    parity: Parity, encoder: ImageEncoder, *, limits: ParityConfig, fingerprints: Mapping[str, Any], storage: Storage
+) -> None:
+    """Write the figures into the output's books, so that a run that goes on takes them from there."""
+    key = key_of(encoder, fingerprints, limits)
+    if _recorded(storage, key) is None:
+        storage.write(FILE, (json.dumps({"key": key, "parity": dataclasses.asdict(parity)}, indent=2) + "\n").encode())
+
+
+def hold(parity: Parity, decoder: str, limits: ParityConfig) -> None:
+    """Pass if the lowest cosine is at least the limit for ``decoder``.
+
+    Raises:
+        ParityError: with the figure, and the worst pictures.
+    """
+    wanted = limits.decoder[decoder]
+    # Written so that NaN misses.
+    if not parity.lowest_cosine >= wanted:
+        worst = ", ".join(f"{id} ({cosine:.5f})" for id, cosine in parity.worst)
+        raise ParityError(
+            f"images.decoder={decoder} is too far from exact over {parity.images} images: parity.decoder.{decoder} "
+            f"wants {wanted}, measured {parity.lowest_cosine:.6f}. The worst by cosine: {worst}. Take images=exact, or "
+            "lower the limit if that is near enough for you"
+        )
+
+
+def in_words(parity: Parity) -> str:
+    """The figures in a sentence."""
+    agreed = "" if parity.top1 is None else f", the same best label for {parity.top1:.1%}"
+    return (
+        f"compared with exact on {parity.images} images: lowest cosine {parity.lowest_cosine:.6f}, mean "
+        f"{parity.mean_cosine:.6f}{agreed}"
+    )
+
+
+def _recorded(storage: Storage, key: str) -> Parity | None:
+    try:
+        content = json.loads(storage.read(FILE) or b"{}")
+        return from_json(content["parity"]) if content.get("key") == key else None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        # Not written by this: measured again.
+        return None

@@ -1,0 +1,253 @@
+"""``loader.batch_size=auto``: the smallest batch with which this model, backend and device are near their best.
+
+Sizes are doubled until the gain is under 3 %, or the device has no memory. What came out is kept in the artefact
+store, for the next job of this model, backend and device; a resume takes what the plan says.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.artifacts.exports import recipe
+from pipeline.artifacts.store import ArtifactStore, Recipe
+from pipeline.backends.base import ImageEncoder
+from pipeline.backends.devices import choose, out_of_memory
+from pipeline.backends.pace import Clock, images_per_second
+from pipeline.backends.streams import count_streams
+from pipeline.config import BackendConfig, Config
+from pipeline.dataset import plan
+from pipeline.errors import BackendUnavailable, StorageError
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.processes import cores
+from pipeline.report.summary import machine
+from pipeline.storage.base import Storage
+
+# A size is better than a smaller one only if it is faster by this factor.
+GAIN = 1.03
+# The smallest and the largest size that are tried, by kind of device; and where each has to be compiled, or built.
+SIZES = {"cpu": (8, 256), "cuda": (32, 1024)}
+COMPILED_SIZES = {"cpu": (16, 64), "cuda": (64, 512)}
+# About how many seconds one size is measured.
+SECONDS = {"cpu": 1.5, "cuda": 0.5}
+# No further size is begun after so many seconds.
+LONGEST = 180.0
+# Part of what is remembered: raise it when sizes are measured or chosen in another way.
+VERSION = "1"
+KIND, FILE = "batch-size", "batch_size.json"
+Open = Callable[[int], ImageEncoder]
+Measure = Callable[[ImageEncoder], float]
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Images/s by batch size, in the order tried; ``full`` is the first size that the device had no memory for."""
+
+    rates: Mapping[int, float]
+    full: int | None = None
+
+    @property
+    def batch_size(self) -> int:
+        """The smallest size from which the fastest one gains less than 3 %."""
+        best = max(self.rates.values())
+        return min(size for size, rate in self.rates.items() if best < GAIN * rate)
+
+    def __str__(self) -> str:
+        chosen = self.batch_size
+        others = [f"{size}: {rate:,.1f}" for size, rate in self.rates.items() if size != chosen]
+        others += [f"{self.full}: no memory"] if self.full else []
+        words = f"batch size {chosen}: {self.rates[chosen]:,.1f} images/s"
+        return f"{words} ({', '.join(others)})" if others else words
+
+
+def settle_batch_size(
+    config: Config,
+    checkpoint: Checkpoint,
+    *,
+    open_at: Open,
+    rows: int,
+    storage: Storage,
+    alone: Callable[[], object] = lambda: None,
+    measure: Measure | None = None,
+    clock: Clock = time.perf_counter,
+) -> int:
+    """The batch size of the config; where that is ``auto``, the plan's, the one remembered, or one measured now.
+
+    It never exceeds the largest shard: what is over would be padding in every batch.
+
+    Args:
+        config: of the job.
+        checkpoint: its model.
+        open_at: opens the backend for a batch size; what it returns is used by nobody else, so that its memory can be
+            given back. It must not answer a want of memory by itself.
+        rows: of the manifest.
+        storage: the output, which may hold a plan.
+        alone: called before the first measurement; returns when nothing else is at work in this process.
+        measure: images/s of an opened encoder; by default :func:`~pipeline.backends.pace.images_per_second`.
+        clock: seconds, from any starting point.
+
+    Raises:
+        BackendUnavailable: the device has no memory for a single picture, or the backend cannot be opened.
+        PlanMismatch: the output holds something that cannot be read as a plan.
+        PipelineError: what ``open_at`` raises.
+    """
+    largest = max(1, min(config.manifest.shard_rows, rows))
+    if config.loader.batch_size:
+        return min(config.loader.batch_size, largest)
+    planned = _planned(storage)
+    if planned:
+        log.info("batch size %d, as %s/%s says", planned, storage.url, plan.NAME)
+        return min(planned, largest)
+    device, precision = choose(config.backend)
+    sizes = _sizes(config.backend, device, largest)
+    if len(sizes) < 2:
+        log.info("batch size %d: a whole shard", largest)
+        return largest
+    streams = count_streams(config.backend.streams, device)
+    seconds = SECONDS[device.type]
+    pace = measure or partial(images_per_second, size=checkpoint.spec.size, seconds=seconds, clock=clock)
+
+    @cache
+    def measured() -> Measured:
+        alone()
+        compiles = _compiles(config.backend)
+        how = "; the backend is compiled anew for each size" if compiles else ""
+        log.info("loader.batch_size=auto: measuring batches of %d to %d images, once%s", sizes[0], sizes[-1], how)
+        return _measure(open_at, pace, sizes, streams=streams, compiles=compiles, clock=clock)
+
+    about = _recipe(config.backend, checkpoint, device, precision, streams=streams, sizes=sizes)
+    found, where = _remembered(ArtifactStore(config.backend.artifacts), about, measured)
+    log.info("%s; %s", found, where)
+    return found.batch_size
+
+
+def _planned(storage: Storage) -> int | None:
+    found = plan.read(storage)
+    size = found.fingerprints.get("batch_size") if found is not None else None
+    return size if isinstance(size, int) and size > 0 else None
+
+
+def _compiles(config: BackendConfig) -> bool:
+    """Whether opening takes long at every size, since that is compiled in."""
+    return config.compile != "none" or config.name in ("torch_int8", "torch_fp8", "tensorrt")
+
+
+def _sizes(config: BackendConfig, device: torch.device, largest: int) -> list[int]:
+    lowest, highest = (COMPILED_SIZES if _compiles(config) else SIZES)[device.type]
+    sizes = [lowest]
+    while sizes[-1] * 2 <= min(highest, largest):
+        sizes.append(sizes[-1] * 2)
+    return sizes
+
+
+def _recipe(
+    config: BackendConfig,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    precision: str,
+    *,
+    streams: int,
+    sizes: list[int],
+) -> Recipe:
+    """All that the measurement follows from; a change of any means that it is made anew."""
+    cpu = f"{machine('cpu', cores())['processor']}, {cores()} cores"
+    options = {
+        "backend": config.name,
+        "precision": precision,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+        "streams": streams,
+        "compile": config.compile,
+        "quantization": config.quantization,
+        "pixels": list(checkpoint.spec.size),
+        "sizes": [sizes[0], sizes[-1]],
+        "version": VERSION,
+    }
+    return recipe(KIND, checkpoint, options, ("onnxruntime", "torchao"))
+
+
+def _remembered(store: ArtifactStore, about: Recipe, measured: Callable[[], Measured]) -> tuple[Measured, str]:
+    """What the store has, or else what ``measured`` returns; and where it is kept, in words."""
+
+    def build(folder: Path) -> dict[str, Any]:
+        found = measured()
+        facts = {"images_per_second": {str(size): rate for size, rate in found.rates.items()}, "full": found.full}
+        (folder / FILE).write_text(json.dumps(facts), encoding="utf-8")
+        return {"facts": facts}
+
+    try:
+        artifact = store.make(about, build)
+    except StorageError as error:
+        # Measured by now, unless the store cannot even be locked; or it is a backend's export that cannot be stored,
+        # and then that is told again here.
+        found = measured()
+        log.warning("%s; the batch size is not remembered", error)
+        return found, "measured again in the next job"
+    facts = artifact.card["facts"]
+    rates = {int(size): float(rate) for size, rate in facts["images_per_second"].items()}
+    return Measured(rates=rates, full=facts["full"]), f"remembered in {artifact.path}"
+
+
+def _measure(
+    open_at: Open, pace: Measure, sizes: Sequence[int], *, streams: int, compiles: bool, clock: Clock
+) -> Measured:
+    rates: dict[int, float] = {}
+    began, full = clock(), None
+    for size in sizes:
+        best = max(rates.values(), default=0.0)
+        rate = _rate(open_at, pace, size, streams=streams, compiles=compiles)
+        if rate is None:
+            full = size
+            break
+        rates[size] = rate
+        if rate < GAIN * best:
+            break
+        if size != sizes[-1] and clock() - began > LONGEST:
+            log.info("batches of more than %d images are not tried: measuring takes too long", size)
+            break
+    while full and not rates:
+        if full == 1:
+            raise BackendUnavailable(
+                "loader.batch_size=auto: the device has no memory to embed a single picture; free it, or take a "
+                "smaller model or precision"
+            )
+        smaller = full // 2
+        rate = _rate(open_at, pace, smaller, streams=streams, compiles=compiles)
+        if rate is None:
+            full = smaller
+        else:
+            rates[smaller] = rate
+    return Measured(rates=rates, full=full)
+
+
+def _rate(open_at: Open, pace: Measure, size: int, *, streams: int, compiles: bool) -> float | None:
+    """Images/s of batches of ``size``; None if the device has no memory for them. Its memory is given back."""
+    rate = _opened_rate(open_at, pace, size, streams)
+    # Not while the encoder, or an exception that holds it, is still there.
+    if compiles:
+        torch.compiler.reset()
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    return rate
+
+
+def _opened_rate(open_at: Open, pace: Measure, size: int, streams: int) -> float | None:
+    try:
+        encoder = open_at(size)
+        encoder.streams = streams
+        return pace(encoder)
+    except Exception as error:
+        # Runtimes have no common class for it.
+        if not out_of_memory(error):
+            raise
+        return None

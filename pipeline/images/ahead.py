@@ -1,0 +1,112 @@
+"""An iterator that runs in a thread of its own, some way ahead of whoever asks for its items."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from types import TracebackType
+from typing import Generic, TypeVar
+
+from pipeline.images.children import Abandoned
+
+Item = TypeVar("Item")
+# How often one that waits looks whether it is still wanted, in seconds.
+POLL = 0.2
+
+
+class Ahead(Generic[Item]):
+    """The items of a generator in its order; use it as a context manager, and iterate once.
+
+    The generator runs, and is closed, in the thread. What it raises is raised after the items that came before.
+
+    Args:
+        items: what to run.
+        count: items that may wait to be asked for.
+        size: what they may weigh together; one may wait whatever it weighs.
+        weigh: the weight of an item.
+        abandoned: asked often; says that nobody wants the items any more.
+        name: of the thread.
+    """
+
+    def __init__(
+        self,
+        items: Generator[Item],
+        *,
+        count: int,
+        size: int,
+        weigh: Callable[[Item], int],
+        abandoned: Callable[[], bool],
+        name: str,
+    ) -> None:
+        self._items, self._weigh, self._abandoned = items, weigh, abandoned
+        self._count, self._size = count, size
+        self._waiting: deque[Item] = deque()
+        self._weight = 0
+        self._changed = threading.Condition()
+        self._ended = self._left = False
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def __enter__(self) -> Ahead[Item]:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._changed:
+            self._left = True
+            self._waiting.clear()
+            self._changed.notify_all()
+        self._thread.join()
+
+    def __iter__(self) -> Iterator[Item]:
+        """The items.
+
+        Raises:
+            Abandoned: nobody wants them any more.
+        """
+        while True:
+            with self._changed:
+                while not self._waiting and not self._ended:
+                    if self._abandoned():
+                        raise Abandoned
+                    self._changed.wait(POLL)
+                if not self._waiting:
+                    break
+                item = self._waiting.popleft()
+                self._weight -= self._weigh(item)
+                self._changed.notify_all()
+            yield item
+            del item
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        try:
+            for item in self._items:
+                self._put(item)
+                del item
+        except Abandoned:
+            pass
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._items.close()
+            with self._changed:
+                self._ended = True
+                self._changed.notify_all()
+
+    def _put(self, item: Item) -> None:
+        weight = self._weigh(item)
+        with self._changed:
+            while self._waiting and (len(self._waiting) >= self._count or self._weight + weight > self._size):
+                if self._left or self._abandoned():
+                    raise Abandoned
+                self._changed.wait(POLL)
+            if self._left:
+                raise Abandoned
+            self._waiting.append(item)
+            self._weight += weight
+            self._changed.notify_all()

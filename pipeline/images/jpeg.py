@@ -1,0 +1,76 @@
+"""JPEG files to pixels by simplejpeg (libjpeg-turbo), where it does so without a complaint.
+
+What Pillow would refuse is never read here: Pillow has read the header before, a file is taken only if its pixels
+are the ones that the header promised, and the first warning of libjpeg-turbo leaves the file to Pillow, which then
+decides. simplejpeg takes a file that ends early, or whose data is damaged, for a warning, as Pillow does for an error.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
+from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
+
+# Markers of a frame: baseline, extended and progressive, all by Huffman's code. Lossless and arithmetic ones are
+# decoded or not by how a library was built.
+_ORDINARY = (0xC0, 0xC1, 0xC2)
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+# Segments looked at before the frame; a sound file with a large colour profile and metadata has some dozens.
+_SEGMENTS = 1024
+# Scales of the inverse DCT that have vector code; the eighths between them take longer than the next larger one.
+_SCALES = (8, 4, 2)
+
+
+def takes(data: bytes, image: Image.Image) -> bool:
+    """Whether a file is a JPEG of the ordinary kind; ``image`` is the same, opened by Pillow and not loaded yet."""
+    if not isinstance(image, JpegImageFile) or image.mode not in ("RGB", "L"):
+        return False
+    return [tile.offset for tile in image.tile] == [0] and _frame(data) in _ORDINARY
+
+
+def decode(data: bytes, size: tuple[int, int], *, scale: int = 1) -> NDArray[np.uint8] | None:
+    """The pixels of a JPEG file as it is stored, uint8 ``[H, W, 3]``; None where Pillow has to decode it.
+
+    Args:
+        data: the file, which :func:`takes` said yes to.
+        size: the width and height that Pillow found.
+        scale: what width and height are divided by, and then rounded up: 1, 2, 4 or 8.
+
+    Raises:
+        MemoryError: there is no memory for the pixels.
+    """
+    width, height = size
+    wanted = (-(-height // scale), -(-width // scale), 3)
+    # Without a scale no minimum: of a picture of a few pixels seven eighths are, rounded up, as many.
+    least = {"min_height": wanted[0], "min_width": wanted[1]} if scale > 1 else {}
+    try:
+        # A file may hold a second frame, of another size than the one that the limits were held against.
+        if tuple(simplejpeg.decode_jpeg_header(data, strict=True)[:2]) != (height, width):
+            return None
+        pixels: Any = simplejpeg.decode_jpeg(data, "RGB", strict=True, **least)
+    except (ValueError, RuntimeError):
+        return None
+    return pixels if pixels.shape == wanted else None
+
+
+def scale_for(size: tuple[int, int], least: tuple[int, int]) -> int:
+    """The largest of 8, 4, 2 and 1 that divides ``size`` into no less than ``least`` on either axis."""
+    fits = (scale for scale in _SCALES if all(have >= scale * want for have, want in zip(size, least, strict=True)))
+    return next(fits, 1)
+
+
+def _frame(data: bytes) -> int:
+    """The marker of the first frame; 0 where something else than segments comes before it."""
+    position = 2
+    for _ in range(_SEGMENTS):
+        if data[position : position + 1] != b"\xff" or position + 4 > len(data):
+            return 0
+        marker = data[position + 1]
+        if marker in _FRAMES:
+            return marker
+        position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+    return 0

@@ -1,0 +1,288 @@
+"""The decoder ``gpu``: baseline JPEG files by nvImageCodec on the GPU, everything else by the CPU beside it.
+
+nvImageCodec gives a file to nvJPEG's hardware engine where the GPU has one, and to nvJPEG's CUDA kernels where it has
+none or the engine does not take the file. How much goes where is fixed and not balanced by load: the two differ by a
+level here and there, and a rerun must give the same bytes.
+
+The hardware engine of an H100 writes its output when it is called, whatever its stream still has to do first
+(pytorch/vision #9606, meta-pytorch/torchcodec #1634). nvImageCodec takes the memory for that output from CUDA's pool,
+which hands out again what was freed in stream order. So the host waits until nothing reads a decoded picture any more
+before the picture is freed, until its stream is empty before the engine is called, and again before a kernel reads what
+it wrote. torch must not take its memory from the same pool; where it does, the engine is left out.
+
+Engines have been seen to leave out a picture and report it as decoded, which then is black: pictures of one colour are
+decoded again by the CPU.
+
+The files of strangers are decoded in this process here, as no other process can write to its GPU's memory:
+``loader.isolation`` contains only what is left to the CPU.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
+
+import torch
+
+from pipeline.errors import BackendUnavailable
+from pipeline.images.baseline import Baseline, baseline
+from pipeline.images.resample import FILTERS, resample
+from pipeline.records import PreprocessSpec
+
+CHUNK = 64
+# Larger images are left to the CPU, where giants take turns.
+LARGEST = 2**26
+# Pixels decoded in one call; the memory for them is three bytes each.
+CALL_PIXELS = 2**26
+# Calls at a time: while one decodes, the other resizes.
+LANES = 2
+# Threads that nvImageCodec starts in each lane to read headers, and for the part of CUDA decoding that is the host's.
+CODEC_THREADS = 4
+
+
+class Codec(Protocol):
+    """What decodes whole files on a device, from one thread at a time."""
+
+    def active(self) -> AbstractContextManager[Any]:
+        """Its stream and device are current within."""
+
+    def wait(self) -> None:
+        """Return when its stream has nothing to do."""
+
+    def decode(self, encoded: Sequence[bytes]) -> list[torch.Tensor | None]:
+        """uint8 ``[H, W, 3]`` as stored, on the device; None for a file that it does not take."""
+
+
+class NvidiaDecoder:
+    """Decodes and preprocesses what it takes; safe to use from many threads.
+
+    Args:
+        spec: what the model wants.
+        device: where the pictures are wanted.
+        formats: as for :class:`~pipeline.images.decode.Decoder`, like the two that follow.
+        exif: ``apply`` or ``ignore``.
+        max_pixels: larger images are not taken.
+        lanes: decoding calls at a time.
+        open_codec: opens what decodes.
+
+    Raises:
+        BackendUnavailable: the device is no GPU, nvImageCodec is not there, or the model's filter is not offered.
+    """
+
+    def __init__(
+        self,
+        spec: PreprocessSpec,
+        device: torch.device,
+        *,
+        formats: Sequence[str],
+        exif: str,
+        max_pixels: int,
+        lanes: int = LANES,
+        open_codec: Callable[[torch.device], Codec] | None = None,
+    ) -> None:
+        if spec.resample not in FILTERS:
+            raise BackendUnavailable(
+                f"images.decoder=gpu has no resampling filter {spec.resample}, which this model wants; "
+                "take images.decoder=exact"
+            )
+        self._spec, self._exif = spec, exif
+        self._most = min(max_pixels, LARGEST) if "JPEG" in formats else 0
+        # Images that are worth a call.
+        self.chunk = CHUNK
+        self._lanes: queue.SimpleQueue[Codec] = queue.SimpleQueue()
+        for _ in range(lanes):
+            self._lanes.put((open_codec or Nvimgcodec)(device))
+
+    def decode(self, encoded: Sequence[bytes]) -> list[torch.Tensor | None]:
+        """uint8 ``[H, W, 3]`` at ``spec.size`` for each image, on the device and finished; None: the CPU's turn.
+
+        None stands for all that is not a baseline JPEG without a fault in its structure, so that an image that
+        fails is met, and told of, by the CPU's decoder.
+
+        Raises:
+            BackendUnavailable: the device's memory is full.
+        """
+        results: list[torch.Tensor | None] = [None] * len(encoded)
+        taken: list[tuple[int, Baseline]] = []
+        pixels = 0
+        for index, data in enumerate(encoded):
+            header = baseline(data, exif=self._exif)
+            if header is None or header.height * header.width > self._most:
+                continue
+            if taken and pixels + header.height * header.width > CALL_PIXELS:
+                self._call(encoded, taken, results)
+                taken, pixels = [], 0
+            taken.append((index, header))
+            pixels += header.height * header.width
+        if taken:
+            self._call(encoded, taken, results)
+        return results
+
+    def _call(
+        self, encoded: Sequence[bytes], taken: Sequence[tuple[int, Baseline]], results: list[torch.Tensor | None]
+    ) -> None:
+        codec = self._lanes.get()
+        try:
+            with _memory_explained(), codec.active():
+                self._decode(codec, encoded, taken, results)
+        finally:
+            self._lanes.put(codec)
+
+    def _decode(
+        self,
+        codec: Codec,
+        encoded: Sequence[bytes],
+        taken: Sequence[tuple[int, Baseline]],
+        results: list[torch.Tensor | None],
+    ) -> None:
+        codec.wait()
+        decoded = codec.decode([encoded[index] for index, _ in taken])
+        # This wait and the last one are no caution to be saved: see the module's text.
+        codec.wait()
+        try:
+            found, pictures = [], []
+            for (index, header), picture in zip(taken, decoded, strict=True):
+                if picture is not None and picture.shape == (header.height, header.width, 3):
+                    found.append(index)
+                    pictures.append(turned(picture, header.orientation))
+            resampled = resample(pictures, self._spec)
+            plain = _one_colour(resampled)
+        finally:
+            codec.wait()
+        for index, picture, flat in zip(found, resampled, plain, strict=True):
+            results[index] = None if flat else picture
+
+
+class Nvimgcodec:
+    """nvImageCodec with a decoder and a stream of its own.
+
+    Raises:
+        BackendUnavailable: the device is no GPU, or the package or nvJPEG is not there.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        if device.type != "cuda":
+            raise BackendUnavailable(
+                f"images.decoder=gpu needs a GPU, and backend.device is {device.type}; "
+                "take images.decoder=fast or backend.device=cuda"
+            )
+        self._module = module = _import()
+        self._device = device
+        self.stream = torch.cuda.Stream(device)
+        kinds = [module.BackendKind.HYBRID_CPU_GPU, module.BackendKind.GPU_ONLY]
+        if torch.cuda.get_allocator_backend() != "cudaMallocAsync":
+            kinds.insert(0, module.BackendKind.HW_GPU_ONLY)
+        try:
+            self._decoder = module.Decoder(
+                device_id=self.stream.device.index,
+                max_num_cpu_threads=CODEC_THREADS,
+                backends=[module.Backend(kind, 1.0, module.LoadHintPolicy.IGNORE) for kind in kinds],
+            )
+        except RuntimeError as error:
+            raise BackendUnavailable(f"images.decoder=gpu: nvImageCodec finds no decoder: {error}") from error
+        self._parameters = parameters(module)
+
+    def active(self) -> AbstractContextManager[Any]:
+        """See :class:`Codec`."""
+        return torch.cuda.stream(self.stream)
+
+    def wait(self) -> None:
+        """See :class:`Codec`."""
+        self.stream.synchronize()
+
+    def decode(self, encoded: Sequence[bytes]) -> list[torch.Tensor | None]:
+        """See :class:`Codec`."""
+        return decode(
+            self._module,
+            self._decoder,
+            self._parameters,
+            encoded,
+            # Not by DLPack, which would have one stream wait for the other: the host has waited already.
+            lambda image: torch.as_tensor(image, device=self._device),
+            cuda_stream=self.stream.cuda_stream,
+        )
+
+
+def parameters(module: Any) -> Any:
+    """How nvImageCodec is to decode: RGB by rows, as it is stored."""
+    return module.DecodeParams(
+        apply_exif_orientation=False, color_spec=module.ColorSpec.SRGB, sample_format=module.SampleFormat.I_RGB
+    )
+
+
+def decode(
+    module: Any,
+    decoder: Any,
+    parameters: Any,
+    encoded: Sequence[bytes],
+    to_tensor: Callable[[Any], torch.Tensor],
+    *,
+    cuda_stream: int = 0,
+) -> list[torch.Tensor | None]:
+    """A tensor that holds on to each decoded image, and None for what nvImageCodec cannot decode."""
+    streams = []
+    places = []
+    for index, data in enumerate(encoded):
+        try:
+            streams.append(module.CodeStream(data))
+        except RuntimeError:
+            # It reads headers more strictly than we do.
+            continue
+        places.append(index)
+    results: list[torch.Tensor | None] = [None] * len(encoded)
+    images = decoder.decode(streams, params=parameters, cuda_stream=cuda_stream) if streams else []
+    for index, image in zip(places, images, strict=True):
+        if image is not None:
+            results[index] = to_tensor(image)
+    return results
+
+
+def turned(picture: torch.Tensor, orientation: int) -> torch.Tensor:
+    """``[H, W, 3]`` as its EXIF orientation (1 to 8) wants it shown."""
+    if orientation >= 5:
+        picture = picture.transpose(0, 1)
+    flips = [axis for axis, which in ((0, (3, 4, 7, 8)), (1, (2, 3, 6, 7))) if orientation in which]
+    return picture.flip(flips) if flips else picture
+
+
+def version() -> str:
+    """Version of nvImageCodec, for fingerprints.
+
+    Raises:
+        BackendUnavailable: it is not there.
+    """
+    return str(_import().__version__)
+
+
+def _import() -> Any:
+    try:
+        from nvidia import nvimgcodec
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"images.decoder=gpu needs nvImageCodec: pip install 'clip-pipeline[gpu]' ({error}); "
+            "or take images.decoder=fast"
+        ) from error
+    return nvimgcodec
+
+
+def _one_colour(pictures: Sequence[torch.Tensor]) -> list[bool]:
+    if not pictures:
+        return []
+    all_of_them = torch.stack(list(pictures)).flatten(1, 2)
+    flat: list[bool] = (all_of_them.amax(1) == all_of_them.amin(1)).all(1).tolist()
+    return flat
+
+
+@contextmanager
+def _memory_explained() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if "out of memory" not in str(error).lower():
+            raise
+        raise BackendUnavailable(
+            "the device has no memory left to decode images on: lower loader.batch_size or take images.decoder=fast "
+            f"({error})"
+        ) from error

@@ -1,0 +1,71 @@
+"""The buffers that batches lie in: on the host, and on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline.images.padding import repeats
+
+
+@dataclass(slots=True)
+class Slot:
+    """A reused buffer, uint8 ``[B, H, W, 3]``: on the host (pinned for CUDA), and its twin on the device.
+
+    ``pixels`` is the same memory as ``host``.
+    """
+
+    host: torch.Tensor
+    pixels: NDArray[np.uint8]
+    device: torch.Tensor
+    copied: torch.cuda.Event | None = None
+    encoded: torch.cuda.Event | None = None
+
+    def fill(self, count: int, on_device: Mapping[int, torch.Tensor], stream: torch.cuda.Stream | None) -> None:
+        """Bring ``count`` pictures to the device, and fill the free places with some of them.
+
+        Those of ``on_device`` are there already, to be put into their places; the others lie on the host. On CUDA
+        all this is queued on ``stream``, behind the last batch that was encoded from this buffer.
+        """
+        free = self.host.shape[0] > count
+        if free and not on_device:
+            self.host[count:] = self.host[repeats(count, self.host.shape[0])]
+        with torch.cuda.stream(stream) if stream is not None else nullcontext():
+            if stream is not None:
+                if self.encoded is not None:
+                    stream.wait_event(self.encoded)
+                if len(on_device) < count:
+                    self.device.copy_(self.host, non_blocking=True)
+            if on_device:
+                self._gather(count, on_device)
+            if stream is not None:
+                for picture in on_device.values():
+                    # Their memory belongs to the stream that decoded them.
+                    picture.record_stream(stream)
+                self.copied = torch.cuda.Event()
+                self.copied.record(stream)
+
+    def _gather(self, count: int, on_device: Mapping[int, torch.Tensor]) -> None:
+        pictures, size = list(on_device.values()), self.device.shape[0]
+        if len(pictures) == count:
+            torch.stack(pictures, out=self.device[:count])
+        else:
+            places = torch.tensor(list(on_device)).to(self.device.device)
+            self.device.index_copy_(0, places, torch.stack(pictures))
+        if count < size:
+            self.device[count:] = self.device[repeats(count, size).to(self.device.device)]
+
+
+def new_slot(shape: tuple[int, ...], device: torch.device) -> Slot:
+    """A buffer of ``shape``; without CUDA, both sides are one."""
+    if device.type != "cuda":
+        host = torch.zeros(shape, dtype=torch.uint8)
+        return Slot(host=host, pixels=host.numpy(), device=host)
+    host = torch.zeros(shape, dtype=torch.uint8, pin_memory=True)
+    # Left empty: zeroing would run on another stream than the first copy, and might come after it.
+    return Slot(host=host, pixels=host.numpy(), device=torch.empty(shape, dtype=torch.uint8, device=device))

@@ -1,0 +1,62 @@
+"""From the config to what reads and decodes images; light enough to start its processes before torch is imported."""
+
+from __future__ import annotations
+
+from pipeline.config import Config
+from pipeline.images.decode import Decoder
+from pipeline.images.decoders import Decoders
+from pipeline.images.reader import PixelReader
+from pipeline.images.sources import Source
+from pipeline.manifest.source import Manifest
+from pipeline.processes import cores
+from pipeline.records import PreprocessSpec
+
+
+def worker_threads(config: Config) -> int:
+    """Decoding threads: as configured, or one for each core."""
+    return config.loader.workers or cores()
+
+
+def decoder_of(config: Config) -> Decoder:
+    """The rules by which this job decodes."""
+    images = config.images
+    return Decoder(
+        formats=tuple(images.formats),
+        max_pixels=images.max_pixels,
+        exif=images.exif,
+        transparency=images.transparency,
+        # What the GPU does not take is decoded on the cores meanwhile.
+        kind="fast" if images.decoder == "gpu" else images.decoder,
+    )
+
+
+def open_decoders(config: Config) -> Decoders | None:
+    """The processes that decode, none of which is started yet; None where this one decodes by itself."""
+    loader = config.loader
+    if loader.isolation != "process":
+        return None
+    # Threads beyond the cores help where reading waits; processes beyond them would only take memory.
+    processes = min(worker_threads(config), cores())
+    return Decoders(decoder_of(config), processes=processes, seconds=loader.decode_seconds, memory=loader.decode_memory)
+
+
+def pixel_reader(
+    config: Config, manifest: Manifest, spec: PreprocessSpec, decoders: Decoders | None = None
+) -> PixelReader:
+    """How this job turns a reference into pixels; close it, as it may start processes that decode.
+
+    ``decoders`` are those of :func:`open_decoders` where they were opened before.
+    """
+    images, loader = config.images, config.loader
+    return PixelReader(
+        source=Source(
+            root=manifest.root,
+            max_bytes=images.max_bytes,
+            schemes=tuple(images.schemes),
+            private_hosts=tuple(images.private_hosts),
+            read_seconds=loader.read_seconds,
+        ),
+        decoder=decoder_of(config),
+        spec=spec,
+        decoders=decoders or open_decoders(config),
+    )

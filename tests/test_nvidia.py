@@ -1,0 +1,554 @@
+"""The decoder on the GPU: what it takes, how it resizes, and that it waits where the hardware engine does not."""
+
+from __future__ import annotations
+
+import io
+import sys
+import threading
+import weakref
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+from pipeline.config import FORMATS, ManifestConfig
+from pipeline.errors import BackendUnavailable
+from pipeline.gallery import THUMBNAIL, gallery
+from pipeline.images import nvidia
+from pipeline.images.baseline import baseline
+from pipeline.images.decode import Decoder
+from pipeline.images.decoders import Decoders
+from pipeline.images.loader import Loader
+from pipeline.images.nvidia import NvidiaDecoder, turned
+from pipeline.images.padding import repeats
+from pipeline.images.preprocess import preprocess
+from pipeline.images.reader import PixelReader
+from pipeline.images.resample import resample
+from pipeline.images.sources import Source
+from pipeline.manifest.shards import cut
+from pipeline.manifest.source import Manifest, open_manifest
+from pipeline.records import Failure, ImageBatch, Pixels, PreprocessSpec
+
+CPU = torch.device("cpu")
+CLIP = PreprocessSpec(resize=224, crop=(224, 224), resample=3, mean=(0.5,) * 3, std=(0.5,) * 3)  # type: ignore[arg-type]
+SPECS = {
+    "clip": CLIP,
+    "openai": PreprocessSpec(resize=224, crop=(224, 224), resample=3, mean=CLIP.mean, std=CLIP.std, corner="round"),
+    "siglip": PreprocessSpec(resize=(256, 256), crop=None, resample=2, mean=CLIP.mean, std=CLIP.std),
+    "padded": PreprocessSpec(resize=40, crop=(50, 45), resample=1, mean=CLIP.mean, std=CLIP.std),
+}
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Smooth colours with an edge: no two alike, and not the same when turned."""
+    dice = np.random.default_rng(seed)
+    small = Image.fromarray(dice.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+    image = small.resize((width, height), Image.Resampling.BICUBIC)
+    image.paste((255, 0, 0), (0, 0, max(1, width // 4), max(1, height // 6)))
+    return image
+
+
+def jpeg(image: Image.Image, **options: Any) -> bytes:
+    out = io.BytesIO()
+    image.save(out, "JPEG", **{"quality": 90, **options})
+    return out.getvalue()
+
+
+def exact(data: bytes, spec: PreprocessSpec, *, exif: str = "apply") -> np.ndarray:
+    decoder = Decoder(formats=("JPEG",), max_pixels=10**8, exif=exif)
+    found = decoder.apply(data, lambda image: preprocess(image, spec))
+    assert isinstance(found, Pixels)
+    return np.asarray(found.rgb)
+
+
+def orientation(number: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[274] = number
+    return exif
+
+
+class PillowCodec:
+    """A codec on the CPU that writes down in which order it is used and its pictures are let go."""
+
+    def __init__(self, device: torch.device) -> None:
+        assert device.type == "cpu"
+        self.events: list[str] = []
+        self.refuses = 0
+        self.busy = threading.Lock()
+
+    def active(self) -> nullcontext[None]:
+        return nullcontext()
+
+    def wait(self) -> None:
+        self.events.append("wait")
+
+    def decode(self, encoded: Sequence[bytes]) -> list[torch.Tensor | None]:
+        assert self.busy.acquire(blocking=False), "used by two threads"
+        self.events.append("decode")
+        found: list[torch.Tensor | None] = []
+        for data in encoded:
+            image = torch.from_numpy(np.array(Image.open(io.BytesIO(data)).convert("RGB")))
+            weakref.finalize(image, self.events.append, "freed")
+            found.append(image)
+        for index in range(self.refuses):
+            found[index] = None
+        self.busy.release()
+        return found
+
+
+def decoder(spec: PreprocessSpec = CLIP, *, exif: str = "apply", **options: Any) -> tuple[NvidiaDecoder, PillowCodec]:
+    codec = PillowCodec(CPU)
+    arguments = {"formats": ("JPEG",), "max_pixels": 10**8, "lanes": 1, **options}
+    return NvidiaDecoder(spec, CPU, exif=exif, open_codec=lambda device: codec, **arguments), codec
+
+
+def off(found: torch.Tensor | None, reference: np.ndarray) -> int:
+    assert found is not None
+    assert found.dtype == torch.uint8
+    assert found.shape == reference.shape
+    return int(np.abs(found.cpu().numpy().astype(int) - reference).max())
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_pictures_of_all_shapes_are_resampled_as_pillow_does(name: str) -> None:
+    spec = SPECS[name]
+    sizes = [(500, 375), (375, 500), (224, 224), (640, 33), (1, 1), (3, 7), (1, 2000), (3000, 5), (250, 251), (39, 41)]
+    images = [picture(*size, seed=i) for i, size in enumerate(sizes)]
+    dice = np.random.default_rng(9)
+    images += [Image.fromarray(dice.integers(0, 256, (61, 97, 3), dtype=np.uint8))]
+    found = resample([torch.from_numpy(np.array(image)) for image in images], spec)
+    for image, pixels in zip(images, found, strict=True):
+        assert pixels.is_contiguous()
+        assert off(pixels, preprocess(image, spec).rgb) <= 1, image.size
+
+
+@pytest.mark.parametrize("number", range(1, 9))
+@pytest.mark.parametrize("exif", ["apply", "ignore"])
+def test_pictures_are_turned_as_the_decoder_for_all_formats_does(number: int, exif: str) -> None:
+    data = jpeg(picture(90, 60), exif=orientation(number))
+    gpu, _ = decoder(exif=exif)
+    assert off(gpu.decode([data])[0], exact(data, CLIP, exif=exif)) <= 1
+
+
+def test_every_turn_is_pillows() -> None:
+    image = picture(5, 3)
+    for number in range(1, 9):
+        image.getexif()[274] = number
+        found = turned(torch.from_numpy(np.array(image)), number)
+        np.testing.assert_array_equal(found.numpy(), np.asarray(ImageOps.exif_transpose(image)))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"subsampling": 0},
+        {"subsampling": 1},
+        {"subsampling": 2},
+        {"optimize": True},
+        {"restart_marker_blocks": 3},
+        {"restart_marker_rows": 1},
+        {"comment": b"hello"},
+        {"icc_profile": bytes(70_000)},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_ordinary_baseline_files_are_taken(options: dict[str, Any], mode: str) -> None:
+    if mode == "L":
+        options = {**options, "subsampling": 0}
+    data = jpeg(picture(123, 77).convert(mode), **options)
+    header = baseline(data, exif="apply")
+    assert header is not None
+    assert (header.width, header.height, header.orientation) == (123, 77, 1)
+
+
+def with_segment(data: bytes, marker: int, segment: bytes) -> bytes:
+    return data[:2] + bytes([0xFF, marker]) + (len(segment) + 2).to_bytes(2, "big") + segment + data[2:]
+
+
+WHOLE = jpeg(picture(200, 160))
+ADOBE = b"Adobe" + bytes(6)
+ODD = {
+    "empty": b"",
+    "one byte": b"\xff",
+    "a PNG": b"\x89PNG\r\n\x1a\n" + bytes(50),
+    "only its ends": b"\xff\xd8\xff\xd9",
+    "progressive": jpeg(picture(50, 40), progressive=True),
+    "grey with the sampling of colours": jpeg(picture(50, 40).convert("L"), subsampling=2),
+    "CMYK": jpeg(picture(50, 40).convert("CMYK")),
+    "RGB that was not converted": jpeg(picture(50, 40), keep_rgb=True),
+    "Adobe says RGB": with_segment(WHOLE, 0xEE, ADOBE + b"\0"),
+    "cut off": WHOLE[:-200],
+    "cut off, with an end": WHOLE[:300] + b"\xff\xd9",
+    "something behind it": WHOLE + b"\0",
+    "another image behind it": WHOLE + WHOLE,
+    "a marker within the scan": WHOLE[:-40] + b"\xff\xc4" + WHOLE[-38:],
+    "a restart within the scan": WHOLE[:-40] + b"\xff\xd0" + WHOLE[-38:],
+    "a restart too few": jpeg(picture(80, 80), restart_marker_rows=1).replace(b"\xff\xd0", b"\x7f\xd0", 1),
+    "restarts out of order": jpeg(picture(80, 80), restart_marker_rows=1).replace(b"\xff\xd1", b"\xff\xd3", 1),
+    "height of none": WHOLE.replace(b"\xff\xc0\0\x11\x08\0\xa0", b"\xff\xc0\0\x11\x08\0\0"),
+    "12 bits": WHOLE.replace(b"\xff\xc0\0\x11\x08", b"\xff\xc0\0\x11\x0c"),
+    "extended sequential": WHOLE.replace(b"\xff\xc0\0\x11", b"\xff\xc1\0\x11"),
+    "arithmetic": WHOLE.replace(b"\xff\xc0\0\x11", b"\xff\xc9\0\x11"),
+    "no tables": b"\xff\xd8" + WHOLE[WHOLE.index(b"\xff\xc0") :],
+    "a segment that never ends": with_segment(WHOLE, 0xE5, b"x").replace(b"\xff\xe5\0\x03", b"\xff\xe5\xff\xff"),
+    "no end of segments": b"\xff\xd8" + b"\xff\xfe\0\x02" * 300 + WHOLE[2:],
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_files_are_left_to_the_cpu(name: str) -> None:
+    assert ODD[name] != WHOLE
+    gpu, codec = decoder()
+    assert gpu.decode([ODD[name]]) == [None]
+    assert codec.events == []
+
+
+def test_no_cut_or_changed_header_raises() -> None:
+    data = jpeg(picture(40, 30), exif=orientation(6), restart_marker_rows=1)
+    start = data.index(b"\xff\xda")
+    for end in range(0, len(data), 3):
+        assert baseline(data[:end], exif="apply") is None
+    dice = np.random.default_rng(3)
+    for _ in range(800):
+        spoiled = bytearray(data)
+        for place in dice.integers(0, start + 14, 3):
+            spoiled[place] = dice.integers(0, 256)
+        baseline(bytes(spoiled), exif="apply")
+
+
+def test_the_orientation_is_found_wherever_pillow_finds_it() -> None:
+    spec = PreprocessSpec(resize=(8, 8), crop=None, resample=3, mean=CLIP.mean, std=CLIP.std)
+    plain = jpeg(picture(90, 60))
+    xmp = b'http://ns.adobe.com/xap/1.0/\0<x tiff:Orientation="8"/>'
+    exif = jpeg(picture(90, 60), exif=orientation(5))
+    cut = exif.index(b"Exif")
+    files = [
+        with_segment(plain, 0xE1, xmp),
+        with_segment(exif, 0xE1, xmp),
+        exif[: cut + 6] + b"XX" + exif[cut + 8 :],
+        exif.replace(b"\x01\x12", b"\x01\x13"),
+        with_segment(exif, 0xE1, b"Exif\0\0" + bytes(12)),
+    ]
+    gpu, _ = decoder(spec)
+    for data, found in zip(files, gpu.decode(files), strict=True):
+        assert off(found, exact(data, spec)) <= 1
+
+
+def test_giants_and_formats_that_are_not_allowed_are_left_to_the_cpu() -> None:
+    gpu, _ = decoder(max_pixels=200 * 160 - 1)
+    assert gpu.decode([WHOLE]) == [None]
+    gpu, _ = decoder(formats=("PNG",))
+    assert gpu.decode([WHOLE]) == [None]
+
+
+def test_a_batch_keeps_its_order_whoever_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvidia, "CALL_PIXELS", 70_000)
+    sizes = [(200, 160), (160, 200), (64, 64), (300, 300), (200, 160), (10, 10)]
+    files = [jpeg(picture(*size, seed=i)) for i, size in enumerate(sizes)]
+    files.insert(2, ODD["progressive"])
+    gpu, codec = decoder()
+    found = gpu.decode(files)
+    assert found[2] is None
+    for index, data in enumerate(files):
+        if index != 2:
+            assert off(found[index], exact(data, CLIP)) <= 1
+    assert codec.events.count("decode") == 3
+
+
+def test_what_the_codec_refuses_or_leaves_blank_is_left_to_the_cpu() -> None:
+    gpu, codec = decoder()
+    codec.refuses = 1
+    blank = jpeg(Image.new("RGB", (30, 20)))
+    first, second, third = gpu.decode([WHOLE, blank, WHOLE])
+    assert first is None
+    assert second is None
+    assert off(third, exact(WHOLE, CLIP)) <= 1
+
+
+def test_a_picture_is_let_go_only_when_nothing_reads_it_and_the_engine_starts_on_an_empty_stream() -> None:
+    gpu, codec = decoder()
+    for _ in range(3):
+        gpu.decode([WHOLE, WHOLE])
+    once = ["wait", "decode", "wait", "wait", "freed", "freed"]
+    assert codec.events == once * 3
+
+
+def test_many_threads_share_the_lanes() -> None:
+    codecs: list[PillowCodec] = []
+
+    def opened(device: torch.device) -> PillowCodec:
+        codecs.append(PillowCodec(device))
+        return codecs[-1]
+
+    gpu = NvidiaDecoder(CLIP, CPU, formats=("JPEG",), exif="apply", max_pixels=10**8, open_codec=opened)
+    assert len(codecs) == nvidia.LANES
+    files = [jpeg(picture(100 + i, 90, seed=i)) for i in range(6)]
+    references = [exact(data, CLIP) for data in files]
+    with ThreadPoolExecutor(5) as pool:
+        for found in pool.map(gpu.decode, [files] * 10):
+            assert corrupted(found, references) == []
+
+
+def test_a_full_device_is_told_as_such() -> None:
+    gpu, codec = decoder()
+
+    def full(encoded: Sequence[bytes]) -> list[torch.Tensor | None]:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    codec.decode = full  # type: ignore[method-assign]
+    with pytest.raises(BackendUnavailable, match=r"no memory left to decode images.*loader\.batch_size"):
+        gpu.decode([WHOLE])
+
+
+def test_other_errors_of_the_device_are_not_swallowed() -> None:
+    gpu, codec = decoder()
+
+    def broken(encoded: Sequence[bytes]) -> list[torch.Tensor | None]:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    codec.decode = broken  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        gpu.decode([WHOLE])
+
+
+def test_without_a_gpu_or_the_package_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    rules: dict[str, Any] = {"formats": ("JPEG",), "exif": "apply", "max_pixels": 10}
+    with pytest.raises(BackendUnavailable, match=r"needs a GPU.*backend\.device is cpu.*images\.decoder=fast"):
+        NvidiaDecoder(CLIP, CPU, **rules)
+    monkeypatch.setitem(sys.modules, "nvidia", ModuleType("nvidia"))
+    with pytest.raises(BackendUnavailable, match=r"pip install 'clip-pipeline\[gpu\]'"):
+        NvidiaDecoder(CLIP, torch.device("cuda", 0), **rules)
+    box = PreprocessSpec(resize=224, crop=(224, 224), resample=4, mean=CLIP.mean, std=CLIP.std)
+    with pytest.raises(BackendUnavailable, match=r"resampling filter 4.*images\.decoder=exact"):
+        NvidiaDecoder(box, CPU, **rules)
+
+
+class HostCodec(PillowCodec):
+    """nvImageCodec without a GPU: the same calls, its own decoders for the CPU."""
+
+    def __init__(self, module: Any) -> None:
+        super().__init__(CPU)
+        self.module = module
+        self.decoder = module.Decoder(
+            device_id=module.NVIMGCODEC_DEVICE_CPU_ONLY,
+            max_num_cpu_threads=1,
+            backends=[module.Backend(module.BackendKind.CPU_ONLY, 1.0, module.LoadHintPolicy.IGNORE)],
+        )
+
+    def decode(self, encoded: Sequence[bytes]) -> list[torch.Tensor | None]:
+        return nvidia.decode(
+            self.module,
+            self.decoder,
+            nvidia.parameters(self.module),
+            encoded,
+            lambda image: torch.from_numpy(np.asarray(image)),
+        )
+
+
+def test_nvimagecodec_is_called_as_it_wants_to_be() -> None:
+    module = pytest.importorskip("nvidia.nvimgcodec", reason="nvImageCodec is not installed")
+    codec = HostCodec(module)
+    gpu = NvidiaDecoder(
+        CLIP, CPU, formats=("JPEG",), exif="apply", max_pixels=10**8, lanes=1, open_codec=lambda device: codec
+    )
+    files = [
+        WHOLE,
+        jpeg(picture(90, 120).convert("L")),
+        jpeg(picture(90, 120), exif=orientation(6)),
+        jpeg(picture(333, 120), restart_marker_rows=1, subsampling=1),
+        ODD["progressive"],
+    ]
+    found = gpu.decode(files)
+    assert found[-1] is None
+    for data, pixels in zip(files[:-1], found, strict=False):
+        assert off(pixels, exact(data, CLIP)) <= 2
+    assert codec.decode([b"\xff\xd8 nonsense"]) == [None]
+    assert nvidia.version() == module.__version__
+
+
+def corrupted(found: Sequence[torch.Tensor | None], references: Sequence[np.ndarray], *, levels: int = 1) -> list[int]:
+    """Which pictures are not those of their references."""
+    return [
+        index
+        for index, (pixels, reference) in enumerate(zip(found, references, strict=True))
+        if pixels is None or off(pixels, reference) > levels
+    ]
+
+
+def test_a_corrupted_picture_would_be_found() -> None:
+    reference = exact(WHOLE, CLIP)
+    good = torch.from_numpy(reference.copy())
+    assert corrupted([good], [reference]) == []
+    stripe = good.clone()
+    stripe[100:102] = 255 - stripe[100:102]
+    other = torch.from_numpy(exact(jpeg(picture(200, 160, seed=8)), CLIP).copy())
+    assert corrupted([good, stripe, other, None], [reference] * 4) == [1, 2, 3]
+
+
+def manifest_of(folder: Path, files: Sequence[bytes]) -> Manifest:
+    table = pa.table({"id": list(range(len(files))), "image": pa.array(files, pa.binary())})
+    pq.write_table(table, folder / "m.parquet", row_group_size=50)
+    return open_manifest(ManifestConfig(path=str(folder / "m.parquet"), image="image"))
+
+
+def batches_of(
+    manifest: Manifest, reader: PixelReader, device: torch.device = CPU
+) -> tuple[list[tuple[np.ndarray, np.ndarray]], dict[int, Failure]]:
+    """Rows and pixels of every batch, and the failures, of a manifest of one shard."""
+    batches, failures = [], {}
+    with Loader(
+        manifest, reader, batch_size=16, workers=2, prefetch=2, device=device, timer=lambda stage, seconds: None
+    ) as loader:
+        for item in loader.stream(cut(manifest, 4096)):
+            if isinstance(item, ImageBatch):
+                batches.append((item.rows.copy(), item.pixels.cpu().permute(0, 2, 3, 1).numpy().copy()))
+                loader.release(item)
+            else:
+                failures.update(item.failures)
+    return batches, failures
+
+
+@pytest.mark.parametrize("isolation", ["process", "none"])
+@pytest.mark.parametrize("every", [1, 3, 1000], ids=["one in ten on the device", "some", "nearly all"])
+def test_a_batch_holds_what_both_sides_decoded(tmp_path: Path, every: int, isolation: str) -> None:
+    files = [jpeg(picture(60 + i, 50, seed=i), progressive=i % every == 0 and i % 10 != 0) for i in range(70)]
+    files[11], files[12] = b"nothing", files[12][:-50]
+    manifest = manifest_of(tmp_path, files)
+    spec = PreprocessSpec(resize=24, crop=(24, 24), resample=3, mean=CLIP.mean, std=CLIP.std)
+    rules = Decoder(formats=FORMATS, max_pixels=10**8)
+    decoders = Decoders(rules, processes=2, seconds=60, memory=2**31) if isolation == "process" else None
+    with PixelReader(
+        source=Source(root=str(tmp_path), max_bytes=10**9), decoder=rules, spec=spec, decoders=decoders
+    ) as reader:
+        expected, expected_failures = batches_of(manifest, reader)
+        gpu, codec = decoder(spec)
+        found, failures = batches_of(manifest, replace(reader, gpu=gpu))
+    assert codec.events.count("decode") > 0
+    assert failures == expected_failures
+    assert sorted(failures) == [11, 12]
+    assert len(found) == len(expected) == 5
+    for (rows, pixels), (expected_rows, reference) in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(rows, expected_rows)
+        count = len(rows)
+        assert np.abs(pixels[:count].astype(int) - reference[:count]).max() <= 1
+        np.testing.assert_array_equal(pixels[count:], pixels[repeats(count, 16).numpy()])
+
+
+def test_the_pictures_of_a_report_have_their_own_size(tmp_path: Path) -> None:
+    manifest = manifest_of(tmp_path, [WHOLE, WHOLE])
+    rows = {"id": [0, 1], "label": ["a", "b"], "score": [0.5, 0.5], "status": ["ok", "ok"]}
+    pq.write_table(pa.table(rows), tmp_path / "part.parquet")
+    gpu, codec = decoder()
+    reader = PixelReader(
+        source=Source(root=str(tmp_path), max_bytes=10**9),
+        decoder=Decoder(formats=FORMATS, max_pixels=10**8),
+        spec=CLIP,
+        gpu=gpu,
+    )
+    examples = gallery(manifest, reader, part=str(tmp_path / "part.parquet"), shard_rows=10, count=2)
+    assert [Image.open(io.BytesIO(each.thumbnail)).size for each in examples] == [THUMBNAIL.size] * 2
+    assert codec.events == []
+
+
+@pytest.mark.gpu
+def test_batches_on_the_gpu_hold_what_both_sides_decoded(tmp_path: Path) -> None:
+    files = mixed(70)
+    files[5], files[6], files[7] = ODD["progressive"], b"nothing", WHOLE[:-50]
+    manifest = manifest_of(tmp_path, files)
+    gpu = on_gpu()
+    with PixelReader(
+        source=Source(root=str(tmp_path), max_bytes=10**9),
+        decoder=Decoder(formats=FORMATS, max_pixels=10**8),
+        spec=CLIP,
+    ) as reader:
+        expected, expected_failures = batches_of(manifest, reader)
+        for _ in range(20):
+            found, failures = batches_of(manifest, replace(reader, gpu=gpu), torch.device("cuda", 0))
+            assert failures == expected_failures
+            for (rows, pixels), (expected_rows, reference) in zip(found, expected, strict=True):
+                np.testing.assert_array_equal(rows, expected_rows)
+                count = len(rows)
+                assert np.abs(pixels[:count].astype(int) - reference[:count]).mean(axis=(1, 2, 3)).max() < 2
+                np.testing.assert_array_equal(pixels[count:], pixels[repeats(count, 16).numpy()])
+
+
+def mixed(count: int) -> list[bytes]:
+    dice = np.random.default_rng(11)
+    sizes = dice.integers(80, 900, (count, 2))
+    options = [{}, {"subsampling": 0}, {"restart_marker_rows": 1}, {"exif": orientation(6)}]
+    return [
+        jpeg(picture(int(width), int(height), seed=i), **options[i % len(options)])
+        for i, (width, height) in enumerate(sizes)
+    ]
+
+
+def on_gpu(spec: PreprocessSpec = CLIP) -> NvidiaDecoder:
+    pytest.importorskip("nvidia.nvimgcodec", reason="nvImageCodec is not installed")
+    return NvidiaDecoder(spec, torch.device("cuda", 0), formats=("JPEG",), exif="apply", max_pixels=10**8)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", SPECS)
+def test_the_gpu_decodes_nearly_as_pillow(name: str) -> None:
+    files = mixed(24)
+    for data, pixels in zip(files, on_gpu(SPECS[name]).decode(files), strict=True):
+        assert pixels is not None
+        assert pixels.is_cuda
+        # nvJPEG repeats halved colours where libjpeg-turbo interpolates them, which shows at edges.
+        assert np.abs(pixels.cpu().numpy().astype(int) - exact(data, SPECS[name])).mean() < 2
+
+
+@pytest.mark.gpu
+def test_200_rounds_beside_other_kernels_corrupt_no_picture_and_no_tensor() -> None:
+    """On an H100 that is not waited for, two rounds of three are corrupt (pytorch/vision #9606)."""
+    gpu, files = on_gpu(), mixed(48)
+    alone = gpu.decode(files)
+    references = [pixels.cpu().numpy() for pixels in alone if pixels is not None]
+    assert len(references) == len(files)
+    for data, reference in zip(files, references, strict=True):
+        assert np.abs(reference.astype(int) - exact(data, CLIP)).mean() < 2
+
+    def rounds(seed: int) -> list[str]:
+        dice, trouble = np.random.default_rng(seed), []
+        stream = torch.cuda.Stream()
+        for _ in range(50):
+            chosen = dice.choice(len(files), 24, replace=False)
+            with torch.cuda.stream(stream):
+                # Reads that are still queued, behind a pause, when the decoder is handed memory.
+                victims = [torch.full((int(size),), 3.0, device="cuda") for size in dice.integers(10**5, 10**6, 4)]
+                torch.cuda._sleep(20_000_000)
+                sums = [victim.double().sum() / victim.numel() for victim in victims]
+                del victims
+            found = gpu.decode([files[index] for index in chosen])
+            bad = corrupted(found, [references[index] for index in chosen])
+            trouble += [f"picture {chosen[index]}" for index in bad]
+            trouble += [f"a sum of {float(value)}" for value in sums if float(value) != 3.0]
+        return trouble
+
+    with ThreadPoolExecutor(4) as pool:
+        assert [line for lines in pool.map(rounds, range(4)) for line in lines] == []
+
+
+@pytest.mark.gpu
+def test_damaged_files_never_come_from_the_gpu() -> None:
+    found = on_gpu().decode([*ODD.values(), WHOLE])
+    assert [pixels is None for pixels in found] == [True] * len(ODD) + [False]
+
+
+def test_what_is_left_to_the_cpu_fails_there_as_ever() -> None:
+    ordinary = Decoder(formats=("JPEG",), max_pixels=10**8)
+    result = ordinary.decode(ODD["cut off"])
+    assert isinstance(result, Failure)
+    assert result.status == "truncated"
