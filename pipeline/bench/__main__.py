@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 # First word to the module whose ``main`` takes the rest; the first one where the word is missing.
-DOORS = {"backends": "pipeline.bench.backends"}
+DOORS = {"backends": "pipeline.bench.backends", "pipeline": "pipeline.bench.pipeline"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

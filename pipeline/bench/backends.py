@@ -17,7 +17,7 @@ from pathlib import Path
 from pipeline.bench.records import Bench, Row
 from pipeline.bench.rounds import Plan, run
 from pipeline.bench.rows import ROWS, read_batches, read_only
-from pipeline.config import BackendConfig, Config, LoaderConfig
+from pipeline.config import AUTO, BackendConfig, Config, LoaderConfig
 from pipeline.errors import ConfigError, PipelineError, Problem
 from pipeline.overrides import compose_config
 
@@ -140,9 +140,8 @@ def _set_by_row(config: Config) -> list[Problem]:
             key = "backend" if name == "name" else f"backend.{name}"
             problems.append(Problem(key, value, "goes by row here", "choose rows with --only torch:bf16,onnx_int8"))
     if config.loader.batch_size != LoaderConfig().batch_size:
-        problems.append(
-            Problem("loader.batch_size", config.loader.batch_size, "goes by column here", "choose with --batches")
-        )
+        size = config.loader.batch_size or AUTO
+        problems.append(Problem("loader.batch_size", size, "goes by column here", "choose with --batches"))
     return problems
 
 

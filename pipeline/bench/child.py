@@ -1,4 +1,4 @@
-"""``python -m pipeline.bench.child``: one backend in a process of its own, measured on request.
+"""``python -m pipeline.bench.child``: one backend, or the stages, in a process of its own, measured on request.
 
 A line of JSON on standard input is a request, a line on standard output its answer. The first request sets up.
 At the end of its input the process ends at once, whatever it is doing, with all that it started.
@@ -14,9 +14,13 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator
+from importlib import import_module
 from typing import Any, BinaryIO
 
 from pipeline.errors import PipelineError
+
+# What the first request may set up.
+SUBJECTS = {"backend": ("pipeline.bench.subject", "Subject"), "stages": ("pipeline.bench.stages", "Stages")}
 
 
 def main() -> int:
@@ -44,10 +48,9 @@ def main() -> int:
     return 0
 
 
-def _set_up(**request: Any) -> dict[str, Any]:
-    from pipeline.bench.subject import Subject
-
-    return {"subject": Subject(**request)}
+def _set_up(kind: str = "backend", **request: Any) -> dict[str, Any]:
+    module, name = SUBJECTS[kind]
+    return {"subject": getattr(import_module(module), name)(**request)}
 
 
 def _requests(source: BinaryIO) -> Iterator[dict[str, Any]]:

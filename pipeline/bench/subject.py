@@ -7,6 +7,7 @@ import dataclasses
 import gc
 import math
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -15,6 +16,7 @@ import torch
 
 from pipeline.backends.base import ImageEncoder
 from pipeline.backends.devices import choose_device
+from pipeline.backends.pace import settle
 from pipeline.backends.parity import embed_sample
 from pipeline.bench.records import Row
 from pipeline.bench.rounds import BANK, SAMPLE
@@ -25,12 +27,14 @@ from pipeline.images.sample import draw_sample
 from pipeline.manifest.source import open_manifest
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline.models.text import build_bank, read_labels
+from pipeline.processes import cores
+from pipeline.reading import pixel_reader
 from pipeline.records import Sample, TextBank
 from pipeline.report.summary import machine, memory
-from pipeline.worker import cores, open_encoder, pixel_reader
+from pipeline.worker import open_encoder
 
-# Times have settled when the last few lie this near to one another, or when warming up has taken too long.
-SETTLED, LAST, PATIENCE = 1.1, 3, 3.0
+# Of warming up, in times of one measurement.
+PATIENCE = 3.0
 
 
 class Subject:
@@ -132,12 +136,7 @@ class Subject:
         return time.perf_counter() - began
 
     def _warm_up(self, seconds: float) -> None:
-        times: list[float] = []
-        while len(times) < 2 or sum(times) < PATIENCE * seconds:
-            times.append(self._encode(1))
-            if len(times) >= LAST and max(times[-LAST:]) <= SETTLED * min(times[-LAST:]):
-                break
-        self._settled = sorted(times[-LAST:])[len(times[-LAST:]) // 2]
+        self._settled = settle(partial(self._encode, 1), patience=PATIENCE * seconds)
 
     def _let_go(self) -> None:
         self._encoder, self._pixels = None, torch.empty(0)

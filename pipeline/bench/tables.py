@@ -140,9 +140,9 @@ def to_markdown(bench: Bench) -> str:
         f"# Backends: {bench.model}",
         f"**{advice.text}.**" + (f" {advice.beside}." if advice.beside else ""),
         f"    python -m pipeline.run {advice.overrides}",
-        _markdown(main_table(bench)),
+        markdown(main_table(bench)),
         "## Images/s by batch size",
-        _markdown(batch_table(bench)),
+        markdown(batch_table(bench)),
     ]
     if failures(bench):
         parts += [
@@ -158,7 +158,9 @@ def to_markdown(bench: Bench) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _markdown(table: Table) -> str:
+def markdown(table: Table) -> str:
+    """The table as Markdown."""
+
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(cells) + " |"
 

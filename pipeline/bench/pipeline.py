@@ -1,0 +1,239 @@
+"""``python -m pipeline.bench pipeline``: the stages alone, the whole job, and what people use today, side by side."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+import shlex
+import signal
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from pipeline.bench.measured import PipelineBench
+from pipeline.config import CHOICES, Config
+from pipeline.errors import ConfigError, PipelineError, Problem
+from pipeline.overrides import compose_config
+
+COMMAND = ("python", "-m", "pipeline.bench", "pipeline")
+SCENES, SIZE = 256, (512, 384)
+EXAMPLES = """\
+examples:
+  python -m pipeline.bench pipeline
+  python -m pipeline.bench pipeline model=clip_vit_b32 model.weights=random --images 256 --size 4000x3000 --no-tools
+  python -m pipeline.bench pipeline model=clip_vit_b32 manifest.path=photos.parquet --decoders exact,fast,scaled
+  python -m pipeline.bench pipeline model=clip_vit_b32 manifest.path=photos.parquet images.decoder=fast \\
+      --ours backend.precision=bf16 --ours "backend=onnx_int8 loader.batch_size=32"
+
+Images that cannot be decoded are left out, for every tool alike. The model is saved once more for the other tools,
+and their images are files: both lie in --out while it runs.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to measure.
+
+    ``images`` of the manifest, or scenes of ``size`` (width, height) where there is none; ``decoders`` besides the
+    config's own; ``ours`` are overrides for more runs of the job; ``seconds`` for one stage in one round.
+    """
+
+    images: int | None
+    size: tuple[int, int]
+    decoders: tuple[str, ...]
+    ours: tuple[tuple[str, ...], ...]
+    tools: bool
+    tool_batch: int
+    repeats: int
+    seconds: float
+    timeout: float
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line, measure, write, print the tables; returns the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = _parser().parse_intermixed_args(given)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        overrides, plan = read(options)
+        bench = measure(overrides, plan, options.out, command=shlex.join([*COMMAND, *given]))
+        print(write(bench, options.out), end="")
+    except PipelineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return 0
+
+
+def read(options: argparse.Namespace) -> tuple[list[str], Plan]:
+    """The overrides and the plan of a command line.
+
+    Raises:
+        ConfigError: with every problem of both.
+    """
+    problems = []
+    for name, lowest in (("repeats", 1), ("seconds", 0.0), ("timeout", 1.0), ("tool_batch", 1), ("images", 1)):
+        value = getattr(options, name)
+        if value is not None and not lowest <= value < float("inf"):
+            problems.append(Problem(f"--{name.replace('_', '-')}", value, f"must be a number from {lowest} on"))
+    size = SIZE
+    if options.size is not None:
+        found = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", options.size)
+        size = (int(found[1]), int(found[2])) if found else SIZE
+        if not found:
+            problems.append(Problem("--size", options.size, "must be WIDTHxHEIGHT in pixels, such as 512x384"))
+    decoders = tuple(filter(None, (options.decoders or "").split(",")))
+    known = CHOICES["images.decoder"]
+    problems += [
+        Problem("--decoders", name, f"is no decoder; choose among {', '.join(known)}")
+        for name in decoders
+        if name not in known
+    ]
+    ours = tuple(tuple(text.split()) for text in options.ours)
+    for more in ((), *ours):
+        try:
+            config = compose_config(merged(options.overrides, more))
+        except ConfigError as error:
+            problems += [problem for problem in error.problems if problem not in problems]
+            continue
+        if more == () and config.manifest.path is not None and options.size is not None:
+            problems.append(Problem("--size", options.size, "is of rendered scenes, and manifest.path names images"))
+    if problems:
+        raise ConfigError(problems)
+    return list(options.overrides), Plan(
+        images=options.images,
+        size=size,
+        decoders=decoders,
+        ours=ours,
+        tools=options.tools,
+        tool_batch=options.tool_batch,
+        repeats=options.repeats,
+        seconds=options.seconds,
+        timeout=options.timeout,
+    )
+
+
+def measure(overrides: Sequence[str], plan: Plan, out: Path, *, command: str) -> PipelineBench:
+    """Run the plan; ``command`` is what was typed.
+
+    Raises:
+        PipelineError: the stages or the job cannot run.
+    """
+    from pipeline.bench.turns import run
+    from pipeline.demo.folder import render_folder
+    from pipeline.report.summary import versions
+
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.TemporaryDirectory(dir=out, prefix=".work-", ignore_cleanup_errors=True)
+    except OSError as error:
+        raise PipelineError(f"--out {out}: {error}") from error
+    with folder as name:
+        work = Path(name).resolve()
+        more, words = with_labels(compose_config(list(overrides))), "images of the manifest"
+        if compose_config(list(overrides)).manifest.path is None:
+            width, height = plan.size
+            count = plan.images or SCENES
+            _say(f"rendering {count} scenes of {width} x {height} pixels")
+            scenes = render_folder(work / "scenes", count, width=width, height=height)
+            more += [
+                f"manifest.path={quoted(str(scenes))}",
+                "manifest.id=id",
+                "manifest.image=path",
+                "manifest.keep=[]",
+            ]
+            words = "rendered scenes"
+        bench = run(merged(overrides, more), plan, work, say=_say)
+    return dataclasses.replace(
+        bench,
+        started=started,
+        command=command,
+        images=bench.images.replace("@", words),
+        versions=versions(),
+    )
+
+
+def with_labels(config: Config) -> list[str]:
+    """Overrides for what the bench wants to be known: labels, where the config names none, and the size of batches."""
+    more = []
+    if not config.prompts.labels and config.prompts.path is None:
+        from pipeline.demo.folder import label_names
+
+        more.append(f"prompts.labels=[{','.join(map(quoted, label_names()[:10]))}]")
+    # 0 is automatic: the stages would have to find it by measuring, too.
+    if not config.loader.batch_size:
+        more.append("loader.batch_size=64")
+    return more
+
+
+def merged(overrides: Sequence[str], more: Sequence[str]) -> list[str]:
+    """The overrides with ``more``, which replace those of the same key."""
+    keys = {text.partition("=")[0] for text in more}
+    return [*(text for text in overrides if text.partition("=")[0] not in keys), *more]
+
+
+def quoted(text: str) -> str:
+    """A value as Hydra's grammar takes it, whatever is in it."""
+    escaped = re.sub(r"(\\+)(?='|$)", r"\1\1", text).replace("'", r"\'")
+    return f"'{escaped}'"
+
+
+def write(bench: PipelineBench, out: Path) -> str:
+    """Write the three files; returns the Markdown."""
+    from pipeline.bench import sheets
+    from pipeline.storage.local import LocalStorage
+
+    text = sheets.to_markdown(bench)
+    storage = LocalStorage(str(out))
+    storage.write("pipeline.json", (json.dumps(dataclasses.asdict(bench), indent=1) + "\n").encode())
+    storage.write("pipeline.html", sheets.to_html(bench))
+    storage.write("pipeline.md", text.encode())
+    _say(f"written: {out}/pipeline.md, pipeline.json, pipeline.html")
+    return text
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=" ".join(COMMAND),
+        description="Measure the stages alone, the whole job, and what people use today, on the same images.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="GROUP=OPTION or KEY=VALUE, as for the job")
+    parser.add_argument(
+        "--images", type=int, metavar="N", help="images, begun again where the manifest ends (its rows, up to 1000)"
+    )
+    parser.add_argument(
+        "--size", metavar="WxH", help=f"of rendered scenes, where manifest.path is not set ({SIZE[0]}x{SIZE[1]})"
+    )
+    parser.add_argument("--decoders", metavar="NAMES", help="measure these too, such as exact,fast,scaled")
+    parser.add_argument(
+        "--ours", action="append", default=[], metavar="OVERRIDES", help="one more run of the job, with these as well"
+    )
+    parser.add_argument(
+        "--tools", action=argparse.BooleanOptionalAction, default=True, help="measure today's tools beside the job"
+    )
+    parser.add_argument("--tool-batch", type=int, default=32, metavar="N", help="their batch size (default: 32)")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="rounds over everything (default: 3)")
+    parser.add_argument(
+        "--seconds", type=float, default=4.0, metavar="S", help="seconds of a stage in a round, about (default: 4)"
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=1800.0, metavar="S", help="longest wait for one run or answer (1800)"
+    )
+    parser.add_argument("--out", type=Path, default=Path("outputs/bench"), help="folder (default: outputs/bench)")
+    return parser

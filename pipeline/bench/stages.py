@@ -1,0 +1,277 @@
+"""What a child does for the benchmark of the pipeline: hold the images, and run one stage alone on request.
+
+Each stage does what it does in the job, with as many threads and processes, and goes on where it stopped the last time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from pipeline.backends.base import ImageEncoder
+from pipeline.backends.devices import choose_device
+from pipeline.backends.streams import Streams, count_streams
+from pipeline.bench.copies import copy_images, save_model
+from pipeline.bench.race import Race, Unit
+from pipeline.bench.subject import config_from
+from pipeline.config import Config
+from pipeline.dataset.commits import commit_part
+from pipeline.dataset.parts import ShardResult, build_table, part_format
+from pipeline.images.reader import PixelReader
+from pipeline.images.sample import draw_sample
+from pipeline.manifest.shards import ShardReader, cut, refs
+from pipeline.manifest.source import open_manifest
+from pipeline.models.checkpoint import open_checkpoint
+from pipeline.models.labels import label
+from pipeline.models.text import build_bank, read_labels
+from pipeline.processes import cores
+from pipeline.reading import pixel_reader, worker_threads
+from pipeline.records import Embeddings, ImageRef, Pixels, Sample, ShardRows, Stage
+from pipeline.report.summary import machine
+from pipeline.storage.opening import open_storage
+from pipeline.worker import open_encoder
+
+ROWS = "rows"
+# Batches that are held ready for the encoder.
+HELD_BATCHES = 8
+# Calls that are queued on a GPU before the next one waits.
+QUEUED = 2
+
+
+class Stages:
+    """The images of the job in memory, its encoder, and the stages to run on them.
+
+    Args:
+        config: as ``dataclasses.asdict`` gives it.
+        work: an empty folder.
+        images: how many are wanted; None for those that the manifest has, up to a limit.
+        decoders: those to measure besides the config's own.
+        tools: save model and images as files that other tools load.
+    """
+
+    def __init__(self, config: dict[str, Any], work: str, images: int | None, decoders: list[str], tools: bool) -> None:
+        asked = config_from(config)
+        self._work, self._open = Path(work), ExitStack()
+        self._races: dict[str, Race] = {}
+        self._parts = itertools.count()
+        self._device = choose_device(asked.backend.device)
+        self._checkpoint = open_checkpoint(asked.model)
+        self._spec = dataclasses.replace(self._checkpoint.spec, corner=asked.images.crop_corner)
+        given = open_manifest(asked.manifest)
+        with pixel_reader(asked, given, self._spec) as reader:
+            copies = copy_images(given, reader, self._work, count=images, files=tools, threads=worker_threads(asked))
+        self._encoded, self._pixels, self._copies = copies.encoded, copies.pixels, copies
+        self._config = dataclasses.replace(asked, manifest=dataclasses.replace(asked.manifest, **copies.manifest))
+        self._manifest = open_manifest(self._config.manifest)
+        labels = read_labels(asked.prompts)
+        self._bank = build_bank(self._checkpoint, labels, asked.prompts, asked.labels)
+        self._features = torch.from_numpy(self._bank.features).to(self._device)
+        self._streams = self._open.enter_context(Streams(self._device, self._count()))
+        self._encoder = self._opened(self._config)
+        self._readers = {name: self._reader(name) for name in dict.fromkeys([asked.images.decoder, *decoders])}
+        if tools:
+            save_model(self._checkpoint, self._work / "model")
+            (self._work / "prompts.json").write_text(json.dumps([each[0] for each in labels.prompts]))
+
+    def facts(self) -> dict[str, Any]:
+        """What the machine and the images are, and the manifest that was made of them, as values for the config."""
+        return {
+            **dataclasses.asdict(self._copies.facts),
+            "manifest": self._copies.manifest,
+            "batch": self._batch,
+            "labels": len(self._bank.names),
+            "backend": f"{self._encoder.name} {self._encoder.precision}",
+            "precision": self._encoder.precision,
+            "streams": self._count(),
+            "machine": {
+                **machine(str(self._device), cores()),
+                "instructions": torch.backends.cpu.get_cpu_capability(),
+            },
+        }
+
+    def warm(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Open another backend of the job once, so that what it exports is there when its run is timed."""
+        other = config_from(config)
+        encoder = self._opened(dataclasses.replace(other, manifest=self._config.manifest))
+        return {"backend": f"{encoder.name} {encoder.precision}"}
+
+    def measure(self, stage: str, seconds: float, decoder: str | None = None) -> dict[str, Any]:
+        """Run ``stage`` alone for about ``seconds``: images/s, core seconds of an image, threads."""
+        unit, threads = self._unit(stage, decoder)
+        race = self._races.setdefault(f"{stage} {decoder}", Race())
+        with ThreadPoolExecutor(threads) as pool:
+            submit = self._streams.submit if stage in (Stage.ENCODE, Stage.LABEL) else pool.submit
+            pace = race.run(unit, threads=threads, seconds=seconds, submit=submit, finish=self._finish)
+        shutil.rmtree(self._work / "parts", ignore_errors=True)
+        return {**dataclasses.asdict(pace), "threads": threads}
+
+    def _finish(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+    @property
+    def _batch(self) -> int:
+        return min(self._config.loader.batch_size, self._manifest.rows, self._config.manifest.shard_rows)
+
+    def _count(self) -> int:
+        return count_streams(self._config.backend.streams, self._device)
+
+    def _opened(self, config: Config) -> ImageEncoder:
+        def sample() -> Sample:
+            with pixel_reader(config, self._manifest, self._spec) as reader:
+                found = draw_sample(self._manifest, reader, 2 * config.parity.images)
+            if found is None:
+                raise RuntimeError("images that could be decoded before cannot be decoded now")
+            return found
+
+        sized = dataclasses.replace(config, loader=dataclasses.replace(config.loader, batch_size=self._batch))
+        return self._streams.submit(lambda: open_encoder(sized, self._checkpoint, sample)).result()
+
+    def _reader(self, decoder: str) -> PixelReader:
+        images = dataclasses.replace(self._config.images, decoder=decoder)
+        config = dataclasses.replace(self._config, images=images)
+        return self._open.enter_context(pixel_reader(config, self._manifest, self._spec))
+
+    def _unit(self, stage: str, decoder: str | None) -> tuple[Unit, int]:
+        """One piece of the stage's work, which returns how many images it did, and the threads that do such pieces."""
+        workers, streams = worker_threads(self._config), self._count()
+        makers: dict[str, tuple[Callable[[], Unit], int]] = {
+            ROWS: (self._rows, 1),
+            Stage.READ: (self._read, workers),
+            Stage.DECODE: (lambda: self._decode(decoder or self._config.images.decoder), workers),
+            Stage.COPY: (self._copy, 1),
+            Stage.ENCODE: (self._encode, streams),
+            Stage.LABEL: (self._label, streams),
+            Stage.WRITE: (self._write, 1),
+        }
+        make, threads = makers[stage]
+        return make(), threads
+
+    def _rows(self) -> Unit:
+        shards = list(cut(self._manifest, self._config.manifest.shard_rows))
+
+        def unit(number: int) -> int:
+            with ShardReader(self._manifest) as reader:
+                return sum(len(refs(self._manifest, rows)) for rows in reader.read(shards[number % len(shards)]))
+
+        return unit
+
+    def _refs(self) -> list[ImageRef]:
+        with ShardReader(self._manifest) as reader:
+            found = [
+                ref
+                for shard in cut(self._manifest, self._config.manifest.shard_rows)
+                for rows in reader.read(shard)
+                for ref in refs(self._manifest, rows)
+            ]
+        return found[: len(self._encoded)]
+
+    def _read(self) -> Unit:
+        source, every = self._readers[self._config.images.decoder].source, self._refs()
+
+        def unit(number: int) -> int:
+            source.read(every[number % len(every)])
+            return 1
+
+        return unit
+
+    def _decode(self, decoder: str) -> Unit:
+        reader, encoded = self._readers[decoder], self._encoded
+        size = reader.chunk
+        starts = range(0, len(encoded), size)
+
+        def unit(number: int) -> int:
+            start = starts[number % len(starts)]
+            chunk = [ImageRef(id=start, data=data) for data in encoded[start : start + size]]
+            results = reader.read_all(chunk, lambda stage, seconds: None)
+            return sum(isinstance(result, Pixels) for result in results)
+
+        return unit
+
+    def _copy(self) -> Unit:
+        cuda = self._device.type == "cuda"
+        shape = (self._batch, *self._pixels.shape[1:])
+        host = torch.zeros(shape, dtype=torch.uint8, pin_memory=cuda)
+        device = torch.empty(shape, dtype=torch.uint8, device=self._device) if cuda else host
+        images, buffer = self._pixels.numpy(), host.numpy()
+
+        def unit(number: int) -> int:
+            for place in range(len(buffer)):
+                buffer[place] = images[(number * len(buffer) + place) % len(images)]
+            if cuda:
+                device.copy_(host, non_blocking=True)
+                torch.cuda.synchronize(device.device)
+            return len(buffer)
+
+        return unit
+
+    def _encode(self) -> Unit:
+        places, size = torch.arange(self._batch), self._batch
+        wanted = range(0, min(len(self._pixels), HELD_BATCHES * size), size)
+        batches = [
+            self._pixels[(places + start) % len(self._pixels)].to(self._device).permute(0, 3, 1, 2) for start in wanted
+        ]
+        queued: list[torch.cuda.Event] = []
+
+        def unit(number: int) -> int:
+            self._encoder.encode(batches[number % len(batches)])
+            if self._device.type == "cuda":
+                queued.append(torch.cuda.Event())
+                queued[-1].record(torch.cuda.current_stream(self._device))
+                if len(queued) > QUEUED:
+                    queued.pop(0).synchronize()
+            return size
+
+        return unit
+
+    def _label(self) -> Unit:
+        vectors = torch.nn.functional.normalize(torch.randn(self._batch, self._checkpoint.dim), dim=1).to(self._device)
+
+        def unit(number: int) -> int:
+            label(Embeddings(vectors), self._bank, self._features, top_k=self._config.labels.top_k)
+            return len(vectors)
+
+        return unit
+
+    def _write(self) -> Unit:
+        config, names = self._config, self._bank.names
+        form = part_format(
+            self._manifest.schema,
+            dim=self._checkpoint.dim,
+            dtype=config.output.dtype,
+            compression=config.output.compression,
+            fingerprints={},
+        )
+        shards = list(cut(self._manifest, config.manifest.shard_rows))
+        with ShardReader(self._manifest) as reader:
+            rows = list(reader.read(shards[0]))
+        table = pa.Table.from_batches(rows).select(self._manifest.schema.names).cast(self._manifest.schema)
+        count, k = shards[0].rows, min(config.labels.top_k, len(names))
+        generator = np.random.default_rng(0)
+        result = ShardResult(
+            rows=ShardRows(shard=shards[0], table=table, failures={}),
+            vectors=generator.standard_normal((count, self._checkpoint.dim)).astype(config.output.dtype),
+            top=generator.integers(0, len(names), (count, k)),
+            scores=generator.random((count, k), dtype=np.float32),
+            names=names,
+            threshold=config.labels.threshold,
+        )
+        storage = open_storage(str(self._work / "parts"))
+
+        def unit(number: int) -> int:
+            # Another name each time, as a part that is there already would not be written.
+            commit_part(storage, next(self._parts), build_table(result, form), form, {"ok": count})
+            return count
+
+        return unit
