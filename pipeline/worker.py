@@ -178,7 +178,8 @@ def _results(
                 job.manifest,
                 pixels,
                 batch_size=config.loader.batch_size,
-                workers=worker_threads(config),
+                # While processes decode, one more thread reads what comes next and hands in what is done.
+                workers=worker_threads(config) + (pixels.decoders is not None),
                 prefetch=config.loader.prefetch,
                 in_flight=ahead if encoder.device.type == "cpu" else 1,
                 device=encoder.device,

@@ -20,11 +20,13 @@ from pipeline.records import Parity, Sample, TextBank
 from pipeline.storage.base import Storage
 
 FILE = "_decoder_parity.json"
+# Every picture goes through the decoder, and each is embedded twice: half of the backend's sample shows enough.
+PICTURES = 32
 log = logging.getLogger(__name__)
 
 
 def measure(encoder: ImageEncoder, sample: Sample, exact: Sample, bank: TextBank | None) -> Parity | None:
-    """Compare two samples of the same pictures, by their ids; None where no picture is in both.
+    """Compare up to ``PICTURES`` pictures that are in both samples, by their ids; None where no picture is.
 
     Only pictures whose pixels differ are embedded; the others are equal in both.
     """
@@ -33,6 +35,8 @@ def measure(encoder: ImageEncoder, sample: Sample, exact: Sample, bank: TextBank
     missing = len(sample.ids) + len(exact.ids) - 2 * len(common)
     if missing:
         log.warning("%d pictures of the sample could be read in one of two ways alone, and are not compared", missing)
+    # Spread over the sample, as that is over the manifest.
+    common = common[:: -(-len(common) // PICTURES) or 1]
     if not common:
         return None
     ids = tuple(sample.ids[place] for place, _ in common)
@@ -44,8 +48,9 @@ def measure(encoder: ImageEncoder, sample: Sample, exact: Sample, bank: TextBank
     wanted = vectors.clone()
     if differ.any():
         chosen = tuple(id for id, other in zip(ids, differ.tolist(), strict=True) if other)
-        vectors[differ] = embed_sample(encoder, Sample(ids=chosen, pixels=ours[differ]))
-        wanted[differ] = embed_sample(encoder, Sample(ids=chosen, pixels=theirs[differ]))
+        # Together: each alone would end in a batch that is not full.
+        both = torch.cat([ours[differ], theirs[differ]])
+        vectors[differ], wanted[differ] = embed_sample(encoder, Sample(ids=chosen * 2, pixels=both)).chunk(2)
     return compare(vectors, wanted, ids=ids, bank=bank)
 
 

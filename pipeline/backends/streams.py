@@ -8,8 +8,11 @@ on the number of cores either.
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from types import TracebackType
 from typing import TypeVar
 
@@ -19,6 +22,8 @@ from pipeline.processes import cores
 
 # Each stream holds the activations of a batch: beyond these, more cores go to each one.
 MOST = 8
+# Numbers of mallopt's parameters, from glibc's malloc.h; 32 MiB is the most that the first one takes.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _T = TypeVar("_T")
 
 
@@ -32,6 +37,19 @@ def count_streams(wanted: int, device: torch.device) -> int:
     return wanted or min(cores(), MOST)
 
 
+@cache
+def keep_memory() -> None:
+    """Let glibc keep the memory of activations for the next batch, where it would give each back to the kernel.
+
+    Fresh pages for every layer of a ViT-B/32 in fp32 took a tenth of the speed: 14.5 and 15.0 images/s without, 16.2
+    and 16.4 with this (two cores, in turn).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(_MMAP_THRESHOLD, 32 * 2**20)
+        mallopt(_TRIM_THRESHOLD, 512 * 2**20)
+
+
 class Streams:
     """Threads for ``count`` batches at a time, each with its share of the cores; on a GPU the calling thread itself.
 
@@ -42,6 +60,7 @@ class Streams:
         self.count = count
         self._pool: ThreadPoolExecutor | None = None
         if device.type == "cpu":
+            keep_memory()
             share = max(1, cores() // count)
             self._pool = ThreadPoolExecutor(
                 count, thread_name_prefix="encode", initializer=torch.set_num_threads, initargs=(share,)

@@ -17,6 +17,8 @@ _ELSEWHERE = (Stage.READ, Stage.WRITE)
 _ON_GPU = (Stage.COPY, Stage.ENCODE, Stage.LABEL)
 # Below this share of the bound the run lost time that no stage explains.
 NEAR = 0.95
+# Above this a run was too short for its figures.
+OVER = 1.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +126,8 @@ def verdict(limit: Limit, shares: Mapping[str, float], *, rate: float, cores: in
         binds = f"{limit.by} binds: {who} does {bound} images/s"
     ratio = rate / limit.images_per_second
     near = f"the whole ran at {in_words(rate)}, {ratio:.0%} of that"
+    if ratio > OVER:
+        near += "; more than all of it, since images that were decoded before the clock began count in a short run"
     if ratio < NEAR:
         near += f"; the other {1 - ratio:.0%} went to waiting, to contention, or to other programs"
     return f"{binds}; {near} ({core_time})"
