@@ -5,11 +5,11 @@ takes the results back in order, fills buffers that are used again and again, an
 on a stream of its own. Threads live anywhere: in a Dask worker, in a container with a small /dev/shm, after
 CUDA was started; what they decode is decoded for them by processes of :mod:`pipeline.images.decoders`.
 
-Chosen by measurement (jobs/results/loaders-cpu.md: four sizes, three sources, two cores). Against these threads, medians
-of torch's DataLoader were 0.94 with the decoder ``exact`` and 1.06 with ``fast``, those of SPDL 0.95 and 0.73; contained
-as here 1.03 and 0.83 (0.92 with the thread more that :mod:`pipeline.worker` gives). Speed does not decide, then, but
-where they live: DataLoader's processes may not be started in a Dask worker, and its batches of 512 images do not fit
-into a /dev/shm of 64 MB; with either of the two, an image that crashes its decoder ends the run.
+Chosen by measurement (jobs/results/loaders-cpu.md: four sizes, three sources, two cores). Against these threads,
+medians of torch's DataLoader were 0.94 with the decoder ``exact`` and 1.06 with ``fast``, those of SPDL 0.95 and 0.73;
+contained as here 1.03 and 0.83 (0.92 with the thread more that :mod:`pipeline.worker` gives). Speed does not decide,
+then, but where they live: DataLoader's processes may not be started in a Dask worker, and its batches of 512 images do
+not fit into a /dev/shm of 64 MB; with either of the two, an image that crashes its decoder ends the run.
 
 What a batch holds follows from the manifest and the config alone: the rows of one shard that could be
 decoded, in order, ``batch_size`` at a time, the last one filled up with pictures of its own.
