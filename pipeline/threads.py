@@ -22,14 +22,15 @@ def in_order(
         Exception: the first of ``work``'s, in order; what was not begun by then is not done.
     """
     waiting: deque[Future[_Result]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            for item in items:
-                waiting.append(pool.submit(work, item))
-                if len(waiting) > AHEAD * threads:
-                    yield waiting.popleft().result()
-            while waiting:
+    pool = ThreadPoolExecutor(threads)
+    try:
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) > AHEAD * threads:
                 yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        # Without waiting: a generator that was left in the middle ends wherever the garbage is collected, which may be
+        # a thread that is just starting, and that can join no other.
+        pool.shutdown(wait=False, cancel_futures=True)
