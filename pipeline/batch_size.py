@@ -88,8 +88,8 @@ def settle_batch_size(
     Args:
         config: of the job.
         checkpoint: its model.
-        open_at: opens the backend for a batch size; what it returns is used by nobody else, so that its memory can be
-            given back. It must not answer a want of memory by itself.
+        open_at: opens the backend for a batch size, for the streams of the config; what it returns is used by nobody
+            else, so that its memory can be given back. It must not answer a want of memory by itself.
         rows: of the manifest.
         storage: the output, which may hold a plan.
         alone: called before the first measurement; returns when nothing else is at work in this process.
@@ -123,7 +123,7 @@ def settle_batch_size(
         compiles = _compiles(config.backend)
         how = "; the backend is compiled anew for each size" if compiles else ""
         log.info("loader.batch_size=auto: measuring batches of %d to %d images, once%s", sizes[0], sizes[-1], how)
-        return _measure(open_at, pace, sizes, streams=streams, compiles=compiles, clock=clock)
+        return _measure(open_at, pace, sizes, compiles=compiles, clock=clock)
 
     about = _recipe(config.backend, checkpoint, device, precision, streams=streams, sizes=sizes)
     found, where = _remembered(ArtifactStore(config.backend.artifacts), about, measured)
@@ -197,14 +197,12 @@ def _remembered(store: ArtifactStore, about: Recipe, measured: Callable[[], Meas
     return Measured(rates=rates, full=facts["full"]), f"remembered in {artifact.path}"
 
 
-def _measure(
-    open_at: Open, pace: Measure, sizes: Sequence[int], *, streams: int, compiles: bool, clock: Clock
-) -> Measured:
+def _measure(open_at: Open, pace: Measure, sizes: Sequence[int], *, compiles: bool, clock: Clock) -> Measured:
     rates: dict[int, float] = {}
     began, full = clock(), None
     for size in sizes:
         best = max(rates.values(), default=0.0)
-        rate = _rate(open_at, pace, size, streams=streams, compiles=compiles)
+        rate = _rate(open_at, pace, size, compiles=compiles)
         if rate is None:
             full = size
             break
@@ -221,7 +219,7 @@ def _measure(
                 "smaller model or precision"
             )
         smaller = full // 2
-        rate = _rate(open_at, pace, smaller, streams=streams, compiles=compiles)
+        rate = _rate(open_at, pace, smaller, compiles=compiles)
         if rate is None:
             full = smaller
         else:
@@ -229,9 +227,9 @@ def _measure(
     return Measured(rates=rates, full=full)
 
 
-def _rate(open_at: Open, pace: Measure, size: int, *, streams: int, compiles: bool) -> float | None:
+def _rate(open_at: Open, pace: Measure, size: int, *, compiles: bool) -> float | None:
     """Images/s of batches of ``size``; None if the device has no memory for them. Its memory is given back."""
-    rate = _opened_rate(open_at, pace, size, streams)
+    rate = _opened_rate(open_at, pace, size)
     # Not while the encoder, or an exception that holds it, is still there.
     if compiles:
         torch.compiler.reset()
@@ -241,11 +239,9 @@ def _rate(open_at: Open, pace: Measure, size: int, *, streams: int, compiles: bo
     return rate
 
 
-def _opened_rate(open_at: Open, pace: Measure, size: int, streams: int) -> float | None:
+def _opened_rate(open_at: Open, pace: Measure, size: int) -> float | None:
     try:
-        encoder = open_at(size)
-        encoder.streams = streams
-        return pace(encoder)
+        return pace(open_at(size))
     except Exception as error:
         # Runtimes have no common class for it.
         if not out_of_memory(error):

@@ -51,6 +51,15 @@ def from_json(figures: Mapping[str, Any]) -> Parity:
     return Parity(**{**figures, "worst": worst})
 
 
+def in_words(parity: Parity, *, than: str = "fp32") -> str:
+    """The figures in a sentence; ``than`` is what was compared with."""
+    agreed = "" if parity.top1 is None else f", the same best label for {parity.top1:.1%}"
+    return (
+        f"compared with {than} on {parity.images} images: lowest cosine {parity.lowest_cosine:.6f}, mean "
+        f"{parity.mean_cosine:.6f}{agreed}"
+    )
+
+
 def hold(parity: Parity, limits: ParityConfig, *, precision: str, what: str) -> None:
     """Pass if every figure is at least its limit for ``precision``; ``what`` names the model and its runtime.
 

@@ -11,10 +11,11 @@ import torch
 
 from pipeline.backends.base import ImageEncoder
 from pipeline.backends.devices import out_of_memory
-from pipeline.backends.order import in_order, repeated, turned
+from pipeline.backends.order import in_order, turned
 from pipeline.dataset.parts import ShardResult
 from pipeline.errors import BackendUnavailable, NumericalError
 from pipeline.failpoints import failpoint
+from pipeline.images.padding import repeats_on
 from pipeline.models.labels import label
 from pipeline.records import Embeddings, ImageBatch, Shard, ShardRows, Stage, TextBank
 from pipeline.report.clocks import StageClocks
@@ -96,7 +97,7 @@ def _in_order(batch: ImageBatch, encoded: torch.Tensor, encoder: ImageEncoder, *
     """
     count, size = len(batch.rows), len(batch.pixels)
     if count < size:
-        again, origin = encoded[count:], repeated(count, size, encoded.device)
+        again, origin = encoded[count:], repeats_on(encoded.device, count, size)
     elif first and size > 1 and batch.shard.rows % size == 0 and batch.shard.index % PROVED_SHARDS == 0:
         pixels, origin = turned(batch.pixels)
         again = encoder.encode(pixels)

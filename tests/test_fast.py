@@ -26,6 +26,7 @@ from pipeline.images.reader import PixelReader
 from pipeline.images.sample import draw_sample
 from pipeline.images.sources import Source
 from pipeline.models.checkpoint import open_checkpoint
+from pipeline.parity import in_words
 from pipeline.records import Failure, Pixels, PreprocessSpec, Sample
 from pipeline.storage.opening import open_storage
 from tests.conftest import data_folder
@@ -454,5 +455,5 @@ def test_embeddings_of_real_photos_are_near_those_of_exact(model: ModelConfig, s
     for kind, limit in (("fast", 0.999), ("scaled", 0.995)):
         parity = gate.measure(encoder, sample(kind), exact, None)
         assert parity is not None
-        print(f"{model.name} {kind}: {gate.in_words(parity)}")
+        print(model.name, kind, in_words(parity, than="exact"))
         assert parity.lowest_cosine >= limit

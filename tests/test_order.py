@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.backends.order import in_order, repeated, turned
+from pipeline.backends.order import in_order, turned
 from pipeline.config import BackendConfig, ModelConfig, ParityConfig
 from pipeline.errors import NumericalError
-from pipeline.images.padding import repeats
+from pipeline.images.padding import repeats, repeats_on
 from pipeline.job import run_job
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline.models.hub import DEMO_FOLDER
@@ -92,9 +92,9 @@ def test_free_places_repeat_the_pictures(count: int, size: int) -> None:
 
 
 def test_places_are_made_once_for_a_device() -> None:
-    found = repeated(3, 8, torch.device("cpu"))
+    found = repeats_on(torch.device("cpu"), 3, 8)
     assert torch.equal(found, repeats(3, 8))
-    assert repeated(3, 8, torch.device("cpu")) is found
+    assert repeats_on(torch.device("cpu"), 3, 8) is found
     pixels = torch.zeros(8, 3, 2, 2, dtype=torch.uint8)
     assert turned(pixels)[1] is turned(pixels.clone())[1]
 
@@ -108,7 +108,7 @@ def test_the_proof_waits_for_no_device() -> None:
         try:
             _, order = turned(pixels)
             whole = in_order(vectors, vectors[order], order, pixels)
-            part = in_order(vectors[:5], vectors[5:], repeated(5, 8, pixels.device), pixels[:5])
+            part = in_order(vectors[:5], vectors[5:], repeats_on(pixels.device, 5, 8), pixels[:5])
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert whole

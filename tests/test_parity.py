@@ -16,7 +16,7 @@ import torch
 
 from pipeline.artifacts.cards import CARD, sealed, write_card
 from pipeline.artifacts.store import ArtifactStore
-from pipeline.backends.parity import FILE, embed_sample, in_words, measure
+from pipeline.backends.parity import FILE, embed_sample, measure
 from pipeline.backends.torch import reference
 from pipeline.config import Config, ModelConfig, ParityConfig
 from pipeline.demo.folder import rendered_sample
@@ -24,7 +24,7 @@ from pipeline.errors import ParityError, PlanMismatch
 from pipeline.job import run_job
 from pipeline.models.checkpoint import open_checkpoint
 from pipeline.models.preprocessor import to_spec
-from pipeline.parity import compare, hold
+from pipeline.parity import compare, hold, in_words
 from pipeline.records import Parity, Sample, TextBank
 from pipeline.storage.base import sha256
 from tests.jobs import StubEncoder, config_for, content, scenes_manifest, start, stub_backend

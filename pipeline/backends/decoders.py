@@ -3,8 +3,6 @@ compared with those of the same images decoded exactly, by the encoder of the jo
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,10 +10,10 @@ from typing import Any
 import torch
 
 from pipeline.backends.base import ImageEncoder
-from pipeline.backends.parity import embed_sample, key_of
+from pipeline.backends.parity import embed_sample, key_of, recorded, write_down
 from pipeline.config import ParityConfig
 from pipeline.errors import ParityError
-from pipeline.parity import compare, from_json
+from pipeline.parity import compare, in_words
 from pipeline.records import Parity, Sample, TextBank
 from pipeline.storage.base import Storage
 
@@ -84,7 +82,7 @@ def pass_gate(
     """
     if decoder == "exact":
         return None
-    parity = _recorded(storage, key_of(encoder, fingerprints, limits))
+    parity = recorded(storage, FILE, key_of(encoder, fingerprints, limits))
     if parity is None:
         ours = sample()
         theirs = None if ours is None else exact()
@@ -92,7 +90,7 @@ def pass_gate(
         if parity is None:
             log.warning("images.decoder=%s is not compared with exact: no picture that was tried can be read", decoder)
             return None
-        log.info("images.decoder=%s: %s", decoder, in_words(parity))
+        log.info("images.decoder=%s: %s", decoder, in_words(parity, than="exact"))
     hold(parity, decoder, limits)
     return parity
 
@@ -101,9 +99,7 @@ def record(
     parity: Parity, encoder: ImageEncoder, *, limits: ParityConfig, fingerprints: Mapping[str, Any], storage: Storage
 ) -> None:
     """Write the figures into the output's books, so that a run that goes on takes them from there."""
-    key = key_of(encoder, fingerprints, limits)
-    if _recorded(storage, key) is None:
-        storage.write(FILE, (json.dumps({"key": key, "parity": dataclasses.asdict(parity)}, indent=2) + "\n").encode())
+    write_down(storage, FILE, key_of(encoder, fingerprints, limits), parity)
 
 
 def hold(parity: Parity, decoder: str, limits: ParityConfig) -> None:
@@ -121,21 +117,3 @@ def hold(parity: Parity, decoder: str, limits: ParityConfig) -> None:
             f"wants {wanted}, measured {parity.lowest_cosine:.6f}. The worst by cosine: {worst}. Take images=exact, or "
             "lower the limit if that is near enough for you"
         )
-
-
-def in_words(parity: Parity) -> str:
-    """The figures in a sentence."""
-    agreed = "" if parity.top1 is None else f", the same best label for {parity.top1:.1%}"
-    return (
-        f"compared with exact on {parity.images} images: lowest cosine {parity.lowest_cosine:.6f}, mean "
-        f"{parity.mean_cosine:.6f}{agreed}"
-    )
-
-
-def _recorded(storage: Storage, key: str) -> Parity | None:
-    try:
-        content = json.loads(storage.read(FILE) or b"{}")
-        return from_json(content["parity"]) if content.get("key") == key else None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        # Not written by this: measured again.
-        return None

@@ -33,11 +33,7 @@ class HalvingEncoder(ImageEncoder):
     """
 
     def __init__(
-        self,
-        reopen: Callable[[int], ImageEncoder],
-        check: Callable[[ImageEncoder], None],
-        *,
-        batch_size: int,
+        self, reopen: Callable[[int], ImageEncoder], check: Callable[[ImageEncoder], None], *, batch_size: int
     ) -> None:
         self._reopen, self._check = reopen, check
         self.batch_size, self.batch_sizes = batch_size, [batch_size]

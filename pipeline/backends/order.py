@@ -6,8 +6,6 @@ from functools import lru_cache
 
 import torch
 
-from pipeline.images.padding import repeats
-
 # Euclidean distances of unit vectors: what rounding may make of one picture, and where it is told from others.
 # Measured for 32 photos on a CPU in fp32 and bf16: a picture's two embeddings are equal, and those of two pictures at
 # least 0.05 apart on a ViT-B/32 of random weights, whose embeddings are all alike; 0.24 on the trained demo model.
@@ -25,15 +23,6 @@ def turned(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     other = torch.empty_like(pixels)
     other.copy_(pixels[order])
     return other, order
-
-
-@lru_cache(maxsize=16)
-def repeated(count: int, size: int, device: torch.device) -> torch.Tensor:
-    """:func:`~pipeline.images.padding.repeats` on ``device``, kept: the copy would wait for the device each time.
-
-    Do not change it.
-    """
-    return repeats(count, size).to(device)
 
 
 @lru_cache(maxsize=16)

@@ -20,7 +20,7 @@ from pipeline.backends.torch import reference
 from pipeline.config import ParityConfig
 from pipeline.errors import ArtifactError, BackendUnavailable, StorageError
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.parity import compare, from_json, hold
+from pipeline.parity import compare, from_json, hold, in_words
 from pipeline.records import Parity, Sample, TextBank
 from pipeline.storage.base import Storage
 
@@ -67,7 +67,7 @@ def pass_gate(
     """
     if is_reference(encoder):
         return None
-    parity = _recorded(storage, key_of(encoder, fingerprints, limits))
+    parity = recorded(storage, FILE, key_of(encoder, fingerprints, limits))
     if parity is None:
         try:
             parity = measure(encoder, checkpoint, sample(), bank)
@@ -104,8 +104,7 @@ def record(
 ) -> None:
     """Write the figures into the output's books, and onto the card of the artefact, if there is one."""
     key = key_of(encoder, fingerprints, limits)
-    if _recorded(storage, key) is None:
-        storage.write(FILE, (json.dumps({"key": key, "parity": dataclasses.asdict(parity)}, indent=2) + "\n").encode())
+    write_down(storage, FILE, key, parity)
     if encoder.artifact is not None and key not in encoder.artifact.card.get("gates", {}):
         try:
             ArtifactStore(encoder.artifact.path.parent).note(encoder.artifact, key, dataclasses.asdict(parity))
@@ -134,15 +133,6 @@ def embed_sample(encoder: ImageEncoder, sample: Sample) -> torch.Tensor:
         return torch.cat([row.result() for row in rows])
 
 
-def in_words(parity: Parity) -> str:
-    """The figures in a sentence."""
-    agreed = "" if parity.top1 is None else f", the same best label for {parity.top1:.1%}"
-    return (
-        f"compared with fp32 on {parity.images} images: lowest cosine {parity.lowest_cosine:.6f}, mean "
-        f"{parity.mean_cosine:.6f}{agreed}"
-    )
-
-
 def key_of(encoder: ImageEncoder, fingerprints: Mapping[str, Any], limits: ParityConfig) -> str:
     """A digest of what the figures follow from: the job, the hardware, and how many images are compared."""
     if encoder.device.type == "cuda":
@@ -154,12 +144,17 @@ def key_of(encoder: ImageEncoder, fingerprints: Mapping[str, Any], limits: Parit
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def _recorded(storage: Storage, key: str) -> Parity | None:
+def recorded(storage: Storage, file: str, key: str) -> Parity | None:
+    """The figures that ``file`` of the output holds under ``key``; None if it holds others, or none."""
     try:
-        content = json.loads(storage.read(FILE) or b"{}")
-        if content.get("key") != key:
-            return None
-        return from_json(content["parity"])
+        content = json.loads(storage.read(file) or b"{}")
+        return from_json(content["parity"]) if content.get("key") == key else None
     except (ValueError, KeyError, TypeError, AttributeError):
         # Not written by this: measured again.
         return None
+
+
+def write_down(storage: Storage, file: str, key: str, parity: Parity) -> None:
+    """Put the figures into ``file`` of the output, unless they are there."""
+    if recorded(storage, file, key) is None:
+        storage.write(file, (json.dumps({"key": key, "parity": dataclasses.asdict(parity)}, indent=2) + "\n").encode())

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
-import shlex
-import signal
-import sys
-import tempfile
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from pipeline.bench import door
+from pipeline.bench.door import answer, say, work_folder
 from pipeline.bench.records import Bench, Row
 from pipeline.bench.rounds import Plan, run
 from pipeline.bench.rows import ROWS, read_batches, read_only
 from pipeline.config import AUTO, BackendConfig, Config, LoaderConfig
-from pipeline.errors import ConfigError, PipelineError, Problem
+from pipeline.errors import ConfigError, Problem
 from pipeline.overrides import compose_config
 
 # Packages whose versions decide the speed, beside those of every report.
@@ -39,22 +34,12 @@ needed for large models; they lie in --out while it runs.
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, measure, write, print the table; returns the exit code."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    options = _parser().parse_intermixed_args(given)
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
+
+    def work(options: argparse.Namespace, command: str) -> str:
         config, plan = read(options)
-        bench = measure(config, plan, options.out, command=shlex.join([*COMMAND, *given]))
-        print(write(bench, options.out), end="")
-    except PipelineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        return 1
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    return 0
+        return write(measure(config, plan, options.out, command=command), options.out)
+
+    return answer(_parser(), arguments, work)
 
 
 def read(options: argparse.Namespace) -> tuple[Config, Plan]:
@@ -93,13 +78,8 @@ def measure(config: Config, plan: Plan, out: Path, *, command: str) -> Bench:
     from pipeline.report.summary import versions
 
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.TemporaryDirectory(dir=out, prefix=".work-", ignore_cleanup_errors=True)
-    except OSError as error:
-        raise PipelineError(f"--out {out}: {error}") from error
-    with folder as work:
-        results, facts = run(config, plan, Path(work).resolve(), say=_say)
+    with work_folder(out) as work:
+        results, facts = run(config, plan, work, say=say)
     weights = "random weights" if config.model.weights == "random" else "pretrained"
     return Bench(
         started=started,
@@ -111,7 +91,7 @@ def measure(config: Config, plan: Plan, out: Path, *, command: str) -> Bench:
         repeats=plan.repeats,
         seconds=plan.seconds,
         machine=facts["machine"],
-        versions={**versions(), **_versions()},
+        versions=versions(PACKAGES),
         parity=config.parity,
         results=tuple(results),
     )
@@ -120,14 +100,9 @@ def measure(config: Config, plan: Plan, out: Path, *, command: str) -> Bench:
 def write(bench: Bench, out: Path) -> str:
     """Write the three files; returns the Markdown."""
     from pipeline.bench import page, tables
-    from pipeline.storage.local import LocalStorage
 
     text = tables.to_markdown(bench)
-    storage = LocalStorage(str(out))
-    storage.write("backends.json", (json.dumps(dataclasses.asdict(bench), indent=1) + "\n").encode())
-    storage.write("backends.html", page.to_html(bench))
-    storage.write("backends.md", text.encode())
-    _say(f"written: {out}/backends.md, backends.json, backends.html")
+    door.write("backends", bench, out, markdown=text, html=page.to_html(bench))
     return text
 
 
@@ -143,20 +118,6 @@ def _set_by_row(config: Config) -> list[Problem]:
         size = config.loader.batch_size or AUTO
         problems.append(Problem("loader.batch_size", size, "goes by column here", "choose with --batches"))
     return problems
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:

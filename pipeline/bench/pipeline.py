@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import re
-import shlex
-import signal
-import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from pipeline.bench import door
+from pipeline.bench.door import answer, say, work_folder
 from pipeline.bench.measured import PipelineBench
 from pipeline.config import CHOICES, Config
-from pipeline.errors import ConfigError, PipelineError, Problem
+from pipeline.errors import ConfigError, Problem
 from pipeline.overrides import compose_config
 
 COMMAND = ("python", "-m", "pipeline.bench", "pipeline")
@@ -56,22 +53,12 @@ class Plan:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, measure, write, print the tables; returns the exit code."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    options = _parser().parse_intermixed_args(given)
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
+
+    def work(options: argparse.Namespace, command: str) -> str:
         overrides, plan = read(options)
-        bench = measure(overrides, plan, options.out, command=shlex.join([*COMMAND, *given]))
-        print(write(bench, options.out), end="")
-    except PipelineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        return 1
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    return 0
+        return write(measure(overrides, plan, options.out, command=command), options.out)
+
+    return answer(_parser(), arguments, work)
 
 
 def read(options: argparse.Namespace) -> tuple[list[str], Plan]:
@@ -133,18 +120,12 @@ def measure(overrides: Sequence[str], plan: Plan, out: Path, *, command: str) ->
     from pipeline.report.summary import versions
 
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.TemporaryDirectory(dir=out, prefix=".work-", ignore_cleanup_errors=True)
-    except OSError as error:
-        raise PipelineError(f"--out {out}: {error}") from error
-    with folder as name:
-        work = Path(name).resolve()
+    with work_folder(out) as work:
         more, words = with_labels(compose_config(list(overrides))), "images of the manifest"
         if compose_config(list(overrides)).manifest.path is None:
             width, height = plan.size
             count = plan.images or SCENES
-            _say(f"rendering {count} scenes of {width} x {height} pixels")
+            say(f"rendering {count} scenes of {width} x {height} pixels")
             scenes = render_folder(work / "scenes", count, width=width, height=height)
             more += [
                 f"manifest.path={quoted(str(scenes))}",
@@ -153,7 +134,7 @@ def measure(overrides: Sequence[str], plan: Plan, out: Path, *, command: str) ->
                 "manifest.keep=[]",
             ]
             words = "rendered scenes"
-        bench = run(merged(overrides, more), plan, work, say=_say)
+        bench = run(merged(overrides, more), plan, work, say=say)
     return dataclasses.replace(
         bench,
         started=started,
@@ -191,19 +172,10 @@ def quoted(text: str) -> str:
 def write(bench: PipelineBench, out: Path) -> str:
     """Write the three files; returns the Markdown."""
     from pipeline.bench import sheets
-    from pipeline.storage.local import LocalStorage
 
     text = sheets.to_markdown(bench)
-    storage = LocalStorage(str(out))
-    storage.write("pipeline.json", (json.dumps(dataclasses.asdict(bench), indent=1) + "\n").encode())
-    storage.write("pipeline.html", sheets.to_html(bench))
-    storage.write("pipeline.md", text.encode())
-    _say(f"written: {out}/pipeline.md, pipeline.json, pipeline.html")
+    door.write("pipeline", bench, out, markdown=text, html=sheets.to_html(bench))
     return text
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:

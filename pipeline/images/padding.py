@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
 
@@ -13,3 +15,9 @@ def repeats(count: int, size: int) -> torch.Tensor:
     """
     place = torch.arange(size - count)
     return (place * place + 3 * place + 1) % count
+
+
+@lru_cache(maxsize=16)
+def repeats_on(device: torch.device, count: int, size: int) -> torch.Tensor:
+    """The same on ``device``, kept: the copy would wait for the device each time. Do not change it."""
+    return repeats(count, size).to(device)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.images.padding import repeats
+from pipeline.images.padding import repeats_on
 
 
 @dataclass(slots=True)
@@ -34,7 +34,7 @@ class Slot:
         """
         free = self.host.shape[0] > count
         if free and not on_device:
-            self.host[count:] = self.host[repeats(count, self.host.shape[0])]
+            self.host[count:] = self.host[repeats_on(self.host.device, count, self.host.shape[0])]
         with torch.cuda.stream(stream) if stream is not None else nullcontext():
             if stream is not None:
                 if self.encoded is not None:
@@ -58,7 +58,7 @@ class Slot:
             places = torch.tensor(list(on_device)).to(self.device.device)
             self.device.index_copy_(0, places, torch.stack(pictures))
         if count < size:
-            self.device[count:] = self.device[repeats(count, size).to(self.device.device)]
+            self.device[count:] = self.device[repeats_on(self.device.device, count, size)]
 
 
 def new_slot(shape: tuple[int, ...], device: torch.device) -> Slot:

@@ -133,10 +133,10 @@ def machine(device: str, cores: int) -> dict[str, object]:
     return facts
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide numbers and speed."""
+def versions(more: Sequence[str] = ()) -> dict[str, str]:
+    """Versions of Python, of the packages that decide numbers and speed, and of ``more`` where they are installed."""
     found = {"python": platform.python_version()}
-    for name in PACKAGES:
+    for name in (*PACKAGES, *more):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
