@@ -102,7 +102,9 @@ def test_names_and_order_do_not_count() -> None:
     assert replace(RECIPE, model={**RECIPE.model, "name": "copy"}, options=turned).fingerprint == RECIPE.fingerprint
 
 
-@pytest.mark.parametrize("value", [float("nan"), object(), {1: "a"}, b"bytes", Path("x")], ids=repr)
+@pytest.mark.parametrize(
+    "value", [float("nan"), object(), {1: "a"}, b"bytes", Path("x")], ids=["nan", "object", "int key", "bytes", "path"]
+)
 def test_a_recipe_that_is_not_plain_json_is_refused(value: object) -> None:
     with pytest.raises(ArtifactError, match="recipe of onnx-image, options, x"):
         _ = replace(RECIPE, options={"x": value}).fingerprint

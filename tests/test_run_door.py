@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -36,6 +36,12 @@ def run(
     )
 
 
+def cpu_seconds() -> float:
+    """Of all processes that were run and have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def imported(trace: str) -> set[str]:
     """Top-level packages in the output of ``-X importtime``."""
     return {name.split(".")[0] for name in re.findall(r"^import time:.*\| +(\S+)$", trace, re.MULTILINE)}
@@ -45,9 +51,9 @@ def imported(trace: str) -> set[str]:
 def test_answers_that_need_no_job_load_nothing_heavy_and_leave_no_files(
     tmp_path: Path, arguments: tuple[str, ...]
 ) -> None:
-    started = time.perf_counter()
+    before = cpu_seconds()
     done = run(tmp_path, *arguments, options=("-X", "importtime"))
-    assert time.perf_counter() - started < 3
+    assert cpu_seconds() - before < 3
     is_light(tmp_path, done.stderr)
 
 
@@ -59,9 +65,9 @@ def is_light(folder: Path, trace: str) -> None:
 
 
 def test_help_loads_nothing_heavy_and_shows_every_group_every_option_and_the_exit_codes(tmp_path: Path) -> None:
-    started = time.perf_counter()
+    before = cpu_seconds()
     done = run(tmp_path, "--help", options=("-X", "importtime"))
-    assert time.perf_counter() - started < 5
+    assert cpu_seconds() - before < 5
     is_light(tmp_path, done.stderr)
     assert done.returncode == 0
     assert all(line.startswith("import time:") for line in done.stderr.splitlines())
