@@ -31,6 +31,7 @@ import pyarrow.parquet as pq
 import torch
 
 from pipeline.backends.base import ImageEncoder
+from pipeline.backends.streams import count_streams
 from pipeline.config import Config, LoaderConfig, ManifestConfig, OutputConfig
 from pipeline.dataset.parts import part_format
 from pipeline.images.decode import Decoder
@@ -82,6 +83,8 @@ class ReadyEncoder(ImageEncoder):
 
     def __init__(self, batch_size: int) -> None:
         self.device, self.batch_size = torch.device("cpu"), batch_size
+        # As for every encoder on a CPU: threads of torch that wait for one another would be the measure.
+        self.streams = count_streams(0, self.device)
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         first = pixels.numpy()[:, :2, 0, 0].astype(np.int64)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.models.labels import _by_keys, best, label
+from pipeline.models.labels import _FEW, _by_keys, _by_selecting, best, label
 from pipeline.records import Embeddings, TextBank
 
 
@@ -76,14 +76,15 @@ def rows(kind: str, labels: int) -> torch.Tensor:
 KINDS = ["ties", "zeros of either sign", "inf", "nan", "1e-40", "3e38"]
 
 
-@pytest.mark.parametrize("labels", [1, 4, 70])
+@pytest.mark.parametrize("labels", [1, 4, _FEW, _FEW + 1, 70])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_way_of_a_gpu_gives_the_order_of_a_cpu(kind: str, labels: int) -> None:
+def test_every_way_gives_the_same_order(kind: str, labels: int) -> None:
     logits = rows(kind, labels)
     expected = logits.argsort(dim=1, descending=True, stable=True)
     for count in {1, min(3, labels), labels}:
         assert torch.equal(best(logits, count), expected[:, :count])
         assert torch.equal(_by_keys(logits, count), expected[:, :count])
+        assert torch.equal(_by_selecting(logits, count), expected[:, :count])
 
 
 @pytest.mark.gpu

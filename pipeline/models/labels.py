@@ -6,6 +6,10 @@ import torch
 
 from pipeline.records import Embeddings, Labels, TextBank
 
+# So few labels are sorted whole in less time than it takes to select the best of them and to look for ties. Measured on
+# a CPU for the best 5, microseconds a row in batches of 64 and of 512: of 10 labels 0.17 and 0.10 against 0.57 and
+# 0.25, of 32 labels 0.45 and 0.94 against 0.96 and 0.49.
+_FEW = 16
 # Bits of a key that hold the place in the row; above them is the rank of the value.
 _INDEX_BITS = 32
 
@@ -30,7 +34,11 @@ def best(logits: torch.Tensor, count: int) -> torch.Tensor:
     Ranked by logit, since scores that saturate at 0 or 1 would tie. The same indices on every device; NaN counts as
     larger than all.
     """
-    return _by_keys(logits, count) if logits.is_cuda else _by_sorting(logits, count)
+    if logits.is_cuda:
+        return _by_keys(logits, count)
+    if logits.shape[1] <= _FEW:
+        return logits.argsort(dim=1, descending=True, stable=True)[:, :count]
+    return _by_selecting(logits, count)
 
 
 def _by_keys(logits: torch.Tensor, count: int) -> torch.Tensor:
@@ -42,7 +50,7 @@ def _by_keys(logits: torch.Tensor, count: int) -> torch.Tensor:
     return -keys.topk(count, dim=1).values & (1 << _INDEX_BITS) - 1
 
 
-def _by_sorting(logits: torch.Tensor, count: int) -> torch.Tensor:
+def _by_selecting(logits: torch.Tensor, count: int) -> torch.Tensor:
     """Sorts only rows that tie at the last place, which it looks for: that costs a CPU a fraction of the keys."""
     values, order = logits.topk(count, dim=1)
     # topk leaves the order of equal values open: sort by index first, then, stably, by value.
