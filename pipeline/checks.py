@@ -38,7 +38,11 @@ def check(config: Config) -> list[Problem]:
         # Written so that NaN, which is neither more nor less, does not pass.
         if not (value >= lowest and (highest is None or value <= highest)):
             problems.append(Problem(key, value, limits(key)))
-    for checks in (_check_backend, _check_parity, _check_lists, _check_doors, _check_columns, _check_prompts):
+    groups = (
+        *(_check_backend, _check_parity, _check_lists, _check_doors, _check_columns, _check_prompts),
+        *(_check_part, _check_cluster),
+    )
+    for checks in groups:
         problems += checks(config)
     return problems
 
@@ -158,4 +162,67 @@ def _check_prompts(config: Config) -> list[Problem]:
     threshold = config.labels.threshold
     if threshold is not None and not 0 <= threshold <= 1:
         problems.append(Problem("labels.threshold", threshold, "must be from 0 to 1, or null for none"))
+    return problems
+
+
+def part_of(text: str) -> tuple[int, int] | None:
+    """The number and the count of ``cluster.part``, such as (3, 16); None where it does not read so."""
+    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        return None
+    return int(match[1]), int(match[2])
+
+
+def _check_part(config: Config) -> list[Problem]:
+    cluster, problems = config.cluster, []
+    if cluster.part is None:
+        return []
+    if part_of(cluster.part) is None:
+        allowed = "must be NUMBER/COUNT, counted from 1, such as 3/16"
+        problems.append(Problem("cluster.part", cluster.part, allowed, "or null for the whole"))
+    if cluster.name != "inline":
+        allowed = f"splits a job without a scheduler; with cluster={cluster.name} leave it out"
+        problems.append(Problem("cluster.part", cluster.part, allowed))
+    if config.loader.batch_size == 0:
+        allowed = "may be measured differently by each part; give a number with cluster.part"
+        problems.append(Problem("loader.batch_size", AUTO, allowed))
+    return problems
+
+
+def _check_cluster(config: Config) -> list[Problem]:
+    cluster, problems = config.cluster, []
+    name = cluster.name
+    if name == "address" and not cluster.address:
+        allowed = "must be the scheduler's address, such as tls://10.0.0.5:8786"
+        problems.append(Problem("cluster.address", cluster.address, allowed))
+    if name != "address" and cluster.address is not None and name in CHOICES["cluster.name"]:
+        problems.append(Problem("cluster.address", cluster.address, "is for cluster=address alone"))
+    files = {key: getattr(cluster, key) for key in ("tls_ca", "tls_cert", "tls_key")}
+    if any(files.values()) and not all(files.values()):
+        problems += [
+            Problem(f"cluster.{key}", value, "must be given with the two others, or none of them")
+            for key, value in files.items()
+            if not value
+        ]
+    elif (cluster.address or "").startswith("tls://") and not all(files.values()):
+        allowed = "a tls:// address needs cluster.tls_ca, cluster.tls_cert and cluster.tls_key"
+        problems.append(Problem("cluster.address", cluster.address, allowed))
+    if not cluster.host:
+        problems.append(Problem("cluster.host", "", "must be an address of this machine"))
+    if name == "slurm" and cluster.host in ("127.0.0.1", "localhost"):
+        allowed = "must be an address of this machine that the nodes of the cluster reach"
+        problems.append(Problem("cluster.host", cluster.host, allowed))
+    if name == "kubernetes" and not cluster.kubernetes_image:
+        allowed = "must be an image that holds this package"
+        problems.append(Problem("cluster.kubernetes_image", cluster.kubernetes_image, allowed))
+    if name == "cuda" and config.backend.device == "cpu":
+        problems.append(Problem("backend.device", "cpu", "cluster=cuda works on GPUs; take cluster=local"))
+    elif name not in ("inline", "address") and config.backend.device.startswith("cuda:"):
+        allowed = "every worker process sees its own GPU as the first; take cuda or auto with a cluster"
+        problems.append(Problem("backend.device", config.backend.device, allowed))
+    problems += [
+        Problem("cluster.kubernetes_env", entry, "must be NAME=VALUE")
+        for entry in cluster.kubernetes_env
+        if not re.fullmatch(r"[A-Za-z_]\w*=.*", entry)
+    ]
     return problems

@@ -86,6 +86,7 @@ class ImagesConfig:
     exif: str = "apply"
     transparency: str = "white"
     crop_corner: str = "floor"
+    repeats: str = "once"
     max_pixels: int = 100_000_000
     max_bytes: int = 268_435_456
     formats: list[str] = field(default_factory=lambda: list(FORMATS))
@@ -148,9 +149,36 @@ class ErrorsConfig:
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """Group ``cluster``: where the shards run."""
+    """Group ``cluster``: where the shards run; see the YAML files for what each kind takes."""
 
     name: str = "inline"
+    part: str | None = None
+    workers: int = 0
+    cores: int = 0
+    tries: int = 3
+    wait_seconds: float = 600.0
+    host: str = "127.0.0.1"
+    port: int = 0
+    dashboard: bool = False
+    dashboard_host: str = "127.0.0.1"
+    dashboard_port: int = 8787
+    address: str | None = None
+    tls_ca: str | None = None
+    tls_cert: str | None = None
+    tls_key: str | None = None
+    slurm_partition: str | None = None
+    slurm_account: str | None = None
+    slurm_time: str = "04:00:00"
+    slurm_memory: str = "32GiB"
+    slurm_gpus: int = 0
+    slurm_directives: list[str] = field(default_factory=list)
+    slurm_prologue: list[str] = field(default_factory=list)
+    slurm_python: str | None = None
+    kubernetes_image: str | None = None
+    kubernetes_namespace: str = "default"
+    kubernetes_memory: str = "32Gi"
+    kubernetes_gpus: int = 0
+    kubernetes_env: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -200,11 +228,12 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "images.exif": ("apply", "ignore"),
     "images.transparency": ("white", "black", "drop"),
     "images.crop_corner": ("floor", "round"),
+    "images.repeats": ("once", "each"),
     "loader.isolation": ("process", "none"),
     "labels.scoring": ("auto", "softmax", "sigmoid"),
     "output.dtype": ("float32", "float16"),
     "output.compression": ("zstd", "snappy", "none"),
-    "cluster.name": ("inline",),
+    "cluster.name": ("inline", "local", "cuda", "address", "slurm", "kubernetes"),
     "report.progress": ("auto", "bar", "plain", "none"),
 }
 # Numbers for which the word ``auto`` may be typed; the config keeps 0 for it.
@@ -228,6 +257,14 @@ RANGES: dict[str, tuple[float, float | None]] = {
     "output.lease_seconds": (1, None),
     "errors.max_fraction": (0, 1),
     "errors.grace_seconds": (0, None),
+    "cluster.workers": (0, 100_000),
+    "cluster.cores": (0, 4096),
+    "cluster.tries": (1, 100),
+    "cluster.wait_seconds": (1, None),
+    "cluster.port": (0, 65_535),
+    "cluster.dashboard_port": (0, 65_535),
+    "cluster.slurm_gpus": (0, 64),
+    "cluster.kubernetes_gpus": (0, 64),
     "report.examples": (0, 1000),
 }
 

@@ -1,8 +1,8 @@
 """The errors that end a run, each with the exit code that a scheduler sees.
 
 Codes: 0 done; 1 anything unforeseen; 2 the config, the manifest or the machine is not what the job
-needs; 3 done, but more failed images than allowed; 4 a backend missed its parity gate; 75 somebody else
-holds the output, or the run was interrupted and can go on.
+needs; 3 done, but more failed images than allowed, or all but shards that no worker survived; 4 a backend
+missed its parity gate; 75 somebody else holds the output, or the run was interrupted and can go on.
 """
 
 from __future__ import annotations
@@ -41,6 +41,10 @@ class ConfigError(PipelineError):
         count = len(self.problems)
         head = "the config has a problem:" if count == 1 else f"the config has {count} problems:"
         super().__init__("\n".join([head, *(f"  - {problem}" for problem in self.problems)]))
+
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[tuple[Problem, ...]]]:
+        """Pickled by its problems, of which the message is made."""
+        return type(self), (self.problems,)
 
 
 class ManifestError(PipelineError):
@@ -85,6 +89,12 @@ class NoDataset(PipelineError):
     exit_code = 2
 
 
+class UnfinishedDataset(PipelineError):
+    """The job of the dataset that was given has not ended; once it has, the same command works."""
+
+    exit_code = 75
+
+
 class StorageError(PipelineError):
     """A file or object could not be read or written."""
 
@@ -97,6 +107,30 @@ class TooManyFailures(PipelineError):
     """The dataset is complete, but more rows failed than ``errors.max_fraction`` allows."""
 
     exit_code = 3
+
+
+class ShardsGivenUp(PipelineError):
+    """All is committed but a few shards that ended every process that embedded them; the next run tries them again."""
+
+    exit_code = 3
+
+
+class WorkerMismatch(PipelineError):
+    """A worker of a cluster would make other rows than the rest; the message says which, and what differs."""
+
+    exit_code = 2
+
+
+class ClusterUnavailable(PipelineError):
+    """A cluster cannot be started or reached, or has no worker."""
+
+    exit_code = 2
+
+
+class ClusterLost(PipelineError):
+    """The scheduler of a cluster ended in mid-run; what was committed stays, and the same command goes on."""
+
+    exit_code = 75
 
 
 class Interrupted(PipelineError):

@@ -150,12 +150,14 @@ class Parity:
 class ShardRows:
     """All that is known of a shard once its last image was read, except for embeddings.
 
-    ``table`` holds the id and the kept columns in manifest order; ``failures`` maps positions to why.
+    ``table`` holds the id and the kept columns in manifest order; ``failures`` maps positions to why, ``repeats`` those
+    of images to the first one with the same bytes, which alone was embedded.
     """
 
     shard: Shard
     table: pa.Table
     failures: Mapping[int, Failure]
+    repeats: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,13 +237,17 @@ class Pace:
 
 @dataclass(frozen=True, slots=True)
 class ShardReport:
-    """What came of one shard: its part, its rows by status, and whether this run won the commit."""
+    """What came of one shard: its part, its rows by status, and whether this run won the commit.
+
+    ``repeats`` counts the rows that share the embedding of an earlier row with the same bytes.
+    """
 
     shard: int
     part: str
     rows: int
     counts: Mapping[str, int]
     committed: bool
+    repeats: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,7 +258,9 @@ class RunReport:
     runs had committed. ``steady`` throughput leaves out the start-up and the first batch. ``parity`` is None
     for eager fp32, with which the others are compared, and ``decoder_parity`` for the decoder ``exact``.
     ``batch_sizes`` has more than one where the device had no memory for the first. ``pace`` is None where nothing was
-    embedded.
+    embedded. ``workers`` are the processes that embedded (:mod:`pipeline.members`), ``given_up`` the shards that are
+    not in the dataset, ``repeats`` counts the rows that share the embedding of an earlier row of their shard with the
+    same bytes.
     """
 
     started: str
@@ -281,3 +289,6 @@ class RunReport:
     config: Mapping[str, object]
     exit_code: int
     pace: Pace | None = None
+    workers: tuple[object, ...] = ()
+    given_up: tuple[int, ...] = ()
+    repeats: int = 0

@@ -69,13 +69,14 @@ def launch(
         proved = _in_order(batch, encoded, encoder, first=number == 0)
     vectors = encoded[: len(batch.rows)]
     lengths = torch.linalg.vector_norm(vectors, dim=1)
-    empty = torch.empty((len(batch.rows), 0), device=vectors.device)
-    top, scores = empty.long(), empty
     if labelling is not None:
         with clocks.time(Stage.LABEL), memory_explained(len(batch.pixels)):
             failpoint("label")
             found = label(Embeddings(vectors), labelling.bank, labelling.features, top_k=labelling.top_k)
         top, scores = found.indices, found.scores
+    else:
+        scores = torch.empty((len(batch.rows), 0), device=vectors.device)
+        top = scores.long()
     results = [vectors, top, scores, lengths, proved]
     landed = None
     if vectors.device.type == "cuda":
@@ -174,7 +175,11 @@ class Accumulated:
         self._scores[batch.rows] = batch.scores.numpy()
 
     def finish(self, rows: ShardRows) -> ShardResult:
-        """The whole shard."""
+        """The whole shard, with what repeated images share with the first of their kind."""
+        if rows.repeats:
+            repeated, first = list(rows.repeats), list(rows.repeats.values())
+            for column in (self._vectors, self._top, self._scores):
+                column[repeated] = column[first]
         return ShardResult(
             rows=rows,
             vectors=self._vectors,

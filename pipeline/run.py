@@ -62,7 +62,7 @@ def _task(composed: DictConfig) -> None:
         from pipeline.reading import open_decoders
 
         # While this process imports torch, which takes seconds, its decoders start.
-        decoders = open_decoders(config)
+        decoders = open_decoders(config) if config.cluster.name == "inline" else None
         if decoders is not None:
             decoders.start()
         from pipeline.job import run_job

@@ -1,10 +1,13 @@
-"""All that a run opens before its first shard: manifest, model, prompts, reader, encoder, plan."""
+"""All that a run opens before its first shard: manifest, model, prompts; reader, encoder; plan.
+
+The first three need no accelerator, the next two are opened in every process that embeds, the plan is made once.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cache, partial
@@ -14,12 +17,12 @@ import torch
 
 from pipeline.aside import aside
 from pipeline.backends import decoders as decoder_gate
-from pipeline.backends.base import ImageEncoder
+from pipeline.backends.base import Draw, ImageEncoder
 from pipeline.backends.halving import HalvingEncoder
 from pipeline.backends.parity import pass_gate, record
 from pipeline.batch_size import settle_batch_size
 from pipeline.config import DEMO_MODEL, Config
-from pipeline.dataset import lease, plan
+from pipeline.dataset import lease, parts, plan
 from pipeline.dataset.recipe import recipe_of
 from pipeline.demo import folder as demo
 from pipeline.failpoints import failpoint
@@ -35,6 +38,7 @@ from pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline.models.text import build_bank, read_labels
 from pipeline.processes import cores
 from pipeline.records import Parity, PreprocessSpec, Sample, TextBank
+from pipeline.report.summary import machine
 from pipeline.storage.base import Storage
 from pipeline.worker import open_at, open_for_job, open_reader
 
@@ -44,27 +48,47 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Opened:
-    """What a run works with; of all this only the plan and the parity figures are written down by now."""
+class Inputs:
+    """What needs no accelerator: opened once for a job, wherever its shards run.
 
-    config: Config
+    ``bank`` waits for the embedded labels, ``unique`` for the end of the check of the ids; both raise what went wrong.
+    """
+
     manifest: Manifest
     checkpoint: Checkpoint
-    bank: TextBank | None
-    spec: PreprocessSpec
+    bank: Callable[[], TextBank | None]
+    unique: Callable[[], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """What embeds: opened once in every process that does. ``config`` has a batch size by now."""
+
+    config: Config
+    checkpoint: Checkpoint
     reader: PixelReader
     encoder: HalvingEncoder
+    drawn: Callable[[], Sample | None]
+    sample: Draw
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What is known of a job once an engine has passed its gates; of all this nothing is written down by now."""
+
+    config: Config
     plan: plan.Plan
     parity: Parity | None
     decoder_parity: Parity | None
+    dim: int
+    device: str
+    precision: str
+    streams: int
+    machine: Mapping[str, object]
 
 
-def open_run(
-    config: Config, storage: Storage, held: lease.Lease, opened: ExitStack, decoders: Decoders | None
-) -> Opened:
-    """Open everything, side by side where one need not wait for the other, and settle the plan.
-
-    ``decoders`` are processes that were started before; what must be closed is left to ``opened``.
+def open_inputs(config: Config) -> Inputs:
+    """Open the manifest and the model, and embed the prompts aside.
 
     Raises:
         PipelineError: one of :mod:`pipeline.errors`; nothing was written then.
@@ -79,15 +103,34 @@ def open_run(
 
     checkpoint = open_checkpoint(config.model)
     embedded = aside(partial(_bank, config, checkpoint), name="prompts")
-    spec = dataclasses.replace(checkpoint.spec, corner=config.images.crop_corner)
+    return Inputs(manifest=manifest, checkpoint=checkpoint, bank=embedded.result, unique=unique.result)
+
+
+def spec_of(config: Config, checkpoint: Checkpoint) -> PreprocessSpec:
+    """How the job wants its pixels."""
+    return dataclasses.replace(checkpoint.spec, corner=config.images.crop_corner)
+
+
+def open_engine(
+    config: Config, inputs: Inputs, storage: Storage, opened: ExitStack, decoders: Decoders | None = None
+) -> Engine:
+    """Open the reader and the encoder, and measure the batch size if that is left open.
+
+    ``decoders`` are processes that were started before; what must be closed is left to ``opened``.
+
+    Raises:
+        PipelineError: one of :mod:`pipeline.errors`; nothing was written then.
+    """
+    manifest, checkpoint = inputs.manifest, inputs.checkpoint
+    spec = spec_of(config, checkpoint)
     reader = opened.enter_context(open_reader(config, manifest, spec, decoders))
     drawn = cache(partial(_draw, config, manifest, reader))
     sample = cache(partial(_or_scenes, drawn, config, spec))
 
     def alone() -> None:
         # Nothing else may run while speeds are compared.
-        embedded.result()
-        unique.result()
+        inputs.bank()
+        inputs.unique()
 
     size = settle_batch_size(
         config,
@@ -98,19 +141,22 @@ def open_run(
         alone=alone,
     )
     config = dataclasses.replace(config, loader=dataclasses.replace(config.loader, batch_size=size))
-    encoder = open_for_job(config, checkpoint, sample, embedded.result)
-    bank = embedded.result()
-    if bank is None:
-        log.warning(
-            "no labels: the columns label and score stay null; prompts.labels=[cat,dog] or prompts.path fills them"
-        )
-    else:
-        features = "from the cache" if bank.cached else "embedded and cached"
-        log.info("%d labels, text features %s", len(bank.names), features)
-    log.info("model %s with %s on %s in %s", config.model.name, encoder.name, encoder.device, encoder.precision)
-    unique.result()
+    encoder = open_for_job(config, checkpoint, sample, inputs.bank)
+    return Engine(config=config, checkpoint=checkpoint, reader=reader, encoder=encoder, drawn=drawn, sample=sample)
 
-    prints = fingerprints(config, manifest, checkpoint, encoder, bank)
+
+def prepare(engine: Engine, inputs: Inputs, storage: Storage) -> Prepared:
+    """Make the plan, compare it with the output's, and let the engine pass its gates.
+
+    Raises:
+        PlanMismatch: the output holds another dataset.
+        ParityError: the engine is too far from fp32, or its decoder from ``exact``.
+    """
+    config, encoder, manifest, bank = engine.config, engine.encoder, inputs.manifest, inputs.bank()
+    log.info("model %s with %s on %s in %s", config.model.name, encoder.name, encoder.device, encoder.precision)
+    inputs.unique()
+
+    prints = fingerprints(config, manifest, engine.checkpoint, encoder, bank)
     wanted = plan.Plan(
         rows=manifest.rows,
         shards=count_shards(manifest.rows, config.manifest.shard_rows),
@@ -122,36 +168,51 @@ def open_run(
     # A wrong output.dir is told at once, a backend that misses leaves no plan behind.
     plan.compare(storage, wanted)
     limits = config.parity
-    parity = pass_gate(encoder, checkpoint, sample, bank=bank, limits=limits, fingerprints=prints, storage=storage)
+    parity = pass_gate(
+        encoder, engine.checkpoint, engine.sample, bank=bank, limits=limits, fingerprints=prints, storage=storage
+    )
     decoded = decoder_gate.pass_gate(
         encoder,
         config.images.decoder,
-        drawn,
-        partial(_draw_exact, config, manifest, reader),
+        engine.drawn,
+        partial(_draw_exact, config, manifest, engine.reader),
         bank=bank,
         limits=limits,
         fingerprints=prints,
         storage=storage,
     )
-    held.confirm()
-    plan.settle(storage, wanted)
-    failpoint("plan.settled")
-    if parity is not None:
-        record(parity, encoder, limits=limits, fingerprints=prints, storage=storage)
-    if decoded is not None:
-        decoder_gate.record(decoded, encoder, limits=limits, fingerprints=prints, storage=storage)
-    return Opened(
+    return Prepared(
         config=config,
-        manifest=manifest,
-        checkpoint=checkpoint,
-        bank=bank,
-        spec=spec,
-        reader=reader,
-        encoder=encoder,
         plan=wanted,
         parity=parity,
         decoder_parity=decoded,
+        dim=encoder.dim,
+        device=str(encoder.device),
+        precision=encoder.precision,
+        streams=encoder.streams,
+        machine=machine(str(encoder.device), cores()),
     )
+
+
+def settle(prepared: Prepared, storage: Storage, held: lease.Lease) -> None:
+    """Write the plan, unless it is there.
+
+    Raises:
+        PlanMismatch: the output holds another dataset by now.
+    """
+    held.confirm()
+    plan.settle(storage, prepared.plan)
+    failpoint("plan.settled")
+
+
+def note(engine: Engine, prepared: Prepared, storage: Storage) -> None:
+    """Write what the gates measured into the books of the output, whose plan is settled."""
+    limits, prints = engine.config.parity, prepared.plan.fingerprints
+    if prepared.parity is not None:
+        record(prepared.parity, engine.encoder, limits=limits, fingerprints=prints, storage=storage)
+    if prepared.decoder_parity is not None:
+        parity = prepared.decoder_parity
+        decoder_gate.record(parity, engine.encoder, limits=limits, fingerprints=prints, storage=storage)
 
 
 def fingerprints(
@@ -174,7 +235,11 @@ def fingerprints(
         "batch_size": config.loader.batch_size,
         "prompts": labels,
         "manifest": manifest.fingerprint,
-        "output": {"dtype": config.output.dtype, "compression": config.output.compression},
+        "output": {
+            "dtype": config.output.dtype,
+            "compression": config.output.compression,
+            "layout": parts.LAYOUT,
+        },
     }
 
 

@@ -135,7 +135,8 @@ def embed(
         with clocks.time(Stage.WRITE):
             failpoint("part.build")
             table = build_table(result, job.form)
-            return commit_part(storage, result.rows.shard.index, table, job.form, count_statuses(result.rows))
+            report = commit_part(storage, result.rows.shard.index, table, job.form, count_statuses(result.rows))
+            return replace(report, repeats=len(result.rows.repeats))
 
     pending: list[Future[ShardReport]] = []
     with (
@@ -178,6 +179,7 @@ def _results(
                 job.manifest,
                 pixels,
                 batch_size=config.loader.batch_size,
+                once=config.images.repeats == "once",
                 # While processes decode, one more thread reads what comes next and hands in what is done.
                 workers=worker_threads(config) + (pixels.decoders is not None),
                 prefetch=config.loader.prefetch,

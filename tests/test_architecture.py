@@ -14,6 +14,7 @@ from tests.conftest import ROOT
 # A room or a flat door, and its floor. The job stands between the cluster and the doors.
 FLOORS = {
     "records": 0,
+    "members": 0.5,
     "errors": 0,
     "config": 1,
     "checks": 1.2,
@@ -39,12 +40,18 @@ FLOORS = {
     "worker": 5,
     "batch_size": 5.2,
     "gallery": 5,
+    "vectors": 7,
     "bench": 8,
     "export": 8,
     "verify": 8,
+    "relabel": 8,
+    "search": 8,
+    "convert": 8,
     "setup": 5.5,
     "cluster": 6,
+    "measured": 6,
     "job": 7,
+    "nightly": 7.5,
     "run": 8,
 }
 PACKAGE = ROOT / "pipeline"

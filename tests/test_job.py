@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 from pipeline.config import Config
-from pipeline.dataset.parts import METADATA_KEY
+from pipeline.dataset.parts import LAYOUT, METADATA_KEY
 from pipeline.errors import (
     ManifestError,
     NumericalError,
@@ -195,6 +196,15 @@ def test_a_changed_manifest_is_another_job(finished: Config, tmp_path: Path) -> 
         run_job(config_for(manifest, output(finished)))
 
 
+def test_a_dataset_whose_parts_are_laid_out_as_they_once_were_is_another_job(finished: Config, tmp_path: Path) -> None:
+    copied = shutil.copytree(output(finished), tmp_path / "old")
+    plan = json.loads((copied / "_plan.json").read_text())
+    assert plan["fingerprints"]["output"].pop("layout") == LAYOUT
+    (copied / "_plan.json").write_text(json.dumps(plan))
+    with pytest.raises(PlanMismatch, match=rf"output\.layout: there null, now {LAYOUT}"):
+        run_job(config_for(Path(finished.manifest.path or ""), copied))
+
+
 def test_start_up_counts_from_the_command(tmp_path: Path) -> None:
     config = config_for(scenes_manifest(tmp_path / "m.parquet", 20), tmp_path / "a")
     report = run_job(config, began=time.time() - 100)
@@ -329,6 +339,14 @@ def test_every_storage_format_reads_back(tmp_path: Path, dtype: str, bits: type,
     frame = pd.read_parquet(tmp_path / "out")
     matrix = np.stack(frame.loc[frame["status"] == "ok", "embedding"])
     assert matrix.dtype == bits
+    group = pq.ParquetFile(next((tmp_path / "out").glob("*.parquet"))).metadata.row_group(0)
+    columns = [group.column(index) for index in range(group.num_columns)]
+    asked = {"zstd": "ZSTD", "snappy": "SNAPPY", "none": "UNCOMPRESSED"}[compression]
+    # Embeddings of float32 are not worth it.
+    plain = {"embedding"} if dtype == "float32" else set()
+    for column in columns:
+        plainly = column.path_in_schema.split(".")[0] in plain
+        assert column.compression == ("UNCOMPRESSED" if plainly else asked), column.path_in_schema
     length = "array_inner_product(embedding::float[128], embedding::float[128])"
     query = f"select sum({length}) from '{tmp_path}/out/*.parquet' where status = 'ok'"
     assert duckdb.sql(query).fetchall()[0][0] == pytest.approx(8, abs=1e-2)
@@ -429,9 +447,10 @@ def test_errors_know_their_exit_codes() -> None:
     errors = [error for error in PipelineError.__subclasses__() if error.__module__ == "pipeline.errors"]
     codes = {error.__name__: error.exit_code for error in errors}
     assert codes == {
+        "ShardsGivenUp": 3, "WorkerMismatch": 2, "ClusterUnavailable": 2, "ClusterLost": 75,
         "ConfigError": 2, "ManifestError": 2, "ModelError": 2, "PromptsError": 2, "BackendUnavailable": 2,
         "PlanMismatch": 2, "DecoderUnavailable": 2, "StorageError": 1, "NumericalError": 1, "TooManyFailures": 3,
-        "Interrupted": 75, "OutputBusy": 75, "LeaseLost": 75, "NoDataset": 2,
+        "UnfinishedDataset": 75, "Interrupted": 75, "OutputBusy": 75, "LeaseLost": 75, "NoDataset": 2,
         "ArtifactError": 2, "ParityError": 4,
     }  # fmt: skip
 

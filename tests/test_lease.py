@@ -303,7 +303,7 @@ def one_of_a_pair(groups: dict[str, dict[str, Any]], folder: str, number: int, r
 
     config = config_from(groups)
     if alone:
-        lease.take = lambda storage, *, seconds: take(storage, seconds=seconds, folder=f"_lease-{number}")  # type: ignore[assignment,misc]
+        lease.take = lambda storage, *, seconds, folder: take(storage, seconds=seconds, folder=f"_lease-{number}")  # type: ignore[assignment,misc]
     with (Path(folder) / f"said-{number}").open("w") as said:
         for turn in range(rounds):
             (Path(folder) / f"ready-{turn}-{number}").touch()

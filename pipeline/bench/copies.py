@@ -95,6 +95,7 @@ def copy_images(
                 if isinstance(result, Failure):
                     bad += 1
                     continue
+                assert result is not None
                 good.append(ref)
                 if len(encoded) < min(wanted, HELD_IMAGES) and held < HELD_BYTES:
                     data = reader.source.read(ref)

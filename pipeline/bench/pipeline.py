@@ -146,7 +146,8 @@ def measure(overrides: Sequence[str], plan: Plan, out: Path, *, command: str) ->
 
 def with_labels(config: Config) -> list[str]:
     """Overrides for what the bench wants to be known: labels, where the config names none, and the size of batches."""
-    more = []
+    # A manifest that is too short is begun again, and other tools embed every image.
+    more = ["images.repeats=each"]
     if not config.prompts.labels and config.prompts.path is None:
         from pipeline.demo.folder import label_names
 

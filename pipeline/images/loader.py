@@ -11,8 +11,8 @@ contained as here 1.03 and 0.83 (0.92 with the thread more that :mod:`pipeline.w
 then, but where they live: DataLoader's processes may not be started in a Dask worker, and its batches of 512 images do
 not fit into a /dev/shm of 64 MB; with either of the two, an image that crashes its decoder ends the run.
 
-What a batch holds follows from the manifest and the config alone: the rows of one shard that could be
-decoded, in order, ``batch_size`` at a time, the last one filled up with pictures of its own.
+What a batch holds follows from the manifest and the config alone: the rows of one shard that could be decoded, in
+order and without repeats, ``batch_size`` at a time, the last one filled up with pictures of its own.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain
-from types import TracebackType
 
 import numpy as np
 import pyarrow as pa
@@ -36,6 +36,7 @@ from pipeline.images.ahead import POLL, Ahead
 from pipeline.images.children import Abandoned
 from pipeline.images.decode import limit_pixels
 from pipeline.images.reader import PixelReader, Timer
+from pipeline.images.repeats import Repeats
 from pipeline.images.slots import new_slot
 from pipeline.images.wire import CHUNK
 from pipeline.manifest.shards import ShardReader, refs
@@ -57,6 +58,7 @@ class _Read:
     """Consecutive rows of a shard from ``start`` on, as they were read."""
 
     shard: Shard
+    repeats: Repeats | None
     start: int
     images: list[ImageRef]
     bytes: int
@@ -67,9 +69,10 @@ class _Chunk:
     """A few consecutive rows of a shard that are being decoded."""
 
     shard: Shard
+    repeats: Repeats | None
     start: int
     rows: int
-    results: Future[list[Pixels | Failure]]
+    results: Future[list[Pixels | Failure | None]]
 
 
 @dataclass(slots=True)
@@ -78,6 +81,7 @@ class _Filling:
 
     shard: Shard
     failures: dict[int, Failure] = field(default_factory=dict)
+    repeats: dict[int, int] = field(default_factory=dict)
     rows: list[int] = field(default_factory=list)
     # Pictures of the batch that were decoded on the device, by their places.
     on_device: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -96,6 +100,7 @@ class Loader:
         in_flight: batches that may be in the encoder's hands at once.
         device: where the pixels are wanted.
         timer: called with a stage and seconds, from any thread.
+        once: whether images of a shard with the same bytes come once, see :class:`~pipeline.records.ShardRows`.
     """
 
     def __init__(
@@ -109,8 +114,9 @@ class Loader:
         device: torch.device,
         timer: Timer,
         in_flight: int = 1,
+        once: bool = True,
     ) -> None:
-        self._manifest, self._reader, self._timer = manifest, reader, timer
+        self._manifest, self._reader, self._timer, self._once = manifest, reader, timer, once
         self._batch_size, self._workers = batch_size, workers
         # At least two tasks of every batch for each worker, so that all have work to the end of it.
         self._task = max(reader.chunk, min(TASK, batch_size // (2 * workers) // CHUNK * CHUNK))
@@ -129,9 +135,7 @@ class Loader:
     def __enter__(self) -> Loader:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -216,12 +220,13 @@ class Loader:
     def _read(self, shards: Iterable[Shard]) -> Generator[_Read | ShardRows]:
         with ShardReader(self._manifest) as reader:
             for shard in shards:
-                start, kept = 0, []
+                start, kept, repeats = 0, [], Repeats() if self._once else None
                 for batch in reader.read(shard):
                     failpoint("rows")
                     columns = [batch.column(name) for name in self._manifest.schema.names]
                     kept.append(pa.RecordBatch.from_arrays(columns, schema=self._manifest.schema))
-                    yield _Read(shard=shard, start=start, images=refs(self._manifest, batch), bytes=batch.nbytes)
+                    images = refs(self._manifest, batch)
+                    yield _Read(shard=shard, repeats=repeats, start=start, images=images, bytes=batch.nbytes)
                     start += batch.num_rows
                 table = pa.Table.from_batches(kept, schema=self._manifest.schema)
                 yield ShardRows(shard=shard, table=table, failures={})
@@ -233,11 +238,10 @@ class Loader:
                 continue
             for start in range(0, len(item.images), self._task):
                 part = item.images[start : start + self._task]
-                future = pool.submit(self._decode, part)
-                yield _Chunk(shard=item.shard, start=item.start + start, rows=len(part), results=future)
-
-    def _decode(self, images: list[ImageRef]) -> list[Pixels | Failure]:
-        return self._reader.read_all(images, self._timer, self._stopped.is_set)
+                first = item.start + start
+                known = partial(item.repeats.known, first) if item.repeats is not None else None
+                future = pool.submit(self._reader.read_all, part, self._timer, self._stopped.is_set, known)
+                yield _Chunk(shard=item.shard, repeats=item.repeats, start=first, rows=len(part), results=future)
 
     def _take(self, done: _Chunk | ShardRows, filling: _Filling | None) -> _Filling | None:
         filling = filling or _Filling(done.shard)
@@ -247,12 +251,19 @@ class Loader:
             while not self._room.acquire(timeout=POLL):
                 if self._stopped.is_set():
                     raise Abandoned
-            self._ready.put(ShardRows(shard=done.shard, table=done.table, failures=filling.failures))
+            self._ready.put(replace(done, failures=filling.failures, repeats=filling.repeats))
             return None
         for position, result in enumerate(done.results.result(), start=done.start):
+            first = position if done.repeats is None else done.repeats.first(position)
+            if first != position and first not in filling.failures:
+                # Its pixels may be here too, if both were decoded at once.
+                filling.repeats[position] = first
+                continue
+            result = filling.failures.get(first, result)
             if isinstance(result, Failure):
                 filling.failures[position] = result
                 continue
+            assert result is not None
             if filling.slot < 0:
                 filling.slot = self._take_slot()
             if isinstance(result.rgb, torch.Tensor):

@@ -64,14 +64,21 @@ class PixelReader:
 
     def read(self, ref: ImageRef) -> Pixels | Failure:
         """Read, decode and preprocess one image."""
-        return self.read_all([ref], lambda stage, seconds: None)[0]
+        [result] = self.read_all([ref], lambda stage, seconds: None)
+        assert result is not None
+        return result
 
     def read_all(
-        self, refs: Sequence[ImageRef], timer: Timer, abandoned: Callable[[], bool] = never
-    ) -> list[Pixels | Failure]:
+        self,
+        refs: Sequence[ImageRef],
+        timer: Timer,
+        abandoned: Callable[[], bool] = never,
+        known: Callable[[int, bytes], bool] | None = None,
+    ) -> list[Pixels | Failure | None]:
         """The same for several images, one result for each; never raises for a bad image.
 
-        ``timer`` is told how long reading and decoding took, the wait for a decoder included.
+        ``timer`` is told how long reading and decoding took, the wait for a decoder included. ``known`` may say of an
+        image's bytes, by its place in ``refs``, that they need not be decoded; its result is None.
 
         Raises:
             StorageError: images cannot be read, and it is no fault of theirs.
@@ -89,7 +96,7 @@ class PixelReader:
             data = self.source.read(ref)
             if isinstance(data, Failure):
                 results[position] = data
-            else:
+            elif known is None or not known(position, data):
                 positions.append(position)
                 encoded.append(data)
                 held += len(data)
@@ -102,7 +109,7 @@ class PixelReader:
                     for decoded, result in zip(positions, self._decode(encoded, timer, abandoned), strict=True):
                         results[decoded] = result
                 positions, encoded, held, started = [], [], 0, time.perf_counter()
-        return [result for result in results if result is not None]
+        return results
 
     def memory(self) -> dict[str, float]:
         """For the report: peak resident memory of the largest decoder process, in MiB."""

@@ -76,13 +76,13 @@ def log_to_terminal() -> Iterator[None]:
 
 
 @contextmanager
-def log_to(storage: Storage) -> Iterator[None]:
-    """Send the package's log to the terminal and to ``_run.log``, with the error that ends the run, if any.
+def log_to(storage: Storage, name: str = NAME) -> Iterator[None]:
+    """Send the package's log to the terminal and to the file ``name`` of the output, with the error that ends the run.
 
     An object store gets the log at the end.
     """
     root = logging.getLogger("pipeline")
-    with _path(storage) as path:
+    with _path(storage, name) as path:
         with explained(str(path)):
             file = _File(path, encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
@@ -109,17 +109,20 @@ def log_to(storage: Storage) -> Iterator[None]:
             if not isinstance(storage, LocalStorage):
                 # Nothing depends on the log: a store that is away hides neither the dataset nor the error.
                 try:
-                    storage.write(NAME, path.read_bytes())
+                    storage.write(name, path.read_bytes())
                 except StorageError as error:
                     _say(f"warning: {error}; the log of this run is lost")
 
 
 @contextmanager
-def _path(storage: Storage) -> Iterator[Path]:
+def _path(storage: Storage, name: str) -> Iterator[Path]:
     """Where the log is written while the run goes on."""
     if isinstance(storage, LocalStorage):
         storage.make()
-        yield storage.root / NAME
+        path = storage.root / name
+        with explained(str(path)):
+            path.parent.mkdir(exist_ok=True)
+        yield path
         return
     with explained("a temporary folder for the log (TMPDIR)"):
         scratch = tempfile.TemporaryDirectory()

@@ -78,6 +78,10 @@ class Progress:
         self._failed += rows
         self._advance(rows)
 
+    def shared(self, rows: int) -> None:
+        """Count rows that have the embedding of another one."""
+        self._advance(rows)
+
     def _advance(self, rows: int) -> None:
         self._rows += rows
         if self._bar is not None:

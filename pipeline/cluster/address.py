@@ -1,0 +1,28 @@
+"""A scheduler that runs already."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from distributed import Client
+
+from pipeline.cluster.opening import security
+from pipeline.config import Config
+from pipeline.errors import ClusterUnavailable
+
+# How long a scheduler may take to answer, in seconds.
+TIMEOUT = 30
+
+
+@contextmanager
+def open_client(config: Config) -> Iterator[Client]:
+    """See :func:`pipeline.cluster.opening.open_cluster`; the cluster itself goes on afterwards."""
+    address = config.cluster.address
+    try:
+        client = Client(address, security=security(config.cluster), set_as_default=False, timeout=TIMEOUT)
+    except (OSError, ValueError, TypeError) as error:
+        reason = str(error) or type(error).__name__
+        raise ClusterUnavailable(f"cluster.address={address}: no scheduler answers there ({reason})") from error
+    with client:
+        yield client

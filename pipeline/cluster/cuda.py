@@ -1,0 +1,52 @@
+"""One process for each GPU of this machine, each of which sees its own alone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from contextlib import AbstractContextManager
+
+from distributed import Client
+
+from pipeline.cluster.cores import VARIABLE, shares
+from pipeline.cluster.opening import open_processes
+from pipeline.config import Config
+from pipeline.errors import ClusterUnavailable
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+
+def open_client(config: Config) -> AbstractContextManager[Client]:
+    """See :func:`pipeline.cluster.opening.open_cluster`.
+
+    Raises:
+        ClusterUnavailable: there are not so many GPUs.
+    """
+    cluster, found = config.cluster, visible()
+    if not found or cluster.workers > len(found):
+        raise ClusterUnavailable(
+            f"cluster=cuda: {cluster.workers or 'some'} GPUs are asked for, and {len(found)} can be seen "
+            f"({VISIBLE}={os.environ.get(VISIBLE, '')!r}); lower cluster.workers, or take cluster=local"
+        )
+    chosen = found[: cluster.workers or len(found)]
+    cores = shares(len(chosen), cluster.cores)
+    return open_processes(
+        config,
+        [{VARIABLE: ",".join(map(str, share)), VISIBLE: gpu} for gpu, share in zip(chosen, cores, strict=True)],
+    )
+
+
+def visible() -> list[str]:
+    """The GPUs that this process may use, as ``CUDA_VISIBLE_DEVICES`` names them: by number, UUID or MIG instance.
+
+    The driver's own tool counts them, since a process that opens CUDA itself takes memory of the first one.
+    """
+    named = os.environ.get(VISIBLE)
+    if named is not None:
+        return [name.strip() for name in named.split(",") if name.strip() and name.strip() != "-1"]
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    # "GPU 0: NVIDIA H100 (UUID: GPU-5d...)"; the lines of MIG instances are indented.
+    return [line.split("UUID: ")[1].rstrip(") ") for line in listed.splitlines() if line.startswith("GPU ")]

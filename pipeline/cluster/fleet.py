@@ -1,0 +1,260 @@
+"""Shards on the workers of a Dask cluster: as many under way as the workers have room for, whoever joins or leaves.
+
+What a worker tells of its work comes by events, in order and over the connection that exists anyway: nothing is
+fetched from a worker, so that one that dies takes nothing along that was told. A shard whose worker dies runs again;
+one to which that happens twice waits until the rest is through, and then runs alone, so that no other is blamed.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import time
+import uuid
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import ExitStack, suppress
+from typing import Any
+
+from distributed import Client, Future, KilledWorker
+
+from pipeline.cluster import tasks
+from pipeline.cluster.delivery import Delivery
+from pipeline.cluster.opening import open_cluster
+from pipeline.cluster.order import Order
+from pipeline.config import Config
+from pipeline.dataset.commits import FOLDER, read_commit
+from pipeline.errors import ClusterLost, ClusterUnavailable
+from pipeline.images.reader import PixelReader
+from pipeline.members import Member, from_json
+from pipeline.reading import pixel_reader
+from pipeline.records import Shard, ShardReport
+from pipeline.setup import Inputs, Prepared, spec_of
+from pipeline.storage.base import Storage
+from pipeline.worker import Job
+
+# How often the driver looks after workers and tasks when nothing is told, and how often it counts the room, in seconds.
+TICK, COUNTED = 0.1, 1.0
+# Shards that are sent ahead of the room, so that a worker need not wait for the driver.
+AHEAD = 2
+log = logging.getLogger(__name__)
+
+
+class Fleet:
+    """The cluster of a job; use it as a context manager.
+
+    Args:
+        config: of the job.
+        storage: the output.
+        check: called often; raises if the job must stop.
+    """
+
+    def __init__(self, config: Config, storage: Storage, check: Callable[[], None]) -> None:
+        self._config, self._storage, self._check = config, storage, check
+        self._token = uuid.uuid4().hex
+        self._opened = ExitStack()
+        self._told: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._members: dict[tuple[str, int], Member] = {}
+        self._client: Client
+        self._order: Order
+        self._room, self._counted, self._seen = 0, 0.0, time.monotonic()
+        self._inputs: Inputs
+        self._reader: PixelReader | None = None
+        self.given_up: tuple[int, ...] = ()
+
+    def __enter__(self) -> Fleet:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._opened.close()
+
+    def prepare(self, inputs: Inputs) -> Prepared:
+        """Open the cluster, and let its first worker open the model and pass the gates.
+
+        Raises:
+            ClusterUnavailable: it cannot be opened, or has no worker.
+            PipelineError: what the worker found.
+        """
+        self._inputs = inputs
+        self._client = self._opened.enter_context(open_cluster(self._config))
+        self._client.subscribe_topic(f"pipeline-{self._token}", lambda event: self._told.put(event[1]))
+        self._order = Order(
+            token=self._token, config=self._config, manifest=inputs.manifest, model=inputs.checkpoint.fingerprint
+        )
+        self._deliver("order", self._order, closes=True)
+        deaths = 0
+        while True:
+            bank = inputs.bank()
+            future = self._client.submit(
+                tasks.prepare, self._token, bank, key=f"prepare-{self._token}-{deaths}", pure=False
+            )
+            while not future.done():
+                self._tick()
+                for message in self._messages():
+                    self._hear(message)
+            error = future.exception()
+            if error is None:
+                break
+            deaths += 1
+            if not isinstance(error, KilledWorker) or deaths >= self._config.cluster.tries:
+                raise self._explained(error, "while it opened the model")
+        self._first, prepared = future.result()
+        found: Prepared = prepared
+        return found
+
+    def begin(self, job: Job) -> None:
+        """Tell all workers that the plan is settled."""
+        # The worker that measured may be gone by now; then the next one measures again.
+        with suppress(OSError, ValueError, KeyError):
+            self._client.run(tasks.note, self._token, workers=[self._first], on_error="ignore")
+        self._deliver("job", self._order.with_job(job), closes=False)
+
+    def run(self, shards: Iterable[Shard], on_batch: Callable[[int], None]) -> Generator[ShardReport]:
+        """A report of every shard once it is durable, in any order; ``given_up`` names the others afterwards.
+
+        Raises:
+            ClusterUnavailable: there was no worker for ``cluster.wait_seconds``.
+            ClusterLost: the scheduler is gone.
+            PipelineError: what a worker found.
+        """
+        todo, again, alone = iter(shards), deque[Shard](), deque[Shard]()
+        under: dict[int, tuple[Shard, Future[None]]] = {}
+        deaths, given_up, drained, single = Counter[int](), list[int](), False, False
+        while True:
+            while len(under) < (1 if single else self._room):
+                shard = again.popleft() if again else next(todo, None)
+                if shard is None:
+                    break
+                under[shard.index] = (shard, self._submit(shard, deaths[shard.index]))
+            if len(under) < self._room and not drained and not again:
+                # Nobody waits for a shard that will not come.
+                drained = True
+                with suppress(OSError):
+                    self._client.run(tasks.drain, self._token, wait=False, on_error="ignore")
+            if not under:
+                if not alone:
+                    break
+                single = True
+                again.append(alone.popleft())
+                continue
+            for message in self._messages():
+                report = self._hear(message, on_batch)
+                if report is not None and under.pop(report.shard, None) is not None:
+                    yield report
+            self._tick()
+            for shard, future in list(under.values()):
+                if not future.done():
+                    continue
+                if future.status in ("cancelled", "lost"):
+                    raise ClusterLost(LOST)
+                error = future.exception() if future.status == "error" else None
+                if error is None:
+                    # Its report is among what was told; it was told before the task was over.
+                    continue
+                if not isinstance(error, KilledWorker):
+                    raise self._explained(error, "")
+                del under[shard.index]
+                report = self._committed(shard)
+                if report is not None:
+                    yield report
+                    continue
+                deaths[shard.index] += 1
+                count = deaths[shard.index]
+                log.warning("shard %d: the worker that had it died (%d)", shard.index, count)
+                if single and count >= self._config.cluster.tries:
+                    given_up.append(shard.index)
+                    log.error("shard %d is given up: every worker that had it died", shard.index)
+                else:
+                    (again if count == 1 else alone).append(shard)
+        self.given_up = tuple(sorted(given_up))
+
+    @property
+    def reader(self) -> PixelReader:
+        """Reads pictures of the job in this process."""
+        if self._reader is None:
+            order = self._order
+            spec = spec_of(order.config, self._inputs.checkpoint)
+            self._reader = self._opened.enter_context(pixel_reader(order.config, order.manifest, spec))
+        return self._reader
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        """What every worker process has done, as far as it was told."""
+        return tuple(sorted(self._members.values(), key=lambda member: (member.host, member.name, member.pid)))
+
+    def _deliver(self, kind: str, order: Order, *, closes: bool) -> None:
+        name = f"pipeline-{kind}-{self._token}"
+        self._client.register_plugin(Delivery(order, closes=closes), name=name)
+        self._opened.callback(self._take_back, name)
+
+    def _take_back(self, name: str) -> None:
+        # A cluster of one's own ends anyway; one that goes on gets its memory back.
+        if self._config.cluster.name == "address":
+            with suppress(Exception):
+                self._client.unregister_worker_plugin(name)
+
+    def _submit(self, shard: Shard, deaths: int) -> Future[None]:
+        key = f"shard-{self._token}-{shard.index}-{deaths}"
+        return self._client.submit(tasks.embed, self._token, shard, key=key, pure=False, retries=0)
+
+    def _messages(self) -> Iterator[dict[str, Any]]:
+        """What was told by now; waits a moment where nothing was."""
+        with suppress(queue.Empty):
+            yield self._told.get(timeout=TICK)
+            while True:
+                yield self._told.get_nowait()
+
+    def _hear(self, message: dict[str, Any], on_batch: Callable[[int], None] = lambda _: None) -> ShardReport | None:
+        if "log" in message:
+            log.log(message["level"], "%s: %s", message["from"], message["log"])
+        if "images" in message:
+            on_batch(message["images"])
+        if "member" in message:
+            member = from_json(message["member"])
+            self._members[member.host, member.pid] = member
+        return ShardReport(**message["report"]) if "report" in message else None
+
+    def _tick(self) -> None:
+        """Look whether all is well, and count the room of the workers.
+
+        Raises:
+            ClusterUnavailable: no worker for too long.
+            ClusterLost: no scheduler.
+        """
+        self._check()
+        now = time.monotonic()
+        if self._client.status in ("closed", "closing"):
+            raise ClusterLost(LOST)
+        if now - self._counted < COUNTED and self._room:
+            return
+        self._counted = now
+        try:
+            slots = self._client.nthreads()
+        except (OSError, ValueError) as error:
+            raise ClusterLost(LOST) from error
+        self._room = sum(slots.values()) + AHEAD * len(slots)
+        if slots:
+            self._seen = now
+        elif now - self._seen > self._config.cluster.wait_seconds:
+            raise ClusterUnavailable(
+                f"cluster={self._config.cluster.name}: no worker for {now - self._seen:.0f} s; look at the workers' "
+                "own logs, or raise cluster.wait_seconds"
+            )
+
+    def _committed(self, shard: Shard) -> ShardReport | None:
+        """What a worker did just before it died, and could not tell."""
+        commit = read_commit(self._storage, f"{shard.index:05d}.json")
+        if commit is None or not self._storage.size(f"{FOLDER}/{shard.index:05d}.json"):
+            return None
+        return ShardReport(shard=shard.index, part=commit.part, rows=commit.rows, counts=commit.counts, committed=True)
+
+    def _explained(self, error: BaseException, when: str) -> BaseException:
+        if isinstance(error, KilledWorker):
+            return ClusterUnavailable(
+                f"cluster={self._config.cluster.name}: every worker died {when}; it may have had no memory for the "
+                "model: look at the system's log, or run once with cluster=inline"
+            )
+        return error
+
+
+LOST = "the scheduler of the cluster is gone; what was committed stays, and the same command goes on"

@@ -1,0 +1,46 @@
+"""What a worker tells the driver: batches, reports, and its log."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+# Batches are told of together, at most so often in seconds.
+TOLD = 0.5
+
+
+class Teller:
+    """Sends messages under a topic, from any thread; they arrive in order, and before the end of the task."""
+
+    def __init__(self, worker: Any, topic: str) -> None:
+        self._worker, self._topic = worker, topic
+        self._images, self._told = 0, 0.0
+
+    def tell(self, message: dict[str, Any]) -> None:
+        """Send a message."""
+        self._worker.log_event(self._topic, message)
+
+    def count(self, images: int) -> None:
+        """Count the images of a batch; told soon."""
+        self._images += images
+        if time.monotonic() - self._told > TOLD:
+            self.flush()
+
+    def flush(self) -> None:
+        """Tell what was counted."""
+        images, self._images, self._told = self._images, 0, time.monotonic()
+        if images:
+            self.tell({"images": images})
+
+
+class Forward(logging.Handler):
+    """Tells the driver every sentence of the log from ``level`` on, with the name of the worker."""
+
+    def __init__(self, teller: Teller, name: str, level: int) -> None:
+        super().__init__(level)
+        self._teller, self._from = teller, name
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Tell one sentence."""
+        self._teller.tell({"log": record.getMessage(), "level": record.levelno, "from": self._from})

@@ -1,0 +1,20 @@
+"""Processes of this machine, each with its share of the cores."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+from distributed import Client
+
+from pipeline.cluster.cores import VARIABLE, shares
+from pipeline.cluster.opening import open_processes
+from pipeline.config import Config
+
+WORKERS = 2
+
+
+def open_client(config: Config) -> AbstractContextManager[Client]:
+    """See :func:`pipeline.cluster.opening.open_cluster`."""
+    cluster = config.cluster
+    cores = shares(cluster.workers or WORKERS, cluster.cores)
+    return open_processes(config, [{VARIABLE: ",".join(map(str, share))} for share in cores])

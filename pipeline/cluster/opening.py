@@ -1,0 +1,136 @@
+"""A cluster as the config asks for it: opened, quiet, and closed again whatever happens."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import dask
+from distributed import Client, Scheduler, SpecCluster
+from distributed.security import Security
+
+from pipeline.cluster.cores import quiet
+from pipeline.config import ClusterConfig, Config
+from pipeline.errors import ClusterUnavailable
+from pipeline.reading import worker_threads
+
+LOCAL = ("127.0.0.1", "localhost", "::1")
+# The rows of a chunk that the loader decodes at once, at least.
+_CHUNK = 8
+MOST_SHARDS = 32
+SETTINGS = {
+    # Who is to blame for the death of a worker is found out by :mod:`pipeline.cluster.fleet`.
+    "distributed.scheduler.allowed-failures": 0,
+    # Building an engine may keep a worker from answering for minutes; one that is gone closes its connection.
+    "distributed.scheduler.worker-ttl": "1 hour",
+    # The share of the cores is an affinity; these would give every library one thread.
+    "distributed.nanny.pre-spawn-environ": {},
+    "distributed.worker.profile.enabled": False,
+    # Memory is kept in bounds by the loader, not by pausing workers.
+    "distributed.worker.memory.target": False,
+    "distributed.worker.memory.spill": False,
+    "distributed.worker.memory.pause": False,
+    "distributed.worker.memory.terminate": False,
+}
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def open_cluster(config: Config) -> Iterator[Client]:
+    """A client of the cluster that ``cluster.name`` names.
+
+    Raises:
+        ClusterUnavailable: it cannot be started or reached.
+    """
+    cluster = config.cluster
+    module = importlib.import_module(f"pipeline.cluster.{cluster.name}")
+    levels = quiet()
+    if cluster.name != "address" and cluster.host not in LOCAL and cluster.tls_ca is None:
+        log.warning(
+            "the scheduler listens on %s without TLS: who reaches its port can run code as you; see cluster.tls_ca",
+            cluster.host,
+        )
+    try:
+        with dask.config.set(SETTINGS), module.open_client(config) as client:
+            log.info("cluster=%s: scheduler at %s", cluster.name, client.scheduler.address)
+            yield client
+    except (OSError, ImportError) as error:
+        if isinstance(error, ImportError):
+            raise
+        raise ClusterUnavailable(f"cluster={cluster.name}: {error or type(error).__name__}") from error
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+def shards_at_once(config: Config) -> int:
+    """Shards under way in a process, so that its loop never waits for the next one.
+
+    One is written, one is reported when the next is done, one is embedded, one is read; and the loader keeps about two
+    batches of rows in its hands, which short shards must add up to.
+    """
+    batch = config.loader.batch_size or 256
+    held = batch + max(batch, 2 * _CHUNK * worker_threads(config))
+    return min(MOST_SHARDS, 4 + -(-held // config.manifest.shard_rows))
+
+
+def security(cluster: ClusterConfig) -> Security | None:
+    """The TLS files, for all sides; None where there are none."""
+    if cluster.tls_ca is None:
+        return None
+    return Security(
+        require_encryption=True,
+        tls_ca_file=cluster.tls_ca,
+        tls_client_cert=cluster.tls_cert,
+        tls_client_key=cluster.tls_key,
+        tls_scheduler_cert=cluster.tls_cert,
+        tls_scheduler_key=cluster.tls_key,
+        tls_worker_cert=cluster.tls_cert,
+        tls_worker_key=cluster.tls_key,
+    )
+
+
+def scheduler_options(cluster: ClusterConfig) -> dict[str, Any]:
+    """Where and how a scheduler of one's own listens."""
+    dashboard = f"{cluster.dashboard_host}:{cluster.dashboard_port if cluster.dashboard else 0}"
+    return {
+        "host": cluster.host,
+        "port": cluster.port,
+        "protocol": "tls" if cluster.tls_ca else "tcp",
+        "security": security(cluster),
+        "dashboard": cluster.dashboard,
+        "dashboard_address": dashboard,
+    }
+
+
+@contextmanager
+def open_processes(config: Config, environments: list[dict[str, str]]) -> Iterator[Client]:
+    """A scheduler in this process, and a worker process for every environment; one that dies is started anew."""
+    from distributed import Nanny
+
+    cluster = config.cluster
+    options = {
+        "nthreads": shards_at_once(config),
+        "host": cluster.host,
+        "protocol": "tls" if cluster.tls_ca else "tcp",
+        "security": security(cluster),
+        "dashboard_address": f"{cluster.host}:0",
+        "memory_limit": 0,
+        "silence_logs": logging.CRITICAL,
+        "preload": ["pipeline.cluster.cores"],
+    }
+    workers = {
+        number: {"cls": Nanny, "options": {**options, "env": environment}}
+        for number, environment in enumerate(environments)
+    }
+    scheduler = {"cls": Scheduler, "options": scheduler_options(cluster)}
+    with (
+        SpecCluster(
+            workers=workers, scheduler=scheduler, security=security(cluster), silence_logs=logging.CRITICAL
+        ) as opened,
+        Client(opened, set_as_default=False) as client,
+    ):
+        yield client

@@ -1,0 +1,300 @@
+"""What lives in a worker process: the model, opened once, and one loop in a thread of its own that embeds the shards
+of all tasks.
+
+A task puts its shard in and waits. Several are under way at a time, so that the loop goes from one shard to the next
+without a gap. This module is loaded by every worker when it joins; the thread that opens the model imports the rest.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import ExitStack, closing
+from dataclasses import asdict, replace
+from functools import partial
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from pipeline.aside import aside
+from pipeline.cluster.forward import Forward, Teller
+from pipeline.cluster.order import Order
+from pipeline.errors import Interrupted, PlanMismatch, WorkerMismatch
+from pipeline.members import Member
+from pipeline.processes import cores
+from pipeline.records import OK, Shard, ShardReport, TextBank
+from pipeline.storage.opening import open_storage
+
+if TYPE_CHECKING:
+    from pipeline.report.clocks import StageClocks
+    from pipeline.report.spent import Spent
+    from pipeline.setup import Engine, Inputs, Prepared
+    from pipeline.worker import Job
+
+# A stream that brings no shard ends, so that rows which wait for more are embedded: after so many seconds, at least,
+# without a batch, or twice what batches take here.
+PATIENCE, LONGEST = 0.25, 5.0
+TICK = 0.02
+_RESIDENTS: dict[str, Resident] = {}
+_GUARD = threading.Lock()
+
+
+def receive(worker: Any, order: Order) -> Resident:
+    """The resident of an order in this process; the first call begins to open its model."""
+    with _GUARD:
+        found = _RESIDENTS.get(order.token)
+        if found is None:
+            found = _RESIDENTS[order.token] = Resident(worker, order)
+    job = order.exact_job
+    if job is not None:
+        found.settled(job)
+    return found
+
+
+def of(token: str) -> Resident:
+    """The resident of a job in this process."""
+    return _RESIDENTS[token]
+
+
+def leave(order: Order) -> None:
+    """End what was begun for an order."""
+    with _GUARD:
+        found = _RESIDENTS.pop(order.token, None)
+    if found is not None:
+        found.close()
+
+
+class Resident:
+    """One process's part in a job."""
+
+    def __init__(self, worker: Any, order: Order) -> None:
+        self._worker, self._order = worker, order
+        self._began, self._startup = time.time(), 0.0
+        self._opened = ExitStack()
+        self._bank: Future[TextBank | None] = Future()
+        self._job: Future[Job] = Future()
+        self._lock = threading.Lock()
+        self._engine: Future[Engine] | None = None
+        self._prepared: Prepared | None = None
+        self._passed = False
+        # What came in and is not reported yet, and where the loop takes it from.
+        self._waiting: dict[int, Future[None]] = {}
+        self._queue: queue.SimpleQueue[Shard] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._closed = self.drained = False
+        self._alive, self._gap = time.monotonic(), 0.0
+        self._teller = Teller(worker, order.topic)
+        self._log = Forward(self._teller, self.name, logging.WARNING)
+        logging.getLogger("pipeline").addHandler(self._log)
+        logging.getLogger("pipeline").setLevel(logging.INFO)
+        self._member: Member | None = None
+        self._clocks: StageClocks
+        self._spent: Spent
+        if order.config.loader.batch_size:
+            self._open()
+        else:
+            # One worker measures the batch size, and the others wait for it; they can import meanwhile.
+            aside(partial(import_module, "pipeline.setup"), name="imports")
+
+    def settled(self, job: Job) -> None:
+        """The plan is there: from now on shards may come."""
+        if not self._job.done():
+            self._job.set_result(job)
+            if not self._bank.done():
+                self._bank.set_result(job.bank)
+
+    def prepare(self, bank: TextBank | None) -> tuple[str, Prepared]:
+        """See :func:`pipeline.cluster.tasks.prepare`."""
+        from pipeline import setup
+
+        if not self._bank.done():
+            self._bank.set_result(bank)
+        # Of this worker all is told; of the others only what is wrong.
+        self._log.setLevel(logging.INFO)
+        engine = self._open().result()
+        self._prepared = setup.prepare(engine, self._inputs(engine.checkpoint), self._storage())
+        self._log.setLevel(logging.WARNING)
+        self._passed = True
+        return self._worker.address, self._prepared
+
+    def note(self) -> None:
+        """See :func:`pipeline.cluster.tasks.note`."""
+        from pipeline.setup import note
+
+        if self._prepared is not None:
+            note(self._open().result(), self._prepared, self._storage())
+
+    def put(self, shard: Shard) -> Future[None]:
+        """Let the loop embed a shard, and start the loop if it is the first."""
+        future: Future[None] = Future()
+        with self._lock:
+            if self._closed:
+                raise Interrupted(f"{self.name} is ending")
+            self._waiting[shard.index] = future
+            self._alive = time.monotonic()
+            self._queue.put(shard)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._loop, name="embed", daemon=True)
+                self._thread.start()
+        return future
+
+    def close(self) -> None:
+        """Stop the loop within a batch, and give back the model."""
+        with self._lock:
+            self._closed = True
+        logging.getLogger("pipeline").removeHandler(self._log)
+        if self._thread is None:
+            self._opened.close()
+
+    def _storage(self) -> Any:
+        return open_storage(self._order.config.output.dir)
+
+    def _inputs(self, checkpoint: Any) -> Inputs:
+        from pipeline.setup import Inputs
+
+        # The driver has checked the ids.
+        return Inputs(self._order.manifest, checkpoint, bank=self._bank.result, unique=lambda: None)
+
+    def _open(self) -> Future[Engine]:
+        with self._lock:
+            if self._engine is None:
+                self._engine = aside(self._open_engine, name="engine")
+        return self._engine
+
+    def _open_engine(self) -> Engine:
+        from pipeline.models.checkpoint import open_checkpoint
+        from pipeline.setup import open_engine
+
+        # Unless this one measures it, the batch size is that of the job.
+        config = self._job.result().config if self._job.done() else self._order.config
+        checkpoint = open_checkpoint(config.model)
+        if checkpoint.fingerprint != self._order.model:
+            raise WorkerMismatch(
+                f"{self.name}: {config.model.name} is another model there than where the job was started; give all the "
+                f"same files (there {checkpoint.fingerprint}, here {dict(self._order.model)})"
+            )
+        engine = open_engine(config, self._inputs(checkpoint), self._storage(), self._opened)
+        self._startup = time.time() - self._began
+        return engine
+
+    @property
+    def name(self) -> str:
+        """The worker as people find it."""
+        return f"worker {self._worker.name} (process {os.getpid()} on {socket.gethostname()})"
+
+    def _pass_gates(self) -> Engine:
+        from pipeline import setup
+
+        job = self._job.result()
+        engine = self._open().result()
+        if not self._passed:
+            try:
+                setup.prepare(engine, self._inputs(engine.checkpoint), self._storage())
+            except PlanMismatch as error:
+                raise WorkerMismatch(f"{self.name} would make other rows than the rest of the job: {error}") from error
+            self._passed = True
+        if engine.config.loader.batch_size != job.config.loader.batch_size:
+            raise WorkerMismatch(f"{self.name} has opened its model for another batch size than the job's")
+        return engine
+
+    def _loop(self) -> None:
+        """Embed what comes; an error ends the tasks that wait, and the next ones begin anew."""
+        while not self._closed:
+            try:
+                first = self._queue.get(timeout=10 * TICK)
+            except queue.Empty:
+                continue
+            try:
+                self._embed(first)
+            except BaseException as error:
+                with self._lock:
+                    failed, self._waiting = self._waiting, {}
+                    while not self._queue.empty():
+                        self._queue.get()
+                for future in failed.values():
+                    future.set_exception(error)
+        self._opened.close()
+
+    def _embed(self, first: Shard) -> None:
+        engine = self._pass_gates()
+        import torch
+
+        from pipeline import worker
+        from pipeline.report.spent import spent
+
+        if engine.encoder.device.type == "cuda":
+            # Opened in another thread, and the current device is each thread's own.
+            torch.cuda.set_device(engine.encoder.device)
+        if self._member is None:
+            from pipeline.report.clocks import StageClocks
+
+            self._clocks, self._spent = StageClocks(), spent()
+            self._member = Member(
+                name=str(self._worker.name),
+                host=socket.gethostname(),
+                pid=os.getpid(),
+                device=str(engine.encoder.device),
+                cores=cores(),
+                startup_seconds=self._startup,
+            )
+        self._alive = time.monotonic()
+        with closing(
+            worker.embed(
+                self._stream(first),
+                self._job.result(),
+                engine.encoder,
+                clocks=self._clocks,
+                on_batch=self._on_batch,
+                reader=engine.reader,
+            )
+        ) as reports:
+            for report in reports:
+                self._report(report, engine, spent() - self._spent)
+
+    def _stream(self, first: Shard) -> Iterator[Shard]:
+        yield first
+        while not self._closed:
+            try:
+                yield self._queue.get(timeout=TICK)
+            except queue.Empty:
+                if self.drained or time.monotonic() - self._alive > max(PATIENCE, min(LONGEST, 2 * self._gap)):
+                    return
+
+    def _on_batch(self, images: int) -> None:
+        if self._closed:
+            raise Interrupted(f"{self.name} is ending")
+        now = time.monotonic()
+        self._gap, self._alive = max(self._gap, now - self._alive), now
+        self._teller.count(images)
+
+    def _report(self, report: ShardReport, engine: Engine, spent: Spent) -> None:
+        from pipeline.report import summary
+
+        member = self._member
+        assert member is not None
+        self._member = replace(
+            member,
+            rows=member.rows + report.rows,
+            images=member.images + report.counts.get(OK, 0) - report.repeats,
+            repeats=member.repeats + report.repeats,
+            shards=member.shards + 1,
+            clocks=self._clocks.total(),
+            own_core_seconds=spent.own,
+            child_core_seconds=spent.children,
+            memory={**summary.memory(), **engine.reader.memory()},
+            batch_sizes=tuple(engine.encoder.batch_sizes),
+        )
+        # In this order: what is told of a shard arrives before its task is over.
+        self._teller.flush()
+        self._teller.tell(
+            {"report": {**asdict(report), "counts": dict(report.counts)}, "member": self._member.to_json()}
+        )
+        with self._lock:
+            future = self._waiting.pop(report.shard, None)
+        if future is not None:
+            future.set_result(None)

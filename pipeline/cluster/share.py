@@ -1,0 +1,101 @@
+"""One run's share of a dataset: all of it, or ``cluster.part``, every so many-th shard of it.
+
+Parts need no scheduler: each commits to the same dataset, leaves what it did under ``_parts/``, and the one that finds
+every shard committed publishes. Two that find so at once write the same.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipeline.checks import part_of
+from pipeline.config import Config
+from pipeline.dataset import lease
+from pipeline.members import Member, from_json
+from pipeline.report import logs
+from pipeline.storage.base import Storage
+
+FOLDER = "_parts"
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What a run did: ``began`` and ``ended`` in seconds since the epoch, and its processes."""
+
+    began: float
+    ended: float
+    rows: int
+    images: int
+    members: tuple[Member, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """The shards of this run: ``number`` (from 1) of ``count`` equal parts."""
+
+    number: int = 1
+    count: int = 1
+    whole: bool = True
+
+    @classmethod
+    def of(cls, config: Config) -> Share:
+        """What the config says."""
+        part = part_of(config.cluster.part) if config.cluster.part is not None else None
+        return cls(*part, whole=False) if part is not None else cls()
+
+    @property
+    def name(self) -> str:
+        """As it stands in names of files."""
+        return f"{self.number}-of-{self.count}"
+
+    @property
+    def lease(self) -> str:
+        """The folder of its lease: parts do not keep one another out."""
+        return lease.FOLDER if self.whole else f"{lease.FOLDER}-{self.name}"
+
+    @property
+    def log(self) -> str:
+        """Its log."""
+        return logs.NAME if self.whole else f"{FOLDER}/{self.name}.log"
+
+    def has(self, shard: int) -> bool:
+        """Whether a shard belongs to it."""
+        return shard % self.count == self.number - 1
+
+    def merged(self, storage: Storage, done: Done) -> Done:
+        """Leave what this part did, and return what all parts of the same count did, as far as they have ended."""
+        if self.whole:
+            return done
+        content = {
+            "began": done.began,
+            "ended": done.ended,
+            "rows": done.rows,
+            "images": done.images,
+            "members": [{**member.to_json(), "name": self.name} for member in done.members],
+        }
+        storage.write(f"{FOLDER}/{self.name}.json", (json.dumps(content, indent=2) + "\n").encode())
+        return _added([each for each in map(self._read, [storage] * self.count, range(1, self.count + 1)) if each])
+
+    def _read(self, storage: Storage, number: int) -> Done | None:
+        name = f"{FOLDER}/{Share(number, self.count).name}.json"
+        try:
+            values = json.loads(storage.read(name) or b"null")
+            members = tuple(from_json(member) for member in values["members"])
+            return Done(**{**values, "members": members}) if values else None
+        except (ValueError, TypeError, KeyError):
+            # Of a part that has not ended yet; or not written by this, and then the report knows nothing of it.
+            return None
+
+
+def _added(parts: Sequence[Done]) -> Done:
+    return Done(
+        began=min(part.began for part in parts),
+        ended=max(part.ended for part in parts),
+        rows=sum(part.rows for part in parts),
+        images=sum(part.images for part in parts),
+        members=tuple(member for part in parts for member in part.members),
+    )

@@ -1,0 +1,42 @@
+"""Which rows of a shard hold the same bytes, so that a picture is embedded once however often it stands there."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+
+import xxhash
+
+# Nobody who sends images can know which of them would collide in this run.
+_SEED = secrets.randbits(64)
+
+
+class Repeats:
+    """What is known of one shard's bytes; told by many threads, about rows in any order.
+
+    Bytes are the same if their 128-bit XXH3 digests are.
+    """
+
+    def __init__(self) -> None:
+        self._first: dict[bytes, int] = {}
+        self._digests: dict[int, bytes] = {}
+        self._lock = threading.Lock()
+
+    def known(self, start: int, index: int, data: bytes) -> bool:
+        """Whether a row before ``start + index`` is known to hold these bytes: they need not be decoded again."""
+        position = start + index
+        digest = xxhash.xxh3_128_digest(data, seed=_SEED)
+        with self._lock:
+            self._digests[position] = digest
+            first = self._first.setdefault(digest, position)
+            if position < first:
+                self._first[digest] = position
+        return first < position
+
+    def first(self, position: int) -> int:
+        """The first row with the same bytes, once all rows up to ``position`` are known; ask once.
+
+        It is ``position`` itself where no bytes were read.
+        """
+        digest = self._digests.pop(position, None)
+        return position if digest is None else self._first[digest]

@@ -1,0 +1,72 @@
+"""The processes of a run and what each did, as the report shows them; they add up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from pipeline.records import Clocks, Stage
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """What one process did for a run; times are seconds, memory is MiB.
+
+    ``name`` stays when a cluster starts the process anew, ``pid`` does not. ``startup_seconds`` go from its first word
+    of the job to its opened model. ``own_core_seconds`` are those of all its threads, ``child_core_seconds`` of its
+    decoder processes. ``batch_sizes`` has more than one where the device had no memory for the first.
+    """
+
+    name: str
+    host: str
+    pid: int
+    device: str
+    cores: int
+    startup_seconds: float
+    rows: int = 0
+    images: int = 0
+    repeats: int = 0
+    shards: int = 0
+    clocks: Clocks = field(default_factory=Clocks)
+    own_core_seconds: float = 0.0
+    child_core_seconds: float = 0.0
+    memory: Mapping[str, float] = field(default_factory=dict)
+    batch_sizes: tuple[int, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """As it travels and is kept: of plain types alone."""
+        clocks = {
+            kind: {str(stage.value if isinstance(stage, Stage) else stage): value for stage, value in sums.items()}
+            for kind, sums in asdict(self.clocks).items()
+        }
+        return {**asdict(self), "clocks": clocks, "batch_sizes": list(self.batch_sizes)}
+
+
+def from_json(values: Mapping[str, Any]) -> Member:
+    """What :meth:`Member.to_json` made.
+
+    Raises:
+        TypeError: it is no such thing.
+    """
+    clocks, sizes = Clocks(**values["clocks"]), tuple(values["batch_sizes"])
+    return Member(**{**values, "clocks": clocks, "batch_sizes": sizes})
+
+
+def total_clocks(members: Iterable[Member]) -> Clocks:
+    """The clocks of all."""
+    return sum((member.clocks for member in members), Clocks())
+
+
+def total_cores(members: Iterable[Member]) -> int:
+    """Cores that worked; a process that was started anew has those of the one before it."""
+    return sum({(member.host, member.name): member.cores for member in members}.values())
+
+
+def peak_memory(members: Iterable[Member]) -> dict[str, float]:
+    """The largest of every figure."""
+    peaks: dict[str, float] = {}
+    for member in members:
+        for name, value in member.memory.items():
+            peaks[name] = max(value, peaks.get(name, 0.0))
+    return peaks

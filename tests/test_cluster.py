@@ -1,0 +1,362 @@
+"""Jobs on several processes: the same dataset as of one, whoever dies, joins, differs or splits the work."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+from distributed import Client
+
+from pipeline import errors
+from pipeline.checks import check, part_of
+from pipeline.cluster import cuda, slurm
+from pipeline.cluster.cores import shares
+from pipeline.cluster.kubernetes import pod_settings
+from pipeline.cluster.opening import shards_at_once
+from pipeline.cluster.share import Share
+from pipeline.config import ClusterConfig, Config, LoaderConfig
+from pipeline.errors import ClusterUnavailable, PipelineError, ShardsGivenUp, WorkerMismatch
+from pipeline.job import run_job
+from tests.forks import forks
+from tests.grid import failpoints, grid, on
+from tests.jobs import config_for, overrides_of, scenes_manifest
+from tests.siege import check_books, leftovers
+
+ROWS, SHARDS = 72, 9
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A finished job of nine shards in one process."""
+    folder = tmp_path_factory.mktemp("cluster")
+    manifest = scenes_manifest(folder / "m.parquet", ROWS)
+    config = config_for(
+        manifest,
+        folder / "single",
+        manifest={"shard_rows": 8},
+        loader={"batch_size": 4},
+        prompts={"cache": str(folder / "cache")},
+    )
+    run_job(config)
+    return config
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[Client]:
+    with grid(2) as client:
+        yield client
+
+
+def at(config: Config, output: Path) -> Config:
+    return replace(config, output=replace(config.output, dir=str(output)))
+
+
+def rows_of(output: Path) -> dict[str, bytes]:
+    """The plan, the parts, the commits and the marker."""
+    files = [*output.glob("*.parquet"), *output.glob("_commits/*"), output / "_plan.json", output / "_SUCCESS"]
+    return {str(path.relative_to(output)): path.read_bytes() for path in sorted(files)}
+
+
+def same(config: Config, output: Path) -> None:
+    assert rows_of(output) == rows_of(Path(config.output.dir))
+    assert not leftovers(output)
+
+
+def ids_of(config: Config) -> list[str]:
+    return pq.read_table(config.manifest.path)["id"].to_pylist()
+
+
+def when_committed(output: Path, shards: int, act: object) -> threading.Thread:
+    """Call ``act`` once so many shards are committed."""
+
+    def wait() -> None:
+        while len(list(output.glob("_commits/*.json"))) < shards:
+            time.sleep(0.01)
+        act()  # type: ignore[operator]
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_two_processes_write_the_same_bytes_as_one(client: Client, single: Config, tmp_path: Path) -> None:
+    report = run_job(on(client, at(single, tmp_path / "out")))
+    same(single, tmp_path / "out")
+    assert (report.rows, report.images, report.counts["ok"]) == (ROWS, ROWS - 2, ROWS - 2)
+    assert sum(member.rows for member in report.workers) == ROWS
+    assert sum(member.shards for member in report.workers) == SHARDS
+    assert all(member.pid != os.getpid() and member.cores == 1 for member in report.workers)
+    assert {"read", "decode", "encode", "label", "write"} <= set(report.stages)
+    stored = json.loads((tmp_path / "out" / "_report.json").read_text())
+    assert [row["pid"] for row in stored["workers"]] == [member.pid for member in report.workers]
+    assert stored["machine"]["cores"] == len(report.workers)
+    if len(report.workers) > 1:
+        assert "Processes</h2>" in (tmp_path / "out" / "_report.html").read_text()
+
+
+def test_the_same_job_again_embeds_nothing(client: Client, single: Config, tmp_path: Path) -> None:
+    config = on(client, at(single, tmp_path / "out"))
+    run_job(config)
+    report = run_job(config)
+    assert (report.rows, report.resumed_rows, report.workers) == (0, ROWS, ())
+    # A single process goes on with what a cluster began, and the other way round.
+    (tmp_path / "out" / "_commits" / "00003.json").unlink()
+    assert run_job(at(single, tmp_path / "out")).rows == 8
+    same(single, tmp_path / "out")
+
+
+def test_all_ports_are_bound_to_loopback(client: Client) -> None:
+    pids = [os.getpid(), *client.run(os.getpid).values()]
+    found = {
+        connection.laddr.ip
+        for pid in pids
+        for connection in psutil.Process(pid).net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert found == {"127.0.0.1"}
+
+
+def test_an_error_of_a_worker_ends_the_job_as_it_is(client: Client, single: Config, tmp_path: Path) -> None:
+    config = on(client, at(single, tmp_path / "out"))
+    with (
+        failpoints(client, "part.write=raise:ENOSPC"),
+        pytest.raises(errors.StorageError, match="No space left") as caught,
+    ):
+        run_job(config)
+    assert caught.value.exit_code == 1
+    run_job(config)
+    same(single, tmp_path / "out")
+
+
+def spoil(version: str) -> str:
+    """Let this process say that its decoder is of another version; what it was."""
+    from pipeline import setup
+
+    before = setup.library
+    setup.library = lambda decoder: version  # type: ignore[assignment]
+    return str(before)
+
+
+def mend() -> None:
+    from pipeline import setup
+    from pipeline.images.library import library
+
+    setup.library = library
+
+
+def test_a_worker_that_would_make_other_rows_is_refused(client: Client, single: Config, tmp_path: Path) -> None:
+    config = on(client, at(single, tmp_path / "out"))
+    run_job(config)
+    for commit in (tmp_path / "out" / "_commits").iterdir():
+        commit.unlink()
+    odd = next(iter(client.nthreads()))
+    client.run(spoil, "other 1.0", workers=[odd])
+    try:
+        with pytest.raises(PipelineError, match=r"images.library: there .*, now \"other 1.0\"") as caught:
+            run_job(config)
+    finally:
+        client.run(mend, workers=[odd])
+    # It may be the one that was asked first, and then it is the plan that differs.
+    assert isinstance(caught.value, WorkerMismatch | errors.PlanMismatch)
+    assert caught.value.exit_code == 2
+
+
+def test_all_workers_die_and_the_next_ones_go_on(client: Client, single: Config, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    pids = set(client.run(os.getpid).values())
+
+    def kill() -> None:
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+
+    with failpoints(client, "part.build=delay:0.2"):
+        thread = when_committed(output, 2, kill)
+        report = run_job(on(client, at(single, output)))
+    thread.join()
+    same(single, output)
+    late = [member for member in report.workers if member.pid not in pids]
+    assert late, "those that joined in mid-run got work"
+    assert report.rows == ROWS
+
+
+def test_a_shard_that_kills_every_worker_is_given_up_and_the_rest_is_done(
+    client: Client, single: Config, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    config = on(client, at(single, output), tries=1)
+    with (
+        failpoints(client, "storage.staged[part-00004]=kill"),
+        pytest.raises(ShardsGivenUp, match=r"1 of 9 shards.*: 4\.") as caught,
+    ):
+        run_job(config)
+    assert caught.value.exit_code == 3
+    assert check_books(output, ids_of(single)) == ROWS - 8
+    assert not (output / "_SUCCESS").exists()
+    report = json.loads((output / "_report.json").read_text())
+    assert (report["given_up"], report["exit_code"]) == ([4], 3)
+    assert "4" in (output / "_report.html").read_text()
+    client.wait_for_workers(1, timeout=300)
+    again = run_job(config)
+    assert (again.rows, again.given_up, again.exit_code) == (8, (), 0)
+    same(single, output)
+
+
+@pytest.mark.parametrize("order", [(1, 2, 3), (3, 1, 2)])
+def test_parts_in_any_order_make_the_whole(single: Config, tmp_path: Path, order: tuple[int, ...]) -> None:
+    config = at(single, tmp_path / "out")
+    for number in order:
+        assert not (tmp_path / "out" / "_SUCCESS").exists()
+        report = run_job(replace(config, cluster=ClusterConfig(part=f"{number}/3")))
+    same(single, tmp_path / "out")
+    assert report.rows == ROWS
+    assert [member.name for member in report.workers] == ["1-of-3", "2-of-3", "3-of-3"]
+    assert report.images == ROWS - 2
+    assert json.loads((tmp_path / "out" / "_report.json").read_text())["rows"] == ROWS
+
+
+def test_parts_side_by_side_make_the_whole(single: Config, tmp_path: Path) -> None:
+    config = at(single, tmp_path / "out")
+    parts = [replace(config, cluster=ClusterConfig(part=f"{number}/3")) for number in (1, 2, 3)]
+    children = [forks().start("tests.forks:job", asdict(part)) for part in parts]
+    for child in children:
+        assert child.wait() == 0, child.said()
+    assert any("other parts do them" in child.said() for child in children) or all(
+        "dataset:" in child.said() for child in children
+    )
+    same(single, tmp_path / "out")
+
+
+def test_no_process_outlives_a_cluster_that_was_told_to_end(single: Config, tmp_path: Path) -> None:
+    overrides = [text for text in overrides_of(at(single, tmp_path / "out")) if "isolation" not in text]
+    child = forks().start(
+        "tests.forks:door",
+        *overrides,
+        *("cluster=local", "cluster.workers=1", f"prompts.cache={single.prompts.cache}"),
+        failpoints="part.build=delay:0.3",
+    )
+    while not list((tmp_path / "out").glob("_commits/*.json")):
+        assert child.alive(0.05), child.said()
+    child.send(signal.SIGTERM)
+    assert child.wait() == 75, child.said()
+    assert "the same command goes on" in child.said()
+    assert "Traceback" not in child.said()
+    assert forks().strays() == []
+    run_job(at(single, tmp_path / "out"))
+    same(single, tmp_path / "out")
+
+
+def test_every_error_survives_the_way_from_a_worker() -> None:
+    problem = errors.Problem("a.b", 1, "must be 2")
+    for kind in PipelineError.__subclasses__():
+        error = kind([problem]) if kind is errors.ConfigError else kind("what happened")
+        back = pickle.loads(pickle.dumps(error))
+        assert (type(back), str(back), back.exit_code) == (kind, str(error), error.exit_code)
+
+
+def test_cores_are_shared_without_overlap_while_there_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {4, 5, 6, 7, 9})
+    assert shares(2, 0) == [[4, 5], [6, 7]]
+    assert shares(2, 1) == [[4], [5]]
+    assert shares(3, 2) == [[4, 5], [6, 7], [9, 4]]
+    assert shares(7, 0) == [[4], [5], [6], [7], [9], [4], [5]]
+
+
+def test_short_shards_are_under_way_in_larger_numbers() -> None:
+    config = Config(loader=LoaderConfig(batch_size=64, workers=2))
+    assert shards_at_once(config) == 5
+    assert shards_at_once(replace(config, manifest=replace(config.manifest, shard_rows=16))) == 12
+    assert shards_at_once(replace(config, manifest=replace(config.manifest, shard_rows=1))) == 32
+
+
+@pytest.mark.parametrize(
+    ("cluster", "other", "keys"),
+    [
+        ({"part": "17/16"}, {}, ["cluster.part"]),
+        ({"part": "0/3"}, {}, ["cluster.part"]),
+        ({"part": "half"}, {"batch_size": 0}, ["cluster.part", "loader.batch_size"]),
+        ({"part": "1/2", "name": "local"}, {}, ["cluster.part"]),
+        ({"name": "address"}, {}, ["cluster.address"]),
+        ({"address": "tcp://a:1"}, {}, ["cluster.address"]),
+        ({"name": "address", "address": "tls://a:1"}, {}, ["cluster.address"]),
+        ({"name": "local", "tls_ca": "a.pem"}, {}, ["cluster.tls_cert", "cluster.tls_key"]),
+        ({"name": "slurm"}, {}, ["cluster.host"]),
+        ({"name": "kubernetes", "kubernetes_env": ["A"]}, {}, ["cluster.kubernetes_image", "cluster.kubernetes_env"]),
+        ({"name": "local", "tries": 0, "workers": -1}, {}, ["cluster.workers", "cluster.tries"]),
+    ],
+)
+def test_everything_wrong_with_a_cluster_is_said_at_once(
+    cluster: dict[str, object], other: dict[str, int], keys: list[str]
+) -> None:
+    config = Config(cluster=ClusterConfig(**cluster), loader=LoaderConfig(**other))  # type: ignore[arg-type]
+    assert [problem.key for problem in check(config)] == keys
+
+
+def test_a_part_has_every_nth_shard() -> None:
+    share = Share.of(Config(cluster=ClusterConfig(part="3/16")))
+    assert [shard for shard in range(40) if share.has(shard)] == [2, 18, 34]
+    assert (share.lease, share.log) == ("_lease-3-of-16", "_parts/3-of-16.log")
+    assert all(Share().has(shard) for shard in range(5))
+    assert part_of("16/16") == (16, 16)
+
+
+def test_visible_gpus_are_taken_as_they_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-5d, 1")
+    assert cuda.visible() == ["GPU-5d", "1"]
+    with pytest.raises(ClusterUnavailable, match="3 GPUs are asked for, and 2 can be seen"):
+        cuda.open_client(Config(cluster=ClusterConfig(name="cuda", workers=3)))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert cuda.visible() == []
+
+
+def test_a_slurm_job_is_asked_for_as_the_config_says() -> None:
+    settings = ClusterConfig(
+        name="slurm",
+        host="127.0.0.1",
+        cores=8,
+        slurm_partition="gpu",
+        slurm_account="lab",
+        slurm_gpus=1,
+        slurm_directives=["--qos=high"],
+        slurm_prologue=["module load cuda"],
+        slurm_python="/env/bin/python",
+    )
+    pytest.importorskip("dask_jobqueue")
+    with slurm.make_cluster(Config(cluster=settings)) as cluster:
+        script = cluster.job_script()
+    for line in ("-p gpu", "-A lab", "--cpus-per-task=8", "--gres=gpu:1", "--qos=high", "-t 04:00:00", "--mem=32G"):
+        assert f"#SBATCH {line}" in script, script
+    assert "module load cuda\n" in script
+    assert "/env/bin/python -m distributed.cli.dask_worker tcp://127.0.0.1" in script
+    assert "--nthreads 5" in script
+    assert "--memory-limit 0" in script
+
+
+def test_pods_are_asked_for_as_the_config_says() -> None:
+    cluster = ClusterConfig(
+        name="kubernetes", kubernetes_image="me/clip", workers=4, cores=8, kubernetes_gpus=1, kubernetes_env=["A=b=c"]
+    )
+    wanted = pod_settings(Config(cluster=cluster))
+    assert (wanted["image"], wanted["n_workers"], wanted["env"]) == ("me/clip", 4, {"A": "b=c"})
+    assert wanted["resources"]["limits"] == {"memory": "32Gi", "cpu": "8", "nvidia.com/gpu": "1"}
+
+
+def test_an_address_without_a_scheduler_is_said(
+    single: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = ClusterConfig(name="address", address="tcp://127.0.0.1:1")
+    monkeypatch.setattr("pipeline.cluster.address.TIMEOUT", 1)
+    with pytest.raises(ClusterUnavailable, match=r"tcp://127\.0\.0\.1:1: no scheduler answers"):
+        run_job(replace(at(single, tmp_path / "out"), cluster=cluster))
+    with suppress(FileNotFoundError):
+        assert not (tmp_path / "out" / "_plan.json").exists()
