@@ -95,9 +95,16 @@ def _repair(storage: Storage) -> None:
     wanted = read(storage)
     if wanted is None:
         raise PlanMismatch(f"{storage.url}: has no _plan.json, so nothing says how to repair it")
+    config = config_of(wanted.config, storage.url)
+    if "source" in wanted.fingerprints:
+        from pipeline.dataset.opened import open_dataset
+        from pipeline.vectors.relabel import relabel
+
+        relabel(open_dataset(str(wanted.about["source"])), config)
+        return
     # How many images failed was a verdict on the job; the dataset is complete.
     with suppress(TooManyFailures):
-        run_job(config_of(wanted.config, storage.url), every_byte=True)
+        run_job(config, every_byte=True)
 
 
 def _collect(storage: Storage, age: float) -> dict[str, int]:

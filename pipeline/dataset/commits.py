@@ -12,7 +12,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from pipeline.addresses import explained
 from pipeline.dataset.audit import audit, prefix_of
 from pipeline.dataset.parts import PartFormat, write_part
 from pipeline.dataset.plan import Plan
+from pipeline.dataset.plan import read as read_plan
 from pipeline.errors import StorageError
 from pipeline.failpoints import failpoint
 from pipeline.records import ShardReport
@@ -74,6 +75,13 @@ def commit_part(
     return ShardReport(shard=shard, part=part, rows=table.num_rows, counts=counts, committed=won)
 
 
+def commit_shared(storage: Storage, commit: Commit) -> bool:
+    """Commit a part that lies there already, unless somebody else has committed the shard; True if this did."""
+    won = storage.create_once(_name(commit.shard), commit.to_json())
+    failpoint("commit.done" if won else "commit.lost")
+    return won
+
+
 def find_done(
     storage: Storage, plan: Plan, confirm: Callable[[], None] = lambda: None, *, every_byte: bool = True
 ) -> dict[int, Commit]:
@@ -84,6 +92,10 @@ def find_done(
     Without ``every_byte``, a digest that an object store keeps with a part stands for its bytes, and the commit for the
     plan that they are of; a local disk keeps none, and is read.
     """
+    kept = read_plan(storage)
+    if kept is not None and kept.sources:
+        # Which parts were shared is known to the plan that began the dataset alone.
+        plan = replace(plan, sources=kept.sources)
     # Commits first: a part is there before its commit, so a shard that another run commits meanwhile
     # is not taken for one without a part.
     names = sorted(name for name in storage.sizes(FOLDER) if name.endswith(".json"))

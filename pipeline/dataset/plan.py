@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,8 @@ class Plan:
 
     ``fingerprints`` are compared on resume; ``about`` is for people, and ``config`` is what the job was told, for a
     repair (see :mod:`pipeline.dataset.recipe`); both may differ. The shard list is not spelled out: it follows from the
-    manifest's row groups and ``shard_rows``, so a plan stays small at any size.
+    manifest's row groups and ``shard_rows``, so a plan stays small at any size. ``sources`` are the manifests (see
+    :func:`source_of`) of other datasets of the same kind that this one may share whole parts with.
     """
 
     rows: int
@@ -29,10 +31,11 @@ class Plan:
     fingerprints: Mapping[str, Any]
     about: Mapping[str, Any]
     config: Mapping[str, Any] = field(default_factory=dict)
+    sources: Sequence[str] = ()
 
     def to_json(self) -> bytes:
         """The content of ``_plan.json``."""
-        content = {
+        content: dict[str, Any] = {
             "version": VERSION,
             "rows": self.rows,
             "shards": self.shards,
@@ -41,7 +44,15 @@ class Plan:
             "about": self.about,
             "config": self.config,
         }
+        if self.sources:
+            content["sources"] = list(self.sources)
         return (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def source_of(fingerprints: Mapping[str, Any]) -> str:
+    """What stands for the manifest of a dataset among the ``sources`` of another one's plan."""
+    text = json.dumps(fingerprints.get("manifest"), sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def read(storage: Storage) -> Plan | None:
@@ -103,6 +114,7 @@ def compare(storage: Storage, plan: Plan) -> bool:
     wanted = json.loads(plan.to_json())
     for content in (found, wanted):
         content.pop("config", None)
+        content.pop("sources", None)
     named = list(_differences(found.pop("about", {}), wanted.pop("about"), ""))
     differences = list(_differences(found, wanted, ""))
     if differences:

@@ -17,7 +17,11 @@ from pipeline.processes import is_gone
 from pipeline.storage.base import TEMPORARY, Storage
 from pipeline.threads import in_order
 
-BOOKS = {plan.NAME, commits.SUCCESS, "_report.json", "_report.html", "_run.log", "_parity.json", "_decoder_parity.json"}
+BOOKS = {
+    *(plan.NAME, commits.SUCCESS, "_report.json", "_report.html", "_run.log", "_parity.json", "_decoder_parity.json"),
+    # Those of a night.
+    *("_night.json", "_rows.parquet", "_dropped.parquet"),
+}
 
 
 @dataclass(frozen=True, slots=True)

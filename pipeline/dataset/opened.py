@@ -1,0 +1,195 @@
+"""A finished dataset to read from: its plan, and its parts in order, a few at a time, with the columns asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pipeline.addresses import explained, open_arrow
+from pipeline.config import OUTPUT_COLUMNS
+from pipeline.dataset import commits, plan
+from pipeline.dataset.commits import Commit
+from pipeline.errors import NoDataset, StorageError, UnfinishedDataset
+from pipeline.records import OK
+from pipeline.storage.base import Storage
+from pipeline.storage.local import LocalStorage
+from pipeline.storage.opening import open_storage
+from pipeline.storage.retries import retried
+from pipeline.threads import AHEAD, in_order
+
+# About so many bytes of parts are in memory at a time, however large the dataset is; one part always is.
+HELD = 1 << 30
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """A finished dataset; ``marker`` is the content of its ``_SUCCESS``, which names every part by its digest.
+
+    ``schema`` is that of its parts, ``starts`` the number of the first row of each part.
+    """
+
+    storage: Storage
+    plan: plan.Plan
+    commits: tuple[Commit, ...]
+    marker: bytes
+    schema: pa.Schema
+    starts: NDArray[np.int64]
+
+    @property
+    def url(self) -> str:
+        """Where it lies."""
+        return self.storage.url
+
+    @property
+    def address(self) -> str:
+        """The same, from wherever a command is given."""
+        return str(self.storage.root) if isinstance(self.storage, LocalStorage) else self.storage.url
+
+    @property
+    def id(self) -> str:
+        """The column of ids."""
+        return str(self.schema.names[0])
+
+    @property
+    def kept(self) -> list[str]:
+        """The columns that travelled from the manifest."""
+        return list(self.schema.names[1 : -len(OUTPUT_COLUMNS)])
+
+    @property
+    def dim(self) -> int:
+        """Length of an embedding."""
+        return int(self.schema.field("embedding").type.list_size)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """How embeddings are stored: float32 or float16."""
+        return np.dtype(str(self.plan.fingerprints["output"]["dtype"]))
+
+    @property
+    def vectors(self) -> int:
+        """Rows that have an embedding."""
+        return sum(commit.counts.get(OK, 0) for commit in self.commits)
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """Two digests that stand for the whole dataset: of what it follows from, and of its ``_SUCCESS``."""
+        prints = json.dumps(self.plan.fingerprints, sort_keys=True, ensure_ascii=False)
+        return {
+            "fingerprints": hashlib.sha256(prints.encode()).hexdigest(),
+            "success": hashlib.sha256(self.marker).hexdigest(),
+        }
+
+    @property
+    def threads(self) -> int:
+        """How many parts are read at a time: those that the storage is quick with, and memory has room for."""
+        largest = max(commit.size for commit in self.commits)
+        return max(1, min(self.storage.threads, HELD // (largest * (AHEAD + 1))))
+
+    def read(self, commit: Commit, columns: Sequence[str], *, proven: bool = False) -> pa.Table:
+        """Some columns of one part; ``proven`` reads every byte and holds it against the commit's digest.
+
+        Raises:
+            StorageError: the part is missing or damaged.
+        """
+        url = f"{self.url.rstrip('/')}/{commit.part}"
+
+        def load() -> pa.Table:
+            if not proven:
+                with open_arrow(url) as file:
+                    return _table(file, columns)
+            data = self.storage.read(commit.part)
+            if data is None or hashlib.sha256(data).hexdigest() != commit.sha256:
+                raise StorageError(f"{url}: {'missing' if data is None else 'damaged'}; {self._way_out}")
+            return _table(pa.BufferReader(data), columns)
+
+        try:
+            with explained(url):
+                return retried(url, load)
+        except pa.ArrowException as error:
+            raise StorageError(f"{url}: not readable as Parquet ({error}); {self._way_out}") from error
+
+    def each(
+        self,
+        work: Callable[[Commit, pa.Table], _Result],
+        columns: Sequence[str],
+        *,
+        parts: Iterable[Commit] | None = None,
+    ) -> Generator[_Result, None, None]:
+        """What ``work`` makes of each part, in order; it runs in threads, several parts at a time.
+
+        ``parts`` are some of the commits; without them all.
+        """
+
+        def step(commit: Commit) -> _Result:
+            return work(commit, self.read(commit, columns))
+
+        with closing(in_order(step, self.commits if parts is None else parts, threads=self.threads)) as results:
+            yield from results
+
+    def stream(self, columns: Sequence[str]) -> Generator[pa.Table, None, None]:
+        """The rows of every part, in order."""
+        return self.each(lambda commit, table: table, columns)
+
+    @property
+    def _way_out(self) -> str:
+        return f"python -m pipeline.verify {self.url} --repair does it again"
+
+
+def open_dataset(url: str) -> Dataset:
+    """Open a dataset that is complete.
+
+    Raises:
+        NoDataset: there is none.
+        UnfinishedDataset: its job has not ended.
+        StorageError: its books contradict one another.
+    """
+    storage = open_storage(url)
+    marker = storage.read(commits.SUCCESS)
+    found = plan.read(storage)
+    if found is None:
+        raise NoDataset(f"{storage.url}: no dataset is here; give the output.dir of a job")
+    if marker is None:
+        raise UnfinishedDataset(
+            f"{storage.url}: the dataset is not finished (no {commits.SUCCESS}); run the command that began it, or "
+            f"python -m pipeline.verify {storage.url} --repair"
+        )
+    read = tuple(commits.read_commits(storage, found))
+    try:
+        parts = json.loads(marker)["parts"]
+    except (ValueError, TypeError, KeyError):
+        parts = None
+    if parts != [commit.part for commit in read]:
+        raise StorageError(
+            f"{storage.url}/{commits.SUCCESS}: does not name the parts of the commits; "
+            f"python -m pipeline.verify {storage.url} tells what is wrong"
+        )
+    first = f"{storage.url.rstrip('/')}/{read[0].part}"
+    with explained(first), open_arrow(first) as file:
+        schema = pq.read_schema(file)
+    starts = np.cumsum([0, *(commit.rows for commit in read[:-1])], dtype=np.int64)
+    return Dataset(storage=storage, plan=found, commits=read, marker=marker, schema=schema, starts=starts)
+
+
+def vectors_of(column: pa.ChunkedArray) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """The embeddings of a column ``embedding`` as stored, ``[n, D]`` and read-only, and the positions of their rows."""
+    array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+    if isinstance(array, pa.ChunkedArray):
+        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], column.type)
+    valid = array.is_valid().to_numpy(zero_copy_only=False)
+    values = array.flatten().to_numpy(zero_copy_only=True)
+    return values.reshape(-1, column.type.list_size), np.flatnonzero(valid)
+
+
+def _table(file: Any, columns: Sequence[str]) -> pa.Table:
+    parquet = pq.ParquetFile(file, pre_buffer=False)
+    return parquet.read(columns=list(columns), use_threads=False).select(list(columns))

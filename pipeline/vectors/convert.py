@@ -1,0 +1,243 @@
+"""A finished dataset in the formats that other tools load: NumPy, FAISS, Hugging Face ``datasets``, Lance.
+
+Rows without an embedding are left out of all of them, and counted. A conversion is a folder that appears whole: it is
+written beside its place under a temporary name, flushed and renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.addresses import explained
+from pipeline.dataset.opened import Dataset, vectors_of
+from pipeline.errors import ConfigError, Problem
+from pipeline.storage.local import sync
+from pipeline.vectors.index import LEAST, LISTS, TRAINED, faiss_or_told, spread
+
+NOTE = "conversion.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """What was written: ``rows`` have an embedding, ``left_out`` have none; ``source`` are the dataset's digests."""
+
+    format: str
+    dataset: str
+    source: dict[str, str]
+    rows: int
+    left_out: int
+    dim: int
+    dtype: str
+    files: list[str]
+
+
+def convert(dataset: Dataset, to: str, out: Path, *, ivf: bool = False) -> Conversion:
+    """Write the dataset's embeddings and what is known of them into the folder ``out``.
+
+    Args:
+        dataset: what to convert.
+        to: one of :data:`FORMATS`.
+        out: a local folder that is not there yet, or empty.
+        ivf: for FAISS an inverted file instead of the exact flat index.
+
+    Raises:
+        ConfigError: the place is taken, the format's package is not installed, or no row has an embedding.
+        StorageError: it cannot be written.
+    """
+    out = out.expanduser().absolute()
+    problems = []
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        problems.append(Problem("--out", str(out), "must be a folder that is not there yet", "name another one"))
+    if not dataset.vectors:
+        problems.append(Problem("DATASET", dataset.url, "no row has an embedding, so there is nothing to convert"))
+    if problems:
+        raise ConfigError(problems)
+    write = FORMATS[to]
+    with explained(str(out)), _appearing(out) as folder:
+        write(dataset, folder, ivf)
+        files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+        made = Conversion(
+            format=to,
+            dataset=dataset.address,
+            source=dataset.fingerprint,
+            rows=dataset.vectors,
+            left_out=dataset.plan.rows - dataset.vectors,
+            dim=dataset.dim,
+            dtype=str(dataset.dtype),
+            files=files,
+        )
+        (folder / NOTE).write_text(json.dumps(asdict(made), indent=2) + "\n")
+    return made
+
+
+def _to_numpy(dataset: Dataset, folder: Path, ivf: bool) -> None:
+    """``embeddings.npy`` ``[N, D]``, ``ids.npy`` ``[N]``, and the other columns in ``metadata.parquet``, row by row."""
+    count, start = dataset.vectors, 0
+    shape, kind = (count, dataset.dim), _id_type(dataset)
+    matrix = np.lib.format.open_memmap(folder / "embeddings.npy", mode="w+", dtype=dataset.dtype, shape=shape)
+    ids = np.lib.format.open_memmap(folder / "ids.npy", mode="w+", dtype=kind, shape=(count,))
+    with closing(_rows(dataset)) as tables, _metadata(dataset, folder) as metadata:
+        for table in tables:
+            stored, _ = vectors_of(table["embedding"])
+            matrix[start : start + len(stored)] = stored
+            ids[start : start + len(stored)] = table[dataset.id].to_numpy()
+            metadata(table)
+            start += len(stored)
+    matrix.flush()
+    ids.flush()
+
+
+def _to_faiss(dataset: Dataset, folder: Path, ivf: bool) -> None:
+    """``vectors.faiss``, whose row i is row i of ``metadata.parquet``; the index is in memory until it is written."""
+    faiss = faiss_or_told("--to")
+    lists = max(1, min(LISTS, int(4 * dataset.vectors**0.5), dataset.vectors // LEAST))
+    factory = f"IVF{lists},Flat" if ivf else "Flat"
+    index = faiss.index_factory(dataset.dim, factory, faiss.METRIC_INNER_PRODUCT)
+    if ivf:
+        index.train(spread(dataset, min(dataset.vectors, TRAINED * lists))[0])
+    with closing(_rows(dataset)) as tables, _metadata(dataset, folder) as metadata:
+        for table in tables:
+            index.add(np.ascontiguousarray(vectors_of(table["embedding"])[0], dtype=np.float32))
+            metadata(table)
+    faiss.write_index(index, str(folder / "vectors.faiss"))
+
+
+def _to_datasets(dataset: Dataset, folder: Path, ivf: bool) -> None:
+    """Parquet files and a card, as ``datasets.load_dataset(folder)`` and the hub read them."""
+    data = folder / "data"
+    data.mkdir()
+    total = len(dataset.commits)
+    with closing(_rows(dataset)) as tables:
+        for number, table in enumerate(tables):
+            # Some parts may have no row at all; readers want every file of a split to have the same columns.
+            pq.write_table(
+                table.drop_columns(["status", "error"]),
+                data / f"train-{number:05d}-of-{total:05d}.parquet",
+                compression="zstd",
+                use_dictionary=["label", "top_labels.list.element"],
+                row_group_size=1024,
+            )
+    (folder / "README.md").write_text(_card(dataset))
+
+
+def _to_lance(dataset: Dataset, folder: Path, ivf: bool) -> None:
+    """A Lance table, ``vectors.lance``."""
+    try:
+        import lance
+    except ImportError as error:
+        way_out = "pip install -c constraints.txt -e '.[lance]'"
+        raise ConfigError([Problem("--to", "lance", f"pylance is not installed ({error})", way_out)]) from error
+    schema = pa.schema([field for field in dataset.schema if field.name not in ("status", "error")])
+
+    failed: list[BaseException] = []
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        try:
+            for table in tables:
+                yield from table.select(schema.names).to_batches()
+        except BaseException as error:
+            failed.append(error)
+            raise
+
+    with closing(_rows(dataset)) as tables:
+        reader = pa.RecordBatchReader.from_batches(schema, batches())
+        try:
+            lance.write_dataset(reader, str(folder / "vectors.lance"))
+        except Exception:
+            # Lance knows an error of the reader's as a text alone.
+            if failed:
+                raise failed[0] from None
+            raise
+
+
+FORMATS: dict[str, Callable[[Dataset, Path, bool], None]] = {
+    "numpy": _to_numpy,
+    "faiss": _to_faiss,
+    "datasets": _to_datasets,
+    "lance": _to_lance,
+}
+
+
+def _rows(dataset: Dataset) -> Generator[pa.Table, None, None]:
+    """The rows of every part that have an embedding, with all columns."""
+    with closing(dataset.stream(dataset.schema.names)) as tables:
+        for table in tables:
+            yield table.filter(pc.is_valid(table["embedding"]))
+
+
+def _id_type(dataset: Dataset) -> np.dtype[Any]:
+    """NumPy's type for the ids: a number's own, or text as wide as the longest; reads the ids."""
+    kind = dataset.schema.field(dataset.id).type
+    if pa.types.is_integer(kind):
+        integer: np.dtype[Any] = np.dtype(str(kind))
+        return integer
+
+    def longest(commit: object, table: pa.Table) -> int:
+        return int(pc.max(pc.utf8_length(table[dataset.id])).as_py() or 0)
+
+    return np.dtype(f"<U{max(1, *dataset.each(longest, [dataset.id]))}")
+
+
+@contextmanager
+def _metadata(dataset: Dataset, folder: Path) -> Iterator[Callable[[pa.Table], None]]:
+    """Takes tables, and writes all but their embeddings to ``metadata.parquet``."""
+    left = [name for name in dataset.schema.names if name not in ("embedding", "status", "error")]
+    schema = pa.schema([dataset.schema.field(name) for name in left], metadata=dataset.schema.metadata)
+    with pq.ParquetWriter(folder / "metadata.parquet", schema, compression="zstd") as writer:
+        yield lambda table: writer.write_table(table.select(left).cast(schema)) if table.num_rows else None
+
+
+@contextmanager
+def _appearing(out: Path) -> Iterator[Path]:
+    """A folder that gets its name once all in it is written and flushed; else it is gone."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = out.with_name(f".{out.name}.tmp-{uuid.uuid4().hex[:12]}")
+    folder.mkdir()
+    try:
+        yield folder
+        for path in (*folder.rglob("*"), folder):
+            sync(path)
+        # Replaces an empty folder, and nothing else.
+        os.rename(folder, out)
+        sync(out.parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _card(dataset: Dataset) -> str:
+    """A dataset card of the hub: where the files are, and what the rows are."""
+    about = dataset.plan.about
+    return f"""\
+---
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: data/train-*.parquet
+---
+
+# {dataset.url.rstrip("/").rsplit("/", 1)[-1]}
+
+{dataset.vectors:,} image embeddings of length {dataset.dim}, L2-normalised, stored as {dataset.dtype}, with zero-shot
+labels. Model: `{about.get("model", "unknown")}`. Rows whose image could not be read are left out:
+{dataset.plan.rows - dataset.vectors:,}.
+
+```python
+from datasets import load_dataset
+
+rows = load_dataset("<this folder>", split="train").with_format("numpy")
+```
+"""

@@ -1,0 +1,107 @@
+"""The model that made a dataset, opened again for texts and pictures of the same space, in fp32."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config import DEMO_MODEL, Config, ModelConfig
+from pipeline.dataset.opened import Dataset
+from pipeline.dataset.recipe import config_of
+from pipeline.errors import ConfigError, ModelError, Problem
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from pipeline.models.checkpoint import Checkpoint
+    from pipeline.models.text import LabelSet
+
+
+def config_of_dataset(dataset: Dataset, model: ModelConfig | None = None) -> Config:
+    """The config that the dataset was made with; ``model`` says where its checkpoint lies now.
+
+    Raises:
+        PlanMismatch: its plan keeps no config.
+    """
+    config = config_of(dataset.plan.config, dataset.url)
+    return config if model is None else dataclasses.replace(config, model=model)
+
+
+def open_model(dataset: Dataset, model: ModelConfig) -> Checkpoint:
+    """The checkpoint that made the dataset.
+
+    Raises:
+        ModelError: it is another one now, so that its texts would not fit to the embeddings; or it cannot be opened.
+    """
+    from pipeline.models.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(model)
+    wanted = dataset.plan.fingerprints["model"]
+    found = json.loads(json.dumps(checkpoint.fingerprint))
+    if found != wanted:
+        differing = ", ".join(sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name)))
+        raise ModelError(
+            f"{model.name}: is not the model that made {dataset.url} (what differs: {differing}), and two models' "
+            "embeddings say nothing of one another. Give the one that did, as with model.name=FOLDER or "
+            "model.revision=COMMIT, or run the whole job with this one"
+        )
+    return checkpoint
+
+
+def labels_of(config: Config) -> LabelSet:
+    """The label set of a config, the demo's own for the demo model; empty where it names none.
+
+    Raises:
+        PromptsError: its file cannot be read.
+    """
+    from pipeline.demo.folder import label_names
+    from pipeline.models.text import read_labels
+
+    prompts = config.prompts
+    if not prompts.labels and prompts.path is None and config.model.name == DEMO_MODEL:
+        prompts = dataclasses.replace(prompts, labels=label_names())
+    return read_labels(prompts)
+
+
+def embed_text(checkpoint: Checkpoint, texts: list[str]) -> NDArray[np.float32]:
+    """One L2-normalised row for each text as it is, without a template, float32 ``[N, D]``."""
+    from pipeline.models.text import embed_prompts
+
+    vectors: NDArray[np.float32] = embed_prompts(checkpoint, [[text] for text in texts])
+    return vectors
+
+
+def embed_image(checkpoint: Checkpoint, config: Config, path: Path) -> NDArray[np.float32]:
+    """The picture in a local file, by the dataset's own decoder and preprocessing, L2-normalised float32 ``[D]``.
+
+    Raises:
+        ConfigError: it is no picture that the dataset's job would have taken; the message says why.
+    """
+    import numpy as np
+    import torch
+
+    from pipeline.images.reader import PixelReader
+    from pipeline.images.sources import Source
+    from pipeline.models.towers import ImageTower, Normaliser
+    from pipeline.reading import decoder_of, open_decoders
+    from pipeline.records import Failure, ImageRef
+
+    images, loader = config.images, dataclasses.replace(config.loader, workers=1)
+    spec = dataclasses.replace(checkpoint.spec, corner=images.crop_corner)
+    place = path.expanduser().resolve()
+    with PixelReader(
+        source=Source(root=str(place.parent), max_bytes=images.max_bytes, read_seconds=loader.read_seconds),
+        decoder=decoder_of(config),
+        spec=spec,
+        decoders=open_decoders(dataclasses.replace(config, loader=loader)),
+    ) as reader:
+        pixels: Any = reader.read(ImageRef(id=str(path), path=place.name))
+    if isinstance(pixels, Failure):
+        raise ConfigError([Problem("--image", str(path), f"{pixels.status}: {pixels.error}")])
+    batch = torch.from_numpy(np.ascontiguousarray(pixels.rgb)).permute(2, 0, 1)[None]
+    with torch.inference_mode():
+        vector: NDArray[np.float32] = ImageTower(checkpoint)(Normaliser(spec, torch.device("cpu"))(batch))[0].numpy()
+    return vector

@@ -1,0 +1,164 @@
+"""The rows nearest to a vector, exactly, by reading every embedding once; memory does not grow with the dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from pipeline.dataset.commits import Commit
+from pipeline.dataset.opened import Dataset, vectors_of
+from pipeline.errors import ConfigError, NumericalError, Problem
+
+# float32 products of vectors of length 1 are off by less; what comes as near to the last place is computed again.
+MARGIN = 1e-4
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The best rows for one query, best first: ``rows`` int64 numbers in the dataset, ``scores`` float64 cosines.
+
+    Equal scores are in the order of the rows.
+    """
+
+    rows: NDArray[np.int64]
+    scores: NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """One row that was found; ``kept`` are its columns from the manifest."""
+
+    rank: int
+    score: float
+    id: str | int
+    label: str | None
+    kept: Mapping[str, Any]
+
+
+def nearest(dataset: Dataset, queries: NDArray[np.float32], count: int) -> list[Found]:
+    """The ``count`` rows with the largest inner product with each query, float32 ``[Q, D]`` of length 1.
+
+    Rows and queries have length 1, so that this is the cosine; of embeddings stored in float16, up to 0.001 beside it.
+    """
+    _check(dataset, queries)
+
+    def best_of(commit: Commit, table: pa.Table) -> list[Found]:
+        stored, rows = vectors_of(table["embedding"])
+        rough = stored.astype(np.float32, copy=False) @ queries.T
+        numbers = rows + dataset.starts[commit.shard]
+        return [_best(stored, numbers, rough[:, place], query, count) for place, query in enumerate(queries)]
+
+    none = Found(np.zeros(0, np.int64), np.zeros(0))
+    best = [none] * len(queries)
+    with closing(dataset.each(best_of, ["embedding"])) as parts:
+        for part in parts:
+            best = [merge([before, found], count) for before, found in zip(best, part, strict=True)]
+    return best
+
+
+def merge(found: Sequence[Found], count: int) -> Found:
+    """The best of several."""
+    rows = np.concatenate([each.rows for each in found])
+    scores = np.concatenate([each.scores for each in found])
+    order = np.lexsort((rows, -scores))[:count]
+    return Found(rows=rows[order], scores=scores[order])
+
+
+def score(stored: NDArray[Any], query: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Inner products in float64, each row's by itself: equal rows have equal scores, wherever they stand."""
+    products: NDArray[np.float64] = (stored.astype(np.float64) * query.astype(np.float64)).sum(axis=1)
+    return products
+
+
+def rescore(dataset: Dataset, rows: NDArray[np.int64], query: NDArray[np.float32], count: int) -> Found:
+    """The best of some rows; reads their parts."""
+    none = Found(np.zeros(0, np.int64), np.zeros(0))
+
+    def of_part(commit: Commit, table: pa.Table) -> Found:
+        start = dataset.starts[commit.shard]
+        stored, there = vectors_of(table["embedding"])
+        chosen = np.isin(there + start, rows)
+        return Found(there[chosen] + start, score(stored[chosen], query))
+
+    found = dataset.each(of_part, ["embedding"], parts=_parts(dataset, rows))
+    return merge([none, *found], count)
+
+
+def fetch(dataset: Dataset, found: Found) -> list[Hit]:
+    """The rows that were found, with what is known of them; reads their parts, without the embeddings."""
+    columns = [dataset.id, *dataset.kept, "label"]
+    known: dict[int, dict[str, Any]] = {}
+
+    def take(commit: Commit, table: pa.Table) -> dict[int, dict[str, Any]]:
+        start = int(dataset.starts[commit.shard])
+        wanted = sorted(int(row) for row in found.rows if start <= row < start + commit.rows)
+        taken = table.take(pa.array([row - start for row in wanted], pa.int64())).to_pylist()
+        return dict(zip(wanted, taken, strict=True))
+
+    for part in dataset.each(take, columns, parts=_parts(dataset, found.rows)):
+        known |= part
+    hits = []
+    for rank, (row, value) in enumerate(zip(found.rows.tolist(), found.scores.tolist(), strict=True), 1):
+        content = known[row]
+        kept = {name: content[name] for name in dataset.kept}
+        hits.append(Hit(rank=rank, score=value, id=content[dataset.id], label=content["label"], kept=kept))
+    return hits
+
+
+def find_row(dataset: Dataset, id: str) -> tuple[int, NDArray[np.float32]]:
+    """The number of the row with this id, and its embedding, float32 ``[D]``.
+
+    Raises:
+        ConfigError: there is no such row, or it has no embedding.
+    """
+    kind = dataset.schema.field(dataset.id).type
+    try:
+        wanted = pa.scalar(int(id) if pa.types.is_integer(kind) else id, kind)
+    except (ValueError, pa.ArrowException) as error:
+        raise ConfigError([Problem("--id", id, f"the ids of {dataset.url} are {kind}")]) from error
+
+    def look(commit: Commit, table: pa.Table) -> tuple[Commit, int]:
+        return commit, int(pc.index(table[dataset.id], wanted).as_py())
+
+    with closing(dataset.each(look, [dataset.id])) as places:
+        commit, place = next(((commit, place) for commit, place in places if place >= 0), (None, -1))
+    if commit is None:
+        raise ConfigError([Problem("--id", id, f"no row of {dataset.url} has this {dataset.id}")])
+    row = dataset.read(commit, ["embedding", "status", "error"]).slice(place, 1)
+    stored, _ = vectors_of(row["embedding"])
+    if not len(stored):
+        told = row.select(["status", "error"]).to_pylist()[0]
+        raise ConfigError([Problem("--id", id, f"has no embedding ({told['status']}: {told['error']})")])
+    return int(dataset.starts[commit.shard]) + place, stored[0].astype(np.float32)
+
+
+def without(found: Found, row: int | None, count: int) -> Found:
+    """The best ``count`` but for one row."""
+    others = found.rows != row
+    return Found(found.rows[others][:count], found.scores[others][:count])
+
+
+def _best(
+    stored: NDArray[Any], numbers: NDArray[np.int64], rough: NDArray[np.float32], query: NDArray[np.float32], count: int
+) -> Found:
+    near = np.arange(len(rough))
+    if len(rough) > count:
+        near = np.flatnonzero(rough >= np.partition(rough, -count)[-count] - MARGIN)
+    return merge([Found(numbers[near], score(stored[near], query))], count)
+
+
+def _parts(dataset: Dataset, rows: NDArray[np.int64]) -> list[Commit]:
+    places = np.unique(np.searchsorted(dataset.starts, rows, side="right") - 1)
+    return [dataset.commits[place] for place in places.tolist()]
+
+
+def _check(dataset: Dataset, queries: NDArray[np.float32]) -> None:
+    if queries.shape[1:] != (dataset.dim,) or not np.isfinite(queries).all():
+        raise NumericalError(f"queries must be finite float32 [Q, {dataset.dim}], not {queries.shape}")
