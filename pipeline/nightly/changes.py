@@ -1,0 +1,155 @@
+"""Tonight's rows against those of the night before: joined by id, on disk where memory ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.nightly.records import Kind, NightError
+from pipeline.processes import cores
+
+# DuckDB holds so much, and writes the rest to its folder.
+MEMORY = "2GB"
+GROUP_ROWS = 65_536
+# Failures of circumstances, which may be over: the file was not there, the disk did not answer.
+OF_READING = ("not_found", "permission", "unreadable", "timeout", "outside_root", "address_not_allowed")
+OF_DECODING = ("out_of_memory", "decoder_timeout", "decoder_crashed")
+# A file that was still being copied; its size and date would tell by now, its digest was known from the beginning.
+OF_COPYING = ("empty", "truncated")
+
+_MATCHED = """
+create table matched as
+select t.position, t.id, t.key, b.position as prev, b.status as was,
+  case when b.id is null then {NEW}
+       when {anew} then {ANEW}
+       when t.key is not distinct from b.key
+        and (list_contains({retried}, b.status) or (t.key is null and b.status <> 'ok')) then {RETRIED}
+       when t.key is null or b.key is null or t.key <> b.key then {CHANGED}
+       else {CARRIED} end as kind
+from tonight t left join before b on t.id = b.id
+"""
+# Of rows with the same bytes the first is embedded, unless the night before has it.
+_KNOWN = """
+create table known as
+select b.key, min(b.position) as position from before b
+where {shared} and b.status = 'ok' and b.key in (select key from matched where kind in ({NEW}, {CHANGED}))
+group by b.key
+"""
+_PLACED = """
+create table placed as
+select m.position, m.id, m.key, m.was,
+  case when k.key is not null or f.first <> m.position then {DUPLICATE} else m.kind end as kind,
+  case when m.kind = {CARRIED} then m.prev else k.position end as prev, f.first
+from matched m
+left join known k on m.kind in ({NEW}, {CHANGED}) and m.key = k.key
+left join (
+  select key, min(position) as first from matched
+  where {digest} and kind in ({NEW}, {CHANGED}, {ANEW}) and key is not null group by key
+) f on m.kind in ({NEW}, {CHANGED}, {ANEW}) and m.key = f.key
+"""
+_EMBEDDED = """
+create table embedded as
+select position, row_number() over (order by position) - 1 as delta from placed
+where kind not in ({CARRIED}, {DUPLICATE})
+"""
+_RESULT = """
+select p.id, p.key, cast(p.kind as tinyint) as kind, cast(p.prev as bigint) as prev,
+  cast(coalesce(e.delta, d.delta) as bigint) as delta, p.was
+from placed p
+left join embedded e on p.position = e.position
+left join embedded d on p.kind = {DUPLICATE} and p.prev is null and p.first = d.position
+order by p.position
+"""
+_DROPPED = "select b.id from before b anti join tonight t on b.id = t.id order by b.position"
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """How rows are compared: ``digest`` embeds equal keys once, ``shared`` takes them from the night before too.
+
+    ``retried`` are the statuses that are tried again, and ``anew`` carries nothing.
+    """
+
+    digest: bool
+    shared: bool
+    retried: tuple[str, ...]
+    anew: bool
+
+
+def compare(
+    tonight: Iterable[pa.RecordBatch],
+    before: Iterable[pa.RecordBatch],
+    rule: Rule,
+    *,
+    id_type: pa.DataType,
+    scratch: Path,
+    rows: Path,
+    dropped: Path,
+) -> dict[str, int]:
+    """Write what becomes of every row, and the ids that left.
+
+    Args:
+        tonight: ``id`` and ``key`` of every row, in order.
+        before: ``id``, ``key`` and ``status`` of the night before; none for the first one.
+        rule: how they are compared.
+        id_type: of both ids.
+        scratch: an empty folder on a local disk.
+        rows: the Parquet file to write: ``id``, ``key``, ``kind`` (:class:`Kind`), ``prev`` (a row of the night before,
+            for what comes from there), ``delta`` (a row among those that are embedded, in order) and ``was`` (the
+            status of the night before).
+        dropped: the Parquet file to write: ``id``.
+
+    Returns:
+        Rows by kind, in small letters, and ``dropped`` ones.
+
+    Raises:
+        NightError: DuckDB is not installed.
+    """
+    try:
+        import duckdb
+    except ImportError as error:
+        raise NightError("nights are compared with DuckDB: pip install -e '.[nightly]' installs it") from error
+    config: dict[str, Any] = {"memory_limit": MEMORY, "temp_directory": str(scratch), "threads": cores()}
+    with duckdb.connect(str(scratch / "night.duckdb"), config=config) as database:
+        keyed = pa.schema([("position", pa.int64()), ("id", id_type), ("key", pa.string())])
+        _load(database, "tonight", tonight, keyed)
+        _load(database, "before", before, keyed.append(pa.field("status", pa.string())))
+        retried = "[" + ", ".join(f"'{status}'" for status in rule.retried) + "]::varchar[]"
+        words = {kind.name: int(kind) for kind in Kind} | {
+            "anew": rule.anew,
+            "retried": retried,
+            "digest": rule.digest,
+            "shared": rule.digest and rule.shared and not rule.anew,
+        }
+        for step in (_MATCHED, _KNOWN, _PLACED, _EMBEDDED):
+            database.execute(step.format(**words))
+        _write(database.sql(_RESULT.format(**words)), rows)
+        _write(database.sql(_DROPPED), dropped)
+        found = database.execute("select kind, count(*) from placed group by kind").fetchall()
+    counts = {kind.name.lower(): 0 for kind in Kind} | {Kind(kind).name.lower(): count for kind, count in found}
+    return {**counts, "dropped": pq.read_metadata(dropped).num_rows}
+
+
+def _load(database: Any, name: str, batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> None:
+    def numbered() -> Iterator[pa.RecordBatch]:
+        position = 0
+        for batch in batches:
+            numbers = pa.array(range(position, position + batch.num_rows), pa.int64())
+            yield pa.RecordBatch.from_arrays([numbers, *batch.columns], schema=schema)
+            position += batch.num_rows
+
+    database.register("incoming", pa.RecordBatchReader.from_batches(schema, numbered()))
+    database.execute(f"create table {name} as select * from incoming")
+    database.unregister("incoming")
+
+
+def _write(relation: Any, path: Path) -> None:
+    reader = relation.to_arrow_reader(GROUP_ROWS)
+    with pq.ParquetWriter(path, reader.schema, compression="zstd") as writer:
+        for batch in reader:
+            writer.write_batch(batch)

@@ -1,0 +1,195 @@
+"""The nightly job's command line: ``python jobs/nightly.py --date DATE --store DIR [OPTIONS] OVERRIDES``."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import date, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+from pipeline.config import Config
+from pipeline.errors import ConfigError, Interrupted, PipelineError, Problem
+from pipeline.nightly.records import PARTITION, SNAPSHOT, Night, Wanted
+from pipeline.nightly.tell import ping, write_textfile
+from pipeline.overrides import compose_config
+
+if TYPE_CHECKING:
+    from pipeline.storage.base import Storage
+
+# Snapshots share what did not change, so two weeks of them cost little more than one; partitions are all wanted.
+KEPT = {SNAPSHOT: 14, PARTITION: 0}
+EXAMPLES = """\
+examples:
+  python jobs/nightly.py --date 2026-11-22 --store nights manifest.path=photos.parquet model=clip_vit_b32
+  python jobs/nightly.py --date yesterday --timezone Europe/Berlin --store nights manifest.path=photos.parquet
+  python jobs/nightly.py --from 2026-11-01 --to 2026-11-07 --store nights 'manifest.path=photos-{date}.parquet'
+
+Rows whose content is as it was in the night before are carried without being read. --content says what tells it:
+auto takes the column digest, sha256, md5 or etag, or size and modified, whichever is there first, else size and date
+of local files, and digests of images that lie in the manifest. All else is told as to python -m pipeline.run.
+
+exit codes: 0 done, also if the night was there; 3 published, but more failures than errors.max_fraction; 2 the config,
+the manifest or the store is wrong; 4 the backend missed its parity gate; 75 interrupted, or another night is at work
+(run it again); 1 anything else. A range stops at the first night that does not end with 0.
+"""
+
+
+@dataclass(slots=True)
+class _Run:
+    """What is known of a run so far, for those it is told to."""
+
+    store: Storage | None = None
+    night: Night | None = None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line, make the nights, tell of them; returns the exit code."""
+    options = _parser().parse_intermixed_args(arguments)
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    began, run = time.time(), _Run()
+    ping(options.ping, "start")
+    code = 1
+    try:
+        code = _run(options, run)
+    except PipelineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        print("error: interrupted; what was committed stays, and the same command goes on", file=sys.stderr)
+        code = Interrupted.exit_code
+    finally:
+        _tell(options, run, code, time.time() - began)
+        signal.signal(signal.SIGTERM, before)
+    return code
+
+
+def _run(options: argparse.Namespace, run: _Run) -> int:
+    days, configs, wanted = _read(options)
+    from pipeline.dataset import lease
+    from pipeline.nightly.night import run_night
+    from pipeline.report.logs import log_to_terminal
+    from pipeline.storage.opening import open_storage
+
+    run.store = store = open_storage(wanted.store)
+    with ExitStack() as opened:
+        with log_to_terminal():
+            held = opened.enter_context(lease.take(store, seconds=configs[0].output.lease_seconds))
+        for day, config in zip(days, configs, strict=True):
+            run.night = night = run_night(config, wanted, store, day, held)
+            if night.exit_code:
+                print(f"error: {night.verdict}", file=sys.stderr)
+                return night.exit_code
+    return 0
+
+
+def _read(options: argparse.Namespace) -> tuple[list[str], list[Config], Wanted]:
+    """The dates, the main job's config for each, and the rest.
+
+    Raises:
+        ConfigError: with every problem.
+    """
+    days, problems = _days(options)
+    keep = KEPT[options.layout] if options.keep is None else options.keep
+    if keep < 0:
+        problems.append(Problem("--keep", keep, "must be the number of nights to keep, or 0 for all"))
+    if keep and options.layout == PARTITION:
+        allowed = "would remove rows that no other night holds"
+        problems.append(Problem("--keep", keep, allowed, "leave it out, or take --layout snapshot"))
+    for text in options.overrides:
+        if text.partition("=")[0] == "output.dir":
+            problems.append(Problem("output.dir", text.partition("=")[2], "is made of --store and the date"))
+        if text.startswith("cluster.part="):
+            problems.append(Problem("cluster.part", text.partition("=")[2], "does a part of a job; a night is a whole"))
+    configs = []
+    for day in days or ["2000-01-01"]:
+        overrides = [text.replace("{date}", day) if text.startswith("manifest.path=") else text
+                     for text in options.overrides]  # fmt: skip
+        try:
+            configs.append(compose_config(overrides))
+        except ConfigError as error:
+            raise ConfigError([*problems, *error.problems]) from error
+    if configs[0].manifest.path is None:
+        problems.append(Problem("manifest.path", None, "must name the manifest; {date} in it stands for the night's"))
+    if problems:
+        raise ConfigError(problems)
+    return days, configs, Wanted(store=options.store, layout=options.layout, keep=keep, content=options.content)
+
+
+def _days(options: argparse.Namespace) -> tuple[list[str], list[Problem]]:
+    try:
+        today = datetime.now(ZoneInfo(options.timezone)).date()
+    except (ZoneInfoNotFoundError, ValueError):
+        return [], [Problem("--timezone", options.timezone, "must be a time zone such as UTC or Europe/Berlin")]
+    words = {"today": today, "yesterday": today - timedelta(days=1)}
+    found, problems = dict[str, date](), list[Problem]()
+    for name in ("date", "from", "to"):
+        text = getattr(options, name)
+        if text is None:
+            continue
+        try:
+            found[name] = words.get(text) or datetime.strptime(text, "%Y-%m-%d").date()
+        except ValueError:
+            problems.append(Problem(f"--{name}", text, "must be a date such as 2026-11-22, today or yesterday"))
+    if problems:
+        return [], problems
+    if set(found) not in ({"date"}, {"from", "to"}):
+        allowed = "give --date, or both --from and --to: the night is never guessed from the clock"
+        return [], [Problem("--date", options.date, allowed)]
+    first, last = (found["date"],) * 2 if "date" in found else (found["from"], found["to"])
+    if first > last:
+        return [], [Problem("--from", first.isoformat(), f"must not be after --to {last.isoformat()}")]
+    return [(first + timedelta(days=day)).isoformat() for day in range((last - first).days + 1)], []
+
+
+def _tell(options: argparse.Namespace, run: _Run, code: int, seconds: float) -> None:
+    from pipeline.errors import StorageError
+    from pipeline.report.logs import log_to_terminal
+
+    with log_to_terminal():
+        if options.textfile is not None:
+            from pipeline.nightly.store import last_success
+
+            try:
+                succeeded = last_success(run.store) if run.store is not None else None
+                write_textfile(
+                    options.textfile, store=options.store, exit_code=code, seconds=seconds, night=run.night,
+                    succeeded=succeeded,
+                )  # fmt: skip
+            except (OSError, StorageError) as error:
+                print(f"warning: --textfile {options.textfile}: {error}", file=sys.stderr)
+        ping(options.ping, str(code))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python jobs/nightly.py",
+        description="Make the dataset of a date from a manifest that changes: only what is new or changed is embedded.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("overrides", nargs="*", metavar="OVERRIDE", help="GROUP=OPTION or KEY=VALUE, as for the main job")
+    add("--date", metavar="DATE", help="the night to make: 2026-11-22, or today or yesterday in --timezone")
+    add("--from", metavar="DATE", help="with --to: every night of a range, oldest first")
+    add("--to", metavar="DATE", help="the last night of the range")
+    add("--timezone", default="UTC", metavar="ZONE", help="where today and yesterday are meant (UTC)")
+    add("--store", required=True, metavar="DIR", help="the folder or fsspec address that holds date=YYYY-MM-DD/")
+    add("--layout", choices=(SNAPSHOT, PARTITION), default=SNAPSHOT,
+        help="snapshot: each night holds every row; partition: those that were embedded (snapshot)")  # fmt: skip
+    add("--content", default="auto", metavar="COLUMNS", help="what tells whether an image changed: auto, stat, bytes,"
+        " or columns; equal values of one called digest, sha256, ... are embedded once (auto)")  # fmt: skip
+    add("--keep", type=int, metavar="N", help="nights to keep, 0 for all (14; all of --layout partition)")
+    add("--ping", metavar="URL", help="GET URL/start at the beginning, URL/EXITCODE at the end")
+    add("--textfile", type=Path, metavar="FILE", help="metrics for Prometheus' textfile collector")
+    return parser
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,184 @@
+"""What stands for the content of every row: a digest, a store's tag, size and date, or the bytes themselves."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.addresses import is_local, local_path, open_arrow, scheme_of
+from pipeline.manifest.source import Manifest, ManifestFile
+from pipeline.nightly.records import NightError
+from pipeline.processes import cores
+from pipeline.threads import in_order
+
+AUTO, STAT, BYTES = "auto", "stat", "bytes"
+# Columns that auto takes, the first that are there.
+KNOWN = (("digest",), ("sha256",), ("md5",), ("etag",), ("size", "modified"))
+# A column of such a name holds digests: rows with equal ones have the same bytes.
+_DIGESTS = ("digest", "sha1", "sha256", "sha512", "md5", "blake", "hash")
+# Rows read at a time; encoded images are large.
+FEW_ROWS, MANY_ROWS = 32, 8192
+SCHEMA_KEY = pa.field("key", pa.string())
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """How a row's content is told: ``columns`` of the manifest, ``stat`` of local files, or ``bytes`` of the image.
+
+    ``digest`` says that equal keys mean equal bytes.
+    """
+
+    how: str
+    columns: tuple[str, ...]
+    digest: bool
+
+    def __str__(self) -> str:
+        return self.how if self.how != "columns" else ",".join(self.columns)
+
+
+def find_content(manifest: Manifest, option: str) -> Content:
+    """What ``--content`` means for a manifest.
+
+    Raises:
+        NightError: a column is missing, or nothing tells the content; the message lists the columns.
+    """
+    known = [(file.url, _schema(file)) for file in manifest.files]
+    url, schema = known[0]
+    listing = ", ".join(f"{field.name} ({field.type})" for field in schema)
+    if option == AUTO:
+        if manifest.image_kind != "path":
+            return Content(BYTES, (), digest=True)
+        taken: tuple[str, ...] | None = next((names for names in KNOWN if set(names) <= set(schema.names)), None)
+        if taken is None and is_local(manifest.root):
+            return Content(STAT, (), digest=False)
+        if taken is None:
+            wanted = ", or ".join(" and ".join(names) for names in KNOWN)
+            raise NightError(
+                f"{url}: nothing tells whether an image has changed: there is no column {wanted}, and the images are "
+                f"no local files; its columns are: {listing}. Add one, or name yours with --content COLUMNS"
+            )
+    elif option in (STAT, BYTES):
+        if (option == BYTES) == (manifest.image_kind == "path"):
+            allowed = f"--content {option}: {manifest.image} holds {manifest.image_kind}"
+            raise NightError(f"{url}: {allowed}; name columns of the manifest, or take auto")
+        if option == STAT and not is_local(manifest.root):
+            raise NightError(f"--content stat: {manifest.root} is no local folder; name columns that tell the content")
+        return Content(option, (), digest=option == BYTES)
+    else:
+        taken = tuple(name.strip() for name in option.split(",") if name.strip())
+        if not taken:
+            raise NightError("--content: must be auto, stat, bytes, or columns of the manifest such as size,modified")
+    for place, each in known:
+        missing = [name for name in taken if name not in each.names]
+        if missing:
+            raise NightError(f"{place}: --content names {', '.join(missing)}, but its columns are: {listing}")
+        nested = [name for name in taken if pa.types.is_nested(each.field(name).type)]
+        if nested:
+            raise NightError(f"{place}: --content names {nested[0]}, which is {each.field(nested[0]).type}")
+    digest = len(taken) == 1 and any(word in taken[0].lower() for word in _DIGESTS)
+    return Content("columns", taken, digest=digest)
+
+
+def id_type(manifest: Manifest) -> pa.DataType:
+    """How the ids of a manifest are kept: whole numbers as they are, texts as plain texts."""
+    kind = manifest.schema.field(manifest.id).type
+    return kind if pa.types.is_integer(kind) else pa.string()
+
+
+def read_keys(manifest: Manifest, content: Content) -> Iterator[pa.RecordBatch]:
+    """``id`` and ``key`` of every row, in order; a null key means that nobody knows, and equals no other."""
+    # Where the columns say what the file was, not what it holds, another path is another file.
+    image = [] if content.how == "columns" and (content.digest or manifest.image_kind != "path") else [manifest.image]
+    schema = pa.schema([("id", id_type(manifest)), SCHEMA_KEY])
+    columns = list(dict.fromkeys([manifest.id, *content.columns, *image]))
+
+    def look(batch: pa.RecordBatch) -> pa.RecordBatch:
+        ids = batch.column(manifest.id)
+        return pa.RecordBatch.from_arrays([ids.cast(schema.field("id").type), _keys(batch, manifest, content, image)],
+                                          schema=schema)  # fmt: skip
+
+    rows = FEW_ROWS if content.how == BYTES else MANY_ROWS
+    batches = (batch for _, batch in scan(manifest, columns, rows=rows))
+    return in_order(look, batches, threads=cores())
+
+
+def scan(
+    manifest: Manifest, columns: Sequence[str], *, rows: int, wanted: Sequence[tuple[int, int]] | None = None
+) -> Generator[tuple[int, pa.RecordBatch], None, None]:
+    """Some columns of a manifest, a few rows at a time, each with the position of its first row.
+
+    Row groups without a row in ``wanted``, which holds ascending ranges of positions, are not read.
+    """
+    position, ranges = 0, iter(wanted or ())
+    ahead = next(ranges, None)
+    for file in manifest.files:
+        with open_arrow(file.url) as handle:
+            parquet = pq.ParquetFile(handle, buffer_size=1 << 20, pre_buffer=False)
+            for group, count in enumerate(file.row_groups):
+                while ahead is not None and ahead[1] <= position:
+                    ahead = next(ranges, None)
+                if wanted is not None and (ahead is None or ahead[0] >= position + count):
+                    position += count
+                    continue
+                batches = parquet.iter_batches(rows, row_groups=[group], columns=list(columns), use_threads=False)
+                for batch in batches:
+                    yield position, batch
+                    position += batch.num_rows
+
+
+def _schema(file: ManifestFile) -> pa.Schema:
+    with open_arrow(file.url) as handle:
+        return pq.read_schema(handle)
+
+
+def _keys(batch: pa.RecordBatch, manifest: Manifest, content: Content, image: Sequence[str]) -> pa.Array:
+    if content.how == "columns":
+        texts = [_texts(batch.column(name)) for name in (*content.columns, *image)]
+        return texts[0] if len(texts) == 1 else pc.binary_join_element_wise(*texts, "|")
+    cells = batch.column(manifest.image)
+    if manifest.image_kind == "path":
+        return pa.array([_stat(path, manifest.root) for path in _texts(cells).to_pylist()], pa.string())
+    if manifest.image_kind == "bytes":
+        return pa.array([_digest(cell) for cell in cells.to_pylist()], pa.string())
+    # A struct may hold a path alone.
+    found = [
+        _digest(cell.get("bytes")) or _stat(cell.get("path"), manifest.root) if cell is not None else None
+        for cell in cells.to_pylist()
+    ]
+    return pa.array(found, pa.string())
+
+
+def _texts(column: pa.Array) -> pa.Array:
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):
+        return pa.array([None if cell is None else cell.hex() for cell in column.to_pylist()], pa.string())
+    texts = column.cast(pa.string())
+    try:
+        texts.validate(full=True)
+    except pa.ArrowException:
+        # Paths need not be UTF-8.
+        raw = texts.cast(pa.binary()).to_pylist()
+        texts = pa.array([None if cell is None else cell.decode(errors="backslashreplace") for cell in raw])
+    return texts
+
+
+def _digest(cell: bytes | None) -> str | None:
+    return None if cell is None else hashlib.sha256(cell).hexdigest()[:32]
+
+
+def _stat(path: str | None, root: str) -> str | None:
+    """Size, date and address of a local file, of the whole one where a range of it is meant."""
+    if not path or not is_local(path) or (scheme_of(root) and not is_local(root)):
+        return None
+    try:
+        found = os.stat(os.path.join(local_path(root), local_path(path).partition("#bytes=")[0]))
+    except (OSError, ValueError):
+        return None
+    return f"{found.st_size}|{found.st_mtime_ns}|{path}"

@@ -1,0 +1,184 @@
+"""A store of nights: which are published, files that two nights share, and what is removed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, fields
+from datetime import date, datetime
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.addresses import explained
+from pipeline.dataset.commits import SUCCESS
+from pipeline.errors import StorageError
+from pipeline.nightly.records import NIGHT, RUNS, Night
+from pipeline.storage.base import Storage
+from pipeline.storage.local import LocalStorage, sync
+from pipeline.storage.objects import ObjectStorage
+from pipeline.storage.opening import open_storage
+from pipeline.storage.retries import retried
+
+_PREFIX = "date="
+_TIME = pa.timestamp("ms", tz="UTC")
+RUN_SCHEMA = pa.schema([
+    ("date", pa.date32()), ("started", _TIME), ("finished", _TIME), ("seconds", pa.float64()), ("rows", pa.int64()),
+    *((kind, pa.int64()) for kind in ("carried", "new", "changed", "retried", "anew", "duplicate", "dropped")),
+    ("embedded", pa.int64()), ("images", pa.int64()), ("images_per_second", pa.float64()), ("shared", pa.int64()),
+    ("written", pa.int64()), ("exit_code", pa.int64()), ("ok", pa.int64()), ("failed", pa.int64()),
+    ("counts", pa.string()), ("layout", pa.string()), ("previous", pa.string()), ("reason", pa.string()),
+    ("fingerprints", pa.string()), ("versions", pa.string()), ("dataset", pa.string()),
+])  # fmt: skip
+
+
+def open_below(storage: Storage, *names: str) -> Storage:
+    """A folder of a storage as a storage of its own."""
+    return open_storage("/".join([storage.url.rstrip("/"), *names]))
+
+
+def open_night(store: Storage, day: str) -> Storage:
+    """The folder of a night."""
+    return open_below(store, f"{_PREFIX}{day}")
+
+
+def days(store: Storage) -> list[str]:
+    """The dates that have a folder, oldest first."""
+    return sorted(day for name in store.folders() if is_day(day := name.removeprefix(_PREFIX)) and day != name)
+
+
+def is_day(text: str) -> bool:
+    """Whether a text is a date such as 2026-11-22."""
+    with suppress(ValueError):
+        return date.fromisoformat(text).isoformat() == text
+    return False
+
+
+def read_night(store: Storage, day: str) -> Night | None:
+    """A published night, or None.
+
+    Raises:
+        StorageError: its book is torn.
+    """
+    storage = open_night(store, day)
+    data = storage.read(NIGHT)
+    if data is None:
+        return None
+    try:
+        values: dict[str, Any] = json.loads(data)
+        known = {each.name for each in fields(Night)}
+        kept = {name: value for name, value in values.items() if name in known}
+        return Night(**{**kept, "sources": tuple(kept.get("sources", ()))})
+    except (ValueError, TypeError) as error:
+        raise StorageError(
+            f"{storage.url}/{NIGHT}: not readable ({error}); remove the night and run it again"
+        ) from error
+
+
+def newest_before(store: Storage, day: str) -> Night | None:
+    """The newest published night that is older than ``day``."""
+    for each in reversed([one for one in days(store) if one < day]):
+        if (night := read_night(store, each)) is not None:
+            return night
+    return None
+
+
+def append_run(store: Storage, night: Night) -> None:
+    """Add a night to ``runs.parquet``, unless it stands there."""
+    data = store.read(RUNS)
+    table = pq.read_table(pa.BufferReader(data)) if data is not None else RUN_SCHEMA.empty_table()
+    day = date.fromisoformat(night.date)
+    if day in table.column("date").to_pylist():
+        return
+    ok = night.counts.get("ok", 0)
+    row = {
+        **asdict(night),
+        **night.kinds,
+        "date": day,
+        "started": datetime.fromisoformat(night.started),
+        "finished": datetime.fromisoformat(night.finished),
+        "ok": ok,
+        "failed": sum(night.counts.values()) - ok,
+        "counts": json.dumps(night.counts),
+        "versions": json.dumps(night.versions),
+        "reason": night.anew,
+        "anew": night.kinds.get("anew", 0),
+    }
+    added = pa.Table.from_pylist([{name: row[name] for name in RUN_SCHEMA.names}], schema=RUN_SCHEMA)
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.concat_tables([table.cast(RUN_SCHEMA), added]), sink)
+    store.write(RUNS, sink.getvalue().to_pybytes())
+
+
+def last_success(store: Storage) -> float | None:
+    """When the newest night with exit code 0 was finished, in seconds since the epoch."""
+    data = store.read(RUNS)
+    if data is None:
+        return None
+    table = pq.read_table(pa.BufferReader(data), columns=["finished", "exit_code"])
+    done: list[datetime] = [row["finished"] for row in table.to_pylist() if row["exit_code"] == 0]
+    return max(done).timestamp() if done else None
+
+
+def forget(store: Storage, day: str, *, keep: int) -> Iterator[str]:
+    """Remove nights older than ``day``, but for the newest, so that ``keep`` are left with it; their dates."""
+    for each in [one for one in days(store) if one < day][: -(keep - 1) or None]:
+        # Its marks first, so that a night that is half gone is taken for none.
+        night = open_night(store, each)
+        night.remove(NIGHT)
+        night.remove(SUCCESS)
+        remove_folder(store, f"{_PREFIX}{each}")
+        yield each
+
+
+def remove_folder(storage: Storage, name: str) -> None:
+    """Remove a folder with all that is in it; nothing happens if it is not there."""
+    place = f"{storage.url}/{name}"
+    with explained(place):
+        if isinstance(storage, LocalStorage):
+            with suppress(FileNotFoundError):
+                shutil.rmtree(storage.root / name)
+        elif isinstance(storage, ObjectStorage):
+            fs, path = storage.fs, f"{storage.root}/{name}"
+
+            def remove() -> None:
+                fs.invalidate_cache()
+                if fs.exists(path):
+                    fs.rm(path, recursive=True)
+
+            retried(place, remove)
+
+
+def share(source: Storage, name: str, target: Storage, new: str) -> None:
+    """Let ``target`` have a file of ``source``: by a hard link, or by a copy that the object store makes.
+
+    A file that is there already is replaced: it may be torn.
+    """
+    place = f"{target.url}/{new}"
+    with explained(place):
+        if isinstance(source, LocalStorage) and isinstance(target, LocalStorage):
+            target.make()
+            _link(source, name, target, new)
+        elif isinstance(source, ObjectStorage) and isinstance(target, ObjectStorage):
+            fs, old, path = target.fs, f"{source.root}/{name}", f"{target.root}/{new}"
+            retried(place, lambda: fs.cp_file(old, path))
+
+
+def _link(source: LocalStorage, name: str, target: LocalStorage, new: str) -> None:
+    old, path = source.root / name, target.root / new
+    with target.staged() as staged:
+        try:
+            os.link(old, staged.path)
+        except OSError as error:
+            if isinstance(error, FileNotFoundError):
+                raise
+            # Another disk, or one without links: a copy of its own then.
+            shutil.copyfile(old, staged.path)
+            sync(staged.path)
+        # A link over another one to the same file does nothing.
+        staged.path.replace(path)
+        sync(path.parent)

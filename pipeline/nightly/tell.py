@@ -1,0 +1,97 @@
+"""Whom a night is told to: a health check that waits for it, and Prometheus."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from pipeline.nightly.records import Night
+
+# Seconds that a ping waits, as it must never hold up the night.
+PING_SECONDS = 10.0
+_NAME = "clip_pipeline_nightly"
+log = logging.getLogger(__name__)
+
+
+def ping(url: str | None, what: str) -> bool:
+    """GET ``url``/``what``, as healthchecks.io and its like take it: ``start``, or an exit code; True if it was heard.
+
+    Nothing is raised: a check that cannot be reached is logged, by its host alone, as the rest is a secret.
+    """
+    if url is None:
+        return False
+    import urllib3
+
+    host = "?"
+    try:
+        host = urlsplit(url).hostname or host
+        # Without retries, which urllib3 would log with the whole address.
+        with urllib3.PoolManager(timeout=urllib3.Timeout(total=PING_SECONDS), retries=False) as pool:
+            status = pool.request("GET", f"{url.rstrip('/')}/{what}").status
+    except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
+        log.warning("--ping %s: %s was not told: %s", host, what, type(error).__name__)
+        return False
+    if status >= 400:
+        log.warning("--ping %s: %s was answered with %d", host, what, status)
+    return status < 400
+
+
+def write_textfile(
+    path: Path, *, store: str, exit_code: int, seconds: float, night: Night | None, succeeded: float | None
+) -> None:
+    """What node_exporter's textfile collector reads, written to a temporary name and renamed.
+
+    Args:
+        path: of the file, which ends in ``.prom``.
+        store: the store, as a label, so that the files of several stores stand beside each other.
+        exit_code: of this run.
+        seconds: that this run took.
+        night: the newest that this run published or found, if any.
+        succeeded: when the newest night with exit code 0 was finished, in seconds since the epoch.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    lines = list[str]()
+    own = {"store": store}
+
+    def add(name: str, help_text: str, values: Sequence[tuple[Mapping[str, str], float]]) -> None:
+        if values:
+            lines.append(f"# HELP {_NAME}_{name} {help_text}")
+            lines.append(f"# TYPE {_NAME}_{name} gauge")
+            lines.extend(f"{_NAME}_{name}{{{_labels({**own, **labels})}}} {value!r}" for labels, value in values)
+
+    add("last_run_timestamp_seconds", "When the nightly job ended last.", [({}, round(time.time(), 3))])
+    if succeeded is not None:
+        add("last_success_timestamp_seconds", "When the newest night with exit code 0 was finished.", [({}, succeeded)])
+    add("exit_code", "Exit code of the last run.", [({}, exit_code)])
+    add("seconds", "Wall time of the last run.", [({}, round(seconds, 3))])
+    if night is not None:
+        rows = [({"status": status}, count) for status, count in night.counts.items()]
+        kinds = [({"kind": kind}, count) for kind, count in night.kinds.items()]
+        add("rows", "Rows of the newest night by status.", rows)
+        add("changes", "Rows of the newest night by what became of them.", kinds)
+        add("embedded_images", "Images that the newest night embedded.", [({}, night.images)])
+        add("images_per_second", "Throughput of the newest night's embedding.", [({}, night.images_per_second)])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Names that do not end in .prom are not collected.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text("\n".join(lines) + "\n")
+        # The collector runs as another user.
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _labels(labels: Mapping[str, str]) -> str:
+    return ",".join(f'{name}="{_escaped(value)}"' for name, value in labels.items())
+
+
+def _escaped(text: str) -> str:
+    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")

@@ -1,0 +1,225 @@
+"""Nights that can be looked at: a collection that grows, changes and shrinks, and what must hold after each night.
+
+``python -m tests.nights --nights 10`` simulates so many nights with the demo model, kills the job on three of them,
+compares each with a from-scratch run, and prints a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.config import Config
+from pipeline.dataset import lease
+from pipeline.dataset.verify import verify
+from pipeline.demo.folder import jpeg
+from pipeline.demo.scenes import sample
+from pipeline.errors import PipelineError, TooManyFailures
+from pipeline.nightly.night import run_night
+from pipeline.nightly.records import SNAPSHOT, Night, Wanted
+from pipeline.storage.opening import open_storage
+from tests.jobs import config_for
+
+
+@dataclass
+class Collection:
+    """Images in a folder, and the manifest of the moment; ``content`` counts how often an image was drawn again."""
+
+    folder: Path
+    rows: dict[str, dict[str, Any]] = field(default_factory=dict)
+    content: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def manifest(self) -> Path:
+        return self.folder / "manifest.parquet"
+
+    def draw(self, number: int, *, version: int = 0, missing: bool = False, damaged: bool = False) -> None:
+        """Add an image, or draw it anew; a missing one stands in the manifest alone."""
+        name = f"{number:04d}"
+        path = self.folder / f"{name}.jpg"
+        self.content[name] = version
+        drawn = sample(7, number + 1000 * version)
+        path.unlink(missing_ok=True)
+        data = b"no picture at all" if damaged else jpeg(drawn, 64, 64)
+        if not missing:
+            path.write_bytes(data)
+        self.rows[name] = {
+            "id": name,
+            "path": path.name,
+            "size": len(data),
+            # As a listing would tell it; files written within the same microsecond differ in it too.
+            "modified": number * 10_000 + version,
+            "truth": drawn.label,
+        }
+
+    def restore(self, number: int) -> None:
+        """Put a missing image where the manifest says it is."""
+        drawn = sample(7, number + 1000 * self.content[f"{number:04d}"])
+        (self.folder / f"{number:04d}.jpg").write_bytes(jpeg(drawn, 64, 64))
+
+    def drop(self, number: int) -> None:
+        del self.rows[f"{number:04d}"]
+        (self.folder / f"{number:04d}.jpg").unlink(missing_ok=True)
+
+    def write(self, columns: dict[str, list[Any]] | None = None) -> Path:
+        rows = [self.rows[name] for name in sorted(self.rows)]
+        table = pa.Table.from_pylist(rows)
+        for name, values in (columns or {}).items():
+            table = table.append_column(name, pa.array(values))
+        pq.write_table(table, self.manifest, row_group_size=10)
+        return self.manifest
+
+    def config(self, **groups: dict[str, Any]) -> Config:
+        defaults: dict[str, dict[str, Any]] = {
+            "manifest": {"image": "path", "keep": ["truth"], "shard_rows": 8, "root": str(self.folder)},
+            "loader": {"isolation": "none"},
+            "report": {"html": False},
+        }
+        for name, values in groups.items():
+            defaults[name] = {**defaults.get(name, {}), **values}
+        return config_for(self.manifest, self.folder.parent / "unused", **defaults)
+
+
+def night(config: Config, store: Path | str, day: str, **wanted: Any) -> Night:
+    """One night in this process."""
+    storage = open_storage(str(store))
+    with lease.take(storage, seconds=60) as held:
+        return run_night(config, Wanted(store=str(store), **wanted), storage, day, held)
+
+
+def night_in_fork(groups: dict[str, dict[str, Any]], store: str, day: str, layout: str) -> int:
+    """One night, as :func:`tests.forks.Forks.start` calls it."""
+    from tests.forks import config_from
+
+    try:
+        return night(config_from(groups), Path(store), day, layout=layout).exit_code
+    except PipelineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def from_scratch(config: Config, output: Path) -> pa.Table:
+    """What the main job makes of the same manifest."""
+    from pipeline.job import run_job
+
+    shutil.rmtree(output, ignore_errors=True)
+    try:
+        run_job(replace(config, output=replace(config.output, dir=str(output))))
+    except TooManyFailures:
+        print("too many failures", file=sys.stderr)
+    return read(output)
+
+
+def read(output: Path) -> pa.Table:
+    """Every row of a dataset, in order."""
+    parts = [pq.ParquetFile(path).read().replace_schema_metadata(None) for path in sorted(output.glob("part-*"))]
+    return pa.concat_tables(parts)
+
+
+def differences(made: pa.Table, scratch: pa.Table) -> Iterator[str]:
+    """What two datasets of the same manifest differ in; embeddings and scores may by rounding."""
+    if made.schema != scratch.schema:
+        yield f"the schema: {made.schema} and {scratch.schema}"
+        return
+    for name in made.schema.names:
+        ours, theirs = made.column(name), scratch.column(name)
+        if name == "embedding":
+            ours, theirs = ours.combine_chunks(), theirs.combine_chunks()
+            close = np.allclose(ours.flatten(), theirs.flatten(), atol=2e-6)
+            same = ours.is_valid().equals(theirs.is_valid()) and close
+        elif name == "score":
+            same = np.allclose(ours.to_numpy(), theirs.to_numpy(), atol=1e-4, equal_nan=True)
+        elif name == "top_scores":
+            same = np.allclose(ours.combine_chunks().flatten(), theirs.combine_chunks().flatten(), atol=1e-4)
+        else:
+            same = ours.to_pylist() == theirs.to_pylist()
+        if not same:
+            yield name
+
+
+def healthy(output: Path) -> bool:
+    health = verify(open_storage(str(output)))
+    return health.state == "healthy" and not health.findings
+
+
+def turn(collection: Collection, generator: random.Random, added: int) -> None:
+    """What a day does: some images come, some change, some go, one is late and comes a day later."""
+    known = sorted(map(int, collection.rows))
+    for number in known:
+        if not (collection.folder / f"{number:04d}.jpg").exists():
+            collection.restore(number)
+    for number in generator.sample(known, min(len(known), added // 4)):
+        collection.draw(number, version=collection.content[f"{number:04d}"] + 1)
+    for number in generator.sample(known, min(len(known), added // 6)):
+        collection.drop(number)
+    first = max(known, default=-1) + 1
+    for number in range(first, first + added):
+        collection.draw(number, missing=number == first, damaged=number == first + 1)
+    collection.write()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nights", type=int, default=10)
+    parser.add_argument("--images", type=int, default=60, help="images that are there on the first night")
+    parser.add_argument("--added", type=int, default=24, help="images that come each day")
+    parser.add_argument("--layout", default=SNAPSHOT)
+    parser.add_argument("--seed", type=int, default=5)
+    options = parser.parse_args()
+    generator = random.Random(options.seed)
+    points = ["encoded", "commit.done", "part.published", "finalize.checked", "storage.durable[rows.parquet]",
+              "storage.durable[_night.json]", "storage.durable[runs.parquet]"]  # fmt: skip
+    crashes = dict(
+        zip(generator.sample(range(1, options.nights), min(3, options.nights - 1)), points[::2], strict=False)
+    )
+    from tests.forks import forks
+
+    print("| night | rows | new | changed | retried | dropped | carried | embedded | shared | written | killed at "
+          "| seconds | as from scratch | verify |")  # fmt: skip
+    print("| --- |" + " ---: |" * 9 + " --- | ---: | --- | --- |")
+    bad = 0
+    with tempfile.TemporaryDirectory() as place:
+        (Path(place) / "images").mkdir()
+        collection, store = Collection(Path(place) / "images"), Path(place) / "nights"
+        for number in range(options.nights):
+            turn(collection, generator, options.images if number == 0 else options.added)
+            config, day = collection.config(), f"2026-11-{number + 1:02d}"
+            began = time.monotonic()
+            struck = crashes.get(number, "")
+            if struck:
+                arguments = (asdict(config), str(store), day, options.layout)
+                child = forks().start("tests.nights:night_in_fork", *arguments, failpoints=f"{struck}=kill@1")
+                if child.wait() != -9:
+                    struck += " (not reached)"
+            done = night(config, store, day, layout=options.layout)
+            seconds = time.monotonic() - began
+            scratch = from_scratch(config, Path(place) / "scratch")
+            wrong = list(differences(read(store / f"date={day}"), scratch)) if options.layout == SNAPSHOT else []
+            whole = healthy(store / f"date={day}")
+            kinds = done.kinds
+            expected = kinds["new"] + kinds["changed"] + kinds["retried"]
+            bad += bool(wrong) + (not whole) + (done.embedded != expected)
+            # A partition holds a part of the manifest.
+            same = ", ".join(wrong) or ("yes" if options.layout == SNAPSHOT else "-")
+            own = [kinds[name] for name in ("new", "changed", "retried", "dropped", "carried")]
+            cells = [day, done.rows, *own, done.embedded, done.shared, done.written, struck]
+            cells += [f"{seconds:.1f}", same, "healthy" if whole else "DAMAGED"]
+            print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+    print(f"{bad} things were wrong")
+    return int(bad > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
