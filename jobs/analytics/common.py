@@ -1,0 +1,210 @@
+"""The few lines that the scripts beside this file share: rows, embeddings, thumbnails, a contact sheet."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+import textwrap
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Any
+
+import duckdb
+import fsspec
+import numpy as np
+import pandas as pd
+import pyarrow.dataset as ds
+from matplotlib import font_manager, rcParams
+from matplotlib.figure import Figure
+from PIL import Image, ImageOps
+
+# Okabe and Ito's colours, which colour-blind people tell apart too (jfly.uni-koeln.de/color), strongest first.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F0E442", "#000000")
+BLUE, ORANGE, RED, GREY = COLOURS[0], COLOURS[1], COLOURS[3], "#B8B8B8"
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+_CJK = {"Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "Hiragino Sans GB", "Microsoft YaHei"}
+rcParams.update(
+    {
+        "font.family": ["DejaVu Sans", *sorted(_CJK & {font.name for font in font_manager.fontManager.ttflist})],
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titlesize": 10,
+        "axes.titlelocation": "left",
+        "figure.titlesize": 12,
+        "legend.frameon": False,
+        "savefig.dpi": 130,
+        # A label may hold dollar signs.
+        "text.parse_math": False,
+    }
+)
+
+
+def parts(address: str, *, nights: bool = False) -> list[str]:
+    """The Parquet files of a dataset, or with ``nights`` of every night ``date=YYYY-MM-DD`` of a store.
+
+    Without ``nights`` the newest night of a store is taken. A night that is not finished is left out; both are said.
+
+    Raises:
+        SystemExit: nothing to read there.
+    """
+    system, root = fsspec.core.url_to_fs(address)
+    if not system.exists(root):
+        raise SystemExit(f"{address}: nothing there; give a dataset's folder, or a store of nights (date=YYYY-MM-DD)")
+    if system.isfile(root):
+        return [system.unstrip_protocol(root).removeprefix("file://")]
+    found: dict[str, list[str]] = {}
+    inside = sorted(entry.rstrip("/") for entry in system.ls(root, detail=False))
+    for folder in [entry for entry in inside if _name(entry).startswith("date=")] or [root]:
+        files = sorted(system.ls(folder, detail=False))
+        if {"_plan.json"} <= set(map(_name, files)) and "_SUCCESS" not in map(_name, files):
+            print(f"left out, since it is not finished: {folder}", file=sys.stderr)
+            continue
+        rows = [file for file in files if file.endswith(".parquet") and not _name(file).startswith(("_", "."))]
+        found[folder] = [system.unstrip_protocol(file).removeprefix("file://") for file in rows]
+    if not any(found.values()):
+        raise SystemExit(f"{address}: no finished dataset there (Parquet files, with _SUCCESS where _plan.json is)")
+    if len(found) > 1 and not nights:
+        print(f"{address}: the newest of {len(found)} nights, {_name(list(found)[-1])}", file=sys.stderr)
+        found = dict([list(found.items())[-1]])
+    return [file for files in found.values() for file in files]
+
+
+def database(**views: list[str]) -> duckdb.DuckDBPyConnection:
+    """DuckDB with one view for each list of Parquet files; column ``night`` is the date, or the folder's name."""
+    connection = duckdb.connect()
+    for name, files in views.items():
+        if "://" in files[0]:
+            connection.register_filesystem(fsspec.core.url_to_fs(files[0])[0])
+        quoted = ", ".join("'" + file.replace("'", "''") + "'" for file in files)
+        rows = f"read_parquet([{quoted}], filename='_file', hive_partitioning=false, union_by_name=true)"
+        date, folder = r"'date=([^/\\]+)'", r"'([^/\\]+)[/\\][^/\\]*$'"
+        night = f"coalesce(nullif(regexp_extract(_file, {date}, 1), ''), regexp_extract(_file, {folder}, 1))"
+        connection.execute(f"create view {name} as select * exclude (_file), {night} as night from {rows}")
+    return connection
+
+
+def identifier(files: list[str]) -> str:
+    """The name of the id column: ``id``, or the first one, which is the manifest's."""
+    names = _open(files).schema.names
+    return "id" if "id" in names else names[0]
+
+
+def vectors(
+    files: list[str], columns: Sequence[str], *, dtype: Any = np.float32
+) -> tuple[pd.DataFrame, np.ndarray, int]:
+    """``columns`` and embeddings [N, D] of the rows that have one, and how many have none.
+
+    Needs N * D * 4 bytes, and as much again for a moment; with ``dtype`` None they stay as they are stored. Arrow's
+    fixed-size lists become NumPy without Python lists.
+
+    Raises:
+        SystemExit: no row has an embedding.
+    """
+    tables, blocks, left_out = [], [], 0
+    for batch in _open(files).to_batches(columns=[*columns, "embedding"]):
+        whole = batch.filter(batch["embedding"].is_valid())
+        left_out += batch.num_rows - whole.num_rows
+        if whole.num_rows:
+            flat = whole["embedding"].flatten().to_numpy(zero_copy_only=False)
+            flat = flat.reshape(whole.num_rows, -1)
+            blocks.append(flat if dtype is None else flat.astype(dtype, copy=False))
+            tables.append(whole.select(list(columns)).to_pandas())
+    if not blocks:
+        raise SystemExit(f"{files[0]}: none of {left_out} rows has an embedding")
+    return pd.concat(tables, ignore_index=True), np.concatenate(blocks), left_out
+
+
+def picture_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options that say where images lie."""
+    group = parser.add_argument_group("images for the picture")
+    group.add_argument("--manifest", help="the job's manifest (Parquet); without it the dataset itself is looked at")
+    group.add_argument("--image", help="its column of paths, bytes or struct<bytes, path>; default: path, else image")
+    group.add_argument("--root", help="where relative paths start; default: the manifest's own root")
+
+
+def thumbnails(ids: Iterable[Hashable], files: list[str], args: argparse.Namespace, side: int = 160) -> dict[Any, Any]:
+    """Small pictures by id; an image that cannot be opened, or lies outside the root, is simply not among them."""
+    source = ds.dataset(args.manifest) if args.manifest else _open(files)
+    names, key = source.schema.names, identifier(files)
+    column = args.image or next((name for name in ("path", "image") if name in names), None)
+    if column not in names or key not in names:
+        print(f"no images: wanted are columns {key} and {column or 'path'}; see --manifest, --image", file=sys.stderr)
+        return {}
+    root = args.root or (source.schema.metadata or {}).get(b"pipeline.root", b"").decode()
+    rows = source.to_table(columns=[key, column], filter=ds.field(key).isin(list(ids))).to_pylist()
+    found = {}
+    for row in rows:
+        cell = row[column] if not isinstance(row[column], dict) else row[column]["bytes"] or row[column]["path"]
+        try:
+            with io.BytesIO(cell) if isinstance(cell, bytes) else fsspec.open(_inside(root, cell)) as file:
+                image = Image.open(file, formats=FORMATS)
+                image.draft("RGB", (side, side))
+                found[row[key]] = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (side, side))
+        except (OSError, ValueError, TypeError, Image.DecompressionBombError):
+            continue
+    return found
+
+
+def contact_sheet(title: str, blocks: list[tuple[str, list[tuple[str, Any]]]], path: str, width: int = 8) -> None:
+    """Blocks of pictures with captions, a heading above each; an absent picture (None) is a grey box.
+
+    Blocks stand side by side while they fit into ``width`` pictures, so none holds more.
+    """
+    places, column, line = [], 0.0, 0
+    for _, cells in blocks:
+        if column and column + len(cells) > width + 0.61:
+            column, line = 0.0, line + 1
+        places.append((0.1 + 1.35 * column, 0.5 + 2.1 * line))
+        column += len(cells) + 0.2
+    size = (1.35 * (width + 0.6 if len(places) > line + 1 else width) + 0.1, 0.5 + 2.1 * (line + 1))
+    figure = Figure(figsize=size, facecolor="white")
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set_axis_off()
+    axes.text(0.1, 0.12, title, va="top", fontsize=12)
+    for (left, top), (heading, cells) in zip(places, blocks, strict=True):
+        axes.text(left, top + 0.05, heading, va="top", weight="bold")
+        for number, (caption, image) in enumerate(cells):
+            x = left + 1.35 * number
+            box = (x, x + 1.25, top + 1.5, top + 0.25)
+            axes.imshow(np.full((1, 1, 3), 225, np.uint8) if image is None else image, extent=box, aspect="auto")
+            if image is None:
+                axes.text(x + 0.62, top + 0.87, "no picture", ha="center", va="center", color="#555555")
+            text = "\n".join(textwrap.shorten(line, 22, placeholder="…") for line in caption.splitlines())
+            axes.text(x, top + 1.54, text, va="top", fontsize=7.5)
+    axes.set(xlim=(0, size[0]), ylim=(size[1], 0))
+    save(figure, path)
+
+
+def save(figure: Figure, path: str) -> None:
+    """Write a PNG, SVG or PDF, as the name says."""
+    figure.savefig(path)
+    print(f"picture: {path}")
+
+
+def show(heading: str, table: pd.DataFrame, rows: int = 15) -> None:
+    """Print the first rows of a table, and say what is left out."""
+    print(f"\n{heading}")
+    print(table.head(rows).to_string(index=False, float_format="{:.4g}".format, na_rep="-") if len(table) else "none")
+    if len(table) > rows:
+        print(f"... {len(table) - rows:,} more")
+
+
+def _open(files: list[str]) -> Any:
+    system = fsspec.core.url_to_fs(files[0])[0]
+    local = "://" not in files[0]
+    return ds.dataset(
+        files if local else [system._strip_protocol(f) for f in files], filesystem=None if local else system
+    )
+
+
+def _name(path: str) -> str:
+    return path.rstrip("/").rsplit("/", 1)[-1]
+
+
+def _inside(root: str, path: str | None) -> str:
+    """The address of an image below its root; rows of a manifest come from strangers."""
+    below = (path or "/").removeprefix(root.rstrip("/") + "/")
+    if not root or "://" in below or below.startswith("/") or ".." in below.split("/"):
+        raise ValueError(f"{path} does not lie below {root or 'a root'}")
+    return f"{root.rstrip('/')}/{below}"
