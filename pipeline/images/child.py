@@ -83,7 +83,9 @@ def main() -> None:
     control.sendall(READY)
     while head := control.recv(4, socket.MSG_WAITALL):
         pieces, spec = parse_request(control.recv(int.from_bytes(head, "little"), socket.MSG_WAITALL))
-        turn.answer = answer = Answer(settings["outbox"], spec)
+        if turn.answer is None or turn.answer.spec != spec:
+            turn.answer = Answer(settings["outbox"], spec)
+        answer = turn.answer
         for index, (offset, size) in enumerate(pieces):
             turn.index = index
             answer.mark(index, State.DECODING)

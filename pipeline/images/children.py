@@ -20,6 +20,7 @@ from typing import IO, NamedTuple
 from pipeline.errors import DecoderUnavailable
 from pipeline.failpoints import VARIABLE
 from pipeline.images.decode import Decoder
+from pipeline.images.shared import seal
 from pipeline.images.wire import READY
 
 # A process may take this long to start, in seconds: on a busy machine Python comes from a slow disk.
@@ -200,15 +201,21 @@ class Children:
         self._giants.close()
 
 
-def nameless_file() -> IO[bytes]:
+def nameless_file(*, lasting: bool = False) -> IO[bytes]:
     """A file in memory where the system has such files, and in the temporary folder elsewhere.
+
+    A ``lasting`` one can grow and not shrink, where the system can see to that.
 
     Raises:
         DecoderUnavailable: there can be none.
     """
     try:
         if hasattr(os, "memfd_create"):
-            return os.fdopen(os.memfd_create("decoder"), "w+b", buffering=0)
+            flags = os.MFD_CLOEXEC | (os.MFD_ALLOW_SEALING if lasting else 0)
+            file = os.fdopen(os.memfd_create("decoder", flags), "w+b", buffering=0)
+            if lasting:
+                seal(file.fileno())
+            return file
         return tempfile.TemporaryFile(buffering=0)
     except OSError as error:
         raise unavailable(str(error)) from error

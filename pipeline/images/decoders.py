@@ -123,11 +123,12 @@ class _Seat:
         self._decoders = decoders
         self._inbox = nameless_file()
         try:
-            self._outbox = nameless_file()
+            self._outbox = nameless_file(lasting=True)
         except BaseException:
             self._inbox.close()
             raise
         self._child: Child | None = None
+        self._answer: Answer | None = None
 
     def decode(
         self, encoded: list[bytes], spec: PreprocessSpec, abandoned: Callable[[], bool]
@@ -176,6 +177,7 @@ class _Seat:
         self.retire()
         self._inbox.close()
         self._outbox.close()
+        self._answer = None
 
     def _take(self, encoded: list[bytes]) -> list[tuple[int, int]]:
         pieces, offset = [], 0
@@ -195,7 +197,9 @@ class _Seat:
     ) -> tuple[list[Pixels | Failure], Failure | None]:
         """What the process finished, and what kept it from the next image."""
         child = self.start(abandoned)
-        answer = Answer(self._outbox.fileno(), spec)
+        if self._answer is None or self._answer.spec != spec:
+            self._answer = Answer(self._outbox.fileno(), spec)
+        answer = self._answer
         try:
             answer.clear()
         except OSError as error:

@@ -6,6 +6,9 @@ size and short texts, each checked as it is read, and never an object that could
 Each process has two files without a name, which the reader owns. The encoded images lie in the first one behind one
 another. The second one holds a byte of state for each image, room for the text of each failure, and the pixels; as it
 outlives the process, it tells which image a crash or a hang met, and what was finished before.
+
+The process has the second file as memory. So has the reader, if the file is sealed: nobody can shorten it then, which
+would kill the reader. What it finds there it copies first and judges then, as the process can still change it.
 """
 
 from __future__ import annotations
@@ -16,10 +19,13 @@ import math
 import os
 from collections.abc import Sequence
 from enum import IntEnum
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from pipeline.images.shared import cannot_shrink, shared
 from pipeline.records import Failure, Pixels, PreprocessSpec
 
 # Images of one request at most.
@@ -48,28 +54,43 @@ class State(IntEnum):
     FAILED = 4
 
 
+_STATES = frozenset(int(state) for state in State)
+_FINAL = frozenset({int(State.PIXELS), int(State.FAILED)})
+
+
 class Nonsense(Exception):
     """An answer that no sound process gives."""
 
 
 def request(pieces: Sequence[tuple[int, int]], spec: PreprocessSpec) -> bytes:
     """The images at (offset, size) of the first file, as ``spec`` wants them; with its length in front."""
-    text = json.dumps({"pieces": pieces, "spec": dataclasses.asdict(spec)}).encode()
+    text = json.dumps(pieces).encode() + b"\n" + _text_of(spec)
     return len(text).to_bytes(4, "little") + text
 
 
 def parse_request(text: bytes) -> tuple[list[tuple[int, int]], PreprocessSpec]:
     """The other end of :func:`request`."""
+    pieces, _, spec = text.partition(b"\n")
+    return [(offset, size) for offset, size in json.loads(pieces)], _spec_of(spec)
+
+
+@lru_cache(4)
+def _text_of(spec: PreprocessSpec) -> bytes:
+    return json.dumps(dataclasses.asdict(spec)).encode()
+
+
+@lru_cache(4)
+def _spec_of(text: bytes) -> PreprocessSpec:
     content: dict[str, Any] = json.loads(text)
-    spec: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content["spec"].items()}
-    return [(offset, size) for offset, size in content["pieces"]], PreprocessSpec(**spec)
+    spec: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
+    return PreprocessSpec(**spec)
 
 
 class Answer:
     """The second file of a process, from either end."""
 
     def __init__(self, fd: int, spec: PreprocessSpec) -> None:
-        self._fd = fd
+        self._fd, self.spec = fd, spec
         self._shape = (*spec.size, 3)
         self._bytes = math.prod(self._shape)
 
@@ -79,14 +100,21 @@ class Answer:
         return self._pixels_at(CHUNK)
 
     def clear(self) -> None:
-        """Make room, and forget the last answer."""
+        """Make room, and forget the last answer.
+
+        Raises:
+            OSError: there is no room.
+        """
         if os.fstat(self._fd).st_size < self.size:
             os.ftruncate(self._fd, self.size)
-        os.pwrite(self._fd, bytes(CHUNK), 0)
+        if self._lasting:
+            self._memory[:CHUNK] = State.TODO
+        else:
+            os.pwrite(self._fd, bytes(CHUNK), 0)
 
     def mark(self, index: int, state: State) -> None:
         """Say how far an image is."""
-        os.pwrite(self._fd, bytes([state]), index)
+        self._memory[index] = state
 
     def put(self, index: int, result: Pixels | Failure) -> None:
         """Give an image's result."""
@@ -95,10 +123,18 @@ class Answer:
             os.pwrite(self._fd, len(text).to_bytes(4, "little") + text, self._text_at(index))
             self.mark(index, State.FAILED)
             return
-        pixels = np.ascontiguousarray(result.rgb).data
-        if pixels.nbytes != self._bytes or os.pwrite(self._fd, pixels, self._pixels_at(index)) != self._bytes:
-            raise OSError(f"{pixels.nbytes} bytes of pixels, wanted {self._bytes}")
+        if result.rgb.shape != self._shape:
+            raise ValueError(f"pixels of the shape {tuple(result.rgb.shape)}, wanted {self._shape}")
+        np.copyto(self._pixels[index], result.rgb, casting="no")
         self.mark(index, State.PIXELS)
+
+    @cached_property
+    def _memory(self) -> NDArray[np.uint8]:
+        return shared(self._fd, self.size)
+
+    @cached_property
+    def _pixels(self) -> NDArray[np.uint8]:
+        return self._memory[self._pixels_at(0) :].reshape(CHUNK, *self._shape)
 
     def states(self, count: int) -> list[int]:
         """The states of the first ``count`` images, as they are just now."""
@@ -111,16 +147,28 @@ class Answer:
             Nonsense: the file does not hold what its layout says.
         """
         states = self.states(count)
-        done = next((i for i, state in enumerate(states) if state not in (State.PIXELS, State.FAILED)), len(states))
-        if any(state not in list(State) for state in states):
+        if not _STATES.issuperset(states):
             raise Nonsense("a state that does not exist")
-        pixels = np.empty((done, *self._shape), dtype=np.uint8)
-        if done and os.preadv(self._fd, [pixels.data], self._pixels_at(0)) != pixels.nbytes:
-            raise Nonsense("fewer pixels than it says")
+        done = next((i for i, state in enumerate(states) if state not in _FINAL), len(states))
+        pixels = self._copy(done)
         return [
             Pixels(rgb=pixels[index]) if states[index] == State.PIXELS else self._failure(index)
             for index in range(done)
         ]
+
+    def _copy(self, count: int) -> NDArray[np.uint8]:
+        """The first pixels, which the process may go on to change in the file."""
+        if self._lasting:
+            return self._pixels[:count].copy()
+        pixels = np.empty((count, *self._shape), dtype=np.uint8)
+        if count and os.preadv(self._fd, [pixels.data], self._pixels_at(0)) != pixels.nbytes:
+            raise Nonsense("fewer pixels than it says")
+        return pixels
+
+    @cached_property
+    def _lasting(self) -> bool:
+        # To read what a process has cut off a file kills the reader, where the file is mapped.
+        return cannot_shrink(self._fd)
 
     def _failure(self, index: int) -> Failure:
         record = os.pread(self._fd, TEXT, self._text_at(index))

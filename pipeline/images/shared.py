@@ -1,0 +1,59 @@
+"""A file as memory, which this process shares with whoever else has the file."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import weakref
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *(ctypes.c_int,) * 3, ctypes.c_int64)
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+# Linux alone has files of memory, and seals on them.
+_SEALS = hasattr(os, "memfd_create") and hasattr(fcntl, "F_ADD_SEALS")
+_FAILED = ctypes.c_void_p(-1).value
+
+
+def shared(fd: int, size: int) -> NDArray[np.uint8]:
+    """The first ``size`` bytes of a file, for as long as the array or a view of it is held.
+
+    They must be there for as long: to touch what is behind a file's end kills the process. Python's own ``mmap``
+    would keep a descriptor of its own, which a decoder process may not open.
+
+    Raises:
+        OSError: the file is shorter, or there is no room for it among the addresses of this process.
+    """
+    if os.fstat(fd).st_size < size:
+        raise OSError(errno.EINVAL, f"a file of less than {size:,} bytes")
+    address = _libc.mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, fd, 0)
+    if address == _FAILED:
+        raise OSError(ctypes.get_errno(), f"{size:,} bytes of a file cannot be mapped")
+    memory: Any = (ctypes.c_ubyte * size).from_address(address)
+    array: NDArray[np.uint8] = np.frombuffer(memory, dtype=np.uint8)
+    # Not as Python ends: others may hold it to the last.
+    weakref.finalize(array, _libc.munmap, address, size).atexit = False
+    return array
+
+
+def seal(fd: int) -> None:
+    """Keep a file of memory from being shortened by whoever has it, where the system can do that."""
+    if _SEALS:
+        with suppress(OSError):
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
+
+
+def cannot_shrink(fd: int) -> bool:
+    """Whether a file was sealed, so that what is mapped of it stays there."""
+    try:
+        return _SEALS and bool(fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK)
+    except OSError:
+        return False
