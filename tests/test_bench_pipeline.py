@@ -219,9 +219,11 @@ def test_what_is_wrong_with_the_command_line_is_said_all_at_once(capsys: pytest.
 
 def test_labels_and_a_batch_size_are_filled_in_where_the_config_has_none() -> None:
     config = compose_config([*pipeline.with_labels(compose_config(["model=clip_vit_b32"]))])
+    assert config.images.repeats == "each"
     assert len(config.prompts.labels) == 10
     assert config.loader.batch_size > 0
-    assert pipeline.with_labels(compose_config(["prompts.labels=[cat]", "loader.batch_size=8"])) == []
+    given = compose_config(["prompts.labels=[cat]", "loader.batch_size=8"])
+    assert pipeline.with_labels(given) == ["images.repeats=each"]
 
 
 # -- pieces

@@ -55,6 +55,8 @@ def test_every_failpoint_is_called_where_its_name_says() -> None:
     found = called()
     assert set(found) == set(POINTS)
     for name, rooms in found.items():
+        # Labels that are made anew meet some of the points of a job.
+        rooms -= {"vectors"}
         if not name.startswith("part."):
             assert rooms == {ROOMS[name.split(".")[0]]}, name
     assert found["part.build"] == {"worker.py"}
