@@ -30,7 +30,7 @@ def home(tmp_path: Path) -> Path:
     for name, text in {
         ".venv/bin/python": 'printf "%s\\n" "$*" >> asked; exit "${CODE:-0}"',
         "bin/python": 'printf "%s\\n" "$*" >> asked',
-        "bin/scontrol": '[ "$1" = show ] && echo "   SubmitTime=2026-11-23T01:00:00" || echo "$*" >> slurm',
+        "bin/scontrol": 'echo "$*" >> slurm',
     }.items():
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -148,6 +148,17 @@ def test_a_pod_that_starts_late_makes_the_night_that_its_job_was_due_for(home: P
     assert "--date 2026-11-22" in asked(home)[0]
 
 
+@pytest.mark.parametrize("name", ["manual-1", "test", "clip-nightly-2026"])
+def test_a_job_that_was_made_by_hand_makes_no_night_of_1969(home: Path, name: str) -> None:
+    [container] = cronjob()["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
+    environment = {"JOB": name, "PING_URL": "https://hc.example/x", "PATH": f"{home}/bin:/usr/bin:/bin"}
+    command = [*container["command"], *container["args"]]
+    done = subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "not named after a minute" in done.stderr
+    assert not (home / "asked").exists()
+
+
 @pytest.mark.skipif(not shutil.which("kubectl"), reason="no kubectl")
 def test_kubectl_knows_every_field_of_the_cron_job() -> None:
     place = str(SCHEDULES / "kubernetes-cronjob.yaml")
@@ -188,13 +199,19 @@ def sbatch(home: Path, name: str, *arguments: str, **more: str) -> subprocess.Po
 
 @pytest.mark.parametrize("code", CODES)
 def test_slurm_queues_a_night_again_where_that_helps(home: Path, code: int) -> None:
-    process = sbatch(home, "slurm-nightly.sbatch", CODE=str(code))
+    process = sbatch(home, "slurm-nightly.sbatch", "2026-11-22", CODE=str(code))
     process.communicate(timeout=30)
     assert process.returncode == code
-    # The day before the job was submitted, whenever it runs.
     assert "--date 2026-11-22" in asked(home)[0]
     again = (home / "slurm").read_text() if (home / "slurm").exists() else ""
     assert again == ("requeue 7\n" if code in (1, 75) else "")
+
+
+def test_slurm_guesses_no_date_as_a_job_that_is_queued_again_would_guess_another(home: Path) -> None:
+    process = sbatch(home, "slurm-nightly.sbatch")
+    assert "give the date" in process.communicate(timeout=30)[1]
+    assert process.returncode == 2
+    assert not (home / "asked").exists()
 
 
 def test_slurm_gives_up_after_some_restarts_and_takes_a_date(home: Path) -> None:

@@ -52,11 +52,10 @@ class _Run:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, make the nights, tell of them; returns the exit code."""
     options = _parser().parse_intermixed_args(arguments)
+    began, run, code = time.time(), _Run(), 1
     before = signal.signal(signal.SIGTERM, _interrupt)
-    began, run = time.time(), _Run()
-    ping(options.ping, "start")
-    code = 1
     try:
+        ping(options.ping, "start")
         code = _run(options, run)
     except PipelineError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -105,8 +104,6 @@ def _read(options: argparse.Namespace) -> tuple[list[str], list[Config], Wanted]
     for text in options.overrides:
         if text.partition("=")[0] == "output.dir":
             problems.append(Problem("output.dir", text.partition("=")[2], "is made of --store and the date"))
-        if text.startswith("cluster.part="):
-            problems.append(Problem("cluster.part", text.partition("=")[2], "does a part of a job; a night is a whole"))
     configs = []
     for day in days or ["2000-01-01"]:
         overrides = [text.replace("{date}", day) if text.startswith("manifest.path=") else text
@@ -115,6 +112,8 @@ def _read(options: argparse.Namespace) -> tuple[list[str], list[Config], Wanted]
             configs.append(compose_config(overrides))
         except ConfigError as error:
             raise ConfigError([*problems, *error.problems]) from error
+    if configs[0].cluster.part is not None:
+        problems.append(Problem("cluster.part", configs[0].cluster.part, "does a part of a job; a night is a whole"))
     if configs[0].manifest.path is None:
         problems.append(Problem("manifest.path", None, "must name the manifest; {date} in it stands for the night's"))
     if problems:
@@ -125,7 +124,8 @@ def _read(options: argparse.Namespace) -> tuple[list[str], list[Config], Wanted]
 def _days(options: argparse.Namespace) -> tuple[list[str], list[Problem]]:
     try:
         today = datetime.now(ZoneInfo(options.timezone)).date()
-    except (ZoneInfoNotFoundError, ValueError):
+    except (ZoneInfoNotFoundError, ValueError, OSError):
+        # A region such as Europe is a folder.
         return [], [Problem("--timezone", options.timezone, "must be a time zone such as UTC or Europe/Berlin")]
     words = {"today": today, "yesterday": today - timedelta(days=1)}
     found, problems = dict[str, date](), list[Problem]()
@@ -149,20 +149,25 @@ def _days(options: argparse.Namespace) -> tuple[list[str], list[Problem]]:
 
 
 def _tell(options: argparse.Namespace, run: _Run, code: int, seconds: float) -> None:
-    from pipeline.errors import StorageError
     from pipeline.report.logs import log_to_terminal
 
     with log_to_terminal():
         if options.textfile is not None:
             from pipeline.nightly.store import last_success
+            from pipeline.storage.opening import open_storage
 
+            # Also of a run that never came to its store: an alarm waits for this figure to be too old, not to be gone.
+            succeeded = None
             try:
-                succeeded = last_success(run.store) if run.store is not None else None
+                succeeded = last_success(run.store or open_storage(options.store))
+            except PipelineError as error:
+                print(f"warning: --textfile {options.textfile}: without the last success: {error}", file=sys.stderr)
+            try:
                 write_textfile(
                     options.textfile, store=options.store, exit_code=code, seconds=seconds, night=run.night,
                     succeeded=succeeded,
                 )  # fmt: skip
-            except (OSError, StorageError) as error:
+            except OSError as error:
                 print(f"warning: --textfile {options.textfile}: {error}", file=sys.stderr)
         ping(options.ping, str(code))
 

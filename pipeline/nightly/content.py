@@ -139,7 +139,9 @@ def _schema(file: ManifestFile) -> pa.Schema:
 
 def _keys(batch: pa.RecordBatch, manifest: Manifest, content: Content, image: Sequence[str]) -> pa.Array:
     if content.how == "columns":
-        texts = [_texts(batch.column(name)) for name in (*content.columns, *image)]
+        # A digest that nobody filled in is often written as no text.
+        texts = [_filled(_texts(batch.column(name))) for name in content.columns]
+        texts += [_texts(batch.column(name)) for name in image]
         return texts[0] if len(texts) == 1 else pc.binary_join_element_wise(*texts, "|")
     cells = batch.column(manifest.image)
     if manifest.image_kind == "path":
@@ -167,6 +169,10 @@ def _texts(column: pa.Array) -> pa.Array:
         raw = texts.cast(pa.binary()).to_pylist()
         texts = pa.array([None if cell is None else cell.decode(errors="backslashreplace") for cell in raw])
     return texts
+
+
+def _filled(texts: pa.Array) -> pa.Array:
+    return pc.if_else(pc.equal(pc.binary_length(texts), 0), pa.scalar(None, pa.string()), texts)
 
 
 def _digest(cell: bytes | None) -> str | None:

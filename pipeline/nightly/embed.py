@@ -25,7 +25,8 @@ from pipeline.storage.base import Storage
 
 # Of a dataset's fingerprints those that two nights may differ in.
 _OF_THE_NIGHT = ("manifest", "batch_size")
-_OWN = (Kind.NEW, Kind.CHANGED, Kind.RETRIED, Kind.ANEW)
+# What becomes of rows that are read and embedded.
+OWN = (Kind.NEW, Kind.CHANGED, Kind.RETRIED, Kind.ANEW)
 
 
 class AnotherJob(Exception):
@@ -45,7 +46,7 @@ class Embedded:
 
 def embedded_rows(rows: Iterable[pa.RecordBatch]) -> NDArray[np.int64]:
     """The positions of the rows that are read and embedded."""
-    return _where(rows, lambda kinds: np.isin(kinds, _OWN))
+    return _where(rows, lambda kinds: np.isin(kinds, OWN))
 
 
 def changed_rows(rows: Iterable[pa.RecordBatch]) -> NDArray[np.int64]:

@@ -14,7 +14,7 @@ from pipeline.dataset import lease, plan
 from pipeline.dataset.opened import Dataset, open_dataset
 from pipeline.dataset.parts import part_format
 from pipeline.dataset.recipe import recipe_of
-from pipeline.errors import TooManyFailures
+from pipeline.errors import PlanMismatch, ShardsGivenUp, TooManyFailures
 from pipeline.manifest.shards import count_shards
 from pipeline.manifest.source import Manifest, open_manifest
 from pipeline.nightly import embed
@@ -22,9 +22,9 @@ from pipeline.nightly.assemble import Assembly, assemble, origins
 from pipeline.nightly.embed import AnotherJob, Embedded
 from pipeline.nightly.prepare import COMPARED, Tonight, begin_anew, compare_rows, prepare
 from pipeline.nightly.publish import Made, publish, report_of
-from pipeline.nightly.records import MANIFESTS, SNAPSHOT, WORK, Kind, Night, Wanted
+from pipeline.nightly.records import MANIFESTS, SNAPSHOT, WORK, Night, NightError, NightUnfinished, Wanted
 from pipeline.nightly.rows import Taken, cut_out, read_batches
-from pipeline.nightly.store import append_run, forget, open_below, open_night, read_night, remove_folder
+from pipeline.nightly.store import append_runs, clear_work, forget, open_below, open_night, read_night
 from pipeline.report.logs import log_to_terminal
 from pipeline.storage.base import Storage
 
@@ -46,16 +46,26 @@ def run_night(config: Config, wanted: Wanted, store: Storage, day: str, held: le
     """
     night = read_night(store, day)
     if night is None:
-        night = _make(config, wanted, store, day, held)
+        try:
+            night = _make(config, wanted, store, day, held)
+        except PlanMismatch as error:
+            begun = f"{store.url}/{WORK}/date={day} and {store.url}/date={day}"
+            raise NightError(
+                f"{day} was begun by another job:\n{error}\nThe command that began it goes on; to begin the night "
+                f"again with this one, remove {begun}"
+            ) from error
+        except ShardsGivenUp as error:
+            # Its own exit code stands for a night that is published.
+            raise NightUnfinished(f"{day} is not published: {error}") from error
     else:
         _say(f"{day}: is published already, in {night.dataset or store.url}; nothing to do")
     held.confirm()
-    append_run(store, night)
+    with log_to_terminal():
+        append_runs(store, night)
     if wanted.keep:
         for gone in forget(store, day, keep=wanted.keep):
-            remove_folder(store, f"{MANIFESTS}/date={gone}.parquet")
             _say(f"date={gone}: removed, {wanted.keep} nights are kept")
-    remove_folder(store, f"{WORK}/date={day}")
+    clear_work(store)
     return night
 
 
@@ -88,8 +98,8 @@ def _embed(tonight: Tonight, counts: Mapping[str, int], held: lease.Lease) -> Ma
         AnotherJob: the night before cannot be carried on.
     """
     whole = tonight.wanted.layout == SNAPSHOT
-    changed = sum(counts[kind.name.lower()] for kind in Kind if kind != Kind.CARRIED)
-    if not changed:
+    if not any(counts[kind.name.lower()] for kind in embed.OWN):
+        # Rows may be new all the same: those whose bytes the night before has under another id.
         _believe(tonight)
         if not whole:
             return Made(None, (), 0, 0)
@@ -97,6 +107,8 @@ def _embed(tonight: Tonight, counts: Mapping[str, int], held: lease.Lease) -> Ma
     if not counts["duplicate"] and not (whole and counts["carried"]):
         # Every row of the dataset is embedded tonight, so the dataset is the main job's own.
         dataset = _run_directly(tonight, manifest)
+        if counts["carried"]:
+            _compare_jobs(tonight, dataset)
         return Made(dataset, (report_of(dataset.storage),), 0, len(dataset.commits))
     embedded = _run_changed(tonight, counts)
     with log_to_terminal():
@@ -129,9 +141,7 @@ def _run_directly(tonight: Tonight, manifest: Manifest) -> Dataset:
     except TooManyFailures:
         # The dataset is complete; the night is judged when it is published.
         log.debug("too many failures")
-    dataset = open_dataset(tonight.target.url)
-    _compare_jobs(tonight, dataset)
-    return dataset
+    return open_dataset(tonight.target.url)
 
 
 def _run_changed(tonight: Tonight, counts: Mapping[str, int]) -> Embedded:

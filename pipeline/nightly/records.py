@@ -21,6 +21,10 @@ class NightError(PipelineError):
     exit_code = 2
 
 
+class NightUnfinished(PipelineError):
+    """The night is not published; the same command goes on with it."""
+
+
 class Kind(IntEnum):
     """What becomes of a row, by the night before."""
 

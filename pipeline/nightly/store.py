@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -12,12 +13,13 @@ from datetime import date, datetime
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.addresses import explained
 from pipeline.dataset.commits import SUCCESS
 from pipeline.errors import StorageError
-from pipeline.nightly.records import NIGHT, RUNS, Night
+from pipeline.nightly.records import MANIFESTS, NIGHT, RUNS, WORK, Night
 from pipeline.storage.base import Storage
 from pipeline.storage.local import LocalStorage, sync
 from pipeline.storage.objects import ObjectStorage
@@ -25,6 +27,7 @@ from pipeline.storage.opening import open_storage
 from pipeline.storage.retries import retried
 
 _PREFIX = "date="
+log = logging.getLogger(__name__)
 _TIME = pa.timestamp("ms", tz="UTC")
 RUN_SCHEMA = pa.schema([
     ("date", pa.date32()), ("started", _TIME), ("finished", _TIME), ("seconds", pa.float64()), ("rows", pa.int64()),
@@ -87,18 +90,41 @@ def newest_before(store: Storage, day: str) -> Night | None:
     return None
 
 
-def append_run(store: Storage, night: Night) -> None:
-    """Add a night to ``runs.parquet``, unless it stands there."""
-    data = store.read(RUNS)
-    table = pq.read_table(pa.BufferReader(data)) if data is not None else RUN_SCHEMA.empty_table()
+def append_runs(store: Storage, night: Night) -> None:
+    """Have a night stand in ``runs.parquet``, and every published one that was killed before it got there.
+
+    A night that was removed and made again has its new row alone.
+
+    Raises:
+        StorageError: the file is damaged.
+    """
+    table, added = _read_runs(store), list[Night]()
+    finished = dict(zip(table.column("date").to_pylist(), table.column("finished").to_pylist(), strict=True))
+    for each in days(store):
+        if each != night.date and date.fromisoformat(each) not in finished:
+            try:
+                other = read_night(store, each)
+            except StorageError as error:
+                log.warning("%s has no row in %s: %s", each, RUNS, error)
+            else:
+                added += [other] if other is not None else []
     day = date.fromisoformat(night.date)
-    if day in table.column("date").to_pylist():
-        return
+    if finished.get(day) != datetime.fromisoformat(night.finished):
+        table = table.filter(pc.not_equal(table.column("date"), pa.scalar(day)))
+        added.append(night)
+    if added:
+        rows = pa.Table.from_pylist([_row_of(each) for each in added], schema=RUN_SCHEMA)
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.concat_tables([table.cast(RUN_SCHEMA), rows]), sink)
+        store.write(RUNS, sink.getvalue().to_pybytes())
+
+
+def _row_of(night: Night) -> dict[str, Any]:
     ok = night.counts.get("ok", 0)
     row = {
         **asdict(night),
         **night.kinds,
-        "date": day,
+        "date": date.fromisoformat(night.date),
         "started": datetime.fromisoformat(night.started),
         "finished": datetime.fromisoformat(night.finished),
         "ok": ok,
@@ -108,31 +134,64 @@ def append_run(store: Storage, night: Night) -> None:
         "reason": night.anew,
         "anew": night.kinds.get("anew", 0),
     }
-    added = pa.Table.from_pylist([{name: row[name] for name in RUN_SCHEMA.names}], schema=RUN_SCHEMA)
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.concat_tables([table.cast(RUN_SCHEMA), added]), sink)
-    store.write(RUNS, sink.getvalue().to_pybytes())
+    return {name: row[name] for name in RUN_SCHEMA.names}
+
+
+def _read_runs(store: Storage) -> pa.Table:
+    data = store.read(RUNS)
+    if data is None:
+        return RUN_SCHEMA.empty_table()
+    try:
+        return pq.read_table(pa.BufferReader(data))
+    except (pa.ArrowException, OSError) as error:
+        raise StorageError(
+            f"{store.url}/{RUNS}: not readable ({error}); move it away, and the same command writes it again from the "
+            "nights that are there"
+        ) from error
 
 
 def last_success(store: Storage) -> float | None:
-    """When the newest night with exit code 0 was finished, in seconds since the epoch."""
-    data = store.read(RUNS)
-    if data is None:
-        return None
-    table = pq.read_table(pa.BufferReader(data), columns=["finished", "exit_code"])
-    done: list[datetime] = [row["finished"] for row in table.to_pylist() if row["exit_code"] == 0]
+    """When the newest night with exit code 0 was finished, in seconds since the epoch.
+
+    Raises:
+        StorageError: ``runs.parquet`` is damaged.
+    """
+    rows = _read_runs(store).select(["finished", "exit_code"]).to_pylist()
+    done: list[datetime] = [row["finished"] for row in rows if row["exit_code"] == 0]
     return max(done).timestamp() if done else None
 
 
 def forget(store: Storage, day: str, *, keep: int) -> Iterator[str]:
-    """Remove nights older than ``day``, but for the newest, so that ``keep`` are left with it; their dates."""
-    for each in [one for one in days(store) if one < day][: -(keep - 1) or None]:
+    """Remove what is older than the ``keep`` newest published nights up to ``day``; the dates that are gone.
+
+    Nights that were begun and never published do not count, and go with those around them.
+    """
+    older = [one for one in days(store) if one < day]
+    published = [one for one in older if is_published(store, one)]
+    if len(published) < keep - 1:
+        return
+    oldest = [*published, day][-keep]
+    for each in [one for one in older if one < oldest]:
         # Its marks first, so that a night that is half gone is taken for none.
         night = open_night(store, each)
         night.remove(NIGHT)
         night.remove(SUCCESS)
         remove_folder(store, f"{_PREFIX}{each}")
+        remove_folder(store, f"{WORK}/{_PREFIX}{each}")
+        open_below(store, MANIFESTS).remove(f"{_PREFIX}{each}.parquet")
         yield each
+
+
+def is_published(store: Storage, day: str) -> bool:
+    """Whether a night counts."""
+    return open_night(store, day).size(NIGHT) is not None
+
+
+def clear_work(store: Storage) -> None:
+    """Remove what nights needed that are published; one that was killed at its end may have left it."""
+    for name in open_below(store, WORK).folders():
+        if is_day(day := name.removeprefix(_PREFIX)) and is_published(store, day):
+            remove_folder(store, f"{WORK}/{name}")
 
 
 def remove_folder(storage: Storage, name: str) -> None:

@@ -35,9 +35,10 @@ def ping(url: str | None, what: str) -> bool:
     except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
         log.warning("--ping %s: %s was not told: %s", host, what, type(error).__name__)
         return False
-    if status >= 400:
+    # One that is sent elsewhere has not arrived.
+    if status >= 300:
         log.warning("--ping %s: %s was answered with %d", host, what, status)
-    return status < 400
+    return status < 300
 
 
 def write_textfile(
