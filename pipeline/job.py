@@ -21,7 +21,7 @@ from pipeline.config import Config
 from pipeline.dataset import commits, lease, plan
 from pipeline.dataset.parts import part_format
 from pipeline.demo import folder as demo
-from pipeline.errors import ShardsGivenUp, TooManyFailures
+from pipeline.errors import ShardsGivenUp, StorageError, TooManyFailures
 from pipeline.failpoints import failpoint
 from pipeline.gallery import gallery
 from pipeline.images.decoders import Decoders
@@ -75,6 +75,7 @@ def run_job(
         with log_to_terminal():
             seconds = config.output.lease_seconds
             held = opened.enter_context(lease.take(storage, seconds=seconds, folder=share.lease))
+            share.refuse_others(storage)
         opened.enter_context(log_to(storage, share.log))
         if held.taken_over:
             log.warning("took over from %s", held.taken_over)
@@ -141,7 +142,7 @@ def _run(
 
     shards = cut(manifest, config.manifest.shard_rows)
     todo = (shard for shard in shards if share.has(shard.index) and shard.index not in done)
-    rows, looped = 0, time.time()
+    rows, images, looped = 0, 0, time.time()
     with (
         Progress(manifest.rows, done=resumed_rows, mode=config.report.progress, streams=prepared.streams) as progress,
         closing(crew.run(todo, progress.embedded)) as reports,
@@ -149,14 +150,21 @@ def _run(
         for report in reports:
             held.check()
             rows += report.rows if report.committed else 0
+            # Not those of the progress: what a worker that died had embedded is embedded again.
+            images += report.counts[OK] - report.repeats
             progress.failed(report.rows - report.counts[OK])
             progress.shared(report.repeats)
     ended = time.time()
     settled = _settled(storage, wanted, done)
+    left = {*range(wanted.shards)} - {commit.shard for commit in settled} - {*crew.given_up}
+    if any(map(share.has, left)):
+        raise StorageError(
+            f"{storage.url}: shard {min(filter(share.has, left))} has no commit any more; run the same command again"
+        )
     if len(settled) == wanted.shards:
         commits.finalize(storage, wanted, settled, held.confirm)
     counts = _count(settled)
-    own = Done(began=began, ended=time.time(), rows=rows, images=progress.images, members=crew.members)
+    own = Done(began=began, ended=time.time(), rows=rows, images=images, members=crew.members)
     ran = share.merged(storage, own)
     wall, startup = ran.ended - ran.began, looped - began + progress.first_batch_seconds
     steady = progress.steady_images_per_second
@@ -170,7 +178,7 @@ def _run(
         started=datetime.fromtimestamp(ran.began, UTC).isoformat(timespec="seconds"),
         rows=ran.rows,
         images=ran.images,
-        resumed_rows=resumed_rows,
+        resumed_rows=resumed_rows if share.whole else max(0, sum(commit.rows for commit in settled) - ran.rows),
         total_rows=manifest.rows,
         wall_seconds=round(wall, 3),
         startup_seconds=round(startup, 3),
@@ -285,8 +293,6 @@ def _say(result: RunReport, config: Config) -> None:
     log.info("steady %.1f images/s; %s", result.steady_images_per_second, result.advice)
     if result.pace is not None:
         log.info("%s", result.pace.verdict)
-    if result.repeats:
-        log.info("%d rows share the embedding of another row with the same bytes", result.repeats)
     if result.repeats:
         log.info("%d rows share the embedding of another row with the same bytes", result.repeats)
     log.info("rows by status: %s", ", ".join(f"{name} {count}" for name, count in result.counts.items()))

@@ -204,6 +204,10 @@ def _begin(request: dict[str, Any]) -> Any:
         os.dup2(descriptor, target)
     sys.stdin = open(0)  # noqa: SIM115 - the pipe to the parent is not for this process
     os.environ.update(request["environment"])
+    if any(name.startswith("DASK_") for name in request["environment"]):
+        import dask.config
+
+        dask.config.refresh()
     tempfile.tempdir = None
     from pipeline import failpoints
 

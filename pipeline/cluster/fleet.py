@@ -17,11 +17,13 @@ from contextlib import ExitStack, suppress
 from typing import Any
 
 from distributed import Client, Future, KilledWorker
+from distributed.client import ClosedClientError
 
 from pipeline.cluster import tasks
 from pipeline.cluster.delivery import Delivery
 from pipeline.cluster.opening import open_cluster
 from pipeline.cluster.order import Order
+from pipeline.cluster.reached import LOST, reached
 from pipeline.config import Config
 from pipeline.dataset.commits import FOLDER, read_commit
 from pipeline.errors import ClusterLost, ClusterUnavailable
@@ -33,10 +35,9 @@ from pipeline.setup import Inputs, Prepared, spec_of
 from pipeline.storage.base import Storage
 from pipeline.worker import Job
 
-# How often the driver looks after workers and tasks when nothing is told, and how often it counts the room, in seconds.
-TICK, COUNTED = 0.1, 1.0
-# Shards that are sent ahead of the room, so that a worker need not wait for the driver.
-AHEAD = 2
+# How often the driver looks after workers and tasks when nothing is told, and how often it counts the room, in seconds;
+# and the shards that are sent ahead of the room, so that a worker need not wait for the driver.
+TICK, COUNTED, AHEAD = 0.1, 1.0, 2
 log = logging.getLogger(__name__)
 
 
@@ -68,6 +69,7 @@ class Fleet:
     def __exit__(self, *_: object) -> None:
         self._opened.close()
 
+    @reached()
     def prepare(self, inputs: Inputs) -> Prepared:
         """Open the cluster, and let its first worker open the model and pass the gates.
 
@@ -81,6 +83,7 @@ class Fleet:
         self._order = Order(
             token=self._token, config=self._config, manifest=inputs.manifest, model=inputs.checkpoint.fingerprint
         )
+        self._clear()
         self._deliver("order", self._order, closes=True)
         deaths = 0
         while True:
@@ -92,16 +95,19 @@ class Fleet:
                 self._tick()
                 for message in self._messages():
                     self._hear(message)
+            if future.status in ("cancelled", "lost"):
+                raise ClusterLost(LOST)
             error = future.exception()
             if error is None:
                 break
-            deaths += 1
+            deaths += _deaths(error)
             if not isinstance(error, KilledWorker) or deaths >= self._config.cluster.tries:
                 raise self._explained(error, "while it opened the model")
         self._first, prepared = future.result()
         found: Prepared = prepared
         return found
 
+    @reached()
     def begin(self, job: Job) -> None:
         """Tell all workers that the plan is settled."""
         # The worker that measured may be gone by now; then the next one measures again.
@@ -121,7 +127,8 @@ class Fleet:
         under: dict[int, tuple[Shard, Future[None]]] = {}
         deaths, given_up, drained, single = Counter[int](), list[int](), False, False
         while True:
-            while len(under) < (1 if single else self._room):
+            # One at least, while there is no worker too: only where nothing is under way then, nothing is left.
+            while len(under) < (1 if single else max(1, self._room)):
                 shard = again.popleft() if again else next(todo, None)
                 if shard is None:
                     break
@@ -129,7 +136,7 @@ class Fleet:
             if len(under) < self._room and not drained and not again:
                 # Nobody waits for a shard that will not come.
                 drained = True
-                with suppress(OSError):
+                with suppress(OSError, ClosedClientError):
                     self._client.run(tasks.drain, self._token, wait=False, on_error="ignore")
             if not under:
                 if not alone:
@@ -158,7 +165,7 @@ class Fleet:
                 if report is not None:
                     yield report
                     continue
-                deaths[shard.index] += 1
+                deaths[shard.index] += _deaths(error)
                 count = deaths[shard.index]
                 log.warning("shard %d: the worker that had it died (%d)", shard.index, count)
                 if single and count >= self._config.cluster.tries:
@@ -182,17 +189,33 @@ class Fleet:
         """What every worker process has done, as far as it was told."""
         return tuple(sorted(self._members.values(), key=lambda member: (member.host, member.name, member.pid)))
 
+    @reached(OSError)
     def _deliver(self, kind: str, order: Order, *, closes: bool) -> None:
-        name = f"pipeline-{kind}-{self._token}"
+        name = f"pipeline-{kind}-{self._token}/{self._client.id}"
         self._client.register_plugin(Delivery(order, closes=closes), name=name)
         self._opened.callback(self._take_back, name)
 
     def _take_back(self, name: str) -> None:
         # A cluster of one's own ends anyway; one that goes on gets its memory back.
-        if self._config.cluster.name == "address":
+        if self._config.cluster.name == "address" and self._client.status == "running":
             with suppress(Exception):
                 self._client.unregister_worker_plugin(name)
 
+    def _clear(self) -> None:
+        """Take back what killed drivers left on a cluster that goes on: orders, and models opened for them."""
+        if self._config.cluster.name == "address":
+            # Not a function of a module, which a scheduler need not have.
+            left = self._client.run_on_scheduler(
+                lambda dask_scheduler: [
+                    name
+                    for name in dask_scheduler.worker_plugins
+                    if name.startswith("pipeline-") and name.partition("/")[2] not in dask_scheduler.clients
+                ]
+            )
+            for name in left:
+                self._take_back(name)
+
+    @reached()
     def _submit(self, shard: Shard, deaths: int) -> Future[None]:
         key = f"shard-{self._token}-{shard.index}-{deaths}"
         return self._client.submit(tasks.embed, self._token, shard, key=key, pure=False, retries=0)
@@ -223,7 +246,7 @@ class Fleet:
         """
         self._check()
         now = time.monotonic()
-        if self._client.status in ("closed", "closing"):
+        if self._client.status != "running":
             raise ClusterLost(LOST)
         if now - self._counted < COUNTED and self._room:
             return
@@ -257,4 +280,6 @@ class Fleet:
         return error
 
 
-LOST = "the scheduler of the cluster is gone; what was committed stays, and the same command goes on"
+def _deaths(error: BaseException) -> int:
+    """Workers that died of a task; a scheduler of one's own tells of the first, others try it elsewhere before."""
+    return 1 + (error.allowed_failures if isinstance(error, KilledWorker) else 0)

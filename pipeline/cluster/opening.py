@@ -127,10 +127,22 @@ def open_processes(config: Config, environments: list[dict[str, str]]) -> Iterat
         for number, environment in enumerate(environments)
     }
     scheduler = {"cls": Scheduler, "options": scheduler_options(cluster)}
-    with (
-        SpecCluster(
-            workers=workers, scheduler=scheduler, security=security(cluster), silence_logs=logging.CRITICAL
-        ) as opened,
-        Client(opened, set_as_default=False) as client,
-    ):
+    with _started(cluster, workers, scheduler) as opened, Client(opened, set_as_default=False) as client:
         yield client
+
+
+def _started(cluster: ClusterConfig, workers: dict[int, Any], scheduler: dict[str, Any]) -> SpecCluster:
+    """A cluster that runs; one of which a process died while it began has closed the others, and is started anew."""
+    for number in range(1, cluster.tries + 1):
+        try:
+            return SpecCluster(
+                workers=workers, scheduler=scheduler, security=security(cluster), silence_logs=logging.CRITICAL
+            )
+        except RuntimeError as error:
+            if number == cluster.tries:
+                reason: BaseException = error
+                while reason.__cause__ is not None:
+                    reason = reason.__cause__
+                raise ClusterUnavailable(f"cluster={cluster.name}: its processes do not start: {reason}") from error
+            log.warning("a process of the cluster died while it began (%d)", number)
+    raise AssertionError("cluster.tries is at least one")

@@ -38,8 +38,7 @@ if TYPE_CHECKING:
 
 # A stream that brings no shard ends, so that rows which wait for more are embedded: after so many seconds, at least,
 # without a batch, or twice what batches take here.
-PATIENCE, LONGEST = 0.25, 5.0
-TICK = 0.02
+PATIENCE, LONGEST, TICK = 0.25, 5.0, 0.02
 _RESIDENTS: dict[str, Resident] = {}
 _GUARD = threading.Lock()
 
@@ -146,10 +145,11 @@ class Resident:
     def close(self) -> None:
         """Stop the loop within a batch, and give back the model."""
         with self._lock:
-            self._closed = True
+            self._closed, engine = True, self._engine
         logging.getLogger("pipeline").removeHandler(self._log)
-        if self._thread is None:
-            self._opened.close()
+        # A loop closes when it ends; what is just being opened can only be closed afterwards.
+        if self._thread is None and engine is not None:
+            engine.add_done_callback(lambda _: self._opened.close())
 
     def _storage(self) -> Any:
         return open_storage(self._order.config.output.dir)
@@ -279,7 +279,7 @@ class Resident:
         assert member is not None
         self._member = replace(
             member,
-            rows=member.rows + report.rows,
+            rows=member.rows + (report.rows if report.committed else 0),
             images=member.images + report.counts.get(OK, 0) - report.repeats,
             repeats=member.repeats + report.repeats,
             shards=member.shards + 1,

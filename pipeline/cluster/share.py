@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.checks import part_of
 from pipeline.config import Config
 from pipeline.dataset import lease
+from pipeline.errors import OutputBusy
 from pipeline.members import Member, from_json
+from pipeline.processes import is_gone
 from pipeline.report import logs
 from pipeline.storage.base import Storage
 
 FOLDER = "_parts"
+_LEASE = re.compile(rf"{lease.FOLDER}(-(\d+)-of-(\d+))?")
 log = logging.getLogger(__name__)
 
 
@@ -53,6 +57,11 @@ class Share:
         return f"{self.number}-of-{self.count}"
 
     @property
+    def text(self) -> str:
+        """As people say it."""
+        return "the whole" if self.whole else f"part {self.number}/{self.count}"
+
+    @property
     def lease(self) -> str:
         """The folder of its lease: parts do not keep one another out."""
         return lease.FOLDER if self.whole else f"{lease.FOLDER}-{self.name}"
@@ -66,10 +75,37 @@ class Share:
         """Whether a shard belongs to it."""
         return shard % self.count == self.number - 1
 
+    def refuse_others(self, storage: Storage) -> None:
+        """Called with the lease in hand; only parts of one count share the work without doing it twice.
+
+        Raises:
+            OutputBusy: a run that splits it otherwise is at work.
+        """
+        for folder in storage.folders():
+            match = _LEASE.fullmatch(folder)
+            if match is None:
+                continue
+            other = Share(int(match[2]), int(match[3]), whole=False) if match[1] else Share()
+            if (other.whole, other.count) == (self.whole, self.count):
+                continue
+            for name in lease.leases(storage, folder).values():
+                holder = lease.parse(storage.read(name))
+                if holder is not None and not holder.silent() and not is_gone(holder.process):
+                    raise OutputBusy(
+                        f"{storage.url}: {other.text} is held by {holder}, and {self.text} would do the same work; "
+                        "wait until it ends, or stop it"
+                    )
+
     def merged(self, storage: Storage, done: Done) -> Done:
         """Leave what this part did, and return what all parts of the same count did, as far as they have ended."""
         if self.whole:
             return done
+        # One that finds nothing left to do leaves what its first run told.
+        if done.rows or self._read(storage, self.number) is None:
+            self._write(storage, done)
+        return _added([each for each in map(self._read, [storage] * self.count, range(1, self.count + 1)) if each])
+
+    def _write(self, storage: Storage, done: Done) -> None:
         content = {
             "began": done.began,
             "ended": done.ended,
@@ -78,7 +114,6 @@ class Share:
             "members": [{**member.to_json(), "name": self.name} for member in done.members],
         }
         storage.write(f"{FOLDER}/{self.name}.json", (json.dumps(content, indent=2) + "\n").encode())
-        return _added([each for each in map(self._read, [storage] * self.count, range(1, self.count + 1)) if each])
 
     def _read(self, storage: Storage, number: int) -> Done | None:
         name = f"{FOLDER}/{Share(number, self.count).name}.json"

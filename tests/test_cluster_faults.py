@@ -1,0 +1,217 @@
+"""What may go wrong around a cluster: no worker for a moment, a scheduler that dies, a driver that is killed."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from distributed import Client, KilledWorker
+
+from pipeline import setup
+from pipeline.cluster import fleet, resident
+from pipeline.cluster.order import Order
+from pipeline.cluster.share import Share
+from pipeline.config import ClusterConfig, Config
+from pipeline.dataset import lease
+from pipeline.errors import ClusterUnavailable, OutputBusy, StorageError
+from pipeline.failpoints import armed
+from pipeline.job import run_job
+from pipeline.setup import open_inputs
+from pipeline.storage.opening import open_storage
+from tests.conftest import ROOT
+from tests.forks import forks
+from tests.grid import failpoints, grid, on
+from tests.jobs import config_for, scenes_manifest
+from tests.test_cluster import ROWS, at, same, when_committed
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A finished job of nine shards in one process."""
+    folder = tmp_path_factory.mktemp("faults")
+    config = config_for(
+        scenes_manifest(folder / "m.parquet", ROWS),
+        folder / "single",
+        manifest={"shard_rows": 8},
+        loader={"batch_size": 4},
+        prompts={"cache": str(folder / "cache")},
+    )
+    run_job(config)
+    return config
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[Client]:
+    with grid(1) as client:
+        yield client
+
+
+def test_no_shard_is_lost_while_there_is_no_worker(
+    client: Client, single: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The driver sees at once that the only worker is gone, before the next one is there.
+    monkeypatch.setattr(fleet, "COUNTED", 0.0)
+    [pid] = client.run(os.getpid).values()
+    with failpoints(client, "part.build=delay:0.2"):
+        thread = when_committed(tmp_path / "out", 2, lambda: os.kill(pid, signal.SIGKILL))
+        report = run_job(on(client, at(single, tmp_path / "out")))
+    thread.join()
+    same(single, tmp_path / "out")
+    # What the dead one had embedded and not committed is not counted.
+    assert (report.rows, report.images) == (ROWS, ROWS - 2)
+
+
+def test_the_next_job_takes_back_what_a_killed_driver_left(client: Client, single: Config, tmp_path: Path) -> None:
+    client.wait_for_workers(1, timeout=300)
+    config = on(client, at(single, tmp_path / "killed"))
+    with failpoints(client, "part.build=delay:0.3"):
+        child = forks().start("tests.forks:job", asdict(config))
+        while not list((tmp_path / "killed").glob("_commits/*.json")):
+            assert child.alive(0.05), child.said()
+        child.send(signal.SIGKILL)
+        child.wait()
+    assert client.run(residents) != {worker: 0 for worker in client.nthreads()}
+    run_job(on(client, at(single, tmp_path / "out")))
+    assert client.run(residents) == {worker: 0 for worker in client.nthreads()}
+    same(single, tmp_path / "out")
+
+
+def residents() -> int:
+    from pipeline.cluster import resident
+
+    return len(resident._RESIDENTS)
+
+
+@contextmanager
+def foreign(folder: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """A scheduler and a worker as people start them; the address, and the scheduler."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    address = f"tcp://127.0.0.1:{port}"
+    log = (folder / "dask.txt").open("w")
+    started = [
+        subprocess.Popen([sys.executable, "-m", f"distributed.cli.{name}", *options], cwd=ROOT, stdout=log, stderr=log)
+        for name, options in (
+            ("dask_scheduler", ["--host", "127.0.0.1", "--port", str(port), "--no-dashboard"]),
+            ("dask_worker", [address, "--nthreads", "6", "--memory-limit", "0", "--no-dashboard", "--no-nanny"]),
+        )
+    ]
+    try:
+        yield address, started[0]
+    finally:
+        for process in started:
+            with suppress(ProcessLookupError):
+                process.kill()
+            process.wait()
+        log.close()
+
+
+@pytest.mark.parametrize("moment", ["while the model opens", "in mid-run"])
+def test_a_job_whose_scheduler_is_killed_goes_on_with_the_same_command(
+    single: Config, tmp_path: Path, moment: str
+) -> None:
+    output = tmp_path / "out"
+    with foreign(tmp_path) as (address, scheduler):
+        config = replace(at(single, output), cluster=ClusterConfig(name="address", address=address))
+        # Else Dask looks for the scheduler that is gone for half a minute.
+        soon = {"DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT": "3s"}
+        child = forks().start("tests.forks:job", asdict(config), environment=soon)
+        while not (output / "_plan.json").exists() if moment == "in mid-run" else "scheduler at" not in child.said():
+            assert child.alive(0.02), child.said()
+        scheduler.kill()
+        assert child.wait() == 75, child.said()
+    assert "the scheduler of the cluster is gone" in child.said()
+    run_job(at(single, output))
+    same(single, output)
+
+
+def test_workers_that_another_scheduler_lost_with_a_shard_are_counted() -> None:
+    assert fleet._deaths(KilledWorker("shard", None, 0)) == 1
+    assert fleet._deaths(KilledWorker("shard", None, 3)) == 4
+    assert fleet._deaths(ValueError()) == 1
+
+
+def test_a_model_whose_job_ends_while_it_opens_is_closed_again(single: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = open_inputs(single)
+    order = Order("token", single, inputs.manifest, inputs.checkpoint.fingerprint)
+    go, closed = threading.Event(), threading.Event()
+
+    def open_engine(config: Any, inputs: Any, storage: Any, opened: Any) -> None:
+        go.wait(60)
+        opened.callback(closed.set)
+
+    monkeypatch.setattr(setup, "open_engine", open_engine)
+    found = resident.Resident(SimpleNamespace(name="w", address="", log_event=lambda *_: None), order)
+    found.close()
+    go.set()
+    assert closed.wait(60)
+
+
+def test_a_run_that_misses_a_shard_of_its_own_does_not_end_well(single: Config, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    thread = when_committed(output, 3, (output / "_commits" / "00000.json").unlink)
+    with armed("part.build=delay:0.05"), pytest.raises(StorageError, match="shard 0 has no commit any more"):
+        run_job(at(single, output))
+    thread.join()
+    assert not (output / "_SUCCESS").exists()
+    run_job(at(single, output))
+    same(single, output)
+
+
+# Dask leaves the socket that it could not bind to the garbage collector.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_port_that_is_taken_is_said(single: Config, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        cluster = ClusterConfig(name="local", workers=1, port=taken.getsockname()[1], tries=1)
+        with pytest.raises(ClusterUnavailable, match="in use") as caught:
+            run_job(replace(at(single, tmp_path / "out"), cluster=cluster))
+    assert caught.value.exit_code == 2
+    del caught
+    gc.collect()
+
+
+def test_what_parts_did_is_told_once(single: Config, tmp_path: Path) -> None:
+    config = at(single, tmp_path / "out")
+    # The second finds nothing left to do, and the others' rows come from no earlier run.
+    for number in (1, 1, 2, 3):
+        report = run_job(replace(config, cluster=ClusterConfig(part=f"{number}/3")))
+    assert (report.rows, report.resumed_rows, report.images) == (ROWS, 0, ROWS - 2)
+    assert [member.shards for member in report.workers] == [3, 3, 3]
+
+
+@pytest.mark.parametrize(("held", "wanted"), [(None, "1/2"), ("1/2", None), ("1/2", "2/3"), ("1/2", "1/2")])
+def test_runs_that_split_the_work_otherwise_keep_one_another_out(
+    single: Config, tmp_path: Path, held: str | None, wanted: str | None
+) -> None:
+    config = at(single, tmp_path / "out")
+    storage = open_storage(config.output.dir)
+    first, second = (replace(config, cluster=ClusterConfig(part=part)) for part in (held, wanted))
+    with (
+        lease.take(storage, seconds=60, folder=Share.of(first).lease),
+        pytest.raises(OutputBusy, match="held by process") as caught,
+    ):
+        run_job(second)
+    assert caught.value.exit_code == 75
+    assert not (tmp_path / "out" / "_plan.json").exists()
+    Share.of(second).refuse_others(storage)
+
+
+def test_parts_of_one_count_do_not_keep_one_another_out(tmp_path: Path) -> None:
+    storage = open_storage(str(tmp_path))
+    with lease.take(storage, seconds=60, folder=Share(1, 2, whole=False).lease):
+        Share(2, 2, whole=False).refuse_others(storage)
