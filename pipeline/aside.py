@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -12,6 +13,8 @@ from typing import Any, TypeVar
 
 _T = TypeVar("_T")
 _AT_WORK: set[Future[Any]] = set()
+# What a shell says of a program that SIGPIPE ended.
+UNREAD = 141
 
 
 def aside(work: Callable[[], _T], *, name: str) -> Future[_T]:
@@ -39,13 +42,36 @@ def own_exit_code() -> Iterator[None]:
     """Around the last call of a process: it ends with the call's exit code, though work aside still goes on.
 
     Python stops such a thread when it comes back from C++, which torch answers by aborting the process: exit code 134.
+    Where nobody reads what is printed any more, as behind ``| head``, it ends without a word about it.
     """
     try:
         yield
+    except BrokenPipeError:
+        if not _unread():
+            raise
+        raise SystemExit(UNREAD) from None
     except SystemExit as end:
+        _unread()
         if _AT_WORK:
             for stream in (sys.stdout, sys.stderr):
                 with suppress(OSError, ValueError, AttributeError):
                     stream.flush()
             os._exit(end.code if isinstance(end.code, int) else int(end.code is not None))
         raise
+
+
+def _unread() -> bool:
+    """Whether the reader of standard output has gone; what is left for it is dropped then."""
+    try:
+        number = sys.stdout.fileno()
+        with suppress(BrokenPipeError):
+            sys.stdout.flush()
+        poll = select.poll()
+        poll.register(number, 0)
+        gone = any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+        if gone:
+            # Python flushes once more as it ends, and would complain.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+    except (OSError, ValueError, AttributeError):
+        return False
+    return gone

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from pipeline.aside import own_exit_code
 from pipeline.config import Config
 from pipeline.errors import ConfigError, PipelineError, Problem
 from pipeline.overrides import compose_config
@@ -168,4 +169,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    with own_exit_code():
+        raise SystemExit(main())

@@ -61,11 +61,12 @@ def derive(source: Dataset, composed: Config, typed: Sequence[str]) -> Config:
     """The source's config with the values that were typed; ``composed`` holds them, ``typed`` are groups and keys.
 
     Raises:
-        ConfigError: the new dataset would lie in the source.
+        ConfigError: the new dataset would lie in the source, or around it.
     """
     from pipeline.checks import check
     from pipeline.storage.opening import open_storage
     from pipeline.vectors.model import config_of_dataset
+    from pipeline.vectors.places import within
 
     config = config_of_dataset(source)
     if {"prompts.labels", "prompts.path"} & {*typed}:
@@ -78,8 +79,12 @@ def derive(source: Dataset, composed: Config, typed: Sequence[str]) -> Config:
             values = dataclasses.replace(getattr(config, group), **{name: getattr(values, name)})
         config = dataclasses.replace(config, **{group: values})
     problems = check(config)
-    if open_storage(config.output.dir).url.rstrip("/") == source.url.rstrip("/"):
-        problems.append(Problem("output.dir", config.output.dir, "is the source itself", "name another folder"))
+    output = open_storage(config.output.dir).url
+    inside, around = within(output, source.url), within(source.url, output)
+    if inside or around:
+        # Readers take Parquet files in folders below a dataset for its own.
+        where = "is the source itself" if inside and around else "lies in the source" if inside else "holds the source"
+        problems.append(Problem("output.dir", config.output.dir, where, "name a folder beside it"))
     if problems:
         raise ConfigError(problems)
     return config

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -114,7 +115,7 @@ def _query(dataset: Dataset, options: argparse.Namespace) -> tuple[int | None, N
     config = config_of_dataset(dataset, _model(dataset, options))
     checkpoint = open_model(dataset, config.model)
     if options.image is not None:
-        return None, embed_image(checkpoint, config, Path(options.image))
+        return None, embed_image(checkpoint, config, Path(os.path.expanduser(options.image)))
     return None, embed_text(checkpoint, [options.text])[0]
 
 

@@ -21,7 +21,7 @@ from pipeline.backends.base import Draw, ImageEncoder
 from pipeline.backends.halving import HalvingEncoder
 from pipeline.backends.parity import pass_gate, record
 from pipeline.batch_size import settle_batch_size
-from pipeline.config import DEMO_MODEL, Config
+from pipeline.config import Config
 from pipeline.dataset import lease, parts, plan
 from pipeline.dataset.recipe import recipe_of
 from pipeline.demo import folder as demo
@@ -246,9 +246,7 @@ def fingerprints(
 def _bank(config: Config, checkpoint: Checkpoint) -> TextBank | None:
     # A new thread may have fewer of torch's threads than the machine has cores.
     torch.set_num_threads(cores())
-    prompts = config.prompts
-    if not prompts.labels and prompts.path is None and config.model.name == DEMO_MODEL:
-        prompts = dataclasses.replace(prompts, labels=demo.label_names())
+    prompts = demo.prompts_of(config)
     labels = read_labels(prompts)
     return build_bank(checkpoint, labels, prompts, config.labels) if labels.names else None
 

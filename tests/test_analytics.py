@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import shutil
 import subprocess
 import sys
@@ -185,6 +186,30 @@ def test_copies_to_the_last_bit_make_one_group_and_chains_hang_together(
     assert found["size"].eq(3).all()
     assert len(found) == 3 * (ROWS - FAILED)
     assert script.components(6, np.array([[0, 1], [4, 1], [5, 4], [2, 3]])).tolist() == [0, 0, 2, 2, 0, 0]
+
+
+def test_a_dataset_without_near_duplicates_has_no_group(
+    store: Path, load: Callable[[str], Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert load("near_duplicates").main([night(store, 1), "--threshold", "1.1"]).empty
+    assert "0 groups" in capsys.readouterr().out
+
+
+def test_a_script_whose_reader_has_gone_ends_without_a_word(store: Path) -> None:
+    ours, theirs = os.pipe()
+    os.close(ours)
+    command = [sys.executable, "jobs/analytics/label_counts.py", str(store)]
+    ended = subprocess.run(command, cwd=ROOT, stdout=theirs, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(theirs)
+    assert ended.returncode == 141
+    assert "Error" not in ended.stderr
+
+
+def test_nothing_in_a_row_controls_the_terminal(load: Callable[[str], Any], capsys: pytest.CaptureFixture[str]) -> None:
+    load("common").show("rows", pd.DataFrame({"id": ["a\x1b[31mb", "é"]}))
+    said = capsys.readouterr().out
+    assert "a\\x1b[31mb" in said
+    assert "é" in said
 
 
 @pytest.mark.parametrize("method", ["centroid", "knn", "mahalanobis"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -40,3 +41,31 @@ def test_a_process_ends_with_its_own_exit_code_though_torch_is_at_work_aside(cod
     command = [sys.executable, "-c", BUSY.replace("CODE", code)]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (ended.returncode, ended.stdout) == (wanted, "said\n"), ended.stderr
+
+
+SAYING = """
+import sys
+from pipeline.aside import own_exit_code
+with own_exit_code():
+    print("x" * SIZE)
+    raise SystemExit(3)
+"""
+
+
+@pytest.mark.parametrize(("size", "wanted"), [(10, 3), (1_000_000, 141)])
+def test_a_process_whose_reader_has_gone_ends_without_a_word(size: int, wanted: int) -> None:
+    ours, theirs = os.pipe()
+    os.close(ours)
+    command = [sys.executable, "-c", SAYING.replace("SIZE", str(size))]
+    # Empty, it counts as not set: else each write would be tried at once.
+    env = {**os.environ, "PYTHONUNBUFFERED": ""}
+    ended = subprocess.run(command, cwd=ROOT, env=env, stdout=theirs, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(theirs)
+    assert (ended.returncode, ended.stderr) == (wanted, "")
+
+
+def test_a_broken_pipe_that_is_not_standard_output_is_an_error() -> None:
+    code = "from pipeline.aside import own_exit_code\nwith own_exit_code():\n    raise BrokenPipeError('a store')"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1
+    assert "a store" in ended.stderr

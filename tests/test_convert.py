@@ -127,6 +127,28 @@ def test_a_place_that_is_taken_stays_as_it_is(folder: Path, tmp_path: Path, caps
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
+def test_a_conversion_does_not_lie_in_the_dataset(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "link").symlink_to(folder / "dataset")
+    assert convert.main([str(folder / "dataset"), "--to", "numpy", "--out", str(tmp_path / "link" / "numpy")]) == 2
+    assert "lies in the dataset" in capsys.readouterr().err
+    assert not (folder / "dataset" / "numpy").exists()
+
+
+def test_a_disk_that_fills_up_is_an_error_that_says_so(folder: Path, tmp_path: Path) -> None:
+    code = (
+        "import resource, signal, sys; from pipeline import convert; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); sys.exit(convert.main(sys.argv[1:]))"
+    )
+    arguments = [str(folder / "dataset"), "--to", "numpy", "--out", str(tmp_path / "out")]
+    command = [sys.executable, "-c", code, *arguments]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 1
+    assert "ulimit -f" in ended.stderr
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("to", ["numpy", "faiss", "datasets", "lance"])
 def test_a_conversion_that_fails_leaves_nothing(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str

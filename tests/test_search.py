@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -123,6 +124,23 @@ def test_nothing_in_a_row_controls_the_terminal() -> None:
     assert search._shown("a\x1b[31mb\n") == "a\\x1b[31mb\\n"
     assert search._shown("x" * 100 + "end").endswith("xend")
     assert len(search._shown("x" * 100)) == search.WIDTH
+
+
+def test_ids_beyond_every_number_and_texts_of_no_encoding_are_told(
+    tmp_path: Path, dataset: Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = pq.read_table(dataset.url.replace("dataset", "m.parquet")).slice(0, 3)
+    pq.write_table(rows.set_column(0, "id", pa.array([5, 6, 2**63], pa.uint64())), tmp_path / "m.parquet")
+    run_scenes(tmp_path, "numbers", tmp_path / "m.parquet", manifest={"keep": []})
+    numbers = open_dataset(str(tmp_path / "numbers"))
+    assert find_row(numbers, str(2**63))[0] == 2
+    for id in (str(10**30), "-1", "x"):
+        with pytest.raises(ConfigError, match="are uint64"):
+            find_row(numbers, id)
+    assert search.main([dataset.url, "a \udcff"]) == 2
+    assert "is not UTF-8" in capsys.readouterr().err
+    assert search.main([dataset.url, "--image", "~nobody at all/x.jpg"]) == 2
+    assert "not_found" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import sys
 import textwrap
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import duckdb
@@ -182,10 +183,25 @@ def save(figure: Figure, path: str) -> None:
     print(f"picture: {path}")
 
 
+def start(main: Callable[[], object]) -> None:
+    """Run a script; where nobody reads what it prints any more, as behind ``| head``, it ends without a word."""
+    try:
+        try:
+            main()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes once more as it ends, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
+
+
 def show(heading: str, table: pd.DataFrame, rows: int = 15) -> None:
     """Print the first rows of a table, and say what is left out."""
     print(f"\n{heading}")
-    print(table.head(rows).to_string(index=False, float_format="{:.4g}".format, na_rep="-") if len(table) else "none")
+    text = table.head(rows).to_string(index=False, float_format="{:.4g}".format, na_rep="-") if len(table) else "none"
+    # Ids and columns come from strangers, and must not control a terminal.
+    print("".join(letter if letter.isprintable() or letter == "\n" else ascii(letter)[1:-1] for letter in text))
     if len(table) > rows:
         print(f"... {len(table) - rows:,} more")
 

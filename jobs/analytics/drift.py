@@ -18,7 +18,7 @@ import argparse
 
 import numpy as np
 import pandas as pd
-from common import BLUE, GREY, ORANGE, database, identifier, parts, save, show, vectors
+from common import BLUE, GREY, ORANGE, database, identifier, parts, save, show, start, vectors
 from matplotlib.figure import Figure
 
 # Below this the image itself was replaced, or the model is another one.
@@ -175,4 +175,4 @@ def draw(
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

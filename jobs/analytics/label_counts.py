@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from common import BLUE, COLOURS, GREY, RED, database, parts, save, show
+from common import BLUE, COLOURS, GREY, RED, database, parts, save, show, start
 from matplotlib.figure import Figure
 
 COUNTS = """
@@ -98,4 +98,4 @@ def one_night(labels: pd.DataFrame, most: int = 25) -> Figure:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -14,7 +14,7 @@ import importlib.util
 
 import numpy as np
 import pandas as pd
-from common import COLOURS, GREY, identifier, parts, picture_arguments, save, show, thumbnails, vectors
+from common import COLOURS, GREY, identifier, parts, picture_arguments, save, show, start, thumbnails, vectors
 from matplotlib.figure import Figure
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 
@@ -129,4 +129,4 @@ def _installed(package: str) -> bool:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

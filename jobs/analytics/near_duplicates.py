@@ -17,7 +17,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pandas as pd
-from common import contact_sheet, identifier, parts, picture_arguments, show, thumbnails, vectors
+from common import contact_sheet, identifier, parts, picture_arguments, show, start, thumbnails, vectors
 
 MOST_PAIRS = 20_000_000
 
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> pd.DataFrame:
     group = components(len(different), pairs)[same]
     rows["group"], rows["size"] = group, np.bincount(group, minlength=len(different))[group]
     rows = rows[rows["size"] > 1].sort_values(["size", "group"], ascending=[False, True], kind="stable")
-    head = rows.groupby("group")[key].transform(lambda ids: ids.index[0]).to_numpy()
+    head = rows.index.to_series().groupby(rows["group"]).transform("first").to_numpy(np.int64)
     one, other = (matrix[at].astype(np.float32) for at in (rows.index, head))
     rows["cosine"] = np.einsum("ij,ij->i", one, other) / np.linalg.norm(one, axis=1) / np.linalg.norm(other, axis=1)
     rows["group"] = pd.factorize(rows["group"])[0]
@@ -133,4 +133,4 @@ def _unit(rows: np.ndarray) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

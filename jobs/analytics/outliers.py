@@ -17,7 +17,7 @@ import argparse
 
 import numpy as np
 import pandas as pd
-from common import contact_sheet, identifier, parts, picture_arguments, show, thumbnails, vectors
+from common import contact_sheet, identifier, parts, picture_arguments, show, start, thumbnails, vectors
 
 
 def main(argv: list[str] | None = None) -> pd.DataFrame:
@@ -107,4 +107,4 @@ def draw(rows: pd.DataFrame, lowest: pd.DataFrame, key: str, files: list[str], a
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -11,7 +11,7 @@ from typing import Any
 import fsspec
 import numpy as np
 import pandas as pd
-from common import BLUE, COLOURS, GREY, RED, save, show
+from common import BLUE, COLOURS, GREY, RED, save, show, start
 from matplotlib.figure import Figure
 
 # What became of a night's rows, and its colour; columns that a file does not have are passed over.
@@ -121,4 +121,4 @@ def _column(runs: pd.DataFrame, name: str) -> pd.Series:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from pipeline.aside import own_exit_code
 from pipeline.errors import PipelineError
 
 if TYPE_CHECKING:
@@ -158,4 +159,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    with own_exit_code():
+        raise SystemExit(main())

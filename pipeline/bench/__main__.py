@@ -6,6 +6,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from pipeline.aside import own_exit_code
+
 # First word to the module whose ``main`` takes the rest; the first one where the word is missing.
 DOORS = {"backends": "pipeline.bench.backends", "pipeline": "pipeline.bench.pipeline"}
 
@@ -19,4 +21,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    with own_exit_code():
+        raise SystemExit(main())

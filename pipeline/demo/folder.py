@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.addresses import open_arrow
+from pipeline.config import DEMO_MODEL, Config, PromptsConfig
 from pipeline.demo import scenes
 from pipeline.images.preprocess import preprocess
 from pipeline.images.sample import stack
@@ -68,6 +70,14 @@ def rendered_sample(spec: PreprocessSpec, count: int, *, seed: int = SEED) -> Sa
 def label_names() -> list[str]:
     """The label set of the demo: every colour with every shape."""
     return [f"{colour} {shape}" for colour in scenes.COLOURS for shape in scenes.SHAPES]
+
+
+def prompts_of(config: Config) -> PromptsConfig:
+    """The prompts of a config: for the demo model the demo's own labels, where it names none."""
+    prompts = config.prompts
+    if not prompts.labels and prompts.path is None and config.model.name == DEMO_MODEL:
+        prompts = dataclasses.replace(prompts, labels=label_names())
+    return prompts
 
 
 def accuracy(folder: str, parts: Sequence[str]) -> float:

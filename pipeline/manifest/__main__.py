@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from pipeline.aside import own_exit_code
 from pipeline.errors import PipelineError
 
 EXAMPLES = """\
@@ -58,4 +59,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    with own_exit_code():
+        raise SystemExit(main())

@@ -57,7 +57,7 @@ def read_labels(config: PromptsConfig) -> LabelSet:
         pairs = _read_pairs(Path(config.path).expanduser(), place)
     collected: dict[str, list[str]] = {}
     for number, (name, prompt) in enumerate(pairs, start=1):
-        if not isinstance(name, str) or not name.strip():
+        if not isinstance(name, str) or not name.strip() or not is_text(name):
             raise PromptsError(
                 f"{place}: label {number} is {name!r}; labels are texts (in YAML, quote yes, no and numbers)"
             )
@@ -66,7 +66,7 @@ def read_labels(config: PromptsConfig) -> LabelSet:
             if prompts:
                 raise PromptsError(f"{place}: the label {name!r} stands there twice")
             prompts += [template.replace("{}", name) for template in config.templates]
-        elif isinstance(prompt, str) and prompt.strip():
+        elif isinstance(prompt, str) and prompt.strip() and is_text(prompt):
             prompts.append(prompt)
         else:
             raise PromptsError(f"{place}: the prompt of {name!r} is {prompt!r}; prompts are texts")
@@ -119,6 +119,15 @@ def embed_prompts(checkpoint: Checkpoint, prompts: Sequence[Sequence[str]]) -> n
     every = torch.cat(rows)
     sums = torch.zeros(len(prompts), every.shape[1]).index_add_(0, owner, every)
     return torch.nn.functional.normalize(sums, dim=1).numpy()
+
+
+def is_text(text: str) -> bool:
+    """Whether UTF-8 can hold it: half a character of a terminal or of a file is a string of Python's too."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def default_cache() -> Path:

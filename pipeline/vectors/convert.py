@@ -20,12 +20,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from pipeline.addresses import explained
 from pipeline.dataset.opened import Dataset, vectors_of
 from pipeline.errors import ConfigError, Problem
 from pipeline.storage.local import sync
 from pipeline.vectors.index import LEAST, LISTS, TRAINED, faiss_or_told, spread
+from pipeline.vectors.places import within
 
 NOTE = "conversion.json"
 
@@ -57,8 +59,10 @@ def convert(dataset: Dataset, to: str, out: Path, *, ivf: bool = False) -> Conve
         ConfigError: the place is taken, the format's package is not installed, or no row has an embedding.
         StorageError: it cannot be written.
     """
-    out = out.expanduser().absolute()
+    out = Path(os.path.expanduser(out)).resolve()
     problems = []
+    if within(str(out), dataset.address):
+        problems.append(Problem("--out", str(out), "lies in the dataset, whose readers would take it for rows of it"))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         problems.append(Problem("--out", str(out), "must be a folder that is not there yet", "name another one"))
     if not dataset.vectors:
@@ -85,19 +89,18 @@ def convert(dataset: Dataset, to: str, out: Path, *, ivf: bool = False) -> Conve
 
 def _to_numpy(dataset: Dataset, folder: Path, ivf: bool) -> None:
     """``embeddings.npy`` ``[N, D]``, ``ids.npy`` ``[N]``, and the other columns in ``metadata.parquet``, row by row."""
-    count, start = dataset.vectors, 0
-    shape, kind = (count, dataset.dim), _id_type(dataset)
-    matrix = np.lib.format.open_memmap(folder / "embeddings.npy", mode="w+", dtype=dataset.dtype, shape=shape)
-    ids = np.lib.format.open_memmap(folder / "ids.npy", mode="w+", dtype=kind, shape=(count,))
-    with closing(_rows(dataset)) as tables, _metadata(dataset, folder) as metadata:
+    count, kind = dataset.vectors, _id_type(dataset)
+    shape = (count, dataset.dim)
+    with (
+        _array(folder / "embeddings.npy", shape, dataset.dtype) as matrix,
+        _array(folder / "ids.npy", (count,), kind) as ids,
+        closing(_rows(dataset)) as tables,
+        _metadata(dataset, folder) as metadata,
+    ):
         for table in tables:
-            stored, _ = vectors_of(table["embedding"])
-            matrix[start : start + len(stored)] = stored
-            ids[start : start + len(stored)] = table[dataset.id].to_numpy()
+            matrix(vectors_of(table["embedding"])[0])
+            ids(table[dataset.id].to_numpy())
             metadata(table)
-            start += len(stored)
-    matrix.flush()
-    ids.flush()
 
 
 def _to_faiss(dataset: Dataset, folder: Path, ivf: bool) -> None:
@@ -189,6 +192,18 @@ def _id_type(dataset: Dataset) -> np.dtype[Any]:
         return int(pc.max(pc.utf8_length(table[dataset.id])).as_py() or 0)
 
     return np.dtype(f"<U{max(1, *dataset.each(longest, [dataset.id]))}")
+
+
+@contextmanager
+def _array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Iterator[Callable[[NDArray[Any]], object]]:
+    """Takes the rows of an array in order, and writes them to a ``.npy`` file.
+
+    Not through memory that is mapped: to write there on a full disk kills the process.
+    """
+    described = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, described)
+        yield lambda rows: file.write(np.ascontiguousarray(rows, dtype=dtype).tobytes())
 
 
 @contextmanager

@@ -174,7 +174,7 @@ def _open(faiss: Any, dataset: Dataset, card: IndexCard) -> Any:
         if data is None:
             raise StorageError(f"{storage.url}/{card.file}: missing")
         return faiss.deserialize_index(np.frombuffer(data, dtype=np.uint8))
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         build = f"python -m pipeline.search {dataset.url} --build-index"
         raise ArtifactError(
             f"{storage.url}/{card.file}: FAISS cannot read it ({error}); {build} makes it anew"

@@ -7,10 +7,10 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config import DEMO_MODEL, Config, ModelConfig
+from pipeline.config import Config, ModelConfig
 from pipeline.dataset.opened import Dataset
 from pipeline.dataset.recipe import config_of
-from pipeline.errors import ConfigError, ModelError, Problem
+from pipeline.errors import ConfigError, ModelError, Problem, PromptsError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -57,19 +57,23 @@ def labels_of(config: Config) -> LabelSet:
     Raises:
         PromptsError: its file cannot be read.
     """
-    from pipeline.demo.folder import label_names
+    from pipeline.demo.folder import prompts_of
     from pipeline.models.text import read_labels
 
-    prompts = config.prompts
-    if not prompts.labels and prompts.path is None and config.model.name == DEMO_MODEL:
-        prompts = dataclasses.replace(prompts, labels=label_names())
-    return read_labels(prompts)
+    return read_labels(prompts_of(config))
 
 
 def embed_text(checkpoint: Checkpoint, texts: list[str]) -> NDArray[np.float32]:
-    """One L2-normalised row for each text as it is, without a template, float32 ``[N, D]``."""
-    from pipeline.models.text import embed_prompts
+    """One L2-normalised row for each text as it is, without a template, float32 ``[N, D]``.
 
+    Raises:
+        PromptsError: one is no text, such as what a terminal of another encoding sends.
+    """
+    from pipeline.models.text import embed_prompts, is_text
+
+    for text in texts:
+        if not is_text(text):
+            raise PromptsError(f"{text!r}: is not UTF-8, so it cannot be embedded")
     vectors: NDArray[np.float32] = embed_prompts(checkpoint, [[text] for text in texts])
     return vectors
 
@@ -91,7 +95,7 @@ def embed_image(checkpoint: Checkpoint, config: Config, path: Path) -> NDArray[n
 
     images, loader = config.images, dataclasses.replace(config.loader, workers=1)
     spec = dataclasses.replace(checkpoint.spec, corner=images.crop_corner)
-    place = path.expanduser().resolve()
+    place = path.resolve()
     with PixelReader(
         source=Source(root=str(place.parent), max_bytes=images.max_bytes, read_seconds=loader.read_seconds),
         decoder=decoder_of(config),

@@ -121,7 +121,7 @@ def find_row(dataset: Dataset, id: str) -> tuple[int, NDArray[np.float32]]:
     kind = dataset.schema.field(dataset.id).type
     try:
         wanted = pa.scalar(int(id) if pa.types.is_integer(kind) else id, kind)
-    except (ValueError, pa.ArrowException) as error:
+    except (ValueError, OverflowError, pa.ArrowException) as error:
         raise ConfigError([Problem("--id", id, f"the ids of {dataset.url} are {kind}")]) from error
 
     def look(commit: Commit, table: pa.Table) -> tuple[Commit, int]:
