@@ -113,6 +113,7 @@ def embed(
     *,
     clocks: StageClocks,
     on_batch: Callable[[int], None] = lambda images: None,
+    on_commit: Callable[[ShardReport], None] = lambda report: None,
     reader: PixelReader | None = None,
 ) -> Generator[ShardReport]:
     """Embed, label, write and commit every shard; a report for each, in order, once it is durable.
@@ -123,6 +124,8 @@ def embed(
         encoder: the opened backend.
         clocks: where the time of every stage is added up.
         on_batch: called after each batch with the images in it.
+        on_commit: called with each report, in order, as soon as the shard is durable, in the thread that writes; the
+            loop hands it out only when it has embedded the next shard.
         reader: the opened reader of images; without one, this opens and closes its own.
 
     Raises:
@@ -136,7 +139,9 @@ def embed(
             failpoint("part.build")
             table = build_table(result, job.form)
             report = commit_part(storage, result.rows.shard.index, table, job.form, count_statuses(result.rows))
-            return replace(report, repeats=len(result.rows.repeats))
+            report = replace(report, repeats=len(result.rows.repeats))
+        on_commit(report)
+        return report
 
     pending: list[Future[ShardReport]] = []
     with (

@@ -275,8 +275,8 @@ def test_cores_are_shared_without_overlap_while_there_are_enough(monkeypatch: py
 
 def test_short_shards_are_under_way_in_larger_numbers() -> None:
     config = Config(loader=LoaderConfig(batch_size=64, workers=2))
-    assert shards_at_once(config) == 5
-    assert shards_at_once(replace(config, manifest=replace(config.manifest, shard_rows=16))) == 12
+    assert shards_at_once(config) == 3
+    assert shards_at_once(replace(config, manifest=replace(config.manifest, shard_rows=16))) == 10
     assert shards_at_once(replace(config, manifest=replace(config.manifest, shard_rows=1))) == 32
 
 
@@ -339,7 +339,7 @@ def test_a_slurm_job_is_asked_for_as_the_config_says() -> None:
         assert f"#SBATCH {line}" in script, script
     assert "module load cuda\n" in script
     assert "/env/bin/python -m distributed.cli.dask_worker tcp://127.0.0.1" in script
-    assert "--nthreads 5" in script
+    assert "--nthreads 3" in script
     assert "--memory-limit 0" in script
 
 

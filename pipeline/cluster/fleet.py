@@ -2,7 +2,8 @@
 
 What a worker tells of its work comes by events, in order and over the connection that exists anyway: nothing is
 fetched from a worker, so that one that dies takes nothing along that was told. A shard whose worker dies runs again;
-one to which that happens twice waits until the rest is through, and then runs alone, so that no other is blamed.
+one to which that happens twice waits until the rest is through, and then has a worker to itself, so that no other is
+blamed.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ class Fleet:
         self._members: dict[tuple[str, int], Member] = {}
         self._client: Client
         self._order: Order
-        self._room, self._counted, self._seen = 0, 0.0, time.monotonic()
+        self._slots: dict[str, int] = {}
+        self._counted, self._seen = 0.0, time.monotonic()
         self._inputs: Inputs
         self._reader: PixelReader | None = None
         self.given_up: tuple[int, ...] = ()
@@ -128,8 +130,9 @@ class Fleet:
         deaths, given_up, drained, single = Counter[int](), list[int](), False, False
         while True:
             # One at least, while there is no worker too: only where nothing is under way then, nothing is left.
-            while len(under) < (1 if single else max(1, self._room)):
-                shard = again.popleft() if again else next(todo, None)
+            # Dask gives a task to a worker that has none, while there is one.
+            while len(under) < max(1, len(self._slots) if single else self._room):
+                shard = alone.popleft() if single and alone else again.popleft() if again else next(todo, None)
                 if shard is None:
                     break
                 under[shard.index] = (shard, self._submit(shard, deaths[shard.index]))
@@ -142,7 +145,6 @@ class Fleet:
                 if not alone:
                     break
                 single = True
-                again.append(alone.popleft())
                 continue
             for message in self._messages():
                 report = self._hear(message, on_batch)
@@ -161,6 +163,8 @@ class Fleet:
                 if not isinstance(error, KilledWorker):
                     raise self._explained(error, "")
                 del under[shard.index]
+                # Counted as gone at once, so that none of those that run alone gets company.
+                self._slots.pop(getattr(error.last_worker, "address", ""), None)
                 report = self._committed(shard)
                 if report is not None:
                     yield report
@@ -220,6 +224,10 @@ class Fleet:
         key = f"shard-{self._token}-{shard.index}-{deaths}"
         return self._client.submit(tasks.embed, self._token, shard, key=key, pure=False, retries=0)
 
+    @property
+    def _room(self) -> int:
+        return sum(self._slots.values()) + AHEAD * len(self._slots)
+
     def _messages(self) -> Iterator[dict[str, Any]]:
         """What was told by now; waits a moment where nothing was."""
         with suppress(queue.Empty):
@@ -248,15 +256,14 @@ class Fleet:
         now = time.monotonic()
         if self._client.status != "running":
             raise ClusterLost(LOST)
-        if now - self._counted < COUNTED and self._room:
+        if now - self._counted < COUNTED and self._slots:
             return
         self._counted = now
         try:
-            slots = self._client.nthreads()
+            self._slots = self._client.nthreads()
         except (OSError, ValueError) as error:
             raise ClusterLost(LOST) from error
-        self._room = sum(slots.values()) + AHEAD * len(slots)
-        if slots:
+        if self._slots:
             self._seen = now
         elif now - self._seen > self._config.cluster.wait_seconds:
             raise ClusterUnavailable(

@@ -24,6 +24,8 @@ MOST_SHARDS = 32
 SETTINGS = {
     # Who is to blame for the death of a worker is found out by :mod:`pipeline.cluster.fleet`.
     "distributed.scheduler.allowed-failures": 0,
+    # A worker that is just being started when this is over, since it was lost, would not be started again ever after.
+    "distributed.deploy.lost-worker-timeout": "1000 days",
     # Building an engine may keep a worker from answering for minutes; one that is gone closes its connection.
     "distributed.scheduler.worker-ttl": "1 hour",
     # The share of the cores is an affinity; these would give every library one thread.
@@ -69,12 +71,12 @@ def open_cluster(config: Config) -> Iterator[Client]:
 def shards_at_once(config: Config) -> int:
     """Shards under way in a process, so that its loop never waits for the next one.
 
-    One is written, one is reported when the next is done, one is embedded, one is read; and the loader keeps about two
-    batches of rows in its hands, which short shards must add up to.
+    One is written, one is embedded; and the loader keeps about two batches of rows in its hands, which short shards
+    must add up to.
     """
     batch = config.loader.batch_size or 256
     held = batch + max(batch, 2 * _CHUNK * worker_threads(config))
-    return min(MOST_SHARDS, 4 + -(-held // config.manifest.shard_rows))
+    return min(MOST_SHARDS, 2 + -(-held // config.manifest.shard_rows))
 
 
 def security(cluster: ClusterConfig) -> Security | None:

@@ -250,11 +250,13 @@ class Resident:
                 engine.encoder,
                 clocks=self._clocks,
                 on_batch=self._on_batch,
+                # At once: the place of the shard is free for another.
+                on_commit=lambda report: self._report(report, engine, spent() - self._spent),
                 reader=engine.reader,
             )
         ) as reports:
-            for report in reports:
-                self._report(report, engine, spent() - self._spent)
+            for _ in reports:
+                pass
 
     def _stream(self, first: Shard) -> Iterator[Shard]:
         yield first
