@@ -94,29 +94,57 @@ def residents() -> int:
     return len(resident._RESIDENTS)
 
 
-@contextmanager
-def foreign(folder: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """A scheduler and a worker as people start them; the address, and the scheduler."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    address = f"tcp://127.0.0.1:{port}"
-    log = (folder / "dask.txt").open("w")
-    started = [
-        subprocess.Popen([sys.executable, "-m", f"distributed.cli.{name}", *options], cwd=ROOT, stdout=log, stderr=log)
-        for name, options in (
-            ("dask_scheduler", ["--host", "127.0.0.1", "--port", str(port), "--no-dashboard"]),
-            ("dask_worker", [address, "--nthreads", "6", "--memory-limit", "0", "--no-dashboard", "--no-nanny"]),
-        )
-    ]
-    try:
-        yield address, started[0]
-    finally:
-        for process in started:
+class Foreign:
+    """A scheduler and workers as people start them."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.address, self._log = f"tcp://127.0.0.1:{port}", (folder / "dask.txt").open("w")
+        self.started: list[subprocess.Popen[bytes]] = []
+        self._start("dask_scheduler", "--host", "127.0.0.1", "--port", str(port))
+
+    def join(self, failpoints: str = "") -> None:
+        """One more worker."""
+        options = ("--nthreads", "2", "--memory-limit", "0", "--no-nanny")
+        self._start("dask_worker", self.address, *options, failpoints=failpoints)
+
+    def _start(self, name: str, *options: str, failpoints: str = "") -> None:
+        command = [sys.executable, "-m", f"distributed.cli.{name}", "--no-dashboard", *options]
+        environment = {**os.environ, "PIPELINE_FAILPOINTS": failpoints}
+        self.started.append(subprocess.Popen(command, cwd=ROOT, stdout=self._log, stderr=self._log, env=environment))
+
+    def close(self) -> None:
+        for process in self.started:
             with suppress(ProcessLookupError):
                 process.kill()
             process.wait()
-        log.close()
+        self._log.close()
+
+
+@contextmanager
+def foreign(folder: Path, failpoints: str = "") -> Iterator[Foreign]:
+    """A cluster with one worker."""
+    found = Foreign(folder)
+    try:
+        found.join(failpoints)
+        yield found
+    finally:
+        found.close()
+
+
+def test_a_worker_that_joins_late_gets_its_share(single: Config, tmp_path: Path) -> None:
+    # Slow enough to be caught up with.
+    with foreign(tmp_path, "part.build=delay:3") as cluster:
+        config = replace(at(single, tmp_path / "out"), cluster=ClusterConfig(name="address", address=cluster.address))
+        thread = when_committed(tmp_path / "out", 1, cluster.join)
+        report = run_job(config)
+        thread.join()
+    same(single, tmp_path / "out")
+    shards = [member.shards for member in report.workers]
+    assert (len(shards), sum(shards)) == (2, 9)
+    assert min(shards) > 0
 
 
 @pytest.mark.parametrize("moment", ["while the model opens", "in mid-run"])
@@ -124,14 +152,14 @@ def test_a_job_whose_scheduler_is_killed_goes_on_with_the_same_command(
     single: Config, tmp_path: Path, moment: str
 ) -> None:
     output = tmp_path / "out"
-    with foreign(tmp_path) as (address, scheduler):
-        config = replace(at(single, output), cluster=ClusterConfig(name="address", address=address))
+    with foreign(tmp_path) as cluster:
+        config = replace(at(single, output), cluster=ClusterConfig(name="address", address=cluster.address))
         # Else Dask looks for the scheduler that is gone for half a minute.
         soon = {"DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT": "3s"}
         child = forks().start("tests.forks:job", asdict(config), environment=soon)
         while not (output / "_plan.json").exists() if moment == "in mid-run" else "scheduler at" not in child.said():
             assert child.alive(0.02), child.said()
-        scheduler.kill()
+        cluster.started[0].kill()
         assert child.wait() == 75, child.said()
     assert "the scheduler of the cluster is gone" in child.said()
     run_job(at(single, output))

@@ -13,9 +13,10 @@ import queue
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
 from importlib import import_module
@@ -243,20 +244,16 @@ class Resident:
                 startup_seconds=self._startup,
             )
         self._alive = time.monotonic()
-        with closing(
-            worker.embed(
-                self._stream(first),
-                self._job.result(),
-                engine.encoder,
-                clocks=self._clocks,
-                on_batch=self._on_batch,
-                # At once: the place of the shard is free for another.
-                on_commit=lambda report: self._report(report, engine, spent() - self._spent),
-                reader=engine.reader,
-            )
-        ) as reports:
-            for _ in reports:
-                pass
+        reports = worker.embed(
+            self._stream(first),
+            self._job.result(),
+            engine.encoder,
+            clocks=self._clocks,
+            on_batch=self._on_batch,
+            on_commit=lambda report: self._report(report, engine, spent() - self._spent),
+            reader=engine.reader,
+        )
+        deque(reports, maxlen=0)
 
     def _stream(self, first: Shard) -> Iterator[Shard]:
         yield first
