@@ -18,9 +18,11 @@ from typing import Any
 
 import pytest
 from distributed import Client, KilledWorker
+from distributed.security import Security
 
 from pipeline import setup
 from pipeline.cluster import fleet, resident
+from pipeline.cluster.opening import open_cluster
 from pipeline.cluster.order import Order
 from pipeline.cluster.share import Share
 from pipeline.config import ClusterConfig, Config
@@ -34,6 +36,7 @@ from tests.conftest import ROOT
 from tests.forks import forks
 from tests.grid import failpoints, grid, on
 from tests.jobs import config_for, scenes_manifest
+from tests.servers import self_signed
 from tests.test_cluster import ROWS, at, same, when_committed
 
 
@@ -243,3 +246,18 @@ def test_parts_of_one_count_do_not_keep_one_another_out(tmp_path: Path) -> None:
     storage = open_storage(str(tmp_path))
     with lease.take(storage, seconds=60, folder=Share(1, 2, whole=False).lease):
         Share(2, 2, whole=False).refuse_others(storage)
+
+
+def test_over_tls_a_cluster_does_the_same_and_lets_nobody_else_in(single: Config, tmp_path: Path) -> None:
+    own, other = (str(self_signed(tmp_path / f"{name}.pem", "localhost")) for name in ("own", "other"))
+    cluster = ClusterConfig(name="local", workers=1, tls_ca=own, tls_cert=own, tls_key=own)
+    config = replace(at(single, tmp_path / "out"), cluster=cluster)
+    run_job(config)
+    same(single, tmp_path / "out")
+    stranger = Security(require_encryption=True, tls_ca_file=own, tls_client_cert=other, tls_client_key=other)
+    with open_cluster(config) as client:
+        address = client.scheduler.address
+        assert {text.partition(":")[0] for text in (address, *client.nthreads())} == {"tls"}
+        for security in (None, stranger):
+            with pytest.raises((OSError, TypeError)):
+                Client(address.replace("tls", "tls" if security else "tcp"), security=security, timeout="2s")

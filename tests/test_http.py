@@ -17,7 +17,7 @@ from pipeline.errors import StorageError
 from pipeline.images import http, network
 from pipeline.images.http import REDIRECTS, TRIES, Fetcher
 from pipeline.records import Failure
-from tests.servers import Page, Server, answer, drip, endless, hang_up, in_turn, moved, resolve, serve
+from tests.servers import Page, Server, answer, drip, endless, hang_up, in_turn, moved, resolve, self_signed, serve
 
 BYTES = bytes(range(100))
 LIMIT = 200_000
@@ -331,24 +331,7 @@ def test_many_threads_share_a_few_connections(server: Server) -> None:
 @pytest.fixture
 def certificate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A certificate for images.test, trusted by this process."""
-    x509 = pytest.importorskip("cryptography.x509")
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name([])
-    now = datetime.now(UTC)
-    certificate = (
-        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
-        .not_valid_before(now - timedelta(days=1))
-        .not_valid_after(now + timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName("images.test")]), critical=True)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    pem = serialization.Encoding.PEM
-    plain = (serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    path = tmp_path / "images.pem"
-    path.write_bytes(certificate.public_bytes(pem) + key.private_bytes(pem, *plain))
+    path = self_signed(tmp_path / "images.pem", "images.test")
     monkeypatch.setenv("SSL_CERT_FILE", str(path))
     return path
 

@@ -7,7 +7,7 @@ CUDA was started; what they decode is decoded for them by processes of :mod:`pip
 
 Chosen by measurement (jobs/results/loaders-cpu.md: four sizes, three sources, two cores). Against these threads,
 medians of torch's DataLoader were 0.94 with the decoder ``exact`` and 1.06 with ``fast``, those of SPDL 0.95 and 0.73;
-contained as here 1.03 and 0.83 (0.92 with the thread more that :mod:`pipeline.worker` gives). Speed does not decide,
+contained as here 1.03 and (with the thread more that :mod:`pipeline.worker` gives) 0.92 to 0.95. Speed does not decide,
 then, but where they live: DataLoader's processes may not be started in a Dask worker, and its batches of 512 images do
 not fit into a /dev/shm of 64 MB; with either of the two, an image that crashes its decoder ends the run.
 
