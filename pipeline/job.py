@@ -11,11 +11,10 @@ from contextlib import ExitStack, closing
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pipeline import measured
 from pipeline.addresses import is_local, local_path
-from pipeline.cluster.inline import Inline
+from pipeline.cluster.crew import Crew, crew_of
 from pipeline.cluster.share import Done, Share
 from pipeline.config import Config
 from pipeline.dataset import commits, lease, plan
@@ -39,9 +38,6 @@ from pipeline.storage.base import Storage
 from pipeline.storage.opening import open_storage
 from pipeline.threads import in_order
 from pipeline.worker import Job
-
-if TYPE_CHECKING:
-    from pipeline.cluster.fleet import Fleet
 
 REPORT, PAGE = "_report.json", "_report.html"
 log = logging.getLogger(__name__)
@@ -83,19 +79,10 @@ def run_job(
         rendered = with_demo_scenes(config)
         # Rendering the demo's pictures is no part of embedding them.
         began = (began or before) + time.time() - before
-        crew = _crew(rendered, storage, held, decoders)
+        crew = crew_of(rendered, storage, held.check, decoders)
         opened.push(crew)
         run = partial(_run, rendered, storage, held, crew, share)
         return run(began=began, every_byte=every_byte, demo_scenes=rendered is not config)
-
-
-def _crew(config: Config, storage: Storage, held: lease.Lease, decoders: Decoders | None) -> Inline | Fleet:
-    """Who embeds."""
-    if config.cluster.name == "inline":
-        return Inline(config, storage, decoders)
-    from pipeline.cluster.fleet import Fleet
-
-    return Fleet(config, storage, held.check)
 
 
 def with_demo_scenes(config: Config) -> Config:
@@ -114,7 +101,7 @@ def _run(
     config: Config,
     storage: Storage,
     held: lease.Lease,
-    crew: Inline | Fleet,
+    crew: Crew,
     share: Share,
     *,
     began: float,

@@ -328,3 +328,15 @@ def test_a_place_without_a_dataset_is_named(load: Callable[[str], Any], tmp_path
     for place in (tmp_path, tmp_path / "not-there"):
         with pytest.raises(SystemExit, match=str(place)):
             load(name).main([str(place)])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("package", ["duckdb", "matplotlib"])
+def test_a_machine_without_a_package_is_told_what_to_install(script: str, package: str) -> None:
+    code = f"import runpy, sys; sys.modules[{package!r}] = None; sys.path.insert(0, {str(ANALYTICS)!r}); "
+    code += f"runpy.run_path({str(ANALYTICS / script)!r} + '.py', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"{package} is not installed; all that these scripts need: pip install -c constraints.txt -e '.[analytics]'\n"
+    )

@@ -202,6 +202,18 @@ def test_a_run_that_misses_a_shard_of_its_own_does_not_end_well(single: Config, 
     same(single, output)
 
 
+@pytest.mark.parametrize(("name", "extra"), [("local", "dask"), ("slurm", "slurm")])
+def test_a_machine_without_dask_is_told_what_to_install(
+    single: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, extra: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "pipeline.cluster.fleet", None)
+    config = replace(at(single, tmp_path / "out"), cluster=ClusterConfig(name=name))
+    with pytest.raises(ClusterUnavailable, match=rf"cluster={name} needs Dask .*'\.\[{extra}\]'") as caught:
+        run_job(config)
+    assert caught.value.exit_code == 2
+    assert not (tmp_path / "out" / "_plan.json").exists()
+
+
 # Dask leaves the socket that it could not bind to the garbage collector.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_port_that_is_taken_is_said(single: Config, tmp_path: Path) -> None:

@@ -10,14 +10,19 @@ import textwrap
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
-import duckdb
 import fsspec
 import numpy as np
 import pandas as pd
 import pyarrow.dataset as ds
-from matplotlib import font_manager, rcParams
-from matplotlib.figure import Figure
 from PIL import Image, ImageOps
+
+try:
+    import duckdb
+    from matplotlib import font_manager, rcParams
+    from matplotlib.figure import Figure
+except ImportError as error:
+    way_out = "pip install -c constraints.txt -e '.[analytics]'"
+    raise SystemExit(f"{error.name} is not installed; all that these scripts need: {way_out}") from None
 
 # Okabe and Ito's colours, which colour-blind people tell apart too (jfly.uni-koeln.de/color), strongest first.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F0E442", "#000000")

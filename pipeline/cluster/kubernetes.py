@@ -44,7 +44,7 @@ def open_client(config: Config) -> Iterator[Client]:
         from dask_kubernetes.operator import KubeCluster
     except ImportError as error:
         raise ClusterUnavailable(
-            f'cluster=kubernetes needs dask-kubernetes ({error}): pip install "clip-pipeline[kubernetes]"'
+            f"cluster=kubernetes needs dask-kubernetes ({error}): pip install -c constraints.txt -e '.[kubernetes]'"
         ) from error
     name = "clip-pipeline-{uuid}"
     with KubeCluster(name=name, **pod_settings(config)) as cluster, Client(cluster, set_as_default=False) as client:

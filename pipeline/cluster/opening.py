@@ -59,9 +59,7 @@ def open_cluster(config: Config) -> Iterator[Client]:
         with dask.config.set(SETTINGS), module.open_client(config) as client:
             log.info("cluster=%s: scheduler at %s", cluster.name, client.scheduler.address)
             yield client
-    except (OSError, ImportError) as error:
-        if isinstance(error, ImportError):
-            raise
+    except OSError as error:
         raise ClusterUnavailable(f"cluster={cluster.name}: {error or type(error).__name__}") from error
     finally:
         for name, level in levels.items():

@@ -24,7 +24,7 @@ def make_cluster(config: Config) -> Any:
         from dask_jobqueue.slurm import SLURMCluster
     except ImportError as error:
         raise ClusterUnavailable(
-            f'cluster=slurm needs dask-jobqueue ({error}): pip install "clip-pipeline[slurm]"'
+            f"cluster=slurm needs dask-jobqueue ({error}): pip install -c constraints.txt -e '.[slurm]'"
         ) from error
     cluster = config.cluster
     cores = cluster.cores or 1

@@ -113,7 +113,8 @@ def compare(
     try:
         import duckdb
     except ImportError as error:
-        raise NightError("nights are compared with DuckDB: pip install -e '.[nightly]' installs it") from error
+        way_out = "pip install -c constraints.txt -e '.[nightly]'"
+        raise NightError(f"nights are compared with DuckDB, which is not installed: {way_out}") from error
     config: dict[str, Any] = {"memory_limit": MEMORY, "temp_directory": str(scratch), "threads": cores()}
     with duckdb.connect(str(scratch / "night.duckdb"), config=config) as database:
         keyed = pa.schema([("position", pa.int64()), ("id", id_type), ("key", pa.string())])

@@ -1,0 +1,42 @@
+"""Who embeds the shards of a job: this process, or a cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeAlias
+
+from pipeline.cluster.inline import Inline
+from pipeline.config import Config
+from pipeline.errors import ClusterUnavailable
+from pipeline.images.decoders import Decoders
+from pipeline.storage.base import Storage
+
+if TYPE_CHECKING:
+    from pipeline.cluster.fleet import Fleet
+
+Crew: TypeAlias = "Inline | Fleet"
+
+
+def crew_of(config: Config, storage: Storage, check: Callable[[], None], decoders: Decoders | None) -> Crew:
+    """The one that ``cluster.name`` asks for; not opened yet.
+
+    Args:
+        config: of the job.
+        storage: the output.
+        check: called often; raises if the job must stop.
+        decoders: those of this process, where they have begun already.
+
+    Raises:
+        ClusterUnavailable: Dask is not installed.
+    """
+    name = config.cluster.name
+    if name == "inline":
+        return Inline(config, storage, decoders)
+    try:
+        from pipeline.cluster.fleet import Fleet
+    except ImportError as error:
+        extra = name if name in ("slurm", "kubernetes") else "dask"
+        raise ClusterUnavailable(
+            f"cluster={name} needs Dask ({error}): pip install -c constraints.txt -e '.[{extra}]'"
+        ) from error
+    return Fleet(config, storage, check)
