@@ -108,11 +108,14 @@ def _repair(storage: Storage) -> None:
 
 
 def _collect(storage: Storage, age: float) -> dict[str, int]:
+    from pipeline.cluster.share import Share
     from pipeline.dataset import lease
     from pipeline.dataset.verify import collect
     from pipeline.report.logs import log_to_terminal
 
     with log_to_terminal(), lease.take(storage, seconds=OutputConfig().lease_seconds) as held:
+        # A part at work has files too that nobody names yet.
+        Share().refuse_others(storage)
         gone = collect(storage, age=age, confirm=held.confirm)
     for name, size in gone.items():
         print(f"removed {name}, {size:,} bytes", file=sys.stderr)

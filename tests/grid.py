@@ -1,10 +1,13 @@
-"""A small Dask cluster that several tests share: two worker processes that have imported everything by now."""
+"""A job of nine shards, and a small Dask cluster that several tests share, whose workers have imported everything."""
 
 from __future__ import annotations
 
 import os
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,52 @@ from pipeline.cluster.cores import VARIABLE, shares
 from pipeline.cluster.opening import SETTINGS, open_processes
 from pipeline.config import Config
 from pipeline.failpoints import arm
-from tests.jobs import config_for
+from pipeline.job import run_job
+from tests.jobs import config_for, scenes_manifest
+from tests.siege import leftovers
+
+ROWS, SHARDS = 72, 9
+
+
+def nine_shards(folder: Path) -> Config:
+    """A finished job of nine shards in one process."""
+    config = config_for(
+        scenes_manifest(folder / "m.parquet", ROWS),
+        folder / "single",
+        manifest={"shard_rows": 8},
+        loader={"batch_size": 4},
+        prompts={"cache": str(folder / "cache")},
+    )
+    run_job(config)
+    return config
+
+
+def at(config: Config, output: Path) -> Config:
+    return replace(config, output=replace(config.output, dir=str(output)))
+
+
+def rows_of(output: Path) -> dict[str, bytes]:
+    """The plan, the parts, the commits and the marker."""
+    files = [*output.glob("*.parquet"), *output.glob("_commits/*"), output / "_plan.json", output / "_SUCCESS"]
+    return {str(path.relative_to(output)): path.read_bytes() for path in sorted(files)}
+
+
+def same(config: Config, output: Path) -> None:
+    assert rows_of(output) == rows_of(Path(config.output.dir))
+    assert not leftovers(output)
+
+
+def when_committed(output: Path, shards: int, act: object) -> threading.Thread:
+    """Call ``act`` once so many shards are committed."""
+
+    def wait() -> None:
+        while len(list(output.glob("_commits/*.json"))) < shards:
+            time.sleep(0.01)
+        act()  # type: ignore[operator]
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
 
 
 @contextmanager
@@ -29,8 +77,6 @@ def grid(workers: int) -> Iterator[Client]:
 
 def on(client: Client, config: Config, **values: Any) -> Config:
     """The job on that cluster."""
-    from dataclasses import replace
-
     cluster = replace(config.cluster, name="address", address=client.scheduler.address, **values)
     return replace(config, cluster=cluster)
 

@@ -6,8 +6,6 @@ import json
 import os
 import pickle
 import signal
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -29,27 +27,14 @@ from pipeline.config import ClusterConfig, Config, LoaderConfig
 from pipeline.errors import ClusterUnavailable, PipelineError, ShardsGivenUp, WorkerMismatch
 from pipeline.job import run_job
 from tests.forks import forks
-from tests.grid import failpoints, grid, on
-from tests.jobs import config_for, overrides_of, scenes_manifest
-from tests.siege import check_books, leftovers
-
-ROWS, SHARDS = 72, 9
+from tests.grid import ROWS, SHARDS, at, failpoints, grid, nine_shards, on, same, when_committed
+from tests.jobs import overrides_of
+from tests.siege import check_books
 
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """A finished job of nine shards in one process."""
-    folder = tmp_path_factory.mktemp("cluster")
-    manifest = scenes_manifest(folder / "m.parquet", ROWS)
-    config = config_for(
-        manifest,
-        folder / "single",
-        manifest={"shard_rows": 8},
-        loader={"batch_size": 4},
-        prompts={"cache": str(folder / "cache")},
-    )
-    run_job(config)
-    return config
+    return nine_shards(tmp_path_factory.mktemp("cluster"))
 
 
 @pytest.fixture(scope="module")
@@ -58,36 +43,8 @@ def client() -> Iterator[Client]:
         yield client
 
 
-def at(config: Config, output: Path) -> Config:
-    return replace(config, output=replace(config.output, dir=str(output)))
-
-
-def rows_of(output: Path) -> dict[str, bytes]:
-    """The plan, the parts, the commits and the marker."""
-    files = [*output.glob("*.parquet"), *output.glob("_commits/*"), output / "_plan.json", output / "_SUCCESS"]
-    return {str(path.relative_to(output)): path.read_bytes() for path in sorted(files)}
-
-
-def same(config: Config, output: Path) -> None:
-    assert rows_of(output) == rows_of(Path(config.output.dir))
-    assert not leftovers(output)
-
-
 def ids_of(config: Config) -> list[str]:
     return pq.read_table(config.manifest.path)["id"].to_pylist()
-
-
-def when_committed(output: Path, shards: int, act: object) -> threading.Thread:
-    """Call ``act`` once so many shards are committed."""
-
-    def wait() -> None:
-        while len(list(output.glob("_commits/*.json"))) < shards:
-            time.sleep(0.01)
-        act()  # type: ignore[operator]
-
-    thread = threading.Thread(target=wait, daemon=True)
-    thread.start()
-    return thread
 
 
 def test_two_processes_write_the_same_bytes_as_one(client: Client, single: Config, tmp_path: Path) -> None:

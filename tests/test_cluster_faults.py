@@ -21,12 +21,14 @@ from distributed import Client, KilledWorker
 from distributed.security import Security
 
 from pipeline import setup
+from pipeline import verify as verify_door
 from pipeline.cluster import fleet, resident
 from pipeline.cluster.opening import open_cluster
 from pipeline.cluster.order import Order
 from pipeline.cluster.share import Share
 from pipeline.config import ClusterConfig, Config
 from pipeline.dataset import lease
+from pipeline.dataset.verify import verify
 from pipeline.errors import ClusterUnavailable, OutputBusy, StorageError
 from pipeline.failpoints import armed
 from pipeline.job import run_job
@@ -34,25 +36,13 @@ from pipeline.setup import open_inputs
 from pipeline.storage.opening import open_storage
 from tests.conftest import ROOT
 from tests.forks import forks
-from tests.grid import failpoints, grid, on
-from tests.jobs import config_for, scenes_manifest
+from tests.grid import ROWS, at, failpoints, grid, nine_shards, on, same, when_committed
 from tests.servers import self_signed
-from tests.test_cluster import ROWS, at, same, when_committed
 
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """A finished job of nine shards in one process."""
-    folder = tmp_path_factory.mktemp("faults")
-    config = config_for(
-        scenes_manifest(folder / "m.parquet", ROWS),
-        folder / "single",
-        manifest={"shard_rows": 8},
-        loader={"batch_size": 4},
-        prompts={"cache": str(folder / "cache")},
-    )
-    run_job(config)
-    return config
+    return nine_shards(tmp_path_factory.mktemp("faults"))
 
 
 @pytest.fixture(scope="module")
@@ -252,6 +242,19 @@ def test_runs_that_split_the_work_otherwise_keep_one_another_out(
     assert caught.value.exit_code == 75
     assert not (tmp_path / "out" / "_plan.json").exists()
     Share.of(second).refuse_others(storage)
+
+
+def test_verify_sees_a_part_at_work_and_collects_nothing(
+    single: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    run_job(at(single, output))
+    storage = open_storage(str(output))
+    with lease.take(storage, seconds=60, folder=Share(1, 2, whole=False).lease):
+        assert [(one.kind, one.damage) for one in verify(storage).findings] == [("lease", False)]
+        assert verify_door.main([str(output), "--collect", "7d"]) == OutputBusy.exit_code
+        assert "part 1/2 is held by process" in capsys.readouterr().err
+    assert not verify(storage).findings
 
 
 def test_parts_of_one_count_do_not_keep_one_another_out(tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ from pipeline.config import Config
 from pipeline.dataset import lease
 from pipeline.errors import OutputBusy
 from pipeline.members import Member, from_json
-from pipeline.processes import is_gone
 from pipeline.report import logs
 from pipeline.storage.base import Storage
 
@@ -81,20 +80,16 @@ class Share:
         Raises:
             OutputBusy: a run that splits it otherwise is at work.
         """
-        for folder in storage.folders():
+        for folder, _, holder in lease.holders(storage):
             match = _LEASE.fullmatch(folder)
-            if match is None:
+            if match is None or holder is None:
                 continue
             other = Share(int(match[2]), int(match[3]), whole=False) if match[1] else Share()
-            if (other.whole, other.count) == (self.whole, self.count):
-                continue
-            for name in lease.leases(storage, folder).values():
-                holder = lease.parse(storage.read(name))
-                if holder is not None and not holder.silent() and not is_gone(holder.process):
-                    raise OutputBusy(
-                        f"{storage.url}: {other.text} is held by {holder}, and {self.text} would do the same work; "
-                        "wait until it ends, or stop it"
-                    )
+            if (other.whole, other.count) != (self.whole, self.count) and holder.lives():
+                raise OutputBusy(
+                    f"{storage.url}: {other.text} is held by {holder}, and {self.text} would do the same work; "
+                    "wait until it ends, or stop it"
+                )
 
     def merged(self, storage: Storage, done: Done) -> Done:
         """Leave what this part did, and return what all parts of the same count did, as far as they have ended."""

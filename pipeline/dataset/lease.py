@@ -14,6 +14,7 @@ import re
 import threading
 import time
 import uuid
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -56,6 +57,10 @@ class Holder:
             return True
         return abs(age) > self.seconds
 
+    def lives(self) -> bool:
+        """Whether it renewed in time, and its process is not known to be gone."""
+        return not self.silent() and not is_gone(self.process)
+
 
 def parse(data: bytes | None) -> Holder | None:
     """The holder that a lease file names; None if it is torn or gone."""
@@ -71,6 +76,14 @@ def leases(storage: Storage, folder: str = FOLDER) -> dict[int, str]:
     """The lease files of an output by number, lowest first."""
     found = ((_NUMBERED.fullmatch(name), name) for name in storage.entries(folder))
     return dict(sorted((int(match[1]), f"{folder}/{name}") for match, name in found if match))
+
+
+def holders(storage: Storage) -> Iterator[tuple[str, str, Holder | None]]:
+    """The folder, the file and the holder of every lease of an output, those of parts too; None for a torn one."""
+    for folder in storage.folders():
+        if folder == FOLDER or folder.startswith(f"{FOLDER}-"):
+            for name in leases(storage, folder).values():
+                yield folder, name, parse(storage.read(name))
 
 
 def take(storage: Storage, *, seconds: float, folder: str = FOLDER) -> Lease:

@@ -13,7 +13,6 @@ from typing import Any
 from pipeline.dataset import commits, lease, plan
 from pipeline.dataset.audit import prefix_of
 from pipeline.errors import NoDataset, PlanMismatch
-from pipeline.processes import is_gone
 from pipeline.storage.base import TEMPORARY, Storage
 from pipeline.threads import in_order
 
@@ -219,9 +218,8 @@ def _strangers(
 
 
 def _leases(storage: Storage) -> Iterator[Finding]:
-    for name in lease.leases(storage).values():
-        holder = lease.parse(storage.read(name))
-        if holder is not None and not holder.silent() and not is_gone(holder.process):
+    for _, name, holder in lease.holders(storage):
+        if holder is not None and holder.lives():
             text = f"a run is at work: {holder}"
             yield Finding("lease", name, text, "look again when it has ended", damage=False)
         else:

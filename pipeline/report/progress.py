@@ -46,11 +46,6 @@ class Progress:
                 self._bar.close()
 
     @property
-    def images(self) -> int:
-        """Images embedded so far."""
-        return self._images
-
-    @property
     def first_batch_seconds(self) -> float:
         """From the start of this progress to the end of the first batch; 0 before it."""
         return self._first - self._started
