@@ -206,14 +206,15 @@ def test_a_machine_without_dask_is_told_what_to_install(
 
 # Dask leaves the socket that it could not bind to the garbage collector.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_port_that_is_taken_is_said(single: Config, tmp_path: Path) -> None:
+def test_a_port_that_is_taken_is_said(single: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        cluster = ClusterConfig(name="local", workers=1, port=taken.getsockname()[1], tries=1)
+        cluster = ClusterConfig(name="local", workers=1, port=taken.getsockname()[1])
         with pytest.raises(ClusterUnavailable, match="in use") as caught:
             run_job(replace(at(single, tmp_path / "out"), cluster=cluster))
     assert caught.value.exit_code == 2
+    assert "died while it began" not in capsys.readouterr().err
     del caught
     gc.collect()
 

@@ -139,10 +139,11 @@ def _started(cluster: ClusterConfig, workers: dict[int, Any], scheduler: dict[st
                 workers=workers, scheduler=scheduler, security=security(cluster), silence_logs=logging.CRITICAL
             )
         except RuntimeError as error:
-            if number == cluster.tries:
-                reason: BaseException = error
-                while reason.__cause__ is not None:
-                    reason = reason.__cause__
+            reason: BaseException = error
+            while reason.__cause__ is not None:
+                reason = reason.__cause__
+            # A port that is taken stays so.
+            if number == cluster.tries or isinstance(reason, OSError):
                 raise ClusterUnavailable(f"cluster={cluster.name}: its processes do not start: {reason}") from error
             log.warning("a process of the cluster died while it began (%d)", number)
     raise AssertionError("cluster.tries is at least one")
