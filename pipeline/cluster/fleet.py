@@ -171,10 +171,11 @@ class Fleet:
                     continue
                 deaths[shard.index] += _deaths(error)
                 count = deaths[shard.index]
-                log.warning("shard %d: the worker that had it died (%d)", shard.index, count)
+                this = {"shard": shard.index}
+                log.warning("shard %d: the worker that had it died (%d)", shard.index, count, extra=this)
                 if single and count >= self._config.cluster.tries:
                     given_up.append(shard.index)
-                    log.error("shard %d is given up: every worker that had it died", shard.index)
+                    log.error("shard %d is given up: every worker that had it died", shard.index, extra=this)
                 else:
                     (again if count == 1 else alone).append(shard)
         self.given_up = tuple(sorted(given_up))
@@ -237,7 +238,9 @@ class Fleet:
 
     def _hear(self, message: dict[str, Any], on_batch: Callable[[int], None] = lambda _: None) -> ShardReport | None:
         if "log" in message:
-            log.log(message["level"], "%s: %s", message["from"], message["log"])
+            told = {**message["fields"], "plain": message["log"]}
+            logger = logging.getLogger(message["logger"])
+            logger.log(message["level"], "%s: %s", message["from"], message["log"], extra=told)
         if "images" in message:
             on_batch(message["images"])
         if "member" in message:

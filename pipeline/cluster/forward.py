@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
+import socket
 import time
 from typing import Any
+
+from pipeline.log_lines import fields_of
 
 # Batches are told of together, at most so often in seconds.
 TOLD = 0.5
@@ -16,6 +20,8 @@ class Teller:
     def __init__(self, worker: Any, topic: str) -> None:
         self._worker, self._topic = worker, topic
         self._images, self._told = 0, 0.0
+        # The process in whose name a line stands.
+        self.who = {"worker": str(worker.name), "worker_host": socket.gethostname(), "worker_process": os.getpid()}
 
     def tell(self, message: dict[str, Any]) -> None:
         """Send a message."""
@@ -43,4 +49,6 @@ class Forward(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Tell one sentence."""
-        self._teller.tell({"log": record.getMessage(), "level": record.levelno, "from": self._from})
+        fields = {**fields_of(record), **self._teller.who}
+        told = {"log": record.getMessage(), "logger": record.name, "level": record.levelno}
+        self._teller.tell({**told, "from": self._from, "fields": fields})

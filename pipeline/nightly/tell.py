@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from pipeline.metrics import exposition
+from pipeline.metrics.exposition import by, one
 from pipeline.nightly.records import Night
 
 # Seconds that a ping waits, as it must never hold up the night.
@@ -44,7 +44,7 @@ def ping(url: str | None, what: str) -> bool:
 def write_textfile(
     path: Path, *, store: str, exit_code: int, seconds: float, night: Night | None, succeeded: float | None
 ) -> None:
-    """What node_exporter's textfile collector reads, written to a temporary name and renamed.
+    """What node_exporter's textfile collector reads; see :func:`pipeline.metrics.exposition.write_file`.
 
     Args:
         path: of the file, which ends in ``.prom``.
@@ -55,44 +55,22 @@ def write_textfile(
         succeeded: when the newest night with exit code 0 was finished, in seconds since the epoch.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: it cannot be written, or prometheus_client is not installed.
     """
-    lines = list[str]()
-    own = {"store": store}
-
-    def add(name: str, help_text: str, values: Sequence[tuple[Mapping[str, str], float]]) -> None:
-        if values:
-            lines.append(f"# HELP {_NAME}_{name} {help_text}")
-            lines.append(f"# TYPE {_NAME}_{name} gauge")
-            lines.extend(f"{_NAME}_{name}{{{_labels({**own, **labels})}}} {value!r}" for labels, value in values)
-
-    add("last_run_timestamp_seconds", "When the nightly job ended last.", [({}, round(time.time(), 3))])
+    hint = exposition.missing()
+    if hint is not None:
+        raise OSError(hint)
+    metrics = [one("last_run_timestamp_seconds", "When the nightly job ended last.", round(time.time(), 3))]
     if succeeded is not None:
-        add("last_success_timestamp_seconds", "When the newest night with exit code 0 was finished.", [({}, succeeded)])
-    add("exit_code", "Exit code of the last run.", [({}, exit_code)])
-    add("seconds", "Wall time of the last run.", [({}, round(seconds, 3))])
+        told = "When the newest night with exit code 0 was finished."
+        metrics.append(one("last_success_timestamp_seconds", told, succeeded))
+    metrics.append(one("exit_code", "Exit code of the last run.", exit_code))
+    metrics.append(one("seconds", "Wall time of the last run.", round(seconds, 3)))
     if night is not None:
-        rows = [({"status": status}, count) for status, count in night.counts.items()]
-        kinds = [({"kind": kind}, count) for kind, count in night.kinds.items()]
-        add("rows", "Rows of the newest night by status.", rows)
-        add("changes", "Rows of the newest night by what became of them.", kinds)
-        add("embedded_images", "Images that the newest night embedded.", [({}, night.images)])
-        add("images_per_second", "Throughput of the newest night's embedding.", [({}, night.images_per_second)])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Names that do not end in .prom are not collected.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text("\n".join(lines) + "\n")
-        # The collector runs as another user.
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _labels(labels: Mapping[str, str]) -> str:
-    return ",".join(f'{name}="{_escaped(value)}"' for name, value in labels.items())
-
-
-def _escaped(text: str) -> str:
-    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+        metrics += [
+            by("status", "rows", "Rows of the newest night by status.", night.counts),
+            by("kind", "changes", "Rows of the newest night by what became of them.", night.kinds),
+            one("embedded_images", "Images that the newest night embedded.", night.images),
+            one("images_per_second", "Throughput of the newest night's embedding.", night.images_per_second),
+        ]
+    exposition.write_file(path, exposition.to_registry(_NAME, {"store": store}, metrics))

@@ -1,37 +1,63 @@
-"""The log: plain sentences on the terminal, the same with times in ``_run.log`` beside the dataset."""
+"""The log: sentences on the terminal, and with times in ``_run.log`` beside the dataset; or both as JSON lines."""
 
 from __future__ import annotations
 
 import logging
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 from tqdm import tqdm
 
 from pipeline.addresses import explained
-from pipeline.errors import PipelineError, StorageError
+from pipeline.config import Config, LogConfig
+from pipeline.errors import StorageError
+from pipeline.log_lines import JsonLines, ending
 from pipeline.storage.base import Storage
 from pipeline.storage.local import LocalStorage
 
 NAME = "_run.log"
+JSON = "json"
+_TIMES = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 class _Terminal(logging.Handler):
     """Writes above a progress bar, if there is one."""
 
+    def __init__(self, form: LogConfig, run: str) -> None:
+        super().__init__(form.level.upper())
+        if form.format == JSON:
+            self.setFormatter(JsonLines(run))
+
     def emit(self, record: logging.LogRecord) -> None:
         """Write one sentence; a terminal that has gone away does not end the job."""
-        level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
-        _say(f"{level}{record.getMessage()}")
+        if self.formatter is not None:
+            text = self.formatter.format(record)
+        else:
+            level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
+            ours = record.name.partition(".")[0] == "pipeline"
+            text = f"{level}{record.getMessage()}" if ours else f"{level}{record.name}: {record.getMessage()}"
+        with suppress(OSError, ValueError, AttributeError):
+            tqdm.write(text, file=sys.stderr)
+
+    def warn(self, text: str) -> None:
+        """Say what the log itself cannot hold."""
+        self.handle(_record(logging.WARNING, text))
 
 
 class _File(logging.FileHandler):
     """Writes with times to a file; where that fails, as on a full disk, the terminal hears of it once."""
 
     _failed = False
+
+    def __init__(self, path: Path, terminal: _Terminal) -> None:
+        super().__init__(path, encoding="utf-8", errors="backslashreplace")
+        self._terminal = terminal
+        self.setFormatter(terminal.formatter or logging.Formatter(_TIMES))
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Say that the log is not whole."""
@@ -51,67 +77,118 @@ class _File(logging.FileHandler):
     def _tell(self, error: OSError) -> None:
         if not self._failed:
             self._failed = True
-            _say(f"warning: {self.baseFilename}: {error.strerror or error}; lines of the log are lost")
+            self._terminal.warn(f"{self.baseFilename}: {error.strerror or error}; lines of the log are lost")
 
 
-def _say(text: str) -> None:
-    with suppress(OSError, ValueError, AttributeError):
-        tqdm.write(text, file=sys.stderr)
+class _Libraries(logging.Handler):
+    """Hands what libraries warn of to wherever the package's own log goes at that time."""
+
+    def __init__(self, terminal: _Terminal) -> None:
+        super().__init__(logging.WARNING)
+        self._terminal = terminal
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Hand one message on."""
+        for handler in [*logging.getLogger("pipeline").handlers] or [self._terminal]:
+            if record.levelno >= handler.level:
+                handler.handle(record)
 
 
 @contextmanager
-def log_to_terminal() -> Iterator[None]:
-    """Send the package's log to the terminal alone, for doors that make no dataset."""
-    root, handler = logging.getLogger("pipeline"), _Terminal()
-    level, propagate = root.level, root.propagate
-    root.setLevel(logging.INFO)
-    root.propagate = False
+def library_messages(form: LogConfig, run: str) -> Iterator[None]:
+    """Let warnings of libraries that are not silenced where they arise come as lines of the log, under their names.
+
+    For the door of a process: it concerns all of it.
+    """
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        parts = Path(filename).parts
+        # The library as it is installed, else the folder of the file.
+        name = parts[parts.index("site-packages") + 1] if "site-packages" in parts else parts[-2:][0]
+        record = _record(logging.WARNING, str(message), name)
+        record.category, record.place = category.__name__, f"{'/'.join(parts[-2:])}:{lineno}"
+        handler.handle(record)
+
+    root, handler, before = logging.getLogger(), _Libraries(_Terminal(form, run)), warnings.showwarning
     root.addHandler(handler)
+    warnings.showwarning = show
     try:
         yield
     finally:
+        warnings.showwarning = before
         root.removeHandler(handler)
-        root.setLevel(level)
-        root.propagate = propagate
 
 
 @contextmanager
-def log_to(storage: Storage, name: str = NAME) -> Iterator[None]:
+def log_to_terminal(form: LogConfig | None = None, run: str = "") -> Iterator[None]:
+    """Send the package's log to the terminal alone, for doors that make no dataset."""
+    with _handlers(_Terminal(form or LogConfig(), run)):
+        yield
+
+
+@contextmanager
+def log_to(storage: Storage, name: str = NAME, *, form: LogConfig | None = None, run: str = "") -> Iterator[None]:
     """Send the package's log to the terminal and to the file ``name`` of the output, with the error that ends the run.
 
-    An object store gets the log at the end.
+    An object store gets the log at the end. ``run`` names the run: in every line of JSON, once in a file of text.
     """
-    root = logging.getLogger("pipeline")
+    terminal = _Terminal(form or LogConfig(), run)
     with _path(storage, name) as path:
         with explained(str(path)):
-            file = _File(path, encoding="utf-8")
-        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        handlers: list[logging.Handler] = [_Terminal(), file]
-        level, propagate = root.level, root.propagate
-        root.setLevel(logging.INFO)
-        root.propagate = False
-        for handler in handlers:
-            root.addHandler(handler)
+            file = _File(path, terminal)
+        if run and file.formatter is not terminal.formatter:
+            file.handle(_record(logging.INFO, f"run {run}"))
         try:
-            yield
-        except BaseException as error:
-            # The terminal hears of it from the door.
-            fact = error if isinstance(error, PipelineError) else repr(error)
-            trace = None if isinstance(error, PipelineError) else (type(error), error, error.__traceback__)
-            file.handle(logging.LogRecord("pipeline", logging.ERROR, __file__, 0, "%s", (fact,), trace))
-            raise
+            with _handlers(terminal, file):
+                try:
+                    yield
+                except BaseException as error:
+                    # The terminal hears of it from the door.
+                    file.handle(ending(error))
+                    raise
         finally:
-            for handler in handlers:
-                root.removeHandler(handler)
-                handler.close()
-            root.setLevel(level)
-            root.propagate = propagate
+            file.close()
             if not isinstance(storage, LocalStorage):
                 # Nothing depends on the log: a store that is away hides neither the dataset nor the error.
                 try:
                     storage.write(name, path.read_bytes())
                 except StorageError as error:
-                    _say(f"warning: {error}; the log of this run is lost")
+                    terminal.warn(f"{error}; the log of this run is lost")
+
+
+def progress_mode(config: Config) -> str:
+    """``report.progress``, but never a bar among lines of JSON."""
+    mode = config.report.progress
+    return "plain" if config.log.format == JSON and mode in ("auto", "bar") else mode
+
+
+@contextmanager
+def _handlers(*handlers: logging.Handler) -> Iterator[None]:
+    root = logging.getLogger("pipeline")
+    level, propagate = root.level, root.propagate
+    root.setLevel(logging.INFO)
+    root.propagate = False
+    for handler in handlers:
+        root.addHandler(handler)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            root.removeHandler(handler)
+        root.setLevel(level)
+        root.propagate = propagate
+
+
+def _record(level: int, text: str, name: str = "pipeline") -> logging.LogRecord:
+    """A message that comes from no logger."""
+    return logging.LogRecord(name, level, __file__, 0, "%s", (text,), None)
 
 
 @contextmanager

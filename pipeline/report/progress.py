@@ -12,6 +12,7 @@ from types import TracebackType
 from tqdm import tqdm
 
 LINE_SECONDS = 10.0
+LINE = ("rows", "total", "images_per_second", "failed")
 log = logging.getLogger(__name__)
 
 
@@ -30,7 +31,7 @@ class Progress:
         # A terminal that does not tell its size (a bare pty has 0 columns) would get no bar at all.
         size = {"dynamic_ncols": True} if _columns() else {"ncols": 80, "nrows": 24}
         self._bar = tqdm(total=total, initial=done, unit="img", smoothing=0.1, **size) if wanted else None
-        self._started = self._said = time.perf_counter()
+        self._started = self._said = self._moved = time.perf_counter()
         self._streams, self._batches = streams, 0
         self._first = self._last = self._started
         self._warm: tuple[float, int] | None = None
@@ -56,6 +57,15 @@ class Progress:
         if self._warm is None or self._last <= self._warm[0]:
             return 0.0
         return (self._images - self._warm[1]) / (self._last - self._warm[0])
+
+    def figures(self) -> dict[str, float]:
+        """What there is to tell by now: ``rows`` that this run is through with, of ``total``, and so on.
+
+        The rate is that up to the last of them.
+        """
+        rate = self._images / max(self._moved - self._started, 1e-9)
+        told = {"rows": self._rows, "total": self._total, "images": self._images, "failed": self._failed}
+        return {**told, "images_per_second": round(rate, 2)}
 
     def embedded(self, images: int) -> None:
         """Count the images of one more batch."""
@@ -84,11 +94,11 @@ class Progress:
             with suppress(OSError, ValueError):
                 self._bar.set_postfix(failed=self._failed, refresh=False)
                 self._bar.update(rows)
-        now = time.perf_counter()
+        now = self._moved = time.perf_counter()
         if self._plain and now - self._said >= LINE_SECONDS:
             self._said = now
-            rate = self._images / (now - self._started)
-            log.info("%d of %d rows, %.1f images/s, %d failed", self._rows, self._total, rate, self._failed)
+            told = self.figures()
+            log.info("%d of %d rows, %.1f images/s, %d failed", *map(told.get, LINE), extra=told)
 
 
 def _is_terminal() -> bool:

@@ -1,0 +1,140 @@
+"""What a line of the log holds besides its sentence: the run, the shard at hand, and, with ``log.format=json``, all of
+it as one JSON object."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import secrets
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from typing import Any
+
+from pipeline.errors import PipelineError
+
+# What every record has; all else on one was given as ``extra``.
+_STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName", "plain"}
+# Containers within containers deeper than this are written as text, as those that hold themselves would never end.
+_DEPTH = 6
+_SHARD: ContextVar[int | None] = ContextVar("shard", default=None)
+
+
+def new_run() -> str:
+    """A name for a run that no other has: when it began (UTC), and four random bytes."""
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
+
+
+@contextmanager
+def within(shard: int) -> Iterator[None]:
+    """What this thread logs in the body is about ``shard``, and so is an error that leaves it."""
+    token = _SHARD.set(shard)
+    try:
+        yield
+    except Exception as error:
+        if shard_of(error) is None:
+            # Some exceptions take no attributes.
+            with suppress(AttributeError):
+                error.shard = shard  # type: ignore[attr-defined]
+        raise
+    finally:
+        _SHARD.reset(token)
+
+
+def shard_of(error: BaseException) -> int | None:
+    """The shard in whose work an error was raised, if that is known."""
+    found = getattr(error, "shard", None)
+    return found if isinstance(found, int) else None
+
+
+def fields_of(record: logging.LogRecord) -> dict[str, Any]:
+    """What is known besides the sentence, of types that JSON has: the shard, and what was given as ``extra``."""
+    shard = _SHARD.get()
+    fields: dict[str, Any] = {} if shard is None else {"shard": shard}
+    given = {name: value for name, value in record.__dict__.items() if name not in _STANDARD}
+    return {**fields, **_plain(given)}
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object for every message, on one line, in ASCII.
+
+    ``time`` is UTC with milliseconds; ``error`` and ``traceback`` are there for an exception alone. A field of the
+    message that has one of these names stands under it with a ``_`` behind.
+    """
+
+    def __init__(self, run: str) -> None:
+        super().__init__()
+        self._run = run
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line; values that JSON does not know are written as text."""
+        time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        content: dict[str, Any] = {
+            "time": time.replace("+00:00", "Z"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            # Where a text says more for people, as which worker it is from, this is the bare sentence.
+            "message": str(getattr(record, "plain", None) or record.getMessage()),
+        }
+        if self._run:
+            content["run"] = self._run
+        content["process"] = record.process or os.getpid()
+        extras = fields_of(record)
+        if record.exc_info and record.exc_info[0] is not None:
+            content["error"] = record.exc_info[0].__name__
+            content["traceback"] = "".join(traceback.format_exception(*record.exc_info))
+        for name, value in extras.items():
+            content[f"{name}_" if name in content else name] = value
+        return _dumped(content)
+
+
+def ending(error: BaseException, code: int | None = None) -> logging.LogRecord:
+    """What the log says of the error that ends a run; with its traceback where it was not foreseen."""
+    foreseen = isinstance(error, PipelineError)
+    trace = None if foreseen else (type(error), error, error.__traceback__)
+    text = error if foreseen else repr(error)
+    record = logging.LogRecord("pipeline", logging.ERROR, __file__, 0, "%s", (text,), trace)
+    found = {"error": type(error).__name__ if foreseen else None, "shard": shard_of(error), "exit_code": code}
+    record.__dict__.update({name: value for name, value in found.items() if value is not None})
+    return record
+
+
+def _dumped(content: Mapping[str, Any]) -> str:
+    text = json.dumps(content, allow_nan=False)
+    # Half of a pair, as names of files may hold, is no text to most readers of JSON.
+    return text if "\\ud" not in text else json.dumps(_whole(content), allow_nan=False)
+
+
+def _whole(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, Mapping):
+        return {_whole(key): _whole(item) for key, item in value.items()}
+    return [_whole(item) for item in value] if isinstance(value, list) else value
+
+
+def _plain(value: Any, depth: int = 0) -> Any:
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else str(value)
+    if isinstance(value, str):
+        return str(value)
+    if depth < _DEPTH and isinstance(value, Mapping):
+        return {_text(key): _plain(item, depth + 1) for key, item in value.items()}
+    if depth < _DEPTH and isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item, depth + 1) for item in value]
+    return _text(value)
+
+
+def _text(value: Any) -> str:
+    try:
+        return str(value)
+    except Exception:
+        return object.__repr__(value)
