@@ -1,60 +1,90 @@
-"""A few images of the dataset with what was said of them, for the report's page."""
+"""Small pictures of chosen rows of a manifest, for people to look at."""
 
 from __future__ import annotations
 
-import dataclasses
 import io
+import time
+from bisect import bisect_left
+from collections.abc import Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from itertools import islice
 
 import numpy as np
-import pyarrow.parquet as pq
 from PIL import Image
 
-from pipeline.addresses import open_arrow
+from pipeline.images.decode import EXACT, GLANCE
 from pipeline.images.reader import PixelReader
-from pipeline.manifest.shards import ShardReader, cut, refs
+from pipeline.manifest.shards import ShardReader, refs
 from pipeline.manifest.source import Manifest
-from pipeline.records import OK, Failure, Pixels, PreprocessSpec
-from pipeline.report.page import Example
+from pipeline.records import OK, Failure, ImageRef, Piece, PreprocessSpec, Shard
 
 # The square in the middle, which is about what the model saw.
 THUMBNAIL = PreprocessSpec(
     resize=160, crop=(160, 160), resample=Image.Resampling.BICUBIC, mean=(0, 0, 0), std=(1, 1, 1)
 )
-# Rows of the first shard among which examples are spread: a bytes column is not read much further.
+# The first rows, among which examples are spread: a bytes column is not read much further.
 REACH = 512
+# Pictures that are read at once.
+AT_ONCE = 8
 
 
-def gallery(manifest: Manifest, reader: PixelReader, *, part: str, shard_rows: int, count: int) -> list[Example]:
-    """Up to ``count`` embedded images, spread evenly over the first rows of the first shard.
+def spread(statuses: Sequence[str], count: int) -> list[int]:
+    """The places of up to ``count`` embedded rows, spread evenly over ``statuses``."""
+    good = [place for place, status in enumerate(statuses) if status == OK]
+    step = max(1, len(good) // count) if count else 1
+    return good[::step][:count]
 
-    ``part`` is the address of the first shard's part.
+
+def thumbnails(
+    manifest: Manifest, reader: PixelReader, ids: Mapping[int, str], *, seconds: float = 20.0
+) -> dict[int, bytes]:
+    """JPEG bytes by the number of the row in the manifest; what cannot be shown is left out.
+
+    ``ids`` are those of the wanted rows: where the manifest has another one by now, it has another picture.
+    Of a damaged file whatever can be seen is shown, if decoders are processes of their own. After ``seconds`` the rest
+    is left out, too: to reach a late row of a large column of images takes long.
     """
-    if count == 0:
-        return []
-    with open_arrow(part) as file:
-        table = pq.read_table(file, columns=[manifest.id, "label", "score", "status"]).slice(0, REACH)
-    good = [position for position, status in enumerate(table["status"].to_pylist()) if status == OK]
-    step = max(1, len(good) // count)
-    chosen = set(good[::step][:count])
-    examples: list[Example] = []
-    shard = next(cut(manifest, shard_rows))
     # A decoder on the GPU makes pictures of the model's size alone.
-    thumbnails = dataclasses.replace(reader, spec=THUMBNAIL, gpu=None)
-    with ShardReader(manifest) as rows:
-        images = (ref for batch in rows.read(shard) for ref in refs(manifest, batch))
-        for position, ref in enumerate(islice(images, max(chosen, default=-1) + 1)):
-            pixels = thumbnails.read(ref) if position in chosen else None
-            if pixels is None or isinstance(pixels, Failure):
-                continue
-            row = table.slice(position, 1).to_pylist()[0]
-            examples.append(
-                Example(id=str(row[manifest.id]), label=row["label"], score=row["score"], thumbnail=_jpeg(pixels))
-            )
-    return examples
+    lenient = reader.by(EXACT if reader.decoders is None else GLANCE, spec=THUMBNAIL)
+    made: dict[int, bytes] = {}
+    try:
+        with closing(find(manifest, sorted(ids), seconds=seconds)) as found, ThreadPoolExecutor(AT_ONCE) as threads:
+            there = ((number, ref) for number, ref in found if str(ref.id) == ids[number])
+            while some := list(islice(there, AT_ONCE)):
+                for (number, _), pixels in zip(some, threads.map(lenient.read, (ref for _, ref in some)), strict=True):
+                    if not isinstance(pixels, Failure):
+                        made[number] = _jpeg(np.asarray(pixels.rgb))
+    finally:
+        lenient.close()
+    return made
 
 
-def _jpeg(pixels: Pixels) -> bytes:
+def find(manifest: Manifest, numbers: Sequence[int], *, seconds: float) -> Generator[tuple[int, ImageRef]]:
+    """The references of some rows, given in order, from one row group after the other; no more after ``seconds``.
+
+    Raises:
+        ManifestError: the manifest cannot be read any more.
+    """
+    end, begin = time.monotonic() + seconds, 0
+    with ShardReader(manifest) as reader:
+        for file, source in enumerate(manifest.files):
+            for group, rows in enumerate(source.row_groups):
+                wanted = numbers[bisect_left(numbers, begin) : bisect_left(numbers, begin + rows)]
+                if wanted:
+                    piece = Piece(file=file, row_group=group, start=wanted[0] - begin, stop=wanted[-1] + 1 - begin)
+                    at = wanted[0]
+                    for batch in reader.read(Shard(index=0, rows=piece.stop - piece.start, pieces=(piece,))):
+                        chosen = [number for number in wanted if at <= number < at + batch.num_rows]
+                        if chosen:
+                            yield from zip(chosen, refs(manifest, batch.take([n - at for n in chosen])), strict=True)
+                        at += batch.num_rows
+                        if time.monotonic() > end:
+                            return
+                begin += rows
+
+
+def _jpeg(rgb: np.ndarray) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(np.asarray(pixels.rgb)).save(buffer, "JPEG", quality=82)
+    Image.fromarray(rgb).save(buffer, "JPEG", quality=82)
     return buffer.getvalue()

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 from pipeline.config import Config
 from pipeline.members import Member, total_clocks, total_cores
-from pipeline.records import Pace, Stage
+from pipeline.records import Stage
 from pipeline.report import summary
 from pipeline.report.pace import find_pace
+from pipeline.report.records import Pace
 from pipeline.report.spent import Spent
 from pipeline.setup import Prepared
 

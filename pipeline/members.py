@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pipeline.records import Clocks, Stage
+from pipeline.records import Clocks, Stage, Timeline
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,7 @@ class Member:
     child_core_seconds: float = 0.0
     memory: Mapping[str, float] = field(default_factory=dict)
     batch_sizes: tuple[int, ...] = ()
+    timeline: Timeline = field(default_factory=Timeline)
 
     def to_json(self) -> dict[str, Any]:
         """As it travels and is kept: of plain types alone."""
@@ -50,7 +51,8 @@ def from_json(values: Mapping[str, Any]) -> Member:
         TypeError: it is no such thing.
     """
     clocks, sizes = Clocks(**values["clocks"]), tuple(values["batch_sizes"])
-    return Member(**{**values, "clocks": clocks, "batch_sizes": sizes})
+    timeline = Timeline(**values["timeline"])
+    return Member(**{**values, "clocks": clocks, "batch_sizes": sizes, "timeline": timeline})
 
 
 def total_clocks(members: Iterable[Member]) -> Clocks:

@@ -193,6 +193,19 @@ class TextBank:
 
 
 @dataclass(frozen=True, slots=True)
+class Timeline:
+    """Slices of ``width`` seconds from ``began`` (seconds since the epoch) on, one after the other.
+
+    ``amounts`` holds, by stage, the seconds that its threads spent in each slice, and as ``images`` how many were
+    embedded in it.
+    """
+
+    began: float = 0.0
+    width: float = 0.0
+    amounts: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Clocks:
     """Seconds by stage, summed over the threads that spent them; clocks of shards and workers add up.
 
@@ -211,35 +224,11 @@ def _sum(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, floa
 
 
 @dataclass(frozen=True, slots=True)
-class StagePace:
-    """One stage of a run: ``images_per_second`` as parallel as it was (None where no clock tells), the core seconds
-    that it took, those of decoder processes included, and their ``share`` of all."""
-
-    images_per_second: float | None
-    core_seconds: float
-    share: float
-
-
-@dataclass(frozen=True, slots=True)
-class Pace:
-    """How fast a run was against what its stages allow.
-
-    ``bound`` is in images/s: on a CPU the cores over the core seconds of an image, with a GPU the slowest of what it,
-    the cores and the disks do. ``ratio`` is the run's steady throughput over the bound.
-    """
-
-    stages: Mapping[str, StagePace]
-    cores_busy: float
-    bound: float
-    ratio: float
-    verdict: str
-
-
-@dataclass(frozen=True, slots=True)
 class ShardReport:
     """What came of one shard: its part, its rows by status, and whether this run won the commit.
 
-    ``repeats`` counts the rows that share the embedding of an earlier row with the same bytes.
+    ``repeats`` counts the rows that share the embedding of an earlier row with the same bytes. ``began``, when its rows
+    were asked for, and ``ended``, when it was durable, are seconds since the epoch; 0 where nobody has looked.
     """
 
     shard: int
@@ -248,47 +237,5 @@ class ShardReport:
     counts: Mapping[str, int]
     committed: bool
     repeats: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class RunReport:
-    """The throughput report of one run, as written to ``_report.json``; times are seconds.
-
-    ``rows`` counts what this run committed and ``images`` those it embedded, ``resumed_rows`` what earlier
-    runs had committed. ``steady`` throughput leaves out the start-up and the first batch. ``parity`` is None
-    for eager fp32, with which the others are compared, and ``decoder_parity`` for the decoder ``exact``.
-    ``batch_sizes`` has more than one where the device had no memory for the first. ``pace`` is None where nothing was
-    embedded. ``workers`` are the processes that embedded (:mod:`pipeline.members`), ``given_up`` the shards that are
-    not in the dataset, ``repeats`` counts the rows that share the embedding of an earlier row of their shard with the
-    same bytes.
-    """
-
-    started: str
-    rows: int
-    images: int
-    resumed_rows: int
-    total_rows: int
-    wall_seconds: float
-    startup_seconds: float
-    images_per_second: float
-    steady_images_per_second: float
-    stages: Mapping[str, float]
-    bound: str
-    advice: str
-    counts: Mapping[str, int]
-    failures: tuple[Mapping[str, object], ...]
-    labels: Mapping[str, int]
-    prompts: Mapping[str, object]
-    parity: Parity | None
-    decoder_parity: Parity | None
-    batch_sizes: tuple[int, ...]
-    memory: Mapping[str, float]
-    machine: Mapping[str, object]
-    versions: Mapping[str, str]
-    fingerprints: Mapping[str, object]
-    config: Mapping[str, object]
-    exit_code: int
-    pace: Pace | None = None
-    workers: tuple[object, ...] = ()
-    given_up: tuple[int, ...] = ()
-    repeats: int = 0
+    began: float = 0.0
+    ended: float = 0.0

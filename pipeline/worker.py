@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +25,7 @@ from pipeline.failpoints import failpoint
 from pipeline.images.decoders import Decoders
 from pipeline.images.loader import Loader
 from pipeline.images.reader import PixelReader
+from pipeline.log_lines import within
 from pipeline.manifest.source import Manifest
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.reading import pixel_reader, worker_threads
@@ -133,13 +135,21 @@ def embed(
         StorageError: a part or a commit could not be written.
     """
     storage = open_storage(job.config.output.dir)
+    asked: dict[int, float] = {}
+
+    def noted() -> Iterator[Shard]:
+        for shard in shards:
+            asked[shard.index] = time.time()
+            yield shard
 
     def write(result: ShardResult) -> ShardReport:
-        with clocks.time(Stage.WRITE):
+        number = result.rows.shard.index
+        with within(number), clocks.time(Stage.WRITE):
             failpoint("part.build")
             table = build_table(result, job.form)
-            report = commit_part(storage, result.rows.shard.index, table, job.form, count_statuses(result.rows))
-            report = replace(report, repeats=len(result.rows.repeats))
+            report = commit_part(storage, number, table, job.form, count_statuses(result.rows))
+            began = asked.pop(number)
+            report = replace(report, repeats=len(result.rows.repeats), began=began, ended=time.time())
         on_commit(report)
         return report
 
@@ -147,7 +157,7 @@ def embed(
     with (
         ThreadPoolExecutor(1, thread_name_prefix="writer") as writer,
         # Whatever ends the loop ends the loader too, before finished shards are waited for.
-        closing(_results(shards, job, encoder, clocks, on_batch, reader)) as results,
+        closing(_results(noted(), job, encoder, clocks, on_batch, reader)) as results,
     ):
         for result in results:
             pending.append(writer.submit(write, result))
@@ -204,6 +214,7 @@ def _results(
             # On CUDA the clock of the encoder runs until the device is done.
             with clocks.time(Stage.ENCODE):
                 shard.add(batch)
+            clocks.count(len(batch.rows))
             on_batch(len(batch.rows))
 
 
@@ -220,7 +231,8 @@ def _submit(
 
     def work(batch: ImageBatch, number: int) -> Flying:
         try:
-            return launch(batch, encoder, labelling, clocks, number=number)
+            with within(batch.shard.index):
+                return launch(batch, encoder, labelling, clocks, number=number)
         except BaseException as error:
             # Whoever waits for the next batch, which may take long, is told at once.
             loader.fail(error)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -177,14 +176,6 @@ def test_the_page_is_one_file_with_colours_for_light_and_dark() -> None:
     assert re.findall(r"(?:fill|stroke|color): ?#\w+", svg.partition("The figures")[0]) == []
     for variable in set(re.findall(r"var\((--[\w-]+)\)", svg)):
         assert html.count(f"{variable}: #") == 2
-
-
-def test_without_matplotlib_the_page_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    html = page.to_html(plausible()).decode()
-    assert "pip install &#39;clip-pipeline[plots]&#39;" in html or "pip install 'clip-pipeline[plots]'" in html
-    assert "<svg" not in html
-    assert ">58.8<" in html
 
 
 @pytest.mark.parametrize("bench", [plausible(), many()], ids=["cpu", "gpu"])

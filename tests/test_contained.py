@@ -37,7 +37,8 @@ from pipeline.images.sources import Source
 from pipeline.images.wire import CHUNK, TEXT, Answer, Nonsense, State
 from pipeline.job import run_job
 from pipeline.models.hub import DEMO_FOLDER
-from pipeline.records import Failure, ImageRef, Pixels, PreprocessSpec, RunReport
+from pipeline.records import Failure, ImageRef, Pixels, PreprocessSpec
+from pipeline.report.records import RunReport
 from tests.conftest import ROOT, data_folder
 from tests.jobs import StubEncoder, config_for, stub_backend
 

@@ -314,7 +314,7 @@ def test_a_night_that_another_job_began_says_what_to_remove(
 def test_a_night_with_shards_given_up_is_not_told_as_published(
     photos: Collection, tmp_path: Path, door: Callable[..., int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def given_up(config: Config) -> None:
+    def given_up(config: Config, *, run: str) -> None:
         raise ShardsGivenUp("shard 1")
 
     monkeypatch.setattr("pipeline.nightly.embed.run_main_job", given_up)
@@ -653,8 +653,8 @@ def test_the_command_tells_prometheus_and_the_health_check(
         samples = metrics(place)
         label = f'store="{store}"'
         assert samples[f"clip_pipeline_nightly_exit_code{{{label}}}"] == 0
-        assert samples[f'clip_pipeline_nightly_rows{{{label},status="ok"}}'] == 18
-        assert samples[f'clip_pipeline_nightly_changes{{{label},kind="new"}}'] == 20
+        assert samples[f'clip_pipeline_nightly_rows{{status="ok",{label}}}'] == 18
+        assert samples[f'clip_pipeline_nightly_changes{{kind="new",{label}}}'] == 20
         success = samples[f"clip_pipeline_nightly_last_success_timestamp_seconds{{{label}}}"]
         assert door("--date", FIRST, *told) == 0
         assert "published already" in capsys.readouterr().err
@@ -741,3 +741,34 @@ def test_static_quantization_is_refused(photos: Collection, tmp_path: Path) -> N
     config = photos.config(backend={"name": "onnx_int8", "quantization": "static"})
     with pytest.raises(NightError, match="every night would have another model"):
         night(config, tmp_path / "nights", FIRST)
+
+
+def test_a_night_has_a_page_that_compares_it_with_those_before(
+    photos: Collection, tmp_path: Path, door: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = tmp_path / "nights"
+    told = ("--store", str(store), "report.html=true", "log.format=json")
+    assert door("--date", FIRST, *told) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert len({line["run"] for line in lines}) == 1, "the night and its jobs"
+    page = store / f"date={FIRST}" / "_report.html"
+    assert lines[-1]["message"] == f"report: {page}"
+    html = page.read_text()
+    assert f"Night of {FIRST}: 20 of 20 rows embedded" in html
+    assert html.count("data:image/jpeg;base64,") > 10
+    assert "The run over time" in html
+    photos.draw(20)
+    photos.write()
+    assert door("--date", SECOND, *told) == 0
+    html = (store / f"date={SECOND}" / "_report.html").read_text()
+    assert f"Night of {SECOND}: 2 of 21 rows embedded" in html
+    assert f"<td>{FIRST}</td>" in html.partition("Compared with the nights before")[2]
+    # The missing image is looked for each night; nothing else is new.
+    assert door("--date", THIRD, *told) == 0
+    assert "1 of 21 rows embedded" in (store / f"date={THIRD}" / "_report.html").read_text()
+    assert healthy(store / f"date={SECOND}")
+    capsys.readouterr()
+    photos.manifest.unlink()
+    assert door("--date", "2026-11-04", *told) == 2
+    last = json.loads(capsys.readouterr().err.splitlines()[-1])
+    assert (last["level"], last["exit_code"]) == ("error", 2)

@@ -23,7 +23,7 @@ from PIL import Image, ImageOps
 
 from pipeline.config import FORMATS, ManifestConfig
 from pipeline.errors import BackendUnavailable
-from pipeline.gallery import THUMBNAIL, gallery
+from pipeline.gallery import THUMBNAIL, thumbnails
 from pipeline.images import nvidia
 from pipeline.images.baseline import baseline
 from pipeline.images.decode import Decoder
@@ -325,10 +325,10 @@ def test_other_errors_of_the_device_are_not_swallowed() -> None:
 
 def test_without_a_gpu_or_the_package_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     rules: dict[str, Any] = {"formats": ("JPEG",), "exif": "apply", "max_pixels": 10}
-    with pytest.raises(BackendUnavailable, match=r"needs a GPU.*backend\.device is cpu.*images\.decoder=fast"):
+    with pytest.raises(BackendUnavailable, match=r"needs a GPU.*backend\.device is cpu.*images=fast"):
         NvidiaDecoder(CLIP, CPU, **rules)
     monkeypatch.setitem(sys.modules, "nvidia", ModuleType("nvidia"))
-    with pytest.raises(BackendUnavailable, match=r"pip install 'clip-pipeline\[gpu\]'"):
+    with pytest.raises(BackendUnavailable, match=r"nvImageCodec .*: pip install .*\[gpu\]'"):
         NvidiaDecoder(CLIP, torch.device("cuda", 0), **rules)
     box = PreprocessSpec(resize=224, crop=(224, 224), resample=4, mean=CLIP.mean, std=CLIP.std)
     with pytest.raises(BackendUnavailable, match=r"resampling filter 4.*images\.decoder=exact"):
@@ -448,8 +448,6 @@ def test_a_batch_holds_what_both_sides_decoded(tmp_path: Path, every: int, isola
 
 def test_the_pictures_of_a_report_have_their_own_size(tmp_path: Path) -> None:
     manifest = manifest_of(tmp_path, [WHOLE, WHOLE])
-    rows = {"id": [0, 1], "label": ["a", "b"], "score": [0.5, 0.5], "status": ["ok", "ok"]}
-    pq.write_table(pa.table(rows), tmp_path / "part.parquet")
     gpu, codec = decoder()
     reader = PixelReader(
         source=Source(root=str(tmp_path), max_bytes=10**9),
@@ -457,8 +455,8 @@ def test_the_pictures_of_a_report_have_their_own_size(tmp_path: Path) -> None:
         spec=CLIP,
         gpu=gpu,
     )
-    examples = gallery(manifest, reader, part=str(tmp_path / "part.parquet"), shard_rows=10, count=2)
-    assert [Image.open(io.BytesIO(each.thumbnail)).size for each in examples] == [THUMBNAIL.size] * 2
+    pictures = thumbnails(manifest, reader, {0: "0", 1: "1"})
+    assert [Image.open(io.BytesIO(pictures[number])).size for number in (0, 1)] == [THUMBNAIL.size] * 2
     assert codec.events == []
 
 

@@ -3,25 +3,33 @@ from __future__ import annotations
 import io
 import json
 import logging
+import re
 import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from pipeline.config import Config, ImagesConfig, LoaderConfig
 from pipeline.errors import StorageError
-from pipeline.records import Clocks, Pace, Parity, RunReport, Stage, StagePace
+from pipeline.records import Clocks, Parity, Stage, Timeline
 from pipeline.report import page, summary
 from pipeline.report.clocks import StageClocks
+from pipeline.report.history import earlier_runs
 from pipeline.report.logs import NAME, log_to
 from pipeline.report.pace import Cost, Limit, find_limit, find_pace
 from pipeline.report.progress import Progress
+from pipeline.report.records import Pace, RunReport, StagePace
+from pipeline.report.scores import Extremes, Row
 from pipeline.report.spent import Spent, spent
+from pipeline.report.statuses import HINTS
+from pipeline.report.summary import DatasetSummary, Failed
 from pipeline.storage.opening import open_storage
 from tests.conftest import ROOT
 
@@ -51,9 +59,20 @@ REPORT = RunReport(
     machine={"processor": "test", "cores": 2, "device": "cpu"},
     versions={"python": "3.11"},
     fingerprints={"model": "x"},
-    config={"output": {"dir": "out"}},
+    config=asdict(replace(Config(), loader=LoaderConfig(batch_size=96))),
     exit_code=0,
+    timeline=Timeline(began=1767323045.0, width=0.5, amounts={"images": (0.0, 5.0), "decode": (0.5, 1.0)}),
+    scores=(0,) * 39 + (998,),
+    run="20260102T030405Z-1",
 )
+CONTENT = DatasetSummary(
+    labels=REPORT.labels,
+    failed=(Failed(7, "<script>alert(1)</script>", "truncated", "cut & short"),),
+    scores=REPORT.scores,
+    extremes=(Extremes("cat", 600, most=(Row(1, "sure.jpg", "cat", 0.99),), least=(Row(2, "lost.jpg", "cat", 0.12),)),),
+    odd=(Row(2, "lost.jpg", "cat", 0.12),),
+)
+FIRST = Row(number=0, id='a"b.jpg', label="cat", score=0.87)
 
 
 def jpeg() -> bytes:
@@ -77,32 +96,110 @@ class Collector(HTMLParser):
         self.text += data
 
 
+def render(
+    report: RunReport = REPORT,
+    content: DatasetSummary = CONTENT,
+    examples: Sequence[Row] = (),
+    pictures: Mapping[int, bytes] = {},
+) -> str:
+    return page.to_html(page.to_dict(report), content, examples, pictures, output="out").decode()
+
+
 def test_the_page_shows_everything_and_loads_nothing() -> None:
-    example = page.Example(id='a"b.jpg', label="cat", score=0.87, thumbnail=jpeg())
-    html = page.to_html(REPORT, [example], output="out", model="demo").decode()
+    html = render(examples=[FIRST], pictures=dict.fromkeys((0, 1, 2), jpeg()))
     found = Collector()
     found.feed(html)
-    for text in ("898 images in 2 min 5 s: 7.2 images/s, bound by decoding", "Raise loader.workers.", "0.87"):
+    for text in (
+        *(
+            "898 images in 2\N{NO-BREAK SPACE}min 5\N{NO-BREAK SPACE}s: 7.2 images/s, bound by decoding on 2 cores",
+            "0.87",
+        ),
+        *("Raise loader.workers.", "2 of 1,000 rows failed (0.20%)", "the file ends early", "sure.jpg", "lost.jpg"),
+        *("run 20260102T030405Z-1", "2026-01-02 03:04:05 UTC", "loader.batch_size"),
+    ):
         assert text in found.text
     assert "<script>alert(1)</script>" in found.text, "shown as text"
     assert "script" not in {tag for tag, _ in found.tags}
-    links = [value for _, attributes in found.tags for name, value in attributes.items() if name in ("src", "href")]
-    assert len(links) == 1
-    assert str(links[0]).startswith("data:image/jpeg;base64,")
+    pictures = [str(values["src"]) for tag, values in found.tags if tag == "img"]
+    assert len(pictures) == 4
+    assert all(address.startswith("data:image/jpeg;base64,") for address in pictures)
+    assert "no picture can be shown" in found.text, "of the row that failed"
+    links = [str(value) for _, values in found.tags for name, value in values.items() if name.endswith("href")]
+    assert all(link.startswith("#") for link in links)
     assert "@import" not in html
-    assert "url(" not in html
+    assert "url(h" not in html
 
 
 def test_the_page_stands_without_labels_images_and_failures() -> None:
-    bare = replace(REPORT, labels={}, failures=(), stages={}, counts={"ok": 1000})
-    html = page.to_html(bare, [], output="out", model="demo").decode()
-    assert "Examples of failures" not in html
-    assert "<h2>Labels</h2>" not in html
+    bare = replace(REPORT, labels={}, failures=(), stages={}, counts={"ok": 1000}, timeline=None, scores=())
+    html = render(bare, DatasetSummary(labels={}, failed=()))
+    for heading in (
+        "<h2>Labels</h2>",
+        "rows failed (0.20%)",
+        "The run over time",
+        "Some of the images",
+        "Most and least",
+    ):
+        assert heading not in html
+
+
+def test_the_plots_follow_the_colours_of_the_page_and_fit_a_phone() -> None:
+    html = render()
+    found = Collector()
+    found.feed(html)
+    plots = [values for tag, values in found.tags if tag == "svg"]
+    assert [str(values["aria-label"])[:10] for values in plots] == [
+        "Images per",
+        "Images per",
+        "Rows by th",
+        "Rows by th",
+    ]
+    for svg in re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL):
+        used = set(re.findall(r"var\(--([a-z0-9-]+)\)", svg))
+        assert {"ink", "soft"} & used
+        assert not set(re.findall(r"#[0-9a-fA-F]{6}", svg)), "a colour of its own, which dark mode would not change"
+        for name in used:
+            assert len(re.findall(rf"--{name}: ", html)) == 2, "one for light, one for dark"
+    names = re.findall(r'\bid="([^"]+)"', html)
+    assert len(names) == len(set(names))
+
+
+def test_the_page_tells_what_was_set_and_what_the_default_is() -> None:
+    settings = page.settings(REPORT.config)
+    assert [(s.key, s.value, s.usual) for s in settings if s.usual] == [("loader.batch_size", "96", "64")]
+    assert len(settings) > 60
+
+
+def test_every_status_of_the_readme_has_a_hint() -> None:
+    named = set(
+        re.findall(
+            r"`([a-z_]+)`", (ROOT / "README.md").read_text().partition("| status | what")[2].partition("\n\n")[0]
+        )
+    )
+    assert set(HINTS) == {name for name in named if "." not in name}
+
+
+def test_a_report_remembers_the_runs_before_it() -> None:
+    assert earlier_runs(None) == earlier_runs(b"{torn") == earlier_runs(b"[1]") == earlier_runs(b"{}") == ()
+    one = page.to_json(REPORT)
+    [first] = earlier_runs(one)
+    assert (first["images"], first["failed"], first["decoder"], first["device"]) == (898, 2, "exact", "cpu")
+    second = replace(
+        REPORT, history=earlier_runs(one), started="2026-01-03T03:04:05+00:00", steady_images_per_second=16
+    )
+    assert [run["started"][:10] for run in earlier_runs(page.to_json(second))] == ["2026-01-02", "2026-01-03"]
+    text = render(second)
+    assert "Compared with earlier runs" in text
+    assert "(this run)" in text
+    assert "Compared with earlier runs" not in render()
+    many = replace(REPORT, history=tuple({**first} for _ in range(30)))
+    assert len(earlier_runs(page.to_json(many))) == 20
 
 
 def test_the_json_holds_every_field() -> None:
     assert json.loads(page.to_json(REPORT))["labels"] == REPORT.labels
     assert set(json.loads(page.to_json(REPORT))) == set(RunReport.__slots__)
+    assert page.to_dict(REPORT) == json.loads(page.to_json(REPORT))
 
 
 @pytest.mark.parametrize(
@@ -272,8 +369,16 @@ def test_the_page_shows_the_pace_of_every_stage_and_the_bound() -> None:
     )
     report = replace(REPORT, pace=pace, memory={"peak_rss_mib": 512.0, "peak_decoder_mib": 64.0})
     found = Collector()
-    found.feed(page.to_html(report, [], output="out", model="demo").decode())
-    for text in ("All stages together allow 8.4 images/s.", "412.5", "9.25", "90.0%", "95%", "of the bound", "1.9"):
+    found.feed(render(report))
+    for text in (
+        "All stages together allow 8.4 images/s.",
+        "412.5",
+        "9.25",
+        "90.0%",
+        "95%",
+        "of what the stages allow",
+        "1.9",
+    ):
         assert text in found.text
     assert "a decoder 64" in found.text
     assert json.loads(page.to_json(report))["pace"]["stages"]["decode"]["core_seconds"] == 9.25
@@ -359,14 +464,14 @@ def test_the_log_lies_beside_the_dataset(kind: str, tmp_path: Path, capsys: pyte
 
 def test_the_page_tells_how_near_to_fp32_the_backend_is() -> None:
     def text(parity: Parity | None) -> str:
-        return page.to_html(replace(REPORT, parity=parity), [], output="out", model="demo").decode()
+        return render(replace(REPORT, parity=parity))
 
     assert REPORT.parity is not None
     for words in ("Compared with fp32", "0.998750", "98.4 %", "&lt;i&gt;odd&lt;/i&gt;.jpg"):
         assert words in text(REPORT.parity)
     assert "Compared with fp32" not in text(None)
-    decoded = replace(REPORT, decoder_parity=REPORT.parity, config={"images": {"decoder": "fast"}})
-    html = page.to_html(decoded, [], output="out", model="demo").decode()
+    fast = asdict(replace(Config(), images=ImagesConfig(decoder="fast")))
+    html = render(replace(REPORT, decoder_parity=REPORT.parity, config=fast))
     assert "Compared with the exact decoder" in html
     assert "decoded by images.decoder=fast and by exact" in html
     unlabelled = text(replace(REPORT.parity, top1=None))

@@ -12,8 +12,9 @@ from pipeline.bench.door import answer, say, work_folder
 from pipeline.bench.records import Bench, Row
 from pipeline.bench.rounds import Plan, run
 from pipeline.bench.rows import ROWS, read_batches, read_only
-from pipeline.config import AUTO, BackendConfig, Config, LoaderConfig
+from pipeline.config import BackendConfig, Config, LoaderConfig
 from pipeline.errors import ConfigError, Problem
+from pipeline.limits import AUTO
 from pipeline.overrides import compose_config
 
 # Packages whose versions decide the speed, beside those of every report.
@@ -28,7 +29,9 @@ examples:
 
 torch:fp32, uncompiled, is always there: all others are compared with it. Each start of a row exports and
 compiles anew, unless backend.artifacts names a folder to keep. Temporary files of several GiB may be
-needed for large models; they lie in --out while it runs.
+needed for large models; they lie in --out while it runs. The whole job, its stages and other tools: see
+python -m pipeline.bench pipeline --help.
+exit codes: 0 done, 2 wrong config, manifest or machine, 1 interrupted or anything else
 """
 
 

@@ -20,8 +20,6 @@ def to_html(bench: Bench) -> bytes:
     reference = bench.results[0]
     chosen = next(result for result in bench.results if result.title == advice.title)
     one = best(chosen)
-    # Without matplotlib the tables say the same.
-    drawn = plots.available()
     page = environment.get_template("bench.html.j2").render(
         bench=bench,
         advice=advice,
@@ -31,8 +29,8 @@ def to_html(bench: Bench) -> bytes:
             (floored(one.lowest_cosine, 4) if one else tables.ABSENT, "its lowest cosine to torch fp32"),
             (f"{chosen.weight_bytes / 2**20:,.0f} MiB", f"of weights; torch fp32 {_mib(reference.weight_bytes)}"),
         ],
-        accuracy=Markup(plots.accuracy_plot(bench, advice)) if drawn else None,
-        batches=Markup(plots.batch_plot(bench, advice)) if drawn else None,
+        accuracy=Markup(plots.accuracy_plot(bench, advice)),
+        batches=Markup(plots.batch_plot(bench, advice)),
         main=tables.main_table(bench),
         by_batch=tables.batch_table(bench),
         failures=tables.failures(bench),

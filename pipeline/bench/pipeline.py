@@ -13,8 +13,9 @@ from pathlib import Path
 from pipeline.bench import door
 from pipeline.bench.door import answer, say, work_folder
 from pipeline.bench.measured import PipelineBench
-from pipeline.config import CHOICES, Config
+from pipeline.config import Config
 from pipeline.errors import ConfigError, Problem
+from pipeline.limits import CHOICES
 from pipeline.overrides import compose_config
 
 COMMAND = ("python", "-m", "pipeline.bench", "pipeline")
@@ -29,6 +30,7 @@ examples:
 
 Images that cannot be decoded are left out, for every tool alike. The model is saved once more for the other tools,
 and their images are files: both lie in --out while it runs.
+exit codes: 0 done, 2 wrong config, manifest or machine, 1 interrupted or anything else
 """
 
 

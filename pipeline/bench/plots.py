@@ -2,47 +2,22 @@
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.bench.figures import EXACT, Advice, best, rate
 from pipeline.bench.records import Bench, Result
+from pipeline.report.svg import LINE, PAPER, SERIES, SOFT, STYLE, new_figure, to_svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Stand-ins, which the page's variables replace in the SVG: ink, soft, line, paper, then one for each backend.
-INK, SOFT, LINE, PAPER = "#010101", "#020202", "#030303", "#040404"
 BACKENDS = ("torch", "torchscript", "torch_int8", "torch_fp8", "onnx", "onnx_int8", "tensorrt")
-COLOURS = {name: f"#0505{number:02x}" for number, name in enumerate(BACKENDS, start=1)}
-VARIABLES = {INK: "ink", SOFT: "soft", LINE: "line", PAPER: "paper"} | {
-    colour: f"series-{number}" for number, colour in enumerate(COLOURS.values(), start=1)
-}
+COLOURS = dict(zip(BACKENDS, SERIES, strict=True))
 # Marker by precision, and dashes for what is compiled or static.
 MARKERS = {"fp32": "o", "bf16": "s", "fp16": "D", "int8": "^", "fp8": "v"}
-STYLE: Any = {
-    "svg.fonttype": "none",
-    "font.family": "DejaVu Sans",
-    "font.size": 9.5,
-    "axes.edgecolor": LINE,
-    "axes.labelcolor": SOFT,
-    "xtick.color": SOFT,
-    "ytick.color": SOFT,
-    "text.color": INK,
-}
 SPACE = 13.0
-
-
-def available() -> bool:
-    """Whether matplotlib is installed."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        return False
-    return True
 
 
 def accuracy_plot(bench: Bench, advice: Advice) -> str:
@@ -69,7 +44,7 @@ def accuracy_plot(bench: Bench, advice: Advice) -> str:
         axes.plot(x, speed, MARKERS[result.precision], color=_colour(result), markersize=7, markeredgecolor=PAPER)
         spots.append((x, speed, result, result.title == advice.title))
     _name_points(axes, spots)
-    return _svg(figure, "accuracy", "Throughput against accuracy, one point for each backend")
+    return to_svg(figure, "accuracy", "Throughput against accuracy, one point for each backend")
 
 
 def batch_plot(bench: Bench, advice: Advice) -> str:
@@ -100,17 +75,14 @@ def batch_plot(bench: Bench, advice: Advice) -> str:
     axes.set_xlim(sizes[0] / 1.15, sizes[-1] * 1.15 if len(sizes) > 1 else sizes[0] * 2)
     figure.subplots_adjust(right=0.76)
     _name_lines(axes, results, advice)
-    return _svg(figure, "batches", "Throughput by batch size, one line for each backend")
+    return to_svg(figure, "batches", "Throughput by batch size, one line for each backend")
 
 
 def _axes(x: str, y: str) -> tuple[Figure, Axes]:
     import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
+    figure = new_figure(9.6, 4.8)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9.6, 4.8))
-        FigureCanvasAgg(figure)
         axes = figure.add_subplot()
     figure.subplots_adjust(left=0.08, right=0.985, top=0.97, bottom=0.12)
     axes.patch.set_alpha(0)
@@ -222,21 +194,3 @@ def _steps(low: float, high: float) -> list[float]:
     """Round values for a logarithmic axis: 1, 2, 5, or powers of ten where there are many."""
     digits = (1, 2, 5) if high / low < 2000 else (1,)
     return [digit * 10.0**power for power in range(-3, 8) for digit in digits]
-
-
-def _svg(figure: Figure, name: str, title: str) -> str:
-    """The figure as an element for a page: ids of its own, colours by variable, the page's font."""
-    import matplotlib
-
-    buffer = io.BytesIO()
-    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
-    text = buffer.getvalue().decode()
-    text = text[text.index("<svg") :]
-    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)
-    text = re.sub(r'font: ([^;"]*?)\'DejaVu Sans\'[^;"]*', r"font: \1system-ui, sans-serif", text)
-    for colour, variable in VARIABLES.items():
-        text = text.replace(colour, f"var(--{variable})")
-    text = re.sub(r'<svg [^>]*viewBox="([^"]+)"[^>]*>', r'<svg viewBox="\1" role="img" aria-label="@">', text, count=1)
-    return text.replace("@", title, 1).strip()

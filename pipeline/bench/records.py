@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from pipeline.config import PRECISIONS, ParityConfig
+from pipeline.config import ParityConfig
+from pipeline.limits import PRECISIONS
 
 
 @dataclass(frozen=True, slots=True)

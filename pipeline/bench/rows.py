@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from pipeline.bench.records import Row
-from pipeline.config import CHOICES, PRECISIONS, nearest
+from pipeline.config import nearest
 from pipeline.errors import Problem
+from pipeline.limits import CHOICES, PRECISIONS
 
 # A mode of torch.compile that depends on the device, settled by ``for_device``.
 COMPILED = "compiled"

@@ -21,10 +21,10 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
-from PIL import AvifImagePlugin, Image, ImageCms, ImageColor, ImageOps, ImagePalette  # noqa: F401
+from PIL import AvifImagePlugin, Image, ImageCms, ImageColor, ImageFile, ImageOps, ImagePalette  # noqa: F401
 
 from pipeline.failpoints import failpoint
-from pipeline.images.decode import EXACT, Decoder, limit_pixels
+from pipeline.images.decode import EXACT, GLANCE, Decoder, limit_pixels
 from pipeline.images.wire import CRASHED, DONE, OUT_OF_MEMORY, READY, Answer, State, parse_request
 from pipeline.records import Failure, Pixels, PreprocessSpec
 
@@ -132,7 +132,8 @@ def _load_all(decoder: Decoder) -> None:
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1
     for name in _CODECS:
         codecs.lookup(name)
-    if decoder.kind != EXACT:
+    ImageFile.LOAD_TRUNCATED_IMAGES = decoder.kind == GLANCE
+    if decoder.kind not in (EXACT, GLANCE):
         import torch
 
         from pipeline.images import fast

@@ -22,14 +22,15 @@ import struct
 import threading
 import warnings
 import zlib
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
+from pipeline.images.damage import damaged, too_large, unidentified
 from pipeline.images.preprocess import preprocess
 from pipeline.records import Failure, Pixels, PreprocessSpec
 
@@ -39,6 +40,8 @@ T = TypeVar("T")
 LARGE_PIXELS = 16_000_000
 # The decoder that the others are compared with.
 EXACT = "exact"
+# Shows people what can be seen of a damaged file, in a process of its own; no dataset is made with it.
+GLANCE, GLANCE_SIZE = "glance", (320, 320)
 # Rows of deep samples that are scaled at a time.
 BAND = 256
 _one_giant = threading.Lock()
@@ -61,12 +64,6 @@ _DAMAGE = (
     zlib.error,
 )
 _BACKGROUNDS = {"white": (255, 255, 255), "black": (0, 0, 0)}
-_REFUSED = (
-    *(b"%!PS", b"%PDF", b"SIMPLE  =", b"\xd7\xcd\xc6\x9a", b"\xc5\xd0\xd3\xc6", b"<svg", b"<?xml", b"\x89HDF"),
-    *(b"\xff\x0a", b"\0\0\0\x0cJXL "),  # JPEG XL
-)
-_HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
-_KNOWN = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"\0\0\1\0", b"\0\0\0\x0cjP  ", b"qoif")
 # What takes an image that was turned by its EXIF orientation back to how it is stored.
 _UNTURNED = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -77,8 +74,6 @@ _UNTURNED = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_270,
 }
-# Boxes looked at in a file of boxes (AVIF, JPEG 2000); a sound one has a handful.
-_BOXES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +108,7 @@ class Decoder:
 
     def pixels(self, data: bytes, spec: PreprocessSpec) -> Pixels | Failure:
         """The pixels that the model wants, or a failure as :meth:`apply` gives it."""
-        if self.kind == EXACT:
+        if self.kind in (EXACT, GLANCE):
             return self.apply(data, lambda image: preprocess(image, spec))
         from pipeline.images import fast
 
@@ -140,13 +135,13 @@ class Decoder:
         try:
             return self._decode(data, finish, read)
         except Image.DecompressionBombError as error:
-            return Failure("too_many_pixels", str(error))
+            return too_large(error, self.max_pixels)
         except UnidentifiedImageError:
-            return _unidentified(data, self.formats)
+            return unidentified(data, self.formats)
         except MemoryError:
             return Failure("out_of_memory", f"not enough memory to decode {len(data):,} bytes")
         except _DAMAGE as error:
-            return _damaged(error, data)
+            return damaged(error, data)
 
     def _decode(
         self, data: bytes, finish: Callable[[Image.Image], T], read: Callable[[Image.Image], T | None]
@@ -168,6 +163,9 @@ class Decoder:
         # Pillow turns a TIFF as it loads it, and leaves other formats as they are stored.
         turned_on_load = self.exif == "ignore" and image.format == "TIFF"
         orientation = image.getexif().get(ExifTags.Base.Orientation) if turned_on_load else None
+        if self.kind == GLANCE:
+            # JPEG at a fraction of its size, where that is large enough for people.
+            image.draft(None, GLANCE_SIZE)
         # JPEG decodes to RGB at once; other formats keep their own mode until the rule is known.
         image.load()
         if image.width * image.height > self.max_pixels:
@@ -230,63 +228,3 @@ def _deep_to_rgb(image: Image.Image) -> Image.Image:
 
 def _finite(samples: np.ndarray) -> np.ndarray:
     return np.nan_to_num(samples.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
-
-
-def _unidentified(data: bytes, formats: Sequence[str]) -> Failure:
-    head = data[:512].lstrip()
-    if head.startswith(_REFUSED) or (data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS):
-        return Failure("format_not_allowed", f"starts with {head[:8]!r}; images.formats holds {', '.join(formats)}")
-    # Pillow's own tests of the first bytes; the plugins behind them are not let near the data.
-    for name, (_, accept) in Image.OPEN.items():
-        with suppress(IndexError, struct.error):
-            if name not in formats and accept is not None and accept(data[:16]) is True:
-                return Failure("format_not_allowed", f"{name} is not among images.formats")
-    if _ends_early(data):
-        return Failure("truncated", "shorter than its header says")
-    if head.startswith(_KNOWN) or (data[:4] == b"RIFF" and data[8:12] == b"WEBP"):
-        return Failure("corrupt", "the header is damaged")
-    return Failure("not_an_image", f"no known image format; starts with {data[:8]!r}")
-
-
-def _ends_early(data: bytes) -> bool:
-    """Whether a PNG, WebP, TIFF, AVIF or JPEG 2000 file is shorter than it says; Pillow does not tell."""
-    if data[:4] == b"\x89PNG":
-        return b"IEND" not in data
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return len(data) < 8 + int.from_bytes(data[4:8], "little")
-    if data[:4] in (b"II*\0", b"MM\0*"):
-        return len(data) <= int.from_bytes(data[4:8], "little" if data[:2] == b"II" else "big")
-    if data[:4] == b"\xff\x4f\xff\x51":
-        return b"\xff\xd9" not in data[-64:]
-    if data[4:8] not in (b"ftyp", b"jP  "):
-        return False
-    position = 0
-    for _ in range(_BOXES):
-        size = int.from_bytes(data[position : position + 4], "big")
-        if size == 1:
-            size = int.from_bytes(data[position + 8 : position + 16], "big")
-        if size < 8:
-            break
-        position += size
-        if position >= len(data):
-            return position > len(data)
-    return False
-
-
-def _damaged(error: Exception, data: bytes) -> Failure:
-    text = str(error) or type(error).__name__
-    lowered = text.lower()
-    # The last two are torch's.
-    if any(words in lowered for words in ("out of memory", "can't allocate memory", "bad_alloc")):
-        return Failure("out_of_memory", text)
-    if (
-        "truncated" in lowered
-        or "not enough image data" in lowered
-        or "premature" in lowered
-        or isinstance(error, EOFError)
-        or _ends_early(data)
-    ):
-        return Failure("truncated", text)
-    if lowered.startswith("unsupported") or ("conversion" in lowered and "not supported" in lowered):
-        return Failure("unsupported", text)
-    return Failure("corrupt", text)

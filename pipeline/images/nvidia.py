@@ -26,7 +26,7 @@ from typing import Any, Protocol
 
 import torch
 
-from pipeline.errors import BackendUnavailable
+from pipeline.errors import BackendUnavailable, install_hint
 from pipeline.images.baseline import Baseline, baseline
 from pipeline.images.resample import FILTERS, resample
 from pipeline.records import PreprocessSpec
@@ -166,7 +166,7 @@ class Nvimgcodec:
         if device.type != "cuda":
             raise BackendUnavailable(
                 f"images.decoder=gpu needs a GPU, and backend.device is {device.type}; "
-                "take images.decoder=fast or backend.device=cuda"
+                "take images=fast or backend.device=cuda"
             )
         self._module = module = _import()
         self._device = device
@@ -261,8 +261,7 @@ def _import() -> Any:
         from nvidia import nvimgcodec
     except ImportError as error:
         raise BackendUnavailable(
-            f"images.decoder=gpu needs nvImageCodec: pip install 'clip-pipeline[gpu]' ({error}); "
-            "or take images.decoder=fast"
+            f"images.decoder=gpu needs nvImageCodec ({error}): {install_hint('gpu')}; or take images=fast"
         ) from error
     return nvimgcodec
 

@@ -58,9 +58,13 @@ class PixelReader:
 
     def exact(self) -> PixelReader:
         """The same by the decoder ``exact``, with which the others are compared; close it too."""
-        decoder = replace(self.decoder, kind=EXACT)
+        return self.by(EXACT)
+
+    def by(self, kind: str, *, spec: PreprocessSpec | None = None) -> PixelReader:
+        """The same by another decoder of the CPU, for pixels of another size if told so; close it too."""
+        decoder = replace(self.decoder, kind=kind)
         decoders = None if self.decoders is None else self.decoders.like(decoder)
-        return replace(self, decoder=decoder, decoders=decoders, gpu=None)
+        return replace(self, decoder=decoder, decoders=decoders, gpu=None, spec=spec or self.spec)
 
     def read(self, ref: ImageRef) -> Pixels | Failure:
         """Read, decode and preprocess one image."""

@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.errors import install_hint
 from pipeline.nightly.records import Kind, NightError
 from pipeline.processes import cores
 
@@ -113,7 +114,7 @@ def compare(
     try:
         import duckdb
     except ImportError as error:
-        way_out = "pip install -c constraints.txt -e '.[nightly]'"
+        way_out = install_hint("nightly")
         raise NightError(f"nights are compared with DuckDB, which is not installed: {way_out}") from error
     config: dict[str, Any] = {"memory_limit": MEMORY, "temp_directory": str(scratch), "threads": cores()}
     with duckdb.connect(str(scratch / "night.duckdb"), config=config) as database:

@@ -8,14 +8,15 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from pipeline.config import Config
-from pipeline.errors import ConfigError, Interrupted, PipelineError, Problem
+from pipeline.config import Config, LogConfig
+from pipeline.errors import ConfigError, Interrupted, PipelineError, Problem, TooManyFailures
+from pipeline.log_lines import JsonLines, ending, new_run
 from pipeline.nightly.records import PARTITION, SNAPSHOT, Night, Wanted
 from pipeline.nightly.tell import ping, write_textfile
 from pipeline.overrides import compose_config
@@ -45,8 +46,17 @@ the manifest or the store is wrong; 4 the backend missed its parity gate; 75 int
 class _Run:
     """What is known of a run so far, for those it is told to."""
 
+    name: str = field(default_factory=new_run)
+    log: LogConfig = field(default_factory=LogConfig)
     store: Storage | None = None
     night: Night | None = None
+
+    def say_error(self, error: PipelineError) -> None:
+        """As the log is written, once the config says how."""
+        if self.log.format == "json":
+            print(JsonLines(self.name).format(ending(error, error.exit_code)), file=sys.stderr)
+        else:
+            print(f"error: {error}", file=sys.stderr)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,10 +68,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ping(options.ping, "start")
         code = _run(options, run)
     except PipelineError as error:
-        print(f"error: {error}", file=sys.stderr)
+        run.say_error(error)
         code = error.exit_code
     except KeyboardInterrupt:
-        print("error: interrupted; what was committed stays, and the same command goes on", file=sys.stderr)
+        run.say_error(Interrupted("interrupted; what was committed stays, and the same command goes on"))
         code = Interrupted.exit_code
     finally:
         _tell(options, run, code, time.time() - began)
@@ -71,6 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace, run: _Run) -> int:
     days, configs, wanted = _read(options)
+    wanted, run.log = replace(wanted, run=run.name), configs[0].log
     from pipeline.dataset import lease
     from pipeline.nightly.night import run_night
     from pipeline.report.logs import log_to_terminal
@@ -78,12 +89,12 @@ def _run(options: argparse.Namespace, run: _Run) -> int:
 
     run.store = store = open_storage(wanted.store)
     with ExitStack() as opened:
-        with log_to_terminal():
+        with log_to_terminal(run.log, run.name):
             held = opened.enter_context(lease.take(store, seconds=configs[0].output.lease_seconds))
         for day, config in zip(days, configs, strict=True):
             run.night = night = run_night(config, wanted, store, day, held)
             if night.exit_code:
-                print(f"error: {night.verdict}", file=sys.stderr)
+                run.say_error(TooManyFailures(night.verdict))
                 return night.exit_code
     return 0
 
@@ -151,7 +162,7 @@ def _days(options: argparse.Namespace) -> tuple[list[str], list[Problem]]:
 def _tell(options: argparse.Namespace, run: _Run, code: int, seconds: float) -> None:
     from pipeline.report.logs import log_to_terminal
 
-    with log_to_terminal():
+    with log_to_terminal(run.log, run.name):
         if options.textfile is not None:
             from pipeline.nightly.store import last_success
             from pipeline.storage.opening import open_storage

@@ -76,8 +76,12 @@ def twins_of_unread(rows: Iterable[pa.RecordBatch], dataset: Dataset) -> NDArray
     return np.concatenate(found)
 
 
-def run_rows(config: Config, manifest: Manifest, positions: NDArray[np.int64], work: Storage, name: str) -> Dataset:
+def run_rows(
+    config: Config, manifest: Manifest, positions: NDArray[np.int64], work: Storage, name: str, *, run: str
+) -> Dataset:
     """Embed some rows of a manifest into ``work``/``name``; goes on where an earlier run stopped.
+
+    ``run`` is the name of the night's run in its log.
 
     Raises:
         PipelineError: as :func:`pipeline.job.run_job`, except for too many failures: the night is judged as a whole.
@@ -91,16 +95,18 @@ def run_rows(config: Config, manifest: Manifest, positions: NDArray[np.int64], w
             manifest=replace(config.manifest, path=f"{work.url.rstrip('/')}/{file}", keep=[], root=manifest.root),
             output=replace(config.output, dir=open_below(work, name).url),
             errors=replace(config.errors, max_fraction=1.0),
-        )
+        ),
+        run=run,
     )
     return open_dataset(open_below(work, name).url)
 
 
-def run_main_job(config: Config) -> None:
+def run_main_job(config: Config, *, run: str) -> None:
     """The main job; a door that only asks for help does without it."""
     from pipeline.job import run_job
 
-    run_job(config)
+    # The night has a page of its own, which its job would not know enough for.
+    run_job(replace(config, report=replace(config.report, html=False)), run=run)
 
 
 def digest_of(fingerprints: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.config import Config
 from pipeline.dataset import lease, plan
@@ -27,6 +28,7 @@ from pipeline.nightly.rows import Taken, cut_out, read_batches
 from pipeline.nightly.store import append_runs, clear_work, forget, open_below, open_night, read_night
 from pipeline.report.logs import log_to_terminal
 from pipeline.storage.base import Storage
+from pipeline.storage.opening import open_storage
 
 log = logging.getLogger(__name__)
 
@@ -58,27 +60,45 @@ def run_night(config: Config, wanted: Wanted, store: Storage, day: str, held: le
             # Its own exit code stands for a night that is published.
             raise NightUnfinished(f"{day} is not published: {error}") from error
     else:
-        _say(f"{day}: is published already, in {night.dataset or store.url}; nothing to do")
+        told = f"{day}: is published already, in {night.dataset or store.url}; nothing to do"
+        _say(config, wanted, told)
     held.confirm()
-    with log_to_terminal():
+    with log_to_terminal(config.log, wanted.run):
         append_runs(store, night)
+        if config.report.html and night.dataset:
+            _draw(night)
     if wanted.keep:
         for gone in forget(store, day, keep=wanted.keep):
-            _say(f"date={gone}: removed, {wanted.keep} nights are kept")
+            _say(config, wanted, f"date={gone}: removed, {wanted.keep} nights are kept")
     clear_work(store)
     return night
 
 
+def _draw(night: Night) -> None:
+    """Write the page of a night, unless it is there; the night is published, and nothing depends on its page."""
+    from pipeline.drawing import PAGE, redraw
+
+    storage = open_storage(night.dataset)
+    if storage.size(PAGE) is not None:
+        return
+    try:
+        storage.write(PAGE, redraw(night.dataset))
+    except Exception as error:
+        log.warning("%s: its page could not be drawn (%s: %s)", night.dataset, type(error).__name__, error)
+    else:
+        log.info("report: %s/%s", night.dataset, PAGE)
+
+
 def _make(config: Config, wanted: Wanted, store: Storage, day: str, held: lease.Lease) -> Night:
     began = time.time()
-    with log_to_terminal():
+    with log_to_terminal(config.log, wanted.run):
         tonight = prepare(config, wanted, store, day)
         counts = compare_rows(tonight)
         _tell(day, counts)
     try:
         made = _embed(tonight, counts, held)
     except AnotherJob as other:
-        with log_to_terminal():
+        with log_to_terminal(config.log, wanted.run):
             tonight = begin_anew(tonight, str(other))
             counts = compare_rows(tonight)
             _tell(day, counts)
@@ -111,7 +131,7 @@ def _embed(tonight: Tonight, counts: Mapping[str, int], held: lease.Lease) -> Ma
             _compare_jobs(tonight, dataset)
         return Made(dataset, (report_of(dataset.storage),), 0, len(dataset.commits))
     embedded = _run_changed(tonight, counts)
-    with log_to_terminal():
+    with log_to_terminal(tonight.config.log, tonight.wanted.run):
         shared, written = _assemble(tonight, manifest, embedded, held)
     dataset = open_dataset(tonight.target.url)
     return Made(dataset, tuple(report_of(each.storage) for each in embedded.datasets), shared, written)
@@ -137,7 +157,7 @@ def _run_directly(tonight: Tonight, manifest: Manifest) -> Dataset:
         config = replace(config, manifest=replace(config.manifest, path=path, root=manifest.root))
         config = replace(config, errors=replace(config.errors, max_fraction=1.0))
     try:
-        embed.run_main_job(config)
+        embed.run_main_job(config, run=tonight.wanted.run)
     except TooManyFailures:
         # The dataset is complete; the night is judged when it is published.
         log.debug("too many failures")
@@ -150,14 +170,14 @@ def _run_changed(tonight: Tonight, counts: Mapping[str, int]) -> Embedded:
     if not len(own):
         return Embedded((), nothing)
     log.info("%d of %d rows are embedded", len(own), tonight.manifest.rows)
-    first = embed.run_rows(tonight.config, tonight.manifest, own, tonight.work, "delta-0")
+    first = _run_rows(tonight, tonight.config, own, "delta-0")
     _compare_jobs(tonight, first)
     again = nothing
     if counts["duplicate"]:
         again = embed.twins_of_unread(read_batches(tonight.work, COMPARED, ["kind", "delta"]), first)
     if not len(again):
         return Embedded((first,), nothing)
-    second = embed.run_rows(tonight.config, tonight.manifest, again, tonight.work, "delta-1")
+    second = _run_rows(tonight, tonight.config, again, "delta-1")
     return Embedded((first, second), again)
 
 
@@ -182,7 +202,7 @@ def _believe(tonight: Tonight) -> None:
     if embed.signs_of(config, embed.model_now(config)) == previous.signs:
         return
     rows = np.arange(min(config.parity.images, tonight.manifest.rows))
-    _compare_jobs(tonight, embed.run_rows(config, tonight.manifest, rows, tonight.work, "probe"))
+    _compare_jobs(tonight, _run_rows(tonight, config, rows, "probe"))
 
 
 def _assemble(tonight: Tonight, target: Manifest, embedded: Embedded, held: lease.Lease) -> tuple[int, int]:
@@ -231,6 +251,10 @@ def _assemble(tonight: Tonight, target: Manifest, embedded: Embedded, held: leas
     return assemble(work, origins(rows, changed=not whole), held)
 
 
-def _say(text: str) -> None:
-    with log_to_terminal():
+def _run_rows(tonight: Tonight, config: Config, positions: NDArray[np.int64], name: str) -> Dataset:
+    return embed.run_rows(config, tonight.manifest, positions, tonight.work, name, run=tonight.wanted.run)
+
+
+def _say(config: Config, wanted: Wanted, text: str) -> None:
+    with log_to_terminal(config.log, wanted.run):
         log.info("%s", text)

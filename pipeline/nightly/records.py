@@ -40,12 +40,16 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What the nightly job was told besides the config of the main job; ``keep`` is 0 for all nights."""
+    """What the nightly job was told besides the config of the main job; ``keep`` is 0 for all nights.
+
+    ``run`` is the name of this run in its log, and in those of the jobs that it runs.
+    """
 
     store: str
     layout: str = SNAPSHOT
     keep: int = 0
     content: str = "auto"
+    run: str = ""
 
 
 @dataclass(frozen=True, slots=True)

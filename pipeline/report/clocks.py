@@ -8,7 +8,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pipeline.records import Clocks
+from pipeline.records import Clocks, Timeline
+from pipeline.report.timeline import IMAGES, Slices
 
 
 class StageClocks:
@@ -21,6 +22,7 @@ class StageClocks:
         self._lock = threading.Lock()
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._cores: defaultdict[str, float] = defaultdict(float)
+        self._slices = Slices()
         self._marks = threading.local()
         # What this thread did before the run is no part of it.
         self._marks.at = time.thread_time()
@@ -44,8 +46,19 @@ class StageClocks:
         with self._lock:
             self._seconds[stage] += seconds
             self._cores[stage] += core
+            self._slices.spend(stage, seconds, time.perf_counter())
+
+    def count(self, images: int) -> None:
+        """Count images that were embedded just now."""
+        with self._lock:
+            self._slices.add(IMAGES, images, time.perf_counter())
 
     def total(self) -> Clocks:
         """The sums so far."""
         with self._lock:
             return Clocks(dict(self._seconds), dict(self._cores))
+
+    def timeline(self) -> Timeline:
+        """The same by time."""
+        with self._lock:
+            return self._slices.total()

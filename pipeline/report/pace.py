@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pipeline.records import Clocks, Pace, Stage, StagePace
+from pipeline.records import Clocks, Stage
+from pipeline.report.records import Pace, StagePace
 from pipeline.report.spent import Spent
 
 # What the process spent outside of every stage's clock.

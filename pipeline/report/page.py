@@ -4,20 +4,34 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import datetime
+from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
-from pipeline.records import OK, RunReport
+from pipeline.config import Config
+from pipeline.records import OK, Timeline
+from pipeline.report import plots
+from pipeline.report.history import in_short
 from pipeline.report.pace import WAITS, in_words
-from pipeline.report.summary import headline
+from pipeline.report.records import RunReport
+from pipeline.report.scores import Row
+from pipeline.report.statuses import HINTS
+from pipeline.report.summary import DatasetSummary, headline, in_words_of_time
 
 MOST_LABELS = 25
+# Earlier runs that are listed.
+SHOWN_RUNS = 8
+# Tiles of one status.
+TILES = 6
+MISSING = "—"
 
 
 @dataclass(frozen=True, slots=True)
-class _Row:
+class StageRow:
     """A line of the table of stages; ``width`` of the bar in percent, waiting is drawn in grey."""
 
     name: str
@@ -30,60 +44,135 @@ class _Row:
 
 
 @dataclass(frozen=True, slots=True)
-class Example:
-    """One image of the gallery: its row, and a thumbnail as JPEG bytes."""
+class Tile:
+    """One row of the dataset with its picture, as base64 of JPEG bytes (None: there is none to show)."""
 
     id: str
-    label: str | None
-    score: float | None
-    thumbnail: bytes
+    label: str | None = None
+    score: float | None = None
+    jpeg: str | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One key of the config; ``usual`` is its default where the run has another value."""
+
+    key: str
+    value: str
+    usual: str | None
+
+
+def to_dict(report: RunReport) -> dict[str, Any]:
+    """The content of ``_report.json``, of plain types alone."""
+    plain: dict[str, Any] = json.loads(json.dumps(asdict(report), ensure_ascii=False, default=str))
+    return plain
 
 
 def to_json(report: RunReport) -> bytes:
-    """The content of ``_report.json``."""
-    return (json.dumps(asdict(report), indent=2, ensure_ascii=False, default=str) + "\n").encode()
+    """The same as bytes."""
+    return (json.dumps(to_dict(report), indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def to_html(report: RunReport, gallery: Sequence[Example], *, output: str, model: str) -> bytes:
-    """The content of ``_report.html``."""
-    environment = Environment(loader=PackageLoader("pipeline.report", "."), autoescape=True, trim_blocks=True)
-    most = max(report.labels.values(), default=1)
-    page = environment.get_template("page.html.j2").render(
+def to_html(
+    report: Mapping[str, Any],
+    content: DatasetSummary,
+    examples: Sequence[Row],
+    pictures: Mapping[int, bytes],
+    *,
+    output: str,
+) -> bytes:
+    """The content of ``_report.html``.
+
+    Args:
+        report: the content of ``_report.json``.
+        content: what the dataset holds.
+        examples: rows to show first.
+        pictures: JPEG bytes by the number of the row, for all rows that can be shown.
+        output: the address of the dataset.
+    """
+
+    def tiles(rows: Sequence[Row]) -> list[Tile]:
+        # A row that failed to be read again is no picture for a gallery.
+        return [_tile(row, pictures) for row in rows if row.number in pictures]
+
+    most = max(content.labels.values(), default=1)
+    failed = sum(count for status, count in report["counts"].items() if status != OK)
+    page = environment().get_template("page.html.j2").render(
         report=report,
-        headline=headline(report.images, report.wall_seconds, report.images_per_second, report.bound),
+        headline=_headline(report),
         output=output,
-        model=model,
-        failed=sum(count for status, count in report.counts.items() if status != OK),
-        gallery=[
-            {"id": e.id, "label": e.label, "score": e.score, "jpeg": base64.b64encode(e.thumbnail).decode()}
-            for e in gallery
+        model=report["config"]["model"]["name"],
+        started=when(report["started"]),
+        failed=failed,
+        stages=stage_rows(report),
+        timeline=_timeline(report),
+        gallery=tiles(examples),
+        sheet=[
+            (label, most_certain, least_certain)
+            for label in content.extremes
+            if (most_certain := tiles(label.most)) or tiles(label.least)
+            for least_certain in [tiles(label.least)]
         ],
-        stages=_rows(report),
-        labels=[(name, count, 100 * count / most) for name, count in list(report.labels.items())[:MOST_LABELS]],
-        decoder=_decoder(report),
-        config=json.dumps(report.config, indent=2, ensure_ascii=False),
-        fingerprints=json.dumps(report.fingerprints, indent=2, ensure_ascii=False),
-    )
+        statuses=_statuses(report["counts"], content, pictures),
+        odd=tiles(content.odd),
+        labels=[(name, count, 100 * count / most) for name, count in list(content.labels.items())[:MOST_LABELS]],
+        all_labels=len(content.labels),
+        scores=plots.score_plot(content.scores) if content.scores else None,
+        decoder=report["config"]["images"]["decoder"],
+        runs=[] if "night" in report else _runs(report),
+        nights=report.get("nights", []),
+        settings=settings(report["config"]),
+        fingerprints=json.dumps(report["fingerprints"], indent=2, ensure_ascii=False),
+        missing=MISSING,
+    )  # fmt: skip
     return page.encode()
 
 
-def _rows(report: RunReport) -> list[_Row]:
+def environment() -> Environment:
+    """Where the templates of this room are, with the filters that they use."""
+    made = Environment(loader=PackageLoader("pipeline.report", "."), autoescape=True, trim_blocks=True)
+    made.filters["rate"] = lambda value: in_words(value) if value else MISSING
+    made.filters["capital"] = lambda text: f"{text[:1].upper()}{text[1:]}"
+    return made
+
+
+def place_of(machine: Mapping[str, Any], bound: str) -> str:
+    """The part of a machine that a bound is about: its GPU, or so many cores; empty where it is about neither."""
+    if bound not in ("encoding", "decoding"):
+        return ""
+    if "gpu" in machine and bound == "encoding":
+        return str(machine["gpu"])
+    cores = machine["cores"]
+    return "1 core" if cores == 1 else f"{cores} cores"
+
+
+def when(started: str) -> str:
+    """A time as people write it."""
+    try:
+        return datetime.fromisoformat(started).strftime("%Y-%m-%d %H:%M:%S %Z").strip()
+    except ValueError:
+        return started
+
+
+def stage_rows(report: Mapping[str, Any]) -> list[StageRow]:
     """The stages by their share of the core time, or of the seconds of work where that is not known; then the waits."""
-    paces = report.pace.stages if report.pace is not None else {}
-    work = sum(seconds for name, seconds in report.stages.items() if name not in WAITS)
-    longest = max(report.stages.values(), default=0.0) or 1.0
+    stages = report["stages"]
+    paces = report["pace"]["stages"] if report.get("pace") else {}
+    work = sum(seconds for name, seconds in stages.items() if name not in WAITS)
+    longest = max(stages.values(), default=0.0) or 1.0
     rows = []
-    for name in dict.fromkeys([*report.stages, *paces]):
-        seconds, pace = report.stages.get(name), paces.get(name)
+    for name in dict.fromkeys([*stages, *paces]):
+        seconds, pace = stages.get(name), paces.get(name)
         waits = name in WAITS
-        share = None if waits else pace.share if pace is not None else (seconds or 0.0) / (work or 1.0)
+        share = None if waits else pace["share"] if pace is not None else (seconds or 0.0) / (work or 1.0)
         rows.append(
-            _Row(
+            StageRow(
                 name=name,
                 seconds=seconds,
-                cores=pace.core_seconds if pace is not None else None,
+                cores=pace["core_seconds"] if pace is not None else None,
                 share=share,
-                rate=in_words(pace.images_per_second) if pace is not None and pace.images_per_second else "",
+                rate=in_words(pace["images_per_second"]) if pace is not None and pace["images_per_second"] else "",
                 width=100 * (share if share is not None and paces else (seconds or 0.0) / longest),
                 waits=waits,
             )
@@ -91,6 +180,97 @@ def _rows(report: RunReport) -> list[_Row]:
     return sorted(rows, key=lambda row: (row.waits, -(row.share or 0.0), -(row.seconds or 0.0)))
 
 
-def _decoder(report: RunReport) -> str:
-    images = report.config.get("images", {})
-    return str(images.get("decoder", "")) if isinstance(images, dict) else ""
+def timeline_of(report: Mapping[str, Any]) -> Timeline | None:
+    """The slices of a report; None where it has none."""
+    found = report.get("timeline")
+    if not found or not any(any(amounts) for amounts in found["amounts"].values()):
+        return None
+    return Timeline(**found)
+
+
+def settings(config: Mapping[str, Any]) -> list[Setting]:
+    """Every key of a config, with its default where that is another."""
+    usual = _flat(asdict(Config()))
+    return [
+        Setting(
+            key=key, value=_shown(value), usual=_shown(usual[key]) if key in usual and usual[key] != value else None
+        )
+        for key, value in _flat(config).items()
+    ]
+
+
+def _timeline(report: Mapping[str, Any]) -> Any:
+    line = timeline_of(report)
+    if line is None:
+        return None
+    began = datetime.fromisoformat(report.get("timeline_began") or report["started"]).timestamp()
+    wall = report.get("timeline_wall") or report["wall_seconds"]
+    return plots.timeline_plot(line, began=began, wall=wall, startup=report["startup_seconds"])
+
+
+def _headline(report: Mapping[str, Any]) -> str:
+    machine, bound = report["machine"], report["bound"]
+    text = headline(
+        report["images"], report["wall_seconds"], report["images_per_second"], bound, where=place_of(machine, bound)
+    )
+    if "night" in report:
+        night = report["night"]
+        text = (
+            f"Night of {night['date']}: {night['embedded']:,} of {report['rows']:,} rows embedded, the others carried, "
+            f"in {in_words_of_time(report['wall_seconds'])}"
+        )
+    # A number is not parted from its unit.
+    return re.sub(r"(\d) (s|min)\b", "\\1\N{NO-BREAK SPACE}\\2", text)
+
+
+def _tile(row: Row, pictures: Mapping[int, bytes]) -> Tile:
+    picture = pictures.get(row.number)
+    jpeg = base64.b64encode(picture).decode() if picture is not None else None
+    return Tile(id=row.id, label=row.label, score=row.score, jpeg=jpeg)
+
+
+def _statuses(
+    counts: Mapping[str, int], content: DatasetSummary, pictures: Mapping[int, bytes]
+) -> list[tuple[str, int, str, list[Tile]]]:
+    """Every status with its rows, what it means, and some of them."""
+    found = []
+    for status, count in counts.items():
+        rows = [row for row in content.failed if row.status == status][:TILES]
+        tiles = [
+            Tile(
+                id=str(row.id),
+                jpeg=base64.b64encode(pictures[row.number]).decode() if row.number in pictures else None,
+                note=row.error,
+            )
+            for row in rows
+        ]
+        found.append((status, count, "" if status == OK else HINTS.get(status, ""), tiles))
+    return found
+
+
+def _runs(report: Mapping[str, Any]) -> list[tuple[dict[str, Any], float]]:
+    """Earlier runs and this one, oldest first, each with the width of its bar in percent."""
+    runs = [*report.get("history", ())[-SHOWN_RUNS:], in_short(report)]
+    if len(runs) == 1:
+        return []
+    fastest = max(_pace(run) for run in runs) or 1.0
+    return [({**run, "when": when(run["started"]), "pace": _pace(run)}, 100 * _pace(run) / fastest) for run in runs]
+
+
+def _pace(run: Mapping[str, Any]) -> float:
+    return float(run["steady_images_per_second"] or run["images_per_second"])
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys such as ``loader.batch_size``; a mapping such as ``parity.top1`` counts as one value."""
+    return {
+        f"{group}.{name}": value
+        for group, values in config.items()
+        if isinstance(values, Mapping)
+        for name, value in values.items()
+    }
+
+
+def _shown(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 300 else f"{text[:300]} ..."

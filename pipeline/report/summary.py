@@ -17,42 +17,77 @@ import pyarrow.parquet as pq
 
 from pipeline.addresses import open_arrow
 from pipeline.records import OK, Clocks, Stage
+from pipeline.report.scores import Extremes, Row, Scores
 from pipeline.storage.opening import open_storage
 from pipeline.threads import in_order
 
 PACKAGES = ("torch", "transformers", "tokenizers", "pillow", "pyarrow", "numpy", "hydra-core", "fsspec")
 # The encoder waits for images more than this share of its time: then the loader sets the pace.
 WAITING = 0.25
+# Labels of the contact sheet, and its pictures of each at either end of the scores.
+SHEET_LABELS, EACH_END = 12, 4
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """One row that failed; ``number`` counts the rows of the manifest from 0."""
+
+    number: int
+    id: str | int
+    status: str
+    error: str
 
 
 @dataclass(frozen=True, slots=True)
 class DatasetSummary:
-    """What the whole dataset holds: label counts, and the first failures of each status."""
+    """What the whole dataset holds: rows by label, the first failures of each status, and what the scores look like.
+
+    ``scores`` are counts in equal steps from 0 to 1, ``odd`` the rows with the lowest scores of all.
+    """
 
     labels: Mapping[str, int]
-    failures: tuple[Mapping[str, object], ...]
+    failed: tuple[Failed, ...]
+    scores: tuple[int, ...] = ()
+    extremes: tuple[Extremes, ...] = ()
+    odd: tuple[Row, ...] = ()
+
+    @property
+    def failures(self) -> tuple[Mapping[str, object], ...]:
+        """The failures as the report keeps them."""
+        return tuple({"id": row.id, "status": row.status, "error": row.error} for row in self.failed)
 
 
-def summarize(folder: str, parts: Sequence[str], *, id: str, examples: int) -> DatasetSummary:
-    """Read the small columns of every part, several parts at a time."""
+def summarize(folder: str, parts: Sequence[tuple[str, int]], *, id: str, examples: int) -> DatasetSummary:
+    """Read the small columns of every part, several parts at a time.
 
-    def read(part: str) -> pa.Table:
-        with open_arrow(f"{folder.rstrip('/')}/{part}") as file:
-            return pq.read_table(file, columns=[id, "label", "status", "error"], use_threads=False)
+    ``parts`` are names and the number of the first row of each, in order.
+    """
 
-    labels: Counter[str] = Counter()
-    failures: list[Mapping[str, object]] = []
+    def read(part: tuple[str, int]) -> tuple[int, pa.Table]:
+        with open_arrow(f"{folder.rstrip('/')}/{part[0]}") as file:
+            table = pq.read_table(file, columns=[id, "label", "score", "status", "error"], use_threads=False)
+            return part[1], table
+
+    scores = Scores(keep=EACH_END)
+    failed: list[Failed] = []
     seen: Counter[str] = Counter()
-    for table in in_order(read, parts, threads=open_storage(folder).threads):
-        for pair in pc.value_counts(table["label"].drop_null()).to_pylist():
-            labels[pair["values"]] += pair["counts"]
-        failed = table.filter(pc.field("status") != OK)
-        for row in failed.select([id, "status", "error"]).to_pylist():
+    for start, table in in_order(read, parts, threads=open_storage(folder).threads):
+        scores.add(table[id], table["label"], table["score"], start=start)
+        bad = pc.indices_nonzero(pc.not_equal(table["status"], OK))
+        # A few of each kind say more than many of one.
+        for place, row in zip(
+            bad.to_pylist(), table.select([id, "status", "error"]).take(bad).to_pylist(), strict=True
+        ):
             seen[row["status"]] += 1
-            # A few of each kind say more than many of one.
-            if len(failures) < examples and seen[row["status"]] <= max(3, examples // 8):
-                failures.append({"id": row[id], "status": row["status"], "error": row["error"]})
-    return DatasetSummary(labels=dict(labels.most_common()), failures=tuple(failures))
+            if len(failed) < examples and seen[row["status"]] <= max(3, examples // 8):
+                failed.append(Failed(start + place, row[id], row["status"], row["error"]))
+    return DatasetSummary(
+        labels=scores.labels,
+        failed=tuple(failed),
+        scores=scores.histogram,
+        extremes=scores.extremes(SHEET_LABELS),
+        odd=scores.least_certain(EACH_END),
+    )
 
 
 def find_bound(
@@ -144,11 +179,19 @@ def versions(more: Sequence[str] = ()) -> dict[str, str]:
     return found
 
 
-def headline(images: int, wall: float, rate: float, bound: str) -> str:
-    """The report in one sentence."""
-    minutes, seconds = divmod(round(wall), 60)
-    took = f"{minutes} min {seconds} s" if minutes else f"{wall:.1f} s"
-    return f"{images:,} images in {took}: {rate:,.1f} images/s, bound by {bound}"
+def headline(images: int, wall: float, rate: float, bound: str, *, where: str) -> str:
+    """The report in one sentence; ``where`` is what the bound is about, such as ``2 cores``."""
+    bound_by = f"{bound} on {where}" if where else bound
+    return f"{images:,} images in {in_words_of_time(wall)}: {rate:,.1f} images/s, bound by {bound_by}"
+
+
+def in_words_of_time(seconds: float) -> str:
+    """A length of time such as ``45.2 s``, ``3 min 12 s`` or ``5 h 40 min``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, left = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {left} min"
+    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
 
 
 def _processor() -> str:

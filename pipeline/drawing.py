@@ -1,0 +1,127 @@
+"""The page of a run, from its report, its dataset and its pictures."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from pipeline.addresses import open_arrow
+from pipeline.config import Config
+from pipeline.dataset.opened import Dataset, open_dataset
+from pipeline.dataset.recipe import config_of
+from pipeline.errors import PipelineError
+from pipeline.gallery import REACH, THUMBNAIL, spread, thumbnails
+from pipeline.images.reader import PixelReader
+from pipeline.manifest.source import Manifest, open_manifest
+from pipeline.reading import pixel_reader
+from pipeline.report.found import report_of
+from pipeline.report.nights import recent_nights
+from pipeline.report.page import to_html
+from pipeline.report.scores import Row
+from pipeline.report.summary import DatasetSummary, summarize
+
+PAGE = "_report.html"
+log = logging.getLogger(__name__)
+
+
+def draw(
+    report: Mapping[str, Any],
+    content: DatasetSummary,
+    parts: Sequence[tuple[str, int]],
+    *,
+    output: str,
+    manifest: Manifest | None,
+    reader: PixelReader | None,
+    examples: int,
+) -> bytes:
+    """The content of ``_report.html``.
+
+    Args:
+        report: the content of ``_report.json``.
+        content: what the dataset holds.
+        parts: names, and the number of the first row of each.
+        output: the address of the dataset.
+        manifest: where the pictures are found; None shows none.
+        reader: that reads them.
+        examples: how many of the first rows are shown; 0 shows no pictures at all.
+    """
+    some = _examples(f"{output.rstrip('/')}/{parts[0][0]}", parts[0][1], examples) if parts and examples else []
+    pictures: Mapping[int, bytes] = {}
+    if manifest is not None and reader is not None and examples:
+        wanted = {row.number: str(row.id) for row in content.failed}
+        wanted |= {row.number: row.id for row in (*some, *content.odd)}
+        wanted |= {row.number: row.id for label in content.extremes for row in (*label.most, *label.least)}
+        pictures = thumbnails(manifest, reader, wanted)
+    return to_html(report, content, some, pictures, output=output)
+
+
+def try_to_draw(*arguments: Any, output: str, **settings: Any) -> bytes | None:
+    """As :func:`draw`; None where that fails, which is logged: the rows are there, and not at fault."""
+    try:
+        return draw(*arguments, output=output, **settings)
+    except Exception as error:
+        log.warning(
+            "the page of the report could not be drawn (%s: %s); python -m pipeline.report %s draws it again",
+            type(error).__name__,
+            error,
+            output,
+        )
+        return None
+
+
+def redraw(url: str, *, examples: int | None = None) -> bytes:
+    """The page of a finished dataset, from what lies there; the pictures come from where the job found them.
+
+    ``examples`` overrides how many rows are shown; with 0 no picture is read. Pictures that cannot be read any more are
+    left out, with a warning.
+
+    Raises:
+        NoDataset, UnfinishedDataset, StorageError: there is nothing to draw.
+    """
+    dataset = open_dataset(url)
+    config = config_of(dataset.plan.config, dataset.url)
+    report = report_of(dataset.storage, config=asdict(config), fingerprints=dataset.plan.fingerprints)
+    examples = config.report.examples if examples is None else examples
+    parts = [(commit.part, int(start)) for commit, start in zip(dataset.commits, dataset.starts, strict=True)]
+    content = summarize(dataset.url, parts, id=dataset.id, examples=examples or config.report.examples)
+    if "night" in report:
+        report["nights"] = recent_nights(dataset.url, report["night"]["date"])
+    with ExitStack() as opened:
+        manifest = _manifest(config, dataset) if examples else None
+        reader = opened.enter_context(pixel_reader(config, manifest, THUMBNAIL)) if manifest is not None else None
+        return draw(report, content, parts, output=dataset.url, manifest=manifest, reader=reader, examples=examples)
+
+
+def _manifest(config: Config, dataset: Dataset) -> Manifest | None:
+    """The manifest of a dataset, if it is still there and still the same."""
+    path = config.manifest.path
+    try:
+        if path is None:
+            log.warning("%s: its plan names no manifest, so no pictures are shown", dataset.url)
+            return None
+        # Kept columns are in the dataset; the manifest must only lead to the images.
+        manifest = open_manifest(replace(config.manifest, keep=[]))
+    except PipelineError as error:
+        log.warning("no pictures are shown: %s", error)
+        return None
+    if manifest.rows != dataset.plan.rows:
+        log.warning("no pictures are shown: %s has changed since %s was made", path, dataset.url)
+        return None
+    return manifest
+
+
+def _examples(part: str, start: int, count: int) -> list[Row]:
+    with open_arrow(part) as file:
+        parquet = pq.ParquetFile(file)
+        columns = [parquet.schema_arrow.names[0], "label", "score", "status"]
+        table = parquet.read(columns=columns).slice(0, REACH)
+    chosen = spread(table["status"].to_pylist(), count)
+    return [
+        Row(number=start + place, id=str(row[columns[0]]), label=row["label"], score=row["score"])
+        for place, row in zip(chosen, table.take(chosen).to_pylist(), strict=True)
+    ]

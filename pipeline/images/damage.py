@@ -1,0 +1,90 @@
+"""Why an image has no pixels: from what Pillow raised, and from the bytes, to the failure of a row."""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Sequence
+from contextlib import suppress
+
+from PIL import Image
+
+from pipeline.records import Failure
+
+_REFUSED = (
+    *(b"%!PS", b"%PDF", b"SIMPLE  =", b"\xd7\xcd\xc6\x9a", b"\xc5\xd0\xd3\xc6", b"<svg", b"<?xml", b"\x89HDF"),
+    *(b"\xff\x0a", b"\0\0\0\x0cJXL "),  # JPEG XL
+)
+_HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
+_KNOWN = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"\0\0\1\0", b"\0\0\0\x0cjP  ", b"qoif")
+# Boxes looked at in a file of boxes (AVIF, JPEG 2000); a sound one has a handful.
+_BOXES = 64
+
+
+def too_large(error: Image.DecompressionBombError, most: int) -> Failure:
+    """Of an image of more pixels than ``most``; Pillow's own words name another limit."""
+    found = re.search(r"\((\d+) pixels\)", str(error))
+    pixels = f"{int(found[1]):,} pixels" if found else "too many pixels"
+    return Failure("too_many_pixels", f"{pixels}, over images.max_pixels={most:,}")
+
+
+def unidentified(data: bytes, formats: Sequence[str]) -> Failure:
+    """Of bytes that Pillow does not know, or may not open: what they are instead."""
+    head = data[:512].lstrip()
+    if head.startswith(_REFUSED) or (data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS):
+        return Failure("format_not_allowed", f"starts with {head[:8]!r}; images.formats holds {', '.join(formats)}")
+    # Pillow's own tests of the first bytes; the plugins behind them are not let near the data.
+    for name, (_, accept) in Image.OPEN.items():
+        with suppress(IndexError, struct.error):
+            if name not in formats and accept is not None and accept(data[:16]) is True:
+                return Failure("format_not_allowed", f"{name} is not among images.formats")
+    if _ends_early(data):
+        return Failure("truncated", "shorter than its header says")
+    if head.startswith(_KNOWN) or (data[:4] == b"RIFF" and data[8:12] == b"WEBP"):
+        return Failure("corrupt", "the header is damaged")
+    return Failure("not_an_image", f"no known image format; starts with {data[:8]!r}")
+
+
+def _ends_early(data: bytes) -> bool:
+    """Whether a PNG, WebP, TIFF, AVIF or JPEG 2000 file is shorter than it says; Pillow does not tell."""
+    if data[:4] == b"\x89PNG":
+        return b"IEND" not in data
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return len(data) < 8 + int.from_bytes(data[4:8], "little")
+    if data[:4] in (b"II*\0", b"MM\0*"):
+        return len(data) <= int.from_bytes(data[4:8], "little" if data[:2] == b"II" else "big")
+    if data[:4] == b"\xff\x4f\xff\x51":
+        return b"\xff\xd9" not in data[-64:]
+    if data[4:8] not in (b"ftyp", b"jP  "):
+        return False
+    position = 0
+    for _ in range(_BOXES):
+        size = int.from_bytes(data[position : position + 4], "big")
+        if size == 1:
+            size = int.from_bytes(data[position + 8 : position + 16], "big")
+        if size < 8:
+            break
+        position += size
+        if position >= len(data):
+            return position > len(data)
+    return False
+
+
+def damaged(error: Exception, data: bytes) -> Failure:
+    """Of what a plugin of Pillow raised: how the file is damaged."""
+    text = str(error) or type(error).__name__
+    lowered = text.lower()
+    # The last two are torch's.
+    if any(words in lowered for words in ("out of memory", "can't allocate memory", "bad_alloc")):
+        return Failure("out_of_memory", text)
+    if (
+        "truncated" in lowered
+        or "not enough image data" in lowered
+        or "premature" in lowered
+        or isinstance(error, EOFError)
+        or _ends_early(data)
+    ):
+        return Failure("truncated", text)
+    if lowered.startswith("unsupported") or ("conversion" in lowered and "not supported" in lowered):
+        return Failure("unsupported", text)
+    return Failure("corrupt", text)

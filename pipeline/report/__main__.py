@@ -1,0 +1,118 @@
+"""``python -m pipeline.report``: the page of a dataset again, two runs side by side, or the nights of a store."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pipeline.addresses import explained
+from pipeline.aside import own_exit_code
+from pipeline.errors import Interrupted, PipelineError
+
+EXAMPLES = """\
+examples:
+  python -m pipeline.report outputs/demo
+      draw outputs/demo/_report.html again
+  python -m pipeline.report s3://bucket/photos --out photos.html --examples 100
+      a page beside the dataset, with more pictures
+  python -m pipeline.report --compare outputs/monday outputs/tuesday --out compare.html
+      two runs side by side
+  python -m pipeline.report --history nights/runs.parquet --out nights.html
+      every night of a store
+exit codes: 0 written, 2 no dataset there or not a finished one, 75 interrupted, 1 anything else
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line and write a page; returns the exit code."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    given = [options.dataset is not None, options.compare is not None, options.history is not None]
+    if sum(given) != 1:
+        parser.error("give a dataset, or --compare A B, or --history RUNS")
+    try:
+        _write(options)
+    except PipelineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("error: interrupted; nothing was written", file=sys.stderr)
+        return Interrupted.exit_code
+    return 0
+
+
+def _write(options: argparse.Namespace) -> None:
+    from pipeline.report.logs import log_to_terminal
+
+    with log_to_terminal():
+        if options.compare is not None:
+            from pipeline.report.compare import compare_page
+
+            one, other = options.compare
+            place = _save(options.out or "compare.html", compare_page(_report(one), _report(other), names=(one, other)))
+        elif options.history is not None:
+            from pipeline.report.nights import history_page
+
+            place = _save(options.out or "nights.html", history_page(options.history))
+        else:
+            from pipeline.drawing import PAGE, redraw
+
+            page = redraw(options.dataset, examples=options.examples)
+            place = _save(options.out, page) if options.out else _put(options.dataset, PAGE, page)
+    print(place)
+
+
+def _report(url: str) -> dict[str, Any]:
+    """The report of a dataset."""
+    from pipeline.dataset.plan import read
+    from pipeline.dataset.recipe import config_of
+    from pipeline.errors import NoDataset
+    from pipeline.report.found import report_of
+    from pipeline.storage.opening import open_storage
+
+    storage = open_storage(url)
+    plan = read(storage)
+    if plan is None:
+        raise NoDataset(f"{storage.url}: no dataset is here; give the output.dir of a job")
+    config = asdict(config_of(plan.config, storage.url))
+    return report_of(storage, config=config, fingerprints=plan.fingerprints)
+
+
+def _save(path: str, page: bytes) -> str:
+    with explained(path):
+        Path(path).write_bytes(page)
+    return path
+
+
+def _put(url: str, name: str, page: bytes) -> str:
+    from pipeline.storage.opening import open_storage
+
+    storage = open_storage(url)
+    storage.write(name, page)
+    return f"{storage.url.rstrip('/')}/{name}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.report",
+        description="Draw the page of a dataset again, two runs side by side, or the nights of a store.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("dataset", metavar="DATASET", nargs="?", help="a finished dataset: a folder or an address")
+    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two datasets whose runs stand side by side")
+    parser.add_argument("--history", metavar="RUNS", help="the runs.parquet of a store of nights, or the store")
+    parser.add_argument(
+        "--out", metavar="FILE", help="where the page goes [DATASET/_report.html, compare.html or nights.html]"
+    )
+    parser.add_argument("--examples", type=int, metavar="N", help="how many rows are shown; 0 reads no picture")
+    return parser
+
+
+if __name__ == "__main__":
+    with own_exit_code():
+        raise SystemExit(main())

@@ -1,0 +1,216 @@
+"""Two runs side by side: figures, stages, time lines, labels, and what was set otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from markupsafe import Markup
+
+from pipeline.records import OK
+from pipeline.report.pace import WAITS, in_words
+from pipeline.report.page import environment, place_of, settings, timeline_of, when
+from pipeline.report.plots import bare, clock
+from pipeline.report.svg import LINE, SERIES, new_figure, plot
+from pipeline.report.timeline import IMAGES
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Labels whose share moved most.
+MOVED = 12
+NEVER = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One figure of both runs as text, and what the second is to the first."""
+
+    name: str
+    a: str
+    b: str
+    change: str = NEVER
+
+
+@dataclass(frozen=True, slots=True)
+class Bars:
+    """One stage of both runs: core seconds (or seconds) for 1,000 images, and the bars' widths in percent."""
+
+    name: str
+    a: float
+    b: float
+    width_a: float
+    width_b: float
+    waits: bool
+
+
+def compare_page(a: Mapping[str, Any], b: Mapping[str, Any], *, names: tuple[str, str]) -> bytes:
+    """A page that shows two reports side by side.
+
+    Args:
+        a: the content of a ``_report.json``, whole as :func:`~pipeline.report.found.report_of` returns it.
+        b: the other.
+        names: what they are called, such as the addresses of the datasets.
+    """
+    page = environment().get_template("compare.html.j2").render(
+        headline=headline(a, b),
+        names=names,
+        started=(when(a["started"]), when(b["started"])),
+        lines=_lines(a, b),
+        stages=_stages(a, b),
+        plot=_plot(a, b),
+        statuses=_counts(a["counts"], b["counts"]),
+        labels=_labels(a, b),
+        settings=_settings(a["config"], b["config"]),
+        versions=_counts_of_text(a["versions"], b["versions"]),
+        advice=(a["advice"], b["advice"]),
+    )  # fmt: skip
+    return page.encode()
+
+
+def headline(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
+    """The comparison in one sentence."""
+    one, other = _pace(a), _pace(b)
+    if not one or not other:
+        idle = (
+            "Neither run embedded anything" if one == other else f"The {'second' if one else 'first'} embedded nothing"
+        )
+        return f"{idle}, so there are no paces to compare"
+    ratio = other / one
+    told = f"{in_words(one)} and {in_words(other)} images/s once under way"
+    if 0.97 <= ratio <= 1.03:
+        return f"Both ran at the same pace: {told}"
+    if ratio > 1:
+        return f"The second ran {ratio:.2f} times as fast as the first: {told}"
+    return f"The second ran at {ratio:.0%} of the first's pace: {told}"
+
+
+def _pace(report: Mapping[str, Any]) -> float:
+    return float(report["steady_images_per_second"] or report["images_per_second"] or 0.0)
+
+
+def _lines(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Line]:
+    def number(name: str, of: Any, form: str = "{:,.1f}") -> Line:
+        one, other = of(a), of(b)
+        if one is None or other is None:
+            return Line(name, *("—" if value is None else form.format(value) for value in (one, other)))
+        change = f"x {other / one:.2f}" if one and other and one != other else NEVER
+        return Line(name, form.format(one), form.format(other), change)
+
+    def bound(report: Mapping[str, Any]) -> str:
+        where = place_of(report["machine"], report["bound"])
+        return f"{report['bound']} on {where}" if where else str(report["bound"])
+
+    parity = "{:.6f}"
+    lines = [
+        number("images/s once under way", _pace),
+        number("images/s with start-up", lambda report: report["images_per_second"]),
+        number("seconds", lambda report: report["wall_seconds"]),
+        number("seconds to the first batch", lambda report: report["startup_seconds"]),
+        Line("bound by", bound(a), bound(b)),
+        number("of what the stages allow, %", lambda report: 100 * report["pace"]["ratio"] if report["pace"] else None),
+        number("cores busy", lambda report: report["pace"]["cores_busy"] if report["pace"] else None),
+        number("peak memory, MiB", lambda report: report["memory"].get("peak_rss_mib"), "{:,.0f}"),
+        number("GPU memory, MiB", lambda report: report["memory"].get("peak_gpu_mib"), "{:,.0f}"),
+        number("rows of the dataset", lambda report: report["total_rows"], "{:,}"),
+        number("images embedded", lambda report: report["images"], "{:,}"),
+        number("rows failed", _failed, "{:,}"),
+        number("lowest cosine to fp32", lambda report: (report["parity"] or {}).get("lowest_cosine"), parity),
+        number("lowest cosine to exact", lambda report: (report["decoder_parity"] or {}).get("lowest_cosine"), parity),
+        Line("exit code", str(a["exit_code"]), str(b["exit_code"])),
+    ]
+    lines += [
+        Line(name, str(a["machine"].get(name, "—")), str(b["machine"].get(name, "—")))
+        for name in dict.fromkeys([*a["machine"], *b["machine"]])
+    ]
+    return [line for line in lines if {line.a, line.b} != {"—"}]
+
+
+def _failed(report: Mapping[str, Any]) -> int:
+    return sum(count for status, count in report["counts"].items() if status != OK)
+
+
+def _stages(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Bars]:
+    """What 1,000 images cost in each stage, so that runs of different lengths compare."""
+
+    def costs(report: Mapping[str, Any]) -> dict[str, float]:
+        images = report["images"] or 1
+        paces = report["pace"]["stages"] if report["pace"] else {}
+        found = {name: paces[name]["core_seconds"] for name in paces}
+        found |= {name: report["stages"][name] for name in WAITS if name in report["stages"]}
+        return {name: 1000 * seconds / images for name, seconds in found.items()}
+
+    one, other = costs(a), costs(b)
+    longest = max([*one.values(), *other.values()], default=0.0) or 1.0
+    names = sorted(dict.fromkeys([*one, *other]), key=lambda name: (name in WAITS, -one.get(name, 0.0)))
+    return [
+        Bars(
+            name=name,
+            a=one.get(name, 0.0),
+            b=other.get(name, 0.0),
+            width_a=100 * one.get(name, 0.0) / longest,
+            width_b=100 * other.get(name, 0.0) / longest,
+            waits=name in WAITS,
+        )
+        for name in names
+    ]
+
+
+def _plot(a: Mapping[str, Any], b: Mapping[str, Any]) -> Markup | None:
+    """Images a second of both, each from its own first slice on; None unless both have a time line."""
+    lines = [timeline_of(a), timeline_of(b)]
+    if None in lines:
+        return None
+
+    def draw(width: float) -> Figure:
+        figure = new_figure(width, 2.6)
+        axes = figure.subplots()
+        figure.subplots_adjust(left=0.8 / width, right=1 - 0.15 / width, top=0.96, bottom=0.18)
+        bare(axes)
+        last = 0.0
+        for line, colour in zip(lines, (SERIES[0], SERIES[1]), strict=True):
+            assert line is not None
+            # The last slice is seldom full.
+            rate = np.array(line.amounts.get(IMAGES, (0.0,)))[:-1] / line.width
+            if len(rate):
+                edges = line.width * np.arange(len(rate) + 1)
+                axes.stairs(rate, edges, color=colour, linewidth=1.6)
+                last = max(last, float(edges[-1]))
+        axes.set_xlim(0, last or 1.0)
+        axes.set_ylim(bottom=0)
+        axes.set_ylabel("images/s")
+        axes.set_xlabel("since the first image")
+        axes.xaxis.set_major_formatter(lambda seconds, _: clock(seconds))
+        axes.yaxis.set_major_formatter("{x:,g}")
+        axes.locator_params(axis="y", nbins=4)
+        axes.grid(axis="y", color=LINE, linewidth=0.6)
+        return figure
+
+    return plot("pace", "Images per second of both runs over time", draw)
+
+
+def _counts(a: Mapping[str, int], b: Mapping[str, int]) -> list[tuple[str, int, int]]:
+    return [(name, a.get(name, 0), b.get(name, 0)) for name in dict.fromkeys([*a, *b])]
+
+
+def _counts_of_text(a: Mapping[str, str], b: Mapping[str, str]) -> list[Line]:
+    return [
+        Line(name, a.get(name, "—"), b.get(name, "—")) for name in dict.fromkeys([*a, *b]) if a.get(name) != b.get(name)
+    ]
+
+
+def _labels(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, float, float]]:
+    """The labels whose share of the labelled rows moved most: the shares in both."""
+    one, other = a.get("labels") or {}, b.get("labels") or {}
+    all_one, all_other = sum(one.values()) or 1, sum(other.values()) or 1
+    shares = [(name, one.get(name, 0) / all_one, other.get(name, 0) / all_other) for name in {**one, **other}]
+    moved = [share for share in shares if share[1] != share[2]]
+    return sorted(moved, key=lambda share: -abs(share[1] - share[2]))[:MOVED]
+
+
+def _settings(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Line]:
+    one = {setting.key: setting.value for setting in settings(a)}
+    other = {setting.key: setting.value for setting in settings(b)}
+    return _counts_of_text(one, other)

@@ -1,0 +1,52 @@
+"""Earlier runs of the same job, as each report keeps them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.records import OK
+
+# Runs that a report remembers besides its own.
+KEPT = 20
+
+
+def earlier_runs(previous: bytes | None) -> tuple[Mapping[str, Any], ...]:
+    """From the ``_report.json`` of the run before: that run in short, and those that it remembered, oldest first.
+
+    Empty where there is none, or one that cannot be read.
+    """
+    try:
+        report = json.loads(previous or b"null")
+        return (*report.get("history", ()), in_short(report))[-KEPT:]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return ()
+
+
+def in_short(report: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures of a report by which runs are compared.
+
+    Raises:
+        KeyError, TypeError: it is no report of the main job.
+    """
+    config, machine = report["config"], report["machine"]
+    return {
+        "started": report["started"],
+        "rows": report["rows"],
+        "images": report["images"],
+        "failed": sum(count for status, count in report["counts"].items() if status != OK),
+        "wall_seconds": report["wall_seconds"],
+        "startup_seconds": report["startup_seconds"],
+        "images_per_second": report["images_per_second"],
+        "steady_images_per_second": report["steady_images_per_second"],
+        "bound": report["bound"],
+        "backend": config["backend"]["name"],
+        "precision": config["backend"]["precision"],
+        "decoder": config["images"]["decoder"],
+        "cluster": config["cluster"]["name"],
+        "device": machine.get("gpu", machine["device"]),
+        "cores": machine["cores"],
+        "peak_rss_mib": report["memory"].get("peak_rss_mib"),
+        "exit_code": report["exit_code"],
+    }

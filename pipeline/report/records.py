@@ -1,0 +1,82 @@
+"""The frozen types of a report: how fast a run was, and all that is told of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pipeline.records import Parity, Timeline
+
+
+@dataclass(frozen=True, slots=True)
+class StagePace:
+    """One stage of a run: ``images_per_second`` as parallel as it was (None where no clock tells), the core seconds
+    that it took, those of decoder processes included, and their ``share`` of all."""
+
+    images_per_second: float | None
+    core_seconds: float
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How fast a run was against what its stages allow.
+
+    ``bound`` is in images/s: on a CPU the cores over the core seconds of an image, with a GPU the slowest of what it,
+    the cores and the disks do. ``ratio`` is the run's steady throughput over the bound.
+    """
+
+    stages: Mapping[str, StagePace]
+    cores_busy: float
+    bound: float
+    ratio: float
+    verdict: str
+
+
+@dataclass(frozen=True, slots=True)
+class RunReport:
+    """The throughput report of one run, as written to ``_report.json``; times are seconds.
+
+    ``rows`` counts what this run committed and ``images`` those it embedded, ``resumed_rows`` what earlier
+    runs had committed. ``steady`` throughput leaves out the start-up and the first batch. ``parity`` is None
+    for eager fp32, with which the others are compared, and ``decoder_parity`` for the decoder ``exact``.
+    ``batch_sizes`` has more than one where the device had no memory for the first. ``pace`` is None where nothing was
+    embedded. ``workers`` are the processes that embedded (:mod:`pipeline.members`), ``given_up`` the shards that are
+    not in the dataset, ``repeats`` counts the rows that share the embedding of an earlier row of their shard with the
+    same bytes. ``timeline`` adds up all processes, ``scores`` counts rows by their best score in equal steps from 0 to
+    1, ``history`` are earlier runs in short, oldest first. ``run`` is the name of the run in its log and its metrics.
+    """
+
+    started: str
+    rows: int
+    images: int
+    resumed_rows: int
+    total_rows: int
+    wall_seconds: float
+    startup_seconds: float
+    images_per_second: float
+    steady_images_per_second: float
+    stages: Mapping[str, float]
+    bound: str
+    advice: str
+    counts: Mapping[str, int]
+    failures: tuple[Mapping[str, object], ...]
+    labels: Mapping[str, int]
+    prompts: Mapping[str, object]
+    parity: Parity | None
+    decoder_parity: Parity | None
+    batch_sizes: tuple[int, ...]
+    memory: Mapping[str, float]
+    machine: Mapping[str, object]
+    versions: Mapping[str, str]
+    fingerprints: Mapping[str, object]
+    config: Mapping[str, object]
+    exit_code: int
+    pace: Pace | None = None
+    workers: tuple[object, ...] = ()
+    given_up: tuple[int, ...] = ()
+    repeats: int = 0
+    timeline: Timeline | None = None
+    scores: tuple[int, ...] = ()
+    history: tuple[Mapping[str, object], ...] = ()
+    run: str = ""

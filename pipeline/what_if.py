@@ -1,0 +1,102 @@
+"""What another decoder would make of a run, from pictures of the run itself."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from pipeline.errors import PipelineError
+from pipeline.gallery import find
+from pipeline.images.reader import PixelReader
+from pipeline.manifest.source import Manifest
+from pipeline.records import ImageRef, Stage
+from pipeline.report.pace import Cost, find_limit, in_words
+from pipeline.report.records import Pace
+
+# The next faster decoder.
+FASTER = {"exact": "fast", "fast": "scaled"}
+# A run that was shorter than this is not worth the seconds that the comparison takes.
+LONG = 30.0
+# Pictures that are decoded twice, among the first rows of the manifest, and what reading them may take.
+PICTURES, REACH, SECONDS = 24, 2048, 10.0
+# Below this gain the decoder is not what to change.
+GAIN = 1.2
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Faster:
+    """What a run would have been with another decoder: how much faster that decodes, and images/s of the whole."""
+
+    decoder: str
+    times: float
+    images_per_second: float
+
+    @property
+    def advice(self) -> str:
+        """In words."""
+        if self.times < GAIN:
+            return (
+                f"images.decoder={self.decoder} would hardly help: of {PICTURES} of these images it decodes "
+                f"{self.times:.1f} times as many a second; smaller images or more cores would"
+            )
+        return (
+            f"images.decoder={self.decoder} would give about {in_words(self.images_per_second)} images/s (it decodes "
+            f"{self.times:.1f} times as many of these images a second)"
+        )
+
+
+def faster_decoder(
+    manifest: Manifest, reader: PixelReader, pace: Pace | None, *, images: int, wall: float, cores: int, device: str
+) -> Faster | None:
+    """Decode some pictures by the decoder of the run and by the next faster one, and reckon; None for a short run.
+
+    Args:
+        manifest: of the run.
+        reader: of the run.
+        pace: what its stages cost.
+        images: how many it embedded.
+        wall: seconds that it took.
+        cores: that it could use.
+        device: type of the encoder's device, such as ``cpu``.
+    """
+    kind = reader.decoder.kind
+    if wall < LONG or pace is None or kind not in FASTER or reader.gpu is not None or Stage.DECODE not in pace.stages:
+        return None
+    count = min(manifest.rows, REACH)
+    numbers = sorted({place * count // PICTURES for place in range(PICTURES)})
+    try:
+        refs = [ref for _, ref in find(manifest, numbers, seconds=SECONDS)]
+        now, then = (_seconds(reader, each, refs) for each in (kind, FASTER[kind]))
+    except PipelineError as error:
+        # The run is over; whatever this would have told is not worth an error.
+        log.debug("%s", error)
+        return None
+    if not now or not then:
+        return None
+    costs = {
+        name: Cost(
+            stage.core_seconds / images * (then / now if name == Stage.DECODE else 1.0),
+            stage.images_per_second or float("inf"),
+        )
+        for name, stage in pace.stages.items()
+    }
+    limit = find_limit(costs, cores=cores, device=device)
+    return Faster(FASTER[kind], now / then, limit.images_per_second * min(1.0, pace.ratio))
+
+
+def _seconds(reader: PixelReader, kind: str, refs: list[ImageRef]) -> float:
+    """What decoding takes; the first picture, which starts a process, does not count."""
+    spent = 0.0
+
+    def add(stage: str, seconds: float) -> None:
+        nonlocal spent
+        spent += seconds if stage == Stage.DECODE else 0.0
+
+    other = reader.by(kind)
+    try:
+        other.read(refs[0])
+        other.read_all(refs, add)
+    finally:
+        other.close()
+    return spent

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from pipeline import gallery
+from pipeline.config import Config
+from pipeline.gallery import THUMBNAIL, find, spread, thumbnails
+from pipeline.manifest.source import Manifest, open_manifest
+from pipeline.reading import pixel_reader
+from pipeline.records import Stage
+from pipeline.report.records import Pace, StagePace
+from pipeline.what_if import Faster, faster_decoder
+
+
+def photo(shade: int, *, size: tuple[int, int] = (300, 200)) -> bytes:
+    noise = np.random.default_rng(shade).integers(0, 60, (*size[::-1], 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise + np.uint8(shade)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def manifest_of(folder: Path, images: list[bytes | None], group: int = 5) -> tuple[Manifest, Config]:
+    path = folder / "m.parquet"
+    pq.write_table(pa.table({"id": [f"n{i}" for i in range(len(images))], "image": images}), path, row_group_size=group)
+    config = Config()
+    config = replace(config, manifest=replace(config.manifest, path=str(path), image="image"))
+    return open_manifest(config.manifest), config
+
+
+def test_the_pictures_are_those_of_their_rows(tmp_path: Path) -> None:
+    manifest, config = manifest_of(tmp_path, [photo(10 * i) for i in range(18)])
+    with pixel_reader(config, manifest, THUMBNAIL) as reader:
+        made = thumbnails(manifest, reader, {2: "n2", 3: "n3", 4: "another", 16: "n16"})
+    assert sorted(made) == [2, 3, 16], "another picture has taken the place of n4"
+    for number, data in made.items():
+        image = Image.open(io.BytesIO(data))
+        assert image.size == (160, 160)
+        assert np.asarray(image).mean() == pytest.approx(10 * number + 29.5, abs=3)
+
+
+def test_of_a_damaged_file_whatever_can_be_seen_is_shown(tmp_path: Path) -> None:
+    whole = photo(150)
+    manifest, config = manifest_of(tmp_path, [whole[: len(whole) // 2], b"no picture", None, b""])
+    with pixel_reader(config, manifest, THUMBNAIL) as reader:
+        made = thumbnails(manifest, reader, {i: f"n{i}" for i in range(4)})
+    assert sorted(made) == [0]
+    rows = np.asarray(Image.open(io.BytesIO(made[0]))).mean(axis=(1, 2))
+    assert rows[:40].mean() == pytest.approx(179, abs=5)
+    assert abs(rows[-20:].mean() - rows[:40].mean()) > 20, "the rest is missing"
+    # In this process a lenient decoder would be lenient for everybody.
+    config = replace(config, loader=replace(config.loader, isolation="none"))
+    with pixel_reader(config, manifest, THUMBNAIL) as reader:
+        assert thumbnails(manifest, reader, {0: "n0"}) == {}
+
+
+def test_rows_are_found_across_row_groups_until_the_time_is_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest, _ = manifest_of(tmp_path, [bytes([i]) for i in range(23)])
+    found = list(find(manifest, [0, 4, 5, 22], seconds=60))
+    assert [(number, ref.id, ref.data) for number, ref in found] == [(n, f"n{n}", bytes([n])) for n in (0, 4, 5, 22)]
+    assert [number for number, _ in find(manifest, [0, 4, 5, 22], seconds=0)] == [0, 4]
+    assert list(find(manifest, [], seconds=60)) == []
+
+
+def test_examples_are_spread_over_the_rows_that_were_embedded() -> None:
+    assert spread(["ok"] * 10, 5) == [0, 2, 4, 6, 8]
+    assert spread(["ok", "empty", "ok"], 8) == [0, 2]
+    assert spread(["empty"], 3) == spread(["ok"], 0) == []
+    assert gallery.REACH > 100
+
+
+def pace(decode: float) -> Pace:
+    stages = {Stage.DECODE: StagePace(None, decode, 0.9), Stage.ENCODE: StagePace(None, 10.0, 0.1)}
+    return Pace(stages=stages, cores_busy=2.0, bound=10.0, ratio=0.9, verdict="")
+
+
+def test_what_the_faster_decoder_would_give_is_measured_on_the_pictures(tmp_path: Path) -> None:
+    # The larger, the less does the rest count.
+    manifest, config = manifest_of(tmp_path, [photo(100, size=(1400, 900))] * 12)
+    with pixel_reader(config, manifest, THUMBNAIL) as reader:
+        settings = {"images": 1000, "cores": 2, "device": "cpu"}
+        found = faster_decoder(manifest, reader, pace(90.0), wall=100.0, **settings)  # type: ignore[arg-type]
+        assert faster_decoder(manifest, reader, pace(90.0), wall=5.0, **settings) is None  # type: ignore[arg-type]
+        assert faster_decoder(manifest, reader, None, wall=100.0, **settings) is None  # type: ignore[arg-type]
+    assert found is not None
+    assert found.decoder == "fast"
+    # 2 cores, (90 / times + 10) core seconds for 1,000 images, and 90 % of that as in the run.
+    assert found.images_per_second == pytest.approx(0.9 * 2000 / (90 / found.times + 10))
+    assert found.times > 1.3
+
+
+def test_the_advice_names_the_gain_or_says_that_there_is_none() -> None:
+    assert Faster("fast", 3.14, 390.4).advice == (
+        "images.decoder=fast would give about 390.4 images/s (it decodes 3.1 times as many of these images a second)"
+    )
+    assert "would hardly help" in Faster("scaled", 1.02, 100).advice
