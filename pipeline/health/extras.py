@@ -1,0 +1,85 @@
+"""Which extras are installed, and which of them this job cannot do without."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pipeline.addresses import is_s3
+from pipeline.config import Config
+from pipeline.health.records import Check, Status, Subject
+from pipeline.health.versions import NAME, install, requirements
+
+GROUP = "extras"
+# What each is for; one that is not named here is still looked at.
+USES = {
+    "onnx": "backend=onnx, onnx_int8, tensorrt",
+    "int8": "backend=torch_int8, torch_fp8",
+    "gpu": "images=gpu",
+    "nightly": "jobs/nightly.py",
+    "metrics": "metrics.textfile, metrics.pushgateway",
+    "otel": "metrics.opentelemetry",
+    "s3": "s3:// addresses",
+    "analytics": "jobs/analytics",
+    "maps": "the map of jobs/analytics",
+    "search": "search --index, FAISS",
+    "lance": "Lance tables",
+    "dask": "cluster=local, cuda, address",
+    "slurm": "cluster=slurm",
+    "kubernetes": "cluster=kubernetes",
+}
+OF_BACKEND = {"onnx": "onnx", "onnx_int8": "onnx", "tensorrt": "onnx", "torch_int8": "int8", "torch_fp8": "int8"}
+OF_CLUSTER = {
+    **{name: ("dask",) for name in ("local", "cuda", "address")},
+    **{name: ("dask", name) for name in ("slurm", "kubernetes")},
+}
+
+
+def look(subject: Subject) -> Iterator[Check]:
+    """Every extra of the package."""
+    needed = needed_by(subject.job)
+    for extra in dict.fromkeys(one.extras_wanted for one in requirements()):
+        if not extra:
+            continue
+        # Some include another one, which is looked at by itself.
+        parts = [one for one in requirements() if one.extras_wanted == extra and one.name != NAME]
+        broken = [one.problem() for one in parts if one.problem()]
+        if not broken:
+            fact = ", ".join(f"{one.name} {one.version}" for one in parts)
+            yield Check(GROUP, extra, Status.OK, fact)
+            continue
+        missing = [one.name for one in parts if one.version is None]
+        fact = f"not installed: {', '.join(missing)}" if len(missing) == len(broken) else "; ".join(broken)
+        use = USES.get(extra, "")
+        if extra in needed:
+            status, fact = Status.FAIL, f"{needed[extra]} needs it; {fact}"
+        else:
+            # What is there and of a wrong version may be met by chance.
+            status = Status.SKIP if len(missing) == len(broken) else Status.WARN
+            fact = f"{fact} (for {use})" if use else fact
+        yield Check(GROUP, extra, status, fact, install(extra))
+
+
+def needed_by(config: Config) -> dict[str, str]:
+    """The extras that a job needs, each with the setting that wants it."""
+    needed = {}
+    if config.backend.name in OF_BACKEND:
+        needed[OF_BACKEND[config.backend.name]] = f"backend={config.backend.name}"
+    if config.images.decoder == "gpu":
+        needed["gpu"] = "images.decoder=gpu"
+    for extra in OF_CLUSTER.get(config.cluster.name, ()):
+        needed[extra] = f"cluster={config.cluster.name}"
+    metrics = config.metrics
+    if metrics.textfile is not None or metrics.pushgateway is not None:
+        needed["metrics"] = "metrics.textfile" if metrics.textfile is not None else "metrics.pushgateway"
+    if metrics.opentelemetry:
+        needed["otel"] = "metrics.opentelemetry"
+    places = {
+        "manifest.path": config.manifest.path,
+        "manifest.root": config.manifest.root,
+        "output.dir": config.output.dir,
+        "prompts.cache": config.prompts.cache,
+    }
+    for key, place in places.items():
+        if place is not None and is_s3(place):
+            needed["s3"] = f"{key}={place}"
+    return needed

@@ -1,0 +1,113 @@
+"""GPUs as the driver tells of them, and whether this torch could use them; torch itself is not imported."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline.health.records import Check, Status, Subject
+
+GROUP = "GPUs"
+DRIVER = Path("/proc/driver/nvidia/version")
+# WSL has no such file.
+DEVICES = (Path("/dev/nvidiactl"), Path("/dev/dxg"))
+FIELDS = ("index", "name", "driver_version", "memory.total", "memory.free", "compute_cap")
+QUERY_SECONDS = 15
+NO_TOOL = "nvidia-smi is not on the PATH (in a container: NVIDIA_DRIVER_CAPABILITIES=compute,utility)"
+
+
+def look(subject: Subject) -> Iterator[Check]:
+    """Every GPU, and the build of torch."""
+    wanted = _wanted(subject)
+    gpus, problem = _gpus()
+    for index, name, driver, total, free, capability in gpus:
+        figures = {key: float(text) * 2**20 for key, text in (("memory_bytes", total), ("free_bytes", free))
+                   if text.replace(".", "").isdigit()}  # fmt: skip
+        fact = f"{name}, {free} of {total} MiB free, compute capability {capability}, driver {driver}"
+        yield Check(GROUP, f"GPU {index}", Status.OK, fact, figures=figures)
+    if not gpus:
+        if wanted:
+            way_out = "install NVIDIA's driver, start the container with --gpus all, or take backend.device=cpu"
+            yield Check(GROUP, "GPU", Status.FAIL, f"{wanted}, and there is none that answers: {problem}", way_out)
+        elif has_driver():
+            way_out = "python -m pipeline.doctor without --quick asks torch"
+            yield Check(GROUP, "GPU", Status.WARN, f"there is a driver, and {problem}", way_out)
+        else:
+            yield Check(GROUP, "GPU", Status.SKIP, f"none: {problem}")
+    yield _build(wanted, bool(gpus))
+
+
+def has_driver() -> bool:
+    """Whether a driver of NVIDIA's is loaded."""
+    return DRIVER.exists() or any(path.exists() for path in DEVICES)
+
+
+def _wanted(subject: Subject) -> str:
+    """The setting that asks for a GPU, or an empty text."""
+    config = subject.config
+    if config is None:
+        return ""
+    if config.backend.device.startswith("cuda"):
+        return f"backend.device={config.backend.device}"
+    if config.backend.name in ("torch_fp8", "tensorrt"):
+        return f"backend={config.backend.name}"
+    if config.cluster.name == "cuda":
+        return "cluster=cuda"
+    return "images.decoder=gpu" if config.images.decoder == "gpu" else ""
+
+
+def _gpus() -> tuple[list[list[str]], str]:
+    """The fields of each GPU, or why there are none."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return [], NO_TOOL if has_driver() else "no driver of NVIDIA's is loaded"
+    command = [tool, f"--query-gpu={','.join(FIELDS)}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=QUERY_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return [], f"nvidia-smi did not answer within {QUERY_SECONDS} s"
+    except OSError as error:
+        return [], f"{tool} cannot be started: {error.strerror}"
+    rows = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines()]
+    rows = [row for row in rows if len(row) == len(FIELDS)]
+    if done.returncode or not rows:
+        said = (done.stdout + done.stderr).strip().splitlines() or ["it says nothing"]
+        return [], f"nvidia-smi: {said[-1]}"
+    return rows, ""
+
+
+def _build(wanted: str, gpus: bool) -> Check:
+    facts = _torch()
+    if facts is None:
+        return Check(GROUP, "torch", Status.SKIP, "not installed")
+    version, cuda = facts
+    if cuda is None:
+        fact = f"torch {version} was built without CUDA"
+        way_out = "install the CUDA build of the same version: see https://pytorch.org/get-started/locally"
+        if wanted:
+            return Check(GROUP, "torch", Status.FAIL, f"{wanted}, and {fact}", way_out)
+        # Nobody asked for it, but a GPU that is there is worth a word.
+        return Check(GROUP, "torch", Status.WARN, fact, way_out) if gpus else Check(GROUP, "torch", Status.OK, fact)
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if wanted and hidden in ("", "-1"):
+        fact = f"{wanted}, and CUDA_VISIBLE_DEVICES={hidden!r} hides all GPUs"
+        return Check(GROUP, "torch", Status.FAIL, fact, "unset CUDA_VISIBLE_DEVICES")
+    return Check(GROUP, "torch", Status.OK, f"torch {version} was built with CUDA {cuda}")
+
+
+def _torch() -> tuple[str, str | None] | None:
+    """Version of torch, and of the CUDA that it was built with; importing torch itself would take seconds."""
+    found = importlib.util.find_spec("torch")
+    if found is None or found.origin is None:
+        return None
+    spec = importlib.util.spec_from_file_location("_torch_version", Path(found.origin).with_name("version.py"))
+    if spec is None or spec.loader is None:
+        return None
+    module: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return str(module.__version__), module.cuda

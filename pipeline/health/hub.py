@@ -1,0 +1,168 @@
+"""The configured model: in the package, in a folder, in the hub's cache or on the hub; nothing is downloaded."""
+
+from __future__ import annotations
+
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pipeline.config import DEMO_MODEL, ModelConfig
+from pipeline.errors import ModelError
+from pipeline.health.records import Check, Status, Subject
+from pipeline.models.architectures import ARCHITECTURES
+from pipeline.models.hub import DEMO_FOLDER, WANTED_FILES, find_folder
+
+GROUP = "hub and model"
+HUB_SECONDS = 5.0
+OFFLINE = "copy the checkpoint here and give its folder as model.name"
+
+
+@dataclass(frozen=True, slots=True)
+class Cached:
+    """Where a model lies in the hub's cache; ``conversion`` is the pull request that its safetensors are from."""
+
+    folder: Path
+    conversion: str | None
+
+
+def look(subject: Subject) -> Iterator[Check]:
+    """Whether the hub answers, and whether the model can be opened without it."""
+    from huggingface_hub import constants
+
+    config = subject.job.model
+    where, offline = constants.ENDPOINT, bool(constants.HF_HUB_OFFLINE)
+    if is_local(config):
+        if subject.quick or offline:
+            yield Check(GROUP, "hub", Status.SKIP, "not asked: this job does not need it")
+        elif problem := reach(None):
+            yield Check(GROUP, "hub", Status.SKIP, f"{problem}; this job does not need it")
+        else:
+            yield Check(GROUP, "hub", Status.OK, f"{where} answers")
+        yield _opened(config, None)
+        return
+    problem = "HF_HUB_OFFLINE is set, so that it is not asked" if offline else reach(config.name)
+    cached = find_cached(config)
+    if not problem:
+        yield Check(GROUP, "hub", Status.OK, f"{where} answers, and has {config.name}")
+    elif offline:
+        yield Check(GROUP, "hub", Status.SKIP, problem)
+    else:
+        way_out = "check the model's name, the network and HF_TOKEN, or set HF_ENDPOINT to a mirror"
+        yield Check(GROUP, "hub", Status.WARN, problem, way_out)
+    yield _from_hub(config, cached, problem, constants.HF_HUB_CACHE)
+
+
+def _from_hub(config: ModelConfig, cached: Cached | None, problem: str, cache: str) -> Check:
+    """Whether a job gets the model: from the cache, or from a hub that answers."""
+    if cached is not None and problem and cached.conversion is not None:
+        # A job asks the hub which pull request that is.
+        fact = (
+            f"{config.name}: main has no safetensors, and its conversion is looked for on the hub, which is not there"
+        )
+        way_out = f"the conversion is in the cache: model.revision={cached.conversion}"
+        return Check(GROUP, "model", Status.FAIL, fact, way_out)
+    if cached is not None:
+        return _opened(config, cached.folder)
+    fact = f"{config.name}, revision {config.revision or 'main'}, is not in {cache}"
+    if problem:
+        way_out = f"let this machine reach the hub once, or {OFFLINE}"
+        return Check(GROUP, "model", Status.FAIL, f"{fact}, and the hub does not give it", way_out)
+    patterns = " ".join(f"'{pattern}'" for pattern in WANTED_FILES)
+    way_out = f"the first run downloads it; ahead of time: hf download {config.name} --include {patterns}"
+    return Check(GROUP, "model", Status.WARN, fact, way_out)
+
+
+def is_local(config: ModelConfig) -> bool:
+    """Whether the hub has nothing to do with the model."""
+    folder = config.name == DEMO_MODEL or Path(config.name).expanduser().is_dir()
+    # What can only be a folder is no question for the hub.
+    path = config.name.startswith((".", "/", "~")) or config.name.count("/") > 1
+    return folder or path or (config.weights == "random" and config.name in ARCHITECTURES)
+
+
+def as_cached(config: ModelConfig) -> ModelConfig | None:
+    """The same model as it lies on this machine, so that opening it asks nobody; None where it does not."""
+    if is_local(config):
+        return config
+    cached = find_cached(config)
+    return None if cached is None else replace(config, name=str(cached.folder))
+
+
+def find_cached(config: ModelConfig) -> Cached | None:
+    """What a job would take from the hub's cache; None where it would have to download."""
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.file_download import repo_folder_name
+
+    conversions = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=config.name, repo_type="model"), "refs/refs/pr")
+    # Where main has no safetensors, a job takes those of the hub's own conversion.
+    numbers = sorted(path.name for path in conversions.glob("*")) if config.revision is None else []
+    for revision in (config.revision, *(f"refs/pr/{number}" for number in numbers)):
+        try:
+            folder = Path(
+                snapshot_download(
+                    config.name, revision=revision, allow_patterns=list(WANTED_FILES), local_files_only=True
+                )
+            )
+        except (LocalEntryNotFoundError, HFValidationError, OSError):
+            continue
+        if (folder / "config.json").is_file() and (config.weights == "random" or any(folder.glob("*.safetensors"))):
+            conversion = revision if revision != config.revision else None
+            return Cached(folder=folder, conversion=conversion)
+    return None
+
+
+def reach(name: str | None) -> str:
+    """Why the hub, or the model ``name`` on it, cannot be had; an empty text where it can."""
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+
+    where = constants.ENDPOINT
+    try:
+        if name is not None:
+            HfApi().model_info(name, timeout=HUB_SECONDS)
+        else:
+            with urllib.request.urlopen(urllib.request.Request(where, method="HEAD"), timeout=HUB_SECONDS):
+                pass
+    except urllib.error.HTTPError as error:
+        # A mirror may have no front page; but it answers.
+        return f"{where} answers with HTTP {error.code}" if error.code >= 500 else ""
+    except RepositoryNotFoundError:
+        return f"{where} has no model {name}, or not for you (HF_TOKEN)"
+    except HFValidationError as error:
+        return f"{name} is no name of the hub: {error}"
+    except (HfHubHTTPError, OSError) as error:
+        return f"{where} does not answer ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
+    except Exception as error:
+        # Its HTTP client raises classes of its own, and others with each version.
+        if not type(error).__module__.startswith("http"):
+            raise
+        return f"{where} does not answer ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
+    return ""
+
+
+def _opened(config: ModelConfig, cached: Path | None) -> Check:
+    """What a job would find in the folder, as far as that shows without opening it."""
+    if config.weights == "random" and config.name in ARCHITECTURES:
+        return Check(GROUP, "model", Status.OK, f"{config.name} with random weights, which need no download")
+    try:
+        folder = cached or find_folder(config)
+    except ModelError as error:
+        return Check(GROUP, "model", Status.FAIL, str(error), "name a folder with a checkpoint, or a model of the hub")
+    if not (folder / "config.json").is_file():
+        return Check(
+            GROUP,
+            "model",
+            Status.FAIL,
+            f"{folder}: no config.json, so this is not a Hugging Face checkpoint",
+            "give the folder that holds config.json and model.safetensors as model.name",
+        )
+    size = sum(os.path.getsize(path) for path in folder.glob("*.safetensors"))
+    if not size and config.weights != "random":
+        way_out = "choose a model.revision that has them, or convert the checkpoint with save_pretrained()"
+        return Check(GROUP, "model", Status.FAIL, f"{folder}: no *.safetensors", way_out)
+    place = "comes with the package" if folder == DEMO_FOLDER else f"in {folder}"
+    return Check(GROUP, "model", Status.OK, f"{config.name}, {size / 1e6:,.1f} MB of weights, {place}")

@@ -1,0 +1,68 @@
+"""Whether the manifest opens, with its columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import takewhile
+
+from pipeline.config import Config, ManifestConfig
+from pipeline.errors import PipelineError
+from pipeline.health.records import Check, Status, Subject, unless_said
+
+GROUP = "manifest"
+
+
+def look(subject: Subject) -> Iterator[Check]:
+    """The files, and the columns of the first one; no row is read."""
+    config = subject.job
+    if config.manifest.path is None:
+        fact = f"{config.manifest.demo_scenes:,} rendered scenes (manifest.path=null)"
+        yield Check(GROUP, "manifest", Status.OK, fact)
+        return
+    from pipeline.manifest.places import check_places
+    from pipeline.manifest.source import open_manifest
+
+    try:
+        first, count = first_file(config)
+        manifest = open_manifest(first)
+        check_places(config, manifest)
+    except PipelineError as error:
+        way_out = unless_said(error, "correct manifest.path, or the names of the columns")
+        yield Check(GROUP, "manifest", Status.FAIL, str(error), way_out)
+        return
+    files = "1 file" if count == 1 else f"the first of {count:,} files"
+    columns = ", ".join(f"{name} ({manifest.schema.field(name).type})" for name in manifest.schema.names)
+    fact = f"{files}: {manifest.rows:,} rows; {columns}; images in {manifest.image} ({manifest.image_kind})"
+    yield Check(GROUP, "manifest", Status.OK, fact, figures={"files": float(count), "rows": float(manifest.rows)})
+
+
+def first_file(config: Config) -> tuple[ManifestConfig, int]:
+    """The manifest as if it were its first file alone, with the root of the whole; and how many files there are.
+
+    Raises:
+        ManifestError: there is none.
+    """
+    import pyarrow.parquet as pq
+
+    from pipeline.addresses import open_arrow
+    from pipeline.manifest.files import find_files
+    from pipeline.manifest.source import ROOT_KEY
+
+    manifest = config.manifest
+    if manifest.path is None:
+        raise ValueError("the rendered scenes have no file")
+    urls = find_files(manifest.path)
+    root = manifest.root
+    if root is None and len(urls) > 1:
+        try:
+            with open_arrow(urls[0]) as file:
+                built = ROOT_KEY in (pq.read_schema(file).metadata or {})
+        except (ValueError, OSError):
+            # Why it cannot be read is told where it is opened.
+            built = True
+        if not built:
+            # Relative paths start in the folder that all files have in common.
+            levels = zip(*(url.split("/")[:-1] for url in urls), strict=False)
+            root = "/".join(names[0] for names in takewhile(lambda names: len({*names}) == 1, levels)) or "/"
+    return replace(manifest, path=urls[0], root=root), len(urls)

@@ -1,0 +1,106 @@
+"""Whether the output can be written as a job writes it; what is written for that is taken away again."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from pipeline.addresses import explained, is_local, local_path
+from pipeline.errors import StorageError
+from pipeline.health.records import Check, Status, Subject, unless_said
+from pipeline.storage.base import TEMPORARY, Storage
+
+GROUP = "output"
+# Within a dataset, what a dead writer left under such a name is cleared away by the next run.
+PROBE = f"{TEMPORARY}doctor-"
+SENT_BYTES = 1 << 20
+NO_CREATE = (
+    "choose a store with conditional writes (S3 has them), and until then let one run at a time write to an output"
+)
+
+
+def look(subject: Subject) -> Iterator[Check]:
+    """Create a file once, read it back, be refused a second time, and remove it."""
+    url = subject.job.output.dir
+    try:
+        with _place(url) as (storage, where):
+            seconds, exclusive = _exchange(storage)
+    except StorageError as error:
+        way_out = unless_said(error, "choose another output.dir, or mend this one")
+        # The names of what is gone again would only puzzle.
+        told = re.sub(rf"/{PROBE}[0-9a-f]{{32}}", "", str(error))
+        yield Check(GROUP, "write access", Status.FAIL, told, way_out)
+        return
+    figures = {f"{name}_seconds": value for name, value in seconds.items()}
+    times = ", ".join(f"{name} {value * 1000:,.1f} ms" for name, value in seconds.items())
+    yield Check(GROUP, "write access", Status.OK, f"{where} ({times})", figures=figures)
+    if not exclusive:
+        fact = f"{storage.url}: a second writer of a name was not refused; two runs could both commit a shard"
+        yield Check(GROUP, "create once", Status.FAIL, fact, NO_CREATE)
+
+
+def nearest_folder(path: Path) -> Path:
+    """``path``, or the first folder above it that is there.
+
+    Raises:
+        StorageError: something else is in its place, or it cannot be looked at.
+    """
+    for folder in (path, *path.parents):
+        with explained(str(folder)), suppress(FileNotFoundError):
+            if not folder.stat().st_mode & 0o040000:
+                raise NotADirectoryError(None, "is a file, not a folder")
+            return folder
+    return path
+
+
+@contextmanager
+def _place(url: str) -> Iterator[tuple[Storage, str]]:
+    """The storage to try, and what that says of the output, in words; a folder that is not there is not made."""
+    from pipeline.storage.local import LocalStorage
+    from pipeline.storage.opening import open_storage
+
+    if not is_local(url):
+        storage = open_storage(url)
+        yield storage, f"{storage.url} can be written"
+        return
+    wanted = Path(local_path(url)).expanduser().absolute()
+    folder = nearest_folder(wanted)
+    if folder == wanted:
+        yield LocalStorage(str(folder)), f"{wanted} is there and can be written"
+        return
+    # The job itself may begin meanwhile, so nothing is done under the output's own name.
+    made = folder / f"{PROBE}{uuid.uuid4().hex}"
+    try:
+        with explained(str(folder)):
+            made.mkdir()
+        yield LocalStorage(str(made)), f"{wanted} is not there yet, and can be made"
+    finally:
+        with suppress(OSError):
+            made.rmdir()
+
+
+def _exchange(storage: Storage) -> tuple[dict[str, float], bool]:
+    """Seconds of each step, and whether a second writer was refused."""
+    name, data = f"{PROBE}{uuid.uuid4().hex}", os.urandom(SENT_BYTES)
+    seconds: dict[str, float] = {}
+    try:
+        began = time.perf_counter()
+        storage.create_once(name, data)
+        seconds["write"] = time.perf_counter() - began
+        began = time.perf_counter()
+        back = storage.read(name)
+        seconds["read"] = time.perf_counter() - began
+        if back != data:
+            raise StorageError(f"{storage.url}/{name}: other bytes were read than were written")
+        exclusive = not storage.create_once(name, data)
+    finally:
+        began = time.perf_counter()
+        with suppress(StorageError):
+            storage.remove(name)
+        seconds["delete"] = time.perf_counter() - began
+    return seconds, exclusive
