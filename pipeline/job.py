@@ -5,14 +5,11 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack, closing
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-from pipeline import measured
 from pipeline.addresses import is_local, local_path
 from pipeline.cluster.crew import Crew, crew_of
 from pipeline.cluster.share import Done, Share
@@ -20,26 +17,29 @@ from pipeline.config import Config
 from pipeline.dataset import commits, lease, plan
 from pipeline.dataset.parts import part_format
 from pipeline.demo import folder as demo
+from pipeline.drawing import PAGE, try_to_draw
+from pipeline.ending import REPORT, Ending, report_of, say, say_labels
 from pipeline.errors import ShardsGivenUp, StorageError, TooManyFailures
 from pipeline.failpoints import failpoint
-from pipeline.gallery import gallery
 from pipeline.images.decoders import Decoders
-from pipeline.images.reader import PixelReader
+from pipeline.log_lines import new_run
 from pipeline.manifest.shards import cut
-from pipeline.manifest.source import Manifest
-from pipeline.members import peak_memory, total_clocks, total_cores
-from pipeline.processes import cores
-from pipeline.records import OK, RunReport, TextBank
-from pipeline.report import page, summary
-from pipeline.report.logs import log_to, log_to_terminal
+from pipeline.metrics.monitor import Monitor, monitored
+from pipeline.metrics.spans import shard as shard_span
+from pipeline.metrics.spans import span
+from pipeline.records import OK
+from pipeline.report import summary
+from pipeline.report.history import earlier_runs
+from pipeline.report.logs import log_to, log_to_terminal, progress_mode
+from pipeline.report.page import to_dict, to_json
 from pipeline.report.progress import Progress
+from pipeline.report.records import RunReport
 from pipeline.setup import open_inputs, settle, spec_of
 from pipeline.storage.base import Storage
 from pipeline.storage.opening import open_storage
 from pipeline.threads import in_order
 from pipeline.worker import Job
 
-REPORT, PAGE = "_report.json", "_report.html"
 log = logging.getLogger(__name__)
 
 
@@ -49,13 +49,15 @@ def run_job(
     began: float | None = None,
     decoders: Decoders | None = None,
     every_byte: bool = False,
+    run: str = "",
 ) -> RunReport:
     """Embed and label what is not done yet, finish the dataset, write the report.
 
     ``began`` is when the command was given, in seconds since the epoch; without it, the start-up that the
     report shows begins with this call. ``decoders`` are those of :func:`~pipeline.reading.open_decoders`, if the caller
     has started them by now; they are closed here. ``every_byte`` reads what is done already in an object store whole,
-    and does not take the store's word for it, see :func:`~pipeline.dataset.commits.find_done`.
+    and does not take the store's word for it, see :func:`~pipeline.dataset.commits.find_done`. ``run`` is the name of
+    the run in its log and its metrics; without it, it gets one.
 
     Raises:
         PipelineError: one of :mod:`pipeline.errors`, each with its exit code.
@@ -63,16 +65,17 @@ def run_job(
     storage = open_storage(config.output.dir)
     # From here on the one address that all rooms can open, without a ~.
     config = dataclasses.replace(config, output=dataclasses.replace(config.output, dir=storage.url))
-    share = Share.of(config)
+    share, run = Share.of(config), run or new_run()
     # Before the log of the output, and before a GPU's memory is taken: a run that is refused disturbs nothing.
     with ExitStack() as opened:
         if decoders is not None:
             opened.callback(decoders.close)
-        with log_to_terminal():
+        monitor = opened.enter_context(monitored(config, run, began=began or time.time()))
+        with log_to_terminal(config.log, run):
             seconds = config.output.lease_seconds
             held = opened.enter_context(lease.take(storage, seconds=seconds, folder=share.lease))
             share.refuse_others(storage)
-        opened.enter_context(log_to(storage, share.log))
+        opened.enter_context(log_to(storage, share.log, form=config.log, run=run))
         if held.taken_over:
             log.warning("took over from %s", held.taken_over)
         before = time.time()
@@ -81,8 +84,8 @@ def run_job(
         began = (began or before) + time.time() - before
         crew = crew_of(rendered, storage, held.check, decoders)
         opened.push(crew)
-        run = partial(_run, rendered, storage, held, crew, share)
-        return run(began=began, every_byte=every_byte, demo_scenes=rendered is not config)
+        work = partial(_run, rendered, storage, held, crew, share, monitor)
+        return work(began=began, every_byte=every_byte, demo_scenes=rendered is not config)
 
 
 def with_demo_scenes(config: Config) -> Config:
@@ -103,16 +106,18 @@ def _run(
     held: lease.Lease,
     crew: Crew,
     share: Share,
+    monitor: Monitor,
     *,
     began: float,
     every_byte: bool,
     demo_scenes: bool,
 ) -> RunReport:
     inputs = open_inputs(config)
-    prepared = crew.prepare(inputs)
+    with span("prepare"):
+        prepared = crew.prepare(inputs)
     settle(prepared, storage, held)
     config, wanted, manifest, bank = prepared.config, prepared.plan, inputs.manifest, inputs.bank()
-    _say_labels(bank)
+    say_labels(bank)
     form = part_format(
         manifest.schema,
         dim=prepared.dim,
@@ -131,11 +136,13 @@ def _run(
     todo = (shard for shard in shards if share.has(shard.index) and shard.index not in done)
     rows, images, looped = 0, 0, time.time()
     with (
-        Progress(manifest.rows, done=resumed_rows, mode=config.report.progress, streams=prepared.streams) as progress,
+        Progress(manifest.rows, done=resumed_rows, mode=progress_mode(config), streams=prepared.streams) as progress,
         closing(crew.run(todo, progress.embedded)) as reports,
     ):
+        monitor.looping(progress.figures, resumed=resumed_rows)
         for report in reports:
             held.check()
+            shard_span(report)
             rows += report.rows if report.committed else 0
             # Not those of the progress: what a worker that died had embedded is embedded again.
             images += report.counts[OK] - report.repeats
@@ -150,62 +157,48 @@ def _run(
         )
     if len(settled) == wanted.shards:
         commits.finalize(storage, wanted, settled, held.confirm)
-    counts = _count(settled)
     own = Done(began=began, ended=time.time(), rows=rows, images=images, members=crew.members)
-    ran = share.merged(storage, own)
-    wall, startup = ran.ended - ran.began, looped - began + progress.first_batch_seconds
-    steady = progress.steady_images_per_second
-    places = total_cores(ran.members) or cores()
-    bound, advice = measured.bound(ran.members, config, prepared, startup=startup, wall=wall)
-    parts = [commit.part for commit in settled]
+    parts = [(commit.part, commit.shard * wanted.shard_rows) for commit in settled]
     content = summary.summarize(config.output.dir, parts, id=manifest.id, examples=config.report.examples)
-    failed = sum(count for status, count in counts.items() if status != OK)
-    over = failed > config.errors.max_fraction * manifest.rows
-    result = RunReport(
-        started=datetime.fromtimestamp(ran.began, UTC).isoformat(timespec="seconds"),
-        rows=ran.rows,
-        images=ran.images,
-        resumed_rows=resumed_rows if share.whole else max(0, sum(commit.rows for commit in settled) - ran.rows),
-        total_rows=manifest.rows,
-        wall_seconds=round(wall, 3),
-        startup_seconds=round(startup, 3),
-        images_per_second=round(ran.images / wall, 2),
-        steady_images_per_second=round(steady, 2),
-        stages={name: round(seconds, 3) for name, seconds in total_clocks(ran.members).seconds.items()},
-        bound=bound,
-        advice=advice,
-        counts=counts,
-        failures=content.failures,
-        labels=content.labels,
-        prompts={"labels": len(bank.names) if bank else 0, "cached": bank is not None and bank.cached},
-        parity=prepared.parity,
-        decoder_parity=prepared.decoder_parity,
-        batch_sizes=max((member.batch_sizes for member in ran.members), key=len, default=())
-        or (config.loader.batch_size,),
-        # The parts of a job need not run side by side, so that there is no pace of them all.
-        pace=measured.pace_of(own.members, config, prepared, images=own.images, steady=steady, seconds=ended - looped)
-        if share.whole
-        else None,
-        memory=peak_memory(ran.members) or summary.memory(),
-        machine={**prepared.machine, "cores": places},
-        versions=summary.versions(),
-        fingerprints=wanted.fingerprints,
-        config=dataclasses.asdict(config),
-        exit_code=TooManyFailures.exit_code if over or crew.given_up else 0,
-        workers=ran.members,
+    end = Ending(
+        prepared=prepared,
+        manifest=manifest,
+        bank=bank,
+        own=own,
+        ran=share.merged(storage, own),
+        whole=share.whole,
+        settled=tuple(settled),
         given_up=crew.given_up,
-        repeats=sum(member.repeats for member in ran.members),
+        resumed_rows=resumed_rows,
+        loop_began=looped,
+        loop_seconds=ended - looped,
+        first_batch_seconds=progress.first_batch_seconds,
+        steady=progress.steady_images_per_second,
     )
+    result = report_of(end, content, crew.reader, history=earlier_runs(storage.read(REPORT)), run=monitor.run)
+    monitor.finished(result, dataset_bytes=sum(commit.size for commit in settled))
     held.confirm()
     missing = wanted.shards - len(settled)
     if missing and not crew.given_up:
         log.info("%s: %d of %d shards are missing; other parts do them", config.output.dir, missing, wanted.shards)
         return result
     if rows or crew.given_up or storage.read(REPORT) is None:
-        first = parts[0] if settled and settled[0].shard == 0 else None
-        _publish(storage, result, config, manifest, crew.reader, first)
+        if config.report.html:
+            page = try_to_draw(
+                to_dict(result),
+                content,
+                parts,
+                output=config.output.dir,
+                manifest=manifest,
+                reader=crew.reader,
+                examples=config.report.examples,
+            )
+            if page is not None:
+                storage.write(PAGE, page)
+        # Last: a run that finds it has nothing left to write.
+        storage.write(REPORT, to_json(result))
         failpoint("report.written")
-    _say(result, config)
+    say(result, config)
     if crew.given_up:
         raise ShardsGivenUp(
             f"{config.output.dir}: all is committed but {len(crew.given_up)} of {wanted.shards} shards, each of which "
@@ -213,12 +206,15 @@ def _run(
             f"{crew.given_up[0] * wanted.shard_rows:,} on; the same command tries them again"
         )
     if demo_scenes:
-        log.info("%.1f %% of the scenes got their true label", 100 * demo.accuracy(config.output.dir, parts))
-    if over:
+        truth = demo.accuracy(config.output.dir, [part for part, _ in parts])
+        log.info("%.1f %% of the scenes got their true label", 100 * truth)
+    if end.over:
+        why = ", ".join(f"{status} {count:,}" for status, count in result.counts.items() if status != OK)
+        place = f"; relative paths start at {manifest.root} (manifest.root)" if "not_found" in result.counts else ""
         raise TooManyFailures(
-            f"{config.output.dir}: complete, but {failed:,} of {manifest.rows:,} rows failed "
-            f"({failed / manifest.rows:.1%}), more than "
-            f"errors.max_fraction={config.errors.max_fraction}; see the column status, or {PAGE}"
+            f"{config.output.dir}: complete, but {end.failed:,} of {manifest.rows:,} rows failed "
+            f"({end.failed / manifest.rows:.1%}: {why}), more than errors.max_fraction={config.errors.max_fraction}; "
+            f"the column error and {PAGE} say why{place}"
         )
     return result
 
@@ -233,54 +229,3 @@ def _settled(storage: Storage, wanted: plan.Plan, done: Mapping[int, commits.Com
         partial(commits.read_commit, storage), (name for name in names if name in there), threads=storage.threads
     )
     return [commit for commit in read if commit is not None]
-
-
-def _count(settled: Sequence[commits.Commit]) -> dict[str, int]:
-    """Rows by status, ``ok`` first."""
-    counts: Counter[str] = Counter()
-    for commit in settled:
-        counts.update(commit.counts)
-    return {OK: counts.pop(OK, 0), **dict(sorted(counts.items()))}
-
-
-def _publish(
-    storage: Storage, result: RunReport, config: Config, manifest: Manifest, reader: PixelReader, first: str | None
-) -> None:
-    """Write the page and the report; ``first`` is the part of the first shard, if there is one."""
-    if config.report.html:
-        examples = []
-        if first is not None:
-            examples = gallery(
-                manifest,
-                reader,
-                part=f"{config.output.dir.rstrip('/')}/{first}",
-                shard_rows=config.manifest.shard_rows,
-                count=config.report.examples,
-            )
-        storage.write(PAGE, page.to_html(result, examples, output=config.output.dir, model=config.model.name))
-    # Last: a run that finds it has nothing left to write.
-    storage.write(REPORT, page.to_json(result))
-
-
-def _say_labels(bank: TextBank | None) -> None:
-    if bank is None:
-        log.warning(
-            "no labels: the columns label and score stay null; prompts.labels=[cat,dog] or prompts.path fills them"
-        )
-    else:
-        features = "from the cache" if bank.cached else "embedded and cached"
-        log.info("%d labels, text features %s", len(bank.names), features)
-
-
-def _say(result: RunReport, config: Config) -> None:
-    if not result.rows:
-        log.info("%s is complete: %d rows; nothing to do", config.output.dir, result.total_rows)
-        return
-    log.info("%s", summary.headline(result.images, result.wall_seconds, result.images_per_second, result.bound))
-    log.info("steady %.1f images/s; %s", result.steady_images_per_second, result.advice)
-    if result.pace is not None:
-        log.info("%s", result.pace.verdict)
-    if result.repeats:
-        log.info("%d rows share the embedding of another row with the same bytes", result.repeats)
-    log.info("rows by status: %s", ", ".join(f"{name} {count}" for name, count in result.counts.items()))
-    log.info("dataset: %s   report: %s/%s", config.output.dir, config.output.dir, PAGE)

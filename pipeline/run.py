@@ -11,15 +11,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from types import FrameType
 from typing import TYPE_CHECKING
 
 from pipeline.aside import own_exit_code
+from pipeline.command_line import read_options
 from pipeline.config import conf_dir
-from pipeline.errors import ConfigError, Interrupted, PipelineError
+from pipeline.errors import ConfigError, Interrupted, PipelineError, exit_code_of
 from pipeline.hydra_settings import check_files
-from pipeline.overrides import check_overrides, register, to_config
+from pipeline.log_lines import JsonLines, ending, new_run
+from pipeline.overrides import check_overrides, groups, known_keys, register, to_config
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -30,6 +32,8 @@ INTERRUPTED = "interrupted; what was committed stays, and the same command goes 
 # The commands of Hydra's --shell-completion.
 COMPLETION = ("install", "uninstall", "query")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# How this process says what ends it, where the config wants lines of JSON.
+_formatter: JsonLines | None = None
 
 
 def main() -> None:
@@ -39,15 +43,13 @@ def main() -> None:
     # The million objects that imports make are no garbage: looking for some less often saves a tenth of the start-up.
     gc.set_threshold(100_000, 20, 50)
     import hydra
-    from hydra._internal.utils import get_args_parser
 
-    # Hydra's own parser, so that the values of its options (--cfg job, --config-dir DIR) are not overrides.
-    options = get_args_parser().parse_args()
+    options, problems = read_options([*groups(conf_dir()), *known_keys()])
     register()
     if options.shell_completion:
         # What completion is told to do looks like overrides; all else is checked as ever.
         options.overrides = [text for text in options.overrides if text.partition("=")[0] not in COMPLETION]
-    problems = check_overrides(options.overrides, conf_dir(), sweep=options.multirun)
+    problems += check_overrides(options.overrides, conf_dir(), sweep=options.multirun)
     # Composed with overrides that are good, so only when these are.
     problems = problems or check_files(options)
     if problems:
@@ -57,23 +59,41 @@ def main() -> None:
 
 
 def _task(composed: DictConfig) -> None:
+    global _formatter
+    opened, run = ExitStack(), new_run()
     try:
         config = to_config(composed)
+        _formatter = JsonLines(run) if config.log.format == "json" else None
+        from pipeline.report.logs import library_messages
+
+        opened.enter_context(library_messages(config.log, run))
         from pipeline.reading import open_decoders
 
         # While this process imports torch, which takes seconds, its decoders start.
         decoders = open_decoders(config) if config.cluster.name == "inline" else None
         if decoders is not None:
             decoders.start()
+        if config.run.dry:
+            from pipeline.estimate.command import estimate_job
+
+            _interrupt_within(config.errors.grace_seconds)
+            if code := estimate_job(config, began=next(_began, None), decoders=decoders, run=run).exit_code:
+                sys.exit(code)
+            return
         from pipeline.job import run_job
 
         _interrupt_within(config.errors.grace_seconds)
-        run_job(config, began=next(_began, None), decoders=decoders)
+        run_job(config, began=next(_began, None), decoders=decoders, run=run)
     except KeyboardInterrupt:
         _exit(Interrupted(INTERRUPTED))
     except PipelineError as error:
         _exit(error)
+    except Exception as error:
+        if _formatter is None:
+            raise
+        _exit(error)
     finally:
+        opened.close()
         _leave_dead_terminal()
 
 
@@ -116,7 +136,7 @@ def _watch(signals: socket.socket, writer: socket.socket, grace: float) -> None:
 
 def _leave(number: int = 0, frame: FrameType | None = None) -> None:
     with suppress(OSError):
-        os.write(2, f"error: {INTERRUPTED}\n".encode())
+        os.write(2, f"{_words(Interrupted(INTERRUPTED))}\n".encode())
     os._exit(Interrupted.exit_code)
 
 
@@ -129,11 +149,15 @@ def _again(number: int, frame: FrameType | None) -> None:
     """Left to the thread that keeps the time."""
 
 
-def _exit(error: PipelineError) -> None:
+def _words(error: BaseException) -> str:
+    return f"error: {error}" if _formatter is None else _formatter.format(ending(error, exit_code_of(error)))
+
+
+def _exit(error: BaseException) -> None:
     # Hydra turns exceptions into exit code 1; SystemExit passes through.
     with suppress(OSError, ValueError):
-        print(f"error: {error}", file=sys.stderr)
-    raise SystemExit(error.exit_code)
+        print(_words(error), file=sys.stderr)
+    raise SystemExit(exit_code_of(error))
 
 
 if __name__ == "__main__":

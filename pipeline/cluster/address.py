@@ -23,6 +23,9 @@ def open_client(config: Config) -> Iterator[Client]:
         client = Client(address, security=security(config.cluster), set_as_default=False, timeout=TIMEOUT)
     except (OSError, ValueError, TypeError) as error:
         reason = str(error) or type(error).__name__
-        raise ClusterUnavailable(f"cluster.address={address}: no scheduler answers there ({reason})") from error
+        raise ClusterUnavailable(
+            f"cluster.address={address}: no scheduler answers there ({reason}); see that it runs, and that its port "
+            "can be reached from here"
+        ) from error
     with client:
         yield client

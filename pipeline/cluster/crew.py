@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from pipeline.cluster.inline import Inline
 from pipeline.config import Config
-from pipeline.errors import ClusterUnavailable
+from pipeline.errors import ClusterUnavailable, install_hint
 from pipeline.images.decoders import Decoders
 from pipeline.storage.base import Storage
 
@@ -36,7 +36,5 @@ def crew_of(config: Config, storage: Storage, check: Callable[[], None], decoder
         from pipeline.cluster.fleet import Fleet
     except ImportError as error:
         extra = name if name in ("slurm", "kubernetes") else "dask"
-        raise ClusterUnavailable(
-            f"cluster={name} needs Dask ({error}): pip install -c constraints.txt -e '.[{extra}]'"
-        ) from error
+        raise ClusterUnavailable(f"cluster={name} needs Dask ({error}): {install_hint(extra)}") from error
     return Fleet(config, storage, check)

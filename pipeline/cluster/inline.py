@@ -58,8 +58,12 @@ class Inline:
 
     def begin(self, job: Job) -> None:
         """The plan is settled."""
-        self._job = job
+        self.rehearse(job)
         note(self._engine, self._prepared, self._storage)
+
+    def rehearse(self, job: Job) -> None:
+        """As :meth:`begin`, where no plan is settled and nothing is written to the output."""
+        self._job = job
 
     def run(self, shards: Iterable[Shard], on_batch: Callable[[int], None]) -> Generator[ShardReport]:
         """See :func:`pipeline.worker.embed`."""
@@ -105,5 +109,6 @@ class Inline:
                 child_core_seconds=self._spent.children,
                 memory={**memory(), **engine.reader.memory()},
                 batch_sizes=tuple(engine.encoder.batch_sizes),
+                timeline=self._clocks.timeline(),
             ),
         )

@@ -10,7 +10,7 @@ from distributed import Client
 
 from pipeline.cluster.opening import shards_at_once
 from pipeline.config import Config
-from pipeline.errors import ClusterUnavailable
+from pipeline.errors import ClusterUnavailable, install_hint
 
 
 def pod_settings(config: Config) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def open_client(config: Config) -> Iterator[Client]:
         from dask_kubernetes.operator import KubeCluster
     except ImportError as error:
         raise ClusterUnavailable(
-            f"cluster=kubernetes needs dask-kubernetes ({error}): pip install -c constraints.txt -e '.[kubernetes]'"
+            f"cluster=kubernetes needs dask-kubernetes ({error}): {install_hint('kubernetes')}"
         ) from error
     name = "clip-pipeline-{uuid}"
     with KubeCluster(name=name, **pod_settings(config)) as cluster, Client(cluster, set_as_default=False) as client:

@@ -287,6 +287,7 @@ class Resident:
             child_core_seconds=spent.children,
             memory={**summary.memory(), **engine.reader.memory()},
             batch_sizes=tuple(engine.encoder.batch_sizes),
+            timeline=self._clocks.timeline(),
         )
         # In this order: what is told of a shard arrives before its task is over.
         self._teller.flush()

@@ -11,7 +11,7 @@ from distributed import Client
 
 from pipeline.cluster.opening import scheduler_options, security, shards_at_once
 from pipeline.config import Config
-from pipeline.errors import ClusterUnavailable
+from pipeline.errors import ClusterUnavailable, install_hint
 
 
 def make_cluster(config: Config) -> Any:
@@ -23,9 +23,7 @@ def make_cluster(config: Config) -> Any:
     try:
         from dask_jobqueue.slurm import SLURMCluster
     except ImportError as error:
-        raise ClusterUnavailable(
-            f"cluster=slurm needs dask-jobqueue ({error}): pip install -c constraints.txt -e '.[slurm]'"
-        ) from error
+        raise ClusterUnavailable(f"cluster=slurm needs dask-jobqueue ({error}): {install_hint('slurm')}") from error
     cluster = config.cluster
     cores = cluster.cores or 1
     # The process's threads only wait for its loop, so they are not counted as cores.

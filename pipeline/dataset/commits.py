@@ -85,27 +85,13 @@ def commit_shared(storage: Storage, commit: Commit) -> bool:
 def find_done(
     storage: Storage, plan: Plan, confirm: Callable[[], None] = lambda: None, *, every_byte: bool = True
 ) -> dict[int, Commit]:
-    """The shards that need no work: a commit whose part is there, whole, and of this plan.
+    """The shards that need no work, see :func:`look`; what is not as it should be is said, and cleared, so that the
+    shard can be done again.
 
-    Anything else (torn, foreign, part missing or damaged) is said, and cleared so that the shard can be
-    done again. ``confirm`` is called before anything is cleared, and raises if the output is another run's by now.
-    Without ``every_byte``, a digest that an object store keeps with a part stands for its bytes, and the commit for the
-    plan that they are of; a local disk keeps none, and is read.
+    ``confirm`` is called before anything is cleared, and raises if the output is another run's by now.
     """
-    kept = read_plan(storage)
-    if kept is not None and kept.sources:
-        # Which parts were shared is known to the plan that began the dataset alone.
-        plan = replace(plan, sources=kept.sources)
-    # Commits first: a part is there before its commit, so a shard that another run commits meanwhile
-    # is not taken for one without a part.
-    names = sorted(name for name in storage.sizes(FOLDER) if name.endswith(".json"))
-    look = partial(check, storage, plan, storage.sizes().get, every_byte=every_byte)
-    done, bad = dict[int, Commit](), list[Checked]()
-    for each in in_order(look, names, threads=storage.threads):
-        if each.problem:
-            bad.append(each)
-        elif each.commit is not None:
-            done[each.commit.shard] = each.commit
+    plan = _with_sources(storage, plan)
+    done, bad = look(storage, plan, every_byte=every_byte)
     if len(done) < plan.shards:
         confirm()
         storage.remove(SUCCESS)
@@ -114,6 +100,33 @@ def find_done(
         confirm()
         _discard(storage, plan, each, every_byte=every_byte)
     return done
+
+
+def look(storage: Storage, plan: Plan, *, every_byte: bool = True) -> tuple[dict[int, Commit], list[Checked]]:
+    """The shards that need no work: a commit whose part is there, whole, and of this plan; and what is anything else
+    (torn, foreign, part missing or damaged). Nothing is changed.
+
+    Without ``every_byte``, a digest that an object store keeps with a part stands for its bytes, and the commit for the
+    plan that they are of; a local disk keeps none, and is read.
+    """
+    plan = _with_sources(storage, plan)
+    # Commits first: a part is there before its commit, so a shard that another run commits meanwhile
+    # is not taken for one without a part.
+    names = sorted(name for name in storage.sizes(FOLDER) if name.endswith(".json"))
+    checked = partial(check, storage, plan, storage.sizes().get, every_byte=every_byte)
+    done, bad = dict[int, Commit](), list[Checked]()
+    for each in in_order(checked, names, threads=storage.threads):
+        if each.problem:
+            bad.append(each)
+        elif each.commit is not None:
+            done[each.commit.shard] = each.commit
+    return done, bad
+
+
+def _with_sources(storage: Storage, plan: Plan) -> Plan:
+    """Which parts were shared is known to the plan that began the dataset alone."""
+    kept = read_plan(storage)
+    return replace(plan, sources=kept.sources) if kept is not None and kept.sources else plan
 
 
 def read_commits(storage: Storage, plan: Plan, *, known: Mapping[int, Commit] | None = None) -> list[Commit]:

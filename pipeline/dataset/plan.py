@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,13 @@ from pipeline.storage.base import Storage
 
 NAME = "_plan.json"
 VERSION = 1
+# What stands behind a digest, for people.
+WORDS = {
+    "manifest.digest": "what the manifest's files hold",
+    "model.architecture": "the model's config",
+    "model.tokenizer": "its tokenizer",
+    "prompts.text": "the labels, their templates, or the text tower",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,9 +154,15 @@ def _differences(found: Any, wanted: Any, key: str) -> Iterator[str]:
         added = [value for value in wanted if value not in found]
         yield f"{key}: there also {_short(missing)}, now instead {_short(added)}"
     elif found != wanted:
-        yield f"{key}: there {_short(found)}, now {_short(wanted)}"
+        what = f"{key} ({WORDS[key]})" if key in WORDS else key
+        yield f"{what}: there {_short(found)}, now {_short(wanted)}"
 
 
 def _short(value: Any) -> str:
+    if value is None or isinstance(value, dict):
+        return "some" if value else "none"
     text = json.dumps(value, ensure_ascii=False)
+    if re.fullmatch(r'"[0-9a-f]{64}"', text):
+        # A digest says no more than that it differs.
+        return f"{text[1:9]}..."
     return text if len(text) <= 80 else f"{text[:77]}..."

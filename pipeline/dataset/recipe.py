@@ -14,8 +14,9 @@ from pipeline.errors import ConfigError, PlanMismatch
 
 # A run may change these at will: the rows are the same, and so must be the plan.
 _OF_THE_RUN = {
-    "cluster", "report", "loader.workers", "loader.prefetch", "loader.isolation", "prompts.cache", "backend.artifacts",
-    "backend.streams", "output.dir", "output.lease_seconds", "errors.grace_seconds",
+    "cluster", "report", "run", "log", "metrics", "loader.workers", "loader.prefetch", "loader.isolation",
+    "prompts.cache", "backend.artifacts", "backend.streams", "output.dir", "output.lease_seconds",
+    "errors.grace_seconds",
 }  # fmt: skip
 # Addresses that may be relative to where the command was given.
 _PLACES = ("manifest.path", "manifest.root", "prompts.path")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.addresses import open_arrow
+from pipeline.addresses import is_local, local_path, open_arrow
 from pipeline.config import DEMO_MODEL, Config, PromptsConfig
 from pipeline.demo import scenes
 from pipeline.images.preprocess import preprocess
@@ -25,26 +25,44 @@ SEED = 20_000_003
 TRUTH = "truth"
 
 
-def render_folder(folder: Path, count: int, *, width: int = 256, height: int = 256, seed: int = SEED) -> Path:
+def scenes_folder(output: str) -> Path:
+    """Where the scenes of a job without a manifest lie: beside its output, if that is a folder."""
+    return Path(local_path(output)).parent / "scenes" if is_local(output) else Path("outputs/scenes")
+
+
+def manifest_in(folder: Path, count: int, *, width: int = 256, height: int = 256, seed: int = SEED) -> Path:
+    """The manifest of ``count`` scenes that are rendered, or are to be rendered, into ``folder``."""
+    return folder / f"scenes-{count}-{width}x{height}-{seed}.parquet"
+
+
+def render_folder(
+    folder: Path,
+    count: int,
+    *,
+    width: int = 256,
+    height: int = 256,
+    seed: int = SEED,
+    rows: Sequence[int] | None = None,
+) -> Path:
     """Render ``count`` scenes as JPEG files into ``folder``; returns the path of the manifest.
 
     A folder that already holds the same scenes is left as it is. The manifest has the columns ``id``,
-    ``path`` and ``truth`` (colour and shape).
+    ``path`` and ``truth`` (colour and shape). For a trial, ``rows`` alone are rendered.
     """
-    manifest = folder / f"scenes-{count}-{width}x{height}-{seed}.parquet"
-    if manifest.exists():
+    manifest = manifest_in(folder, count, width=width, height=height, seed=seed)
+    if manifest.exists() and rows is None:
         return manifest
     store = LocalStorage(str(folder))
     chosen = list(scenes.scenes(seed, count))
     names = [f"{count}-{width}x{height}-{seed}/{i:06d}.jpg" for i in range(count)]
 
-    def save(item: tuple[str, scenes.Scene]) -> None:
-        path = folder / item[0]
+    def save(row: int) -> None:
+        path = folder / names[row]
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(jpeg(item[1], width, height))
+        path.write_bytes(jpeg(chosen[row], width, height))
 
     with ThreadPoolExecutor() as pool:
-        list(pool.map(save, zip(names, chosen, strict=True)))
+        list(pool.map(save, range(count) if rows is None else rows))
     columns = {"id": [f"scene-{i:06d}" for i in range(count)], "path": names, TRUTH: [s.label for s in chosen]}
     table = pa.table(columns).replace_schema_metadata({ROOT_KEY: str(folder.resolve()).encode()})
     with store.staged() as staged:

@@ -1,0 +1,107 @@
+"""An estimate as people read it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pipeline.estimate.record import Estimate
+from pipeline.records import OK
+
+
+def lines(estimate: Estimate) -> Iterator[str]:
+    """One line for each thing that is to be known."""
+    e = estimate
+    yield _line("rows", f"{e.rows:,} in {_count(e.shards, 'shard')}; {_done(e)}")
+    if not e.left_rows:
+        yield _line("time", f"nothing to do: a run would find that out in {span(e.seconds)}")
+        return
+    yield _line("time", _time(e))
+    if e.scenes_seconds:
+        yield _line("", f"the scenes must be rendered before that, once: about {span(e.scenes_seconds)}")
+    if e.about_processes:
+        yield _line("processes", e.about_processes)
+    yield _line("output", _output(e))
+    yield _line("memory", _memory(e))
+    yield _line("failures", _failures(e))
+    if e.repeats:
+        yield _line("repeats", f"{e.repeats:.1%} of the sample are images with the bytes of another one")
+    yield _line("bound", f"{e.bound}: {e.advice}")
+    if e.pace:
+        yield _line("", e.pace)
+    yield _line("sample", _sample(e))
+
+
+def span(seconds: float) -> str:
+    """A time as people say it, to two or three digits."""
+    if seconds < 100:
+        return f"{seconds:.1f} s" if seconds < 20 else f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 5:
+        return f"{int(seconds // 60)} min {int(seconds % 60)} s"
+    if minutes < 120:
+        return f"{minutes} min"
+    hours = round(minutes / 60, 1)
+    return f"{hours:g} h" if hours < 72 else f"{hours / 24:.1f} days"
+
+
+def _line(name: str, text: str) -> str:
+    return f"  {name:<10}{text}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _done(e: Estimate) -> str:
+    text = f"{e.done_rows:,} in {_count(e.done_shards, 'shard')} are done already, {e.left_rows:,} are left"
+    if not e.done_shards:
+        text = "none are done" if e.left_rows == e.rows else f"none are done, {e.left_rows:,} are this part's"
+    if e.damaged_shards:
+        text += f"; {_count(e.damaged_shards, 'shard')} must be done again, since what is there is not whole"
+    return text
+
+
+def _time(e: Estimate) -> str:
+    rate = f", then {e.images_per_second:,.1f} images/s" if e.images_per_second else ""
+    return f"about {span(e.seconds)} ({span(e.low)} to {span(e.high)}): {e.startup_seconds:.1f} s to start{rate}"
+
+
+def _output(e: Estimate) -> str:
+    text = f"{_mb(e.output_bytes)} to be written ({e.stored}; {e.output_bytes / e.left_rows:,.0f} bytes a row)"
+    if e.done_bytes:
+        text += f", {_mb(e.done_bytes + e.output_bytes)} in all"
+    return (
+        f"{text}; the store does not tell what is free" if e.free_bytes is None else f"{text}; {_mb(e.free_bytes)} free"
+    )
+
+
+def _memory(e: Estimate) -> str:
+    text = f"{e.memory.get('peak_rss_mib', 0):,.0f} MiB at most in a process"
+    if e.shard_mib >= 1:
+        text += f" ({e.shard_mib:,.0f} of them for a whole shard)"
+    if decoder := e.memory.get("peak_decoder_mib"):
+        text += f", {decoder:,.0f} MiB in each of its {_count(e.decoders, 'decoder')}"
+    if gpu := e.memory.get("peak_gpu_mib"):
+        text += f", {gpu:,.0f} MiB on the GPU"
+    return text
+
+
+def _failures(e: Estimate) -> str:
+    seen = {name: count for name, count in e.counts.items() if name != OK}
+    rows = f"{int(e.sample['rows']):,} rows"
+    if not seen:
+        return f"none in {rows}; fewer than {e.failed_high:.1%} are to be expected" if e.failed_high else "none"
+    kinds = ", ".join(f"{name} {count}" for name, count in seen.items())
+    likely = f" ({e.failed_low:.1%} to {e.failed_high:.1%})" if e.failed_low < e.failed_high else ""
+    example = f"; such as: {e.error_example}" if e.error_example else ""
+    return f"{e.failed:.1%}{likely}: {kinds} of {rows}{example}"
+
+
+def _sample(e: Estimate) -> str:
+    s = e.sample
+    text = f"{s['images']:,.0f} images in {s['batches']:,.0f} batches of {e.batch_size}, {s['seconds']:.1f} s"
+    return f"{text}; the pace is that of {s['counted_images']:,.0f} images in {s['counted_seconds']:.1f} s"
+
+
+def _mb(count: int) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
