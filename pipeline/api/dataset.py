@@ -1,0 +1,273 @@
+"""A finished dataset in a notebook: its rows as arrays and tables, searched and labelled anew."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+from numpy.typing import ArrayLike, NDArray
+
+from pipeline.api import pictures
+from pipeline.api.encoded import encode
+from pipeline.api.guest import settings_kept
+from pipeline.api.hits import Hits
+from pipeline.api.places import Scratch
+from pipeline.api.settings import config_from, label_settings
+from pipeline.dataset import opened
+from pipeline.dataset.opened import vectors_of
+from pipeline.errors import ConfigError, Problem
+from pipeline.records import OK
+from pipeline.relabel import derive
+from pipeline.vectors import search as exact
+
+if TYPE_CHECKING:
+    from pipeline.models.checkpoint import Checkpoint
+
+# Of a failure, and of a row that a sheet shows.
+_FAILURE = ("status", "error")
+_TILES = 12
+_MOST = 10_000
+
+
+class Dataset:
+    """What :func:`~pipeline.embed` returns, and :func:`~pipeline.open_dataset`: one row for each image, in its order.
+
+    A dataset that was given no place lies in a temporary folder, and goes with this object; as a context manager, or
+    with :meth:`close`, it goes at once.
+    """
+
+    def __init__(self, stored: opened.Dataset, scratch: Scratch | None = None) -> None:
+        self._stored, self._scratch = stored, scratch
+
+    def __enter__(self) -> Dataset:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove a dataset that lies in a temporary folder; any other stays."""
+        if self._scratch is not None:
+            self._scratch.close()
+
+    @property
+    def url(self) -> str:
+        """Where it lies: ``pandas.read_parquet(dataset.url)`` reads all of it."""
+        return self._stored.url
+
+    def __len__(self) -> int:
+        return self._stored.plan.rows
+
+    @property
+    def dim(self) -> int:
+        """Numbers in an embedding."""
+        return self._stored.dim
+
+    @cached_property
+    def counts(self) -> dict[str, int]:
+        """Rows by status, ``ok`` first."""
+        counts: dict[str, int] = {OK: 0}
+        for commit in self._stored.commits:
+            for status, rows in commit.counts.items():
+                counts[status] = counts.get(status, 0) + rows
+        return counts
+
+    @cached_property
+    def report(self) -> Mapping[str, Any]:
+        """The content of ``_report.json``: throughput, stages, parity, versions, the whole config."""
+        found: dict[str, Any] = json.loads(self._stored.storage.read("_report.json") or b"{}")
+        return found
+
+    @cached_property
+    def ids(self) -> list[Any]:
+        """The id of every row, as it was given."""
+        return list(self.table([self._stored.id])[self._stored.id].to_pylist())
+
+    @cached_property
+    def embeddings(self) -> NDArray[np.float32]:
+        """One row of length 1 for every image, float32 ``[N, D]`` and read-only; NaN where the image failed."""
+        matrix = np.full((len(self), self.dim), np.nan, np.float32)
+        for commit, (vectors, rows) in zip(self._stored.commits, self._vectors(), strict=True):
+            matrix[rows + self._stored.starts[commit.shard]] = vectors
+        matrix.flags.writeable = False
+        return matrix
+
+    def matrix(self) -> tuple[list[Any], NDArray[np.float32]]:
+        """The ids and embeddings of the images that did not fail: a list of M, and float32 ``[M, D]``."""
+        good = ~np.isnan(self.embeddings[:, 0])
+        return [id for id, known in zip(self.ids, good.tolist(), strict=True) if known], self.embeddings[good]
+
+    def table(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """Every row in order, as an Arrow table; ``columns`` are some of them, in that order.
+
+        Raises:
+            ConfigError: there is no such column.
+        """
+        names = self._stored.schema.names
+        wrong = [name for name in columns or () if name not in names]
+        if wrong:
+            allowed = f"is no column of {self.url}; there are {', '.join(names)}"
+            raise ConfigError([Problem("columns", name, allowed) for name in wrong])
+        return pa.concat_tables(self._stored.stream(list(names if columns is None else columns)))
+
+    def frame(self, columns: Sequence[str] | None = None) -> pd.DataFrame:
+        """Every row in order; without ``columns``, all but the embeddings, which ``embeddings`` has as one array."""
+        names = [name for name in self._stored.schema.names if name != "embedding"]
+        frame: pd.DataFrame = self.table(names if columns is None else columns).to_pandas()
+        return frame
+
+    @property
+    def failures(self) -> pd.DataFrame:
+        """The id, status and error of every row that failed."""
+        frame = self.frame([self._stored.id, *_FAILURE])
+        return frame[frame["status"] != OK].reset_index(drop=True)
+
+    def search(
+        self,
+        text: str | None = None,
+        *,
+        image: object = None,
+        id: object = None,
+        vector: ArrayLike | None = None,
+        top: int = 10,
+    ) -> Hits:
+        """The images nearest to a text, an image (path, bytes, PIL, array), a row's id or a vector; exact.
+
+        A text is embedded as it is, an image as the dataset's own were. The row of ``id`` is not among its hits.
+
+        Raises:
+            ConfigError: not one of the four, an image that cannot be read, an id that is not there.
+            ModelError: the model that made the dataset is not to be had any more.
+        """
+        given = {"text": text, "image": image, "id": id, "vector": vector}
+        asked = [name for name, value in given.items() if value is not None]
+        problems = []
+        if len(asked) != 1:
+            problems.append(Problem("search", ", ".join(asked), f"wants one of {', '.join(given)}"))
+        if not isinstance(top, int) or not 1 <= top <= _MOST:
+            problems.append(Problem("top", top, f"must be from 1 to {_MOST}"))
+        if problems:
+            raise ConfigError(problems)
+        itself, shown = None, asked[0] if asked[0] in ("image", "vector") else repr(given[asked[0]])
+        if text is not None:
+            from pipeline.vectors.model import embed_text
+
+            query = embed_text(self._model, [text])[0]
+        elif image is not None:
+            with _arguments(), settings_kept():
+                query = self._embed(image)
+        elif id is not None:
+            with _arguments():
+                itself, query = exact.find_row(self._stored, str(id))
+        else:
+            query = _unit(np.asarray(vector, np.float32), self.dim)
+        found = exact.nearest(self._stored, query[None], top + (itself is not None))[0]
+        found = exact.without(found, itself, top)
+        return Hits(self._stored, found.rows.tolist(), exact.fetch(self._stored, found), shown)
+
+    def relabel(
+        self,
+        labels: Sequence[str] | str | os.PathLike[str],
+        *,
+        templates: Sequence[str] | str | None = None,
+        top_k: int | None = None,
+        threshold: float | None = None,
+        output: str | os.PathLike[str] | None = None,
+        progress: bool = False,
+    ) -> Dataset:
+        """The same embeddings with other labels, as a new dataset; no image is read.
+
+        What is not given is as here. ``output`` is as for :func:`~pipeline.embed`.
+
+        Raises:
+            PipelineError: a setting is wrong, or the model that made the dataset is not to be had any more.
+        """
+        from pipeline.vectors.relabel import relabel
+
+        scratch = Scratch() if output is None else None
+        place = str(scratch.path / "dataset") if scratch is not None else os.fspath(output or "")
+        numbers = {"labels.top_k": top_k, "labels.threshold": threshold}
+        settings = {
+            **label_settings(labels, templates),
+            **{key: value for key, value in numbers.items() if value is not None},
+            "output.dir": place,
+            "report.progress": "bar" if progress else "none",
+            "log.level": "warning",
+        }
+        try:
+            with settings_kept():
+                relabel(self._stored, derive(self._stored, config_from(settings), list(settings)))
+            return Dataset(opened.open_dataset(place), scratch)
+        except BaseException:
+            if scratch is not None:
+                scratch.close()
+            raise
+
+    @cached_property
+    def _model(self) -> Checkpoint:
+        from pipeline.vectors.model import config_of_dataset, open_model
+
+        return open_model(self._stored, config_of_dataset(self._stored).model)
+
+    def _embed(self, image: object) -> NDArray[np.float32]:
+        from pipeline.vectors.model import config_of_dataset, embed_image
+
+        config = config_of_dataset(self._stored)
+        if isinstance(image, str | os.PathLike):
+            return embed_image(self._model, config, Path(image).expanduser())
+        with tempfile.TemporaryDirectory(prefix="clip-pipeline-") as folder:
+            path = Path(folder) / "image"
+            path.write_bytes(encode(image, "image"))
+            return embed_image(self._model, config, path)
+
+    def _vectors(self) -> Iterator[tuple[NDArray[Any], NDArray[np.int64]]]:
+        return (vectors_of(table["embedding"]) for table in self._stored.stream(["embedding"]))
+
+    def _summary(self) -> str:
+        rows = ", ".join(f"{count:,} {status}" for status, count in self.counts.items())
+        return f"{len(self):,} rows ({rows}), embeddings of {self.dim} numbers"
+
+    def __repr__(self) -> str:
+        return f"<Dataset {self.url}: {self._summary()}>"
+
+    def _repr_html_(self) -> str:
+        commit = self._stored.commits[0]
+        head = self._stored.read(commit, [self._stored.id, "label", "score", *_FAILURE]).slice(0, _TILES).to_pylist()
+        tiles = []
+        for row, values in enumerate(head):
+            text = values["status"]
+            if values["status"] == OK:
+                text = "" if values["label"] is None else f"{values['score']:.2f}  {values['label']}"
+            tiles.append(pictures.Tile(row, str(values[self._stored.id]), text))
+        found = pictures.thumbnails(self._stored, tiles)
+        place = "in a temporary folder" if self._scratch is not None else self.url
+        return pictures.sheet([self._summary(), f"model {self._model_name()}; {place}"], tiles, found)
+
+    def _model_name(self) -> str:
+        return str(self._stored.plan.about.get("model", ""))
+
+
+@contextmanager
+def _arguments() -> Iterator[None]:
+    """Let problems name an argument, and not an option of the command line."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError([replace(each, key=each.key.lstrip("-")) for each in error.problems]) from error
+
+
+def _unit(vector: NDArray[np.float32], dim: int) -> NDArray[np.float32]:
+    length = float(np.linalg.norm(vector))
+    if vector.shape != (dim,) or not np.isfinite(length) or not length:
+        raise ConfigError([Problem("vector", list(vector.shape), f"must be {dim} finite numbers that are not all 0")])
+    return (vector / length).astype(np.float32)
