@@ -11,7 +11,7 @@ from typing import Any
 
 from fsspec.core import url_to_fs
 
-from pipeline.errors import StorageError
+from pipeline.errors import StorageError, install_hint
 
 # The packages whose errors reach us as they are where a store cannot be asked at all.
 DRIVERS = ("adlfs", "aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google", "s3fs")
@@ -37,6 +37,19 @@ def local_path(url: str) -> str:
 def is_s3(url: str) -> bool:
     """Whether ``url`` lies in S3, or in a store that speaks its protocol."""
     return scheme_of(url) in ("s3", "s3a")
+
+
+def from_here(url: str) -> str:
+    """Where a relative local path starts, in words for a message that it is not there."""
+    relative = is_local(url) and not os.path.isabs(os.path.expanduser(local_path(url)))
+    return f"; relative paths start at {os.getcwd()}" if relative else ""
+
+
+def no_driver(url: str, error: ImportError) -> str:
+    """What to install where fsspec lacks the driver of an address."""
+    if is_s3(url):
+        return f"S3 needs s3fs: {install_hint('s3')}"
+    return f"{error}; install the fsspec driver for this address"
 
 
 def filesystem(url: str) -> tuple[Any, str]:
@@ -88,7 +101,7 @@ def explained(place: str, *, needed: int | None = None) -> Iterator[None]:
             hint = NO_LINKS
         raise StorageError(f"{place}: {error.strerror or error}{_wanted(needed)}; {hint}") from error
     except ImportError as error:
-        raise StorageError(f"{place}: {error}; install the fsspec driver for this address") from error
+        raise StorageError(f"{place}: {no_driver(place, error)}") from error
     except Exception as error:
         if isinstance(error, OSError):
             # Arrow wraps these in words of its own.
@@ -108,8 +121,10 @@ def _way_out(number: int | None, place: str, needed: int | None) -> str:
     if number == errno.EFBIG:
         hint = f"raise the limit on the size of files (ulimit -f) {again}"
     elif number in (errno.ENOSPC, errno.EDQUOT):
-        free = _free(place) if is_local(place) else None
+        free = free_bytes(place) if is_local(place) else None
         hint = f"free some space {again}"
+    elif number in (errno.ENOTDIR, errno.EEXIST):
+        return "; a file stands where a folder is wanted: choose another place"
     elif number == errno.EROFS:
         hint = f"choose another place, or have it mounted for writing {again}"
     elif number in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
@@ -128,7 +143,7 @@ def _wanted(needed: int | None, free: int | None = None) -> str:
     return f" ({', '.join(figures)})" if figures else ""
 
 
-def _free(place: str) -> int | None:
+def free_bytes(place: str) -> int | None:
     """Bytes that this user may still write on the disk of a local place, which need not be there yet."""
     path = Path(local_path(place)).absolute()
     for folder in (path, *path.parents):

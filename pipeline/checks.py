@@ -4,20 +4,9 @@ from __future__ import annotations
 
 import re
 
-from pipeline.config import (
-    AUTO,
-    AUTOMATIC,
-    CHOICES,
-    FORMATS,
-    OUTPUT_COLUMNS,
-    PRECISIONS,
-    RANGES,
-    Config,
-    ParityConfig,
-    nearest,
-    value_of,
-)
+from pipeline.config import FORMATS, OUTPUT_COLUMNS, Config, ParityConfig, nearest, value_of
 from pipeline.errors import Problem
+from pipeline.limits import AUTO, AUTOMATIC, CHOICES, PRECISIONS, RANGES
 
 # Drivers of fsspec that read through other drivers, or from what an address itself says.
 WRAPPERS = (
@@ -40,7 +29,7 @@ def check(config: Config) -> list[Problem]:
             problems.append(Problem(key, value, limits(key)))
     groups = (
         *(_check_backend, _check_parity, _check_lists, _check_doors, _check_columns, _check_prompts),
-        *(_check_part, _check_cluster),
+        *(_check_part, _check_cluster, _check_run, _check_metrics),
     )
     for checks in groups:
         problems += checks(config)
@@ -70,9 +59,11 @@ def _check_backend(config: Config) -> list[Problem]:
         hint = f"{backend.precision}: backend={' or '.join(others)}"
         problems.append(Problem("backend.precision", backend.precision, allowed, hint))
     if backend.compile != "none" and backend.name != "torch" and backend.name in PRECISIONS:
-        problems.append(Problem("backend.compile", backend.compile, "is a choice of backend=torch alone"))
+        allowed = "is a choice of backend=torch alone"
+        problems.append(Problem("backend.compile", backend.compile, allowed, "leave it out"))
     if backend.quantization == "static" and backend.name != "onnx_int8" and backend.name in PRECISIONS:
-        problems.append(Problem("backend.quantization", backend.quantization, "is a choice of backend=onnx_int8 alone"))
+        allowed = "is a choice of backend=onnx_int8 alone"
+        problems.append(Problem("backend.quantization", backend.quantization, allowed, "leave it out"))
     return problems
 
 
@@ -157,7 +148,7 @@ def _check_prompts(config: Config) -> list[Problem]:
         if not label.strip():
             problems.append(Problem("prompts.labels", label, "a label cannot be empty"))
         elif label in seen:
-            problems.append(Problem("prompts.labels", label, "stands there twice"))
+            problems.append(Problem("prompts.labels", label, "stands there twice", "take one out"))
         seen.add(label)
     threshold = config.labels.threshold
     if threshold is not None and not 0 <= threshold <= 1:
@@ -196,7 +187,7 @@ def _check_cluster(config: Config) -> list[Problem]:
         allowed = "must be the scheduler's address, such as tls://10.0.0.5:8786"
         problems.append(Problem("cluster.address", cluster.address, allowed))
     if name != "address" and cluster.address is not None and name in CHOICES["cluster.name"]:
-        problems.append(Problem("cluster.address", cluster.address, "is for cluster=address alone"))
+        problems.append(Problem("cluster.address", cluster.address, "is for cluster=address alone", "leave it out"))
     files = {key: getattr(cluster, key) for key in ("tls_ca", "tls_cert", "tls_key")}
     if any(files.values()) and not all(files.values()):
         problems += [
@@ -225,4 +216,24 @@ def _check_cluster(config: Config) -> list[Problem]:
         for entry in cluster.kubernetes_env
         if not re.fullmatch(r"[A-Za-z_]\w*=.*", entry)
     ]
+    return problems
+
+
+def _check_run(config: Config) -> list[Problem]:
+    if config.run.json and not config.run.dry:
+        return [Problem("run.json", True, "tells an estimate; give run.dry=true too")]
+    return []
+
+
+def _check_metrics(config: Config) -> list[Problem]:
+    metrics, problems = config.metrics, []
+    if not metrics.job:
+        problems.append(Problem("metrics.job", "", "must name the job"))
+    if metrics.textfile is not None and not metrics.textfile.endswith(".prom"):
+        allowed = "must end in .prom, as node_exporter reads no other files"
+        problems.append(Problem("metrics.textfile", metrics.textfile, allowed))
+    if metrics.pushgateway is not None and not re.fullmatch(r"https?://[^/?#@]+(/[^?#]*)?", metrics.pushgateway):
+        shown = re.sub(r"//.*@", "//...@", metrics.pushgateway)
+        allowed = "must be http://HOST:PORT or https://HOST, without a password, which every report would show"
+        problems.append(Problem("metrics.pushgateway", shown, allowed))
     return problems

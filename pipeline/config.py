@@ -1,4 +1,4 @@
-"""The schemas of everything under ``conf/``, with the choices and ranges of their values.
+"""The schemas of everything under ``conf/``; what their values may be is in :mod:`pipeline.limits`.
 
 A ``DictConfig`` enters :func:`~pipeline.overrides.to_config` and goes no further: the rest of the package
 sees frozen dataclasses.
@@ -191,6 +191,32 @@ class ReportConfig:
 
 
 @dataclass(frozen=True)
+class LogConfig:
+    """Group ``log``: what lines of the log look like, and which of them the terminal shows."""
+
+    format: str = "text"
+    level: str = "info"
+
+
+@dataclass(frozen=True)
+class MetricsConfig:
+    """Group ``metrics``: who is told of the run besides people."""
+
+    textfile: str | None = None
+    pushgateway: str | None = None
+    job: str = "clip_pipeline"
+    opentelemetry: bool = False
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Group ``run``: whether the job is done or only estimated; ``json`` writes the estimate to standard output."""
+
+    dry: bool = False
+    json: bool = False
+
+
+@dataclass(frozen=True)
 class Config:
     """The whole config, one field for each group."""
 
@@ -206,67 +232,9 @@ class Config:
     errors: ErrorsConfig = field(default_factory=ErrorsConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
-
-
-# The backends, and what each can compute in; the first is what ``auto`` means where only one is left.
-PRECISIONS: dict[str, tuple[str, ...]] = {
-    "torch": ("fp32", "bf16", "fp16"),
-    "torchscript": ("fp32", "bf16", "fp16"),
-    "torch_int8": ("int8",),
-    "torch_fp8": ("fp8",),
-    "onnx": ("fp32", "fp16"),
-    "onnx_int8": ("int8",),
-    "tensorrt": ("fp16",),
-}
-CHOICES: dict[str, tuple[str, ...]] = {
-    "model.weights": ("pretrained", "random"),
-    "backend.name": tuple(PRECISIONS),
-    "backend.precision": ("auto", "fp32", "bf16", "fp16", "int8", "fp8"),
-    "backend.compile": ("none", "default", "reduce-overhead", "max-autotune"),
-    "backend.quantization": ("dynamic", "static"),
-    "images.decoder": ("exact", "fast", "scaled", "gpu"),
-    "images.exif": ("apply", "ignore"),
-    "images.transparency": ("white", "black", "drop"),
-    "images.crop_corner": ("floor", "round"),
-    "images.repeats": ("once", "each"),
-    "loader.isolation": ("process", "none"),
-    "labels.scoring": ("auto", "softmax", "sigmoid"),
-    "output.dtype": ("float32", "float16"),
-    "output.compression": ("zstd", "snappy", "none"),
-    "cluster.name": ("inline", "local", "cuda", "address", "slurm", "kubernetes"),
-    "report.progress": ("auto", "bar", "plain", "none"),
-}
-# Numbers for which the word ``auto`` may be typed; the config keeps 0 for it.
-AUTO = "auto"
-AUTOMATIC = ("loader.batch_size",)
-# Key: (lowest, highest or None).
-RANGES: dict[str, tuple[float, float | None]] = {
-    "manifest.shard_rows": (1, 1_000_000),
-    "manifest.demo_scenes": (1, None),
-    "images.max_pixels": (1, 2_000_000_000),
-    "images.max_bytes": (1, 2_147_483_647),
-    "loader.batch_size": (0, 65_536),
-    "loader.workers": (0, 1024),
-    "loader.prefetch": (1, 64),
-    "backend.streams": (0, 1024),
-    "loader.decode_seconds": (0.1, None),
-    "loader.decode_memory": (67_108_864, None),
-    "loader.read_seconds": (0.1, None),
-    "parity.images": (1, 4096),
-    "labels.top_k": (1, 1000),
-    "output.lease_seconds": (1, None),
-    "errors.max_fraction": (0, 1),
-    "errors.grace_seconds": (0, None),
-    "cluster.workers": (0, 100_000),
-    "cluster.cores": (0, 4096),
-    "cluster.tries": (1, 100),
-    "cluster.wait_seconds": (1, None),
-    "cluster.port": (0, 65_535),
-    "cluster.dashboard_port": (0, 65_535),
-    "cluster.slurm_gpus": (0, 64),
-    "cluster.kubernetes_gpus": (0, 64),
-    "report.examples": (0, 1000),
-}
+    run: RunConfig = field(default_factory=RunConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
 
 
 def conf_dir() -> Path:

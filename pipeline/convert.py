@@ -17,11 +17,11 @@ examples:
   python -m pipeline.convert outputs/demo --to numpy --out demo-numpy
       embeddings.npy, ids.npy and metadata.parquet, row by row the same
   python -m pipeline.convert outputs/demo --to faiss --out demo-faiss
-      vectors.faiss (exact; --ivf for an inverted file) and metadata.parquet; pip install -e '.[search]'
+      vectors.faiss (exact; --ivf for an inverted file) and metadata.parquet; the extra search
   python -m pipeline.convert outputs/demo --to datasets --out demo-hf
       what datasets.load_dataset("demo-hf") and the Hugging Face hub read
   python -m pipeline.convert outputs/demo --to lance --out demo-lance
-      vectors.lance; pip install -e '.[lance]'
+      vectors.lance; the extra lance
 
 Rows without an embedding are left out, and counted. The folder appears when all of it is written.
 exit codes: 0 done, 2 the place is taken, a package is missing or there is no dataset, 75 it is not finished

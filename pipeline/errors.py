@@ -7,8 +7,20 @@ missed its parity gate; 75 somebody else holds the output, or the run was interr
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+
+def install_hint(extra: str) -> str:
+    """The command that installs an extra of this package: from the checkout that runs, or from the index."""
+    checkout = Path(__file__).resolve().parent.parent
+    if not (checkout / "constraints.txt").is_file():
+        return f"pip install 'clip-pipeline[{extra}]'"
+    if checkout == Path.cwd():
+        return f"pip install -c constraints.txt -e '.[{extra}]'"
+    return f"pip install -c {shlex.quote(str(checkout / 'constraints.txt'))} -e '{checkout}[{extra}]'"
 
 
 class PipelineError(Exception):
@@ -161,3 +173,10 @@ class ParityError(PipelineError):
     """A backend's embeddings are too far from fp32's; nothing is computed with it."""
 
     exit_code = 4
+
+
+def exit_code_of(error: BaseException) -> int:
+    """The exit code of a run that this error ends."""
+    if isinstance(error, PipelineError):
+        return error.exit_code
+    return Interrupted.exit_code if isinstance(error, KeyboardInterrupt) else 1

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.aside import own_exit_code
 from pipeline.config import Config
-from pipeline.errors import ConfigError, PipelineError, Problem
+from pipeline.errors import ConfigError, Interrupted, PipelineError, Problem
 from pipeline.overrides import compose_config
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ examples:
 An export is published when onnx.checker accepts it, its inputs and outputs are as declared, and its embeddings
 are as near to fp32's as the group parity wants at batches of 1, 2, 7 and 64. python -m pipeline.artifacts lists
 what is there. A job exports what it needs by itself.
+exit codes: 0 done, 2 wrong config, or the export cannot be made here, 4 too far from fp32, 75 interrupted, 1 other
 """
 
 
@@ -48,6 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except PipelineError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("error: interrupted; no half of an export was kept", file=sys.stderr)
+        return Interrupted.exit_code
     return 0
 
 

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from pipeline.checks import check, limits
-from pipeline.config import AUTO, AUTOMATIC, Config, LoaderConfig, conf_dir, nearest, value_of
+from pipeline.command_line import unread
+from pipeline.config import Config, LoaderConfig, conf_dir, nearest, value_of
 from pipeline.errors import ConfigError, Problem
 from pipeline.hydra_settings import check_setting
+from pipeline.limits import AUTO, AUTOMATIC
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -41,13 +43,12 @@ def check_overrides(arguments: Sequence[str], conf: Path, *, sweep: bool = False
     good: list[str] = []
     for argument in arguments:
         try:
-            override = parser.parse_override(argument)
-        except HydraException as error:
-            reason = str(error).splitlines()[0]
-            key, equals, _ = argument.partition("=")
-            # Hydra reads bare words of ASCII alone; the outer quotes are for the shell.
-            hint = f'quote the text: \'{key}="..."\', or \'{key}=["...","..."]\' for a list' if equals else ""
-            problems.append(Problem(key, argument, f"cannot be read as key=value: {reason}", hint))
+            # Hydra takes a value without a key.
+            override = None if argument.startswith("=") else parser.parse_override(argument)
+        except HydraException:
+            override = None
+        if override is None:
+            problems.append(unread(argument, known_keys()))
             continue
         key = override.key_or_group
         if key.startswith(("hydra.", "hydra/")):
@@ -63,7 +64,7 @@ def check_overrides(arguments: Sequence[str], conf: Path, *, sweep: bool = False
             hint = f"a list: {key}=[{raw}]; one text with commas: '{key}=\"{raw}\"'"
             found = [Problem(key, raw, "must be one value", hint)]
         else:
-            found = _check_one(key, raw, override.value(), conf)
+            found = check_one(key, raw, override.value(), conf)
             if not found and override.is_add():
                 found = [Problem(key, argument, "stands in the config already", "leave out the +")]
         problems += found
@@ -124,7 +125,8 @@ def read_config(composed: DictConfig) -> tuple[Config, list[Problem]]:
         for name, default in vars(getattr(Config(), group.name)).items():
             key = f"{group.name}.{name}"
             if OmegaConf.is_missing(node, name):
-                problem = Problem(key, "???", "has no default; give a value")
+                hint = "such as model.name=openai/clip-vit-base-patch32" if key == "model.name" else f"add {key}=..."
+                problem = Problem(key, "???", "has no default; give a value", hint)
             else:
                 try:
                     value = node[name]
@@ -160,7 +162,11 @@ def compose_config(arguments: Sequence[str]) -> Config:
         raise ConfigError(problems)
     register()
     with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"):
-        return to_config(compose("config", overrides=list(arguments)))
+        config = to_config(compose("config", overrides=list(arguments)))
+    if config.run.dry:
+        # Who gives it expects that nothing is done.
+        raise ConfigError([Problem("run.dry", True, "is for python -m pipeline.run alone")])
+    return config
 
 
 def known_keys() -> list[str]:
@@ -190,10 +196,11 @@ def _check_sweep(override: Override, conf: Path) -> list[Problem]:
         # A glob finds what is there; a choice could be a path out of the group.
         glob = override.value_type == ValueType.GLOB_CHOICE_SWEEP
         values = [] if glob or not override.is_discrete_sweep() else list(override.sweep_string_iterator())
-    return [problem for value in values for problem in _check_one(key, value, value, conf)]
+    return [problem for value in values for problem in check_one(key, value, value, conf)]
 
 
-def _check_one(key: str, raw: str | None, value: Any, conf: Path) -> list[Problem]:
+def check_one(key: str, raw: str | None, value: Any, conf: Path) -> list[Problem]:
+    """What is wrong with one choice of a group or one value of a key; ``raw`` is the value as it was typed."""
     options = groups(conf)
     if key in options:
         if raw in options[key]:
@@ -209,7 +216,7 @@ def _check_one(key: str, raw: str | None, value: Any, conf: Path) -> list[Proble
         allowed = "there is no such key" if "." in key else f"there is no such group; groups: {', '.join(options)}"
         return [Problem(key, raw, allowed, hint or "python -m pipeline.run --cfg job prints all keys")]
     if isinstance(value, dict) and isinstance(value_of(Config(), key), dict):
-        return [problem for name, one in value.items() for problem in _check_one(f"{key}.{name}", str(one), one, conf)]
+        return [problem for name, one in value.items() for problem in check_one(f"{key}.{name}", str(one), one, conf)]
     return _check_type(key, value)
 
 
@@ -237,7 +244,8 @@ def _check_type(key: str, value: Any) -> list[Problem]:
         if key in AUTOMATIC:
             return [Problem(key, value, limits(key))]
         hint = float if entry else get_type_hints(get_type_hints(Config)[group])[name]
-        return [Problem(key, value, f"must be {_in_words(hint)}")]
+        way_out = f"write {key}=[{value}]" if hint == list[str] and isinstance(value, str) else ""
+        return [Problem(key, value, f"must be {_in_words(hint)}", way_out)]
     return []
 
 

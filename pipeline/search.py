@@ -32,7 +32,7 @@ examples:
   python -m pipeline.search outputs/demo --id scene-000000
       the neighbours of a row
   python -m pipeline.search outputs/photos --build-index && python -m pipeline.search outputs/photos "a cat" --index
-      approximate, from an index (pip install -e '.[search]'): for tens of millions of rows
+      approximate, from an index (the extra search): for tens of millions of rows
 
 Every embedding is read once, a few parts at a time. Texts are embedded as they are, by the model that made the dataset.
 exit codes: 0 done, 2 nothing to search with, no dataset, another model, no index that fits, 75 the dataset is not

@@ -34,6 +34,7 @@ from pipeline.manifest.ids import check_ids
 from pipeline.manifest.places import check_places
 from pipeline.manifest.shards import count_shards
 from pipeline.manifest.source import Manifest, open_manifest
+from pipeline.metrics.spans import span
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline.models.text import build_bank, read_labels
 from pipeline.processes import cores
@@ -93,15 +94,17 @@ def open_inputs(config: Config) -> Inputs:
     Raises:
         PipelineError: one of :mod:`pipeline.errors`; nothing was written then.
     """
-    manifest = open_manifest(config.manifest)
-    check_places(config, manifest)
-    unique = aside(partial(check_ids, manifest), name="ids")
-    with suppress(TimeoutError):
-        # A wrong manifest of ordinary size is told before a model is opened.
-        unique.result(IDS_SECONDS)
+    with span("manifest"):
+        manifest = open_manifest(config.manifest)
+        check_places(config, manifest)
+        unique = aside(partial(check_ids, manifest), name="ids")
+        with suppress(TimeoutError):
+            # A wrong manifest of ordinary size is told before a model is opened.
+            unique.result(IDS_SECONDS)
     log.info("%s: %d rows in %d files", config.manifest.path, manifest.rows, len(manifest.files))
 
-    checkpoint = open_checkpoint(config.model)
+    with span("model"):
+        checkpoint = open_checkpoint(config.model)
     embedded = aside(partial(_bank, config, checkpoint), name="prompts")
     return Inputs(manifest=manifest, checkpoint=checkpoint, bank=embedded.result, unique=unique.result)
 
@@ -141,7 +144,8 @@ def open_engine(
         alone=alone,
     )
     config = dataclasses.replace(config, loader=dataclasses.replace(config.loader, batch_size=size))
-    encoder = open_for_job(config, checkpoint, sample, inputs.bank)
+    with span("backend", {"name": config.backend.name}):
+        encoder = open_for_job(config, checkpoint, sample, inputs.bank)
     return Engine(config=config, checkpoint=checkpoint, reader=reader, encoder=encoder, drawn=drawn, sample=sample)
 
 
@@ -168,19 +172,20 @@ def prepare(engine: Engine, inputs: Inputs, storage: Storage) -> Prepared:
     # A wrong output.dir is told at once, a backend that misses leaves no plan behind.
     plan.compare(storage, wanted)
     limits = config.parity
-    parity = pass_gate(
-        encoder, engine.checkpoint, engine.sample, bank=bank, limits=limits, fingerprints=prints, storage=storage
-    )
-    decoded = decoder_gate.pass_gate(
-        encoder,
-        config.images.decoder,
-        engine.drawn,
-        partial(_draw_exact, config, manifest, engine.reader),
-        bank=bank,
-        limits=limits,
-        fingerprints=prints,
-        storage=storage,
-    )
+    with span("gates"):
+        parity = pass_gate(
+            encoder, engine.checkpoint, engine.sample, bank=bank, limits=limits, fingerprints=prints, storage=storage
+        )
+        decoded = decoder_gate.pass_gate(
+            encoder,
+            config.images.decoder,
+            engine.drawn,
+            partial(_draw_exact, config, manifest, engine.reader),
+            bank=bank,
+            limits=limits,
+            fingerprints=prints,
+            storage=storage,
+        )
     return Prepared(
         config=config,
         plan=wanted,
@@ -247,8 +252,9 @@ def _bank(config: Config, checkpoint: Checkpoint) -> TextBank | None:
     # A new thread may have fewer of torch's threads than the machine has cores.
     torch.set_num_threads(cores())
     prompts = demo.prompts_of(config)
-    labels = read_labels(prompts)
-    return build_bank(checkpoint, labels, prompts, config.labels) if labels.names else None
+    with span("prompts"):
+        labels = read_labels(prompts)
+        return build_bank(checkpoint, labels, prompts, config.labels) if labels.names else None
 
 
 def _count(config: Config) -> int:

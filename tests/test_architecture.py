@@ -16,9 +16,13 @@ FLOORS = {
     "records": 0,
     "members": 0.5,
     "errors": 0,
+    "limits": 0,
+    "log_lines": 0.2,
+    "silences": 0,
     "config": 1,
     "checks": 1.2,
     "hydra_settings": 1.2,
+    "command_line": 1.2,
     "addresses": 1,
     "failpoints": 0,
     "processes": 0,
@@ -31,6 +35,7 @@ FLOORS = {
     "models": 2,
     "dataset": 2,
     "report": 2,
+    "metrics": 2.1,
     "parity": 2.2,
     "reading": 3,
     "artifacts": 3,
@@ -40,21 +45,31 @@ FLOORS = {
     "worker": 5,
     "batch_size": 5.2,
     "gallery": 5,
+    "drawing": 5.2,
+    "what_if": 5.2,
     "vectors": 7,
     "bench": 8,
     "export": 8,
     "verify": 8,
+    "doctor": 8,
     "relabel": 8,
     "search": 8,
     "convert": 8,
     "setup": 5.5,
     "cluster": 6,
     "measured": 6,
+    "ending": 6.5,
     "job": 7,
+    "estimate": 7.2,
+    "health": 7.2,
     "nightly": 7.5,
     "run": 8,
+    "api": 8.5,
+    "command": 9,
+    "__main__": 9.5,
 }
 PACKAGE = ROOT / "pipeline"
+# The package's own __init__ is the one that hands names on, and imports them when they are asked for: test_api.py.
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 
@@ -78,8 +93,10 @@ def imported_rooms(path: Path) -> set[str]:
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_a_module_imports_only_from_its_room_or_from_lower_floors(path: Path) -> None:
     room = room_of(path)
-    above = {other for other in imported_rooms(path) if other != room and FLOORS[other] >= FLOORS[room]}
-    assert not above, f"{path.name} on floor {FLOORS[room]} imports {above}"
+    # A room's own __main__ is a door.
+    floor = FLOORS["run"] if path.name == "__main__.py" and room != "__main__" else FLOORS[room]
+    above = {other for other in imported_rooms(path) if other != room and FLOORS[other] >= floor}
+    assert not above, f"{path.name} on floor {floor} imports {above}"
 
 
 @pytest.mark.parametrize("path", [p for p in MODULES if p.name == "__init__.py"], ids=lambda path: path.parent.name)

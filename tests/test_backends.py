@@ -22,9 +22,10 @@ from pipeline.backends.modules import compiled
 from pipeline.backends.sessions import PROVIDERS, normalise, open_session
 from pipeline.backends.tensorrt import engine_options, find_library, version_words
 from pipeline.backends.torch_int8 import multiplies_int8
-from pipeline.config import CHOICES, PRECISIONS, BackendConfig, ModelConfig, ParityConfig
+from pipeline.config import BackendConfig, ModelConfig, ParityConfig
 from pipeline.demo.folder import rendered_sample
 from pipeline.errors import BackendUnavailable, StorageError
+from pipeline.limits import CHOICES, PRECISIONS
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline.models.towers import Normaliser
 from pipeline.records import Sample

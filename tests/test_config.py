@@ -12,20 +12,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from pipeline.checks import check
-from pipeline.config import (
-    AUTOMATIC,
-    CHOICES,
-    FORMATS,
-    OUTPUT_COLUMNS,
-    PRECISIONS,
-    RANGES,
-    Config,
-    ManifestConfig,
-    conf_dir,
-    nearest,
-    value_of,
-)
+from pipeline.config import FORMATS, OUTPUT_COLUMNS, Config, ManifestConfig, conf_dir, nearest, value_of
 from pipeline.errors import ConfigError, Problem
+from pipeline.limits import AUTOMATIC, CHOICES, PRECISIONS, RANGES
 from pipeline.overrides import groups, known_keys, read_config, register, to_config
 
 OPTIONS = [(group, option) for group, options in groups(conf_dir()).items() for option in options]
@@ -111,7 +100,12 @@ def test_hub_needs_a_name_and_says_so_with_everything_else() -> None:
         config_of("model=hub", "loader.batch_size=0")
     assert caught.value.exit_code == 2
     assert caught.value.problems == (
-        Problem("model.name", "???", "has no default; give a value"),
+        Problem(
+            "model.name",
+            "???",
+            "has no default; give a value",
+            "such as model.name=openai/clip-vit-base-patch32",
+        ),
         Problem("loader.batch_size", 0, "must be a whole number from 1 to 65536, or auto"),
     )
 

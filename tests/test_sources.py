@@ -354,6 +354,8 @@ def test_a_row_never_chains_drivers_and_never_chooses_their_settings(root: Path)
             result = source.read(ImageRef(id=1, path=path))
         assert isinstance(result, Failure), path
         assert result.status in ("scheme_not_allowed", "unreadable"), path
+        # Python looks for a driver that it has not imported yet.
+        seen = [one for one in seen if not one.startswith("os.listdir ") or "site-packages" not in one]
         assert [one for one in seen if not one.startswith("open ") or one.endswith((".jpg", ".zip"))] == [], path
 
 

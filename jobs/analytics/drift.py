@@ -105,7 +105,9 @@ def embedding_drift(a: list[str], b: list[str], key: str, sample: int) -> dict[s
     """
     (ids_a, x, _), (ids_b, y, _) = vectors(a, [key]), vectors(b, [key])
     if x.shape[1] != y.shape[1]:
-        raise SystemExit(f"embeddings of {x.shape[1]} and {y.shape[1]} numbers: two different models")
+        raise SystemExit(
+            f"embeddings of {x.shape[1]} and {y.shape[1]} numbers are of two models; compare nights of one"
+        )
     means = [matrix.mean(axis=0, dtype=np.float64) for matrix in (x, y)]
     cosine = means[0] @ means[1] / np.linalg.norm(means[0]) / np.linalg.norm(means[1])
     place = pd.Index(ids_b[key]).get_indexer(ids_a[key])

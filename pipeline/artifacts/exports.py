@@ -19,7 +19,7 @@ import torch
 from pipeline.artifacts import graphs, quantize
 from pipeline.artifacts.store import Artifact, ArtifactStore, Recipe
 from pipeline.config import ParityConfig
-from pipeline.errors import BackendUnavailable
+from pipeline.errors import BackendUnavailable, install_hint
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.towers import ImageTower, Normaliser, TextTower
 from pipeline.parity import compare, from_json, hold
@@ -152,10 +152,7 @@ def need_packages(*packages: str, extra: str = "onnx") -> None:
     """
     missing = [name for name in packages or ONNX_PACKAGES if find_spec(name) is None]
     if missing:
-        raise BackendUnavailable(
-            f"not installed: {', '.join(missing)}; pip install 'clip-pipeline[{extra}]', or in a checkout "
-            f"pip install -c constraints.txt -e '.[{extra}]'"
-        )
+        raise BackendUnavailable(f"not installed: {', '.join(missing)}; {install_hint(extra)}")
 
 
 def session(path: Path) -> Any:

@@ -72,7 +72,8 @@ def _flock(descriptor: int, path: Path, wait: bool) -> bool:
             return False
         if isinstance(error, BlockingIOError):
             raise
-        raise StorageError(f"{path}: cannot be locked: {error.strerror}") from error
+        hint = "check its permissions, or name another folder with backend.artifacts"
+        raise StorageError(f"{path}: cannot be locked ({error.strerror}); {hint}") from error
     return True
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.config import PRECISIONS, BackendConfig
+from pipeline.config import BackendConfig
 from pipeline.errors import BackendUnavailable
+from pipeline.limits import PRECISIONS
 
 # What torch, CUDA, cuBLAS, cuDNN and ONNX Runtime say when the memory is full, besides torch.OutOfMemoryError:
 # TorchScript's interpreter hands every error on as a RuntimeError, and ONNX Runtime has no class of its own for it.
@@ -53,14 +54,15 @@ def choose_device(name: str) -> torch.device:
         if not torch.cuda.is_available():
             build = f"torch {torch.__version__}"
             why = (
-                "was built without CUDA; install a CUDA build"
+                "was built without CUDA; install its CUDA build, as pytorch.org says"
                 if torch.version.cuda is None
-                else "sees no GPU or driver"
+                else "sees no GPU or driver; nvidia-smi tells whether there is one"
             )
             raise BackendUnavailable(f"backend.device={name}: {build} {why}; or take backend.device=cpu")
         if device.index is not None and device.index >= torch.cuda.device_count():
             raise BackendUnavailable(
-                f"backend.device={name}: this machine has {torch.cuda.device_count()} GPUs, counted from 0"
+                f"backend.device={name}: this machine has {torch.cuda.device_count()} GPUs, counted from 0; take "
+                f"cuda:{torch.cuda.device_count() - 1} or lower"
             )
         return torch.device("cuda", device.index or 0)
     return device

@@ -7,13 +7,14 @@ import sys
 from collections.abc import Sequence
 
 from pipeline.aside import own_exit_code
-from pipeline.errors import PipelineError
+from pipeline.errors import Interrupted, PipelineError
 
 EXAMPLES = """\
 examples:
   python -m pipeline.manifest folder ~/Pictures photos.parquet
   python -m pipeline.manifest csv products.csv products.parquet --image file --id sku
   python -m pipeline.manifest tar train-*.tar train.parquet
+exit codes: 0 done, 2 nothing there that makes a manifest, 75 interrupted: run it again, 1 anything else
 """
 
 
@@ -32,6 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except PipelineError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("error: interrupted; nothing was written", file=sys.stderr)
+        return Interrupted.exit_code
     print(f"{options.out}: {rows:,} rows; next: python -m pipeline.run manifest.path={options.out} output.dir=...")
     return 0
 
@@ -45,14 +49,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     kinds = parser.add_subparsers(dest="kind", required=True)
     folder = kinds.add_parser("folder", help="every image below a folder; ids are relative paths")
-    folder.add_argument("folder")
+    folder.add_argument("folder", help="where the images lie, however deep")
     csv = kinds.add_parser("csv", help="a CSV with a header; all columns are kept")
-    csv.add_argument("csv")
+    csv.add_argument("csv", help="the file, or a TSV; its columns travel with manifest.keep")
     csv.add_argument("--image", default="path", help="the column of image paths (default: path)")
     csv.add_argument("--id", help="the column of ids (default: id, or else the image paths)")
     csv.add_argument("--root", help="where relative paths start (default: the folder of the CSV)")
     tar = kinds.add_parser("tar", help="WebDataset tars; images stay where they are")
-    tar.add_argument("tars", nargs="+")
+    tar.add_argument("tars", nargs="+", help="plain tars, not compressed ones")
     for kind in (folder, csv, tar):
         kind.add_argument("out", help="the Parquet file to write")
     return parser

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
-from pipeline.addresses import is_local, local_path, open_file
+from pipeline.addresses import from_here, is_local, local_path, open_file
 from pipeline.errors import ManifestError, StorageError
 from pipeline.manifest.source import ROOT_KEY
 from pipeline.storage.opening import open_storage
@@ -62,7 +62,7 @@ def from_folder(folder: str, out: str, *, extensions: frozenset[str] = EXTENSION
     """
     root = Path(folder).expanduser()
     if not root.is_dir():
-        raise ManifestError(f"{folder}: no such folder")
+        raise ManifestError(f"{folder}: no such folder{from_here(folder)}")
     schema = pa.schema(
         [("id", pa.string()), ("path", pa.string()), ("size", pa.int64()), ("modified", pa.timestamp("us", tz="UTC"))]
     )
@@ -101,7 +101,9 @@ def from_csv(path: str, out: str, *, image: str, id: str | None, root: str | Non
         header = pa_csv.open_csv(source, parse_options=parsing).schema.names
         missing = [name for name in (image, id) if name is not None and name not in header]
         if missing:
-            raise ManifestError(f"{path}: no column {missing[0]!r}; its columns are {', '.join(header)}")
+            raise ManifestError(
+                f"{path}: no column {missing[0]!r}; its columns are {', '.join(header)}; --id and --image name them"
+            )
         if id is None and "id" in header:
             id = "id"
         texts = {name: pa.string() for name in (image, id) if name is not None}

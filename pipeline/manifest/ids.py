@@ -94,7 +94,8 @@ def _audit(manifest: Manifest, position: int, ids: pa.Array) -> None:
         ids.validate(full=True)
     except pa.ArrowException as error:
         raise ManifestError(
-            f"{_place(manifest, position)} or one of the {len(ids) - 1} after it: {manifest.id} is not UTF-8"
+            f"{_place(manifest, position)} or one of the {len(ids) - 1} after it: {manifest.id} is not UTF-8; "
+            "write the ids as UTF-8 text"
         ) from error
 
 
@@ -155,7 +156,8 @@ def _explain(manifest: Manifest, repeated: NDArray[np.uint64]) -> None:
                 if value in seen:
                     raise ManifestError(
                         f"{manifest.id} {value!r} stands twice: at {_place(manifest, seen[value])} and at "
-                        f"{_place(manifest, row)}; ids must be unique{_example(manifest, row)}"
+                        f"{_place(manifest, row)}; ids must be unique: drop a row, or set manifest.id to another column"
+                        f"{_example(manifest, row)}"
                     )
                 seen[value] = row
             position += len(ids)

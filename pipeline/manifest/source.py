@@ -14,9 +14,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.addresses import filesystem, from_driver, is_local, local_path, open_arrow, open_file
+from pipeline.addresses import filesystem, is_local, local_path, open_arrow, open_file
 from pipeline.config import ManifestConfig, nearest
 from pipeline.errors import ConfigError, ManifestError, Problem
+from pipeline.manifest.files import find_files
 from pipeline.processes import cores
 from pipeline.threads import in_order
 
@@ -105,7 +106,9 @@ def open_manifest(config: ManifestConfig) -> Manifest:
         files.append(file)
         roots.add((schema.metadata or {}).get(ROOT_KEY, b"").decode())
     if first is None or not any(file.rows for file in files):
-        raise ManifestError(f"manifest.path={config.path}: the manifest has no rows")
+        raise ManifestError(
+            f"manifest.path={config.path}: the manifest has no rows, so there is nothing to embed; see what wrote it"
+        )
     _check_count(sum(file.rows for file in files), config)
     if config.root is None and len(roots) > 1:
         places = ", ".join(sorted(root or "none" for root in roots))
@@ -137,48 +140,10 @@ def _check_count(rows: int, config: ManifestConfig) -> None:
         raise ConfigError([Problem("manifest.shard_rows", config.shard_rows, allowed, hint)])
 
 
-def find_files(path: str) -> list[str]:
-    """The Parquet files at a file, folder or glob address, sorted by name.
-
-    Raises:
-        ManifestError: nothing is there; the message names the nearest thing to try.
-    """
-    try:
-        fs, root = filesystem(path)
-        found = _listed(fs, root)
-    except Exception as error:
-        if not isinstance(error, OSError | ImportError | ValueError) and not from_driver(error):
-            raise
-        raise ManifestError(f"manifest.path={path}: {error}") from error
-    if not found:
-        if fs.exists(root):
-            raise ManifestError(
-                f"manifest.path={path}: a folder without *.parquet files; for a folder of images run: "
-                f"python -m pipeline.manifest folder {path} manifest.parquet"
-            )
-        raise ManifestError(f"manifest.path={path}: no such file, folder or match")
-    return [name if is_local(path) else fs.unstrip_protocol(name) for name in found]
-
-
 def _folder(urls: Sequence[str]) -> str:
     """The folder that all files lie in; addresses begin with a scheme or a slash."""
     levels = zip(*(url.split("/")[:-1] for url in urls), strict=False)
     return "/".join(names[0] for names in takewhile(lambda names: len(set(names)) == 1, levels)) or "/"
-
-
-def _listed(fs: Any, root: str) -> list[str]:
-    if any(mark in root for mark in "*?[") and not fs.exists(root):
-        return sorted(name for name in fs.glob(root) if fs.isfile(name))
-    if fs.isdir(root):
-        found = fs.find(root)
-        relative = {name: name[len(root) :].lstrip("/") for name in found}
-        # Names with a leading _ or . are another tool's books, as all readers of Parquet folders agree.
-        return sorted(
-            name
-            for name, rest in relative.items()
-            if rest.endswith((".parquet", ".pq")) and not any(part.startswith(("_", ".")) for part in rest.split("/"))
-        )
-    return [root] if fs.exists(root) else []
 
 
 def _size(url: str) -> int:
@@ -198,10 +163,11 @@ def _inspect(url: str, *, whole: int) -> tuple[pa.Schema, ManifestFile]:
             schema = parquet.schema_arrow
             footer = parquet.metadata.serialized_size
     except (pa.ArrowException, OSError) as error:
-        hint = ""
         if url.lower().endswith((".csv", ".tsv")):
-            hint = f"; make a manifest of a CSV with: python -m pipeline.manifest csv {url} manifest.parquet"
-        raise ManifestError(f"{url}: not a readable Parquet file: {error}{hint}") from error
+            hint = f"make a manifest of a CSV with: python -m pipeline.manifest csv {url} manifest.parquet"
+            raise ManifestError(f"{url}: not a readable Parquet file; {hint}") from error
+        hint = "write it again, or give another manifest.path"
+        raise ManifestError(f"{url}: not a readable Parquet file ({error}); {hint}") from error
     info = fs.info(path)
     size = int(info["size"])
     return schema, ManifestFile(url=url, row_groups=groups, size=size, digest=_digest(url, info, footer, whole))
@@ -230,12 +196,14 @@ def _check_columns(url: str, schema: pa.Schema, config: ManifestConfig) -> None:
     missing = [(key, name) for key, name in wanted if name not in schema.names]
     if missing:
         parts = [f"{key}={name}" + _hint(name, schema.names) for key, name in missing]
-        raise ManifestError(f"{url}: no column for {', '.join(parts)}; its columns are: {listing}{example_row(url, 0)}")
+        raise ManifestError(
+            f"{url}: no column for {', '.join(parts)}; name one of its columns: {listing}{example_row(url, 0)}"
+        )
     id_type = schema.field(config.id).type
     if not (pa.types.is_integer(id_type) or _is_text(id_type)):
         raise ManifestError(
-            f"{url}: manifest.id={config.id} is {id_type}; ids are strings or integers; its columns are: "
-            f"{listing}{example_row(url, 0)}"
+            f"{url}: manifest.id={config.id} is {id_type}; ids are strings or integers: name another column, or write "
+            f"this one as text; its columns are: {listing}{example_row(url, 0)}"
         )
     if not _image_kind(schema.field(config.image).type):
         raise ManifestError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from pipeline.models.hub import DEMO_FOLDER, find_folder
 from pipeline.models.preprocessor import read_spec, to_spec
 from pipeline.models.trust import check_config, check_weights
 from pipeline.records import PreprocessSpec
+from pipeline.silences import silence
 from pipeline.storage.base import sha256
 
 
@@ -66,12 +66,8 @@ TOKENIZER_FILES = (
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
 )
 
-# Where torchao is installed, transformers imports it to load any model. It then reports every kernel
-# that was built for another machine, and calls a function that torch deprecates: nothing a user could act on.
-logging.getLogger("torchao").addFilter(lambda record: not record.getMessage().startswith("Failed to load "))
-logging.getLogger("torch.utils._pytree").addFilter(
-    lambda record: "register_constant() on Enum subclasses is deprecated" not in record.getMessage()
-)
+# Some of it is said by what transformers imports to load a model.
+silence()
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +162,7 @@ def _load(folder: Path) -> Any:
             output_loading_info=True,
         )
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        raise ModelError(f"{folder}: the weights cannot be loaded: {error}") from error
+        raise ModelError(f"{folder}: the weights cannot be loaded ({error}); download the checkpoint again") from error
     # transformers fills what is missing with random numbers and says so in a warning at most.
     missing = sorted(facts["missing_keys"])
     if missing:
@@ -214,7 +210,7 @@ def _assemble(
     if spec.size != (side, side):
         raise ModelError(
             f"{config.name}: the preprocessor makes pictures of {spec.size[0]} x {spec.size[1]} pixels, "
-            f"the model takes {side} x {side}"
+            f"the model takes {side} x {side}; config.json and preprocessor_config.json belong to different checkpoints"
         )
     family = settings.model_type
     # CLIP pools the text at EOS. transformers takes the highest id where the config says 2, as OpenAI's first

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from pipeline.addresses import from_here
 from pipeline.config import DEMO_MODEL, ModelConfig
 from pipeline.errors import ModelError
 
@@ -28,7 +29,7 @@ def find_folder(config: ModelConfig) -> Path:
     if local.is_dir():
         return local
     if config.name.startswith((".", "/", "~")) or config.name.count("/") > 1:
-        raise ModelError(f"model.name={config.name}: no such folder")
+        raise ModelError(f"model.name={config.name}: no such folder{from_here(config.name)}")
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
@@ -37,10 +38,35 @@ def find_folder(config: ModelConfig) -> Path:
         raise ModelError(f"model.name={config.name}: neither a folder nor a hub id: {error}") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
         raise ModelError(
-            f"model.name={config.name}, revision {config.revision or 'main'}: the Hugging Face hub did not give it "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}). Check the name and the network; on a machine "
-            "without one, copy the checkpoint and give its folder as model.name, or measure with model.weights=random"
+            f"model.name={config.name}, revision {config.revision or 'main'}: the Hugging Face hub did not give it: "
+            f"{_why(error)}. On a machine without a network, copy the checkpoint's folder there and give it as "
+            "model.name, or measure with model.weights=random"
         ) from error
+
+
+def _why(error: Exception) -> str:
+    """What the hub's library means, whose own words speak of its cache and its variables."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    if isinstance(error, GatedRepoError):
+        return "its owners ask for consent; give it on the model's page, and log in with: hf auth login"
+    if isinstance(error, RepositoryNotFoundError):
+        return "there is no such model, or it is private; check the name, or log in with: hf auth login"
+    if isinstance(error, RevisionNotFoundError):
+        return "it has no such revision; check model.revision"
+    if constants.HF_HUB_OFFLINE and isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):
+        return "it is not in the cache, and HF_HUB_OFFLINE forbids to ask; unset that where there is a network"
+    first = (str(error).splitlines() or [""])[0].removeprefix("Got: ").rstrip(".")
+    if isinstance(error, LocalEntryNotFoundError):
+        return f"it is not in the cache, and the hub cannot be reached ({first}); check the network and the proxy"
+    return f"{type(error).__name__}: {first}; check the name and the network"
 
 
 def _download(config: ModelConfig) -> Path:

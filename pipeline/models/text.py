@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
+from pipeline.addresses import from_here
 from pipeline.config import LabelsConfig, PromptsConfig
 from pipeline.errors import PromptsError, StorageError
 from pipeline.models.checkpoint import Checkpoint
@@ -64,7 +65,7 @@ def read_labels(config: PromptsConfig) -> LabelSet:
         prompts = collected.setdefault(name, [])
         if prompt is None:
             if prompts:
-                raise PromptsError(f"{place}: the label {name!r} stands there twice")
+                raise PromptsError(f"{place}: the label {name!r} stands there twice; take one out")
             prompts += [template.replace("{}", name) for template in config.templates]
         elif isinstance(prompt, str) and prompt.strip() and is_text(prompt):
             prompts.append(prompt)
@@ -164,7 +165,7 @@ def _to_cache(store: Storage, name: str, features: np.ndarray) -> None:
 
 def _read_pairs(path: Path, place: str) -> Iterable[tuple[Any, Any]]:
     if not path.is_file():
-        raise PromptsError(f"{place}: no such file")
+        raise PromptsError(f"{place}: no such file{from_here(str(path))}")
     kind = path.suffix.lower()
     try:
         if kind in (".yaml", ".yml"):

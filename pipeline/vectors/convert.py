@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from pipeline.addresses import explained
 from pipeline.dataset.opened import Dataset, vectors_of
-from pipeline.errors import ConfigError, Problem
+from pipeline.errors import ConfigError, Problem, install_hint
 from pipeline.storage.local import sync
 from pipeline.vectors.index import LEAST, LISTS, TRAINED, faiss_or_told, spread
 from pipeline.vectors.places import within
@@ -141,8 +141,8 @@ def _to_lance(dataset: Dataset, folder: Path, ivf: bool) -> None:
     try:
         import lance
     except ImportError as error:
-        way_out = "pip install -c constraints.txt -e '.[lance]'"
-        raise ConfigError([Problem("--to", "lance", f"pylance is not installed ({error})", way_out)]) from error
+        allowed = f"pylance is not installed ({error})"
+        raise ConfigError([Problem("--to", "lance", allowed, install_hint("lance"))]) from error
     schema = pa.schema([field for field in dataset.schema if field.name not in ("status", "error")])
 
     failed: list[BaseException] = []

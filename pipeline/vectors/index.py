@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from pipeline.addresses import explained
 from pipeline.dataset.opened import Dataset, vectors_of
-from pipeline.errors import ArtifactError, ConfigError, ModelError, Problem, StorageError
+from pipeline.errors import ArtifactError, ConfigError, ModelError, Problem, StorageError, install_hint
 from pipeline.storage.local import LocalStorage
 from pipeline.vectors.search import Found, nearest, rescore, without
 
@@ -60,8 +60,8 @@ def faiss_or_told(option: str) -> Any:
     try:
         import faiss
     except ImportError as error:
-        way_out = "pip install -c constraints.txt -e '.[search]'"
-        raise ConfigError([Problem(option, "faiss", f"faiss-cpu is not installed ({error})", way_out)]) from error
+        allowed = f"faiss-cpu is not installed ({error})"
+        raise ConfigError([Problem(option, "faiss", allowed, install_hint("search"))]) from error
     return faiss
 
 

@@ -73,9 +73,9 @@ def relabel(source: Dataset, config: Config, *, began: float | None = None) -> R
     config = dataclasses.replace(config, output=dataclasses.replace(config.output, dir=storage.url))
     began = began or time.time()
     with ExitStack() as opened:
-        with log_to_terminal():
+        with log_to_terminal(config.log):
             held = opened.enter_context(lease.take(storage, seconds=config.output.lease_seconds))
-        opened.enter_context(log_to(storage))
+        opened.enter_context(log_to(storage, form=config.log))
         if held.taken_over:
             log.warning("took over from %s", held.taken_over)
         torch.set_num_threads(cores())
@@ -165,7 +165,8 @@ def _run(
     core = (spent() - before).own
     settled = commits.read_commits(storage, wanted, known=done)
     counts = commits.finalize(storage, wanted, settled, held.confirm)
-    content = summary.summarize(config.output.dir, [commit.part for commit in settled], id=source.id, examples=0)
+    parts = [(commit.part, int(start)) for commit, start in zip(settled, source.starts, strict=True)]
+    content = summary.summarize(config.output.dir, parts, id=source.id, examples=0)
     result = RelabelReport(
         source={"dataset": source.address, **source.fingerprint},
         started=datetime.fromtimestamp(began, UTC).isoformat(timespec="seconds"),

@@ -1,0 +1,160 @@
+"""Every command of the README is run, or proved to be one that could run; :mod:`tests.readme` says which and why."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import conf_dir
+from pipeline.demo.folder import jpeg
+from pipeline.demo.scenes import sample
+from pipeline.overrides import check_overrides
+from tests.conftest import ROOT
+from tests.doors import PARSERS, prove
+from tests.forks import forks
+from tests.mistakes import END
+from tests.readme import TEXT, Elsewhere, Prove, Run, Slow, blocks, commands, row_of, spans, substituted, words_of
+from tests.test_words import EXTRAS
+
+ALL = commands()
+RUNS = [command for command in ALL if isinstance(row_of(command), Run)]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's folder, with pictures."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "Pictures").mkdir()
+    for i in range(12):
+        (folder / "Pictures" / f"{i:03}.jpg").write_bytes(jpeg(sample(11, i), 64, 64))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ran(home: Path) -> dict[str, tuple[int, str]]:
+    """The commands that are run, in the README's order, in one process: their exit codes, and what they said."""
+    texts = []
+    for command in RUNS:
+        row = row_of(command)
+        assert isinstance(row, Run)
+        texts.append(shlex.join(words_of(command, row.more)))
+    child = forks().start(
+        "tests.mistakes:typed",
+        *(str(home), texts, []),
+        environment={"XDG_CACHE_HOME": os.environ["XDG_CACHE_HOME"]},
+    )
+    child.wait(400)
+    pieces = re.split(rf"^{END} (\d+)\n", child.said(), flags=re.MULTILINE)
+    return {command: (int(code), said) for command, said, code in zip(RUNS, pieces[::2], pieces[1::2], strict=False)}
+
+
+def test_every_command_has_a_row() -> None:
+    assert [command for command in ALL if row_of(command) is None] == [], "say in tests/readme.py what becomes of it"
+    assert len(ALL) > 15
+
+
+@pytest.mark.parametrize("command", RUNS)
+def test_a_command_does_what_it_says(ran: dict[str, tuple[int, str]], command: str) -> None:
+    code, said = ran[command]
+    assert code == 0, said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("command", [each for each in ALL if isinstance(row_of(each), Prove)])
+def test_a_command_that_is_not_run_could_be(command: str) -> None:
+    row, words = row_of(command), words_of(command)
+    assert isinstance(row, Prove)
+    if words[0] == "pip":
+        assert "-c" not in words or (ROOT / words[words.index("-c") + 1]).is_file()
+        named = re.findall(r"\[([\w,]+)\]", command)
+        assert {extra for names in named for extra in names.split(",")} <= EXTRAS
+    else:
+        prove(words[2:] if words[1] == "-m" else words[1:])
+
+
+@pytest.mark.parametrize("command", [each for each in ALL if isinstance(row_of(each), Elsewhere)])
+def test_a_command_that_is_tested_elsewhere_is_there(command: str) -> None:
+    row = row_of(command)
+    assert isinstance(row, Elsewhere)
+    assert row.text in (ROOT / row.where).read_text()
+
+
+@pytest.mark.parametrize("command", [each for each in ALL if each.startswith("export PART=")])
+def test_the_shell_numbers_a_part(command: str) -> None:
+    script = f"SLURM_ARRAY_TASK_ID=2 RANK=2 WORLD_SIZE=16; {command}; echo $PART"
+    assert subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout == "3/16\n"
+
+
+def test_the_gate_runs_the_readme_s_own_line() -> None:
+    pattern = re.search(r"grep -m 1 '([^']+)' README\.md", (ROOT / ".ci" / "run").read_text())
+    assert pattern is not None
+    assert len(re.findall(pattern[1], TEXT, re.MULTILINE)) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [each for each in ALL if isinstance(row_of(each), Slow)])
+def test_a_command_that_takes_longer_does_what_it_says(tmp_path: Path, command: str) -> None:
+    row = row_of(command)
+    assert isinstance(row, Slow)
+    words = words_of(command)
+    for text, other in row.replaced:
+        words = [other if word == text else word for word in words]
+    done = subprocess.run(
+        [sys.executable, *words[1:]],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_a_piece_of_python_runs(
+    ran: dict[str, tuple[int, str]], home: Path, monkeypatch: pytest.MonkeyPatch, code: str
+) -> None:
+    monkeypatch.chdir(home)
+    exec(compile(substituted(code), "README.md", "exec"), {})
+
+
+@pytest.mark.parametrize("code", blocks("sql"))
+def test_a_piece_of_sql_answers(
+    ran: dict[str, tuple[int, str]], home: Path, monkeypatch: pytest.MonkeyPatch, code: str
+) -> None:
+    duckdb = pytest.importorskip("duckdb")
+    monkeypatch.chdir(home)
+    for query in filter(str.strip, code.split(";")):
+        assert duckdb.sql(query).fetchall()
+
+
+def test_the_overrides_in_the_text_are_good_ones() -> None:
+    wrong = {}
+    for span in spans():
+        words = shlex.split(span) if span.count("'") % 2 == 0 and span.count('"') % 2 == 0 else []
+        overrides = [word for word in words if re.match(r"[a-z_]+(\.[a-z_0-9]+)*=", word)]
+        told = [word for word in overrides if not re.search(r"=(\.\.\.|<)|=\S*\.\.\.$|[<{]", word)]
+        if overrides != words or not told:
+            continue
+        problems = check_overrides(told, conf_dir())
+        if problems:
+            wrong[span] = [str(problem) for problem in problems]
+    assert wrong == {}
+
+
+def test_the_doors_that_the_text_names_are_there() -> None:
+    named = {f"pipeline.{name}" for name in re.findall(r"python -m pipeline\.(\w+)", TEXT)}
+    assert named <= {"pipeline.run", "pipeline.nightly", *(door.split()[0] for door in PARSERS)}
+    links = [link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", TEXT) if "://" not in link]
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_the_anchors_of_the_text_are_headings_of_it() -> None:
+    headings = {re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-") for text in re.findall(r"^#+ (.*)$", TEXT, re.M)}
+    assert set(re.findall(r"\]\(#([^)]+)\)", TEXT)) <= headings

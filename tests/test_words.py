@@ -1,0 +1,185 @@
+"""What people read besides messages: help, the pages about the config, the jobs and the house, what to install."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from pipeline.command import DOORS
+from pipeline.config import conf_dir
+from pipeline.errors import install_hint
+from pipeline.overrides import groups, known_keys
+from tests import conf_readme, house
+from tests.conf_readme import SHARED
+from tests.conftest import ROOT
+from tests.doors import PARSERS, parser_of, prove
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = set(PROJECT["optional-dependencies"])
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
+JOBS = (ROOT / "jobs" / "README.md").read_text()
+SOURCES = sorted([*(ROOT / "pipeline").rglob("*.py"), *(ROOT / "jobs").rglob("*.py")])
+SCRIPTS = sorted((ROOT / "jobs" / "analytics").glob("*.py"))
+
+
+# What to install.
+
+
+def test_every_extra_that_the_code_or_the_config_names_is_one_of_the_project() -> None:
+    texts = [*SOURCES, *conf_dir().rglob("*.yaml"), ROOT / "README.md", *(ROOT / "jobs").glob("*.md")]
+    named = {
+        extra
+        for path in texts
+        for found in re.findall(r"install_hint\(\"(\w+)\"\)|'\.\[([\w,]+)\]'|eeds the extra (\w+)", path.read_text())
+        for extra in filter(None, ",".join(found).split(","))
+    }
+    assert named <= EXTRAS
+    assert {"onnx", "s3", "search", "lance", "nightly"} <= named
+
+
+def test_every_extra_is_in_the_readme() -> None:
+    # It links to the two others.
+    text = "".join((ROOT / name).read_text() for name in ("README.md", "jobs/README.md", "conf/README.md"))
+    missing = [extra for extra in EXTRAS if not re.search(rf"\[(\w+,)*{extra}(,\w+)*\]|`{extra}`", text)]
+    assert missing == []
+
+
+def test_what_to_install_is_said_in_one_way() -> None:
+    # The scripts for analysis are copied elsewhere, and tell for themselves.
+    ours = [
+        path for path in SOURCES if ROOT / "jobs" not in path.parents and path.name not in ("errors.py", "versions.py")
+    ]
+    assert [path.name for path in ours if re.search(r"pip install[^\n]*(clip-pipeline|-e )", path.read_text())] == []
+
+
+def test_an_extra_is_installed_from_the_checkout_or_from_the_index(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert install_hint("onnx") == "pip install -c constraints.txt -e '.[onnx]'"
+    monkeypatch.chdir(tmp_path)
+    assert install_hint("onnx") == f"pip install -c {ROOT}/constraints.txt -e '{ROOT}[onnx]'"
+    monkeypatch.setattr("pipeline.errors.__file__", str(tmp_path / "site-packages" / "pipeline" / "errors.py"))
+    assert install_hint("onnx") == "pip install 'clip-pipeline[onnx]'"
+
+
+# Help.
+
+
+def help_of(module: str, *words: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", module, *words, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stderr == ""
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def main_help() -> str:
+    return help_of("pipeline.run")
+
+
+def examples(text: str) -> list[list[str]]:
+    """The commands of a help text, without their ``python -m``."""
+    found = re.findall(r"^ +python (?:-m )?((?:pipeline\.|jobs/).*)", text.replace("\\\n", " "), re.MULTILINE)
+    return [shlex.split(part.partition("   ")[0]) for line in found for part in line.split("&& python -m ")]
+
+
+def test_the_examples_of_the_main_help_are_good_configs(main_help: str) -> None:
+    found = examples(main_help.partition("Examples")[2].partition("Ten overrides")[0])
+    assert len(found) >= 5
+    for words in found:
+        assert words[0] == "pipeline.run"
+        prove(words)
+    assert max(map(len, main_help.partition("Groups and")[0].splitlines())) <= 120
+
+
+@pytest.mark.parametrize("door", PARSERS)
+def test_the_help_of_a_door_has_examples_that_it_takes_and_its_exit_codes(
+    monkeypatch: pytest.MonkeyPatch, door: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    text = parser_of(door).format_help()
+    assert re.search(r"^exit codes: 0 ", text, re.MULTILINE)
+    assert max(map(len, text.splitlines())) <= 120
+    found = examples(text)
+    assert len(found) >= 3
+    for words in found:
+        assert " ".join(words).startswith(door)
+        prove(words)
+
+
+def test_every_door_of_the_short_command_is_looked_at() -> None:
+    looked_at = {"pipeline.run", "pipeline.nightly", *(door.split()[0] for door in PARSERS)}
+    assert set(DOORS.values()) <= looked_at
+
+
+# The config.
+
+
+def test_the_page_of_the_config_is_what_its_generator_writes() -> None:
+    assert conf_readme.README.read_text() == conf_readme.page(), "python -m tests.conf_readme writes it again"
+
+
+def test_the_page_of_the_config_has_every_group_option_and_key() -> None:
+    page = conf_readme.page()
+    for group, options in groups(conf_dir()).items():
+        assert f"\n## {group}\n" in page
+        assert len(options) == 1 or all(f"| `{option}` |" in page for option in options)
+    assert [f"`{key}`" for key in known_keys()] == re.findall(r"^\| (`\w+\.\w+`) \|", page, re.MULTILINE)
+
+
+def test_a_comment_is_shared_by_the_keys_right_below_it(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text("# Of a and b,\n# both.\na: 1\nb: 2\n# Of c.\nc: 3\n")
+    assert conf_readme.comments(tmp_path / "x.yaml") == {"a": "Of a and b, both.", "b": SHARED, "c": "Of c."}
+
+
+# The jobs.
+
+
+def test_the_page_of_the_jobs_names_every_script_folder_and_schedule() -> None:
+    names = [path.name for path in SCRIPTS if path.name != "common.py"]
+    assert [name for name in names if not re.search(rf"^\| `{name}[ `]", JOBS, re.MULTILINE)] == []
+    assert set(re.findall(r"`(\w+\.py)", JOBS)) <= {path.name for path in (ROOT / "jobs").rglob("*.py")}
+    folders = {
+        path.name for path in (ROOT / "jobs").iterdir() if path.is_dir() and not path.name.startswith(("_", "."))
+    }
+    assert set(re.findall(r"^\| `(\w+)/`", JOBS, re.MULTILINE)) == folders
+
+
+def test_the_scripts_have_the_options_that_the_page_of_the_jobs_names() -> None:
+    scripts = [path for path in SCRIPTS if path.name != "common.py"]
+    processes = [
+        subprocess.Popen([sys.executable, path, "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for path in scripts
+    ]
+    helps = {}
+    for path, process in zip(scripts, processes, strict=True):
+        helps[path.name], errors = process.communicate()
+        assert (process.returncode, errors) == (0, "")
+    everything = "".join(helps.values()) + parser_of("jobs/nightly.py").format_help()
+    assert set(re.findall(r"--[a-z][a-z-]*", JOBS)) <= {*re.findall(r"--[a-z-]+", everything), "--help"}
+    assert all("--picture" in text or name == "runs.py" for name, text in helps.items())
+
+
+# The house.
+
+
+def test_the_page_for_contributors_shows_every_room_on_its_floor() -> None:
+    assert house.table() in CONTRIBUTING, "python -m tests.house writes it again"
+    for path in re.findall(r"`((?:pipeline|conf|jobs|tests)/[\w./]*)`", CONTRIBUTING):
+        assert (ROOT / path).exists()
+
+
+def test_the_commands_of_the_page_for_contributors_are_those_of_the_gate() -> None:
+    readme = (ROOT / "README.md").read_text()
+    command = re.search(r"^python3 -m venv .*pytest -n 2$", readme, re.MULTILINE)
+    assert command is not None
+    assert command[0] in CONTRIBUTING
+    assert len(CONTRIBUTING.splitlines()) <= 110
