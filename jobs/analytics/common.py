@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import os
 import sys
 import textwrap
@@ -124,20 +125,26 @@ def vectors(
 def picture_arguments(parser: argparse.ArgumentParser) -> None:
     """Options that say where images lie."""
     group = parser.add_argument_group("images for the picture")
-    group.add_argument("--manifest", help="the job's manifest (Parquet); without it the dataset itself is looked at")
-    group.add_argument("--image", help="its column of paths, bytes or struct<bytes, path>; default: path, else image")
-    group.add_argument("--root", help="where relative paths start; default: the manifest's own root")
+    group.add_argument("--manifest", help="the job's manifest (Parquet); default: the one that _plan.json names")
+    group.add_argument("--image", help="its column of paths, bytes or struct<bytes, path>; default: as the job was told")
+    group.add_argument("--root", help="where relative paths start; default: as the job was told, or the manifest's own")
 
 
 def thumbnails(ids: Iterable[Hashable], files: list[str], args: argparse.Namespace, side: int = 160) -> dict[Any, Any]:
     """Small pictures by id; an image that cannot be opened, or lies outside the root, is simply not among them."""
-    source = ds.dataset(args.manifest) if args.manifest else _open(files)
+    job = {} if args.manifest else _job(files)
+    manifest = args.manifest or job.get("path")
+    try:
+        source = ds.dataset(manifest) if manifest else _open(files)
+    except (OSError, ValueError) as error:
+        print(f"no images: {manifest} cannot be read ({error}); give --manifest", file=sys.stderr)
+        return {}
     names, key = source.schema.names, identifier(files)
-    column = args.image or next((name for name in ("path", "image") if name in names), None)
+    column = args.image or job.get("image") or next((name for name in ("path", "image") if name in names), None)
     if column not in names or key not in names:
         print(f"no images: wanted are columns {key} and {column or 'path'}; see --manifest, --image", file=sys.stderr)
         return {}
-    root = args.root or (source.schema.metadata or {}).get(b"pipeline.root", b"").decode()
+    root = args.root or job.get("root") or (source.schema.metadata or {}).get(b"pipeline.root", b"").decode()
     rows = source.to_table(columns=[key, column], filter=ds.field(key).isin(list(ids))).to_pylist()
     found = {}
     for row in rows:
@@ -217,6 +224,15 @@ def _open(files: list[str]) -> Any:
     return ds.dataset(
         files if local else [system._strip_protocol(f) for f in files], filesystem=None if local else system
     )
+
+
+def _job(files: list[str]) -> dict[str, Any]:
+    """What the dataset's plan says of its manifest: path, image column, root; empty where it has no plan."""
+    try:
+        with fsspec.open(f"{files[0].rpartition('/')[0]}/_plan.json") as file:
+            return dict(json.load(file)["config"]["manifest"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _name(path: str) -> str:

@@ -1,6 +1,6 @@
 """Near duplicates: pairs of images whose embeddings have a cosine of at least the threshold, and groups of them.
 
-python jobs/analytics/near_duplicates.py outputs/demo --threshold 0.99 --manifest scenes.parquet --picture pairs.png
+python jobs/analytics/near_duplicates.py outputs/demo --threshold 0.99 --picture pairs.png
 
 Exact: blocks of a matrix product, N^2 * D floating-point operations for N different embeddings of D numbers. A core
 that does 50 GFLOP/s takes about 2 minutes for 100,000 embeddings of 512, three hours for a million. Memory: the

@@ -1,6 +1,6 @@
 """Outliers: rows far from the other rows of their label, and rows with the lowest scores.
 
-python jobs/analytics/outliers.py outputs/demo --manifest scenes.parquet --picture outliers.png
+python jobs/analytics/outliers.py outputs/demo --picture outliers.png
 
 --method
   centroid     1 - cosine to the mean of the label's other rows
