@@ -126,8 +126,8 @@ def picture_arguments(parser: argparse.ArgumentParser) -> None:
     """Options that say where images lie."""
     group = parser.add_argument_group("images for the picture")
     group.add_argument("--manifest", help="the job's manifest (Parquet); default: the one that _plan.json names")
-    group.add_argument("--image", help="its column of paths, bytes or struct<bytes, path>; default: as the job was told")
-    group.add_argument("--root", help="where relative paths start; default: as the job was told, or the manifest's own")
+    group.add_argument("--image", help="its column of paths, bytes or structs; default: as the job was told")
+    group.add_argument("--root", help="where relative paths start; default: as the job was told, or as the manifest")
 
 
 def thumbnails(ids: Iterable[Hashable], files: list[str], args: argparse.Namespace, side: int = 160) -> dict[Any, Any]:
