@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import asdict
 
 from pipeline.config import FORMATS, OUTPUT_COLUMNS, Config, ParityConfig, nearest, value_of
 from pipeline.errors import Problem
@@ -29,7 +30,7 @@ def check(config: Config) -> list[Problem]:
             problems.append(Problem(key, value, limits(key)))
     groups = (
         *(_check_backend, _check_parity, _check_lists, _check_doors, _check_columns, _check_prompts),
-        *(_check_part, _check_cluster, _check_run, _check_metrics),
+        *(_check_part, _check_cluster, _check_run, _check_metrics, _check_texts),
     )
     for checks in groups:
         problems += checks(config)
@@ -237,3 +238,14 @@ def _check_metrics(config: Config) -> list[Problem]:
         allowed = "must be http://HOST:PORT or https://HOST, without a password, which every report would show"
         problems.append(Problem("metrics.pushgateway", shown, allowed))
     return problems
+
+
+def _check_texts(config: Config) -> list[Problem]:
+    """Neither the plan nor the report nor Parquet can hold half a character, wherever in the config it stands."""
+    return [
+        Problem(f"{group}.{name}", text, "holds bytes that are no UTF-8")
+        for group, values in asdict(config).items()
+        for name, value in values.items()
+        for text in (value if isinstance(value, list) else [value])
+        if isinstance(text, str) and any("\ud800" <= letter <= "\udfff" for letter in text)
+    ]

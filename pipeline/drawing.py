@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.addresses import open_arrow
@@ -21,11 +22,14 @@ from pipeline.manifest.source import Manifest, open_manifest
 from pipeline.reading import pixel_reader
 from pipeline.report.found import report_of
 from pipeline.report.nights import recent_nights
-from pipeline.report.page import to_html
+from pipeline.report.page import by_status, to_html
 from pipeline.report.scores import Row
 from pipeline.report.summary import DatasetSummary, summarize
+from pipeline.storage.base import Storage
 
 PAGE = "_report.html"
+# The first parts, in one of which examples are found.
+LOOKED_AT = 4
 log = logging.getLogger(__name__)
 
 
@@ -50,28 +54,29 @@ def draw(
         reader: that reads them.
         examples: how many of the first rows are shown; 0 shows no pictures at all.
     """
-    some = _examples(f"{output.rstrip('/')}/{parts[0][0]}", parts[0][1], examples) if parts and examples else []
+    some = _examples(output, parts[:LOOKED_AT], examples) if examples else []
     pictures: Mapping[int, bytes] = {}
     if manifest is not None and reader is not None and examples:
-        wanted = {row.number: str(row.id) for row in content.failed}
+        wanted = {row.number: str(row.id) for rows in by_status(content.failed).values() for row in rows}
         wanted |= {row.number: row.id for row in (*some, *content.odd)}
         wanted |= {row.number: row.id for label in content.extremes for row in (*label.most, *label.least)}
         pictures = thumbnails(manifest, reader, wanted)
     return to_html(report, content, some, pictures, output=output)
 
 
-def try_to_draw(*arguments: Any, output: str, **settings: Any) -> bytes | None:
-    """As :func:`draw`; None where that fails, which is logged: the rows are there, and not at fault."""
+def try_to_publish(storage: Storage, page: Callable[[], bytes]) -> bool:
+    """Write what ``page`` draws; where that fails it is logged: the rows are there, and not at fault."""
     try:
-        return draw(*arguments, output=output, **settings)
+        storage.write(PAGE, page())
     except Exception as error:
         log.warning(
             "the page of the report could not be drawn (%s: %s); python -m pipeline.report %s draws it again",
             type(error).__name__,
             error,
-            output,
+            storage.url,
         )
-        return None
+        return False
+    return True
 
 
 def redraw(url: str, *, examples: int | None = None) -> bytes:
@@ -115,13 +120,18 @@ def _manifest(config: Config, dataset: Dataset) -> Manifest | None:
     return manifest
 
 
-def _examples(part: str, start: int, count: int) -> list[Row]:
-    with open_arrow(part) as file:
-        parquet = pq.ParquetFile(file)
-        columns = [parquet.schema_arrow.names[0], "label", "score", "status"]
-        table = parquet.read(columns=columns).slice(0, REACH)
-    chosen = spread(table["status"].to_pylist(), count)
-    return [
-        Row(number=start + place, id=str(row[columns[0]]), label=row["label"], score=row["score"])
-        for place, row in zip(chosen, table.take(chosen).to_pylist(), strict=True)
-    ]
+def _examples(output: str, parts: Sequence[tuple[str, int]], count: int) -> list[Row]:
+    """Rows of the first part that has embeddings."""
+    for name, start in parts:
+        with open_arrow(f"{output.rstrip('/')}/{name}") as file:
+            parquet = pq.ParquetFile(file)
+            columns = [parquet.schema_arrow.names[0], "label", "score", "status"]
+            table = parquet.read(columns=columns).slice(0, REACH)
+        chosen = spread(table["status"].to_pylist(), count)
+        if chosen:
+            rows = table.take(pa.array(chosen, pa.int64())).to_pylist()
+            return [
+                Row(number=start + place, id=str(row[columns[0]]), label=row["label"], score=row["score"])
+                for place, row in zip(chosen, rows, strict=True)
+            ]
+    return []

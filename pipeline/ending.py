@@ -17,7 +17,7 @@ from pipeline.drawing import PAGE
 from pipeline.errors import TooManyFailures
 from pipeline.images.reader import PixelReader
 from pipeline.manifest.source import Manifest
-from pipeline.members import peak_memory, total_clocks, total_cores
+from pipeline.members import Member, peak_memory, total_clocks, total_cores
 from pipeline.processes import cores
 from pipeline.records import OK, TextBank, Timeline
 from pipeline.report import summary
@@ -29,6 +29,8 @@ from pipeline.setup import Prepared
 from pipeline.what_if import faster_decoder
 
 REPORT = "_report.json"
+# With a smaller share of the cores at work than this, the model is not what to change.
+BUSY = 0.6
 log = logging.getLogger(__name__)
 
 
@@ -87,8 +89,9 @@ def report_of(
     """
     prepared, ran, own, bank = end.prepared, end.ran, end.own, end.bank
     config, wanted = prepared.config, prepared.plan
-    places = total_cores(ran.members) or cores()
-    wall, startup = ran.ended - ran.began, end.loop_began - own.began + end.first_batch_seconds
+    places = (total_cores(ran.members) if end.whole else _cores_of_hosts(ran.members)) or cores()
+    # A clock may have been set back meanwhile.
+    wall, startup = max(ran.ended - ran.began, 1e-3), end.loop_began - own.began + end.first_batch_seconds
     # The parts of a job need not run side by side, so that there is no pace of them all.
     pace = (
         measured.pace_of(own.members, config, prepared, images=own.images, steady=end.steady, seconds=end.loop_seconds)
@@ -96,6 +99,11 @@ def report_of(
         else None
     )
     bound, advice = measured.bound(ran.members, config, prepared, startup=startup, wall=wall)
+    if bound == "encoding" and pace is not None and pace.cores_busy < BUSY * places and prepared.device == "cpu":
+        advice = (
+            f"only {pace.cores_busy:.1f} of {places} cores worked for this run: other programs, or a limit on this "
+            "process, held the rest; run it when the machine is quiet before changing anything"
+        )
     if bound == "decoding":
         device = prepared.device.partition(":")[0]
         faster = faster_decoder(end.manifest, reader, pace, images=own.images, wall=wall, cores=places, device=device)
@@ -109,7 +117,8 @@ def report_of(
         wall_seconds=round(wall, 3),
         startup_seconds=round(startup, 3),
         images_per_second=round(ran.images / wall, 2),
-        steady_images_per_second=round(end.steady, 2),
+        # That of the last part alone says nothing of the others.
+        steady_images_per_second=round(end.steady, 2) if end.whole else 0.0,
         stages={name: round(seconds, 3) for name, seconds in total_clocks(ran.members).seconds.items()},
         bound=bound,
         advice=advice,
@@ -138,6 +147,11 @@ def report_of(
     )
 
 
+def _cores_of_hosts(members: Sequence[Member]) -> int:
+    """Parts of a job may have run one after the other on the same cores."""
+    return sum({host: max(m.cores for m in members if m.host == host) for host in {m.host for m in members}}.values())
+
+
 def say_labels(bank: TextBank | None) -> None:
     """What the labels of a run are."""
     if bank is None:
@@ -157,7 +171,8 @@ def say(result: RunReport, config: Config) -> None:
     where = place_of(result.machine, result.bound)
     rate = result.images_per_second
     log.info("%s", summary.headline(result.images, result.wall_seconds, rate, result.bound, where=where))
-    log.info("steady %.1f images/s; %s", result.steady_images_per_second, result.advice)
+    steady = result.steady_images_per_second
+    log.info("%s%s", f"steady {steady:,.1f} images/s; " if steady else "", result.advice)
     if result.pace is not None:
         log.info("%s", result.pace.verdict)
     if result.repeats:

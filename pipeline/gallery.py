@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import io
+import logging
 import time
 from bisect import bisect_left
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
 from PIL import Image
 
+from pipeline.errors import PipelineError
 from pipeline.images.decode import EXACT, GLANCE
 from pipeline.images.reader import PixelReader
 from pipeline.manifest.shards import ShardReader, refs
@@ -27,6 +30,9 @@ THUMBNAIL = PreprocessSpec(
 REACH = 512
 # Pictures that are read at once.
 AT_ONCE = 8
+# What reading one of them, or decoding it, may take.
+ONE_SECONDS = 5.0
+log = logging.getLogger(__name__)
 
 
 def spread(statuses: Sequence[str], count: int) -> list[int]:
@@ -47,14 +53,21 @@ def thumbnails(
     """
     # A decoder on the GPU makes pictures of the model's size alone.
     lenient = reader.by(EXACT if reader.decoders is None else GLANCE, spec=THUMBNAIL)
+    # No single picture may take all of the time.
+    lenient = replace(lenient, source=replace(reader.source, read_seconds=min(reader.source.read_seconds, ONE_SECONDS)))
+    if lenient.decoders is not None:
+        lenient.decoders.seconds = min(lenient.decoders.seconds, ONE_SECONDS)
     made: dict[int, bytes] = {}
+    end = time.monotonic() + seconds
     try:
         with closing(find(manifest, sorted(ids), seconds=seconds)) as found, ThreadPoolExecutor(AT_ONCE) as threads:
             there = ((number, ref) for number, ref in found if str(ref.id) == ids[number])
-            while some := list(islice(there, AT_ONCE)):
+            while time.monotonic() < end and (some := list(islice(there, AT_ONCE))):
                 for (number, _), pixels in zip(some, threads.map(lenient.read, (ref for _, ref in some)), strict=True):
                     if not isinstance(pixels, Failure):
                         made[number] = _jpeg(np.asarray(pixels.rgb))
+    except PipelineError as error:
+        log.warning("pictures are missing in the report: %s", error)
     finally:
         lenient.close()
     return made
@@ -72,9 +85,10 @@ def find(manifest: Manifest, numbers: Sequence[int], *, seconds: float) -> Gener
             for group, rows in enumerate(source.row_groups):
                 wanted = numbers[bisect_left(numbers, begin) : bisect_left(numbers, begin + rows)]
                 if wanted:
-                    piece = Piece(file=file, row_group=group, start=wanted[0] - begin, stop=wanted[-1] + 1 - begin)
-                    at = wanted[0]
-                    for batch in reader.read(Shard(index=0, rows=piece.stop - piece.start, pieces=(piece,))):
+                    # From its first row on, so that the way to a late one has a limit in time.
+                    piece = Piece(file=file, row_group=group, start=0, stop=wanted[-1] + 1 - begin)
+                    at = begin
+                    for batch in reader.read(Shard(index=0, rows=piece.stop, pieces=(piece,))):
                         chosen = [number for number in wanted if at <= number < at + batch.num_rows]
                         if chosen:
                             yield from zip(chosen, refs(manifest, batch.take([n - at for n in chosen])), strict=True)

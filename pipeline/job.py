@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from pipeline.config import Config
 from pipeline.dataset import commits, lease, plan
 from pipeline.dataset.parts import part_format
 from pipeline.demo import folder as demo
-from pipeline.drawing import PAGE, try_to_draw
+from pipeline.drawing import PAGE, draw, try_to_publish
 from pipeline.ending import REPORT, Ending, report_of, say, say_labels
 from pipeline.errors import ShardsGivenUp, StorageError, TooManyFailures
 from pipeline.failpoints import failpoint
@@ -29,7 +30,7 @@ from pipeline.metrics.spans import shard as shard_span
 from pipeline.metrics.spans import span
 from pipeline.records import OK
 from pipeline.report import summary
-from pipeline.report.history import earlier_runs
+from pipeline.report.history import earlier_runs, is_stale
 from pipeline.report.logs import log_to, log_to_terminal, progress_mode
 from pipeline.report.page import to_dict, to_json
 from pipeline.report.progress import Progress
@@ -50,6 +51,7 @@ def run_job(
     decoders: Decoders | None = None,
     every_byte: bool = False,
     run: str = "",
+    closing_words: bool = True,
 ) -> RunReport:
     """Embed and label what is not done yet, finish the dataset, write the report.
 
@@ -57,7 +59,7 @@ def run_job(
     report shows begins with this call. ``decoders`` are those of :func:`~pipeline.reading.open_decoders`, if the caller
     has started them by now; they are closed here. ``every_byte`` reads what is done already in an object store whole,
     and does not take the store's word for it, see :func:`~pipeline.dataset.commits.find_done`. ``run`` is the name of
-    the run in its log and its metrics; without it, it gets one.
+    the run in its log and its metrics; without it, it gets one. ``closing_words`` are said at the end.
 
     Raises:
         PipelineError: one of :mod:`pipeline.errors`, each with its exit code.
@@ -85,7 +87,7 @@ def run_job(
         crew = crew_of(rendered, storage, held.check, decoders)
         opened.push(crew)
         work = partial(_run, rendered, storage, held, crew, share, monitor)
-        return work(began=began, every_byte=every_byte, demo_scenes=rendered is not config)
+        return work(began=began, every_byte=every_byte, demo_scenes=rendered is not config, closing_words=closing_words)
 
 
 def with_demo_scenes(config: Config) -> Config:
@@ -111,6 +113,7 @@ def _run(
     began: float,
     every_byte: bool,
     demo_scenes: bool,
+    closing_words: bool,
 ) -> RunReport:
     inputs = open_inputs(config)
     with span("prepare"):
@@ -182,23 +185,18 @@ def _run(
     if missing and not crew.given_up:
         log.info("%s: %d of %d shards are missing; other parts do them", config.output.dir, missing, wanted.shards)
         return result
-    if rows or crew.given_up or storage.read(REPORT) is None:
-        if config.report.html:
-            page = try_to_draw(
-                to_dict(result),
-                content,
-                parts,
-                output=config.output.dir,
-                manifest=manifest,
-                reader=crew.reader,
-                examples=config.report.examples,
-            )
-            if page is not None:
-                storage.write(PAGE, page)
-        # Last: a run that finds it has nothing left to write.
+    if rows or crew.given_up or is_stale(storage.read(REPORT), result.counts):
+        # A page of another run would contradict it; one that cannot be removed is no reason to end without a report.
+        with suppress(StorageError):
+            storage.remove(PAGE)
         storage.write(REPORT, to_json(result))
         failpoint("report.written")
-    say(result, config)
+    if config.report.html and storage.size(PAGE) is None:
+        what = partial(draw, content=content, parts=parts, manifest=manifest, reader=crew.reader)
+        told = to_dict(result) if rows or crew.given_up else json.loads(storage.read(REPORT) or b"null")
+        try_to_publish(storage, partial(what, told, output=config.output.dir, examples=config.report.examples))
+    if closing_words:
+        say(result, config)
     if crew.given_up:
         raise ShardsGivenUp(
             f"{config.output.dir}: all is committed but {len(crew.given_up)} of {wanted.shards} shards, each of which "

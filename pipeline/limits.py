@@ -63,3 +63,5 @@ RANGES: dict[str, tuple[float, float | None]] = {
     "cluster.kubernetes_gpus": (0, 64),
     "report.examples": (0, 1000),
 }
+# What is meant where a place or a list is given to a whole group.
+MEANT = {"manifest": "manifest.path", "output": "output.dir", "prompts": "prompts.labels", "labels": "prompts.labels"}

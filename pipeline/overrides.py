@@ -6,6 +6,7 @@ against the groups under ``conf/`` and the schemas, and offers the nearest name 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from pipeline.command_line import unread
 from pipeline.config import Config, LoaderConfig, conf_dir, nearest, value_of
 from pipeline.errors import ConfigError, Problem
 from pipeline.hydra_settings import check_setting
-from pipeline.limits import AUTO, AUTOMATIC
+from pipeline.limits import AUTO, AUTOMATIC, MEANT
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -207,6 +208,8 @@ def check_one(key: str, raw: str | None, value: Any, conf: Path) -> list[Problem
             return []
         allowed = f"must be one of {', '.join(options[key])}"
         hint = nearest(raw or "", options[key])
+        if key in MEANT and re.search(r"[./\[,]", raw or ""):
+            hint = f"did you mean {MEANT[key]}={raw}?"
         if key == "model" and raw:
             hint = hint or f"for any other checkpoint: model=hub model.name={raw}"
         return [Problem(key, raw, allowed, hint)]

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 # The first job of a process began with it; the process itself may be older, where a shell became it.
 _began = iter([time.time()])
 INTERRUPTED = "interrupted; what was committed stays, and the same command goes on from there"
+DRY = "interrupted; nothing was written to the output"
+_words_when_interrupted = INTERRUPTED
 # The commands of Hydra's --shell-completion.
 COMPLETION = ("install", "uninstall", "query")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -59,7 +61,7 @@ def main() -> None:
 
 
 def _task(composed: DictConfig) -> None:
-    global _formatter
+    global _formatter, _words_when_interrupted
     opened, run = ExitStack(), new_run()
     try:
         config = to_config(composed)
@@ -76,6 +78,7 @@ def _task(composed: DictConfig) -> None:
         if config.run.dry:
             from pipeline.estimate.command import estimate_job
 
+            _words_when_interrupted = DRY
             _interrupt_within(config.errors.grace_seconds)
             if code := estimate_job(config, began=next(_began, None), decoders=decoders, run=run).exit_code:
                 sys.exit(code)
@@ -85,7 +88,7 @@ def _task(composed: DictConfig) -> None:
         _interrupt_within(config.errors.grace_seconds)
         run_job(config, began=next(_began, None), decoders=decoders, run=run)
     except KeyboardInterrupt:
-        _exit(Interrupted(INTERRUPTED))
+        _exit(Interrupted(_words_when_interrupted))
     except PipelineError as error:
         _exit(error)
     except Exception as error:
@@ -136,7 +139,7 @@ def _watch(signals: socket.socket, writer: socket.socket, grace: float) -> None:
 
 def _leave(number: int = 0, frame: FrameType | None = None) -> None:
     with suppress(OSError):
-        os.write(2, f"{_words(Interrupted(INTERRUPTED))}\n".encode())
+        os.write(2, f"{_words(Interrupted(_words_when_interrupted))}\n".encode())
     os._exit(Interrupted.exit_code)
 
 

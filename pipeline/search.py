@@ -87,7 +87,9 @@ def table(hits: Sequence[Hit], id: str, kept: Sequence[str]) -> list[str]:
         [
             str(hit.rank),
             f"{hit.score:.4f}",
-            *(_shown(value) for value in (hit.id, hit.label, *map(hit.kept.get, plain))),
+            # An id is there to be copied.
+            _shown(hit.id, most=None),
+            *(_shown(value) for value in (hit.label, *map(hit.kept.get, plain))),
         ]
         for hit in hits
     ]
@@ -96,13 +98,13 @@ def table(hits: Sequence[Hit], id: str, kept: Sequence[str]) -> list[str]:
             for row in [head, *rows]]  # fmt: skip
 
 
-def _shown(value: Any) -> str:
+def _shown(value: Any, *, most: int | None = WIDTH) -> str:
     text = "" if value is None else str(value)
     text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
     encoding = sys.stdout.encoding or "utf-8"
     text = text.encode(encoding, "backslashreplace").decode(encoding)
     # The end of a path tells more than its beginning.
-    return text if len(text) <= WIDTH else f"...{text[3 - WIDTH :]}"
+    return text if most is None or len(text) <= most else f"...{text[3 - most :]}"
 
 
 def _query(dataset: Dataset, options: argparse.Namespace) -> tuple[int | None, NDArray[np.float32]]:

@@ -8,12 +8,15 @@ import gc
 import inspect
 import io
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,8 @@ from PIL import Image
 import pipeline
 from pipeline import Dataset, PipelineError, embed, embed_texts, open_dataset
 from pipeline.api.encoded import encode
+from pipeline.api.given import Columns, manifest_of
+from pipeline.api.places import Scratch
 from pipeline.api.settings import config_from, model_settings
 from pipeline.config import Config, conf_dir, value_of
 from pipeline.demo.folder import jpeg, render_folder
@@ -195,6 +200,13 @@ def test_a_picture_in_memory_keeps_its_mode_and_pixels(mode: str) -> None:
     assert again.tobytes() == source.tobytes()
 
 
+def test_damage_that_a_picture_shows_late_is_said() -> None:
+    picture = Image.new("RGB", (4, 4))
+    picture.info["exif"] = b"Exif\0\0nothing of the kind"
+    with pytest.raises(ManifestError, match=r"images\[3\]"):
+        encode(picture, "images[3]")
+
+
 def test_a_picture_in_memory_is_turned_as_its_file_is() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -223,6 +235,20 @@ def test_a_picture_in_memory_is_turned_as_its_file_is() -> None:
         ({"path": ["a.jpg"]}, {}, "a dict"),
         ("nowhere.parquet", {}, "no such file"),
         (["s3://a/x.jpg", "s3://b/y.jpg"], {}, "several stores"),
+        (np.zeros((4, 4, 3), np.uint8), {}, "a single image"),
+        (np.zeros((4, 4), np.uint8), {}, "a single image"),
+        (["a.jpg", "b\udcff.jpg"], {}, r"images\[1\]"),
+        (["a.jpg", "b\udcff.jpg"], {"ids": [1, 2]}, r"path\[1\].*no UTF-8"),
+        (["a.jpg"], {"root": "/b\udcff"}, "root: .*no UTF-8"),
+        (["a.jpg", None], {}, r"images\[1\].*ids=\[...\]"),
+        (["a.jpg", "b.jpg"], {"ids": [1, 2**63]}, r"ids\[1\]"),
+        (["a.jpg", "b.jpg"], {"ids": [1, "2"]}, "all texts or all whole numbers"),
+        ([b"x", b"y"], {"ids": [1, 1]}, r"ids\[1\]: 1 stands there twice"),
+        ([b"x", b"y"], {"ids": [1]}, "1 of them for more images"),
+        (pd.DataFrame({"path": ["a.jpg", "b.jpg"]}, index=[7, 7]), {}, r"index\[1\].*reset_index"),
+        (pd.DataFrame([["a.jpg", 1, 2]], columns=["path", "n", "n"]), {"keep": ["n"]}, "two columns 'n'"),
+        (pa.table([["a.jpg"], ["b.jpg"]], names=["path", "path"]), {}, "two columns 'path'"),
+        (pd.DataFrame({"path": ["a.jpg"]}), {"image": 0}, "no column 0"),
     ],
 )
 def test_what_is_no_image_is_said(images: Any, told: dict[str, Any], says: str, scratch: Path) -> None:
@@ -329,9 +355,10 @@ def test_search_finds_by_text_image_id_and_vector(photos: list[Path], whole: Dat
         assert whole.search(image=image, top=1)[0].id == str(photos[5])
     assert str(photos[5]) not in [hit.id for hit in whole.search(id=str(photos[5]), top=11)]
     assert whole.search(vector=3 * whole.embeddings[6], top=1)[0].score == pytest.approx(1)
-    for wrong in ({}, {"text": "a", "id": "b"}, {"text": "a", "top": 0}, {"id": "nobody"}, {"vector": [0.0]}):
+    wrongs: list[dict[str, Any]] = [{}, {"text": "a", "id": "b"}, {"text": "a", "top": 0}, {"id": "nobody"}]
+    for wrong in (*wrongs, {"vector": [0.0]}, {"vector": ["a"]}):
         with pytest.raises(ConfigError):
-            whole.search(**wrong)  # type: ignore[arg-type]
+            whole.search(**wrong)
     with pytest.raises(ConfigError, match="\n  - id = 'nobody': no row of"):
         whole.search(id="nobody")
 
@@ -414,3 +441,167 @@ def test_a_manifest_that_was_written_is_sound(photos: list[Path], tmp_path: Path
     table = pq.read_table(written)
     assert table["id"].to_pylist() == [3, 1, 2]
     assert table["path"].to_pylist() == [str(path) for path in photos[:3]]
+
+
+def test_a_column_by_itself_is_a_list(photos: list[Path], tmp_path: Path) -> None:
+    paths = [str(path) for path in photos[:2]]
+    wanted = [*paths, None]
+    for images in (pd.Series(wanted), pd.Series([*paths, np.nan]), pa.array(wanted), pa.chunked_array([wanted])):
+        given = manifest_of(images, Columns(None, None, (), ["a", "b", "c"], None), tmp_path / "m.parquet")
+        assert pq.read_table(given.written)["path"].to_pylist() == wanted
+    with embed(pd.Series(paths), ids=pa.array([4, 2]), **QUICK) as made:
+        assert made.ids == [4, 2]
+
+
+def test_columns_may_have_numbers_for_names(photos: list[Path]) -> None:
+    frame = pd.DataFrame([["x", str(photos[0]), 5], ["y", str(photos[1]), 6]])
+    with embed(frame, id=0, image=1, keep=[2], **QUICK) as made:  # type: ignore[arg-type, list-item]
+        assert made.ids == ["x", "y"]
+        assert made.counts == {"ok": 2}
+        assert made.frame(["2"])["2"].tolist() == [5, 6]
+
+
+def test_a_relative_place_is_good_from_anywhere(
+    photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    made, opened = embed(photos[:2], output="out", **QUICK), open_dataset("out")
+    other = made.relabel(["a", "b"], output="other")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for dataset, name in ((made, "out"), (opened, "out"), (other, "other")):
+        assert dataset.url == str(tmp_path / name)
+        assert len(dataset.embeddings) == 2
+    number: Any = np.int64(1)
+    assert other.search(id=str(photos[0]), top=number)[0].id == str(photos[1])
+
+
+def test_an_output_lies_beside_the_images(photos: list[Path], tmp_path: Path) -> None:
+    folder = tmp_path / "ph"
+    folder.mkdir()
+    for photo in photos[:2]:
+        (folder / photo.name).write_bytes(photo.read_bytes())
+    for output in (folder / "out", folder):
+        with pytest.raises(ConfigError, match="lies in the folder of images"):
+            embed(folder, output=output, **QUICK)
+    # A list says which images it means.
+    embed([folder / photos[0].name], output=folder / "out", **QUICK)
+    assert len([*folder.glob("out.*.parquet")]) == 1
+    with embed(folder, **QUICK) as made:
+        assert made.ids == [photo.name for photo in photos[:2]]
+
+
+def test_what_was_written_beside_an_output_goes_when_nothing_came_of_it(photos: list[Path], tmp_path: Path) -> None:
+    calls: list[dict[str, Any]] = [
+        {"ids": [1, 1]},
+        {"model": tmp_path},
+        {"keep": ["status"]},
+        {"settings": {"prompts.path": str(tmp_path / "gone.csv")}},
+    ]
+    for told in calls:
+        images: Any = pd.DataFrame({"path": photos[:2], "status": [1, 2]}) if "keep" in told else photos[:2]
+        with pytest.raises(PipelineError):
+            embed(images, output=tmp_path / "out", **{**QUICK, **told})
+        assert not [*tmp_path.glob("*.parquet")], told
+
+
+def test_a_place_in_memory_stays_there(photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = embed(photos[:2], output="memory://ds1", **QUICK)
+    assert made.counts == {"ok": 2}
+    assert [path.name for path in tmp_path.iterdir()] == ["scratch"]
+    for bucket in ("s3://bucket", "s3://bucket/"):
+        with pytest.raises(ConfigError, match="s3://bucket/dataset"):
+            embed(photos[:2], output=bucket, **QUICK)
+
+
+def test_a_child_that_was_forked_leaves_the_folder(tmp_path: Path) -> None:
+    place = Scratch()
+    code = os.fork()
+    if not code:
+        place.close()
+        os._exit(0)
+    os.waitpid(code, 0)
+    assert place.path.is_dir()
+    place.close()
+    assert not place.path.exists()
+
+
+def test_a_text_of_python_means_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET", "x")
+    labels = ["${oc.env:SECRET}", "???", "${", "\\${a}"]
+    config = config_from({"prompts.labels": labels, "prompts.templates": ["${a} {}"], "model.name": "a/${b}"})
+    assert config.prompts.labels == labels
+    assert config.prompts.templates == ["${a} {}"]
+    assert config.model.name == "a/${b}"
+    assert config_from({"model.name": "???"}).model.name == "???"
+    assert config_from({"loader.batch_size": np.int64(8), "labels.threshold": np.float32(0.5)}).loader.batch_size == 8
+    for key in ("labels.top_k", "loader.batch_size", "backend.name", "prompts.templates"):
+        with pytest.raises(ConfigError) as caught:
+            config_from({key: "${oc.env:SECRET}"})
+        assert [(each.key, each.value) for each in caught.value.problems] == [(key, "${oc.env:SECRET}")]
+
+
+def test_text_that_is_no_utf_8_is_refused_everywhere(photos: list[Path], tmp_path: Path) -> None:
+    settings: dict[str, object] = {"metrics.job": "a\udcff", "prompts.labels": ["b", "c\udcff"]}
+    with pytest.raises(ConfigError) as caught:
+        config_from({**settings, "model.name": "d\udcff"})
+    assert [each.key for each in caught.value.problems] == ["model.name", "prompts.labels", "metrics.job"]
+    assert str(caught.value).encode()
+    with pytest.raises(ConfigError, match=r"output\.dir.*no UTF-8"):
+        embed(photos[:1], output=tmp_path / "o\udcff", **QUICK)
+
+
+def test_what_the_caller_raises_is_the_callers(tmp_path: Path) -> None:
+    def images() -> Iterator[bytes]:
+        yield b"x"
+        raise FileNotFoundError("mine")
+
+    with pytest.raises(FileNotFoundError, match="mine"):
+        embed(images(), **QUICK)
+    for place in range(70):
+        (tmp_path / f"{place}.txt").touch()
+
+    def files() -> Iterator[bytes]:
+        yield from (path.read_bytes() for path in [*sorted(tmp_path.glob("*.txt")), tmp_path / "gone"])
+
+    with pytest.raises(FileNotFoundError, match="gone"):
+        embed(files(), **QUICK)
+
+
+def test_images_of_a_folder_that_is_not_there_are_rows() -> None:
+    with embed(["/gone-away/x.png"], **QUICK) as made:
+        assert made.counts == {"ok": 0, "not_found": 1}
+
+
+def test_a_closed_dataset_says_so(photos: list[Path]) -> None:
+    made = embed(photos[:1], **QUICK)
+    assert len(made.embeddings) == 1
+    made.close()
+    asked: list[Callable[[], object]] = [
+        *(partial(getattr, made, name) for name in ("url", "embeddings", "ids", "counts", "report", "failures")),
+        *(made.matrix, made.frame, lambda: len(made), lambda: made.search("a"), lambda: made.relabel(["a"])),
+    ]
+    for ask in asked:
+        with pytest.raises(NoDataset, match="was closed"):
+            ask()
+    assert "closed" in repr(made)
+    assert "closed" in made._repr_html_()
+
+
+def test_calls_in_several_threads_take_turns(photos: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    running, most = 0, 0
+
+    def job(config: Config) -> None:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        time.sleep(0.02)
+        running -= 1
+        raise NoDataset("enough")
+
+    monkeypatch.setattr("pipeline.job.run_job", job)
+    with ThreadPoolExecutor(4) as pool:
+        done = [pool.submit(embed, photos[:1], **QUICK) for _ in range(4)]
+    assert {str(each.exception()) for each in done} == {"enough"}
+    assert most == 1

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +13,12 @@ from PIL import Image
 
 from pipeline import gallery
 from pipeline.config import Config
+from pipeline.errors import StorageError
 from pipeline.gallery import THUMBNAIL, find, spread, thumbnails
+from pipeline.images.sources import Source
 from pipeline.manifest.source import Manifest, open_manifest
 from pipeline.reading import pixel_reader
-from pipeline.records import Stage
+from pipeline.records import Failure, ImageRef, Stage
 from pipeline.report.records import Pace, StagePace
 from pipeline.what_if import Faster, faster_decoder
 
@@ -103,3 +106,32 @@ def test_the_advice_names_the_gain_or_says_that_there_is_none() -> None:
         "images.decoder=fast would give about 390.4 images/s (it decodes 3.1 times as many of these images a second)"
     )
     assert "would hardly help" in Faster("scaled", 1.02, 100).advice
+
+
+def test_pictures_that_do_not_come_are_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest, config = manifest_of(tmp_path, [photo(100)] * 40)
+    before = Source.read
+
+    def slow(self: Source, ref: ImageRef) -> bytes | Failure:
+        time.sleep(0.4)
+        return before(self, ref)
+
+    monkeypatch.setattr(Source, "read", slow)
+    with pixel_reader(config, manifest, THUMBNAIL) as reader:
+        began = time.monotonic()
+        made = thumbnails(manifest, reader, {i: f"n{i}" for i in range(40)}, seconds=0.5)
+        assert 0 < len(made) < 40
+        assert time.monotonic() - began < 10
+        monkeypatch.setattr("pipeline.what_if.SECONDS", 0.5)
+        began = time.monotonic()
+        faster_decoder(manifest, reader, pace(90.0), wall=100.0, images=1000, cores=2, device="cpu")
+        assert time.monotonic() - began < 20
+
+    def down(self: Source, ref: ImageRef) -> bytes | Failure:
+        raise StorageError("the store is away")
+
+    monkeypatch.setattr(Source, "read", down)
+    with pixel_reader(config, manifest, THUMBNAIL) as reader:
+        assert thumbnails(manifest, reader, {0: "n0"}) == {}
+        found = faster_decoder(manifest, reader, pace(90.0), wall=100.0, images=1000, cores=2, device="cpu")
+        assert found is None

@@ -100,7 +100,7 @@ def test_a_run_writes_a_file_that_prometheus_reads(job: Callable[..., Config], t
     assert found["last_success_timestamp_seconds", ""] <= found["last_update_timestamp_seconds", ""]
     assert found["stage_seconds", "encode"] == report.stages["encode"]
     assert found["peak_memory_bytes", "rss"] > 2**26
-    assert found["steady_images_per_second", ""] == report.steady_images_per_second > 0
+    assert found["steady_images_per_second", ""] == report.steady_images_per_second
     assert found["dataset_bytes", ""] == sum(part.stat().st_size for part in (tmp_path / "out").glob("part-*"))
     assert report.run
     assert found["run_info", report.run] == 1

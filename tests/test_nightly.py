@@ -767,8 +767,16 @@ def test_a_night_has_a_page_that_compares_it_with_those_before(
     assert door("--date", THIRD, *told) == 0
     assert "1 of 21 rows embedded" in (store / f"date={THIRD}" / "_report.html").read_text()
     assert healthy(store / f"date={SECOND}")
+    photos.restore(5)
+    photos.write()
+    for day in ("2026-11-04", "2026-11-05"):
+        assert door("--date", day, *told) == 0
+    # A night that embeds nothing has a page all the same.
+    assert "0 of 21 rows embedded" in (store / "date=2026-11-05" / "_report.html").read_text()
+    assert door("--date", "2026-11-06", *told, "report.examples=0") == 0
+    assert "base64" not in (store / "date=2026-11-06" / "_report.html").read_text()
     capsys.readouterr()
     photos.manifest.unlink()
-    assert door("--date", "2026-11-04", *told) == 2
+    assert door("--date", "2026-11-07", *told) == 2
     last = json.loads(capsys.readouterr().err.splitlines()[-1])
     assert (last["level"], last["exit_code"]) == ("error", 2)

@@ -170,6 +170,13 @@ def test_the_page_tells_what_was_set_and_what_the_default_is() -> None:
     assert len(settings) > 60
 
 
+def test_words_of_the_page_are_as_they_are_typed_and_small_scores_are_told_apart() -> None:
+    filters = page.environment().filters
+    assert filters["capital"]("raise loader.workers from 1") == "Raise loader.workers from 1"
+    assert filters["capital"]("images.decoder=fast would") == "images.decoder=fast would"
+    assert [filters["score"](score) for score in (0.87, 0.0049, 0.001, 0.0)] == ["0.87", "0.005", "0.001", "0.00"]
+
+
 def test_every_status_of_the_readme_has_a_hint() -> None:
     named = set(
         re.findall(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from datetime import date, timedelta
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config import Config
+from pipeline.config import Config, ErrorsConfig
 from pipeline.job import run_job
 from pipeline.nightly.store import RUN_SCHEMA
 from pipeline.report.__main__ import main
@@ -173,3 +174,47 @@ def test_the_nights_are_drawn_with_those_that_are_missing_or_bad(tmp_path: Path)
     nights(tmp_path / "runs.parquet", days[:1])
     assert main(["--history", str(tmp_path), "--out", str(page)]) == 0
     assert "All ended with exit code 0." in page.read_text()
+
+
+def test_a_dataset_without_a_good_row_has_a_page_too(tmp_path: Path) -> None:
+    damaged = dict.fromkeys(range(24), b"no picture")
+    half = config_for(scenes_manifest(tmp_path / "half.parquet", 48, damaged=damaged), tmp_path / "half")
+    run_job(replace(half, errors=ErrorsConfig(max_fraction=1.0)))
+    page = (tmp_path / "half" / "_report.html").read_text()
+    assert "Some of the images" in page, "those of the second part"
+    assert "not_an_image (3 of 24)" in re.sub(r"<[^>]+>", "", page)
+    none = config_for(scenes_manifest(tmp_path / "none.parquet", 6, damaged=damaged), tmp_path / "none")
+    run_job(replace(none, errors=ErrorsConfig(max_fraction=1.0)))
+    assert "6 of 6 rows failed" in (tmp_path / "none" / "_report.html").read_text()
+    assert main([none.output.dir]) == 0
+
+
+def test_scores_under_the_threshold_are_shown_and_counted(tmp_path: Path) -> None:
+    config = config_for(scenes_manifest(tmp_path / "m.parquet", 24, damaged={}), tmp_path / "out")
+    run_job(replace(config, labels=replace(config.labels, threshold=1.0)))
+    page = (tmp_path / "out" / "_report.html").read_text()
+    assert re.search(r"\d+ embedded rows have no label", page)
+    assert "score of the best label" in page
+
+
+def test_what_an_earlier_run_left_is_replaced_and_a_page_is_never_in_the_way(tmp_path: Path) -> None:
+    config = config_for(scenes_manifest(tmp_path / "m.parquet", 30), tmp_path / "out")
+    run_job(config)
+    report, page = tmp_path / "out" / "_report.json", tmp_path / "out" / "_report.html"
+    # As of a run that gave a shard up, and of one that was killed before it told of the rest.
+    old = json.loads(report.read_text())
+    report.write_text(json.dumps({**old, "given_up": [1], "exit_code": 3}))
+    page.write_text("stale")
+    run_job(config)
+    assert json.loads(report.read_text())["given_up"] == []
+    assert "stale" not in page.read_text()
+    told = report.read_bytes()
+    page.unlink()
+    run_job(config)
+    assert report.read_bytes() == told, "nothing was done"
+    assert page.exists()
+    page.unlink()
+    report.unlink()
+    page.mkdir()
+    run_job(config)
+    assert report.exists()

@@ -21,11 +21,12 @@ from pipeline.api import pictures
 from pipeline.api.encoded import encode
 from pipeline.api.guest import settings_kept
 from pipeline.api.hits import Hits
+from pipeline.api.paths import absolute
 from pipeline.api.places import Scratch
 from pipeline.api.settings import config_from, label_settings
 from pipeline.dataset import opened
 from pipeline.dataset.opened import vectors_of
-from pipeline.errors import ConfigError, Problem
+from pipeline.errors import ConfigError, NoDataset, Problem
 from pipeline.records import OK
 from pipeline.relabel import derive
 from pipeline.vectors import search as exact
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 _FAILURE = ("status", "error")
 _TILES = 12
 _MOST = 10_000
+# What is read once and kept.
+_KEPT = ("counts", "report", "ids", "embeddings", "_model")
 
 
 class Dataset:
@@ -47,7 +50,7 @@ class Dataset:
     """
 
     def __init__(self, stored: opened.Dataset, scratch: Scratch | None = None) -> None:
-        self._stored, self._scratch = stored, scratch
+        self._opened, self._scratch, self._closed = stored, scratch, False
 
     def __enter__(self) -> Dataset:
         return self
@@ -56,9 +59,18 @@ class Dataset:
         self.close()
 
     def close(self) -> None:
-        """Remove a dataset that lies in a temporary folder; any other stays."""
+        """Remove a dataset that lies in a temporary folder; any other stays, and can be asked on."""
         if self._scratch is not None:
             self._scratch.close()
+            self._closed = True
+            for name in _KEPT:
+                self.__dict__.pop(name, None)
+
+    @property
+    def _stored(self) -> opened.Dataset:
+        if self._closed:
+            raise NoDataset("the dataset was closed, and went with its temporary folder; output='...' keeps one")
+        return self._opened
 
     @property
     def url(self) -> str:
@@ -154,10 +166,11 @@ class Dataset:
         problems = []
         if len(asked) != 1:
             problems.append(Problem("search", ", ".join(asked), f"wants one of {', '.join(given)}"))
-        if not isinstance(top, int) or not 1 <= top <= _MOST:
+        if not isinstance(top, int | np.integer) or not 1 <= top <= _MOST:
             problems.append(Problem("top", top, f"must be from 1 to {_MOST}"))
         if problems:
             raise ConfigError(problems)
+        top, stored = int(top), self._stored
         itself, shown = None, asked[0] if asked[0] in ("image", "vector") else repr(given[asked[0]])
         if text is not None:
             from pipeline.vectors.model import embed_text
@@ -168,12 +181,12 @@ class Dataset:
                 query = self._embed(image)
         elif id is not None:
             with _arguments():
-                itself, query = exact.find_row(self._stored, str(id))
+                itself, query = exact.find_row(stored, str(id))
         else:
-            query = _unit(np.asarray(vector, np.float32), self.dim)
-        found = exact.nearest(self._stored, query[None], top + (itself is not None))[0]
+            query = _unit(vector, self.dim)
+        found = exact.nearest(stored, query[None], top + (itself is not None))[0]
         found = exact.without(found, itself, top)
-        return Hits(self._stored, found.rows.tolist(), exact.fetch(self._stored, found), shown)
+        return Hits(stored, found.rows.tolist(), exact.fetch(stored, found), shown)
 
     def relabel(
         self,
@@ -187,15 +200,15 @@ class Dataset:
     ) -> Dataset:
         """The same embeddings with other labels, as a new dataset; no image is read.
 
-        What is not given is as here. ``output`` is as for :func:`~pipeline.embed`.
+        What is not given is as here. ``output`` is as for :func:`~pipeline.embed`. Calls in several threads take turns.
 
         Raises:
             PipelineError: a setting is wrong, or the model that made the dataset is not to be had any more.
         """
         from pipeline.vectors.relabel import relabel
 
-        scratch = Scratch() if output is None else None
-        place = str(scratch.path / "dataset") if scratch is not None else os.fspath(output or "")
+        stored, scratch = self._stored, Scratch() if output is None else None
+        place = str(scratch.path / "dataset") if scratch is not None else absolute(os.fspath(output or ""))
         numbers = {"labels.top_k": top_k, "labels.threshold": threshold}
         settings = {
             **label_settings(labels, templates),
@@ -206,7 +219,7 @@ class Dataset:
         }
         try:
             with settings_kept():
-                relabel(self._stored, derive(self._stored, config_from(settings), list(settings)))
+                relabel(stored, derive(stored, config_from(settings), list(settings)))
             return Dataset(opened.open_dataset(place), scratch)
         except BaseException:
             if scratch is not None:
@@ -238,9 +251,13 @@ class Dataset:
         return f"{len(self):,} rows ({rows}), embeddings of {self.dim} numbers"
 
     def __repr__(self) -> str:
+        if self._closed:
+            return "<Dataset, closed>"
         return f"<Dataset {self.url}: {self._summary()}>"
 
     def _repr_html_(self) -> str:
+        if self._closed:
+            return pictures.sheet(["a dataset that was closed"], [], {})
         commit = self._stored.commits[0]
         head = self._stored.read(commit, [self._stored.id, "label", "score", *_FAILURE]).slice(0, _TILES).to_pylist()
         tiles = []
@@ -266,7 +283,11 @@ def _arguments() -> Iterator[None]:
         raise ConfigError([replace(each, key=each.key.lstrip("-")) for each in error.problems]) from error
 
 
-def _unit(vector: NDArray[np.float32], dim: int) -> NDArray[np.float32]:
+def _unit(given: ArrayLike | None, dim: int) -> NDArray[np.float32]:
+    try:
+        vector = np.asarray(given, np.float32)
+    except (TypeError, ValueError) as error:
+        raise ConfigError([Problem("vector", given, f"must be {dim} finite numbers")]) from error
     length = float(np.linalg.norm(vector))
     if vector.shape != (dim,) or not np.isfinite(length) or not length:
         raise ConfigError([Problem("vector", list(vector.shape), f"must be {dim} finite numbers that are not all 0")])

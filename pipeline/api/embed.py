@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.api.settings import check_model, config_from, label_settings, model_settings
-from pipeline.errors import ConfigError, PlanMismatch, Problem
+from pipeline.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
     import numpy as np
@@ -58,7 +58,7 @@ def embed(
     """Embed and label images; the rows are those that ``python -m pipeline.run`` writes with the same settings.
 
     An image that cannot be read is a row with a status, see ``Dataset.failures``; only ``errors.max_fraction`` among
-    the settings makes many of them an error.
+    the settings makes many of them an error. Calls in several threads take turns.
 
     Args:
         images: Paths or addresses, encoded bytes, PIL images or uint8 arrays ``[H, W, 3]``, in any iterable; a pandas
@@ -109,31 +109,36 @@ def embed(
     # The places are filled in when the settings are known to be good.
     config = config_from({**own, "manifest.path": "given", **told}, problems)
 
+    from pipeline.api.cells import listed
     from pipeline.api.dataset import Dataset
     from pipeline.api.given import Columns, manifest_of
     from pipeline.api.guest import settings_kept
+    from pipeline.api.paths import absolute
     from pipeline.api.places import Beside, Scratch
     from pipeline.dataset.opened import open_dataset
     from pipeline.job import run_job
 
     columns = Columns(
-        id=id, image=image, keep=[keep] if isinstance(keep, str) else keep, ids=_listed(ids),
+        id=id, image=image, keep=[keep] if isinstance(keep, str) else keep, ids=listed(ids),
         root=None if root is None else os.fspath(root),
     )  # fmt: skip
-    scratch = Scratch()
+    # From wherever the process stands later.
+    place, scratch = "" if output is None else absolute(os.fspath(output)), Scratch()
     try:
         given = manifest_of(images, columns, scratch.path / "manifest.parquet")
-        place = str(scratch.path / "dataset") if output is None else os.fspath(output)
+        place = place if output is not None else str(scratch.path / "dataset")
+        config = _placed(config, given, place)
         beside = Beside(given, place) if given.written is not None and output is not None else None
-        config = _placed(config, given, place, None if beside is None else beside.url)
+        if beside is not None:
+            config = replace(config, manifest=replace(config.manifest, path=beside.url))
         try:
             with settings_kept():
                 run_job(config)
-        except PlanMismatch:
+            stored = open_dataset(place)
+        except BaseException as error:
             if beside is not None:
-                beside.take_back()
+                beside.failed(error)
             raise
-        stored = open_dataset(config.output.dir)
     except BaseException:
         scratch.close()
         raise
@@ -188,35 +193,30 @@ def open_dataset(url: str | os.PathLike[str]) -> Dataset:
         StorageError: its books contradict one another.
     """
     from pipeline.api.dataset import Dataset
+    from pipeline.api.paths import absolute
     from pipeline.dataset import opened
 
-    return Dataset(opened.open_dataset(os.path.expanduser(os.fspath(url))))
+    return Dataset(opened.open_dataset(absolute(os.fspath(url))))
 
 
 def _take_out(told: dict[str, object], refused: Mapping[str, str]) -> list[Problem]:
     return [Problem(key, told.pop(key), allowed) for key, allowed in refused.items() if key in told]
 
 
-def _placed(config: Config, given: Given, output: str, manifest: str | None) -> Config:
-    """The config with the manifest that was found or made, or its copy at ``manifest``, and with the output."""
+def _placed(config: Config, given: Given, output: str) -> Config:
+    """The config with the manifest that was found or made, and with the output."""
     from pipeline.checks import check
+    from pipeline.vectors.places import within
 
-    columns = {**given.columns, **({} if manifest is None else {"path": manifest})}
     config = replace(
         config,
-        manifest=replace(config.manifest, **columns),
+        manifest=replace(config.manifest, **given.columns),
         images=replace(config.images, schemes=list(dict.fromkeys([*config.images.schemes, *given.schemes]))),
         output=replace(config.output, dir=output),
     )
-    if problems := check(config):
+    problems = check(config)
+    if given.folder is not None and within(output, given.folder):
+        problems.append(Problem("output", output, "lies in the folder of images", "name a folder beside it"))
+    if problems:
         raise ConfigError(problems)
     return config
-
-
-def _listed(ids: object) -> Sequence[object] | None:
-    """A list of what may be a column of pandas or an array."""
-    if ids is None:
-        return None
-    if isinstance(ids, str) or not isinstance(ids, Iterable):
-        raise ConfigError([Problem("ids", ids, "must be a list with one id for each image")])
-    return [each.item() if hasattr(each, "item") else each for each in ids]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 from typing import Any
 
 import numpy as np
@@ -37,14 +38,15 @@ def encode(picture: object, place: str) -> bytes:
         options: dict[str, Any] = {"format": "PNG", "compress_level": 1}
     else:
         options = {"format": "TIFF"}
-    turned = picture.getexif().get(_ORIENTATION)
-    if turned is not None:
-        kept = Image.Exif()
-        kept[_ORIENTATION] = turned
-        options["exif"] = kept
     try:
+        turned = picture.getexif().get(_ORIENTATION)
+        if turned is not None:
+            kept = Image.Exif()
+            kept[_ORIENTATION] = turned
+            options["exif"] = kept
         picture.save(buffer, **options)
-    except (OSError, ValueError) as error:
+    # Pillow raises all of these for damage that it meets late.
+    except (OSError, ValueError, SyntaxError, struct.error) as error:
         raise ManifestError(f"{place}: a PIL image of mode {picture.mode} cannot be kept ({error})") from error
     return buffer.getvalue()
 

@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from itertools import chain, islice, takewhile
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.addresses import explained, is_local, local_path, scheme_of
+from pipeline.addresses import explained, is_local, local_path
+from pipeline.api.cells import array, cell, check_count, id_column, plain, utf8
 from pipeline.api.encoded import encode
+from pipeline.api.paths import check_paths, paths_of, root_of
 from pipeline.errors import ConfigError, ManifestError, Problem
 from pipeline.manifest.build import EXTENSIONS, from_folder
 from pipeline.manifest.source import ROOT_KEY
 
-WEB = ("http", "https")
 # Images are written so many at a time; a photo as PNG takes megabytes.
 CHUNK = 64
 # Columns that may hold the images of a table, where the caller names none.
 USUAL = ("path", "image")
+# Manifests that calls have written beside their outputs.
+_WRITTEN = re.compile(r"\.[0-9a-f]{16}\.parquet$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +47,13 @@ class Columns:
 class Given:
     """A manifest: values of its group in the config; ``written`` is the file that was made, if one was.
 
-    ``schemes`` are those of web addresses that the caller handed over one by one.
+    ``schemes`` are those of web addresses that the caller handed over one by one, ``folder`` is one of images.
     """
 
     columns: Mapping[str, Any]
     written: Path | None = None
     schemes: Sequence[str] = field(default_factory=tuple)
+    folder: str | None = None
 
 
 def manifest_of(images: object, columns: Columns, out: Path) -> Given:
@@ -61,6 +67,7 @@ def manifest_of(images: object, columns: Columns, out: Path) -> Given:
         return _at(os.fspath(images), columns, out)
     if isinstance(images, pd.DataFrame):
         return _of_frame(images, columns, out)
+    images = plain(images)
     if isinstance(images, Mapping):
         raise ManifestError("images: a dict; hand over a list, a table, a folder or a manifest")
     if hasattr(images, "__arrow_c_stream__"):
@@ -69,6 +76,8 @@ def manifest_of(images: object, columns: Columns, out: Path) -> Given:
         raise ManifestError(
             f"images: a single {type(images).__name__}; hand over a list, a table, a folder or a manifest"
         )
+    if isinstance(images, np.ndarray) and images.ndim in (2, 3) and images.dtype.kind in "biuf":
+        raise ManifestError(f"images: an array {list(images.shape)} is a single image; hand over a list of them")
     _refuse_columns(columns, "a list of images has no columns; hand over a table")
     return _of_list(images, columns, out)
 
@@ -76,12 +85,13 @@ def manifest_of(images: object, columns: Columns, out: Path) -> Given:
 def _at(address: str, columns: Columns, out: Path) -> Given:
     """A manifest, a folder of images, or one image."""
     place = Path(local_path(address)).expanduser()
-    if is_local(address) and place.is_dir() and not any(place.glob("*.parquet")):
+    if is_local(address) and place.is_dir() and all(_WRITTEN.search(one.name) for one in place.glob("*.parquet")):
         _refuse_columns(columns, "a folder of images has no columns; ids are the relative paths")
         if columns.ids is not None:
             raise ConfigError([Problem("ids", "...", "cannot be given for a folder; ids are the relative paths")])
+        utf8(str(place.resolve()), "images")
         from_folder(str(place), str(out))
-        return _made(out, columns.root)
+        return replace(_made(out, columns.root), folder=str(place))
     if is_local(address) and place.suffix.lower() in EXTENSIONS:
         _refuse_columns(columns, "an image has no columns")
         return _of_list([address], columns, out)
@@ -89,36 +99,36 @@ def _at(address: str, columns: Columns, out: Path) -> Given:
         raise ConfigError([Problem("ids", "...", "cannot be given for a manifest", "name its column: id='...'")])
     named = {"id": columns.id, "image": columns.image, "root": columns.root}
     told = {key: value for key, value in named.items() if value is not None}
-    return Given({"path": address, "keep": list(columns.keep), **told})
+    return Given({"path": address, "keep": _texts(columns.keep), **{key: str(value) for key, value in told.items()}})
 
 
 def _of_frame(frame: pd.DataFrame, columns: Columns, out: Path) -> Given:
-    image = columns.image or _usual(list(frame.columns))
-    id = columns.id or "id"
-    _check_names([image, *([columns.id] if columns.id else []), *columns.keep], list(frame.columns))
+    image, id = _check_names(columns, list(frame.columns))
     # The index stands for ids where there is no column of them.
-    ids = columns.ids if columns.ids is not None else list(frame.index) if id not in frame.columns else None
-    others = list(dict.fromkeys([*([id] if ids is None else []), *columns.keep]))
+    ids = None if columns.ids is None else id_column(columns.ids, len(frame))
+    if ids is None and id not in frame.columns:
+        way_out = "give ids=[...], name a column with id='...', or hand over frame.reset_index(drop=True)"
+        ids = id_column([cell(value) for value in frame.index], len(frame), "index", way_out)
+    others = frame[list(dict.fromkeys([*([id] if ids is None else []), *columns.keep]))]
     try:
-        table = pa.Table.from_pandas(frame[others], preserve_index=False)
-    except pa.ArrowException as error:
+        table = pa.Table.from_pandas(others.set_axis(_texts(others.columns), axis=1), preserve_index=False)
+    except (pa.ArrowException, TypeError, OverflowError, UnicodeEncodeError) as error:
         raise ManifestError(f"images: a column cannot be written to Parquet: {error}") from error
-    return _of_cells([_cell(value) for value in frame[image]], image, table, id, ids, columns, out)
+    return _of_cells([cell(value) for value in frame[image]], str(image), table, str(id), ids, columns, out)
 
 
 def _of_table(table: pa.Table, columns: Columns, out: Path) -> Given:
-    image, id = columns.image or _usual(table.column_names), columns.id or "id"
-    _check_names([image, *([columns.id] if columns.id else []), *columns.keep], table.column_names)
-    ids = columns.ids
+    image, id = _check_names(columns, table.column_names)
+    ids = None if columns.ids is None else id_column(columns.ids, table.num_rows)
     if ids is None and id not in table.column_names:
-        ids = range(table.num_rows)
+        ids = pa.array(range(table.num_rows), pa.int64())
     others = table.select(list(dict.fromkeys([*([id] if ids is None else []), *columns.keep])))
     kind = table.schema.field(image).type
     if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
         return _of_cells(table[image].to_pylist(), image, others, id, ids, columns, out)
     # Bytes and structs are what a manifest holds; of anything else the manifest's own check says what is wanted.
-    whole = _with_ids(others, id, ids, table.num_rows).append_column(image, table[image])
-    return _write([whole], out, id=id, image=image, keep=columns.keep, root=_root(columns.root))
+    whole = _with_ids(others, id, ids).append_column(image, table[image])
+    return _write([whole], out, id=id, image=image, keep=columns.keep, root=root_of(columns.root))
 
 
 def _of_cells(
@@ -126,79 +136,58 @@ def _of_cells(
     image: str,
     others: pa.Table,
     id: str,
-    ids: Sequence[object] | None,
+    ids: pa.Array | None,
     columns: Columns,
     out: Path,
 ) -> Given:
     """A table of which the images were read into a list."""
-    first = next((cell for cell in cells if cell is not None), None)
+    first = next((each for each in cells if each is not None), None)
     root, schemes = columns.root, tuple[str, ...]()
     if isinstance(first, Mapping):
-        array = _array(cells, pa.struct([("bytes", pa.binary()), ("path", pa.string())]), image)
+        column = array(cells, pa.struct([("bytes", pa.binary()), ("path", pa.string())]), image)
     elif isinstance(first, str | os.PathLike):
-        cells, root, schemes = _paths(cells, columns.root)
-        array = _array(cells, pa.string(), image)
+        cells, root, schemes = paths_of(cells, columns.root)
+        column = array(cells, pa.string(), image)
     else:
-        array = pa.array([None if cell is None else encode(cell, f"{image}[{i}]") for i, cell in enumerate(cells)],
-                         pa.binary())  # fmt: skip
-    rest = _with_ids(others, id, ids, len(cells))
+        column = pa.array([None if each is None else encode(each, f"{image}[{i}]") for i, each in enumerate(cells)],
+                          pa.binary())  # fmt: skip
+    rest = _with_ids(others, id, ids)
     # An id that is the path itself is written as it was given.
     name = image if image not in rest.column_names else f"{image}_"
-    whole = rest.append_column(name, array)
-    return _write([whole], out, id=id, image=name, keep=columns.keep, root=_root(root), schemes=schemes)
+    whole = rest.append_column(name, column)
+    return _write([whole], out, id=id, image=name, keep=columns.keep, root=root_of(root), schemes=schemes)
 
 
 def _of_list(images: Iterable[object], columns: Columns, out: Path) -> Given:
-    items = iter(images)
+    items = (cell(item) for item in images)
     head = list(islice(items, CHUNK))
     first = next((item for item in head if item is not None), None)
     if isinstance(first, str | os.PathLike):
-        given = [_cell(item) for item in chain(head, items)]
-        ids = columns.ids
-        if ids is None:
-            ids = [None if item is None else os.fspath(item) for item in given]
-            _check_unique(ids)
+        given = [*head, *items]
+        check_paths(given)
+        if columns.ids is not None:
+            ids = id_column(columns.ids, len(given))
+        else:
+            paths = [None if item is None else os.fspath(item) for item in given]
+            ids = id_column(paths, len(given), "images", "paths are ids; give others with ids=[...]")
         return _of_cells(given, "path", pa.table({}), "id", ids, columns, out)
+    told = None if columns.ids is None else id_column(columns.ids, len(columns.ids))
 
     def tables() -> Iterator[pa.Table]:
         start, chunk = 0, head
         while chunk:
             cells = [None if item is None else encode(item, f"images[{start + i}]") for i, item in enumerate(chunk)]
-            numbers: Sequence[object] = range(start, start + len(chunk))
-            if columns.ids is not None:
-                numbers = columns.ids[start : start + len(chunk)]
-            yield _with_ids(pa.table({}), "id", numbers, len(chunk)).append_column(
-                "image", pa.array(cells, pa.binary())
-            )
-            start, chunk = start + len(chunk), list(islice(items, CHUNK))
-        if columns.ids is not None and len(columns.ids) != start:
-            raise _other_count(len(columns.ids), start)
+            end = start + len(chunk)
+            if told is not None and end > len(told):
+                # Whatever the iterator still holds is not waited for.
+                raise ManifestError(f"ids: {len(told):,} of them for more images; give one for each, in their order")
+            ids = pa.array(range(start, end), pa.int64()) if told is None else told[start:end]
+            yield pa.table({"id": ids, "image": pa.array(cells, pa.binary())})
+            start, chunk = end, list(islice(items, CHUNK))
+        if told is not None:
+            check_count(len(told), start)
 
-    return _write(tables(), out, id="id", image="image", keep=(), root=_root(columns.root))
-
-
-def _paths(cells: list[Any], root: str | None) -> tuple[list[Any], str | None, tuple[str, ...]]:
-    """Paths as a manifest has them, where they start, and which kinds of web addresses are among them.
-
-    Without a root, local paths are made absolute and start at the folder that holds them all.
-    """
-    strange = next(((i, c) for i, c in enumerate(cells) if not isinstance(c, str | os.PathLike | None)), None)
-    if strange is not None:
-        raise ManifestError(f"images[{strange[0]}]: {type(strange[1]).__name__} among paths; hand over one kind")
-    paths = [None if cell is None else os.fspath(cell) for cell in cells]
-    known = [path for path in paths if path]
-    schemes = tuple(sorted({scheme_of(path) for path in known} & {*WEB}))
-    if root is not None:
-        return paths, root, schemes
-    local = {path: os.path.abspath(os.path.expanduser(local_path(path))) for path in known if is_local(path)}
-    if local:
-        root = os.path.commonpath([os.path.dirname(path) for path in local.values()])
-    elif remote := [path for path in known if scheme_of(path) not in WEB]:
-        levels = zip(*(path.split("/")[:-1] for path in remote), strict=False)
-        root = "/".join(names[0] for names in takewhile(lambda names: len({*names}) == 1, levels))
-        if not root.partition("://")[2]:
-            raise ManifestError("images: addresses in several stores; give those of each to a call of their own")
-    return [local.get(path, path) if path else path for path in paths], root, schemes
+    return _write(tables(), out, id="id", image="image", keep=(), root=root_of(columns.root))
 
 
 def _write(
@@ -211,15 +200,19 @@ def _write(
     root: str,
     schemes: Sequence[str] = (),
 ) -> Given:
-    rows = 0
-    with explained(str(out)), ExitStack() as opened:
+    rows, start = 0, {ROOT_KEY: utf8(root, "root")}
+    with ExitStack() as opened:
         writer = None
+        # What the caller's own iterator raises is the caller's.
         for table in tables:
-            if writer is None:
-                schema = table.schema.with_metadata({ROOT_KEY: root.encode()})
-                writer = opened.enter_context(pq.ParquetWriter(out, schema, compression="zstd"))
-            writer.write_table(table)
+            with explained(str(out)):
+                if writer is None:
+                    schema = table.schema.with_metadata(start)
+                    writer = opened.enter_context(pq.ParquetWriter(out, schema, compression="zstd"))
+                writer.write_table(table)
             rows += table.num_rows
+        with explained(str(out)):
+            opened.close()
     if not rows:
         raise ManifestError("images: nothing to embed; what was given is empty")
     return _made(out, None, id=id, image=image, keep=keep, schemes=schemes)
@@ -234,39 +227,35 @@ def _made(
     keep: Sequence[str] = (),
     schemes: Sequence[str] = (),
 ) -> Given:
-    named = {"path": str(out), "id": id, "image": image, "keep": list(keep), "root": root}
+    named = {"path": str(out), "id": id, "image": image, "keep": _texts(keep), "root": root}
     return Given(named, written=out, schemes=schemes)
 
 
-def _with_ids(table: pa.Table, id: str, ids: Sequence[object] | None, rows: int) -> pa.Table:
+def _with_ids(table: pa.Table, id: str, ids: pa.Array | None) -> pa.Table:
     if ids is None:
         return table
-    if len(ids) != rows:
-        raise _other_count(len(ids), rows)
-    try:
-        column = pa.array(ids)
-    except (pa.ArrowException, TypeError) as error:
-        raise ManifestError(f"ids: must be all texts or all whole numbers ({error})") from error
     others = {name: table[name] for name in table.column_names if name != id}
-    return pa.table({id: column, **others})
+    return pa.table({id: ids, **others})
 
 
-def _other_count(ids: int, rows: int) -> ManifestError:
-    return ManifestError(f"ids: {ids:,} of them for {rows:,} images; give one for each, in their order")
-
-
-def _check_unique(paths: Sequence[object]) -> None:
-    seen: set[object] = set()
-    for place, path in enumerate(paths):
-        if path in seen:
-            raise ManifestError(f"images[{place}]: {path} stands there twice, and ids must be unique; give ids=[...]")
-        seen.add(path)
-
-
-def _check_names(wanted: Sequence[str], there: Sequence[Any]) -> None:
+def _check_names(columns: Columns, there: Sequence[Any]) -> tuple[Any, Any]:
+    """The names of the columns of images and of ids, the second of which need not be there."""
+    image = columns.image if columns.image is not None else next((name for name in USUAL if name in there), USUAL[0])
+    id = columns.id if columns.id is not None else "id"
+    wanted = dict.fromkeys([image, *([] if columns.id is None else [id]), *columns.keep])
     missing = [name for name in wanted if name not in there]
     if missing:
         raise ManifestError(f"images: no column {missing[0]!r}; its columns are: {', '.join(map(str, there))}")
+    # Numbers may be names in pandas, and are not in Parquet.
+    names = _texts(there)
+    twice = [name for name in _texts([*wanted, *([id] if columns.ids is None else [])]) if names.count(name) > 1]
+    if twice:
+        raise ManifestError(f"images: there are two columns {twice[0]!r}; rename one")
+    return image, id
+
+
+def _texts(names: Iterable[object]) -> list[str]:
+    return [str(name) for name in names]
 
 
 def _refuse_columns(columns: Columns, why: str) -> None:
@@ -274,26 +263,3 @@ def _refuse_columns(columns: Columns, why: str) -> None:
     problems = [Problem(name, value, why) for name, value in given.items() if value is not None]
     if problems:
         raise ConfigError(problems)
-
-
-def _usual(names: Sequence[str]) -> str:
-    return next((name for name in USUAL if name in names), USUAL[0])
-
-
-def _array(cells: list[Any], kind: pa.DataType, image: str) -> pa.Array:
-    try:
-        return pa.array(cells, kind)
-    except (pa.ArrowException, TypeError) as error:
-        raise ManifestError(f"images: column {image!r} holds more than one kind ({error})") from error
-
-
-def _cell(value: Any) -> Any:
-    """None for what pandas puts where a value is missing."""
-    return None if value is pd.NA or value is pd.NaT or (isinstance(value, float) and value != value) else value
-
-
-def _root(root: str | None) -> str:
-    """Where relative paths start, from wherever the manifest is read."""
-    if root is not None and not is_local(root):
-        return root
-    return os.path.abspath(os.path.expanduser(local_path(root or ".")))

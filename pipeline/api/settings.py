@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.checks import check
 from pipeline.config import Config, conf_dir, nearest
 from pipeline.errors import ConfigError, Problem
 from pipeline.overrides import check_one, groups, read_config, schema
@@ -21,7 +23,8 @@ if TYPE_CHECKING:
 def config_from(settings: Mapping[str, object], before: Sequence[Problem] = ()) -> Config:
     """The config of ``{"GROUP": "OPTION", "GROUP.KEY": value}``: groups first, then keys, in the order given.
 
-    Values are Python's own: numbers, texts, lists, dicts, None. ``before`` are problems that were found by now.
+    Values are Python's own: numbers, texts, lists, dicts, None; a text means itself, ``"${...}"`` too. ``before`` are
+    problems that were found by now.
 
     Raises:
         ConfigError: with every problem, as the command line would say them.
@@ -30,17 +33,27 @@ def config_from(settings: Mapping[str, object], before: Sequence[Problem] = ()) 
     problems = list(before)
     chosen = _defaults(conf)
     values: dict[str, object] = {}
-    for key, value in settings.items():
-        value = _plain(value)
+    literal: dict[str, object] = {}
+    for key, given in settings.items():
+        given = _plain(given)
+        value = _harmless(given)
         found = check_one(key, None if value is None else str(value), value, conf)
-        problems += found
+        problems += [replace(problem, value=given) if problem.key == key else problem for problem in found]
         if found:
             continue
         if key in known:
             chosen[key] = str(value)
         else:
             values[key] = value
+            if value != given:
+                literal[key] = given
     config, others = read_config(_compose(conf, chosen, values))
+    if literal:
+        stood_in = check(config)
+        for key, given in literal.items():
+            group, name = key.split(".")
+            config = replace(config, **{group: replace(getattr(config, group), **{name: given})})
+        others = [problem for problem in others if problem not in stood_in] + check(config)
     named = {problem.key for problem in problems}
     problems += [problem for problem in others if problem.key not in named]
     if problems:
@@ -79,13 +92,26 @@ def label_settings(
     return found
 
 
+def _harmless(value: object) -> object:
+    """What stands in while OmegaConf holds it: a text of Python's means nothing but itself, and has no escape there."""
+    if isinstance(value, str):
+        return "? ? ?" if value == "???" else value.replace("${", "$ {")
+    if isinstance(value, Mapping):
+        return {name: _harmless(one) for name, one in value.items()}
+    return [_harmless(one) for one in value] if isinstance(value, list) else value
+
+
 def _plain(value: object) -> object:
-    """Paths, tuples and the like as a YAML file would have them."""
+    """Paths, tuples, numbers of NumPy and the like as a YAML file would have them."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, str):
+        return str(value)
     if isinstance(value, Mapping):
         return {str(name): _plain(one) for name, one in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+    if isinstance(value, Sequence) and not isinstance(value, bytes):
         return [_plain(one) for one in value]
     return value
 

@@ -120,8 +120,8 @@ def _trial(
         )
     )
     log.info("measuring a few batches; nothing is written to %s", config.output.dir)
-    # The first is soon a part, of which the size is known.
-    first, others = min(most, 2 * streams * size), min(most, BATCHES * streams * size)
+    # The first is soon a part, of which the size is known; a batch of a large model may take a minute.
+    first, others = min(most, streams * size), min(most, BATCHES * streams * size)
     return try_out(
         crew,
         in_shards(scenes.sample(spread(manifest, left, rows=size)), first=first, rows=others),

@@ -166,6 +166,8 @@ def _measured(
     loop = pacing(trial, left, config, prepared, processes)
     seconds = startup + loop.seconds
     bound, advice = "nothing", "no image could be embedded"
+    if trial.images:
+        advice = "too few images to tell"
     if loop.window is not None:
         # As if the window were all of the loop: what binds is told by shares.
         bound, advice = measured.bound((loop.window,), config, prepared, startup=startup, wall=seconds)

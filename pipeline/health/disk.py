@@ -47,7 +47,8 @@ def look(subject: Subject) -> Iterator[Check]:
                 # Told where its write access is looked at.
                 yield Check(GROUP, name, Status.SKIP, "no folder of a disk")
             else:
-                yield Check(GROUP, name, Status.FAIL, str(error), unless_said(error, _other(name)))
+                status = Status.FAIL if name == TEMPORARY_FILES else Status.WARN
+                yield Check(GROUP, name, status, f"{error}{MISSED[name]}", unless_said(error, _other(name)))
             continue
         free, size = found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize
         files = found.f_favail
@@ -68,7 +69,9 @@ def look(subject: Subject) -> Iterator[Check]:
             with explained(str(folder), needed=MEASURED_BYTES):
                 write, read = measure(folder)
         except StorageError as error:
-            yield Check(GROUP, name, Status.FAIL, str(error), unless_said(error, _other(name)), figures)
+            status = Status.FAIL if name in (OUTPUT, TEMPORARY_FILES) else Status.WARN
+            told = f"{error}{MISSED.get(name, '')}"
+            yield Check(GROUP, name, status, told, unless_said(error, _other(name)), figures)
             continue
         figures |= {"write_bytes_per_second": write, "read_bytes_per_second": read}
         fact += f", written at {write / 1e6:,.0f} MB/s, read at {read / 1e6:,.0f} MB/s"
@@ -122,12 +125,14 @@ def measure(folder: Path) -> tuple[float, float]:
 
 
 def _room(name: str, fact: str, free: int, files: int, figures: dict[str, float]) -> Check:
+    # A job does without its caches.
+    needed = name in (OUTPUT, TEMPORARY_FILES)
+    status, missed = (Status.FAIL, " for a job") if needed else (Status.WARN, MISSED[name])
     # A file system without such a number says 0 of 0, or the most there can be.
     if free < NONE:
-        return Check(GROUP, name, Status.FAIL, f"{fact}: too little for a job", f"free some space, or {_other(name)}",
-                     figures)  # fmt: skip
+        return Check(GROUP, name, status, f"{fact}: too little{missed}", f"free some space, or {_other(name)}", figures)
     if 0 < files < 100:
-        return Check(GROUP, name, Status.FAIL, f"{fact}, but only {files} more files (inodes)", _other(name), figures)
+        return Check(GROUP, name, status, f"{fact}, but only {files} more files (inodes)", _other(name), figures)
     if free < LITTLE:
         return Check(GROUP, name, Status.WARN, fact, f"free some space, or {_other(name)}", figures)
     return Check(GROUP, name, Status.OK, fact, figures=figures)

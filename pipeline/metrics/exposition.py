@@ -53,7 +53,9 @@ def to_registry(prefix: str, labels: Mapping[str, str], metrics: Iterable[Metric
         names = [*labels, *metric.values[0][0]]
         gauge = Gauge(f"{prefix}_{metric.name}", metric.help, names, registry=registry)
         for own, value in metric.values:
-            gauge.labels(*labels.values(), *own.values()).set(value)
+            # A path may hold bytes that are no UTF-8, which no label can.
+            texts = (text.encode("utf-8", "replace").decode() for text in (*labels.values(), *own.values()))
+            gauge.labels(*texts).set(value)
     return registry
 
 

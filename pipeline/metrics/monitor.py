@@ -87,10 +87,11 @@ class Monitor:
     def _write(self, path: Path) -> None:
         try:
             exposition.write_file(path, exposition.to_registry(PREFIX, self.labels, self._figures.metrics()))
-        except OSError as error:
+        except (OSError, ValueError) as error:
             if not self._failed:
                 self._failed = True
-                log.warning("metrics.textfile=%s cannot be written: %s", path, error.strerror or error)
+                reason = getattr(error, "strerror", None) or error
+                log.warning("metrics.textfile=%s cannot be written: %s", path, reason)
 
     def _push(self, url: str) -> None:
         registry = exposition.to_registry(PREFIX, self.labels, self._figures.metrics())

@@ -105,8 +105,8 @@ def run_main_job(config: Config, *, run: str) -> None:
     """The main job; a door that only asks for help does without it."""
     from pipeline.job import run_job
 
-    # The night has a page of its own, which its job would not know enough for.
-    run_job(replace(config, report=replace(config.report, html=False)), run=run)
+    # The night has a page and an ending of its own, which its job would not know enough for.
+    run_job(replace(config, report=replace(config.report, html=False)), run=run, closing_words=False)
 
 
 def digest_of(fingerprints: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,7 +67,7 @@ def run_night(config: Config, wanted: Wanted, store: Storage, day: str, held: le
     with log_to_terminal(config.log, wanted.run):
         append_runs(store, night)
         if config.report.html and night.dataset:
-            _draw(night)
+            _draw(night, config.report.examples)
     if wanted.keep:
         for gone in forget(store, day, keep=wanted.keep):
             _say(config, wanted, f"date={gone}: removed, {wanted.keep} nights are kept")
@@ -74,18 +75,12 @@ def run_night(config: Config, wanted: Wanted, store: Storage, day: str, held: le
     return night
 
 
-def _draw(night: Night) -> None:
+def _draw(night: Night, examples: int) -> None:
     """Write the page of a night, unless it is there; the night is published, and nothing depends on its page."""
-    from pipeline.drawing import PAGE, redraw
+    from pipeline.drawing import PAGE, redraw, try_to_publish
 
     storage = open_storage(night.dataset)
-    if storage.size(PAGE) is not None:
-        return
-    try:
-        storage.write(PAGE, redraw(night.dataset))
-    except Exception as error:
-        log.warning("%s: its page could not be drawn (%s: %s)", night.dataset, type(error).__name__, error)
-    else:
+    if storage.size(PAGE) is None and try_to_publish(storage, partial(redraw, night.dataset, examples=examples)):
         log.info("report: %s/%s", night.dataset, PAGE)
 
 

@@ -96,6 +96,13 @@ def _put(url: str, name: str, page: bytes) -> str:
     return f"{storage.url.rstrip('/')}/{name}"
 
 
+def _count(text: str) -> int:
+    number = int(text)
+    if not 0 <= number <= 1000:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 1000")
+    return number
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.report",
@@ -109,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", metavar="FILE", help="where the page goes [DATASET/_report.html, compare.html or nights.html]"
     )
-    parser.add_argument("--examples", type=int, metavar="N", help="how many rows are shown; 0 reads no picture")
+    parser.add_argument("--examples", type=_count, metavar="N", help="how many rows are shown; 0 reads no picture")
     return parser
 
 

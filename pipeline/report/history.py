@@ -24,6 +24,15 @@ def earlier_runs(previous: bytes | None) -> tuple[Mapping[str, Any], ...]:
         return ()
 
 
+def is_stale(previous: bytes | None, counts: Mapping[str, int]) -> bool:
+    """Whether a ``_report.json`` is none of a dataset with ``counts``, whose shards are all there."""
+    try:
+        report = json.loads(previous or b"null")
+        return bool(report["counts"] != counts or report.get("given_up"))
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return True
+
+
 def in_short(report: Mapping[str, Any]) -> dict[str, Any]:
     """The figures of a report by which runs are compared.
 

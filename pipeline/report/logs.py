@@ -35,14 +35,17 @@ class _Terminal(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one sentence; a terminal that has gone away does not end the job."""
-        if self.formatter is not None:
-            text = self.formatter.format(record)
-        else:
-            level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
-            ours = record.name.partition(".")[0] == "pipeline"
-            text = f"{level}{record.getMessage()}" if ours else f"{level}{record.name}: {record.getMessage()}"
+        text = self.format(record)
         with suppress(OSError, ValueError, AttributeError):
             tqdm.write(text, file=sys.stderr)
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The sentence, with its level and its library where these are no matter of course."""
+        if self.formatter is not None:
+            return self.formatter.format(record)
+        level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
+        ours = record.name.partition(".")[0] == "pipeline"
+        return f"{level}{record.getMessage()}" if ours else f"{level}{record.name}: {record.getMessage()}"
 
     def warn(self, text: str) -> None:
         """Say what the log itself cannot hold."""
@@ -89,6 +92,11 @@ class _Libraries(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Hand one message on."""
+        try:
+            record.getMessage()
+        except Exception:
+            # Other values than the sentence has places for; a library's slip must not end the job.
+            record.msg, record.args = f"{record.msg!r} {record.args!r}", None
         for handler in [*logging.getLogger("pipeline").handlers] or [self._terminal]:
             if record.levelno >= handler.level:
                 handler.handle(record)

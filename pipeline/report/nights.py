@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import date, timedelta
+from datetime import timedelta
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -89,7 +90,7 @@ def history_page(path: str) -> bytes:
         older=len(every) - len(nights),
         missing=missing,
         bad=bad,
-        plot=_plot(nights, missing),
+        plot=_plot(nights),
         colours={name: f"series-{number}" for number, name in enumerate(KINDS, start=1)},
     )  # fmt: skip
     return page.encode()
@@ -105,10 +106,11 @@ def _headline(nights: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def _plot(nights: Sequence[dict[str, Any]], missing: Sequence[date]) -> Markup:
+def _plot(nights: Sequence[dict[str, Any]]) -> Markup:
     """Rows embedded, time, pace and failures, night by night, over one axis of dates."""
     first = nights[0]["date"]
     days = np.array([(night["date"] - first).days for night in nights])
+    gaps = [(one, other) for one, other in pairwise(days.tolist()) if other - one > 1]
 
     def draw(width: float) -> Figure:
         figure = new_figure(width, 6.4)
@@ -129,8 +131,8 @@ def _plot(nights: Sequence[dict[str, Any]], missing: Sequence[date]) -> Markup:
             panel.locator_params(axis="y", nbins=3)
             panel.yaxis.set_major_formatter("{x:,g}")
             panel.grid(axis="y", color=LINE, linewidth=0.6)
-            for day in missing:
-                panel.axvspan((day - first).days - 0.5, (day - first).days + 0.5, color=LINE, alpha=0.5, linewidth=0)
+            for begin, end in gaps:
+                panel.axvspan(begin + 0.5, end - 0.5, color=LINE, alpha=0.5, linewidth=0)
             for night, day in zip(nights, days, strict=True):
                 if night["exit_code"]:
                     panel.axvspan(day - 0.5, day + 0.5, color=WAIT, alpha=0.25, linewidth=0)

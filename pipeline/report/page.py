@@ -20,7 +20,7 @@ from pipeline.report.pace import WAITS, in_words
 from pipeline.report.records import RunReport
 from pipeline.report.scores import Row
 from pipeline.report.statuses import HINTS
-from pipeline.report.summary import DatasetSummary, headline, in_words_of_time
+from pipeline.report.summary import DatasetSummary, Failed, headline, in_words_of_time
 
 MOST_LABELS = 25
 # Earlier runs that are listed.
@@ -118,6 +118,7 @@ def to_html(
         odd=tiles(content.odd),
         labels=[(name, count, 100 * count / most) for name, count in list(content.labels.items())[:MOST_LABELS]],
         all_labels=len(content.labels),
+        unlabelled=report["counts"].get(OK, 0) - sum(content.labels.values()),
         scores=plots.score_plot(content.scores) if content.scores else None,
         decoder=report["config"]["images"]["decoder"],
         runs=[] if "night" in report else _runs(report),
@@ -133,7 +134,9 @@ def environment() -> Environment:
     """Where the templates of this room are, with the filters that they use."""
     made = Environment(loader=PackageLoader("pipeline.report", "."), autoescape=True, trim_blocks=True)
     made.filters["rate"] = lambda value: in_words(value) if value else MISSING
-    made.filters["capital"] = lambda text: f"{text[:1].upper()}{text[1:]}"
+    # A key such as images.decoder=fast is written as it is typed.
+    made.filters["capital"] = lambda text: text if re.match(r"\S*[.=]\S", text) else f"{text[:1].upper()}{text[1:]}"
+    made.filters["score"] = lambda score: f"{score:.2f}" if score >= 0.01 or not score else f"{score:.1g}"
     return made
 
 
@@ -208,6 +211,14 @@ def _timeline(report: Mapping[str, Any]) -> Any:
     return plots.timeline_plot(line, began=began, wall=wall, startup=report["startup_seconds"])
 
 
+def by_status(failed: Sequence[Failed]) -> dict[str, list[Failed]]:
+    """The rows of each status that are shown."""
+    rows: dict[str, list[Failed]] = {}
+    for row in failed:
+        rows.setdefault(row.status, []).append(row)
+    return {status: some[:TILES] for status, some in rows.items()}
+
+
 def _headline(report: Mapping[str, Any]) -> str:
     machine, bound = report["machine"], report["bound"]
     text = headline(
@@ -233,9 +244,9 @@ def _statuses(
     counts: Mapping[str, int], content: DatasetSummary, pictures: Mapping[int, bytes]
 ) -> list[tuple[str, int, str, list[Tile]]]:
     """Every status with its rows, what it means, and some of them."""
-    found = []
+    found, failed = [], by_status(content.failed)
     for status, count in counts.items():
-        rows = [row for row in content.failed if row.status == status][:TILES]
+        rows = failed.get(status, [])
         tiles = [
             Tile(
                 id=str(row.id),

@@ -12,6 +12,8 @@ from types import TracebackType
 from tqdm import tqdm
 
 LINE_SECONDS = 10.0
+# In a shorter time the images that were decoded before the clock began would make most of a pace.
+STEADY_SECONDS = 1.0
 LINE = ("rows", "total", "images_per_second", "failed")
 log = logging.getLogger(__name__)
 
@@ -54,7 +56,7 @@ class Progress:
     @property
     def steady_images_per_second(self) -> float:
         """Images a second after the first batches; 0 where there were no others."""
-        if self._warm is None or self._last <= self._warm[0]:
+        if self._warm is None or self._last - self._warm[0] < STEADY_SECONDS:
             return 0.0
         return (self._images - self._warm[1]) / (self._last - self._warm[0])
 

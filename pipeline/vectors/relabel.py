@@ -23,6 +23,7 @@ from pipeline.dataset.commits import Commit
 from pipeline.dataset.opened import Dataset, vectors_of
 from pipeline.dataset.parts import LAYOUT, PartFormat, ShardResult, build_table, count_statuses, part_format
 from pipeline.dataset.recipe import recipe_of
+from pipeline.drawing import PAGE, redraw, try_to_publish
 from pipeline.errors import PromptsError
 from pipeline.failpoints import failpoint
 from pipeline.models.checkpoint import Checkpoint
@@ -193,6 +194,10 @@ def _run(
     if rows or storage.read(REPORT) is None:
         storage.write(REPORT, (json.dumps(asdict(result), indent=2, ensure_ascii=False) + "\n").encode())
         failpoint("report.written")
+        storage.remove(PAGE)
+    if config.report.html and storage.size(PAGE) is None:
+        # No image is read for new labels, and none for the page of them: python -m pipeline.report shows pictures.
+        try_to_publish(storage, partial(redraw, config.output.dir, examples=0))
     say(result, config.output.dir)
     return result
 

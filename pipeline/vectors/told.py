@@ -53,4 +53,4 @@ def say(result: RelabelReport, output: str) -> None:
         f"{result.rows_per_core_second:,.0f}",
         f"{result.changed:,}",
     )
-    log.info("dataset: %s   report: %s/%s", output, output, REPORT)
+    log.info("dataset: %s   report: %s/_report.html", output, output)
