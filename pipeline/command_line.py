@@ -65,3 +65,9 @@ def _no_option(text: str, arguments: Sequence[str], names: Sequence[str]) -> Pro
         hint = f"write {meant[0]}={value or '...'}"
     allowed = "there is no such option; overrides have no dashes: GROUP=OPTION or KEY=VALUE"
     return Problem(flag, value or None, allowed, hint or f"{PROGRAM} --help shows them")
+
+
+def showable(text: str) -> str:
+    """The text with what standard output cannot show escaped, as in the names of files."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)

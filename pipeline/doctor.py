@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from pipeline.aside import own_exit_code
+from pipeline.command_line import showable
 from pipeline.config import Config
 from pipeline.errors import ConfigError, Interrupted, PipelineError
 from pipeline.health.child import to_json
@@ -126,8 +127,7 @@ def _compose(overrides: Sequence[str]) -> tuple[Config | None, list[Check]]:
 
 def _say(text: str) -> None:
     """Print text that names files; a name that the terminal cannot show is escaped."""
-    encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    print(showable(text), flush=True)
 
 
 def _seconds(text: str) -> float:

@@ -178,22 +178,25 @@ def _run(
         first_batch_seconds=progress.first_batch_seconds,
         steady=progress.steady_images_per_second,
     )
-    result = report_of(end, content, crew.reader, history=earlier_runs(storage.read(REPORT)), run=monitor.run)
+    previous = storage.read(REPORT)
+    result = report_of(end, content, crew.reader, history=earlier_runs(previous), run=monitor.run)
     monitor.finished(result, dataset_bytes=sum(commit.size for commit in settled))
     held.confirm()
     missing = wanted.shards - len(settled)
     if missing and not crew.given_up:
         log.info("%s: %d of %d shards are missing; other parts do them", config.output.dir, missing, wanted.shards)
         return result
-    if rows or crew.given_up or is_stale(storage.read(REPORT), result.counts):
+    told = to_dict(result)
+    if rows or crew.given_up or is_stale(previous, result.counts):
         # A page of another run would contradict it; one that cannot be removed is no reason to end without a report.
         with suppress(StorageError):
             storage.remove(PAGE)
         storage.write(REPORT, to_json(result))
         failpoint("report.written")
+    else:
+        told = json.loads(previous or b"null")
     if config.report.html and storage.size(PAGE) is None:
         what = partial(draw, content=content, parts=parts, manifest=manifest, reader=crew.reader)
-        told = to_dict(result) if rows or crew.given_up else json.loads(storage.read(REPORT) or b"null")
         try_to_publish(storage, partial(what, told, output=config.output.dir, examples=config.report.examples))
     if closing_words:
         say(result, config)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.aside import own_exit_code
+from pipeline.command_line import showable
 from pipeline.config import ModelConfig
 from pipeline.errors import ConfigError, Interrupted, PipelineError, Problem
 
@@ -101,8 +102,7 @@ def table(hits: Sequence[Hit], id: str, kept: Sequence[str]) -> list[str]:
 def _shown(value: Any, *, most: int | None = WIDTH) -> str:
     text = "" if value is None else str(value)
     text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
-    encoding = sys.stdout.encoding or "utf-8"
-    text = text.encode(encoding, "backslashreplace").decode(encoding)
+    text = showable(text)
     # The end of a path tells more than its beginning.
     return text if most is None or len(text) <= most else f"...{text[3 - most :]}"
 

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from pipeline.aside import own_exit_code
+from pipeline.command_line import showable
 from pipeline.config import OutputConfig
 from pipeline.errors import Interrupted, NoDataset, PipelineError, PlanMismatch, StorageError, TooManyFailures
 
@@ -154,8 +155,7 @@ def _progress() -> Callable[[int, int], None]:
 
 def _say(text: str) -> None:
     """Print text that names files; a name that the terminal cannot show is escaped."""
-    encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding))
+    print(showable(text))
 
 
 def _age(text: str) -> float:

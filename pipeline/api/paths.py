@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from itertools import takewhile
 from typing import Any
 
 from pipeline.addresses import is_local, local_path, scheme_of
 from pipeline.errors import ManifestError
+from pipeline.manifest.files import common_folder
 
 WEB = ("http", "https")
 
@@ -50,8 +50,7 @@ def paths_of(cells: list[Any], root: str | None) -> tuple[list[Any], str | None,
         while not os.path.isdir(root) and root != os.path.dirname(root):
             root = os.path.dirname(root)
     elif remote := [path for path in known if scheme_of(path) not in WEB]:
-        levels = zip(*(path.split("/")[:-1] for path in remote), strict=False)
-        root = "/".join(names[0] for names in takewhile(lambda names: len({*names}) == 1, levels))
+        root = common_folder(remote)
         if not root.partition("://")[2]:
             raise ManifestError("images: addresses in several stores; give those of each to a call of their own")
     return [local.get(path, path) if path else path for path in paths], root, schemes

@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from pipeline.aside import own_exit_code
+from pipeline.command_line import showable
 from pipeline.errors import PipelineError
 
 if TYPE_CHECKING:
@@ -123,8 +124,7 @@ def _size(size: float) -> str:
 
 def _say(text: str) -> None:
     """Print text that names files; a name that the terminal cannot show is escaped."""
-    encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding))
+    print(showable(text))
 
 
 def _days(text: str) -> timedelta:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import takewhile
 
 from pipeline.config import Config, ManifestConfig
 from pipeline.errors import PipelineError
@@ -46,7 +45,7 @@ def first_file(config: Config) -> tuple[ManifestConfig, int]:
     import pyarrow.parquet as pq
 
     from pipeline.addresses import open_arrow
-    from pipeline.manifest.files import find_files
+    from pipeline.manifest.files import common_folder, find_files
     from pipeline.manifest.source import ROOT_KEY
 
     manifest = config.manifest
@@ -63,6 +62,5 @@ def first_file(config: Config) -> tuple[ManifestConfig, int]:
             built = True
         if not built:
             # Relative paths start in the folder that all files have in common.
-            levels = zip(*(url.split("/")[:-1] for url in urls), strict=False)
-            root = "/".join(names[0] for names in takewhile(lambda names: len({*names}) == 1, levels)) or "/"
+            root = common_folder(urls) or "/"
     return replace(manifest, path=urls[0], root=root), len(urls)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -67,3 +69,9 @@ def _beside(path: str) -> str:
         return ""
     near = nearest(given.name, [name for name in os.listdir(given.parent) if not name.startswith((".", "_"))])
     return f" ({near})" if near else ""
+
+
+def common_folder(urls: Sequence[str]) -> str:
+    """The folder that all addresses lie in; empty where they share none, or the root of the disk alone."""
+    levels = zip(*(url.split("/")[:-1] for url in urls), strict=False)
+    return "/".join(names[0] for names in takewhile(lambda names: len({*names}) == 1, levels))

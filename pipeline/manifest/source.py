@@ -8,7 +8,6 @@ import os.path
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import takewhile
 from typing import Any
 
 import pyarrow as pa
@@ -17,7 +16,7 @@ import pyarrow.parquet as pq
 from pipeline.addresses import filesystem, is_local, local_path, open_arrow, open_file
 from pipeline.config import ManifestConfig, nearest
 from pipeline.errors import ConfigError, ManifestError, Problem
-from pipeline.manifest.files import find_files
+from pipeline.manifest.files import common_folder, find_files
 from pipeline.processes import cores
 from pipeline.threads import in_order
 
@@ -128,7 +127,7 @@ def open_manifest(config: ManifestConfig) -> Manifest:
         id=config.id,
         image=config.image,
         image_kind=_image_kind(first.field(config.image).type),
-        root=root or roots.pop() or _folder(urls),
+        root=root or roots.pop() or common_folder(urls) or "/",
     )
 
 
@@ -138,12 +137,6 @@ def _check_count(rows: int, config: ManifestConfig) -> None:
         allowed = f"{rows:,} rows would be more than {MOST_SHARDS:,} parts, the most that a dataset may have"
         hint = f"take manifest.shard_rows={-(-rows // MOST_SHARDS)} or more"
         raise ConfigError([Problem("manifest.shard_rows", config.shard_rows, allowed, hint)])
-
-
-def _folder(urls: Sequence[str]) -> str:
-    """The folder that all files lie in; addresses begin with a scheme or a slash."""
-    levels = zip(*(url.split("/")[:-1] for url in urls), strict=False)
-    return "/".join(names[0] for names in takewhile(lambda names: len(set(names)) == 1, levels)) or "/"
 
 
 def _size(url: str) -> int:
