@@ -218,3 +218,19 @@ def test_what_an_earlier_run_left_is_replaced_and_a_page_is_never_in_the_way(tmp
     page.mkdir()
     run_job(config)
     assert report.exists()
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_torn_part_is_named_with_the_way_out(
+    finished: Config, capsys: pytest.CaptureFixture[str], number: int
+) -> None:
+    part = sorted(out(finished).glob("part-*"))[number]
+    whole = part.read_bytes()
+    try:
+        part.write_bytes(whole[:1000])
+        assert main([finished.output.dir]) == 1
+    finally:
+        part.write_bytes(whole)
+    error = capsys.readouterr().err
+    assert part.name in error
+    assert "--repair" in error

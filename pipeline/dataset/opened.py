@@ -174,8 +174,14 @@ def open_dataset(url: str) -> Dataset:
             f"python -m pipeline.verify {storage.url} tells what is wrong"
         )
     first = f"{storage.url.rstrip('/')}/{read[0].part}"
-    with explained(first), open_arrow(first) as file:
-        schema = pq.read_schema(file)
+    try:
+        with explained(first), open_arrow(first) as file:
+            schema = pq.read_schema(file)
+    except pa.ArrowException as error:
+        raise StorageError(
+            f"{first}: not readable as Parquet ({error}); "
+            f"python -m pipeline.verify {storage.url} --repair does it again"
+        ) from error
     starts = np.cumsum([0, *(commit.rows for commit in read[:-1])], dtype=np.int64)
     return Dataset(storage=storage, plan=found, commits=read, marker=marker, schema=schema, starts=starts)
 

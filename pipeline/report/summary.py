@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.addresses import open_arrow
+from pipeline.errors import StorageError
 from pipeline.records import OK, Clocks, Stage
 from pipeline.report.scores import Extremes, Row, Scores
 from pipeline.storage.opening import open_storage
@@ -64,9 +65,15 @@ def summarize(folder: str, parts: Sequence[tuple[str, int]], *, id: str, example
     """
 
     def read(part: tuple[str, int]) -> tuple[int, pa.Table]:
-        with open_arrow(f"{folder.rstrip('/')}/{part[0]}") as file:
-            table = pq.read_table(file, columns=[id, "label", "score", "status", "error"], use_threads=False)
-            return part[1], table
+        place = f"{folder.rstrip('/')}/{part[0]}"
+        try:
+            with open_arrow(place) as file:
+                table = pq.read_table(file, columns=[id, "label", "score", "status", "error"], use_threads=False)
+        except pa.ArrowException as error:
+            raise StorageError(
+                f"{place}: not readable as Parquet ({error}); python -m pipeline.verify {folder} --repair does it again"
+            ) from error
+        return part[1], table
 
     scores = Scores(keep=EACH_END)
     failed: list[Failed] = []
