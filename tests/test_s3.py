@@ -310,7 +310,10 @@ def test_a_process_that_was_forked_opens_its_own_connection(storage: Storage) ->
         finally:
             os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
+    started = time.monotonic()
     assert storage.sizes() == {"parent": 1, "child": 1}
+    # The parent's connection still hears: it would time out after 30 s.
+    assert time.monotonic() - started < 15
 
 
 def test_the_users_own_settings_of_fsspec_stay(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,6 +41,9 @@ BLOCK = 16 << 20
 SINGLE_BYTES = 95_000_000
 # So many requests are on their way at a time. s3fs makes about 300 a second, so more would only take memory.
 REQUESTS = 16
+# What a fork found open is never closed there: that would take the parent's connections out of the epoll that both
+# share, and the parent would wait for its answers until they time out.
+_INHERITED: list[Any] = []
 
 
 class ObjectStorage(Storage):
@@ -79,6 +82,7 @@ class ObjectStorage(Storage):
     def fs(self) -> Any:
         """The fsspec file system; a process that was forked opens its own."""
         if self._process != os.getpid():
+            _INHERITED.append(self._fs)
             self._connect()
         return self._fs
 
