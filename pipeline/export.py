@@ -1,4 +1,4 @@
-"""``python -m pipeline.export``: export a model's towers into the artefact store, ready for jobs and for others."""
+"""``python -m pipeline.export``: a model's towers into the artefact store, or as a repository for Triton."""
 
 from __future__ import annotations
 
@@ -14,9 +14,13 @@ from pipeline.overrides import compose_config
 
 if TYPE_CHECKING:
     from pipeline.artifacts.store import Artifact
+    from pipeline.models.checkpoint import Checkpoint
+    from pipeline.triton.settings import Serving
 
 FORMATS = ("onnx", "torchscript")
 TOWERS = ("image", "text")
+# The options that only a repository for Triton has.
+TRITON = ("out", "tensorrt", "max_batch", "queue_microseconds", "instances", "engine_cache")
 PRECISIONS = {"onnx": ("fp32", "fp16", "int8"), "torchscript": ("fp32", "bf16")}
 EXAMPLES = """\
 examples:
@@ -28,6 +32,10 @@ examples:
       calibrated on images of the manifest
   python -m pipeline.export --plain --precision fp16
       standard operators alone, with fp32 norms: for TensorRT and other runtimes
+  python -m pipeline.export --to triton --out models model=clip_vit_b32
+      a model repository for Triton Inference Server: tritonserver --model-repository=models
+  python -m pipeline.export --to triton --out models --tensorrt --precision fp16 model=clip_vit_b32
+      the same on TensorRT; --max-batch, --queue-microseconds, --instances, --engine-cache say how it serves
 
 An export is published when onnx.checker accepts it, its inputs and outputs are as declared, and its embeddings
 are as near to fp32's as the group parity wants at batches of 1, 2, 7 and 64. python -m pipeline.artifacts lists
@@ -44,8 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from pipeline.report.logs import log_to_terminal
 
         with log_to_terminal():
-            for artifact in _export(config, options):
-                print(describe(artifact), flush=True)
+            _act(config, options)
     except PipelineError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -53,6 +60,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("error: interrupted; no half of an export was kept", file=sys.stderr)
         return Interrupted.exit_code
     return 0
+
+
+def _act(config: Config, options: argparse.Namespace) -> None:
+    from pipeline.models.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(config.model)
+    made = []
+    for artifact in _export(config, options, checkpoint):
+        print(describe(artifact), flush=True)
+        made.append(artifact)
+    if options.to == "triton":
+        from pipeline.triton.repository import write_repository
+
+        towers = {artifact.card["options"]["tower"]: artifact for artifact in made}
+        names = write_repository(options.out, checkpoint, towers, config.images, _serving(options))
+        print(f"{options.out}: a model repository for Triton with {', '.join(names)}; README.md there says how to ask")
 
 
 def describe(artifact: Artifact) -> str:
@@ -75,7 +98,7 @@ def describe(artifact: Artifact) -> str:
     return "\n".join([*lines, *(f"  {artifact.file(name)}" for name in card["files"])])
 
 
-def _export(config: Config, options: argparse.Namespace) -> Iterator[Artifact]:
+def _export(config: Config, options: argparse.Namespace, checkpoint: Checkpoint) -> Iterator[Artifact]:
     import dataclasses
     from functools import cache
 
@@ -88,11 +111,8 @@ def _export(config: Config, options: argparse.Namespace) -> Iterator[Artifact]:
     from pipeline.errors import ManifestError
     from pipeline.images.sample import draw_sample
     from pipeline.manifest.source import open_manifest
-    from pipeline.models.checkpoint import open_checkpoint
     from pipeline.reading import pixel_reader
     from pipeline.records import Sample
-
-    checkpoint = open_checkpoint(config.model)
 
     @cache
     def sample() -> Sample:
@@ -122,7 +142,8 @@ def _export(config: Config, options: argparse.Namespace) -> Iterator[Artifact]:
             GraphOptions(
                 tower=tower,
                 precision=options.precision,
-                fused=not options.plain,
+                # What Triton's ONNX Runtime knows, and what TensorRT takes whole; ONNX Runtime fuses it as it loads it.
+                fused=not options.plain and options.to != "triton",
                 quantization=("static" if options.static else "dynamic") if options.precision == "int8" else None,
             ),
             store,
@@ -153,13 +174,54 @@ def _check(options: argparse.Namespace) -> list[Problem]:
         problems.append(Problem("--static", True, "goes with --precision int8 of ONNX"))
     if options.static and options.tower != "image":
         problems.append(Problem("--static", True, "is calibrated on images", "add --tower image"))
+    return [*problems, *_check_triton(options)]
+
+
+def _check_triton(options: argparse.Namespace) -> list[Problem]:
+    asked = {name: getattr(options, name) for name in TRITON}
+    given = {name: value for name, value in asked.items() if value is not None and value is not False}
+    if options.to != "triton":
+        return [Problem(_flag(name), value, "goes with --to triton") for name, value in given.items()]
+    from pipeline.triton.settings import problem_of
+
+    problems = []
+    if options.out is None:
+        problems.append(Problem("--out", None, "names the folder of the repository", "add --out models"))
+    elif problem := problem_of(options.out):
+        problems.append(problem)
+    if options.format != "onnx":
+        problems.append(Problem("--format", options.format, "Triton is given ONNX graphs"))
+    if options.tensorrt and options.precision not in ("fp32", "fp16"):
+        problems.append(Problem("--precision", options.precision, "--tensorrt takes fp32, fp16"))
+    for name, most in (("max_batch", 4096), ("queue_microseconds", 60_000_000), ("instances", 64)):
+        value, least = given.get(name), 0 if name == "queue_microseconds" else 1
+        if value is not None and not least <= value <= most:
+            problems.append(Problem(_flag(name), value, f"wants a whole number from {least} to {most:,}"))
+    if options.engine_cache is not None and not (options.tensorrt and options.engine_cache.startswith("/")):
+        problems.append(Problem("--engine-cache", options.engine_cache, "an absolute path, and goes with --tensorrt"))
     return problems
+
+
+def _serving(options: argparse.Namespace) -> Serving:
+    from pipeline.triton.settings import Serving
+
+    asked = {
+        "max_batch_size": options.max_batch,
+        "queue_microseconds": options.queue_microseconds,
+        "instances": options.instances,
+    }
+    given = {name: value for name, value in asked.items() if value is not None}
+    return Serving(**given, tensorrt=options.tensorrt, engine_cache=options.engine_cache)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.export",
-        description="Export a model's towers as ONNX graphs or TorchScript, compared with fp32, into the store.",
+        description="Export a model's towers as ONNX graphs, TorchScript, or for Triton, compared with fp32.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -169,6 +231,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--precision", choices=("fp32", "fp16", "bf16", "int8"), default="fp32", help="default: fp32")
     parser.add_argument("--static", action="store_true", help="int8 activations by fixed scales, calibrated on images")
     parser.add_argument("--plain", action="store_true", help="ONNX's standard operators alone, nothing fused")
+    parser.add_argument("--to", choices=("store", "triton"), default="store", help="default: store")
+    triton = parser.add_argument_group("with --to triton")
+    triton.add_argument("--out", metavar="FOLDER", help="the model repository, a local folder that is not there yet")
+    triton.add_argument("--tensorrt", action="store_true", help="run on TensorRT; --precision fp32 or fp16")
+    triton.add_argument("--engine-cache", metavar="FOLDER", help="where the server keeps TensorRT's engines (nowhere)")
+    triton.add_argument("--max-batch", type=int, metavar="ROWS", help="the largest batch (64)")
+    triton.add_argument(
+        "--queue-microseconds", type=int, metavar="N", help="what a request waits at most for others (2000)"
+    )
+    triton.add_argument("--instances", type=int, metavar="N", help="copies of a model on each GPU or CPU (1)")
     return parser
 
 

@@ -47,6 +47,7 @@ FLOORS = {
     "gallery": 5,
     "drawing": 5.2,
     "what_if": 5.2,
+    "triton": 4,
     "vectors": 7,
     "bench": 8,
     "export": 8,

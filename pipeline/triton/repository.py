@@ -1,0 +1,200 @@
+"""A folder that ``tritonserver --model-repository`` serves: a model for each tower, and what a client must know.
+
+Triton takes every folder of it for a model, and in a model's folder every number for a version; what else lies there,
+it leaves alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from pipeline.addresses import explained
+from pipeline.artifacts.folders import discard, sync_tree
+from pipeline.artifacts.graphs import GRAPH
+from pipeline.artifacts.store import Artifact
+from pipeline.config import ImagesConfig
+from pipeline.errors import ArtifactError, ConfigError
+from pipeline.models.checkpoint import FAMILIES, Checkpoint
+from pipeline.storage.local import sync
+from pipeline.triton import client
+from pipeline.triton.card import readme
+from pipeline.triton.pbtxt import to_text
+from pipeline.triton.settings import (
+    WARMUP,
+    Graph,
+    Serving,
+    filled,
+    model_config,
+    place_of,
+    problem_of,
+    read_graph,
+    slug,
+)
+
+VERSION = "1"
+CONFIG = "config.pbtxt"
+# Lengths of texts are rounded up to it, so that texts of different lengths meet in one batch.
+MULTIPLE = 8
+EXAMPLE = "a photo of a cat"
+
+
+def write_repository(
+    out: str, checkpoint: Checkpoint, artifacts: Mapping[str, Artifact], images: ImagesConfig, serving: Serving
+) -> list[str]:
+    """Write the model repository ``out``, which appears whole; returns the names of its models.
+
+    Args:
+        out: a local folder that is not there yet.
+        checkpoint: the model that was exported.
+        artifacts: its ONNX graphs by tower, ``image`` or ``text``, already compared with fp32.
+        images: the job's rules of decoding, for the client.
+        serving: how the models are served.
+
+    Raises:
+        ConfigError: the place is taken, or no local folder.
+        ArtifactError: Triton cannot serve a graph, or the tokenizer is not of the library ``tokenizers``.
+        StorageError: the folder cannot be written.
+    """
+    if problem := problem_of(out):
+        raise ConfigError([problem])
+    place = place_of(out)
+    with explained(str(place)), _appearing(place) as folder:
+        models = {}
+        for tower, artifact in artifacts.items():
+            name = f"{slug(checkpoint.name)}_{tower}"
+            models[tower] = _model(folder / name, checkpoint, artifact, serving)
+            if tower == "text":
+                _write_tokenizer(folder / name / "tokenizer.json", checkpoint)
+        card = _card(checkpoint, models, images, serving)
+        _write(folder / "card.json", json.dumps(card, indent=2, ensure_ascii=False) + "\n")
+        _write(folder / "README.md", readme(card))
+        shutil.copyfile(client.__file__, folder / "client.py")
+    return [model["name"] for model in models.values()]
+
+
+def _model(folder: Path, checkpoint: Checkpoint, artifact: Artifact, serving: Serving) -> dict[str, Any]:
+    """Write one model; returns what the card says of it."""
+    version = folder / VERSION
+    version.mkdir(parents=True)
+    for name in artifact.card["files"]:
+        target = version / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(artifact.file(name), target)
+    graph, precision = read_graph(version / GRAPH), artifact.card["options"]["precision"]
+    config = model_config(
+        folder.name,
+        graph,
+        serving,
+        precision=precision,
+        tokens=checkpoint.max_tokens,
+        about={
+            "model": checkpoint.name,
+            "revision": checkpoint.revision or "",
+            "artifact": artifact.fingerprint,
+        },
+    )
+    _write(folder / CONFIG, to_text(config))
+    _write_warmup(folder / WARMUP, checkpoint, graph)
+    tensors = {side: [dataclasses.asdict(one) for one in getattr(graph, side)] for side in ("inputs", "outputs")}
+    for one in (*tensors["inputs"], *tensors["outputs"]):
+        one["data_type"] = one.pop("type")
+    facts = {"precision": precision, "ir": graph.ir, "opset": graph.opset, "artifact": artifact.fingerprint}
+    return {"name": folder.name, **tensors, **facts, "parity": dict(artifact.card["parity"])}
+
+
+def _write_warmup(folder: Path, checkpoint: Checkpoint, graph: Graph) -> None:
+    """The rows of texts that warm a model up: zeros are no text, and a tokenizer's row for one is."""
+    texts = [tensor for tensor in graph.inputs if len(tensor.dims) == 1]
+    if not texts:
+        return
+    folder.mkdir()
+    ids = checkpoint.tokenize([EXAMPLE])["input_ids"][0].numpy()
+    for tensor in texts:
+        row = np.full(filled(tensor, checkpoint.max_tokens), checkpoint.tokenizer.pad_token_id or 0, dtype=np.int64)
+        row[: len(ids)] = ids
+        if tensor.name == "attention_mask":
+            row = (np.arange(len(row)) < len(ids)).astype(np.int64)
+        (folder / tensor.name).write_bytes(row.astype("<i8").tobytes())
+
+
+def _write_tokenizer(path: Path, checkpoint: Checkpoint) -> None:
+    from tokenizers import Tokenizer
+
+    backend = getattr(checkpoint.tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ArtifactError(
+            f"{checkpoint.name}: its tokenizer is Python code of transformers, which a client of Triton does not have; "
+            "take a checkpoint with a tokenizer.json, or export with --tower image"
+        )
+    # A copy, since how it cuts and pads is part of it.
+    own = Tokenizer.from_str(backend.to_str())
+    own.no_padding()
+    own.enable_truncation(checkpoint.max_tokens)
+    own.save(str(path))
+
+
+def _card(
+    checkpoint: Checkpoint, models: Mapping[str, dict[str, Any]], images: ImagesConfig, serving: Serving
+) -> dict[str, Any]:
+    """Everything that a client needs to know, and where the models are from."""
+    spec, family = checkpoint.spec, FAMILIES[checkpoint.family]
+    model = {
+        "name": checkpoint.name,
+        "revision": checkpoint.revision,
+        "family": checkpoint.family,
+        "dim": checkpoint.dim,
+        "fingerprint": checkpoint.fingerprint,
+    }
+    card: dict[str, Any] = {"model": model, "models": dict(models), "serving": dataclasses.asdict(serving)}
+    if "image" in models:
+        card["pictures"] = {
+            "exif": images.exif,
+            "transparency": images.transparency,
+            "resize": spec.resize,
+            "crop": spec.crop,
+            "corner": images.crop_corner,
+            "resample": Image.Resampling(spec.resample).name,
+            "mean": spec.mean,
+            "std": spec.std,
+        }
+    if "text" in models:
+        card["texts"] = {
+            "tokenizer": f"{models['text']['name']}/tokenizer.json",
+            "max_tokens": checkpoint.max_tokens,
+            "multiple": checkpoint.max_tokens if family.padded else MULTIPLE,
+            "pad_id": checkpoint.tokenizer.pad_token_id or 0,
+            "lowercase": family.lowered,
+        }
+    card["scores"] = {"function": checkpoint.scoring, "scale": checkpoint.scale, "bias": checkpoint.bias}
+    return card
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _appearing(out: Path) -> Iterator[Path]:
+    """A folder that gets its name once all in it is written and flushed; else it is gone."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = out.with_name(f".{out.name}.tmp-{uuid.uuid4().hex[:12]}")
+    folder.mkdir()
+    try:
+        yield folder
+        sync_tree(folder)
+        # Replaces an empty folder, and nothing else.
+        os.rename(folder, out)
+        sync(out.parent)
+    finally:
+        discard(folder)

@@ -1,0 +1,210 @@
+"""The configuration of one model in Triton, read off its ONNX graph and what was asked for."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.addresses import is_local, local_path
+from pipeline.errors import ArtifactError, Problem
+from pipeline.triton.pbtxt import Name
+
+# ONNX's TensorProto.DataType by Triton's names (onnxruntime_backend, ConvertFromOnnxDataType).
+TYPES = {
+    1: "TYPE_FP32", 2: "TYPE_UINT8", 3: "TYPE_INT8", 4: "TYPE_UINT16", 5: "TYPE_INT16", 6: "TYPE_INT32",
+    7: "TYPE_INT64", 8: "TYPE_STRING", 9: "TYPE_BOOL", 10: "TYPE_FP16", 11: "TYPE_FP64", 12: "TYPE_UINT32",
+    13: "TYPE_UINT64",
+}  # fmt: skip
+# A batch of fewer is not worth its own shape while others wait.
+SMALLEST_PREFERRED = 8
+# The text graphs are exported for no fewer.
+FEWEST_TOKENS = 2
+WARMUP = "warmup"
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """How a model is served.
+
+    ``queue_microseconds`` is what a request waits at most for others to share its batch, ``instances`` how many copies
+    run on each GPU or CPU, ``engine_cache`` the server's absolute folder for TensorRT's engines; without one they are
+    built at every start.
+    """
+
+    max_batch_size: int = 64
+    queue_microseconds: int = 2000
+    instances: int = 1
+    tensorrt: bool = False
+    engine_cache: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """An input or output of a graph; ``dims`` are without the batch, and -1 where the graph takes any length."""
+
+    name: str
+    type: Name
+    dims: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """The inputs and outputs of a graph, and what reads it must know: ONNX's IR and operator set."""
+
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    ir: int
+    opset: int
+
+
+def place_of(out: str) -> Path:
+    """The absolute path that ``--out`` names."""
+    return Path(os.path.abspath(os.path.expanduser(local_path(out))))
+
+
+def problem_of(out: str) -> Problem | None:
+    """What is wrong with ``--out``: a repository appears whole, in a place that was empty."""
+    if not is_local(out):
+        return Problem("--out", out, "must be a local folder", "write it here, then copy it to the store")
+    if os.path.lexists(place_of(out)):
+        return Problem("--out", out, "is there already", "name another folder, or remove it")
+    return None
+
+
+def read_graph(path: Path) -> Graph:
+    """Read a graph's inputs and outputs; its weights are not looked at.
+
+    Raises:
+        ArtifactError: a tensor has a type that Triton does not have, or a first axis that is not a batch.
+    """
+    import onnx
+
+    model = onnx.load(str(path), load_external_data=False)
+    opset = next(one.version for one in model.opset_import if one.domain in ("", "ai.onnx"))
+    inputs = tuple(_tensor(value, path) for value in model.graph.input)
+    outputs = tuple(_tensor(value, path) for value in model.graph.output)
+    return Graph(inputs, outputs, ir=model.ir_version, opset=opset)
+
+
+def _tensor(value: Any, path: Path) -> Tensor:
+    kind = value.type.tensor_type
+    batch, *axes = kind.shape.dim
+    if kind.elem_type not in TYPES or batch.HasField("dim_value"):
+        raise ArtifactError(
+            f"{path}: {value.name} has ONNX's type {kind.elem_type} and {batch.dim_value or 'any number of'} rows; "
+            "Triton batches its own types, in any number of rows; export the model again"
+        )
+    dims = tuple(axis.dim_value if axis.HasField("dim_value") else -1 for axis in axes)
+    return Tensor(value.name, Name(TYPES[kind.elem_type]), dims)
+
+
+def model_config(
+    name: str, graph: Graph, serving: Serving, *, precision: str, tokens: int, about: Mapping[str, str]
+) -> dict[str, Any]:
+    """The fields of Triton's ``ModelConfig`` (triton-inference-server/common, ``model_config.proto``).
+
+    Args:
+        name: the model's folder.
+        graph: its inputs and outputs.
+        serving: how it is served.
+        precision: what the graph computes in: fp32, fp16 or int8.
+        tokens: the longest text, for the shapes of warm-up and engines.
+        about: what the server tells about the model when it is asked for its configuration.
+    """
+    sizes = {1, serving.max_batch_size}
+    return {
+        "name": name,
+        "platform": "onnxruntime_onnx",
+        "backend": "onnxruntime",
+        "max_batch_size": serving.max_batch_size,
+        "input": [_described(tensor) for tensor in graph.inputs],
+        "output": [_described(tensor) for tensor in graph.outputs],
+        "instance_group": [{"kind": _kind(serving, precision), "count": serving.instances}],
+        "dynamic_batching": {
+            "preferred_batch_size": preferred(serving.max_batch_size),
+            "max_queue_delay_microseconds": serving.queue_microseconds,
+        },
+        "optimization": _optimization(graph, serving, precision, tokens),
+        "parameters": [{"key": key, "value": {"string_value": value}} for key, value in about.items() if value],
+        "model_warmup": [_warmup(graph, size, tokens) for size in sorted(sizes)],
+    }
+
+
+def preferred(most: int) -> list[int]:
+    """The batch sizes that are run at once instead of waiting for more: 8 and its doubles, and the largest."""
+    sizes = []
+    size = SMALLEST_PREFERRED
+    while size < most:
+        sizes.append(size)
+        size *= 2
+    return [*sizes, most]
+
+
+def filled(tensor: Tensor, tokens: int) -> tuple[int, ...]:
+    """The shape of one row with every open axis at the length of the longest text."""
+    return tuple(tokens if axis < 0 else axis for axis in tensor.dims)
+
+
+def _described(tensor: Tensor) -> dict[str, Any]:
+    return {"name": tensor.name, "data_type": tensor.type, "dims": list(tensor.dims)}
+
+
+def _kind(serving: Serving, precision: str) -> Name:
+    # TensorRT and fp16 are for GPUs; the integer products of a dynamically quantized graph run on the CPU alone.
+    if serving.tensorrt or precision == "fp16":
+        return Name("KIND_GPU")
+    return Name("KIND_CPU" if precision == "int8" else "KIND_AUTO")
+
+
+def _optimization(graph: Graph, serving: Serving, precision: str, tokens: int) -> dict[str, Any] | None:
+    if serving.tensorrt:
+        name, options = "tensorrt", _engine(graph, serving, precision, tokens)
+    elif precision == "fp32":
+        # By default ONNX Runtime computes fp32 on CUDA in TF32, which is not fp32. Without a GPU nobody reads this.
+        name, options = "cuda", {"use_tf32": "0"}
+    else:
+        return None
+    parameters = [{"key": key, "value": value} for key, value in options.items()]
+    return {"execution_accelerators": {"gpu_execution_accelerator": [{"name": name, "parameters": parameters}]}}
+
+
+def _engine(graph: Graph, serving: Serving, precision: str, tokens: int) -> dict[str, str]:
+    """One engine for every shape from one short row to a full batch: new shapes would be built while clients wait."""
+    least = _shapes(graph, 1, FEWEST_TOKENS)
+    most = _shapes(graph, serving.max_batch_size, tokens)
+    options = {
+        "precision_mode": precision.upper(),
+        "trt_profile_min_shapes": least,
+        "trt_profile_opt_shapes": most,
+        "trt_profile_max_shapes": most,
+    }
+    if precision == "fp16":
+        options["trt_layer_norm_fp32_fallback"] = "1"
+    if serving.engine_cache is not None:
+        options |= {"trt_engine_cache_enable": "1", "trt_engine_cache_path": serving.engine_cache}
+    return options
+
+
+def _shapes(graph: Graph, batch: int, tokens: int) -> str:
+    return ",".join(
+        f"{tensor.name}:{'x'.join(str(axis) for axis in (batch, *filled(tensor, tokens)))}" for tensor in graph.inputs
+    )
+
+
+def _warmup(graph: Graph, size: int, tokens: int) -> dict[str, Any]:
+    """The first requests of an instance, before it is ready: black pictures, or a text from a file."""
+    inputs = []
+    for tensor in graph.inputs:
+        shape = filled(tensor, tokens)
+        data = {"input_data_file": tensor.name} if len(shape) == 1 else {"zero_data": True}
+        inputs.append({"key": tensor.name, "value": {"data_type": tensor.type, "dims": list(shape), **data}})
+    return {"name": f"batch of {size}", "batch_size": size, "inputs": inputs}
+
+
+def slug(name: str) -> str:
+    """A model's name as it can stand in a URL: the last part of a hub's name or a path."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", name.rstrip("/").rpartition("/")[2]).strip("-") or "model"
