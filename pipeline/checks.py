@@ -30,7 +30,7 @@ def check(config: Config) -> list[Problem]:
             problems.append(Problem(key, value, limits(key)))
     groups = (
         *(_check_backend, _check_parity, _check_lists, _check_doors, _check_columns, _check_prompts),
-        *(_check_part, _check_cluster, _check_run, _check_metrics, _check_texts),
+        *(_check_part, _check_cluster, _check_run, _check_metrics, _check_serve, _check_texts),
     )
     for checks in groups:
         problems += checks(config)
@@ -249,3 +249,9 @@ def _check_texts(config: Config) -> list[Problem]:
         for text in (value if isinstance(value, list) else [value])
         if isinstance(text, str) and any("\ud800" <= letter <= "\udfff" for letter in text)
     ]
+
+
+def _check_serve(config: Config) -> list[Problem]:
+    if not config.serve.host:
+        return [Problem("serve.host", "", "must be an address of this machine, such as 127.0.0.1")]
+    return []

@@ -22,6 +22,7 @@ DOORS: Mapping[str, str] = {
     "convert": "pipeline.convert",
     "doctor": "pipeline.doctor",
     "report": "pipeline.report",
+    "serve": "pipeline.serve",
 }
 
 

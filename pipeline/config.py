@@ -217,6 +217,28 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class ServeConfig:
+    """Group ``serve``: where the service listens, how long requests wait for one another, and what they may cost."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    wait_ms: float = 3.0
+    shapes: int = 4
+    queue: int = 1024
+    requests: int = 1024
+    client_requests: int = 256
+    max_images: int = 64
+    max_texts: int = 1000
+    max_text_chars: int = 2000
+    max_body_bytes: int = 67_108_864
+    held_bytes: int = 536_870_912
+    text_cache_bytes: int = 67_108_864
+    header_seconds: float = 10.0
+    timeout_seconds: float = 30.0
+    grace_seconds: float = 30.0
+
+
+@dataclass(frozen=True)
 class Config:
     """The whole config, one field for each group."""
 
@@ -235,6 +257,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     log: LogConfig = field(default_factory=LogConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
 
 
 def conf_dir() -> Path:

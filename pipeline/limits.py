@@ -62,6 +62,21 @@ RANGES: dict[str, tuple[float, float | None]] = {
     "cluster.slurm_gpus": (0, 64),
     "cluster.kubernetes_gpus": (0, 64),
     "report.examples": (0, 1000),
+    "serve.port": (0, 65_535),
+    "serve.wait_ms": (0, 1000),
+    "serve.shapes": (1, 8),
+    "serve.queue": (1, 1_000_000),
+    "serve.requests": (1, 1_000_000),
+    "serve.client_requests": (0, 1_000_000),
+    "serve.max_images": (1, 65_536),
+    "serve.max_texts": (1, 100_000),
+    "serve.max_text_chars": (1, 1_000_000),
+    "serve.max_body_bytes": (1, 2_147_483_647),
+    "serve.held_bytes": (1, None),
+    "serve.text_cache_bytes": (0, None),
+    "serve.header_seconds": (0.1, None),
+    "serve.timeout_seconds": (0.1, None),
+    "serve.grace_seconds": (0, None),
 }
 # What is meant where a place or a list is given to a whole group.
 MEANT = {"manifest": "manifest.path", "output": "output.dir", "prompts": "prompts.labels", "labels": "prompts.labels"}

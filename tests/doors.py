@@ -21,6 +21,7 @@ PARSERS = {
     "pipeline.search": "pipeline.search",
     "pipeline.convert": "pipeline.convert",
     "pipeline.doctor": "pipeline.doctor",
+    "pipeline.serve": "pipeline.serve",
     "jobs/nightly.py": "pipeline.nightly.command",
 }
 

@@ -65,6 +65,8 @@ FLOORS = {
     "health": 7.2,
     "nightly": 7.5,
     "run": 8,
+    "service": 7.5,
+    "serve": 8,
     "api": 8.5,
     "command": 9,
     "__main__": 9.5,

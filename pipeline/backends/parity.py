@@ -29,15 +29,32 @@ REFERENCE_BATCH = 16
 log = logging.getLogger(__name__)
 
 
-def measure(encoder: ImageEncoder, checkpoint: Checkpoint, sample: Sample, bank: TextBank | None) -> Parity:
-    """Compare ``encoder`` with eager fp32 on its own device, over all of ``sample``, at every place of a batch."""
-    if encoder.fingerprint.get("quantization") == "static":
-        sample = sample.half(1)
+def measure(
+    encoder: ImageEncoder,
+    checkpoint: Checkpoint,
+    sample: Sample,
+    bank: TextBank | None,
+    wanted: torch.Tensor | None = None,
+) -> Parity:
+    """Compare ``encoder`` with eager fp32 on its own device, over all of ``sample``, at every place of a batch.
+
+    ``wanted`` are fp32's embeddings by :func:`exact_rows`, if somebody has them already.
+    """
+    if wanted is None:
+        wanted = exact_rows(encoder, checkpoint, sample)
+    sample = _compared(encoder, sample)
     count = len(sample.ids)
     rows = torch.arange(max(count, encoder.batch_size)) % count
     ids = tuple(sample.ids[row] for row in rows)
     vectors = embed_sample(encoder, Sample(ids=ids, pixels=sample.pixels[rows]))
-    exact = reference(checkpoint, encoder.device, batch_size=min(count, REFERENCE_BATCH), sample=lambda: sample)
+    return dataclasses.replace(compare(vectors, wanted[rows], ids=ids, bank=bank), images=count)
+
+
+def exact_rows(encoder: ImageEncoder, checkpoint: Checkpoint, sample: Sample) -> torch.Tensor:
+    """What eager fp32 on the encoder's device makes of the images that it is compared on, float32 ``[N, D]``."""
+    sample = _compared(encoder, sample)
+    batch_size = min(len(sample.ids), REFERENCE_BATCH)
+    exact = reference(checkpoint, encoder.device, batch_size=batch_size, sample=lambda: sample)
     exact.streams = encoder.streams
     wanted = embed_sample(exact, sample)
     if encoder.device.type == "cuda":
@@ -45,7 +62,12 @@ def measure(encoder: ImageEncoder, checkpoint: Checkpoint, sample: Sample, bank:
         del exact
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(encoder.device)
-    return dataclasses.replace(compare(vectors, wanted[rows], ids=ids, bank=bank), images=count)
+    return wanted
+
+
+def _compared(encoder: ImageEncoder, sample: Sample) -> Sample:
+    """Without the images that an encoder was calibrated on."""
+    return sample.half(1) if encoder.fingerprint.get("quantization") == "static" else sample
 
 
 def pass_gate(

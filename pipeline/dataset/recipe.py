@@ -14,7 +14,7 @@ from pipeline.errors import ConfigError, PlanMismatch
 
 # A run may change these at will: the rows are the same, and so must be the plan.
 _OF_THE_RUN = {
-    "cluster", "report", "run", "log", "metrics", "loader.workers", "loader.prefetch", "loader.isolation",
+    "cluster", "report", "run", "log", "metrics", "serve", "loader.workers", "loader.prefetch", "loader.isolation",
     "prompts.cache", "backend.artifacts", "backend.streams", "output.dir", "output.lease_seconds",
     "errors.grace_seconds",
 }  # fmt: skip

@@ -1,0 +1,71 @@
+"""``python -m pipeline.serve [GROUP=OPTION ...] [KEY=VALUE ...]``: the engine of the jobs behind HTTP."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from pipeline.aside import own_exit_code
+from pipeline.errors import Interrupted, PipelineError, exit_code_of
+from pipeline.log_lines import JsonLines, ending, new_run
+from pipeline.service.settings import need_packages, service_config
+
+EXAMPLES = """\
+examples:
+  python -m pipeline.serve
+      the demo model on http://127.0.0.1:8000
+  python -m pipeline.serve model=clip_vit_b32 backend=onnx_int8 loader.batch_size=16 serve.shapes=3 log.format=json
+      batches of up to 16 images, in shapes of 16, 4 and 1; a log for machines
+  python -m pipeline.serve model=clip_vit_b32 'prompts.labels=[a cat,a dog]' serve.port=0
+      labels of your own for those who send none; any free port, which is said
+  curl -F images=@photo.jpg http://127.0.0.1:8000/predict
+  curl -H 'content-type: application/json' -d '{"texts": ["a red circle"]}' http://127.0.0.1:8000/embed
+
+POST /embed and /predict, GET /healthz, /readyz, /metrics, /version and /openapi.json. Rows are those that a job with
+the same settings writes. SIGTERM ends it once every request that was accepted is answered.
+For several GPUs, gunicorn starts 'pipeline.service.app:create()' with overrides from PIPELINE_SERVE_OVERRIDES.
+exit codes: 0 ended as asked, 2 wrong config or machine, 4 backend too far from fp32, 1 requests were left or it broke
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line and serve until a signal comes; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    run = new_run()
+    formatter: JsonLines | None = None
+    try:
+        config = service_config(options.overrides)
+        formatter = JsonLines(run) if config.log.format == "json" else None
+        need_packages()
+        from pipeline.report.logs import library_messages, log_to_terminal
+        from pipeline.service.server import serve
+
+        with library_messages(config.log, run), log_to_terminal(config.log, run):
+            return serve(config)
+    except (PipelineError, KeyboardInterrupt) as error:
+        told = Interrupted("interrupted before it served anything") if isinstance(error, KeyboardInterrupt) else error
+        code = exit_code_of(told)
+        print(f"error: {told}" if formatter is None else formatter.format(ending(told, code)), file=sys.stderr)
+        return code
+    except Exception as error:
+        if formatter is None:
+            raise
+        print(formatter.format(ending(error, 1)), file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.serve",
+        description="Answer requests for embeddings and labels over HTTP, with the engine of the jobs.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="GROUP=OPTION or KEY=VALUE, as for the job")
+    return parser
+
+
+if __name__ == "__main__":
+    with own_exit_code():
+        raise SystemExit(main())

@@ -1,0 +1,241 @@
+"""What answers: the model, opened once, with all that a job would use to make the same rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline.backends.base import Draw, ImageEncoder
+from pipeline.backends.devices import choose_device
+from pipeline.backends.parity import exact_rows, is_reference, measure
+from pipeline.backends.streams import count_streams, keep_memory
+from pipeline.config import Config
+from pipeline.demo.folder import prompts_of, rendered_sample
+from pipeline.images.library import library
+from pipeline.images.reader import PixelReader
+from pipeline.images.sample import draw_sample
+from pipeline.images.sources import Source
+from pipeline.manifest.source import open_manifest
+from pipeline.models.checkpoint import Checkpoint, open_checkpoint
+from pipeline.models.text import build_bank, read_labels
+from pipeline.parity import hold, in_words
+from pipeline.processes import cores
+from pipeline.reading import decoder_of, open_decoders, pixel_reader, worker_threads
+from pipeline.records import Failure, ImageRef, Parity, Pixels, PreprocessSpec, Sample, TextBank
+from pipeline.results import Labelling, memory_explained
+from pipeline.service.forward import Forward, Picture, Row
+from pipeline.service.texts import Texts
+from pipeline.setup import spec_of
+from pipeline.worker import open_for_job
+
+Timer = Callable[[str, float], None]
+# Of two shapes, the smaller one holds so many times fewer pictures.
+STEP = 4
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """The opened model; close what it was opened in. Its methods return futures, and work in threads of their own.
+
+    ``fingerprints`` is what an answer follows from, and ``fingerprint`` its digest; ``parity`` the figures of each
+    shape that was compared with fp32.
+    """
+
+    config: Config
+    checkpoint: Checkpoint
+    texts: Texts
+    labelling: Labelling | None
+    batch_size: int
+    streams: int
+    device: str
+    precision: str
+    parity: tuple[Parity, ...]
+    fingerprints: dict[str, Any]
+    fingerprint: str
+    _reader: PixelReader
+    _decoding: ThreadPoolExecutor
+    _encoding: ThreadPoolExecutor
+    _forward: Forward
+
+    @property
+    def chunk(self) -> int:
+        """How many images are best decoded together."""
+        return self._reader.chunk
+
+    def decode(self, images: Sequence[bytes]) -> Future[list[Pixels | Failure]]:
+        """Pixels, or the failure that a dataset's row would have, for each image; in processes that may crash."""
+        return self._decoding.submit(self._decode, images)
+
+    def encode(self, pictures: Sequence[Picture]) -> Future[Sequence[Row]]:
+        """A row for each of up to ``batch_size`` pictures."""
+        return self._encoding.submit(self._forward, pictures)
+
+    def _decode(self, images: Sequence[bytes]) -> list[Pixels | Failure]:
+        refs = [ImageRef(id=place, data=data) for place, data in enumerate(images)]
+        results = self._reader.read_all(refs, lambda stage, seconds: None)
+        return [result for result in results if result is not None]
+
+
+def open_engine(config: Config, opened: ExitStack, *, timer: Timer, texts: Callable[[str], None]) -> Engine:
+    """Open the model on its backend, compare it with fp32, and run it once; what must be closed is left to ``opened``.
+
+    Args:
+        config: checked by :func:`~pipeline.service.settings.check_service`.
+        opened: closes the engine.
+        timer: told how long ``encode`` and ``label`` took, from any thread.
+        texts: told where text features came from.
+
+    Raises:
+        PipelineError: one of :mod:`pipeline.errors`; a missed parity is a ParityError.
+    """
+    # A decoder has no longer than the request that waits for it.
+    seconds = min(config.loader.decode_seconds, config.serve.timeout_seconds)
+    config = dataclasses.replace(
+        config,
+        loader=dataclasses.replace(config.loader, decode_seconds=seconds),
+        # A job wants many pictures an hour, who asks wants one soon: a batch has all cores, if nobody says otherwise.
+        backend=dataclasses.replace(config.backend, streams=config.backend.streams or 1),
+    )
+    decoders = open_decoders(config)
+    if decoders is not None:
+        opened.callback(decoders.close)
+        decoders.start()
+    device = choose_device(config.backend.device)
+    streams = count_streams(config.backend.streams, device)
+    threads = max(1, cores() // streams)
+    checkpoint = open_checkpoint(config.model)
+    spec = spec_of(config, checkpoint)
+    sample = cache(partial(_sample, config, spec))
+    torch.set_num_threads(cores())
+    bank = _bank(config, checkpoint)
+    if device.type == "cpu":
+        keep_memory()
+    encoding = _pool("encode", streams, opened, initializer=torch.set_num_threads, initargs=(threads,))
+    encoders, parity = _open_shapes(config, checkpoint, sample, bank, encoding)
+    largest = encoders[0]
+    log.info("model %s with %s on %s in %s", config.model.name, largest.name, largest.device, largest.precision)
+    told = Texts(checkpoint, config, device=largest.device, threads=threads, counted=texts)
+    opened.callback(told.close)
+    reader = PixelReader(
+        # No request names a file; only bytes come here.
+        source=Source(root=os.devnull, max_bytes=config.images.max_bytes),
+        decoder=decoder_of(config),
+        spec=spec,
+        decoders=decoders,
+    )
+    forward = Forward(encoders, spec.size, timer)
+    prints = _fingerprints(config, checkpoint, largest, bank)
+    engine = Engine(
+        config=config,
+        checkpoint=checkpoint,
+        texts=told,
+        labelling=None if bank is None else told.with_bank(bank, config.labels.top_k),
+        batch_size=largest.batch_size,
+        streams=streams,
+        device=str(largest.device),
+        precision=largest.precision,
+        parity=tuple(parity),
+        fingerprints=prints,
+        fingerprint=hashlib.sha256(json.dumps(prints, sort_keys=True, default=str).encode()).hexdigest(),
+        _reader=reader,
+        _decoding=_pool("decode", worker_threads(config), opened),
+        _encoding=encoding,
+        _forward=forward,
+    )
+    _warm(engine, encoders, spec)
+    return engine
+
+
+def shapes(config: Config) -> list[int]:
+    """The batch sizes that are opened, largest first."""
+    sizes = [math.ceil(config.loader.batch_size / STEP**step) for step in range(config.serve.shapes)]
+    return list(dict.fromkeys(sizes))
+
+
+def _open_shapes(
+    config: Config, checkpoint: Checkpoint, sample: Draw, bank: TextBank | None, encoding: ThreadPoolExecutor
+) -> tuple[list[ImageEncoder], list[Parity]]:
+    """An encoder for each of :func:`shapes`, and what the gate found of those that pass one."""
+    # In a thread that will encode: what is compiled or captured there belongs to it on a GPU.
+    # One after the other, so that what the first one exports is there for the next.
+    encoders: list[ImageEncoder] = []
+    parity: list[Parity] = []
+    wanted: torch.Tensor | None = None
+    for size in shapes(config):
+        with memory_explained(size):
+            sized = dataclasses.replace(config, loader=dataclasses.replace(config.loader, batch_size=size))
+            encoder = encoding.submit(open_for_job, sized, checkpoint, sample, lambda: bank).result()
+            encoders.append(encoder)
+            if is_reference(encoder):
+                continue
+            if wanted is None:
+                wanted = encoding.submit(exact_rows, encoder, checkpoint, sample()).result()
+            found = encoding.submit(measure, encoder, checkpoint, sample(), bank, wanted).result()
+        log.info("batches of %d images: %s", size, in_words(found))
+        what = f"{checkpoint.name} on backend={encoder.name}"
+        hold(found, config.parity, precision=encoder.precision, what=what)
+        parity.append(found)
+    return encoders, parity
+
+
+def _sample(config: Config, spec: PreprocessSpec) -> Sample:
+    """Images of the manifest, if the config names one, for the same calibration as its job's; else rendered scenes."""
+    count = config.parity.images * (2 if config.backend.quantization == "static" else 1)
+    if config.manifest.path is not None:
+        manifest = open_manifest(config.manifest)
+        with pixel_reader(config, manifest, spec) as reader:
+            drawn = draw_sample(manifest, reader, count)
+        if drawn is not None:
+            return drawn
+        log.warning("%s: none of the images that were tried can be read", config.manifest.path)
+    return rendered_sample(spec, count)
+
+
+def _bank(config: Config, checkpoint: Checkpoint) -> TextBank | None:
+    prompts = prompts_of(config)
+    labels = read_labels(prompts)
+    return build_bank(checkpoint, labels, prompts, config.labels) if labels.names else None
+
+
+def _fingerprints(
+    config: Config, checkpoint: Checkpoint, encoder: ImageEncoder, bank: TextBank | None
+) -> dict[str, Any]:
+    """As those of a dataset (:func:`pipeline.setup.fingerprints`), but for its manifest and its files."""
+    return {
+        "model": checkpoint.fingerprint,
+        "images": {**dataclasses.asdict(config.images), "library": library(config.images.decoder)},
+        "backend": encoder.fingerprint,
+        "batch_sizes": shapes(config),
+        "prompts": None if bank is None else {"text": bank.fingerprint, "count": len(bank.names)},
+    }
+
+
+def _warm(engine: Engine, encoders: Sequence[ImageEncoder], spec: PreprocessSpec) -> None:
+    """A batch of every shape in every thread, and the text tower once: what is slow at first is slow now."""
+    grey = Picture(rgb=np.full((*spec.size, 3), 128, dtype=np.uint8), labelling=engine.labelling)
+    work: list[Future[Any]] = [
+        engine.encode([grey] * encoder.batch_size) for encoder in encoders for _ in range(engine.streams)
+    ]
+    work.append(engine.texts.embed(["a photo"]))
+    for each in work:
+        each.result()
+
+
+def _pool(name: str, threads: int, opened: ExitStack, **settings: Any) -> ThreadPoolExecutor:
+    pool = ThreadPoolExecutor(threads, thread_name_prefix=name, **settings)
+    opened.callback(pool.shutdown, wait=True, cancel_futures=True)
+    return pool

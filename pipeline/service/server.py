@@ -1,0 +1,100 @@
+"""From a config to a service that listens on its address, until a signal ends it."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+
+from pipeline.config import Config
+from pipeline.errors import ConfigError, Problem, exit_code_of
+from pipeline.log_lines import ending
+from pipeline.service.app import build
+from pipeline.service.patience import Server
+from pipeline.service.service import Service
+
+# Seconds that an idle connection is kept, longer than proxies keep theirs (nginx: 60), so that they close first.
+KEEP_ALIVE = 75
+# Connections that may wait to be accepted.
+BACKLOG = 2048
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+log = logging.getLogger(__name__)
+
+
+def serve(config: Config) -> int:
+    """Answer requests until a signal ends it; returns the exit code.
+
+    0: ended, every request that was accepted was answered. 1: some were not within ``serve.grace_seconds``, or the
+    engine broke. Otherwise that of the error that kept the engine from being opened.
+
+    Raises:
+        ConfigError: the address cannot be bound.
+    """
+    service = Service(config)
+    failures: list[BaseException] = []
+
+    def failed(error: BaseException) -> None:
+        failures.append(error)
+        server.should_exit = True
+
+    with bind(config) as listening:
+        app = build(service, failed=failed)
+        server = Server(_settings(app), service)
+        host, port = listening.getsockname()[:2]
+        url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        log.info("listening on %s", url, extra={"url": url})
+        if config.serve.host not in LOOPBACK:
+            log.warning("serve.host=%s: who reaches this address may use it; there are no passwords", config.serve.host)
+        server.run(sockets=[listening])
+    if failures:
+        raise failures[0]
+    if service.fault is not None:
+        log.handle(ending(service.fault, exit_code_of(service.fault)))
+        return 1
+    if service.unanswered:
+        grace = config.serve.grace_seconds
+        log.error("%d requests were not answered in serve.grace_seconds=%g", service.unanswered, grace)
+    return 1 if service.unanswered else 0
+
+
+@contextmanager
+def bind(config: Config) -> Iterator[socket.socket]:
+    """The socket of the config, before any work: an address that is taken is told at once.
+
+    Raises:
+        ConfigError: it cannot be bound.
+    """
+    host, port = config.serve.host, config.serve.port
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        found = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise ConfigError([Problem("serve.host", host, f"is no address of this machine: {error}")]) from error
+    with found:
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            found.bind(address)
+            # From here on clients may connect; they are answered once the server runs.
+            found.listen(BACKLOG)
+        except (OSError, OverflowError) as error:
+            allowed = f"cannot be bound on {host}: {error}"
+            raise ConfigError([Problem("serve.port", port, allowed, "0 takes a free one")]) from error
+        yield found
+
+
+def _settings(app: Any) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        ws="none",
+        backlog=BACKLOG,
+        lifespan="on",
+        # The package's own log has a line for each request.
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE,
+    )

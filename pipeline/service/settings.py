@@ -1,0 +1,84 @@
+"""What a config must be for a service, and where one comes from that nobody types."""
+
+from __future__ import annotations
+
+import os
+import shlex
+
+from pipeline.config import Config
+from pipeline.errors import ConfigError, PipelineError, Problem, install_hint
+from pipeline.limits import AUTO
+from pipeline.overrides import compose_config
+
+# Overrides for an app that gunicorn or uvicorn starts, written as on a command line.
+VARIABLE = "PIPELINE_SERVE_OVERRIDES"
+
+
+class ExtraMissing(PipelineError):
+    """The packages of the service are not installed."""
+
+    exit_code = 2
+
+
+def need_packages() -> None:
+    """Pass if the extra ``serve`` is installed.
+
+    Raises:
+        ExtraMissing: it is not.
+    """
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import python_multipart  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise ExtraMissing(f"the service needs the extra serve ({error}): {install_hint('serve')}") from error
+
+
+def check_service(config: Config) -> list[Problem]:
+    """What of a good config a service cannot do."""
+    problems = []
+    if config.loader.batch_size == 0:
+        allowed = "is measured for a job; a service wants a number"
+        hint = "a dataset's plan names the size it was made with; smaller ones answer sooner"
+        problems.append(Problem("loader.batch_size", AUTO, allowed, hint))
+    if config.loader.isolation != "process":
+        allowed = "must be process: strangers' images are not decoded in the process that answers"
+        problems.append(Problem("loader.isolation", config.loader.isolation, allowed))
+    if config.images.decoder == "gpu":
+        allowed = "decodes batches of a job; a service decodes on the cores"
+        problems.append(Problem("images.decoder", "gpu", allowed, "take images=fast or images=exact"))
+    for name in ("textfile", "pushgateway"):
+        if place := getattr(config.metrics, name):
+            hint = "leave it out, and let Prometheus scrape /metrics"
+            problems.append(Problem(f"metrics.{name}", place, "is where a job leaves its figures", hint))
+    if config.cluster.name != "inline" or config.cluster.part is not None:
+        allowed = "is for jobs; start one service for each GPU, for instance with gunicorn"
+        problems.append(Problem("cluster", config.cluster.part or config.cluster.name, allowed, "leave it out"))
+    return problems
+
+
+def service_config(overrides: list[str]) -> Config:
+    """The config of a service.
+
+    Raises:
+        ConfigError: with every problem.
+    """
+    config = compose_config(overrides)
+    if problems := check_service(config):
+        raise ConfigError(problems)
+    return config
+
+
+def config_of_environment() -> Config:
+    """The config of the overrides in the variable ``PIPELINE_SERVE_OVERRIDES``.
+
+    Raises:
+        ConfigError: with every problem.
+    """
+    text = os.environ.get(VARIABLE, "")
+    try:
+        overrides = shlex.split(text)
+    except ValueError as error:
+        raise ConfigError([Problem(VARIABLE, text, f"cannot be read: {error}")]) from error
+    return service_config(overrides)

@@ -1,0 +1,434 @@
+"""The parts of the service by themselves: batching, the forward, limits, caches, settings, the app without a server."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import random
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+import torch
+import uvicorn
+
+from pipeline import serve
+from pipeline.config import Config, LoaderConfig, ServeConfig
+from pipeline.errors import ConfigError, NumericalError
+from pipeline.records import TextBank
+from pipeline.results import Labelling
+from pipeline.service.admission import Admission
+from pipeline.service.app import build
+from pipeline.service.batching import Batcher, portion
+from pipeline.service.bodies import read_asked
+from pipeline.service.engine import shapes
+from pipeline.service.envelope import Envelope
+from pipeline.service.errors import Refused
+from pipeline.service.forward import Forward, Picture
+from pipeline.service.metrics import Metrics
+from pipeline.service.patience import Patient, Server
+from pipeline.service.schemas import EmbedRequest, PredictRequest
+from pipeline.service.service import Service
+from pipeline.service.settings import VARIABLE, config_of_environment, service_config
+from pipeline.service.texts import Recent
+from tests.conftest import ROOT
+from tests.forks import forks
+from tests.jobs import StubEncoder
+from tests.service import BOUNDARY, form
+
+# Batching.
+
+
+class Lanes:
+    """Squares numbers, after a while, in threads; keeps what it was given."""
+
+    def __init__(self, pool: ThreadPoolExecutor, work: Callable[[Sequence[int]], list[int]] | None = None) -> None:
+        self.pool, self.batches = pool, list[list[int]]()
+        self.work = work or (lambda given: [each * each for each in given])
+
+    def __call__(self, given: Sequence[int]) -> Future[Sequence[int]]:
+        self.batches.append(list(given))
+        return self.pool.submit(self.work, given)
+
+
+def test_answers_of_shared_batches_never_go_to_another() -> None:
+    def work(given: Sequence[int]) -> list[int]:
+        # Lanes overtake one another.
+        pause.wait(random.random() / 200)
+        return [each * each for each in given]
+
+    async def main() -> None:
+        batcher = Batcher(lanes, shapes=[8], lanes=3, wait=0.001)
+
+        async def ask(number: int) -> None:
+            await asyncio.sleep(random.random() / 20)
+            assert await batcher.submit(number) == number * number
+
+        await asyncio.gather(*(ask(number) for number in range(500)))
+        assert batcher.waiting == 0
+
+    pause = threading.Event()
+    with ThreadPoolExecutor(3) as pool:
+        lanes = Lanes(pool, work)
+        asyncio.run(main())
+    assert sorted(each for batch in lanes.batches for each in batch) == list(range(500))
+    assert max(map(len, lanes.batches)) <= 8
+    assert len(lanes.batches) < 500
+
+
+def test_a_full_batch_does_not_wait_and_another_one_waits_its_time() -> None:
+    async def main() -> list[list[float]]:
+        waited: list[list[float]] = []
+        batcher = Batcher(lanes, shapes=[4], lanes=1, wait=0.2, launched=lambda seconds: waited.append(list(seconds)))
+        await asyncio.gather(*(batcher.submit(number) for number in range(6)))
+        return waited
+
+    with ThreadPoolExecutor(1) as pool:
+        lanes = Lanes(pool)
+        first, second = asyncio.run(main())
+    assert lanes.batches == [[0, 1, 2, 3], [4, 5]]
+    assert max(first) < 0.15
+    assert min(second) >= 0.19
+
+
+def test_what_waits_while_every_lane_works_goes_together() -> None:
+    async def main() -> None:
+        batcher = Batcher(lanes, shapes=[100], lanes=1, wait=0)
+        await asyncio.gather(*(batcher.submit(number) for number in range(50)))
+
+    with ThreadPoolExecutor(1) as pool:
+        lanes = Lanes(pool)
+        asyncio.run(main())
+    assert [len(batch) for batch in lanes.batches] == [1, 49]
+
+
+def test_a_cancelled_request_drops_out_of_the_queue() -> None:
+    async def main() -> None:
+        batcher = Batcher(lanes, shapes=[4], lanes=1, wait=0.05)
+        answers = [batcher.submit(number) for number in range(3)]
+        answers[0].cancel()
+        answers[2].cancel()
+        assert await answers[1] == 1
+
+    with ThreadPoolExecutor(1) as pool:
+        lanes = Lanes(pool)
+        asyncio.run(main())
+    assert lanes.batches == [[1]]
+
+
+def test_an_error_of_a_batch_goes_to_all_of_it_and_ends_there() -> None:
+    def work(given: Sequence[int]) -> list[int]:
+        if 0 in given:
+            raise ValueError("zero")
+        return list(given)
+
+    async def main() -> list[Any]:
+        batcher = Batcher(lanes, shapes=[2], lanes=1, wait=0)
+        return await asyncio.gather(*(batcher.submit(number) for number in (0, 1, 2, 3)), return_exceptions=True)
+
+    with ThreadPoolExecutor(1) as pool:
+        lanes = Lanes(pool, work)
+        found = asyncio.run(main())
+    assert [isinstance(each, ValueError) for each in found[:1]] == [True]
+    assert found[-1] == 3
+
+
+@pytest.mark.parametrize(
+    ("count", "taken"), [(1, 1), (2, 1), (3, 3), (4, 4), (7, 4), (9, 9), (16, 16), (17, 16), (40, 40), (99, 64)]
+)
+def test_a_batch_takes_what_fills_more_than_half_of_its_shape(count: int, taken: int) -> None:
+    assert portion(count, [1, 4, 16, 64]) == taken
+    assert portion(count, [64]) == min(count, 64)
+
+
+# The forward.
+
+
+class Swapping(StubEncoder):
+    def spoil(self, vectors: torch.Tensor) -> torch.Tensor:
+        return vectors.flip(0)
+
+
+class Broken(StubEncoder):
+    def spoil(self, vectors: torch.Tensor) -> torch.Tensor:
+        return vectors * float("nan")
+
+
+def pictures(count: int, labelling: Labelling | None = None) -> list[Picture]:
+    draw = np.random.default_rng(1)
+    return [
+        Picture(rgb=np.full((32, 32, 3), draw.integers(0, 255, 3), dtype=np.uint8), labelling=labelling)
+        for _ in range(count)
+    ]
+
+
+def forward(*encoders: StubEncoder) -> Forward:
+    return Forward(encoders, (32, 32), lambda stage, seconds: None)
+
+
+def test_a_batch_s_rows_are_those_of_its_pictures_at_every_shape() -> None:
+    some = pictures(8)
+    whole = [row.vector for row in forward(StubEncoder(8))(some)]
+    ladder = forward(StubEncoder(8), StubEncoder(2))
+    for count in range(1, 9):
+        for row, vector in zip(ladder(some[:count]), whole, strict=False):
+            assert np.array_equal(row.vector, vector)
+
+
+@pytest.mark.parametrize("count", [3, 8])
+@pytest.mark.parametrize("encoder", [Swapping, Broken])
+def test_an_encoder_that_mixes_its_rows_up_or_returns_nan_is_found_out(encoder: type[StubEncoder], count: int) -> None:
+    with pytest.raises(NumericalError):
+        forward(encoder(8))(pictures(count))
+
+
+def bank(count: int) -> TextBank:
+    features = np.eye(count, 4, dtype=np.float32)
+    return TextBank(tuple("abcd"[:count]), features, "softmax", 10.0, 0.0, fingerprint=str(count))
+
+
+def test_requests_with_labels_of_their_own_share_a_batch() -> None:
+    first, second = (
+        Labelling(bank=one, features=torch.from_numpy(one.features), top_k=1) for one in (bank(4), bank(2))
+    )
+    more = dataclasses.replace(first, top_k=3)
+    choices = [first, None, second, more, second]
+    mixed = [Picture(rgb=each.rgb, labelling=one) for each, one in zip(pictures(5), choices, strict=True)]
+    together = forward(StubEncoder(8))(mixed)
+    assert [len(row.top) for row in together] == [1, 0, 1, 3, 1]
+    for picture, row in zip(mixed, together, strict=True):
+        [alone] = forward(StubEncoder(8))([picture])
+        assert alone.top.tolist() == row.top.tolist()
+        assert np.array_equal(alone.scores, row.scores)
+
+
+# Bodies.
+
+
+@pytest.mark.parametrize("value", [b"000000001" + b"0" * 5000, b"00000000199999", b"1001", b"0", b"+1", b""])
+def test_a_form_s_top_k_is_one_number_of_few_digits(value: bytes) -> None:
+    body = form([("images", None, b"x"), ("top_k", None, value)])
+    with pytest.raises(Refused, match="top_k"):
+        read_asked(PredictRequest, f"multipart/form-data; boundary={BOUNDARY}", body, ServeConfig())
+
+
+def test_a_json_body_at_its_limits_is_read_and_one_of_a_million_values_is_not() -> None:
+    limits = ServeConfig(max_images=4, max_texts=100)
+    texts, images = ['a, "b", c \\'] * 100, [{"data": "", "id": 'x, "y"'}] * 4
+    body = json.dumps({"texts": texts, "images": images}).encode()
+    assert len(read_asked(EmbedRequest, "application/json", body, limits).texts) == 100
+    for crowd in (b'{"texts": [' + b"[]," * 10**6, b"{" + b'"a": 0,' * 10**6, b'"' * 10**6):
+        with pytest.raises(Refused, match="more values"):
+            read_asked(EmbedRequest, "application/json", crowd, limits)
+
+
+def test_few_labels_do_not_make_an_answer_of_a_gigabyte() -> None:
+    asked = {"images": [{"data": ""}] * 64, "labels": [f"{place:04}" + "\U0001f600" * 1996 for place in range(1000)]}
+    assert read_asked(PredictRequest, "application/json", json.dumps(asked).encode(), ServeConfig()).labels
+    with pytest.raises(Refused, match="top_k"):
+        read_asked(PredictRequest, "application/json", json.dumps({**asked, "top_k": 1000}).encode(), ServeConfig())
+
+
+# Limits and caches.
+
+
+def test_what_is_too_much_is_refused_and_given_back() -> None:
+    admission = Admission(ServeConfig(queue=10, requests=3, client_requests=2, held_bytes=100), Metrics())
+    with admission.request("a"), admission.request("a"):
+        with pytest.raises(Refused) as refused, admission.request("a"):
+            pass
+        assert (refused.value.status, refused.value.headers) == (429, {"retry-after": "1"})
+        with admission.request("b"), pytest.raises(Refused) as refused, admission.request("c"):
+            pass
+        assert refused.value.status == 503
+    with admission.request("a"), admission.pictures(10):
+        admission.seconds_ahead = 7.2
+        with pytest.raises(Refused) as refused, admission.pictures(1):
+            pass
+        assert refused.value.headers == {"retry-after": "7"}
+    admission.hold(100)
+    with pytest.raises(Refused):
+        admission.hold(1)
+    admission.release(100)
+    assert (admission.requests, admission.images, admission.held) == (0, 0, 0)
+
+
+def test_the_features_in_memory_keep_to_their_bytes() -> None:
+    recent: Recent[str] = Recent(100)
+    for key in "abcd":
+        recent.put(key, key, 30)
+        recent.get("a")
+    assert [recent.get(key) for key in "abcd"] == ["a", None, "c", "d"]
+    recent.put("large", "large", 101)
+    assert recent.get("large") is None
+    assert recent.used == 90
+
+
+def test_shapes_are_quarters_of_the_batch_down_to_one_picture() -> None:
+    def of(size: int, count: int) -> list[int]:
+        return shapes(Config(loader=LoaderConfig(batch_size=size), serve=ServeConfig(shapes=count)))
+
+    assert of(64, 1) == [64]
+    assert of(64, 4) == [64, 16, 4, 1]
+    assert of(6, 8) == [6, 2, 1]
+
+
+def test_connections_on_top_of_those_that_files_suffice_for_are_closed_at_once() -> None:
+    async def main() -> None:
+        async def app(scope: Any, receive: Any, send: Any) -> None: ...
+
+        server = Server(uvicorn.Config(app, log_config=None, ws="none", lifespan="off"), Service(Config()))
+        server.config.load()
+        opened = [Mock(asyncio.Transport, get_extra_info=lambda name: None) for _ in range(2)]
+        for transport in opened:
+            protocol = Patient(server.config, server.server_state, {})
+            protocol.most = 1
+            protocol.connection_made(transport)
+        assert [transport.abort.called for transport in opened] == [False, True]
+
+    asyncio.run(main())
+
+
+# Settings and the door.
+
+
+def test_what_a_service_cannot_do_is_told_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = ["loader.batch_size=auto", "loader.isolation=none", "images=gpu", "metrics.textfile=a.prom"]
+    with pytest.raises(ConfigError) as error:
+        service_config(wrong)
+    assert {problem.key for problem in error.value.problems} == {
+        "loader.batch_size",
+        "loader.isolation",
+        "images.decoder",
+        "metrics.textfile",
+    }
+    with pytest.raises(ConfigError, match="cluster"):
+        service_config(["cluster=local"])
+    assert serve.main(["serve.port=99999", "serve.wait_ms=-1", "serve.max_images=0", "serve.host="]) == 2
+    said = capsys.readouterr().err
+    assert all(key in said for key in ("serve.port", "serve.wait_ms", "serve.max_images", "serve.host"))
+
+
+def test_a_port_that_is_taken_is_told_before_any_work(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert serve.main([f"serve.port={port}"]) == 2
+    assert f"serve.port = {port}" in capsys.readouterr().err
+
+
+def test_the_environment_gives_the_config_of_the_factory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "loader.batch_size=4 'prompts.labels=[a cat,a dog]'")
+    config = config_of_environment()
+    assert (config.loader.batch_size, config.prompts.labels) == (4, ["a cat", "a dog"])
+    monkeypatch.setenv(VARIABLE, "loader.batch_sise=4")
+    with pytest.raises(ConfigError, match="did you mean"):
+        config_of_environment()
+    monkeypatch.setenv(VARIABLE, "'")
+    with pytest.raises(ConfigError, match=VARIABLE):
+        config_of_environment()
+
+
+def test_a_missed_parity_ends_it_with_4() -> None:
+    child = forks().start(
+        "pipeline.serve:main",
+        [
+            "serve.port=0",
+            "backend.device=cpu",
+            "backend.precision=bf16",
+            "parity.lowest_cosine.bf16=1",
+            "parity.images=4",
+        ],
+    )
+    assert child.wait(60) == 4, child.said()
+    assert "parity.lowest_cosine.bf16 wants 1" in child.said()
+
+
+def test_the_main_job_s_help_imports_no_server() -> None:
+    heavy = "any(name in sys.modules for name in ('fastapi', 'uvicorn', 'torch'))"
+    code = f"import sys, pipeline.run, pipeline.serve; sys.exit({heavy})"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False, timeout=60).returncode == 0
+
+
+# The app without a server.
+
+
+def call(service: Service, method: str, path: str, body: bytes = b"") -> tuple[int, Any, dict[str, str]]:
+    """One request to an app whose lifespan has not begun."""
+    app, sent = build(service, failed=lambda error: None), list[Any]()
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": method, "path": path, "headers": [], "query_string": b"", "root_path": ""}
+    asyncio.run(app(scope, receive, send))
+    headers = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
+    return sent[0]["status"], json.loads(sent[1]["body"]), headers
+
+
+def test_a_service_that_is_not_ready_says_so_everywhere() -> None:
+    service = Service(Config())
+    assert call(service, "GET", "/healthz")[0] == 200
+    assert call(service, "GET", "/readyz")[:2] == (503, {"status": "the model is being opened"})
+    status, told, headers = call(service, "POST", "/embed", b"{}")
+    assert (status, told["error"]["name"], headers["retry-after"]) == (503, "not_ready", "5")
+    assert call(service, "GET", "/version")[1]["fingerprint"] is None
+    service.drain()
+    status, told, headers = call(service, "GET", "/readyz")
+    assert (status, told, headers["connection"]) == (503, {"status": "draining"}, "close")
+
+
+def test_a_service_whose_engine_broke_asks_to_be_started_again() -> None:
+    service = Service(Config())
+    service.fault = NumericalError("NaN")
+    for path in ("/healthz", "/readyz"):
+        assert call(service, "GET", path)[:2] == (503, {"status": "failed: NaN"})
+    assert call(service, "POST", "/predict", b"{}")[0] == 503
+
+
+def test_an_error_that_nobody_foresaw_is_answered_and_logged(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    service = Service(Config())
+    monkeypatch.setattr(Metrics, "page", lambda self: 1 / 0)
+    status, told, headers = call(service, "GET", "/metrics")
+    assert (status, told["error"]["name"]) == (500, "internal")
+    assert "ZeroDivisionError" in caplog.text
+    assert "ZeroDivisionError" in told["error"]["message"]
+    assert headers["x-request-id"] == told["error"]["request"]
+
+
+async def forever(scope: Any, receive: Any, send: Any) -> None:
+    await asyncio.sleep(60)
+
+
+@pytest.mark.parametrize(("ends", "status", "name"), [(False, 504, "timeout"), (True, 503, "ending")])
+def test_what_takes_too_long_is_answered_all_the_same(ends: bool, status: int, name: str) -> None:
+    service = Service(Config(serve=ServeConfig(timeout_seconds=30 if ends else 0.1)))
+    envelope, sent = Envelope(forever, service, frozenset()), list[Any]()
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def main() -> None:
+        scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
+        task = asyncio.create_task(envelope(scope, lambda: asyncio.sleep(60), send))  # type: ignore[arg-type]
+        await asyncio.sleep(0.05)
+        if ends:
+            # As uvicorn does once the grace is over.
+            task.cancel()
+        await asyncio.wait([task])
+
+    asyncio.run(main())
+    assert (sent[0]["status"], json.loads(sent[1]["body"])["error"]["name"]) == (status, name)
+    assert service.unanswered == ends
