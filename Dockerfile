@@ -1,0 +1,79 @@
+# Two images of one file, without weights and without root:
+#   docker build -t clip-pipeline .                        the job (the last stage)
+#   docker build -t clip-pipeline-service --target service .   the service
+# For NVIDIA GPUs add: --build-arg BASE=nvidia/cuda:13.0.2-base-ubuntu24.04 --build-arg TORCH_INDEX=
+# The base only brings the driver's settings: PyTorch's own packages carry the CUDA libraries.
+ARG BASE=debian:bookworm-slim
+
+FROM ${BASE} AS python
+ARG DEBIAN_FRONTEND=noninteractive
+ENV PATH=/opt/venv/bin:$PATH \
+    PYTHONUNBUFFERED=1
+# Without a version: the index of the base names one, and a fixed one leaves it with the next security update.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends ca-certificates python3 \
+    && rm -rf /var/lib/apt/lists/*
+
+FROM python AS dependencies
+ARG DEBIAN_FRONTEND=noninteractive
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends python3-venv \
+    && rm -rf /var/lib/apt/lists/* \
+    && python3 -m venv /opt/tools \
+    && python3 -m venv --without-pip /opt/venv
+# PyTorch's CPU build is a fifth of the one on the package index; empty takes that one, which is for CUDA.
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+ARG EXTRAS=onnx,int8,metrics,s3,deploy
+WORKDIR /src
+# What only compilers and PyTorch's own tests read goes, and without CUDA the library that needs it: 416 MB.
+COPY pyproject.toml constraints.txt jobs/deploy/requirements.py ./
+RUN --mount=type=cache,target=/root/.cache/pip \
+    python3 requirements.py pyproject.toml "${EXTRAS}" > requirements.txt \
+    && if [ -n "${TORCH_INDEX}" ]; then \
+        /opt/tools/bin/pip --python /opt/venv/bin/python install --no-deps --index-url "${TORCH_INDEX}" \
+            -c constraints.txt torch; \
+    fi \
+    && /opt/tools/bin/pip --python /opt/venv/bin/python install -c constraints.txt -r requirements.txt \
+    && rm -rf /opt/venv/lib/python3*/site-packages/torch/include /opt/venv/lib/python3*/site-packages/torch/test \
+    && if [ -n "${TORCH_INDEX}" ]; then \
+        rm -f /opt/venv/lib/python3*/site-packages/onnxruntime/capi/libonnxruntime_providers_cuda.so; \
+    fi
+
+FROM dependencies AS package
+COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY pipeline pipeline
+COPY conf conf
+RUN --mount=type=cache,target=/root/.cache/pip \
+    /opt/tools/bin/pip install --no-deps --target /opt/clip-pipeline .
+
+FROM python AS runtime
+RUN groupadd --gid 10001 clip \
+    && useradd --uid 10001 --gid clip --no-create-home --home-dir /cache --shell /usr/sbin/nologin clip \
+    && install -d -o clip -g clip /cache /work
+COPY --from=dependencies /opt/venv /opt/venv
+COPY --from=package /opt/clip-pipeline /opt/clip-pipeline
+# Models, exports and text features are kept under /cache: mount a volume there.
+ENV PYTHONPATH=/opt/clip-pipeline \
+    XDG_CACHE_HOME=/cache \
+    HF_HOME=/cache/huggingface \
+    MPLCONFIGDIR=/tmp/matplotlib
+USER 10001:10001
+WORKDIR /work
+
+FROM runtime AS service
+COPY jobs/deploy/gunicorn.conf.py /etc/clip-pipeline/gunicorn.conf.py
+# Within a container loopback reaches nobody: what is published, and where, is said when it is started.
+ENV SERVE_HOST=0.0.0.0
+EXPOSE 8000
+STOPSIGNAL SIGTERM
+# The start opens the model and warms it up.
+HEALTHCHECK --interval=10s --timeout=5s --start-period=10m --retries=3 \
+    CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8001/readyz', timeout=4)"]
+CMD ["gunicorn", "-c", "/etc/clip-pipeline/gunicorn.conf.py"]
+
+FROM runtime AS job
+HEALTHCHECK --interval=5m --timeout=1m --start-period=1m --retries=2 \
+    CMD ["python", "-m", "pipeline.doctor", "--quick"]
+ENTRYPOINT ["python", "-m", "pipeline"]
