@@ -21,7 +21,7 @@ from tests.jobs import StubEncoder, config_for, stub_backend
 from tests.test_contained import children
 
 # PIPELINE_TEST_ROWS=1000000 for the full size: about ten minutes.
-ROWS = int(os.environ.get("PIPELINE_TEST_ROWS", "60000"))
+ROWS = int(os.environ.get("PIPELINE_TEST_ROWS", "30000"))
 FEW = 10_000
 GROUP = 10_000
 
