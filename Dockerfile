@@ -65,12 +65,13 @@ WORKDIR /work
 FROM runtime AS service
 COPY jobs/deploy/gunicorn.conf.py /etc/clip-pipeline/gunicorn.conf.py
 # Within a container loopback reaches nobody: what is published, and where, is said when it is started.
-ENV SERVE_HOST=0.0.0.0
+ENV SERVE_HOST=0.0.0.0 \
+    SERVE_PORT=8000
 EXPOSE 8000
 STOPSIGNAL SIGTERM
 # The start opens the model and warms it up.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=10m --retries=3 \
-    CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8001/readyz', timeout=4)"]
+    CMD ["python", "-c", "import os, urllib.request as u; u.urlopen(f\"http://127.0.0.1:{int(os.environ['SERVE_PORT']) + 1}/readyz\", timeout=4)"]
 CMD ["gunicorn", "-c", "/etc/clip-pipeline/gunicorn.conf.py"]
 
 FROM runtime AS job

@@ -358,6 +358,8 @@ class App:
 
 
 def create():
+    if os.path.exists("no-memory"):
+        os._exit(int(os.environ.get("PIPELINE_SERVE_BOOT_CODE", "3")))
     return App()
 '''
 
@@ -400,6 +402,17 @@ def test_each_worker_has_a_gpu_and_a_port_which_its_successor_gets(tmp_path: Pat
         with socket.create_connection(("127.0.0.1", port + 2), timeout=10) as silent:
             assert silent.recv(1) == b""
     assert "the engine broke, so this worker ends: broken on purpose" in log.read_text()
+
+
+def test_a_successor_that_cannot_open_its_model_leaves_the_others_alone_and_is_tried_again(tmp_path: Path) -> None:
+    with stand_in(tmp_path) as (port, log, _):
+        first, second = told(port + 1), told(port + 2)
+        (tmp_path / "no-memory").touch()
+        os.kill(second["pid"], signal.SIGKILL)
+        until(lambda: log.read_text().count("Booting worker") >= 4, log)
+        assert told(port + 1) == first
+        (tmp_path / "no-memory").unlink()
+        until(lambda: told(port + 2).get("pid", second["pid"]) != second["pid"], log)
 
 
 def test_a_port_that_is_taken_ends_gunicorn_with_a_sentence(tmp_path: Path) -> None:

@@ -134,6 +134,10 @@ def post_fork(server: Any, worker: Any) -> None:
     """Show the worker one GPU, before anything loads CUDA, and give it a port of its own."""
     if _gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = _gpus[worker.slot % len(_gpus)]
+    if worker.age > server.num_workers:
+        # Where the successor of a worker cannot open the model, as on a GPU without memory, the others go on, and it is
+        # tried again; at the first start gunicorn ends.
+        os.environ["PIPELINE_SERVE_BOOT_CODE"] = "1"
     worker.sockets = [*worker.sockets, _own_port(worker.slot)]
 
 

@@ -45,8 +45,10 @@ from pipeline.service.settings import config_of_environment
 
 # Bodies from so many bytes on are read in another thread.
 LARGE = 2**18
-# What gunicorn takes for a worker that cannot start, and does not start again.
+# What gunicorn takes for a worker that cannot start: it ends, with all others. One that replaces a worker says which
+# code leaves those alone.
 BOOT_ERROR = 3
+BOOT_CODE = "PIPELINE_SERVE_BOOT_CODE"
 _T = TypeVar("_T")
 log = logging.getLogger(__name__)
 
@@ -54,7 +56,7 @@ log = logging.getLogger(__name__)
 def create() -> FastAPI:
     """The app of the overrides in ``PIPELINE_SERVE_OVERRIDES``; its log goes to standard error.
 
-    The model is opened beside the server. If that fails, the process ends with gunicorn's code for it.
+    The model is opened beside the server. If that fails, the process ends, with gunicorn's code for it.
 
     Raises:
         ConfigError: with every problem.
@@ -65,7 +67,7 @@ def create() -> FastAPI:
 
     def failed(error: BaseException) -> None:
         logging.getLogger("pipeline").handle(ending(error, exit_code_of(error)))
-        os._exit(BOOT_ERROR)
+        os._exit(int(os.environ.get(BOOT_CODE, BOOT_ERROR)))
 
     return build(Service(config), failed=failed, ended=opened.close)
 
