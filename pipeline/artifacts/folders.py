@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pipeline.addresses import explained
 from pipeline.errors import StorageError
-from pipeline.storage.local import GIVEN_UP_SECONDS, sync
+from pipeline.storage.local import GIVEN_UP_SECONDS
 
 # What a file system answers that has no locks (Lustre without -o flock, some NFS mounts).
 LOCKLESS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
@@ -108,14 +108,6 @@ def contents(folder: Path) -> tuple[dict[str, int], list[str]]:
                 else:
                     odd.append(f"{name}: neither a file nor a folder")
     return sizes, sorted(odd)
-
-
-def sync_tree(folder: Path) -> None:
-    """Make a folder durable with everything in it."""
-    for place, _, names in os.walk(folder):
-        for name in names:
-            sync(Path(place, name))
-        sync(Path(place))
 
 
 def discard(path: Path) -> None:

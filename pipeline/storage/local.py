@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pipeline.addresses import explained
@@ -161,3 +162,27 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Make a folder durable with everything in it."""
+    for place, _, names in os.walk(folder):
+        for name in names:
+            sync(Path(place, name))
+        sync(Path(place))
+
+
+@contextmanager
+def appearing(out: Path) -> Iterator[Path]:
+    """A folder that gets the name ``out`` once all in it is written and flushed; else it is gone."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = out.with_name(f".{out.name}.tmp-{uuid.uuid4().hex[:12]}")
+    folder.mkdir()
+    try:
+        yield folder
+        sync_tree(folder)
+        # Replaces an empty folder, and nothing else.
+        os.rename(folder, out)
+        sync(out.parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
-import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +17,12 @@ import numpy as np
 from PIL import Image
 
 from pipeline.addresses import explained
-from pipeline.artifacts.folders import discard, sync_tree
 from pipeline.artifacts.graphs import GRAPH
 from pipeline.artifacts.store import Artifact
 from pipeline.config import ImagesConfig
 from pipeline.errors import ArtifactError, ConfigError
 from pipeline.models.checkpoint import FAMILIES, Checkpoint
-from pipeline.storage.local import sync
+from pipeline.storage.local import appearing
 from pipeline.triton import client
 from pipeline.triton.card import readme
 from pipeline.triton.pbtxt import to_text
@@ -69,7 +65,7 @@ def write_repository(
     if problem := problem_of(out):
         raise ConfigError([problem])
     place = place_of(out)
-    with explained(str(place)), _appearing(place) as folder:
+    with explained(str(place)), appearing(place) as folder:
         models = {}
         for tower, artifact in artifacts.items():
             name = f"{slug(checkpoint.name)}_{tower}"
@@ -182,19 +178,3 @@ def _card(
 
 def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
-
-
-@contextmanager
-def _appearing(out: Path) -> Iterator[Path]:
-    """A folder that gets its name once all in it is written and flushed; else it is gone."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = out.with_name(f".{out.name}.tmp-{uuid.uuid4().hex[:12]}")
-    folder.mkdir()
-    try:
-        yield folder
-        sync_tree(folder)
-        # Replaces an empty folder, and nothing else.
-        os.rename(folder, out)
-        sync(out.parent)
-    finally:
-        discard(folder)

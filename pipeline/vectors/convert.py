@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import uuid
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
@@ -25,7 +23,7 @@ from numpy.typing import NDArray
 from pipeline.addresses import explained
 from pipeline.dataset.opened import Dataset, vectors_of
 from pipeline.errors import ConfigError, Problem, install_hint
-from pipeline.storage.local import sync
+from pipeline.storage.local import appearing
 from pipeline.vectors.index import LEAST, LISTS, TRAINED, faiss_or_told, spread
 from pipeline.vectors.places import within
 
@@ -70,7 +68,7 @@ def convert(dataset: Dataset, to: str, out: Path, *, ivf: bool = False) -> Conve
     if problems:
         raise ConfigError(problems)
     write = FORMATS[to]
-    with explained(str(out)), _appearing(out) as folder:
+    with explained(str(out)), appearing(out) as folder:
         write(dataset, folder, ivf)
         files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
         made = Conversion(
@@ -213,23 +211,6 @@ def _metadata(dataset: Dataset, folder: Path) -> Iterator[Callable[[pa.Table], N
     schema = pa.schema([dataset.schema.field(name) for name in left], metadata=dataset.schema.metadata)
     with pq.ParquetWriter(folder / "metadata.parquet", schema, compression="zstd") as writer:
         yield lambda table: writer.write_table(table.select(left).cast(schema)) if table.num_rows else None
-
-
-@contextmanager
-def _appearing(out: Path) -> Iterator[Path]:
-    """A folder that gets its name once all in it is written and flushed; else it is gone."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = out.with_name(f".{out.name}.tmp-{uuid.uuid4().hex[:12]}")
-    folder.mkdir()
-    try:
-        yield folder
-        for path in (*folder.rglob("*"), folder):
-            sync(path)
-        # Replaces an empty folder, and nothing else.
-        os.rename(folder, out)
-        sync(out.parent)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _card(dataset: Dataset) -> str:
