@@ -105,7 +105,7 @@ def open_inputs(config: Config) -> Inputs:
 
     with span("model"):
         checkpoint = open_checkpoint(config.model)
-    embedded = aside(partial(_bank, config, checkpoint), name="prompts")
+    embedded = aside(partial(bank_of, config, checkpoint), name="prompts")
     return Inputs(manifest=manifest, checkpoint=checkpoint, bank=embedded.result, unique=unique.result)
 
 
@@ -248,7 +248,8 @@ def fingerprints(
     }
 
 
-def _bank(config: Config, checkpoint: Checkpoint) -> TextBank | None:
+def bank_of(config: Config, checkpoint: Checkpoint) -> TextBank | None:
+    """The job's labels; None where it has none."""
     # A new thread may have fewer of torch's threads than the machine has cores.
     torch.set_num_threads(cores())
     prompts = demo.prompts_of(config)
@@ -257,14 +258,14 @@ def _bank(config: Config, checkpoint: Checkpoint) -> TextBank | None:
         return build_bank(checkpoint, labels, prompts, config.labels) if labels.names else None
 
 
-def _count(config: Config) -> int:
+def images_compared(config: Config) -> int:
     """Images that a backend is compared on; twice as many where one half is for calibration."""
     return config.parity.images * (2 if config.backend.quantization == "static" else 1)
 
 
 def _draw(config: Config, manifest: Manifest, reader: PixelReader) -> Sample | None:
     """Images of the job for its backend and its decoder to be compared on; None where none can be read."""
-    return draw_sample(manifest, reader, _count(config))
+    return draw_sample(manifest, reader, images_compared(config))
 
 
 def _draw_exact(config: Config, manifest: Manifest, reader: PixelReader) -> Sample | None:
@@ -278,5 +279,5 @@ def _or_scenes(drawn: Callable[[], Sample | None], config: Config, spec: Preproc
     sample = drawn()
     if sample is None:
         log.warning("none of the images that were tried can be read; the backend is compared on rendered scenes")
-        return demo.rendered_sample(spec, _count(config))
+        return demo.rendered_sample(spec, images_compared(config))
     return sample

@@ -106,19 +106,28 @@ def pass_gate(
 
 
 def check(
-    encoder: ImageEncoder, checkpoint: Checkpoint, sample: Draw, *, bank: TextBank | None, limits: ParityConfig
-) -> None:
-    """Compare a backend that was opened anew in the middle of a job.
+    encoder: ImageEncoder,
+    checkpoint: Checkpoint,
+    sample: Draw,
+    *,
+    bank: TextBank | None,
+    limits: ParityConfig,
+    wanted: torch.Tensor | None = None,
+) -> Parity | None:
+    """Compare a backend that was opened at another batch size; ``wanted`` is as for :func:`measure`.
+
+    None for eager fp32 in PyTorch.
 
     Raises:
         ParityError: a figure misses its limit.
         torch.OutOfMemoryError: the device has no memory for the encoder and fp32 side by side.
     """
     if is_reference(encoder):
-        return
-    parity = measure(encoder, checkpoint, sample(), bank)
+        return None
+    parity = measure(encoder, checkpoint, sample(), bank, wanted)
     log.info("batches of %d images: %s", encoder.batch_size, in_words(parity))
     hold(parity, limits, precision=encoder.precision, what=f"{checkpoint.name} on backend={encoder.name}")
+    return parity
 
 
 def record(

@@ -76,8 +76,10 @@ def read_labels(config: PromptsConfig) -> LabelSet:
     return LabelSet(names=tuple(collected), prompts=tuple(map(tuple, collected.values())))
 
 
-def build_bank(checkpoint: Checkpoint, labels: LabelSet, config: PromptsConfig, scoring: LabelsConfig) -> TextBank:
-    """Embed the label set, or take the features from the cache.
+def build_bank(
+    checkpoint: Checkpoint, labels: LabelSet, config: PromptsConfig, scoring: LabelsConfig, *, keep: bool = True
+) -> TextBank:
+    """Embed the label set, or take the features from the cache; without ``keep``, new ones are not put there.
 
     The features of a label's prompts are normalised, averaged and normalised again (the ensembling of
     Radford et al. 2021, section 3.1.4).
@@ -89,7 +91,8 @@ def build_bank(checkpoint: Checkpoint, labels: LabelSet, config: PromptsConfig, 
     cached = features is not None
     if features is None:
         features = embed_prompts(checkpoint, labels.prompts)
-        _to_cache(store, name, features)
+        if keep:
+            _to_cache(store, name, features)
     return TextBank(
         names=labels.names,
         features=features,

@@ -20,25 +20,23 @@ import torch
 
 from pipeline.backends.base import Draw, ImageEncoder
 from pipeline.backends.devices import choose_device
-from pipeline.backends.parity import exact_rows, is_reference, measure
+from pipeline.backends.parity import check, exact_rows, is_reference
 from pipeline.backends.streams import count_streams, keep_memory
 from pipeline.config import Config
-from pipeline.demo.folder import prompts_of, rendered_sample
+from pipeline.demo.folder import rendered_sample
 from pipeline.images.library import library
 from pipeline.images.reader import PixelReader
 from pipeline.images.sample import draw_sample
 from pipeline.images.sources import Source
 from pipeline.manifest.source import open_manifest
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
-from pipeline.models.text import build_bank, read_labels
-from pipeline.parity import hold, in_words
 from pipeline.processes import cores
 from pipeline.reading import decoder_of, open_decoders, pixel_reader, worker_threads
 from pipeline.records import Failure, ImageRef, Parity, Pixels, PreprocessSpec, Sample, TextBank
 from pipeline.results import Labelling, memory_explained
 from pipeline.service.forward import Forward, Picture, Row
 from pipeline.service.texts import Texts
-from pipeline.setup import spec_of
+from pipeline.setup import bank_of, images_compared, spec_of
 from pipeline.worker import open_for_job
 
 Timer = Callable[[str, float], None]
@@ -120,8 +118,7 @@ def open_engine(config: Config, opened: ExitStack, *, timer: Timer, texts: Calla
     checkpoint = open_checkpoint(config.model)
     spec = spec_of(config, checkpoint)
     sample = cache(partial(_sample, config, spec))
-    torch.set_num_threads(cores())
-    bank = _bank(config, checkpoint)
+    bank = bank_of(config, checkpoint)
     if device.type == "cpu":
         keep_memory()
     encoding = _pool("encode", streams, opened, initializer=torch.set_num_threads, initargs=(threads,))
@@ -180,21 +177,18 @@ def _open_shapes(
             sized = dataclasses.replace(config, loader=dataclasses.replace(config.loader, batch_size=size))
             encoder = encoding.submit(open_for_job, sized, checkpoint, sample, lambda: bank).result()
             encoders.append(encoder)
-            if is_reference(encoder):
-                continue
-            if wanted is None:
+            if wanted is None and not is_reference(encoder):
                 wanted = encoding.submit(exact_rows, encoder, checkpoint, sample()).result()
-            found = encoding.submit(measure, encoder, checkpoint, sample(), bank, wanted).result()
-        log.info("batches of %d images: %s", size, in_words(found))
-        what = f"{checkpoint.name} on backend={encoder.name}"
-        hold(found, config.parity, precision=encoder.precision, what=what)
-        parity.append(found)
+            gate = partial(check, bank=bank, limits=config.parity, wanted=wanted)
+            found = encoding.submit(gate, encoder, checkpoint, sample).result()
+        if found is not None:
+            parity.append(found)
     return encoders, parity
 
 
 def _sample(config: Config, spec: PreprocessSpec) -> Sample:
     """Images of the manifest, if the config names one, for the same calibration as its job's; else rendered scenes."""
-    count = config.parity.images * (2 if config.backend.quantization == "static" else 1)
+    count = images_compared(config)
     if config.manifest.path is not None:
         manifest = open_manifest(config.manifest)
         with pixel_reader(config, manifest, spec) as reader:
@@ -203,12 +197,6 @@ def _sample(config: Config, spec: PreprocessSpec) -> Sample:
             return drawn
         log.warning("%s: none of the images that were tried can be read", config.manifest.path)
     return rendered_sample(spec, count)
-
-
-def _bank(config: Config, checkpoint: Checkpoint) -> TextBank | None:
-    prompts = prompts_of(config)
-    labels = read_labels(prompts)
-    return build_bank(checkpoint, labels, prompts, config.labels) if labels.names else None
 
 
 def _fingerprints(

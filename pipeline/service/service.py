@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import numpy as np
@@ -157,8 +157,7 @@ class Service:
             return await self._timed("text", engine.texts.labelling(asked.labels, templates, top_k))
         if engine.labelling is None:
             raise invalid("this service has no labels of its own (prompts.labels, prompts.path); give labels")
-        bank = engine.labelling.bank
-        return Labelling(bank=bank, features=engine.labelling.features, top_k=min(top_k, len(bank.names)))
+        return replace(engine.labelling, top_k=min(top_k, len(engine.labelling.bank.names)))
 
     async def texts(self, texts: Sequence[str]) -> list[NDArray[np.float32]]:
         """The features of each text."""

@@ -6,22 +6,17 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load as load_safetensors
 
 from pipeline.config import Config
-from pipeline.errors import StorageError
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.models.text import LabelSet, bank_fingerprint, default_cache, embed_prompts
+from pipeline.models.text import LabelSet, build_bank, embed_prompts
 from pipeline.records import TextBank
 from pipeline.results import Labelling
-from pipeline.storage.opening import open_storage
 
 _Value = TypeVar("_Value")
 # What an entry costs besides its features, in bytes.
@@ -55,16 +50,6 @@ class Recent(Generic[_Value]):
                 self.used -= self._kept.popitem(last=False)[1][1]
 
 
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    names: tuple[str, ...]
-    prompts: tuple[tuple[str, ...], ...]
-
-    @property
-    def bytes(self) -> int:
-        return sum(len(text) * 4 for group in (self.names, *self.prompts) for text in group)
-
-
 class Texts:
     """Embeds texts and label sets, one request after the other in a thread of its own.
 
@@ -88,7 +73,6 @@ class Texts:
         counted: Callable[[str], None] = lambda source: None,
     ) -> None:
         self._checkpoint, self._config, self._device, self._counted = checkpoint, config, device, counted
-        self._disk = open_storage(config.prompts.cache or str(default_cache()))
         self._recent: Recent[NDArray[np.float32]] = Recent(config.serve.text_cache_bytes)
         self._banks: Recent[TextBank] = Recent(config.serve.text_cache_bytes)
         # One that is asked for by several requests at once must be the same object for all: batches go by that.
@@ -105,7 +89,7 @@ class Texts:
 
     def labelling(self, names: Sequence[str], templates: Sequence[str], top_k: int) -> Future[Labelling]:
         """How pictures are labelled with these names, each in all templates; equal ones share their bank."""
-        asked = _Asked(tuple(names), tuple(tuple(each.replace("{}", name) for each in templates) for name in names))
+        asked = LabelSet(tuple(names), tuple(tuple(each.replace("{}", name) for each in templates) for name in names))
         bank = self._banks.get(asked)
         if bank is not None:
             return self._done(self.with_bank(bank, top_k), 1)
@@ -132,36 +116,16 @@ class Texts:
             self._counted("model" if text in missing else "memory")
         return [known[text] for text in texts]
 
-    def _bank(self, asked: _Asked) -> TextBank:
+    def _bank(self, asked: LabelSet) -> TextBank:
         bank = self._banks.get(asked)
         if bank is not None:
             self._counted("memory")
             return bank
-        checkpoint = self._checkpoint
-        labels = LabelSet(names=asked.names, prompts=asked.prompts)
-        fingerprint = bank_fingerprint(checkpoint, labels)
-        features = self._from_disk(f"{fingerprint}.safetensors", (len(asked.names), checkpoint.dim))
-        self._counted("model" if features is None else "disk")
-        bank = TextBank(
-            names=asked.names,
-            features=embed_prompts(checkpoint, asked.prompts) if features is None else features,
-            scoring=checkpoint.scoring if self._config.labels.scoring == "auto" else self._config.labels.scoring,
-            scale=checkpoint.scale,
-            bias=checkpoint.bias,
-            fingerprint=fingerprint,
-            cached=features is not None,
-        )
-        self._banks.put(asked, bank, bank.features.nbytes + asked.bytes + OVERHEAD)
+        bank = build_bank(self._checkpoint, asked, self._config.prompts, self._config.labels, keep=False)
+        self._counted("disk" if bank.cached else "model")
+        letters = sum(len(text) for group in (asked.names, *asked.prompts) for text in group)
+        self._banks.put(asked, bank, bank.features.nbytes + 4 * letters + OVERHEAD)
         return bank
-
-    def _from_disk(self, name: str, shape: tuple[int, int]) -> NDArray[np.float32] | None:
-        try:
-            data = self._disk.read(name)
-            features: NDArray[np.float32] | None = None if data is None else load_safetensors(data)["features"]
-        except (SafetensorError, KeyError, StorageError):
-            return None
-        usable = features is not None and features.shape == shape and np.isfinite(features).all()
-        return features if usable else None
 
     def _done(self, value: _Value, count: int) -> Future[_Value]:
         for _ in range(count):
