@@ -1,7 +1,7 @@
 """Offline batch inference for CLIP-style models: images in, embeddings and labels out.
 
 For programs and notebooks: :func:`embed`, :func:`embed_texts`, :func:`open_dataset`, the :class:`Dataset` that comes of
-them, and :class:`PipelineError`, from which every foreseen error descends (see :mod:`pipeline.errors`).
+them, and :class:`PipelineError`, from which every foreseen error descends (see :mod:`pipeline.core.errors`).
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pipeline.api.dataset import Dataset
     from pipeline.api.embed import embed, embed_texts, open_dataset
-    from pipeline.errors import PipelineError
+    from pipeline.core.errors import PipelineError
 
 __all__ = ["Dataset", "PipelineError", "embed", "embed_texts", "open_dataset"]
 __version__ = "0.1.0"
 
 _HOMES = {
     "Dataset": "pipeline.api.dataset",
-    "PipelineError": "pipeline.errors",
+    "PipelineError": "pipeline.core.errors",
     "embed": "pipeline.api.embed",
     "embed_texts": "pipeline.api.embed",
     "open_dataset": "pipeline.api.embed",

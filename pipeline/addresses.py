@@ -11,7 +11,7 @@ from typing import Any
 
 from fsspec.core import url_to_fs
 
-from pipeline.errors import StorageError, install_hint
+from pipeline.core.errors import StorageError, install_hint
 
 # The packages whose errors reach us as they are where a store cannot be asked at all.
 DRIVERS = ("adlfs", "aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google", "s3fs")

@@ -25,10 +25,10 @@ from pipeline.backends.devices import choose, out_of_memory
 from pipeline.backends.pace import Clock, images_per_second
 from pipeline.backends.streams import count_streams
 from pipeline.config import BackendConfig, Config
+from pipeline.core.errors import BackendUnavailable, StorageError
+from pipeline.core.processes import cores
 from pipeline.dataset import plan
-from pipeline.errors import BackendUnavailable, StorageError
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.processes import cores
 from pipeline.report.summary import machine
 from pipeline.storage.base import Storage
 

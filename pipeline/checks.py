@@ -6,7 +6,7 @@ import re
 from dataclasses import asdict
 
 from pipeline.config import FORMATS, OUTPUT_COLUMNS, Config, ParityConfig, nearest, value_of
-from pipeline.errors import Problem
+from pipeline.core.errors import Problem
 from pipeline.limits import AUTO, AUTOMATIC, CHOICES, PRECISIONS, RANGES
 
 # Drivers of fsspec that read through other drivers, or from what an address itself says.

@@ -10,7 +10,7 @@ from argparse import Namespace
 from collections.abc import Collection, Sequence
 
 from pipeline.config import nearest
-from pipeline.errors import Problem
+from pipeline.core.errors import Problem
 
 PROGRAM = "python -m pipeline.run"
 

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.aside import own_exit_code
-from pipeline.errors import ConfigError, Interrupted, PipelineError, Problem
+from pipeline.core.concurrency import own_exit_code
+from pipeline.core.errors import ConfigError, Interrupted, PipelineError, Problem
 
 FORMATS = ("numpy", "faiss", "datasets", "lance")
 EXAMPLES = """\

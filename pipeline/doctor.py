@@ -10,10 +10,10 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 
-from pipeline.aside import own_exit_code
 from pipeline.command_line import showable
 from pipeline.config import Config
-from pipeline.errors import ConfigError, Interrupted, PipelineError
+from pipeline.core.concurrency import own_exit_code
+from pipeline.core.errors import ConfigError, Interrupted, PipelineError
 from pipeline.health.child import to_json
 from pipeline.health.page import count, lines, verdict
 from pipeline.health.probes import PROBES

@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 
 from pipeline.addresses import open_arrow
 from pipeline.config import Config
+from pipeline.core.errors import PipelineError
 from pipeline.dataset.opened import Dataset, open_dataset
 from pipeline.dataset.recipe import config_of
-from pipeline.errors import PipelineError
 from pipeline.gallery import REACH, THUMBNAIL, spread, thumbnails
 from pipeline.images.reader import PixelReader
 from pipeline.manifest.source import Manifest, open_manifest

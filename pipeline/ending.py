@@ -12,17 +12,17 @@ from datetime import UTC, datetime
 from pipeline import measured
 from pipeline.cluster.share import Done
 from pipeline.config import Config
+from pipeline.core.errors import TooManyFailures
+from pipeline.core.processes import cores
+from pipeline.core.records import OK, TextBank, Timeline
+from pipeline.core.run_report import RunReport
 from pipeline.dataset.commits import Commit
 from pipeline.drawing import PAGE
-from pipeline.errors import TooManyFailures
 from pipeline.images.reader import PixelReader
 from pipeline.manifest.source import Manifest
 from pipeline.members import Member, peak_memory, total_clocks, total_cores
-from pipeline.processes import cores
-from pipeline.records import OK, TextBank, Timeline
 from pipeline.report import summary
 from pipeline.report.page import place_of
-from pipeline.report.records import RunReport
 from pipeline.report.summary import DatasetSummary
 from pipeline.report.timeline import merge
 from pipeline.setup import Prepared

@@ -7,9 +7,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from pipeline.aside import own_exit_code
 from pipeline.config import Config
-from pipeline.errors import ConfigError, Interrupted, PipelineError, Problem
+from pipeline.core.concurrency import own_exit_code
+from pipeline.core.errors import ConfigError, Interrupted, PipelineError, Problem
 from pipeline.overrides import compose_config
 
 if TYPE_CHECKING:
@@ -107,12 +107,12 @@ def _export(config: Config, options: argparse.Namespace, checkpoint: Checkpoint)
     from pipeline.artifacts.exports import GraphOptions, onnx_graph
     from pipeline.artifacts.store import ArtifactStore
     from pipeline.artifacts.torchscript import traced
+    from pipeline.core.errors import ManifestError
+    from pipeline.core.records import Sample
     from pipeline.demo.folder import rendered_sample
-    from pipeline.errors import ManifestError
     from pipeline.images.sample import draw_sample
     from pipeline.manifest.source import open_manifest
     from pipeline.reading import pixel_reader
-    from pipeline.records import Sample
 
     @cache
     def sample() -> Sample:

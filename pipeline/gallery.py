@@ -15,12 +15,12 @@ from itertools import islice
 import numpy as np
 from PIL import Image
 
-from pipeline.errors import PipelineError
+from pipeline.core.errors import PipelineError
+from pipeline.core.records import OK, Failure, ImageRef, Piece, PreprocessSpec, Shard
 from pipeline.images.decode import EXACT, GLANCE
 from pipeline.images.reader import PixelReader
 from pipeline.manifest.shards import ShardReader, refs
 from pipeline.manifest.source import Manifest
-from pipeline.records import OK, Failure, ImageRef, Piece, PreprocessSpec, Shard
 
 # The square in the middle, which is about what the model saw.
 THUMBNAIL = PreprocessSpec(

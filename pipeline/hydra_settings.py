@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import conf_dir
-from pipeline.errors import Problem
+from pipeline.core.errors import Problem
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override

@@ -15,30 +15,30 @@ from pipeline.addresses import is_local, local_path
 from pipeline.cluster.crew import Crew, crew_of
 from pipeline.cluster.share import Done, Share
 from pipeline.config import Config
+from pipeline.core.concurrency import in_order
+from pipeline.core.errors import ShardsGivenUp, StorageError, TooManyFailures
+from pipeline.core.failpoints import failpoint
+from pipeline.core.log_format import new_run
+from pipeline.core.records import OK
+from pipeline.core.run_report import RunReport
 from pipeline.dataset import commits, lease, plan
 from pipeline.dataset.parts import part_format
 from pipeline.demo import folder as demo
 from pipeline.drawing import PAGE, draw, try_to_publish
 from pipeline.ending import REPORT, Ending, report_of, say, say_labels
-from pipeline.errors import ShardsGivenUp, StorageError, TooManyFailures
-from pipeline.failpoints import failpoint
 from pipeline.images.decoders import Decoders
-from pipeline.log_lines import new_run
 from pipeline.manifest.shards import cut
 from pipeline.metrics.monitor import Monitor, monitored
 from pipeline.metrics.spans import shard as shard_span
 from pipeline.metrics.spans import span
-from pipeline.records import OK
 from pipeline.report import summary
 from pipeline.report.history import earlier_runs, is_stale
 from pipeline.report.logs import log_to, log_to_terminal, progress_mode
 from pipeline.report.page import to_dict, to_json
 from pipeline.report.progress import Progress
-from pipeline.report.records import RunReport
 from pipeline.setup import open_inputs, settle, spec_of
 from pipeline.storage.base import Storage
 from pipeline.storage.opening import open_storage
-from pipeline.threads import in_order
 from pipeline.worker import Job
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ def run_job(
     the run in its log and its metrics; without it, it gets one. ``closing_words`` are said at the end.
 
     Raises:
-        PipelineError: one of :mod:`pipeline.errors`, each with its exit code.
+        PipelineError: one of :mod:`pipeline.core.errors`, each with its exit code.
     """
     storage = open_storage(config.output.dir)
     # From here on the one address that all rooms can open, without a ~.

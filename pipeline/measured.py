@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pipeline.config import Config
+from pipeline.core.processes import Spent
+from pipeline.core.records import Stage
+from pipeline.core.run_report import Pace
 from pipeline.members import Member, total_clocks, total_cores
-from pipeline.records import Stage
 from pipeline.report import summary
 from pipeline.report.pace import find_pace
-from pipeline.report.records import Pace
-from pipeline.report.spent import Spent
 from pipeline.setup import Prepared
 
 

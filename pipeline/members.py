@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pipeline.records import Clocks, Stage, Timeline
+from pipeline.core.records import Clocks, Stage, Timeline
 
 
 @dataclass(frozen=True, slots=True)

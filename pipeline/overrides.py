@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 from pipeline.checks import check, limits
 from pipeline.command_line import unread
 from pipeline.config import Config, LoaderConfig, conf_dir, nearest, value_of
-from pipeline.errors import ConfigError, Problem
+from pipeline.core.errors import ConfigError, Problem
 from pipeline.hydra_settings import check_setting
 from pipeline.limits import AUTO, AUTOMATIC, MEANT
 

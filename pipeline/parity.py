@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from pipeline.config import ParityConfig
-from pipeline.errors import ParityError
-from pipeline.records import Parity, TextBank
+from pipeline.core.errors import ParityError
+from pipeline.core.records import Parity, TextBank
 
 WORST = 5
 

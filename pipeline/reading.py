@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pipeline.config import Config
+from pipeline.core.processes import cores
+from pipeline.core.records import PreprocessSpec
 from pipeline.images.decode import Decoder
 from pipeline.images.decoders import Decoders
 from pipeline.images.reader import PixelReader
 from pipeline.images.sources import Source
 from pipeline.manifest.source import Manifest
-from pipeline.processes import cores
-from pipeline.records import PreprocessSpec
 
 
 def worker_threads(config: Config) -> int:

@@ -10,9 +10,9 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from pipeline.aside import own_exit_code
 from pipeline.config import Config
-from pipeline.errors import ConfigError, Interrupted, PipelineError, Problem
+from pipeline.core.concurrency import own_exit_code
+from pipeline.core.errors import ConfigError, Interrupted, PipelineError, Problem
 from pipeline.overrides import compose_config
 
 if TYPE_CHECKING:

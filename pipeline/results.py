@@ -12,12 +12,12 @@ import torch
 from pipeline.backends.base import ImageEncoder
 from pipeline.backends.devices import out_of_memory
 from pipeline.backends.order import in_order, turned
+from pipeline.core.errors import BackendUnavailable, NumericalError
+from pipeline.core.failpoints import failpoint
+from pipeline.core.records import Embeddings, ImageBatch, Shard, ShardRows, Stage, TextBank
 from pipeline.dataset.parts import ShardResult
-from pipeline.errors import BackendUnavailable, NumericalError
-from pipeline.failpoints import failpoint
 from pipeline.images.padding import repeats_on
 from pipeline.models.labels import label
-from pipeline.records import Embeddings, ImageBatch, Shard, ShardRows, Stage, TextBank
 from pipeline.report.clocks import StageClocks
 
 # An embedding of length 1 in float32 is off by rounding only.

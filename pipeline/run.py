@@ -15,12 +15,12 @@ from contextlib import ExitStack, suppress
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from pipeline.aside import own_exit_code
 from pipeline.command_line import read_options
 from pipeline.config import conf_dir
-from pipeline.errors import ConfigError, Interrupted, PipelineError, exit_code_of
+from pipeline.core.concurrency import own_exit_code
+from pipeline.core.errors import ConfigError, Interrupted, PipelineError, exit_code_of
+from pipeline.core.log_format import JsonLines, ending, new_run
 from pipeline.hydra_settings import check_files
-from pipeline.log_lines import JsonLines, ending, new_run
 from pipeline.overrides import check_overrides, groups, known_keys, register, to_config
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ _formatter: JsonLines | None = None
 
 
 def main() -> None:
-    """Read the command line, run the job, exit with the code that :mod:`pipeline.errors` explains."""
+    """Read the command line, run the job, exit with the code that :mod:`pipeline.core.errors` explains."""
     # An exception out of a signal handler may get lost among the imports; until they are done, leave at once.
     _on_signals(_leave)
     # The million objects that imports make are no garbage: looking for some less often saves a tenth of the start-up.

@@ -12,10 +12,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.aside import own_exit_code
 from pipeline.command_line import showable
 from pipeline.config import ModelConfig
-from pipeline.errors import ConfigError, Interrupted, PipelineError, Problem
+from pipeline.core.concurrency import own_exit_code
+from pipeline.core.errors import ConfigError, Interrupted, PipelineError, Problem
 
 if TYPE_CHECKING:
     import numpy as np

@@ -6,9 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from pipeline.aside import own_exit_code
-from pipeline.errors import Interrupted, PipelineError, exit_code_of
-from pipeline.log_lines import JsonLines, ending, new_run
+from pipeline.core.concurrency import own_exit_code
+from pipeline.core.errors import Interrupted, PipelineError, exit_code_of
+from pipeline.core.log_format import JsonLines, ending, new_run
 from pipeline.service.settings import need_packages, service_config
 
 EXAMPLES = """\

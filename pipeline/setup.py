@@ -15,17 +15,19 @@ from typing import Any
 
 import torch
 
-from pipeline.aside import aside
 from pipeline.backends import decoders as decoder_gate
 from pipeline.backends.base import Draw, ImageEncoder
 from pipeline.backends.halving import HalvingEncoder
 from pipeline.backends.parity import pass_gate, record
 from pipeline.batch_size import settle_batch_size
 from pipeline.config import Config
+from pipeline.core.concurrency import aside
+from pipeline.core.failpoints import failpoint
+from pipeline.core.processes import cores
+from pipeline.core.records import Parity, PreprocessSpec, Sample, TextBank
 from pipeline.dataset import lease, parts, plan
 from pipeline.dataset.recipe import recipe_of
 from pipeline.demo import folder as demo
-from pipeline.failpoints import failpoint
 from pipeline.images.decoders import Decoders
 from pipeline.images.library import library
 from pipeline.images.reader import PixelReader
@@ -37,8 +39,6 @@ from pipeline.manifest.source import Manifest, open_manifest
 from pipeline.metrics.spans import span
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline.models.text import build_bank, read_labels
-from pipeline.processes import cores
-from pipeline.records import Parity, PreprocessSpec, Sample, TextBank
 from pipeline.report.summary import machine
 from pipeline.storage.base import Storage
 from pipeline.worker import open_at, open_for_job, open_reader
@@ -92,7 +92,7 @@ def open_inputs(config: Config) -> Inputs:
     """Open the manifest and the model, and embed the prompts aside.
 
     Raises:
-        PipelineError: one of :mod:`pipeline.errors`; nothing was written then.
+        PipelineError: one of :mod:`pipeline.core.errors`; nothing was written then.
     """
     with span("manifest"):
         manifest = open_manifest(config.manifest)
@@ -122,7 +122,7 @@ def open_engine(
     ``decoders`` are processes that were started before; what must be closed is left to ``opened``.
 
     Raises:
-        PipelineError: one of :mod:`pipeline.errors`; nothing was written then.
+        PipelineError: one of :mod:`pipeline.core.errors`; nothing was written then.
     """
     manifest, checkpoint = inputs.manifest, inputs.checkpoint
     spec = spec_of(config, checkpoint)

@@ -12,10 +12,10 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from pipeline.aside import own_exit_code
 from pipeline.command_line import showable
 from pipeline.config import OutputConfig
-from pipeline.errors import Interrupted, NoDataset, PipelineError, PlanMismatch, StorageError, TooManyFailures
+from pipeline.core.concurrency import own_exit_code
+from pipeline.core.errors import Interrupted, NoDataset, PipelineError, PlanMismatch, StorageError, TooManyFailures
 
 if TYPE_CHECKING:
     from pipeline.dataset.verify import Health

@@ -7,12 +7,12 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from pipeline.core.records import ImageRef, Stage
+from pipeline.core.run_report import Pace
 from pipeline.gallery import find
 from pipeline.images.reader import PixelReader
 from pipeline.manifest.source import Manifest
-from pipeline.records import ImageRef, Stage
 from pipeline.report.pace import Cost, find_limit, in_words
-from pipeline.report.records import Pace
 
 # The next faster decoder.
 FASTER = {"exact": "fast", "fast": "scaled"}

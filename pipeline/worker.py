@@ -19,17 +19,17 @@ from pipeline.backends.halving import HalvingEncoder
 from pipeline.backends.parity import check
 from pipeline.backends.streams import Streams, count_streams
 from pipeline.config import Config
+from pipeline.core.failpoints import failpoint
+from pipeline.core.log_format import within
+from pipeline.core.records import ImageBatch, PreprocessSpec, Shard, ShardReport, ShardRows, Stage, TextBank
 from pipeline.dataset.commits import commit_part
 from pipeline.dataset.parts import PartFormat, ShardResult, build_table, count_statuses
-from pipeline.failpoints import failpoint
 from pipeline.images.decoders import Decoders
 from pipeline.images.loader import Loader
 from pipeline.images.reader import PixelReader
-from pipeline.log_lines import within
 from pipeline.manifest.source import Manifest
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.reading import pixel_reader, worker_threads
-from pipeline.records import ImageBatch, PreprocessSpec, Shard, ShardReport, ShardRows, Stage, TextBank
 from pipeline.report.clocks import StageClocks
 from pipeline.results import Accumulated, Flying, Labelling, launch, memory_explained
 from pipeline.storage.opening import open_storage

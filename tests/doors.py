@@ -6,7 +6,7 @@ import argparse
 import importlib
 
 from pipeline.config import conf_dir
-from pipeline.errors import ConfigError
+from pipeline.core.errors import ConfigError
 from pipeline.overrides import check_overrides, compose_config
 
 PARSERS = {

@@ -182,7 +182,7 @@ def job(groups: dict[str, dict[str, Any]], stub: bool = False) -> int:
     """A job by its config, without Hydra: a third of a second less; ends as the door does."""
     from contextlib import nullcontext
 
-    from pipeline.errors import PipelineError
+    from pipeline.core.errors import PipelineError
     from pipeline.job import run_job
     from tests.jobs import StubEncoder, stub_backend
 
@@ -209,7 +209,7 @@ def _begin(request: dict[str, Any]) -> Any:
 
         dask.config.refresh()
     tempfile.tempdir = None
-    from pipeline import failpoints
+    from pipeline.core import failpoints
 
     failpoints.arm(os.environ["PIPELINE_FAILPOINTS"])
     module, name = request["call"].split(":")

@@ -22,11 +22,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config import Config
+from pipeline.core.errors import PipelineError, TooManyFailures
 from pipeline.dataset import lease
 from pipeline.dataset.verify import verify
 from pipeline.demo.folder import jpeg
 from pipeline.demo.scenes import sample
-from pipeline.errors import PipelineError, TooManyFailures
 from pipeline.nightly.night import run_night
 from pipeline.nightly.records import SNAPSHOT, Night, Wanted
 from pipeline.storage.opening import open_storage

@@ -33,6 +33,7 @@ import torch
 from pipeline.backends.base import ImageEncoder
 from pipeline.backends.streams import count_streams
 from pipeline.config import Config, LoaderConfig, ManifestConfig, OutputConfig
+from pipeline.core.records import Failure, ImageRef, Pixels, PreprocessSpec, TextBank
 from pipeline.dataset.parts import part_format
 from pipeline.images.decode import Decoder
 from pipeline.images.decoders import Decoders
@@ -40,7 +41,6 @@ from pipeline.images.reader import PixelReader
 from pipeline.images.sources import Source
 from pipeline.manifest.shards import cut
 from pipeline.manifest.source import open_manifest
-from pipeline.records import Failure, ImageRef, Pixels, PreprocessSpec, TextBank
 from pipeline.report.clocks import StageClocks
 from pipeline.worker import Job, embed
 

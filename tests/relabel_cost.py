@@ -18,14 +18,14 @@ import pyarrow as pa
 import torch
 
 from pipeline.config import Config, LabelsConfig, ModelConfig, PromptsConfig
+from pipeline.core.concurrency import in_order
+from pipeline.core.records import Embeddings, Shard, ShardRows, TextBank
 from pipeline.dataset import commits, plan
 from pipeline.dataset.opened import Dataset, open_dataset
 from pipeline.dataset.parts import ShardResult, build_table, count_statuses, part_format
 from pipeline.dataset.recipe import recipe_of
 from pipeline.models.checkpoint import open_checkpoint
-from pipeline.records import Embeddings, Shard, ShardRows, TextBank
 from pipeline.storage.opening import open_storage
-from pipeline.threads import in_order
 
 MODEL = ModelConfig(name="openai/clip-vit-base-patch32", weights="random")
 

@@ -36,9 +36,9 @@ from pipeline.api.given import Columns, manifest_of
 from pipeline.api.places import Scratch
 from pipeline.api.settings import config_from, model_settings
 from pipeline.config import Config, conf_dir, value_of
+from pipeline.core.errors import ConfigError, ManifestError, NoDataset, PlanMismatch, PromptsError, UnfinishedDataset
 from pipeline.demo.folder import jpeg, render_folder
 from pipeline.demo.scenes import render, sample
-from pipeline.errors import ConfigError, ManifestError, NoDataset, PlanMismatch, PromptsError, UnfinishedDataset
 from pipeline.overrides import compose_config, groups, register, to_config
 from tests.conftest import ROOT
 from tests.forks import forks

@@ -16,7 +16,7 @@ import pytest
 
 from pipeline.artifacts.__main__ import main
 from pipeline.artifacts.store import Artifact, ArtifactStore, Recipe
-from pipeline.errors import ArtifactError, StorageError
+from pipeline.core.errors import ArtifactError, StorageError
 
 RECIPE = Recipe(
     kind="onnx-image",

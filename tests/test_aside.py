@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from pipeline.aside import aside
+from pipeline.core.concurrency import aside
 from tests.conftest import ROOT
 
 BUSY = """
@@ -65,7 +65,8 @@ def test_a_process_whose_reader_has_gone_ends_without_a_word(size: int, wanted: 
 
 
 def test_a_broken_pipe_that_is_not_standard_output_is_an_error() -> None:
-    code = "from pipeline.aside import own_exit_code\nwith own_exit_code():\n    raise BrokenPipeError('a store')"
+    body = "with own_exit_code():\n    raise BrokenPipeError('a store')"
+    code = f"from pipeline.core.concurrency import own_exit_code\n{body}"
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 1
     assert "a store" in ended.stderr

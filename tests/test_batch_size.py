@@ -24,9 +24,9 @@ from pipeline.backends.pace import images_per_second, settle
 from pipeline.batch_size import KIND, Measured, settle_batch_size
 from pipeline.checks import check
 from pipeline.config import Config, ModelConfig
+from pipeline.core.errors import BackendUnavailable, ConfigError, PlanMismatch
 from pipeline.dataset import plan
 from pipeline.demo.folder import rendered_sample
-from pipeline.errors import BackendUnavailable, ConfigError, PlanMismatch
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline.overrides import compose_config
 from pipeline.storage.local import LocalStorage

@@ -18,7 +18,7 @@ from pipeline.bench import figures, rounds, rows
 from pipeline.bench.children import Child, Died, Refused
 from pipeline.bench.records import Row
 from pipeline.config import Config
-from pipeline.errors import PipelineError
+from pipeline.core.errors import PipelineError
 from tests.conftest import ROOT
 from tests.jobs import scenes_manifest
 from tests.test_bench_page import measured, plausible

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer, SiglipConfig, SiglipModel
 
 from pipeline.config import ModelConfig
-from pipeline.errors import ModelError
+from pipeline.core.errors import ModelError
 from pipeline.models.architectures import ARCHITECTURES
 from pipeline.models.checkpoint import open_checkpoint
 from pipeline.models.hub import DEMO_FOLDER

@@ -16,7 +16,6 @@ import pyarrow.parquet as pq
 import pytest
 from distributed import Client
 
-from pipeline import errors
 from pipeline.checks import check, part_of
 from pipeline.cluster import cuda, slurm
 from pipeline.cluster.cores import shares
@@ -24,7 +23,8 @@ from pipeline.cluster.kubernetes import pod_settings
 from pipeline.cluster.opening import shards_at_once
 from pipeline.cluster.share import Share
 from pipeline.config import ClusterConfig, Config, LoaderConfig
-from pipeline.errors import ClusterUnavailable, PipelineError, ShardsGivenUp, WorkerMismatch
+from pipeline.core import errors
+from pipeline.core.errors import ClusterUnavailable, PipelineError, ShardsGivenUp, WorkerMismatch
 from pipeline.job import run_job
 from tests.forks import forks
 from tests.grid import ROWS, SHARDS, at, failpoints, grid, nine_shards, on, same, when_committed

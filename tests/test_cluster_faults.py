@@ -27,10 +27,10 @@ from pipeline.cluster.opening import open_cluster
 from pipeline.cluster.order import Order
 from pipeline.cluster.share import Share
 from pipeline.config import ClusterConfig, Config
+from pipeline.core.errors import ClusterUnavailable, OutputBusy, StorageError
+from pipeline.core.failpoints import armed
 from pipeline.dataset import lease
 from pipeline.dataset.verify import verify
-from pipeline.errors import ClusterUnavailable, OutputBusy, StorageError
-from pipeline.failpoints import armed
 from pipeline.job import run_job
 from pipeline.setup import open_inputs
 from pipeline.storage.opening import open_storage

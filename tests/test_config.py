@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from pipeline.checks import check
 from pipeline.config import FORMATS, OUTPUT_COLUMNS, Config, ManifestConfig, conf_dir, nearest, value_of
-from pipeline.errors import ConfigError, Problem
+from pipeline.core.errors import ConfigError, Problem
 from pipeline.limits import AUTOMATIC, CHOICES, PRECISIONS, RANGES
 from pipeline.overrides import groups, known_keys, read_config, register, to_config
 

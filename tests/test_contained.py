@@ -24,7 +24,9 @@ import pytest
 from PIL import Image
 
 from pipeline.config import FORMATS
-from pipeline.errors import DecoderUnavailable, NumericalError
+from pipeline.core.errors import DecoderUnavailable, NumericalError
+from pipeline.core.records import Failure, ImageRef, Pixels, PreprocessSpec
+from pipeline.core.run_report import RunReport
 from pipeline.images import child as child_module
 from pipeline.images import children as processes
 from pipeline.images import decoders as module
@@ -37,8 +39,6 @@ from pipeline.images.sources import Source
 from pipeline.images.wire import CHUNK, TEXT, Answer, Nonsense, State
 from pipeline.job import run_job
 from pipeline.models.hub import DEMO_FOLDER
-from pipeline.records import Failure, ImageRef, Pixels, PreprocessSpec
-from pipeline.report.records import RunReport
 from tests.conftest import ROOT, data_folder
 from tests.jobs import StubEncoder, config_for, stub_backend
 

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageCms, TiffImagePlugin
 
 from pipeline.config import FORMATS
+from pipeline.core.records import Failure
 from pipeline.images.decode import Decoder, limit_pixels
-from pipeline.records import Failure
 from tests.conftest import data_folder
 
 Array = NDArray[Any]

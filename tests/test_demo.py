@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pipeline.config import FORMATS, ModelConfig
+from pipeline.core.records import Failure
 from pipeline.demo import folder, scenes
 from pipeline.demo.train import UNSEEN_SEED
 from pipeline.images.decode import Decoder
@@ -15,7 +16,6 @@ from pipeline.images.preprocess import preprocess
 from pipeline.models.checkpoint import open_checkpoint
 from pipeline.models.hub import DEMO_FOLDER
 from pipeline.models.text import embed_prompts
-from pipeline.records import Failure
 
 DECODER = Decoder(formats=FORMATS, max_pixels=10_000_000)
 

@@ -434,7 +434,7 @@ def test_a_port_that_is_taken_ends_gunicorn_with_a_sentence(tmp_path: Path) -> N
 
 def test_settings_that_are_wrong_end_gunicorn_with_a_sentence(tmp_path: Path) -> None:
     conf_of_gunicorn()
-    app = "from pipeline.errors import ModelError\n\ndef create():\n    raise ModelError('no such model')\n"
+    app = "from pipeline.core.errors import ModelError\n\ndef create():\n    raise ModelError('no such model')\n"
     (tmp_path / "wrong.py").write_text(app)
     done = subprocess.run(
         [sys.executable, "-m", "gunicorn", "-c", str(DEPLOY / "gunicorn.conf.py"), "wrong:create()"],

@@ -23,8 +23,8 @@ from huggingface_hub import constants
 
 from pipeline import doctor
 from pipeline.config import BackendConfig, Config, ModelConfig, PromptsConfig
+from pipeline.core.errors import BackendUnavailable
 from pipeline.demo.folder import rendered_sample
-from pipeline.errors import BackendUnavailable
 from pipeline.health import backends, batch, decoders, disk, extras, golden, hub, output, versions
 from pipeline.health.page import lines, verdict
 from pipeline.health.probes import entry

@@ -20,9 +20,9 @@ import torch
 from pipeline import overrides
 from pipeline.checks import check
 from pipeline.config import Config, ImagesConfig, ModelConfig, PromptsConfig, conf_dir
+from pipeline.core.errors import ModelError, PromptsError
 from pipeline.demo.folder import jpeg
 from pipeline.demo.scenes import sample
-from pipeline.errors import ModelError, PromptsError
 from pipeline.hydra_settings import FREE, check_files
 from pipeline.job import run_job
 from pipeline.manifest.source import open_manifest

@@ -17,10 +17,11 @@ import torch
 
 from pipeline.checks import check
 from pipeline.config import Config
+from pipeline.core.errors import ClusterUnavailable, ConfigError, ManifestError, PlanMismatch
+from pipeline.core.records import Piece
 from pipeline.dataset import lease
 from pipeline.dataset.recipe import config_of, recipe_of
 from pipeline.demo import folder as demo
-from pipeline.errors import ClusterUnavailable, ConfigError, ManifestError, PlanMismatch
 from pipeline.estimate import figures, trial
 from pipeline.estimate.command import estimate_job
 from pipeline.estimate.processes import Processes, processes_of
@@ -31,7 +32,6 @@ from pipeline.job import run_job
 from pipeline.manifest.shards import cut
 from pipeline.manifest.source import Manifest, ManifestFile
 from pipeline.overrides import compose_config
-from pipeline.records import Piece
 from pipeline.storage.opening import open_storage
 from tests.forks import forks
 from tests.jobs import StubEncoder, config_for, overrides_of, scenes_manifest, stub_backend

@@ -23,12 +23,12 @@ from pipeline.artifacts.graphs import check_fusions, check_graph
 from pipeline.artifacts.store import Artifact, ArtifactStore
 from pipeline.artifacts.torchscript import traced
 from pipeline.config import ModelConfig, ParityConfig
+from pipeline.core.errors import ArtifactError, BackendUnavailable, ParityError
+from pipeline.core.records import Sample
 from pipeline.demo.folder import label_names, rendered_sample
-from pipeline.errors import ArtifactError, BackendUnavailable, ParityError
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline.models.text import embed_prompts
 from pipeline.models.towers import ImageTower, Normaliser
-from pipeline.records import Sample
 from tests.conftest import ROOT
 from tests.families import CASES, CHINESE, ENGLISH
 

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper
 from pipeline.artifacts.external import check_external
 from pipeline.artifacts.graphs import check_graph
 from pipeline.backends.sessions import open_session
-from pipeline.errors import ArtifactError
+from pipeline.core.errors import ArtifactError
 
 VALUES = np.arange(4, dtype=np.float32)
 

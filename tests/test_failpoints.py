@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config import Config
-from pipeline.failpoints import POINTS, arm, armed, failpoint
+from pipeline.core.failpoints import POINTS, arm, armed, failpoint
 from tests.conftest import ROOT
 from tests.forks import forks
 from tests.jobs import content, overrides_of

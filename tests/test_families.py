@@ -16,15 +16,15 @@ from torch.nn.functional import normalize
 from transformers import Siglip2Config, Siglip2Model
 
 from pipeline.config import LabelsConfig, ModelConfig, PromptsConfig
+from pipeline.core.errors import ModelError
+from pipeline.core.records import Embeddings
 from pipeline.demo.scenes import render, sample
-from pipeline.errors import ModelError
 from pipeline.images.preprocess import preprocess
 from pipeline.job import run_job
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline.models.labels import label
 from pipeline.models.text import build_bank, embed_prompts, read_labels
 from pipeline.models.towers import ImageTower, TextTower
-from pipeline.records import Embeddings
 from tests.families import CASES, Case, open_chinese_clip, write_clip, write_siglip
 from tests.jobs import config_for, scenes_manifest
 

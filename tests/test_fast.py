@@ -17,7 +17,8 @@ from PIL import ExifTags, Image
 from pipeline.backends import decoders as gate
 from pipeline.backends.parity import embed_sample
 from pipeline.config import FORMATS, BackendConfig, ModelConfig, ParityConfig
-from pipeline.errors import ParityError
+from pipeline.core.errors import ParityError
+from pipeline.core.records import Failure, Pixels, PreprocessSpec, Sample
 from pipeline.images import fast, jpeg
 from pipeline.images.decode import LARGE_PIXELS, Decoder, limit_pixels
 from pipeline.images.decoders import Decoders
@@ -27,7 +28,6 @@ from pipeline.images.sample import draw_sample
 from pipeline.images.sources import Source
 from pipeline.models.checkpoint import open_checkpoint
 from pipeline.parity import in_words
-from pipeline.records import Failure, Pixels, PreprocessSpec, Sample
 from pipeline.storage.opening import open_storage
 from tests.conftest import data_folder
 from tests.jobs import StubEncoder

@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config import Config
-from pipeline.errors import StorageError
-from pipeline.failpoints import armed
+from pipeline.core.errors import StorageError
+from pipeline.core.failpoints import armed
 from pipeline.job import run_job
 from pipeline.report.logs import log_to
 from pipeline.storage.opening import open_storage

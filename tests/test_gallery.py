@@ -13,13 +13,13 @@ from PIL import Image
 
 from pipeline import gallery
 from pipeline.config import Config
-from pipeline.errors import StorageError
+from pipeline.core.errors import StorageError
+from pipeline.core.records import Failure, ImageRef, Stage
+from pipeline.core.run_report import Pace, StagePace
 from pipeline.gallery import THUMBNAIL, find, spread, thumbnails
 from pipeline.images.sources import Source
 from pipeline.manifest.source import Manifest, open_manifest
 from pipeline.reading import pixel_reader
-from pipeline.records import Failure, ImageRef, Stage
-from pipeline.report.records import Pace, StagePace
 from pipeline.what_if import Faster, faster_decoder
 
 

@@ -14,7 +14,7 @@ import torch
 from pipeline.backends.devices import out_of_memory
 from pipeline.backends.halving import HalvingEncoder
 from pipeline.backends.modules import compiled
-from pipeline.errors import BackendUnavailable, ParityError
+from pipeline.core.errors import BackendUnavailable, ParityError
 from pipeline.job import run_job
 from pipeline.models.hub import DEMO_FOLDER
 from tests.jobs import StubEncoder, config_for, scenes_manifest, stub_backend

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import StorageError
+from pipeline.core.errors import StorageError
+from pipeline.core.records import Failure
 from pipeline.images import http, network
 from pipeline.images.http import REDIRECTS, TRIES, Fetcher
-from pipeline.records import Failure
 from tests.servers import Page, Server, answer, drip, endless, hang_up, in_turn, moved, resolve, self_signed, serve
 
 BYTES = bytes(range(100))

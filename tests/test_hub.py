@@ -11,7 +11,7 @@ import huggingface_hub
 import pytest
 
 from pipeline.config import ModelConfig
-from pipeline.errors import ModelError
+from pipeline.core.errors import ModelError
 from pipeline.models.checkpoint import open_checkpoint
 from pipeline.models.hub import DEMO_FOLDER, find_folder
 

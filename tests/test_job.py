@@ -18,8 +18,7 @@ import pytest
 import torch
 
 from pipeline.config import Config
-from pipeline.dataset.parts import LAYOUT, METADATA_KEY
-from pipeline.errors import (
+from pipeline.core.errors import (
     ManifestError,
     NumericalError,
     ParityError,
@@ -28,6 +27,7 @@ from pipeline.errors import (
     StorageError,
     TooManyFailures,
 )
+from pipeline.dataset.parts import LAYOUT, METADATA_KEY
 from pipeline.job import run_job
 from tests.conftest import data_folder
 from tests.jobs import StubEncoder, config_for, content, scenes_manifest, stub_backend
@@ -450,7 +450,7 @@ def test_the_odd_files_all_come_out_with_a_status(tmp_path: Path) -> None:
 
 
 def test_errors_know_their_exit_codes() -> None:
-    errors = [error for error in PipelineError.__subclasses__() if error.__module__ == "pipeline.errors"]
+    errors = [error for error in PipelineError.__subclasses__() if error.__module__ == "pipeline.core.errors"]
     codes = {error.__name__: error.exit_code for error in errors}
     assert codes == {
         "ShardsGivenUp": 3, "WorkerMismatch": 2, "ClusterUnavailable": 2, "ClusterLost": 75,

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.core.records import Embeddings, TextBank
 from pipeline.models.labels import _FEW, _by_keys, _by_selecting, best, label
-from pipeline.records import Embeddings, TextBank
 
 
 def bank(features: np.ndarray, *, scoring: str = "softmax", scale: float = 10.0, bias: float = 0.0) -> TextBank:

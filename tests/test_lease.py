@@ -20,10 +20,10 @@ from typing import Any
 import pytest
 
 from pipeline.config import Config
+from pipeline.core.errors import LeaseLost, OutputBusy, PipelineError, StorageError
+from pipeline.core.processes import Process, is_gone, this_process
 from pipeline.dataset.lease import Holder, Lease, leases, parse, take
-from pipeline.errors import LeaseLost, OutputBusy, PipelineError, StorageError
 from pipeline.job import run_job
-from pipeline.processes import Process, is_gone, this_process
 from pipeline.storage.base import Storage
 from pipeline.storage.opening import open_storage
 from tests.conftest import ROOT

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.config import FORMATS, ManifestConfig
-from pipeline.errors import ManifestError, StorageError
-from pipeline.failpoints import armed
+from pipeline.core.errors import ManifestError, StorageError
+from pipeline.core.failpoints import armed
+from pipeline.core.records import ImageBatch, PreprocessSpec, Shard, ShardRows, Stage
 from pipeline.images.decode import Decoder
 from pipeline.images.loader import Loader
 from pipeline.images.padding import repeats
@@ -29,7 +30,6 @@ from pipeline.images.repeats import Repeats
 from pipeline.images.sources import Source
 from pipeline.manifest.shards import ShardReader, cut
 from pipeline.manifest.source import Manifest, open_manifest
-from pipeline.records import ImageBatch, PreprocessSpec, Shard, ShardRows, Stage
 
 SIZE = 8
 SPEC = PreprocessSpec(resize=SIZE, crop=(SIZE, SIZE), resample=3, mean=(0, 0, 0), std=(1, 1, 1))

@@ -20,11 +20,10 @@ from pipeline import run as door
 from pipeline.cluster.fleet import Fleet
 from pipeline.cluster.forward import Forward, Teller
 from pipeline.config import Config, LogConfig
-from pipeline.errors import ConfigError, Interrupted, ManifestError, NumericalError, Problem
-from pipeline.log_lines import JsonLines, ending, new_run, shard_of, within
+from pipeline.core.errors import ConfigError, Interrupted, ManifestError, NumericalError, Problem
+from pipeline.core.log_format import SILENCED, JsonLines, ending, new_run, shard_of, silence, within
 from pipeline.report.logs import library_messages, log_to, log_to_terminal, progress_mode
 from pipeline.report.progress import Progress
-from pipeline.silences import SILENCED, silence
 from pipeline.storage.opening import open_storage
 from tests.families import write_siglip
 from tests.jobs import scenes_manifest, start

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config import ManifestConfig
-from pipeline.errors import ManifestError, PipelineError, StorageError
+from pipeline.core.errors import ManifestError, PipelineError, StorageError
 from pipeline.images.sources import Source
 from pipeline.manifest import __main__ as door
 from pipeline.manifest import build

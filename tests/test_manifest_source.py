@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config import ManifestConfig
-from pipeline.errors import ManifestError
+from pipeline.core.errors import ManifestError
 from pipeline.manifest import source
 from pipeline.manifest.ids import check_ids
 from pipeline.manifest.shards import ShardReader, cut, refs

@@ -21,7 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from pipeline.checks import check
 from pipeline.config import Config
-from pipeline.errors import ConfigError, OutputBusy, TooManyFailures
+from pipeline.core.errors import ConfigError, OutputBusy, TooManyFailures
 from pipeline.job import run_job
 from pipeline.metrics import exposition, monitor, spans
 from pipeline.metrics.monitor import monitored

@@ -7,12 +7,12 @@ import threading
 
 import pytest
 
-from pipeline.errors import StorageError
+from pipeline.core.errors import StorageError
+from pipeline.core.records import Failure
 from pipeline.images import network as module
 from pipeline.images.hosts import NoConnection, Said
 from pipeline.images.http import Fetcher
 from pipeline.images.network import Network
-from pipeline.records import Failure
 from tests.servers import answer, serve
 
 

@@ -18,9 +18,9 @@ import pytest
 
 from pipeline import verify as verify_door
 from pipeline.config import Config
+from pipeline.core.errors import OutputBusy, ShardsGivenUp, StorageError
 from pipeline.dataset import lease
 from pipeline.dataset.verify import verify
-from pipeline.errors import OutputBusy, ShardsGivenUp, StorageError
 from pipeline.images.sources import Source
 from pipeline.manifest.source import open_manifest
 from pipeline.nightly import command

@@ -22,7 +22,8 @@ import torch
 from PIL import Image, ImageOps
 
 from pipeline.config import FORMATS, ManifestConfig
-from pipeline.errors import BackendUnavailable
+from pipeline.core.errors import BackendUnavailable
+from pipeline.core.records import Failure, ImageBatch, Pixels, PreprocessSpec
 from pipeline.gallery import THUMBNAIL, thumbnails
 from pipeline.images import nvidia
 from pipeline.images.baseline import baseline
@@ -37,7 +38,6 @@ from pipeline.images.resample import resample
 from pipeline.images.sources import Source
 from pipeline.manifest.shards import cut
 from pipeline.manifest.source import Manifest, open_manifest
-from pipeline.records import Failure, ImageBatch, Pixels, PreprocessSpec
 
 CPU = torch.device("cpu")
 CLIP = PreprocessSpec(resize=224, crop=(224, 224), resample=3, mean=(0.5,) * 3, std=(0.5,) * 3)  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ import torch
 
 from pipeline.backends.order import in_order, turned
 from pipeline.config import BackendConfig, ModelConfig, ParityConfig
-from pipeline.errors import NumericalError
+from pipeline.core.errors import NumericalError
 from pipeline.images.padding import repeats, repeats_on
 from pipeline.job import run_job
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint

@@ -19,13 +19,13 @@ from pipeline.artifacts.store import ArtifactStore
 from pipeline.backends.parity import FILE, embed_sample, measure
 from pipeline.backends.torch import reference
 from pipeline.config import Config, ModelConfig, ParityConfig
+from pipeline.core.errors import ParityError, PlanMismatch
+from pipeline.core.records import Parity, Sample, TextBank
 from pipeline.demo.folder import rendered_sample
-from pipeline.errors import ParityError, PlanMismatch
 from pipeline.job import run_job
 from pipeline.models.checkpoint import open_checkpoint
 from pipeline.models.preprocessor import to_spec
 from pipeline.parity import compare, hold, in_words
-from pipeline.records import Parity, Sample, TextBank
 from pipeline.storage.base import sha256
 from tests.jobs import StubEncoder, config_for, content, scenes_manifest, start, stub_backend
 

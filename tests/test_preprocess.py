@@ -15,11 +15,11 @@ from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 from transformers.image_utils import load_image
 
 from pipeline.config import FORMATS
+from pipeline.core.records import PreprocessSpec
 from pipeline.images.decode import Decoder
 from pipeline.images.preprocess import LONGEST, preprocess
 from pipeline.models.architectures import ARCHITECTURES
 from pipeline.models.preprocessor import to_spec
-from pipeline.records import PreprocessSpec
 from tests.conftest import data_folder
 
 Array = NDArray[np.uint8]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import ModelError
+from pipeline.core.errors import ModelError
 from pipeline.models.architectures import ARCHITECTURES, CLIP_PREPROCESSOR, OPENAI_MEAN
 from pipeline.models.preprocessor import read_spec, to_spec
 

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import convert, relabel, search, verify
+from pipeline.core.errors import StorageError, UnfinishedDataset
 from pipeline.dataset.opened import open_dataset, vectors_of
-from pipeline.errors import StorageError, UnfinishedDataset
 from pipeline.storage.opening import open_storage
 from tests.finished import FAILED, ROWS, everything, run_scenes
 from tests.forks import forks

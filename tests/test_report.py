@@ -17,17 +17,17 @@ import pytest
 from PIL import Image
 
 from pipeline.config import Config, ImagesConfig, LoaderConfig
-from pipeline.errors import StorageError
-from pipeline.records import Clocks, Parity, Stage, Timeline
+from pipeline.core.errors import StorageError
+from pipeline.core.processes import Spent, spent
+from pipeline.core.records import Clocks, Parity, Stage, Timeline
+from pipeline.core.run_report import Pace, RunReport, StagePace
 from pipeline.report import page, summary
 from pipeline.report.clocks import StageClocks
 from pipeline.report.history import earlier_runs
 from pipeline.report.logs import NAME, log_to
 from pipeline.report.pace import Cost, Limit, find_limit, find_pace
 from pipeline.report.progress import Progress
-from pipeline.report.records import Pace, RunReport, StagePace
 from pipeline.report.scores import Extremes, Row
-from pipeline.report.spent import Spent, spent
 from pipeline.report.statuses import HINTS
 from pipeline.report.summary import DatasetSummary, Failed
 from pipeline.storage.opening import open_storage

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import Config
+from pipeline.core.errors import StorageError
 from pipeline.dataset import commits
 from pipeline.dataset.plan import Plan, read
-from pipeline.errors import StorageError
 from pipeline.job import run_job
 from pipeline.storage.opening import open_storage
 from tests.forks import forks

@@ -19,9 +19,9 @@ import s3fs
 
 from pipeline.addresses import open_file
 from pipeline.config import Config
+from pipeline.core.errors import LeaseLost, OutputBusy, StorageError
+from pipeline.core.failpoints import armed
 from pipeline.dataset import commits, lease, plan
-from pipeline.errors import LeaseLost, OutputBusy, StorageError
-from pipeline.failpoints import armed
 from pipeline.job import run_job
 from pipeline.report.logs import log_to
 from pipeline.storage import retries

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from pipeline.config import FORMATS
+from pipeline.core.records import Sample
 from pipeline.images.decode import Decoder
 from pipeline.images.reader import PixelReader
 from pipeline.images.sample import PLACES, TRIES, draw_sample
 from pipeline.images.sources import Source
 from pipeline.manifest.shards import cut
 from pipeline.manifest.source import Manifest
-from pipeline.records import Sample
 from tests.test_loader import SIZE, SPEC, batches, colour, opened, run, write
 
 

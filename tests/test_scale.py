@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import ManifestConfig
-from pipeline.errors import ConfigError
+from pipeline.core.concurrency import AHEAD, in_order
+from pipeline.core.errors import ConfigError
 from pipeline.manifest import source
-from pipeline.threads import AHEAD, in_order
 from tests import scale, scale_data
 from tests.scale_page import to_markdown
 

@@ -15,8 +15,8 @@ import pytest
 
 from pipeline import search, verify
 from pipeline.config import ModelConfig
+from pipeline.core.errors import ArtifactError, ConfigError, NumericalError
 from pipeline.dataset.opened import Dataset, open_dataset
-from pipeline.errors import ArtifactError, ConfigError, NumericalError
 from pipeline.models.checkpoint import open_checkpoint
 from pipeline.vectors.index import NEIGHBOURS, RECALL, build_index, read_card, search_index
 from pipeline.vectors.model import embed_text

@@ -22,8 +22,8 @@ import uvicorn
 
 from pipeline import serve
 from pipeline.config import Config, LoaderConfig, ServeConfig
-from pipeline.errors import ConfigError, NumericalError
-from pipeline.records import TextBank
+from pipeline.core.errors import ConfigError, NumericalError
+from pipeline.core.records import TextBank
 from pipeline.results import Labelling
 from pipeline.service.admission import Admission
 from pipeline.service.app import build

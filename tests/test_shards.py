@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config import ManifestConfig
-from pipeline.errors import ManifestError
+from pipeline.core.errors import ManifestError
+from pipeline.core.records import ImageRef, Piece, Shard
 from pipeline.manifest.shards import BYTES_ROWS, PATH_ROWS, ShardReader, count_shards, cut, refs
 from pipeline.manifest.source import Manifest, ManifestFile, open_manifest
-from pipeline.records import ImageRef, Piece, Shard
 
 MEGABYTE = 1 << 20
 

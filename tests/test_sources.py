@@ -13,9 +13,9 @@ from typing import Any
 import fsspec
 import pytest
 
+from pipeline.core.records import Failure, ImageRef
 from pipeline.images import sources
 from pipeline.images.sources import Source
-from pipeline.records import Failure, ImageRef
 from tests.servers import answer, serve
 
 BYTES = bytes(range(100))

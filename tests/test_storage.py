@@ -22,8 +22,8 @@ import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError, ReadTimeoutError
 
 from pipeline.addresses import explained, is_local, local_path, open_arrow, open_file, scheme_of
-from pipeline.errors import StorageError
-from pipeline.failpoints import armed
+from pipeline.core.errors import StorageError
+from pipeline.core.failpoints import armed
 from pipeline.storage import retries
 from pipeline.storage.base import Staged, Storage, sha256
 from pipeline.storage.local import LocalStorage

@@ -15,11 +15,11 @@ import torch
 
 from pipeline.backends.streams import MOST, Streams, count_streams
 from pipeline.config import Config
-from pipeline.errors import NumericalError
+from pipeline.core.errors import NumericalError
+from pipeline.core.processes import cores
+from pipeline.core.records import ShardRows
 from pipeline.job import run_job
 from pipeline.models.hub import DEMO_FOLDER
-from pipeline.processes import cores
-from pipeline.records import ShardRows
 from pipeline.worker import _in_order
 from tests.jobs import StubEncoder, config_for, content, scenes_manifest, stub_backend
 

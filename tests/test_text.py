@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pipeline.config import LabelsConfig, ModelConfig, PromptsConfig
-from pipeline.errors import PromptsError
+from pipeline.core.errors import PromptsError
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline.models.text import LabelSet, bank_fingerprint, build_bank, embed_prompts, read_labels
 from tests.conftest import data_folder

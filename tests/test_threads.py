@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from pipeline.threads import AHEAD, in_order
+from pipeline.core.concurrency import AHEAD, in_order
 
 
 def test_results_come_in_the_items_order_and_few_are_begun_ahead() -> None:

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from pipeline.records import Timeline
+from pipeline.core.records import Timeline
 from pipeline.report.clocks import StageClocks
 from pipeline.report.timeline import FINEST, IMAGES, MOST, Slices, merge
 

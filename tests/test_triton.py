@@ -29,8 +29,8 @@ from pipeline import export
 from pipeline.artifacts.graphs import GRAPH
 from pipeline.artifacts.store import ArtifactStore
 from pipeline.config import ImagesConfig, ModelConfig
+from pipeline.core.errors import ArtifactError, ConfigError
 from pipeline.demo import scenes
-from pipeline.errors import ArtifactError, ConfigError
 from pipeline.images.preprocess import preprocess
 from pipeline.models.checkpoint import FAMILIES, Checkpoint, open_checkpoint
 from pipeline.models.hub import DEMO_FOLDER

@@ -18,13 +18,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config import Config
+from pipeline.core.errors import ConfigError, LeaseLost, NoDataset, PlanMismatch, StorageError
 from pipeline.dataset import plan
 from pipeline.dataset.commits import find_done
 from pipeline.dataset.lease import take
 from pipeline.dataset.parts import METADATA_KEY
 from pipeline.dataset.recipe import config_of, recipe_of
 from pipeline.dataset.verify import Health, collect, verify
-from pipeline.errors import ConfigError, LeaseLost, NoDataset, PlanMismatch, StorageError
 from pipeline.job import run_job
 from pipeline.storage.base import sha256
 from pipeline.storage.opening import open_storage

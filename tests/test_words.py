@@ -13,9 +13,9 @@ import pytest
 
 from pipeline.command import DOORS
 from pipeline.config import conf_dir
-from pipeline.errors import install_hint
+from pipeline.core.errors import install_hint
 from pipeline.overrides import groups, known_keys
-from tests import conf_readme, house
+from tests import conf_readme, layout
 from tests.conf_readme import SHARED
 from tests.conftest import ROOT
 from tests.doors import PARSERS, parser_of, prove
@@ -65,7 +65,7 @@ def test_an_extra_is_installed_from_the_checkout_or_from_the_index(
     assert install_hint("onnx") == "pip install -c constraints.txt -e '.[onnx]'"
     monkeypatch.chdir(tmp_path)
     assert install_hint("onnx") == f"pip install -c {ROOT}/constraints.txt -e '{ROOT}[onnx]'"
-    monkeypatch.setattr("pipeline.errors.__file__", str(tmp_path / "site-packages" / "pipeline" / "errors.py"))
+    monkeypatch.setattr("pipeline.core.errors.__file__", str(tmp_path / "site-packages" / "pipeline" / "errors.py"))
     assert install_hint("onnx") == "pip install 'clip-pipeline[onnx]'"
 
 
@@ -170,11 +170,11 @@ def test_the_scripts_have_the_options_that_the_page_of_the_jobs_names() -> None:
     assert all("--picture" in text or name == "runs.py" for name, text in helps.items())
 
 
-# The house.
+# The layout.
 
 
-def test_the_page_for_contributors_shows_every_room_on_its_floor() -> None:
-    assert house.table() in CONTRIBUTING, "python -m tests.house writes it again"
+def test_the_page_for_contributors_shows_every_package_and_its_level() -> None:
+    assert layout.table() in CONTRIBUTING, "python -m tests.layout writes it again"
     for path in re.findall(r"`((?:pipeline|conf|jobs|tests)/[\w./]*)`", CONTRIBUTING):
         assert (ROOT / path).exists()
 

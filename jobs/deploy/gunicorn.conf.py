@@ -70,7 +70,7 @@ class Worker(UvicornWorker):
 
     def load_wsgi(self) -> None:
         """As the class above; what is wrong with the settings is a sentence."""
-        from pipeline.errors import PipelineError
+        from pipeline.core.errors import PipelineError
 
         try:
             super().load_wsgi()

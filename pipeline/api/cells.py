@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 
-from pipeline.errors import ConfigError, ManifestError, Problem
+from pipeline.core.errors import ConfigError, ManifestError, Problem
 
 # What Arrow raises for a value that a column cannot hold: of another kind, too large, or no UTF-8.
 _REFUSALS = (pa.ArrowException, TypeError, OverflowError, UnicodeEncodeError)

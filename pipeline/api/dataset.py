@@ -24,10 +24,10 @@ from pipeline.api.hits import Hits
 from pipeline.api.paths import absolute
 from pipeline.api.places import Scratch
 from pipeline.api.settings import config_from, label_settings
+from pipeline.core.errors import ConfigError, NoDataset, Problem
+from pipeline.core.records import OK
 from pipeline.dataset import opened
 from pipeline.dataset.opened import vectors_of
-from pipeline.errors import ConfigError, NoDataset, Problem
-from pipeline.records import OK
 from pipeline.relabel import derive
 from pipeline.vectors import search as exact
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.api.settings import check_model, config_from, label_settings, model_settings
-from pipeline.errors import ConfigError, Problem
+from pipeline.core.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
     import numpy as np
@@ -88,7 +88,7 @@ def embed(
         ConfigError: settings are wrong; it names all of them.
         ManifestError: there are no images, or ids are not unique.
         PlanMismatch: ``output`` holds a dataset of other images or settings.
-        PipelineError: anything else that is foreseen; see :mod:`pipeline.errors`.
+        PipelineError: anything else that is foreseen; see :mod:`pipeline.core.errors`.
     """
     own = {
         **model_settings(model),
@@ -169,7 +169,7 @@ def embed_texts(
     problems = check_model(model) + _take_out(told, _MODEL)
     config = config_from({**model_settings(model), **label_settings(None, templates), **told}, problems)
 
-    from pipeline.errors import PromptsError
+    from pipeline.core.errors import PromptsError
     from pipeline.models.checkpoint import open_checkpoint
     from pipeline.models.text import embed_prompts, is_text
 

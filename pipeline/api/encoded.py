@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipeline.errors import ManifestError
+from pipeline.core.errors import ManifestError
 
 # What PNG holds as it is; TIFF holds the rest: CMYK, LAB, YCbCr, floats.
 _PNG = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "I;16"})

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from pipeline.addresses import explained, is_local
 from pipeline.api.given import Given
+from pipeline.core.errors import ConfigError, PipelineError, PlanMismatch, Problem
 from pipeline.dataset import plan
-from pipeline.errors import ConfigError, PipelineError, PlanMismatch, Problem
 from pipeline.storage.base import sha256
 from pipeline.storage.opening import open_storage
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.checks import check
 from pipeline.config import Config, conf_dir, nearest
-from pipeline.errors import ConfigError, Problem
+from pipeline.core.errors import ConfigError, Problem
 from pipeline.overrides import check_one, groups, read_config, schema
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from pipeline.aside import own_exit_code
 from pipeline.command_line import showable
-from pipeline.errors import PipelineError
+from pipeline.core.concurrency import own_exit_code
+from pipeline.core.errors import PipelineError
 
 if TYPE_CHECKING:
     from pipeline.artifacts.store import Artifact, ArtifactStore

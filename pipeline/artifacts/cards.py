@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipeline.artifacts.folders import contents
-from pipeline.errors import ArtifactError
+from pipeline.core.errors import ArtifactError
 from pipeline.storage.base import sha256
 
 CARD = "card.json"

@@ -19,11 +19,11 @@ import torch
 from pipeline.artifacts import graphs, quantize
 from pipeline.artifacts.store import Artifact, ArtifactStore, Recipe
 from pipeline.config import ParityConfig
-from pipeline.errors import BackendUnavailable, install_hint
+from pipeline.core.errors import BackendUnavailable, install_hint
+from pipeline.core.records import Parity, Sample
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.towers import ImageTower, Normaliser, TextTower
 from pipeline.parity import compare, from_json, hold
-from pipeline.records import Parity, Sample
 
 # Part of the recipe: raise it when the same checkpoint would come out as another graph.
 VERSION = "1"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts.cards import is_inside
-from pipeline.errors import ArtifactError
+from pipeline.core.errors import ArtifactError
 
 
 def check_external(path: Path) -> None:

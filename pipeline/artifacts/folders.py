@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pipeline.addresses import explained
-from pipeline.errors import StorageError
+from pipeline.core.errors import StorageError
 from pipeline.storage.local import GIVEN_UP_SECONDS
 
 # What a file system answers that has no locks (Lustre without -o flock, some NFS mounts).

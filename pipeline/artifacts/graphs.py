@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from pipeline.artifacts.external import check_external
-from pipeline.errors import ArtifactError
+from pipeline.core.errors import ArtifactError
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.towers import ImageTower, TextTower
 

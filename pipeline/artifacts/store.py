@@ -22,7 +22,7 @@ from typing import Any
 from pipeline.addresses import explained
 from pipeline.artifacts import cards
 from pipeline.artifacts.folders import discard, fingerprints, fresh, locked, sweep, temporary_path
-from pipeline.errors import ArtifactError
+from pipeline.core.errors import ArtifactError
 from pipeline.storage.local import sync, sync_tree
 
 # Of the parity figures of jobs, how many a card keeps.

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
     from pipeline.artifacts.store import Artifact
     from pipeline.config import BackendConfig, ParityConfig
+    from pipeline.core.records import Sample
     from pipeline.models.checkpoint import Checkpoint
-    from pipeline.records import Sample
 
 
 # Draws pictures of the job when they are needed, the same ones every time.

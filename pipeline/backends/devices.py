@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from pipeline.config import BackendConfig
-from pipeline.errors import BackendUnavailable
+from pipeline.core.errors import BackendUnavailable
 from pipeline.limits import PRECISIONS
 
 # What torch, CUDA, cuBLAS, cuDNN and ONNX Runtime say when the memory is full, besides torch.OutOfMemoryError:

@@ -13,7 +13,7 @@ import torch
 
 from pipeline.backends.base import ImageEncoder
 from pipeline.backends.devices import out_of_memory
-from pipeline.errors import BackendUnavailable
+from pipeline.core.errors import BackendUnavailable
 
 _T = TypeVar("_T")
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from pipeline.artifacts.graphs import quiet
 from pipeline.artifacts.store import Artifact
 from pipeline.backends.base import ImageEncoder
 from pipeline.backends.devices import DTYPES, out_of_memory
-from pipeline.errors import BackendUnavailable
+from pipeline.core.errors import BackendUnavailable
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.towers import Normaliser
 

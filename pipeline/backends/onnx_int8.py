@@ -8,7 +8,7 @@ from pipeline.backends.base import Draw
 from pipeline.backends.devices import choose
 from pipeline.backends.sessions import SessionEncoder
 from pipeline.config import BackendConfig, ParityConfig
-from pipeline.errors import BackendUnavailable
+from pipeline.core.errors import BackendUnavailable
 from pipeline.models.checkpoint import Checkpoint
 
 

@@ -18,10 +18,10 @@ from pipeline.backends.devices import out_of_memory
 from pipeline.backends.streams import Streams
 from pipeline.backends.torch import reference
 from pipeline.config import ParityConfig
-from pipeline.errors import ArtifactError, BackendUnavailable, StorageError
+from pipeline.core.errors import ArtifactError, BackendUnavailable, StorageError
+from pipeline.core.records import Parity, Sample, TextBank
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.parity import compare, from_json, hold, in_words
-from pipeline.records import Parity, Sample, TextBank
 from pipeline.storage.base import Storage
 
 FILE = "_parity.json"

@@ -13,10 +13,10 @@ from pipeline.artifacts.graphs import GRAPH, INPUTS, OUTPUTS
 from pipeline.artifacts.store import Artifact
 from pipeline.backends.base import ImageEncoder
 from pipeline.backends.devices import out_of_memory
-from pipeline.errors import BackendUnavailable
+from pipeline.core.errors import BackendUnavailable
+from pipeline.core.records import PreprocessSpec
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.towers import Normaliser
-from pipeline.records import PreprocessSpec
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 INPUT, OUTPUT = INPUTS["image"][0], OUTPUTS["image"]

@@ -18,7 +18,7 @@ from typing import TypeVar
 
 import torch
 
-from pipeline.processes import cores
+from pipeline.core.processes import cores
 
 # Each stream holds the activations of a batch: beyond these, more cores go to each one.
 MOST = 8

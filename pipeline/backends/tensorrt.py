@@ -13,7 +13,7 @@ from pipeline.backends.base import Draw
 from pipeline.backends.devices import choose
 from pipeline.backends.sessions import SessionEncoder
 from pipeline.config import BackendConfig, ParityConfig
-from pipeline.errors import BackendUnavailable
+from pipeline.core.errors import BackendUnavailable
 from pipeline.models.checkpoint import Checkpoint
 
 # ONNX Runtime 1.27 and newer link this one; TensorRT 11 brings another.

@@ -11,7 +11,7 @@ from pipeline.backends.base import Draw
 from pipeline.backends.devices import DTYPES, choose
 from pipeline.backends.modules import Forward, ModuleEncoder, blank, compiled, count_bytes
 from pipeline.config import BackendConfig, ParityConfig
-from pipeline.errors import BackendUnavailable
+from pipeline.core.errors import BackendUnavailable
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.towers import ImageTower
 

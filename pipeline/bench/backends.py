@@ -13,7 +13,7 @@ from pipeline.bench.records import Bench, Row
 from pipeline.bench.rounds import Plan, run
 from pipeline.bench.rows import ROWS, read_batches, read_only
 from pipeline.config import BackendConfig, Config, LoaderConfig
-from pipeline.errors import ConfigError, Problem
+from pipeline.core.errors import ConfigError, Problem
 from pipeline.limits import AUTO
 from pipeline.overrides import compose_config
 

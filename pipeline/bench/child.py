@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from importlib import import_module
 from typing import Any, BinaryIO
 
-from pipeline.errors import PipelineError
+from pipeline.core.errors import PipelineError
 
 # What the first request may set up.
 SUBJECTS = {"backend": ("pipeline.bench.subject", "Subject"), "stages": ("pipeline.bench.stages", "Stages")}

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import PipelineError
+from pipeline.core.errors import PipelineError
 
 # How long a child may take to end by itself once its standard input is closed, in seconds.
 FAREWELL = 2.0

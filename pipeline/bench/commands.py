@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.errors import PipelineError
-from pipeline.report.spent import spent
+from pipeline.core.errors import PipelineError
+from pipeline.core.processes import spent
 
 
 class CommandFailed(PipelineError):

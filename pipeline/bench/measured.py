@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
 
-from pipeline.records import Stage
+from pipeline.core.records import Stage
 from pipeline.report.pace import Cost, Limit, find_limit
 
 

@@ -14,7 +14,7 @@ from pipeline.bench import door
 from pipeline.bench.door import answer, say, work_folder
 from pipeline.bench.measured import PipelineBench
 from pipeline.config import Config
-from pipeline.errors import ConfigError, Problem
+from pipeline.core.errors import ConfigError, Problem
 from pipeline.limits import CHOICES
 from pipeline.overrides import compose_config
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from pipeline.report.spent import spent
+from pipeline.core.processes import spent
 
 # One piece of work, known by its number; returns how many images it did.
 Unit = Callable[[int], int]

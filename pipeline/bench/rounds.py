@@ -18,8 +18,8 @@ from pipeline.bench.children import Child, Died, Refused
 from pipeline.bench.records import Measurement, Result, Row
 from pipeline.bench.rows import BATCHES, REFERENCE, for_device
 from pipeline.config import Config
-from pipeline.errors import PipelineError
-from pipeline.records import Parity
+from pipeline.core.errors import PipelineError
+from pipeline.core.records import Parity
 
 # What the reference's child leaves for the others.
 SAMPLE, BANK = "sample.npz", "bank.npz"
@@ -192,8 +192,8 @@ def _parity(work: Path, vectors: Path, reference: Path) -> Parity:
     import numpy as np
     import torch
 
+    from pipeline.core.records import TextBank
     from pipeline.parity import compare
-    from pipeline.records import TextBank
 
     with np.load(work / SAMPLE) as file:
         ids = tuple(map(str, file["ids"]))

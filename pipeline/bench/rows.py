@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from pipeline.bench.records import Row
 from pipeline.config import nearest
-from pipeline.errors import Problem
+from pipeline.core.errors import Problem
 from pipeline.limits import CHOICES, PRECISIONS
 
 # A mode of torch.compile that depends on the device, settled by ``for_device``.

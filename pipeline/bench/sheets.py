@@ -19,7 +19,7 @@ from pipeline.bench.measured import (
     times,
 )
 from pipeline.bench.tables import ABSENT, Table, markdown
-from pipeline.records import Stage
+from pipeline.core.records import Stage
 from pipeline.report.pace import in_words, verdict
 
 # A stage that takes less than this share is not worth a sentence.

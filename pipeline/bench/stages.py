@@ -26,6 +26,8 @@ from pipeline.bench.copies import copy_images, save_model
 from pipeline.bench.race import Race, Unit
 from pipeline.bench.subject import config_from
 from pipeline.config import Config
+from pipeline.core.processes import cores
+from pipeline.core.records import Embeddings, ImageRef, Pixels, Sample, ShardRows, Stage
 from pipeline.dataset.commits import commit_part
 from pipeline.dataset.parts import ShardResult, build_table, part_format
 from pipeline.images.reader import PixelReader
@@ -35,9 +37,7 @@ from pipeline.manifest.source import open_manifest
 from pipeline.models.checkpoint import open_checkpoint
 from pipeline.models.labels import label
 from pipeline.models.text import build_bank, read_labels
-from pipeline.processes import cores
 from pipeline.reading import pixel_reader, worker_threads
-from pipeline.records import Embeddings, ImageRef, Pixels, Sample, ShardRows, Stage
 from pipeline.report.summary import machine
 from pipeline.storage.opening import open_storage
 from pipeline.worker import open_encoder

@@ -21,15 +21,15 @@ from pipeline.backends.parity import embed_sample
 from pipeline.bench.records import Row
 from pipeline.bench.rounds import BANK, SAMPLE
 from pipeline.config import Config
+from pipeline.core.errors import ManifestError
+from pipeline.core.processes import cores
+from pipeline.core.records import Sample, TextBank
 from pipeline.demo import folder as demo
-from pipeline.errors import ManifestError
 from pipeline.images.sample import draw_sample
 from pipeline.manifest.source import open_manifest
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline.models.text import build_bank, read_labels
-from pipeline.processes import cores
 from pipeline.reading import pixel_reader
-from pipeline.records import Sample, TextBank
 from pipeline.report.summary import machine, memory
 from pipeline.worker import open_encoder
 

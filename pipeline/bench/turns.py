@@ -20,9 +20,9 @@ from pipeline.bench.children import Child
 from pipeline.bench.commands import run_command
 from pipeline.bench.measured import PipelineBench, RunRounds, StageRounds
 from pipeline.config import Config
-from pipeline.errors import PipelineError
+from pipeline.core.errors import PipelineError
+from pipeline.core.records import Stage
 from pipeline.overrides import compose_config
-from pipeline.records import Stage
 
 if TYPE_CHECKING:
     from pipeline.bench.pipeline import Plan

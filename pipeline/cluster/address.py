@@ -9,7 +9,7 @@ from distributed import Client
 
 from pipeline.cluster.opening import security
 from pipeline.config import Config
-from pipeline.errors import ClusterUnavailable
+from pipeline.core.errors import ClusterUnavailable
 
 # How long a scheduler may take to answer, in seconds.
 TIMEOUT = 30

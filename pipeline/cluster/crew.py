@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from pipeline.cluster.inline import Inline
 from pipeline.config import Config
-from pipeline.errors import ClusterUnavailable, install_hint
+from pipeline.core.errors import ClusterUnavailable, install_hint
 from pipeline.images.decoders import Decoders
 from pipeline.storage.base import Storage
 

@@ -11,7 +11,7 @@ from distributed import Client
 from pipeline.cluster.cores import VARIABLE, shares
 from pipeline.cluster.opening import open_processes
 from pipeline.config import Config
-from pipeline.errors import ClusterUnavailable
+from pipeline.core.errors import ClusterUnavailable
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 

@@ -26,12 +26,12 @@ from pipeline.cluster.opening import open_cluster
 from pipeline.cluster.order import Order
 from pipeline.cluster.reached import LOST, reached
 from pipeline.config import Config
+from pipeline.core.errors import ClusterLost, ClusterUnavailable
+from pipeline.core.records import Shard, ShardReport
 from pipeline.dataset.commits import FOLDER, read_commit
-from pipeline.errors import ClusterLost, ClusterUnavailable
 from pipeline.images.reader import PixelReader
 from pipeline.members import Member, from_json
 from pipeline.reading import pixel_reader
-from pipeline.records import Shard, ShardReport
 from pipeline.setup import Inputs, Prepared, spec_of
 from pipeline.storage.base import Storage
 from pipeline.worker import Job

@@ -8,7 +8,7 @@ import socket
 import time
 from typing import Any
 
-from pipeline.log_lines import fields_of
+from pipeline.core.log_format import fields_of
 
 # Batches are told of together, at most so often in seconds.
 TOLD = 0.5

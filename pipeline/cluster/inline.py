@@ -9,13 +9,12 @@ from collections.abc import Callable, Generator, Iterable
 from contextlib import ExitStack, closing
 
 from pipeline.config import Config
+from pipeline.core.processes import Spent, cores, spent
+from pipeline.core.records import OK, Shard, ShardReport
 from pipeline.images.decoders import Decoders
 from pipeline.images.reader import PixelReader
 from pipeline.members import Member
-from pipeline.processes import cores
-from pipeline.records import OK, Shard, ShardReport
 from pipeline.report.clocks import StageClocks
-from pipeline.report.spent import Spent, spent
 from pipeline.report.summary import memory
 from pipeline.setup import Engine, Inputs, Prepared, note, open_engine, prepare
 from pipeline.storage.base import Storage

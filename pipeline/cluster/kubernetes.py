@@ -10,7 +10,7 @@ from distributed import Client
 
 from pipeline.cluster.opening import shards_at_once
 from pipeline.config import Config
-from pipeline.errors import ClusterUnavailable, install_hint
+from pipeline.core.errors import ClusterUnavailable, install_hint
 
 
 def pod_settings(config: Config) -> dict[str, Any]:

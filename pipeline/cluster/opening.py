@@ -14,7 +14,7 @@ from distributed.security import Security
 
 from pipeline.cluster.cores import quiet
 from pipeline.config import ClusterConfig, Config
-from pipeline.errors import ClusterUnavailable
+from pipeline.core.errors import ClusterUnavailable
 from pipeline.reading import worker_threads
 
 LOCAL = ("127.0.0.1", "localhost", "::1")

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from distributed.client import ClosedClientError, FutureCancelledError
 from distributed.comm.core import CommClosedError
 
-from pipeline.errors import ClusterLost
+from pipeline.core.errors import ClusterLost
 
 LOST = "the scheduler of the cluster is gone; what was committed stays, and the same command goes on"
 

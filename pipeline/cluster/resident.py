@@ -22,18 +22,18 @@ from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from pipeline.aside import aside
 from pipeline.cluster.forward import Forward, Teller
 from pipeline.cluster.order import Order
-from pipeline.errors import Interrupted, PlanMismatch, WorkerMismatch
+from pipeline.core.concurrency import aside
+from pipeline.core.errors import Interrupted, PlanMismatch, WorkerMismatch
+from pipeline.core.processes import cores
+from pipeline.core.records import OK, Shard, ShardReport, TextBank
 from pipeline.members import Member
-from pipeline.processes import cores
-from pipeline.records import OK, Shard, ShardReport, TextBank
 from pipeline.storage.opening import open_storage
 
 if TYPE_CHECKING:
+    from pipeline.core.processes import Spent
     from pipeline.report.clocks import StageClocks
-    from pipeline.report.spent import Spent
     from pipeline.setup import Engine, Inputs, Prepared
     from pipeline.worker import Job
 
@@ -226,7 +226,7 @@ class Resident:
         import torch
 
         from pipeline import worker
-        from pipeline.report.spent import spent
+        from pipeline.core.processes import spent
 
         if engine.encoder.device.type == "cuda":
             # Opened in another thread, and the current device is each thread's own.

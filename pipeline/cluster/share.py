@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from pipeline.checks import part_of
 from pipeline.config import Config
+from pipeline.core.errors import OutputBusy
 from pipeline.dataset import lease
-from pipeline.errors import OutputBusy
 from pipeline.members import Member, from_json
 from pipeline.report import logs
 from pipeline.storage.base import Storage

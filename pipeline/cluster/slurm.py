@@ -11,7 +11,7 @@ from distributed import Client
 
 from pipeline.cluster.opening import scheduler_options, security, shards_at_once
 from pipeline.config import Config
-from pipeline.errors import ClusterUnavailable, install_hint
+from pipeline.core.errors import ClusterUnavailable, install_hint
 
 
 def make_cluster(config: Config) -> Any:

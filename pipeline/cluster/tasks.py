@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pipeline.cluster import resident
-from pipeline.records import Shard, TextBank
+from pipeline.core.records import Shard, TextBank
 
 if TYPE_CHECKING:
     from pipeline.setup import Prepared

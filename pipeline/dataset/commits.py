@@ -19,15 +19,15 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.addresses import explained
+from pipeline.core.concurrency import in_order
+from pipeline.core.errors import StorageError
+from pipeline.core.failpoints import failpoint
+from pipeline.core.records import ShardReport
 from pipeline.dataset.audit import audit, prefix_of
 from pipeline.dataset.parts import PartFormat, write_part
 from pipeline.dataset.plan import Plan
 from pipeline.dataset.plan import read as read_plan
-from pipeline.errors import StorageError
-from pipeline.failpoints import failpoint
-from pipeline.records import ShardReport
 from pipeline.storage.base import Storage, sha256
-from pipeline.threads import in_order
 
 FOLDER = "_commits"
 SUCCESS = "_SUCCESS"

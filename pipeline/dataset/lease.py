@@ -21,9 +21,9 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import Self
 
-from pipeline.errors import LeaseLost, OutputBusy, StorageError
-from pipeline.failpoints import failpoint
-from pipeline.processes import Process, is_gone, this_process
+from pipeline.core.errors import LeaseLost, OutputBusy, StorageError
+from pipeline.core.failpoints import failpoint
+from pipeline.core.processes import Process, is_gone, this_process
 from pipeline.storage.base import Storage
 from pipeline.storage.local import LocalStorage
 

@@ -16,15 +16,15 @@ from numpy.typing import NDArray
 
 from pipeline.addresses import explained, open_arrow
 from pipeline.config import OUTPUT_COLUMNS
+from pipeline.core.concurrency import AHEAD, in_order
+from pipeline.core.errors import NoDataset, StorageError, UnfinishedDataset
+from pipeline.core.records import OK
 from pipeline.dataset import commits, plan
 from pipeline.dataset.commits import Commit
-from pipeline.errors import NoDataset, StorageError, UnfinishedDataset
-from pipeline.records import OK
 from pipeline.storage.base import Storage
 from pipeline.storage.local import LocalStorage
 from pipeline.storage.opening import open_storage
 from pipeline.storage.retries import retried
-from pipeline.threads import AHEAD, in_order
 
 # About so many bytes of parts are in memory at a time, however large the dataset is; one part always is.
 HELD = 1 << 30

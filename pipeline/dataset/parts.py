@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.records import OK, ShardRows
+from pipeline.core.records import OK, ShardRows
 
 METADATA_KEY = b"pipeline"
 # How the same rows become bytes, for the fingerprints: raise it with every change to what a part's bytes are.

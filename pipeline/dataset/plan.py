@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.errors import PlanMismatch
+from pipeline.core.errors import PlanMismatch
 from pipeline.storage.base import Storage
 
 NAME = "_plan.json"

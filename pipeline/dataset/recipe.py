@@ -10,7 +10,7 @@ from typing import Any
 from pipeline.addresses import is_local, local_path
 from pipeline.checks import check
 from pipeline.config import DEMO_MODEL, Config, value_of
-from pipeline.errors import ConfigError, PlanMismatch
+from pipeline.core.errors import ConfigError, PlanMismatch
 
 # A run may change these at will: the rows are the same, and so must be the plan.
 _OF_THE_RUN = {

@@ -10,11 +10,11 @@ from functools import partial
 from json import loads
 from typing import Any
 
+from pipeline.core.concurrency import in_order
+from pipeline.core.errors import NoDataset, PlanMismatch
 from pipeline.dataset import commits, lease, plan
 from pipeline.dataset.audit import prefix_of
-from pipeline.errors import NoDataset, PlanMismatch
 from pipeline.storage.base import TEMPORARY, Storage
-from pipeline.threads import in_order
 
 BOOKS = {
     *(plan.NAME, commits.SUCCESS, "_report.json", "_report.html", "_run.log", "_parity.json", "_decoder_parity.json"),

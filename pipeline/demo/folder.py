@@ -13,11 +13,11 @@ import pyarrow.parquet as pq
 
 from pipeline.addresses import is_local, local_path, open_arrow
 from pipeline.config import DEMO_MODEL, Config, PromptsConfig
+from pipeline.core.records import PreprocessSpec, Sample
 from pipeline.demo import scenes
 from pipeline.images.preprocess import preprocess
 from pipeline.images.sample import stack
 from pipeline.manifest.source import ROOT_KEY
-from pipeline.records import PreprocessSpec, Sample
 from pipeline.storage.local import LocalStorage
 
 # Far from the seeds of the training.

@@ -16,9 +16,10 @@ from pipeline.cluster.crew import crew_of
 from pipeline.cluster.inline import Inline
 from pipeline.cluster.share import Share
 from pipeline.config import Config
+from pipeline.core.errors import OutputBusy
+from pipeline.core.records import Shard
 from pipeline.dataset import commits, lease
 from pipeline.dataset.parts import part_format
-from pipeline.errors import OutputBusy
 from pipeline.estimate.figures import figures
 from pipeline.estimate.processes import processes_of
 from pipeline.estimate.record import Estimate
@@ -28,7 +29,6 @@ from pipeline.estimate.trial import BATCHES, Trial, try_out
 from pipeline.estimate.words import lines
 from pipeline.images.decoders import Decoders
 from pipeline.manifest.shards import cut
-from pipeline.records import Shard
 from pipeline.report.logs import log_to_terminal
 from pipeline.setup import Inputs, Prepared, open_inputs, spec_of
 from pipeline.storage.base import Storage

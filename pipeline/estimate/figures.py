@@ -9,16 +9,16 @@ from math import sqrt
 from pipeline import measured
 from pipeline.addresses import free_bytes, is_local
 from pipeline.config import Config
+from pipeline.core.errors import ConfigError, OutputBusy, TooManyFailures
+from pipeline.core.processes import cores
+from pipeline.core.records import OK, Clocks, Shard, Stage
+from pipeline.core.run_report import Pace
 from pipeline.dataset.commits import Commit
-from pipeline.errors import ConfigError, OutputBusy, TooManyFailures
 from pipeline.estimate.processes import Processes
 from pipeline.estimate.record import Estimate
 from pipeline.estimate.trial import Mark, Trial
 from pipeline.members import Member
-from pipeline.processes import cores
 from pipeline.reading import worker_threads
-from pipeline.records import OK, Clocks, Shard, Stage
-from pipeline.report.records import Pace
 from pipeline.setup import Prepared
 
 # No machine runs more evenly than this from one run to the next, as a share of the time.

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pipeline.config import Config
-from pipeline.errors import ClusterUnavailable
-from pipeline.processes import cores
+from pipeline.core.errors import ClusterUnavailable
+from pipeline.core.processes import cores
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,10 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from pipeline.config import Config
+from pipeline.core.errors import ManifestError
+from pipeline.core.records import Piece
 from pipeline.dataset import plan
 from pipeline.demo import folder as demo
-from pipeline.errors import ManifestError
-from pipeline.records import Piece
 from pipeline.storage.base import Storage
 
 # Scenes that are rendered for the gates, which look at the first ones, and for the trial.

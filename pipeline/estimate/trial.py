@@ -14,11 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.cluster.inline import Inline
+from pipeline.core.processes import Spent, spent
+from pipeline.core.records import OK, Clocks, Shard
 from pipeline.dataset import commits
 from pipeline.dataset.parts import PartFormat, write_part
 from pipeline.members import Member
-from pipeline.records import OK, Clocks, Shard
-from pipeline.report.spent import Spent, spent
 from pipeline.storage.base import Storage
 
 # Counting begins when the loader's buffers are full, or after so many seconds; then so many seconds, and so many

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from pipeline.core.records import OK
 from pipeline.estimate.record import Estimate
-from pipeline.records import OK
 
 
 def lines(estimate: Estimate) -> Iterator[str]:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any, NoReturn
 
 from pipeline.config import BackendConfig, ParityConfig
-from pipeline.errors import BackendUnavailable
+from pipeline.core.errors import BackendUnavailable
 from pipeline.health.records import Check, Status, Subject
 from pipeline.limits import PRECISIONS
 

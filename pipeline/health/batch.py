@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.config import DEMO_MODEL, Config, LoaderConfig
-from pipeline.errors import ManifestError, ModelError, ParityError, PipelineError, PromptsError
+from pipeline.core.errors import ManifestError, ModelError, ParityError, PipelineError, PromptsError
 from pipeline.health import golden
 from pipeline.health.hub import as_cached
 from pipeline.health.manifest import first_file
@@ -24,10 +24,10 @@ from pipeline.health.records import Check, Status, Subject
 
 if TYPE_CHECKING:
     from pipeline.backends.base import ImageEncoder
+    from pipeline.core.records import Sample, TextBank
     from pipeline.health.sample import Drawn
     from pipeline.manifest.source import Manifest
     from pipeline.models.checkpoint import Checkpoint
-    from pipeline.records import Sample, TextBank
 
 GROUP = golden.GROUP
 # Images that are drawn of the manifest, and labels that are embedded: enough to see that they can be.
@@ -192,9 +192,9 @@ def _images(drawn: Drawn, manifest: Manifest, config: Config) -> Check:
 
 def _bank(config: Config, checkpoint: Checkpoint) -> TextBank | None:
     """Some of the labels, embedded; no cache is asked and none is written."""
+    from pipeline.core.records import TextBank
     from pipeline.demo.folder import prompts_of
     from pipeline.models.text import embed_prompts, read_labels
-    from pipeline.records import TextBank
 
     labels = read_labels(prompts_of(config))
     if not labels.names:

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.config import Config
+from pipeline.core.processes import cores
 from pipeline.health.gpu import has_driver
 from pipeline.health.records import Check, Status, Subject
-from pipeline.processes import cores
 
 GROUP = "processor and memory"
 CGROUPS = Path("/sys/fs/cgroup")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from pipeline.errors import PipelineError
+from pipeline.core.errors import PipelineError
 from pipeline.health.records import Check, Status, Subject
 
 GROUP = "decoders"
@@ -15,13 +15,13 @@ WIDTH, HEIGHT = 1024, 768
 
 def look(subject: Subject) -> Iterator[Check]:
     """Decode one picture by every decoder in this process, and by the job's own as the job does it."""
+    from pipeline.core.records import Failure, PreprocessSpec
     from pipeline.demo.folder import jpeg
     from pipeline.demo.scenes import sample
     from pipeline.images.library import library
     from pipeline.limits import CHOICES
     from pipeline.models.architectures import OPENAI_MEAN, OPENAI_STD
     from pipeline.reading import decoder_of, open_decoders
-    from pipeline.records import Failure, PreprocessSpec
 
     config = subject.job
     data = jpeg(sample(11, 0), WIDTH, HEIGHT)
@@ -70,9 +70,9 @@ def look(subject: Subject) -> Iterator[Check]:
 
 def _gpu(subject: Subject, spec: object, *, wanted: bool) -> Check:
     from pipeline.backends.devices import choose_device
-    from pipeline.errors import BackendUnavailable
+    from pipeline.core.errors import BackendUnavailable
+    from pipeline.core.records import PreprocessSpec
     from pipeline.images.nvidia import NvidiaDecoder
-    from pipeline.records import PreprocessSpec
 
     assert isinstance(spec, PreprocessSpec)
     images = subject.job.images

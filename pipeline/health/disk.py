@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pipeline.addresses import explained, is_local, local_path
 from pipeline.config import Config
-from pipeline.errors import StorageError
+from pipeline.core.errors import StorageError
 from pipeline.health.output import PROBE, nearest_folder
 from pipeline.health.records import Check, Status, Subject, unless_said
 

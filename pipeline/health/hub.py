@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.config import DEMO_MODEL, ModelConfig
-from pipeline.errors import ModelError
+from pipeline.core.errors import ModelError
 from pipeline.health.records import Check, Status, Subject
 from pipeline.models.architectures import ARCHITECTURES
 from pipeline.models.hub import DEMO_FOLDER, WANTED_FILES, find_folder

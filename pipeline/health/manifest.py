@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from pipeline.config import Config, ManifestConfig
-from pipeline.errors import PipelineError
+from pipeline.core.errors import PipelineError
 from pipeline.health.records import Check, Status, Subject, unless_said
 
 GROUP = "manifest"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pipeline.core.records import Failure, Piece, Pixels, Sample, Shard
 from pipeline.images.decode import limit_pixels
 from pipeline.images.reader import PixelReader
 from pipeline.images.sample import stack
 from pipeline.manifest.shards import ShardReader, refs
 from pipeline.manifest.source import Manifest
-from pipeline.records import Failure, Piece, Pixels, Sample, Shard
 
 
 @dataclass(frozen=True, slots=True)

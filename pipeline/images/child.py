@@ -23,10 +23,10 @@ from typing import Any
 
 from PIL import AvifImagePlugin, Image, ImageCms, ImageColor, ImageFile, ImageOps, ImagePalette  # noqa: F401
 
-from pipeline.failpoints import failpoint
+from pipeline.core.failpoints import failpoint
+from pipeline.core.records import Failure, Pixels, PreprocessSpec
 from pipeline.images.decode import EXACT, GLANCE, Decoder, limit_pixels
 from pipeline.images.wire import CRASHED, DONE, OUT_OF_MEMORY, READY, Answer, State, parse_request
-from pipeline.records import Failure, Pixels, PreprocessSpec
 
 PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
 # Address space of the process itself, in bytes, where the system does not tell.

@@ -17,8 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from pipeline.errors import DecoderUnavailable
-from pipeline.failpoints import VARIABLE
+from pipeline.core.errors import DecoderUnavailable
+from pipeline.core.failpoints import VARIABLE
 from pipeline.images.decode import Decoder
 from pipeline.images.shared import seal
 from pipeline.images.wire import READY

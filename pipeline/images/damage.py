@@ -9,7 +9,7 @@ from contextlib import suppress
 
 from PIL import Image
 
-from pipeline.records import Failure
+from pipeline.core.records import Failure
 
 _REFUSED = (
     *(b"%!PS", b"%PDF", b"SIMPLE  =", b"\xd7\xcd\xc6\x9a", b"\xc5\xd0\xd3\xc6", b"<svg", b"<?xml", b"\x89HDF"),

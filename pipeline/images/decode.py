@@ -30,9 +30,9 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
+from pipeline.core.records import Failure, Pixels, PreprocessSpec
 from pipeline.images.damage import damaged, too_large, unidentified
 from pipeline.images.preprocess import preprocess
-from pipeline.records import Failure, Pixels, PreprocessSpec
 
 T = TypeVar("T")
 

@@ -12,11 +12,11 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 
-from pipeline.errors import DecoderUnavailable
+from pipeline.core.errors import DecoderUnavailable
+from pipeline.core.records import Failure, Pixels, PreprocessSpec
 from pipeline.images.children import TICK, Child, Children, nameless_file, never, unavailable
 from pipeline.images.decode import Decoder
 from pipeline.images.wire import CRASHED, DONE, OUT_OF_MEMORY, TIMEOUT, Answer, Nonsense, State, request
-from pipeline.records import Failure, Pixels, PreprocessSpec
 
 # A file of encoded images larger than this is emptied after use, in bytes.
 KEEP = 32 * 2**20

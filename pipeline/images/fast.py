@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image
 from torch.nn.functional import interpolate
 
+from pipeline.core.records import Pixels, PreprocessSpec
 from pipeline.images import jpeg
 from pipeline.images.decode import LARGE_PIXELS, upright
 from pipeline.images.preprocess import centre_crop, is_strip, preprocess, resized_size
-from pipeline.records import Pixels, PreprocessSpec
 
 # Filters of Pillow that torch has too.
 _MODES = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicubic"}

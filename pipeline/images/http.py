@@ -22,9 +22,9 @@ from urllib3.exceptions import SSLError as TLSError
 from urllib3.exceptions import TimeoutError as RequestTimeout
 from urllib3.util import Url, parse_url
 
+from pipeline.core.records import Failure
 from pipeline.images.hosts import AddressNotAllowed, NoConnection, pools, seconds_left, set_deadline
 from pipeline.images.network import Network
-from pipeline.records import Failure
 
 if TYPE_CHECKING:
     from urllib3 import BaseHTTPResponse

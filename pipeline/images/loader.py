@@ -31,7 +31,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from pipeline.failpoints import failpoint
+from pipeline.core.failpoints import failpoint
+from pipeline.core.records import Failure, ImageBatch, ImageRef, Pixels, Shard, ShardRows, Stage
 from pipeline.images.ahead import POLL, Ahead
 from pipeline.images.children import Abandoned
 from pipeline.images.decode import limit_pixels
@@ -41,7 +42,6 @@ from pipeline.images.slots import new_slot
 from pipeline.images.wire import CHUNK
 from pipeline.manifest.shards import ShardReader, refs
 from pipeline.manifest.source import Manifest
-from pipeline.records import Failure, ImageBatch, ImageRef, Pixels, Shard, ShardRows, Stage
 
 # Finished shards that may wait for the consumer: they hold no buffer, so nothing else would stop a run
 # whose images all fail from reading the whole manifest into memory.
@@ -100,7 +100,7 @@ class Loader:
         in_flight: batches that may be in the encoder's hands at once.
         device: where the pixels are wanted.
         timer: called with a stage and seconds, from any thread.
-        once: whether images of a shard with the same bytes come once, see :class:`~pipeline.records.ShardRows`.
+        once: whether images of a shard with the same bytes come once, see :class:`~pipeline.core.records.ShardRows`.
     """
 
     def __init__(

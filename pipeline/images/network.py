@@ -7,7 +7,7 @@ import threading
 import time
 from collections import OrderedDict
 
-from pipeline.errors import StorageError
+from pipeline.core.errors import StorageError
 from pipeline.images.hosts import AddressNotAllowed, NoConnection, connect, set_deadline
 
 # Hosts one after the other where nobody was there, before the network is suspected.

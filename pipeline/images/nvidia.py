@@ -26,10 +26,10 @@ from typing import Any, Protocol
 
 import torch
 
-from pipeline.errors import BackendUnavailable, install_hint
+from pipeline.core.errors import BackendUnavailable, install_hint
+from pipeline.core.records import PreprocessSpec
 from pipeline.images.baseline import Baseline, baseline
 from pipeline.images.resample import FILTERS, resample
-from pipeline.records import PreprocessSpec
 
 CHUNK = 64
 # Larger images are left to the CPU, where giants take turns.

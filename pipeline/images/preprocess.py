@@ -7,7 +7,7 @@ import math
 import numpy as np
 from PIL import Image
 
-from pipeline.records import Pixels, PreprocessSpec
+from pipeline.core.records import Pixels, PreprocessSpec
 
 # Of a strip this much longer than it is wide, only what the crop shows is resized: a picture of
 # 1 x 100,000 pixels would otherwise grow to 224 x 22,400,000.

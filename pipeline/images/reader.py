@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from pipeline.failpoints import failpoint
+from pipeline.core.failpoints import failpoint
+from pipeline.core.records import Failure, ImageRef, Pixels, PreprocessSpec, Stage
 from pipeline.images.children import Abandoned, never
 from pipeline.images.decode import EXACT, Decoder
 from pipeline.images.decoders import Decoders
 from pipeline.images.sources import Source
 from pipeline.images.wire import CHUNK
-from pipeline.records import Failure, ImageRef, Pixels, PreprocessSpec, Stage
 
 if TYPE_CHECKING:
     from pipeline.images.nvidia import NvidiaDecoder

@@ -20,8 +20,8 @@ from functools import lru_cache
 import torch
 from PIL import Image
 
+from pipeline.core.records import PreprocessSpec
 from pipeline.images.preprocess import _corner, resized_size
-from pipeline.records import PreprocessSpec
 
 # Sides of the padded pictures are multiples of this: pictures of nearly one size go together.
 STEP = 256

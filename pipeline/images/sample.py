@@ -9,11 +9,11 @@ from itertools import islice
 import numpy as np
 import torch
 
+from pipeline.core.records import Failure, ImageRef, Piece, Pixels, Sample, Shard
 from pipeline.images.decode import limit_pixels
 from pipeline.images.reader import PixelReader
 from pipeline.manifest.shards import ShardReader, refs
 from pipeline.manifest.source import Manifest
-from pipeline.records import Failure, ImageRef, Piece, Pixels, Sample, Shard
 
 # Row groups among which the pictures are spread. Only their first rows are looked at: to reach a later row
 # of a column of images means to read all before it.

@@ -20,9 +20,9 @@ import fsspec
 
 from pipeline.addresses import filesystem, from_driver, is_local, local_path, scheme_of
 from pipeline.checks import WRAPPERS
-from pipeline.errors import StorageError
+from pipeline.core.errors import StorageError
+from pipeline.core.records import Failure, ImageRef
 from pipeline.images.http import SCHEMES, Fetcher
-from pipeline.records import Failure, ImageRef
 
 # What says that the machine is broken, and nothing about the image.
 _BROKEN = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN)

@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.core.records import Failure, Pixels, PreprocessSpec
 from pipeline.images.shared import cannot_shrink, shared
-from pipeline.records import Failure, Pixels, PreprocessSpec
 
 # Images of one request at most.
 CHUNK = 8

@@ -6,8 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from pipeline.aside import own_exit_code
-from pipeline.errors import Interrupted, PipelineError
+from pipeline.core.concurrency import own_exit_code
+from pipeline.core.errors import Interrupted, PipelineError
 
 EXAMPLES = """\
 examples:

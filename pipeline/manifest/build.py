@@ -19,7 +19,7 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
 from pipeline.addresses import from_here, is_local, local_path, open_file
-from pipeline.errors import ManifestError, StorageError
+from pipeline.core.errors import ManifestError, StorageError
 from pipeline.manifest.source import ROOT_KEY
 from pipeline.storage.opening import open_storage
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.addresses import filesystem, from_driver, from_here, is_local, local_path, no_driver
 from pipeline.config import nearest
-from pipeline.errors import ManifestError
+from pipeline.core.errors import ManifestError
 
 
 def find_files(path: str) -> list[str]:

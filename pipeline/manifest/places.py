@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pipeline.addresses import is_local, local_path
 from pipeline.config import Config
-from pipeline.errors import ManifestError
+from pipeline.core.errors import ManifestError
 from pipeline.manifest.source import Manifest
 
 

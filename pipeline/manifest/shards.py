@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.addresses import open_arrow
-from pipeline.errors import ManifestError
+from pipeline.core.errors import ManifestError
+from pipeline.core.records import ImageRef, Piece, Shard
 from pipeline.manifest.source import Manifest
-from pipeline.records import ImageRef, Piece, Shard
 
 # Rows read at a time. Encoded images are large, so a batch of them is kept small.
 PATH_ROWS = 512

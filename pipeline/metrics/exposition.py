@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.errors import install_hint
+from pipeline.core.errors import install_hint
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry

@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from pipeline.core.run_report import RunReport
 from pipeline.metrics.exposition import Metric, by, one
-from pipeline.report.records import RunReport
 
 PREFIX = "clip_pipeline"
 SUCCESS = "last_success_timestamp_seconds"

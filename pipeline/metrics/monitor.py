@@ -12,13 +12,13 @@ from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from pipeline.aside import aside
 from pipeline.config import Config
-from pipeline.errors import ConfigError, OutputBusy, Problem, exit_code_of
+from pipeline.core.concurrency import aside
+from pipeline.core.errors import ConfigError, OutputBusy, Problem, exit_code_of
+from pipeline.core.run_report import RunReport
 from pipeline.metrics import exposition, spans
 from pipeline.metrics.figures import PREFIX, SUCCESS, Figures
 from pipeline.report.logs import log_to_terminal
-from pipeline.report.records import RunReport
 
 # How often the file is written anew, and how long a Pushgateway may take, in seconds.
 REFRESH_SECONDS = 15.0

@@ -13,10 +13,10 @@ from concurrent.futures import TimeoutError as LateError
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from pipeline.aside import aside
-from pipeline.errors import exit_code_of, install_hint
-from pipeline.log_lines import shard_of
-from pipeline.records import OK, ShardReport
+from pipeline.core.concurrency import aside
+from pipeline.core.errors import exit_code_of, install_hint
+from pipeline.core.log_format import shard_of
+from pipeline.core.records import OK, ShardReport
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter

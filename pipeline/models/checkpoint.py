@@ -16,13 +16,13 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokeniz
 from transformers import logging as transformers_logging
 
 from pipeline.config import ModelConfig
-from pipeline.errors import ModelError
+from pipeline.core.errors import ModelError
+from pipeline.core.log_format import silence
+from pipeline.core.records import PreprocessSpec
 from pipeline.models.architectures import ARCHITECTURES
 from pipeline.models.hub import DEMO_FOLDER, find_folder
 from pipeline.models.preprocessor import read_spec, to_spec
 from pipeline.models.trust import check_config, check_weights
-from pipeline.records import PreprocessSpec
-from pipeline.silences import silence
 from pipeline.storage.base import sha256
 
 

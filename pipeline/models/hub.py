@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pipeline.addresses import from_here
 from pipeline.config import DEMO_MODEL, ModelConfig
-from pipeline.errors import ModelError
+from pipeline.core.errors import ModelError
 
 DEMO_FOLDER = Path(__file__).resolve().parent.parent / "demo" / "model"
 WANTED_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.records import Embeddings, Labels, TextBank
+from pipeline.core.records import Embeddings, Labels, TextBank
 
 # So few labels are sorted whole in less time than it takes to select the best of them and to look for ties. Measured on
 # a CPU for the best 5, microseconds a row in batches of 64 and of 512: of 10 labels 0.17 and 0.10 against 0.57 and

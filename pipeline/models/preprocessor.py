@@ -1,4 +1,4 @@
-"""A checkpoint's ``preprocessor_config.json`` as a :class:`~pipeline.records.PreprocessSpec`."""
+"""A checkpoint's ``preprocessor_config.json`` as a :class:`~pipeline.core.records.PreprocessSpec`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import ModelError
+from pipeline.core.errors import ModelError
+from pipeline.core.records import PreprocessSpec
 from pipeline.models.architectures import CLIP_PREPROCESSOR, SIGLIP_PREPROCESSOR
-from pipeline.records import PreprocessSpec
 
 # What transformers' image processors assume where the file says nothing.
 _DEFAULTS = {"clip": CLIP_PREPROCESSOR, "chinese_clip": CLIP_PREPROCESSOR, "siglip": SIGLIP_PREPROCESSOR}

@@ -1,4 +1,4 @@
-"""Prompts in, a :class:`~pipeline.records.TextBank` out: embedded once in fp32, then cached on disk."""
+"""Prompts in, a :class:`~pipeline.core.records.TextBank` out: embedded once in fp32, then cached on disk."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from safetensors.numpy import save as save_safetensors
 
 from pipeline.addresses import from_here
 from pipeline.config import LabelsConfig, PromptsConfig
-from pipeline.errors import PromptsError, StorageError
+from pipeline.core.errors import PromptsError, StorageError
+from pipeline.core.records import TextBank
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.records import TextBank
 from pipeline.storage.base import Storage
 from pipeline.storage.opening import open_storage
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from pipeline.core.records import PreprocessSpec
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.records import PreprocessSpec
 
 # The children of transformers' dual encoders that only one half uses.
 TEXT_MODULES = ("text_model", "text_projection")

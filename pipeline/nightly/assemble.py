@@ -16,15 +16,15 @@ from numpy.typing import NDArray
 
 from pipeline.addresses import explained, open_arrow
 from pipeline.config import OUTPUT_COLUMNS
+from pipeline.core.concurrency import in_order
+from pipeline.core.errors import StorageError
 from pipeline.dataset import commits, lease, plan
 from pipeline.dataset.parts import METADATA_KEY, PartFormat
-from pipeline.errors import StorageError
 from pipeline.manifest.source import Manifest
 from pipeline.nightly.records import Kind
 from pipeline.nightly.rows import Taken, read_rows, rechunk
 from pipeline.nightly.store import share
 from pipeline.storage.base import Storage
-from pipeline.threads import in_order
 
 
 @dataclass(frozen=True, slots=True)

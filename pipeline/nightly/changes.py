@@ -10,9 +10,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.errors import install_hint
+from pipeline.core.errors import install_hint
+from pipeline.core.processes import cores
 from pipeline.nightly.records import Kind, NightError
-from pipeline.processes import cores
 
 # DuckDB holds so much, and writes the rest to its folder.
 MEMORY = "2GB"

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from pipeline.config import Config, LogConfig
-from pipeline.errors import ConfigError, Interrupted, PipelineError, Problem, TooManyFailures
-from pipeline.log_lines import JsonLines, ending, new_run
+from pipeline.core.errors import ConfigError, Interrupted, PipelineError, Problem, TooManyFailures
+from pipeline.core.log_format import JsonLines, ending, new_run
 from pipeline.nightly.records import PARTITION, SNAPSHOT, Night, Wanted
 from pipeline.nightly.tell import ping, write_textfile
 from pipeline.overrides import compose_config

@@ -12,10 +12,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.addresses import is_local, local_path, open_arrow, scheme_of
+from pipeline.core.concurrency import in_order
+from pipeline.core.processes import cores
 from pipeline.manifest.source import Manifest, ManifestFile
 from pipeline.nightly.records import NightError
-from pipeline.processes import cores
-from pipeline.threads import in_order
 
 AUTO, STAT, BYTES = "auto", "stat", "bytes"
 # Columns that auto takes, the first that are there.

@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config import Config
+from pipeline.core.errors import PlanMismatch, ShardsGivenUp, TooManyFailures
 from pipeline.dataset import lease, plan
 from pipeline.dataset.opened import Dataset, open_dataset
 from pipeline.dataset.parts import part_format
 from pipeline.dataset.recipe import recipe_of
-from pipeline.errors import PlanMismatch, ShardsGivenUp, TooManyFailures
 from pipeline.manifest.shards import count_shards
 from pipeline.manifest.source import Manifest, open_manifest
 from pipeline.nightly import embed

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 
-from pipeline.errors import PipelineError
+from pipeline.core.errors import PipelineError
 
 # Names within a store of nights.
 WORK, MANIFESTS, RUNS = "_work", "_manifests", "runs.parquet"

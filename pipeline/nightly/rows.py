@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from pipeline.addresses import explained, open_arrow
 from pipeline.config import OUTPUT_COLUMNS
+from pipeline.core.concurrency import in_order
 from pipeline.dataset.commits import Commit
 from pipeline.dataset.opened import Dataset
 from pipeline.dataset.parts import METADATA_KEY
@@ -23,7 +24,6 @@ from pipeline.dataset.plan import source_of
 from pipeline.manifest.source import Manifest
 from pipeline.nightly.content import FEW_ROWS, MANY_ROWS, scan
 from pipeline.storage.base import Storage
-from pipeline.threads import in_order
 
 # Parts of the night before that stay in memory, in bytes of Arrow.
 KEPT_BYTES = 256 << 20

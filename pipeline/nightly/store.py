@@ -17,8 +17,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.addresses import explained
+from pipeline.core.errors import StorageError
 from pipeline.dataset.commits import SUCCESS
-from pipeline.errors import StorageError
 from pipeline.nightly.records import MANIFESTS, NIGHT, RUNS, WORK, Night
 from pipeline.storage.base import Storage
 from pipeline.storage.local import LocalStorage, sync

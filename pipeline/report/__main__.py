@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.addresses import explained
-from pipeline.aside import own_exit_code
-from pipeline.errors import Interrupted, PipelineError
+from pipeline.core.concurrency import own_exit_code
+from pipeline.core.errors import Interrupted, PipelineError
 
 EXAMPLES = """\
 examples:
@@ -68,9 +68,9 @@ def _write(options: argparse.Namespace) -> None:
 
 def _report(url: str) -> dict[str, Any]:
     """The report of a dataset."""
+    from pipeline.core.errors import NoDataset
     from pipeline.dataset.plan import read
     from pipeline.dataset.recipe import config_of
-    from pipeline.errors import NoDataset
     from pipeline.report.found import report_of
     from pipeline.storage.opening import open_storage
 

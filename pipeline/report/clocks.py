@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pipeline.records import Clocks, Timeline
+from pipeline.core.records import Clocks, Timeline
 from pipeline.report.timeline import IMAGES, Slices
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from markupsafe import Markup
 
-from pipeline.records import OK
+from pipeline.core.records import OK
 from pipeline.report.pace import WAITS, in_words
 from pipeline.report.page import environment, place_of, settings, timeline_of, when
 from pipeline.report.plots import bare, clock

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.errors import StorageError
+from pipeline.core.errors import StorageError
 from pipeline.storage.base import Storage
 
 REPORT, NIGHT = "_report.json", "_night.json"
@@ -20,7 +20,7 @@ _ABSENT: dict[str, Any] = {
 
 
 def report_of(storage: Storage, *, config: Mapping[str, Any], fingerprints: Mapping[str, Any]) -> dict[str, Any]:
-    """The report of the dataset at ``storage``, with every field of :class:`~pipeline.records.RunReport`.
+    """The report of the dataset at ``storage``, with every field of :class:`~pipeline.core.records.RunReport`.
 
     ``config`` and ``fingerprints`` are those of its plan, for where the report holds none.
 

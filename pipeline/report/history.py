@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.records import OK
+from pipeline.core.records import OK
 
 # Runs that a report remembers besides its own.
 KEPT = 20

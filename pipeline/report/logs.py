@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from pipeline.addresses import explained
 from pipeline.config import Config, LogConfig
-from pipeline.errors import StorageError
-from pipeline.log_lines import JsonLines, ending
+from pipeline.core.errors import StorageError
+from pipeline.core.log_format import JsonLines, ending
 from pipeline.storage.base import Storage
 from pipeline.storage.local import LocalStorage
 

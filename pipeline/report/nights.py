@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from markupsafe import Markup
 
 from pipeline.addresses import explained, filesystem, open_arrow
-from pipeline.errors import NoDataset, StorageError
+from pipeline.core.errors import NoDataset, StorageError
 from pipeline.report.page import environment
 from pipeline.report.plots import bare
 from pipeline.report.summary import in_words_of_time

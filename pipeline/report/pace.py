@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pipeline.records import Clocks, Stage
-from pipeline.report.records import Pace, StagePace
-from pipeline.report.spent import Spent
+from pipeline.core.processes import Spent
+from pipeline.core.records import Clocks, Stage
+from pipeline.core.run_report import Pace, StagePace
 
 # What the process spent outside of every stage's clock.
 OTHER = "other"

@@ -13,11 +13,11 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 
 from pipeline.config import Config
-from pipeline.records import OK, Timeline
+from pipeline.core.records import OK, Timeline
+from pipeline.core.run_report import RunReport
 from pipeline.report import plots
 from pipeline.report.history import in_short
 from pipeline.report.pace import WAITS, in_words
-from pipeline.report.records import RunReport
 from pipeline.report.scores import Row
 from pipeline.report.statuses import HINTS
 from pipeline.report.summary import DatasetSummary, Failed, headline, in_words_of_time

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from markupsafe import Markup
 
-from pipeline.records import Stage, Timeline
+from pipeline.core.records import Stage, Timeline
 from pipeline.report.svg import INK, LINE, SERIES, SOFT, WAIT, new_figure, plot
 from pipeline.report.timeline import IMAGES
 

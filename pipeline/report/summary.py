@@ -1,4 +1,4 @@
-"""From clocks and a finished dataset to a :class:`~pipeline.records.RunReport`."""
+"""From clocks and a finished dataset to a :class:`~pipeline.core.records.RunReport`."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.addresses import open_arrow
-from pipeline.errors import StorageError
-from pipeline.records import OK, Clocks, Stage
+from pipeline.core.concurrency import in_order
+from pipeline.core.errors import StorageError
+from pipeline.core.records import OK, Clocks, Stage
 from pipeline.report.scores import Extremes, Row, Scores
 from pipeline.storage.opening import open_storage
-from pipeline.threads import in_order
 
 PACKAGES = ("torch", "transformers", "tokenizers", "pillow", "pyarrow", "numpy", "hydra-core", "fsspec")
 # The encoder waits for images more than this share of its time: then the loader sets the pace.

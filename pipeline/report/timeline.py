@@ -6,7 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
-from pipeline.records import Timeline
+from pipeline.core.records import Timeline
 
 # A slice has this many seconds at first, and twice as many whenever there are more slices than these.
 FINEST = 0.25

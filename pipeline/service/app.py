@@ -20,9 +20,9 @@ from starlette.requests import ClientDisconnect
 
 import pipeline
 from pipeline.config import Config
-from pipeline.errors import exit_code_of
-from pipeline.log_lines import ending, new_run
-from pipeline.records import OK, Failure
+from pipeline.core.errors import exit_code_of
+from pipeline.core.log_format import ending, new_run
+from pipeline.core.records import OK, Failure
 from pipeline.report.logs import library_messages, log_to_terminal
 from pipeline.results import Labelling
 from pipeline.service.bodies import Asked, Image, read_asked

@@ -23,6 +23,8 @@ from pipeline.backends.devices import choose_device
 from pipeline.backends.parity import check, exact_rows, is_reference
 from pipeline.backends.streams import count_streams, keep_memory
 from pipeline.config import Config
+from pipeline.core.processes import cores
+from pipeline.core.records import Failure, ImageRef, Parity, Pixels, PreprocessSpec, Sample, TextBank
 from pipeline.demo.folder import rendered_sample
 from pipeline.images.library import library
 from pipeline.images.reader import PixelReader
@@ -30,9 +32,7 @@ from pipeline.images.sample import draw_sample
 from pipeline.images.sources import Source
 from pipeline.manifest.source import open_manifest
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
-from pipeline.processes import cores
 from pipeline.reading import decoder_of, open_decoders, pixel_reader, worker_threads
-from pipeline.records import Failure, ImageRef, Parity, Pixels, PreprocessSpec, Sample, TextBank
 from pipeline.results import Labelling, memory_explained
 from pipeline.service.forward import Forward, Picture, Row
 from pipeline.service.texts import Texts
@@ -98,7 +98,7 @@ def open_engine(config: Config, opened: ExitStack, *, timer: Timer, texts: Calla
         texts: told where text features came from.
 
     Raises:
-        PipelineError: one of :mod:`pipeline.errors`; a missed parity is a ParityError.
+        PipelineError: one of :mod:`pipeline.core.errors`; a missed parity is a ParityError.
     """
     # A decoder has no longer than the request that waits for it.
     seconds = min(config.loader.decode_seconds, config.serve.timeout_seconds)

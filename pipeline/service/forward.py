@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 
 from pipeline.backends.base import ImageEncoder
 from pipeline.backends.order import in_order, turned
-from pipeline.errors import NumericalError
+from pipeline.core.errors import NumericalError
+from pipeline.core.records import Embeddings
 from pipeline.images.padding import repeats_on
 from pipeline.images.slots import Slot, new_slot
 from pipeline.models.labels import label
-from pipeline.records import Embeddings
 from pipeline.results import PROVED_SHARDS, UNIT_TOLERANCE, Labelling, memory_explained
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import uvicorn
 
 from pipeline.config import Config
-from pipeline.errors import ConfigError, Problem, exit_code_of
-from pipeline.log_lines import ending
+from pipeline.core.errors import ConfigError, Problem, exit_code_of
+from pipeline.core.log_format import ending
 from pipeline.service.app import build
 from pipeline.service.patience import Server
 from pipeline.service.service import Service

@@ -14,10 +14,10 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.aside import aside
 from pipeline.config import Config
-from pipeline.errors import DecoderUnavailable
-from pipeline.records import OK, Failure, Pixels
+from pipeline.core.concurrency import aside
+from pipeline.core.errors import DecoderUnavailable
+from pipeline.core.records import OK, Failure, Pixels
 from pipeline.results import Labelling
 from pipeline.service.admission import Admission
 from pipeline.service.batching import Batcher

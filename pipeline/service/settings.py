@@ -6,7 +6,7 @@ import os
 import shlex
 
 from pipeline.config import Config
-from pipeline.errors import ConfigError, PipelineError, Problem, install_hint
+from pipeline.core.errors import ConfigError, PipelineError, Problem, install_hint
 from pipeline.limits import AUTO
 from pipeline.overrides import compose_config
 

@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.config import Config
+from pipeline.core.records import TextBank
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.text import LabelSet, build_bank, embed_prompts
-from pipeline.records import TextBank
 from pipeline.results import Labelling
 
 _Value = TypeVar("_Value")

@@ -12,8 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pipeline.addresses import explained
-from pipeline.failpoints import failpoint
-from pipeline.processes import cores, has_process
+from pipeline.core.failpoints import failpoint
+from pipeline.core.processes import cores, has_process
 from pipeline.storage.base import LIVE, TEMPORARY, Entry, Storage, sha256
 
 # A writer on another machine is taken for dead after a day.

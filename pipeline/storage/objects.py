@@ -27,7 +27,7 @@ from fsspec.config import conf
 from fsspec.core import url_to_fs
 
 from pipeline.addresses import explained, is_s3, scheme_of
-from pipeline.failpoints import failpoint
+from pipeline.core.failpoints import failpoint
 from pipeline.storage import retries
 from pipeline.storage.base import TEMPORARY, Entry, Storage, sha256
 from pipeline.storage.retries import exists_already, retried

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, stop_after_delay
 from tenacity.wait import wait_random_exponential
 
-from pipeline.errors import StorageError
+from pipeline.core.errors import StorageError
 
 # With one request of five failing, eight tries in a row fail once in 400,000 times.
 TRIES = 8

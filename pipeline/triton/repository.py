@@ -20,7 +20,7 @@ from pipeline.addresses import explained
 from pipeline.artifacts.graphs import GRAPH
 from pipeline.artifacts.store import Artifact
 from pipeline.config import ImagesConfig
-from pipeline.errors import ArtifactError, ConfigError
+from pipeline.core.errors import ArtifactError, ConfigError
 from pipeline.models.checkpoint import FAMILIES, Checkpoint
 from pipeline.storage.local import appearing
 from pipeline.triton import client

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.addresses import is_local, local_path
-from pipeline.errors import ArtifactError, Problem
+from pipeline.core.errors import ArtifactError, Problem
 from pipeline.triton.pbtxt import Name
 
 # ONNX's TensorProto.DataType by Triton's names (onnxruntime_backend, ConvertFromOnnxDataType).

@@ -21,8 +21,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.addresses import explained
+from pipeline.core.errors import ConfigError, Problem, install_hint
 from pipeline.dataset.opened import Dataset, vectors_of
-from pipeline.errors import ConfigError, Problem, install_hint
 from pipeline.storage.local import appearing
 from pipeline.vectors.index import LEAST, LISTS, TRAINED, faiss_or_told, spread
 from pipeline.vectors.places import within

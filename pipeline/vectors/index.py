@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.addresses import explained
+from pipeline.core.errors import ArtifactError, ConfigError, ModelError, Problem, StorageError, install_hint
 from pipeline.dataset.opened import Dataset, vectors_of
-from pipeline.errors import ArtifactError, ConfigError, ModelError, Problem, StorageError, install_hint
 from pipeline.storage.local import LocalStorage
 from pipeline.vectors.search import Found, nearest, rescore, without
 

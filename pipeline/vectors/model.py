@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Config, ModelConfig
+from pipeline.core.errors import ConfigError, ModelError, Problem, PromptsError
 from pipeline.dataset.opened import Dataset
 from pipeline.dataset.recipe import config_of
-from pipeline.errors import ConfigError, ModelError, Problem, PromptsError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -87,11 +87,11 @@ def embed_image(checkpoint: Checkpoint, config: Config, path: Path) -> NDArray[n
     import numpy as np
     import torch
 
+    from pipeline.core.records import Failure, ImageRef
     from pipeline.images.reader import PixelReader
     from pipeline.images.sources import Source
     from pipeline.models.towers import ImageTower, Normaliser
     from pipeline.reading import decoder_of, open_decoders
-    from pipeline.records import Failure, ImageRef
 
     images, loader = config.images, dataclasses.replace(config.loader, workers=1)
     spec = dataclasses.replace(checkpoint.spec, corner=images.crop_corner)

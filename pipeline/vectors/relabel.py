@@ -18,27 +18,26 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.config import Config
+from pipeline.core.concurrency import in_order
+from pipeline.core.errors import PromptsError
+from pipeline.core.failpoints import failpoint
+from pipeline.core.processes import cores, spent
+from pipeline.core.records import OK, Embeddings, Failure, Shard, ShardReport, ShardRows, Stage, TextBank
 from pipeline.dataset import commits, lease, plan
 from pipeline.dataset.commits import Commit
 from pipeline.dataset.opened import Dataset, vectors_of
 from pipeline.dataset.parts import LAYOUT, PartFormat, ShardResult, build_table, count_statuses, part_format
 from pipeline.dataset.recipe import recipe_of
 from pipeline.drawing import PAGE, redraw, try_to_publish
-from pipeline.errors import PromptsError
-from pipeline.failpoints import failpoint
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.labels import label
 from pipeline.models.text import build_bank
-from pipeline.processes import cores
-from pipeline.records import OK, Embeddings, Failure, Shard, ShardReport, ShardRows, Stage, TextBank
 from pipeline.report import summary
 from pipeline.report.clocks import StageClocks
 from pipeline.report.logs import log_to, log_to_terminal
 from pipeline.report.progress import Progress
-from pipeline.report.spent import spent
 from pipeline.storage.base import Storage
 from pipeline.storage.opening import open_storage
-from pipeline.threads import in_order
 from pipeline.vectors.model import labels_of, open_model
 from pipeline.vectors.told import REPORT, RelabelReport, say
 
@@ -68,7 +67,7 @@ def relabel(source: Dataset, config: Config, *, began: float | None = None) -> R
     ``output.dir``.
 
     Raises:
-        PipelineError: one of :mod:`pipeline.errors`, each with its exit code.
+        PipelineError: one of :mod:`pipeline.core.errors`, each with its exit code.
     """
     storage = open_storage(config.output.dir)
     config = dataclasses.replace(config, output=dataclasses.replace(config.output, dir=storage.url))

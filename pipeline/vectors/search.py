@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from pipeline.core.errors import ConfigError, NumericalError, Problem
 from pipeline.dataset.commits import Commit
 from pipeline.dataset.opened import Dataset, vectors_of
-from pipeline.errors import ConfigError, NumericalError, Problem
 
 # float32 products of vectors of length 1 are off by less; what comes as near to the last place is computed again.
 MARGIN = 1e-4

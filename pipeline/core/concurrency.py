@@ -6,8 +6,9 @@ import os
 import select
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
@@ -75,3 +76,32 @@ def _unread() -> bool:
     except (OSError, ValueError, AttributeError):
         return False
     return gone
+
+
+# For each thread so many things are begun or done before their turn; what waits is bounded, however many there are.
+AHEAD = 4
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+def in_order(
+    work: Callable[[_Item], _Result], items: Iterable[_Item], *, threads: int
+) -> Generator[_Result, None, None]:
+    """What ``work`` returns for every item, in the items' order, done by so many threads.
+
+    Raises:
+        Exception: the first of ``work``'s, in order; what was not begun by then is not done.
+    """
+    waiting: deque[Future[_Result]] = deque()
+    pool = ThreadPoolExecutor(threads)
+    try:
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) > AHEAD * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        # Without waiting: a generator that was left in the middle ends wherever the garbage is collected, which may be
+        # a thread that is just starting, and that can join no other.
+        pool.shutdown(wait=False, cancel_futures=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pipeline.records import Parity, Timeline
+from pipeline.core.records import Parity, Timeline
 
 
 @dataclass(frozen=True, slots=True)

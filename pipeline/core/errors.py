@@ -15,7 +15,7 @@ from pathlib import Path
 
 def install_hint(extra: str) -> str:
     """The command that installs an extra of this package: from the checkout that runs, or from the index."""
-    checkout = Path(__file__).resolve().parent.parent
+    checkout = Path(__file__).resolve().parents[2]
     if not (checkout / "constraints.txt").is_file():
         return f"pip install 'clip-pipeline[{extra}]'"
     if checkout == Path.cwd():

@@ -1,0 +1,1 @@
+"""Records, errors, concurrency, processes, failpoints and the format of log lines."""

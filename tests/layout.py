@@ -1,0 +1,41 @@
+"""``python -m tests.layout`` writes the levels of the packages into ``CONTRIBUTING.md``."""
+
+from __future__ import annotations
+
+import ast
+import re
+
+from tests.conftest import ROOT
+from tests.test_architecture import COMMANDS, COMMANDS_LEVEL, LEVELS, PACKAGE
+
+PAGE = ROOT / "CONTRIBUTING.md"
+HEAD = "| level | package | contents |\n| ---: | --- | --- |\n"
+_TABLE = re.compile(re.escape(HEAD) + r"(?:\|[^\n]*\n)*")
+
+
+def contents(package: str) -> str:
+    """The first sentence of the docstring of a package."""
+    doc = ast.get_docstring(ast.parse((PACKAGE / package / "__init__.py").read_text())) or ""
+    return doc.splitlines()[0].removesuffix(".")
+
+
+def table() -> str:
+    """The packages, lowest level first."""
+    rows = [
+        f"| {level} | `{name}/` | {contents(name)} |\n" for name, level in sorted(LEVELS.items(), key=lambda x: x[::-1])
+    ]
+    commands = ", ".join(f"`{name}.py`" for name in sorted(COMMANDS))
+    return (
+        HEAD
+        + "".join(rows)
+        + f"| {COMMANDS_LEVEL} | {commands} | Commands; those of a package are its `__main__.py` |\n"
+    )
+
+
+def page(text: str) -> str:
+    """The page with the table of today."""
+    return _TABLE.sub(lambda _: table(), text)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(PAGE.read_text()))
