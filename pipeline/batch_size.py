@@ -24,7 +24,7 @@ from pipeline.backends.base import ImageEncoder
 from pipeline.backends.devices import choose, out_of_memory
 from pipeline.backends.pace import Clock, images_per_second
 from pipeline.backends.streams import count_streams
-from pipeline.config import BackendConfig, Config
+from pipeline.config.schema import BackendConfig, Config
 from pipeline.core.errors import BackendUnavailable, StorageError
 from pipeline.core.processes import cores
 from pipeline.dataset import plan

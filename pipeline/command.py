@@ -6,7 +6,7 @@ import runpy
 import sys
 from collections.abc import Mapping
 
-from pipeline.config import nearest
+from pipeline.config.schema import nearest
 
 # Every door and its module, which does what ``python -m MODULE`` does.
 DOORS: Mapping[str, str] = {

@@ -10,8 +10,8 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 
-from pipeline.command_line import showable
-from pipeline.config import Config
+from pipeline.config.options import showable
+from pipeline.config.schema import Config
 from pipeline.core.concurrency import own_exit_code
 from pipeline.core.errors import ConfigError, Interrupted, PipelineError
 from pipeline.health.child import to_json
@@ -107,7 +107,7 @@ def _compose(overrides: Sequence[str]) -> tuple[Config | None, list[Check]]:
     """The job's config; None where it has problems, with a line for each."""
     group = "config"
     try:
-        from pipeline.overrides import compose_config
+        from pipeline.config.compose import compose_config
 
         config = compose_config(overrides)
     except ConfigError as error:

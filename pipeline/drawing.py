@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.addresses import open_arrow
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.core.errors import PipelineError
 from pipeline.dataset.opened import Dataset, open_dataset
 from pipeline.dataset.recipe import config_of

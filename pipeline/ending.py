@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 
 from pipeline import measured
 from pipeline.cluster.share import Done
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.core.errors import TooManyFailures
 from pipeline.core.processes import cores
 from pipeline.core.records import OK, TextBank, Timeline

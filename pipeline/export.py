@@ -7,10 +7,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from pipeline.config import Config
+from pipeline.config.compose import compose_config
+from pipeline.config.schema import Config
 from pipeline.core.concurrency import own_exit_code
 from pipeline.core.errors import ConfigError, Interrupted, PipelineError, Problem
-from pipeline.overrides import compose_config
 
 if TYPE_CHECKING:
     from pipeline.artifacts.store import Artifact

@@ -14,7 +14,7 @@ from pathlib import Path
 from pipeline.addresses import is_local, local_path
 from pipeline.cluster.crew import Crew, crew_of
 from pipeline.cluster.share import Done, Share
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.core.concurrency import in_order
 from pipeline.core.errors import ShardsGivenUp, StorageError, TooManyFailures
 from pipeline.core.failpoints import failpoint

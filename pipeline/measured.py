@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.core.processes import Spent
 from pipeline.core.records import Stage
 from pipeline.core.run_report import Pace

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from pipeline.config import ParityConfig
+from pipeline.config.schema import ParityConfig
 from pipeline.core.errors import ParityError
 from pipeline.core.records import Parity, TextBank
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.core.processes import cores
 from pipeline.core.records import PreprocessSpec
 from pipeline.images.decode import Decoder

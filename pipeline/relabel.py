@@ -10,10 +10,10 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from pipeline.config import Config
+from pipeline.config.compose import compose_config
+from pipeline.config.schema import Config
 from pipeline.core.concurrency import own_exit_code
 from pipeline.core.errors import ConfigError, Interrupted, PipelineError, Problem
-from pipeline.overrides import compose_config
 
 if TYPE_CHECKING:
     from pipeline.dataset.opened import Dataset
@@ -63,7 +63,7 @@ def derive(source: Dataset, composed: Config, typed: Sequence[str]) -> Config:
     Raises:
         ConfigError: the new dataset would lie in the source, or around it.
     """
-    from pipeline.checks import check
+    from pipeline.config.validate import check
     from pipeline.storage.opening import open_storage
     from pipeline.vectors.model import config_of_dataset
     from pipeline.vectors.places import within

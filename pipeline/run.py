@@ -15,13 +15,13 @@ from contextlib import ExitStack, suppress
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from pipeline.command_line import read_options
-from pipeline.config import conf_dir
+from pipeline.config.compose import check_overrides, groups, known_keys, register, to_config
+from pipeline.config.hydra_guard import check_files
+from pipeline.config.options import read_options
+from pipeline.config.schema import conf_dir
 from pipeline.core.concurrency import own_exit_code
 from pipeline.core.errors import ConfigError, Interrupted, PipelineError, exit_code_of
 from pipeline.core.log_format import JsonLines, ending, new_run
-from pipeline.hydra_settings import check_files
-from pipeline.overrides import check_overrides, groups, known_keys, register, to_config
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

@@ -12,8 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.command_line import showable
-from pipeline.config import ModelConfig
+from pipeline.config.options import showable
+from pipeline.config.schema import ModelConfig
 from pipeline.core.concurrency import own_exit_code
 from pipeline.core.errors import ConfigError, Interrupted, PipelineError, Problem
 

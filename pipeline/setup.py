@@ -20,7 +20,7 @@ from pipeline.backends.base import Draw, ImageEncoder
 from pipeline.backends.halving import HalvingEncoder
 from pipeline.backends.parity import pass_gate, record
 from pipeline.batch_size import settle_batch_size
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.core.concurrency import aside
 from pipeline.core.failpoints import failpoint
 from pipeline.core.processes import cores

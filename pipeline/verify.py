@@ -12,8 +12,8 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from pipeline.command_line import showable
-from pipeline.config import OutputConfig
+from pipeline.config.options import showable
+from pipeline.config.schema import OutputConfig
 from pipeline.core.concurrency import own_exit_code
 from pipeline.core.errors import Interrupted, NoDataset, PipelineError, PlanMismatch, StorageError, TooManyFailures
 

@@ -18,7 +18,7 @@ from pipeline.backends.devices import choose_device
 from pipeline.backends.halving import HalvingEncoder
 from pipeline.backends.parity import check
 from pipeline.backends.streams import Streams, count_streams
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.core.failpoints import failpoint
 from pipeline.core.log_format import within
 from pipeline.core.records import ImageBatch, PreprocessSpec, Shard, ShardReport, ShardRows, Stage, TextBank

@@ -25,7 +25,7 @@ from pipeline.cluster.cores import VARIABLE, shares
 from pipeline.cluster.fleet import Fleet
 from pipeline.cluster.forward import Teller
 from pipeline.cluster.opening import SETTINGS, open_processes
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.core.records import Clocks, Piece, Shard, Stage
 from pipeline.members import Member
 from pipeline.storage.opening import open_storage

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import importlib
 
-from pipeline.config import conf_dir
+from pipeline.config.compose import check_overrides, compose_config
+from pipeline.config.schema import conf_dir
 from pipeline.core.errors import ConfigError
-from pipeline.overrides import check_overrides, compose_config
 
 PARSERS = {
     "pipeline.manifest": "pipeline.manifest.__main__",

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from tests.conftest import ROOT
 
 if TYPE_CHECKING:
-    from pipeline.config import Config
+    from pipeline.config.schema import Config
 
 WARM = (
     "hydra._internal.utils",
@@ -170,7 +170,7 @@ def config_from(groups: dict[str, dict[str, Any]]) -> Config:
     """The config that :func:`tests.siege.at` took apart."""
     from dataclasses import replace
 
-    from pipeline.config import Config
+    from pipeline.config.schema import Config
 
     config = Config()
     for name, values in groups.items():

@@ -16,7 +16,7 @@ from distributed import Client
 
 from pipeline.cluster.cores import VARIABLE, shares
 from pipeline.cluster.opening import SETTINGS, open_processes
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.core.failpoints import arm
 from pipeline.job import run_job
 from tests.jobs import config_for, scenes_manifest

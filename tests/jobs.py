@@ -16,7 +16,7 @@ import torch
 
 from pipeline import backends
 from pipeline.backends.base import ImageEncoder
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.demo.folder import jpeg
 from pipeline.demo.scenes import sample
 from tests.conftest import ROOT

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.core.errors import PipelineError, TooManyFailures
 from pipeline.dataset import lease
 from pipeline.dataset.verify import verify

@@ -32,7 +32,7 @@ import torch
 
 from pipeline.backends.base import ImageEncoder
 from pipeline.backends.streams import count_streams
-from pipeline.config import Config, LoaderConfig, ManifestConfig, OutputConfig
+from pipeline.config.schema import Config, LoaderConfig, ManifestConfig, OutputConfig
 from pipeline.core.records import Failure, ImageRef, Pixels, PreprocessSpec, TextBank
 from pipeline.dataset.parts import part_format
 from pipeline.images.decode import Decoder

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from pipeline.config import Config, LabelsConfig, ModelConfig, PromptsConfig
+from pipeline.config.schema import Config, LabelsConfig, ModelConfig, PromptsConfig
 from pipeline.core.concurrency import in_order
 from pipeline.core.records import Embeddings, Shard, ShardRows, TextBank
 from pipeline.dataset import commits, plan

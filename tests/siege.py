@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from tests.jobs import config_for, scenes_manifest
 
 ROWS, SHARD_ROWS = 24, 2

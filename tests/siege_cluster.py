@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 
-from pipeline.config import ClusterConfig, Config
+from pipeline.config.schema import ClusterConfig, Config
 from pipeline.demo.folder import render_folder
 from pipeline.job import run_job
 from tests.siege import check_books, leftovers

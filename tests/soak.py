@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from tests.forks import Child, Forks
 from tests.jobs import content, overrides_of, start
 from tests.siege import PLACES, at, check_books, leftovers, small_job

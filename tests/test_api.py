@@ -35,11 +35,11 @@ from pipeline.api.encoded import encode
 from pipeline.api.given import Columns, manifest_of
 from pipeline.api.places import Scratch
 from pipeline.api.settings import config_from, model_settings
-from pipeline.config import Config, conf_dir, value_of
+from pipeline.config.compose import compose_config, groups, register, to_config
+from pipeline.config.schema import Config, conf_dir, value_of
 from pipeline.core.errors import ConfigError, ManifestError, NoDataset, PlanMismatch, PromptsError, UnfinishedDataset
 from pipeline.demo.folder import jpeg, render_folder
 from pipeline.demo.scenes import render, sample
-from pipeline.overrides import compose_config, groups, register, to_config
 from tests.conftest import ROOT
 from tests.forks import forks
 from tests.jobs import config_for, content, overrides_of, scenes_manifest

@@ -22,11 +22,11 @@ from pipeline.backends.modules import compiled
 from pipeline.backends.sessions import PROVIDERS, normalise, open_session
 from pipeline.backends.tensorrt import engine_options, find_library, version_words
 from pipeline.backends.torch_int8 import multiplies_int8
-from pipeline.config import BackendConfig, ModelConfig, ParityConfig
+from pipeline.config.ranges import CHOICES, PRECISIONS
+from pipeline.config.schema import BackendConfig, ModelConfig, ParityConfig
 from pipeline.core.errors import BackendUnavailable, StorageError
 from pipeline.core.records import Sample
 from pipeline.demo.folder import rendered_sample
-from pipeline.limits import CHOICES, PRECISIONS
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline.models.towers import Normaliser
 

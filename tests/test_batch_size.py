@@ -22,13 +22,13 @@ from pipeline.backends import factory
 from pipeline.backends.base import ImageEncoder
 from pipeline.backends.pace import images_per_second, settle
 from pipeline.batch_size import KIND, Measured, settle_batch_size
-from pipeline.checks import check
-from pipeline.config import Config, ModelConfig
+from pipeline.config.compose import compose_config
+from pipeline.config.schema import Config, ModelConfig
+from pipeline.config.validate import check
 from pipeline.core.errors import BackendUnavailable, ConfigError, PlanMismatch
 from pipeline.dataset import plan
 from pipeline.demo.folder import rendered_sample
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
-from pipeline.overrides import compose_config
 from pipeline.storage.local import LocalStorage
 from tests.jobs import StubEncoder, config_for
 
@@ -393,7 +393,7 @@ def test_measuring_leaves_the_random_numbers_of_the_job_alone() -> None:
 def test_auto_may_be_typed_and_stand_in_a_file(tmp_path: Path) -> None:
     from hydra import compose, initialize_config_dir
 
-    from pipeline.overrides import register, to_config
+    from pipeline.config.compose import register, to_config
 
     assert compose_config(["loader.batch_size=auto"]).loader.batch_size == 0
     assert compose_config(["loader.batch_size='auto'"]).loader.batch_size == 0

@@ -17,7 +17,7 @@ import pytest
 from pipeline.bench import figures, rounds, rows
 from pipeline.bench.children import Child, Died, Refused
 from pipeline.bench.records import Row
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.core.errors import PipelineError
 from tests.conftest import ROOT
 from tests.jobs import scenes_manifest
@@ -135,7 +135,7 @@ def test_the_reference_comes_first_and_compiled_means_what_suits_the_device() ->
     ],
 )
 def test_a_row_has_a_title_and_the_overrides_that_give_it(row: Row, precision: str, title: str, overrides: str) -> None:
-    from pipeline.overrides import compose_config
+    from pipeline.config.compose import compose_config
 
     assert row.title(precision) == title
     if overrides:

@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.bench import backends, figures, page, plots, tables
 from pipeline.bench.records import Bench, Measurement, Result, Row
-from pipeline.config import ParityConfig
+from pipeline.config.schema import ParityConfig
 
 
 def measured(

@@ -21,13 +21,13 @@ from pipeline.bench.commands import CommandFailed, Ran, run_command
 from pipeline.bench.copies import copy_images, preprocessor_of
 from pipeline.bench.measured import PipelineBench, RunRounds, StageRounds
 from pipeline.bench.race import Race
-from pipeline.config import ModelConfig
+from pipeline.config.compose import compose_config
+from pipeline.config.schema import ModelConfig
 from pipeline.core.errors import ConfigError
 from pipeline.core.records import Stage
 from pipeline.manifest.source import open_manifest
 from pipeline.models.checkpoint import open_checkpoint
 from pipeline.models.preprocessor import to_spec
-from pipeline.overrides import compose_config
 from pipeline.reading import pixel_reader
 from tests.jobs import config_for, scenes_manifest
 from tests.test_bench import run

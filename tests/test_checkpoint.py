@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer, SiglipConfig, SiglipModel
 
-from pipeline.config import ModelConfig
+from pipeline.config.schema import ModelConfig
 from pipeline.core.errors import ModelError
 from pipeline.models.architectures import ARCHITECTURES
 from pipeline.models.checkpoint import open_checkpoint

@@ -16,13 +16,13 @@ import pyarrow.parquet as pq
 import pytest
 from distributed import Client
 
-from pipeline.checks import check, part_of
 from pipeline.cluster import cuda, slurm
 from pipeline.cluster.cores import shares
 from pipeline.cluster.kubernetes import pod_settings
 from pipeline.cluster.opening import shards_at_once
 from pipeline.cluster.share import Share
-from pipeline.config import ClusterConfig, Config, LoaderConfig
+from pipeline.config.schema import ClusterConfig, Config, LoaderConfig
+from pipeline.config.validate import check, part_of
 from pipeline.core import errors
 from pipeline.core.errors import ClusterUnavailable, PipelineError, ShardsGivenUp, WorkerMismatch
 from pipeline.job import run_job

@@ -26,7 +26,7 @@ from pipeline.cluster import fleet, resident
 from pipeline.cluster.opening import open_cluster
 from pipeline.cluster.order import Order
 from pipeline.cluster.share import Share
-from pipeline.config import ClusterConfig, Config
+from pipeline.config.schema import ClusterConfig, Config
 from pipeline.core.errors import ClusterUnavailable, OutputBusy, StorageError
 from pipeline.core.failpoints import armed
 from pipeline.dataset import lease

@@ -11,11 +11,11 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from pipeline.checks import check
-from pipeline.config import FORMATS, OUTPUT_COLUMNS, Config, ManifestConfig, conf_dir, nearest, value_of
+from pipeline.config.compose import groups, known_keys, read_config, register, to_config
+from pipeline.config.ranges import AUTOMATIC, CHOICES, PRECISIONS, RANGES
+from pipeline.config.schema import FORMATS, OUTPUT_COLUMNS, Config, ManifestConfig, conf_dir, nearest, value_of
+from pipeline.config.validate import check
 from pipeline.core.errors import ConfigError, Problem
-from pipeline.limits import AUTOMATIC, CHOICES, PRECISIONS, RANGES
-from pipeline.overrides import groups, known_keys, read_config, register, to_config
 
 OPTIONS = [(group, option) for group, options in groups(conf_dir()).items() for option in options]
 # What an option leaves open, and a value for it.

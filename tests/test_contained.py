@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline.config import FORMATS
+from pipeline.config.schema import FORMATS
 from pipeline.core.errors import DecoderUnavailable, NumericalError
 from pipeline.core.records import Failure, ImageRef, Pixels, PreprocessSpec
 from pipeline.core.run_report import RunReport

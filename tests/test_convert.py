@@ -16,7 +16,7 @@ import pytest
 from numpy.typing import NDArray
 
 from pipeline import convert
-from pipeline.config import OUTPUT_COLUMNS
+from pipeline.config.schema import OUTPUT_COLUMNS
 from pipeline.dataset.opened import Dataset, open_dataset
 from pipeline.demo.folder import jpeg
 from pipeline.demo.scenes import sample

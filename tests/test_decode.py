@@ -15,7 +15,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageCms, TiffImagePlugin
 
-from pipeline.config import FORMATS
+from pipeline.config.schema import FORMATS
 from pipeline.core.records import Failure
 from pipeline.images.decode import Decoder, limit_pixels
 from tests.conftest import data_folder

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipeline.config import FORMATS, ModelConfig
+from pipeline.config.schema import FORMATS, ModelConfig
 from pipeline.core.records import Failure
 from pipeline.demo import folder, scenes
 from pipeline.demo.train import UNSEEN_SEED

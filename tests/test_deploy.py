@@ -26,7 +26,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.config import ServeConfig
+from pipeline.config.schema import ServeConfig
 from tests.conftest import ROOT
 from tests.servers import Server, answer, drip, serve
 

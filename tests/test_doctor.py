@@ -22,7 +22,8 @@ import torch
 from huggingface_hub import constants
 
 from pipeline import doctor
-from pipeline.config import BackendConfig, Config, ModelConfig, PromptsConfig
+from pipeline.config.compose import compose_config
+from pipeline.config.schema import BackendConfig, Config, ModelConfig, PromptsConfig
 from pipeline.core.errors import BackendUnavailable
 from pipeline.demo.folder import rendered_sample
 from pipeline.health import backends, batch, decoders, disk, extras, golden, hub, output, versions
@@ -31,7 +32,6 @@ from pipeline.health.probes import entry
 from pipeline.health.records import Check, Status, Subject
 from pipeline.health.supervise import examine
 from pipeline.models.checkpoint import open_checkpoint
-from pipeline.overrides import compose_config
 from pipeline.worker import open_at
 from tests.conftest import ROOT
 from tests.jobs import StubEncoder, config_for, scenes_manifest, stub_backend

@@ -17,19 +17,19 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipeline import overrides
-from pipeline.checks import check
-from pipeline.config import Config, ImagesConfig, ModelConfig, PromptsConfig, conf_dir
+from pipeline.config import compose
+from pipeline.config.compose import check_overrides, register
+from pipeline.config.hydra_guard import FREE, check_files
+from pipeline.config.schema import Config, ImagesConfig, ModelConfig, PromptsConfig, conf_dir
+from pipeline.config.validate import check
 from pipeline.core.errors import ModelError, PromptsError
 from pipeline.demo.folder import jpeg
 from pipeline.demo.scenes import sample
-from pipeline.hydra_settings import FREE, check_files
 from pipeline.job import run_job
 from pipeline.manifest.source import open_manifest
 from pipeline.models.checkpoint import open_checkpoint
 from pipeline.models.hub import DEMO_FOLDER
 from pipeline.models.text import read_labels
-from pipeline.overrides import check_overrides, register
 from tests.jobs import config_for
 from tests.servers import answer, drip, moved, serve
 from tests.test_run_door import run
@@ -311,7 +311,7 @@ def test_an_override_that_names_code_is_a_problem(
     monkeypatch: pytest.MonkeyPatch, argument: str, *, sweep: bool
 ) -> None:
     # By itself, before anything is composed.
-    monkeypatch.setattr(overrides, "_check_rest", lambda *arguments: [])
+    monkeypatch.setattr(compose, "_check_rest", lambda *arguments: [])
     assert check_overrides([argument], conf_dir(), sweep=sweep)
 
 

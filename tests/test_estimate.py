@@ -15,8 +15,9 @@ import pyarrow as pa
 import pytest
 import torch
 
-from pipeline.checks import check
-from pipeline.config import Config
+from pipeline.config.compose import compose_config
+from pipeline.config.schema import Config
+from pipeline.config.validate import check
 from pipeline.core.errors import ClusterUnavailable, ConfigError, ManifestError, PlanMismatch
 from pipeline.core.records import Piece
 from pipeline.dataset import lease
@@ -31,7 +32,6 @@ from pipeline.estimate.words import lines, span
 from pipeline.job import run_job
 from pipeline.manifest.shards import cut
 from pipeline.manifest.source import Manifest, ManifestFile
-from pipeline.overrides import compose_config
 from pipeline.storage.opening import open_storage
 from tests.forks import forks
 from tests.jobs import StubEncoder, config_for, overrides_of, scenes_manifest, stub_backend

@@ -22,7 +22,7 @@ from pipeline.artifacts.exports import BATCH_SIZES, GraphOptions, onnx_graph
 from pipeline.artifacts.graphs import check_fusions, check_graph
 from pipeline.artifacts.store import Artifact, ArtifactStore
 from pipeline.artifacts.torchscript import traced
-from pipeline.config import ModelConfig, ParityConfig
+from pipeline.config.schema import ModelConfig, ParityConfig
 from pipeline.core.errors import ArtifactError, BackendUnavailable, ParityError
 from pipeline.core.records import Sample
 from pipeline.demo.folder import label_names, rendered_sample

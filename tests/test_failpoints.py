@@ -15,7 +15,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.core.failpoints import POINTS, arm, armed, failpoint
 from tests.conftest import ROOT
 from tests.forks import forks

@@ -15,7 +15,7 @@ from PIL import Image
 from torch.nn.functional import normalize
 from transformers import Siglip2Config, Siglip2Model
 
-from pipeline.config import LabelsConfig, ModelConfig, PromptsConfig
+from pipeline.config.schema import LabelsConfig, ModelConfig, PromptsConfig
 from pipeline.core.errors import ModelError
 from pipeline.core.records import Embeddings
 from pipeline.demo.scenes import render, sample

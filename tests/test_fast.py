@@ -16,7 +16,7 @@ from PIL import ExifTags, Image
 
 from pipeline.backends import decoders as gate
 from pipeline.backends.parity import embed_sample
-from pipeline.config import FORMATS, BackendConfig, ModelConfig, ParityConfig
+from pipeline.config.schema import FORMATS, BackendConfig, ModelConfig, ParityConfig
 from pipeline.core.errors import ParityError
 from pipeline.core.records import Failure, Pixels, PreprocessSpec, Sample
 from pipeline.images import fast, jpeg

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.core.errors import StorageError
 from pipeline.core.failpoints import armed
 from pipeline.job import run_job

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from pipeline import gallery
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.core.errors import StorageError
 from pipeline.core.records import Failure, ImageRef, Stage
 from pipeline.core.run_report import Pace, StagePace

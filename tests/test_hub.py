@@ -10,7 +10,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 
-from pipeline.config import ModelConfig
+from pipeline.config.schema import ModelConfig
 from pipeline.core.errors import ModelError
 from pipeline.models.checkpoint import open_checkpoint
 from pipeline.models.hub import DEMO_FOLDER, find_folder

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config import ManifestConfig
+from pipeline.config.schema import ManifestConfig
 from pipeline.core.errors import ManifestError
 from pipeline.manifest import ids
 from pipeline.manifest.source import Manifest, open_manifest

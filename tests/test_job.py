@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.core.errors import (
     ManifestError,
     NumericalError,
@@ -86,7 +86,7 @@ def test_embeddings_are_those_of_the_model_on_the_reference_pixels(finished: Con
     from PIL import Image
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    from pipeline.config import ModelConfig
+    from pipeline.config.schema import ModelConfig
     from pipeline.models.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(ModelConfig())

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.core.errors import LeaseLost, OutputBusy, PipelineError, StorageError
 from pipeline.core.processes import Process, is_gone, this_process
 from pipeline.dataset.lease import Holder, Lease, leases, parse, take

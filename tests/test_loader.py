@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.config import FORMATS, ManifestConfig
+from pipeline.config.schema import FORMATS, ManifestConfig
 from pipeline.core.errors import ManifestError, StorageError
 from pipeline.core.failpoints import armed
 from pipeline.core.records import ImageBatch, PreprocessSpec, Shard, ShardRows, Stage

@@ -19,7 +19,7 @@ from PIL import Image
 from pipeline import run as door
 from pipeline.cluster.fleet import Fleet
 from pipeline.cluster.forward import Forward, Teller
-from pipeline.config import Config, LogConfig
+from pipeline.config.schema import Config, LogConfig
 from pipeline.core.errors import ConfigError, Interrupted, ManifestError, NumericalError, Problem
 from pipeline.core.log_format import SILENCED, JsonLines, ending, new_run, shard_of, silence, within
 from pipeline.report.logs import library_messages, log_to, log_to_terminal, progress_mode

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config import ManifestConfig
+from pipeline.config.schema import ManifestConfig
 from pipeline.core.errors import ManifestError, PipelineError, StorageError
 from pipeline.images.sources import Source
 from pipeline.manifest import __main__ as door

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config import ManifestConfig
+from pipeline.config.schema import ManifestConfig
 from pipeline.core.errors import ManifestError
 from pipeline.manifest import source
 from pipeline.manifest.ids import check_ids

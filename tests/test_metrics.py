@@ -19,8 +19,8 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from prometheus_client.parser import text_string_to_metric_families
 
-from pipeline.checks import check
-from pipeline.config import Config
+from pipeline.config.schema import Config
+from pipeline.config.validate import check
 from pipeline.core.errors import ConfigError, OutputBusy, TooManyFailures
 from pipeline.job import run_job
 from pipeline.metrics import exposition, monitor, spans

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import verify as verify_door
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.core.errors import OutputBusy, ShardsGivenUp, StorageError
 from pipeline.dataset import lease
 from pipeline.dataset.verify import verify

@@ -21,7 +21,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from pipeline.config import FORMATS, ManifestConfig
+from pipeline.config.schema import FORMATS, ManifestConfig
 from pipeline.core.errors import BackendUnavailable
 from pipeline.core.records import Failure, ImageBatch, Pixels, PreprocessSpec
 from pipeline.gallery import THUMBNAIL, thumbnails

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pipeline.backends.order import in_order, turned
-from pipeline.config import BackendConfig, ModelConfig, ParityConfig
+from pipeline.config.schema import BackendConfig, ModelConfig, ParityConfig
 from pipeline.core.errors import NumericalError
 from pipeline.images.padding import repeats, repeats_on
 from pipeline.job import run_job

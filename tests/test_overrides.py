@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from pipeline.config import Config, conf_dir, value_of
+from pipeline.config.compose import check_overrides, compose_config, groups, known_keys, register, to_config
+from pipeline.config.schema import Config, conf_dir, value_of
 from pipeline.core.errors import ConfigError, Problem
-from pipeline.overrides import check_overrides, compose_config, groups, known_keys, register, to_config
 
 MODELS = ", ".join(groups(conf_dir())["model"])
 

@@ -18,7 +18,7 @@ from pipeline.artifacts.cards import CARD, sealed, write_card
 from pipeline.artifacts.store import ArtifactStore
 from pipeline.backends.parity import FILE, embed_sample, measure
 from pipeline.backends.torch import reference
-from pipeline.config import Config, ModelConfig, ParityConfig
+from pipeline.config.schema import Config, ModelConfig, ParityConfig
 from pipeline.core.errors import ParityError, PlanMismatch
 from pipeline.core.records import Parity, Sample, TextBank
 from pipeline.demo.folder import rendered_sample

@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 from transformers.image_utils import load_image
 
-from pipeline.config import FORMATS
+from pipeline.config.schema import FORMATS
 from pipeline.core.records import PreprocessSpec
 from pipeline.images.decode import Decoder
 from pipeline.images.preprocess import LONGEST, preprocess

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import conf_dir
+from pipeline.config.compose import check_overrides
+from pipeline.config.schema import conf_dir
 from pipeline.demo.folder import jpeg
 from pipeline.demo.scenes import sample
-from pipeline.overrides import check_overrides
 from tests.conftest import ROOT
 from tests.doors import PARSERS, prove
 from tests.forks import forks

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pipeline.config import Config, ImagesConfig, LoaderConfig
+from pipeline.config.schema import Config, ImagesConfig, LoaderConfig
 from pipeline.core.errors import StorageError
 from pipeline.core.processes import Spent, spent
 from pipeline.core.records import Clocks, Parity, Stage, Timeline

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config import Config, ErrorsConfig
+from pipeline.config.schema import Config, ErrorsConfig
 from pipeline.job import run_job
 from pipeline.nightly.store import RUN_SCHEMA
 from pipeline.report.__main__ import main

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.core.errors import StorageError
 from pipeline.dataset import commits
 from pipeline.dataset.plan import Plan, read

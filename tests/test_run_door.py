@@ -16,8 +16,8 @@ import yaml
 from hydra import compose, initialize_config_dir
 
 from pipeline import run as door
-from pipeline.config import conf_dir
-from pipeline.overrides import groups, known_keys, register
+from pipeline.config.compose import groups, known_keys, register
+from pipeline.config.schema import conf_dir
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = {"torch", "transformers", "pandas", "pyarrow", "PIL", "dask", "fsspec"}

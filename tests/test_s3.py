@@ -18,7 +18,7 @@ import pytest
 import s3fs
 
 from pipeline.addresses import open_file
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.core.errors import LeaseLost, OutputBusy, StorageError
 from pipeline.core.failpoints import armed
 from pipeline.dataset import commits, lease, plan

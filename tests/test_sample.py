@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config import FORMATS
+from pipeline.config.schema import FORMATS
 from pipeline.core.records import Sample
 from pipeline.images.decode import Decoder
 from pipeline.images.reader import PixelReader

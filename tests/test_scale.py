@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import ManifestConfig
+from pipeline.config.schema import ManifestConfig
 from pipeline.core.concurrency import AHEAD, in_order
 from pipeline.core.errors import ConfigError
 from pipeline.manifest import source

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import search, verify
-from pipeline.config import ModelConfig
+from pipeline.config.schema import ModelConfig
 from pipeline.core.errors import ArtifactError, ConfigError, NumericalError
 from pipeline.dataset.opened import Dataset, open_dataset
 from pipeline.models.checkpoint import open_checkpoint

@@ -28,7 +28,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from pipeline.config import ModelConfig
+from pipeline.config.schema import ModelConfig
 from pipeline.demo.folder import jpeg
 from pipeline.demo.scenes import sample
 from pipeline.job import run_job

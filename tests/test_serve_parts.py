@@ -21,7 +21,7 @@ import torch
 import uvicorn
 
 from pipeline import serve
-from pipeline.config import Config, LoaderConfig, ServeConfig
+from pipeline.config.schema import Config, LoaderConfig, ServeConfig
 from pipeline.core.errors import ConfigError, NumericalError
 from pipeline.core.records import TextBank
 from pipeline.results import Labelling

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config import ManifestConfig
+from pipeline.config.schema import ManifestConfig
 from pipeline.core.errors import ManifestError
 from pipeline.core.records import ImageRef, Piece, Shard
 from pipeline.manifest.shards import BYTES_ROWS, PATH_ROWS, ShardReader, count_shards, cut, refs

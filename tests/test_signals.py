@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.job import run_job
 from tests.forks import Child, forks
 from tests.jobs import config_for, content, overrides_of, scenes_manifest

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from pipeline.backends.streams import MOST, Streams, count_streams
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.core.errors import NumericalError
 from pipeline.core.processes import cores
 from pipeline.core.records import ShardRows

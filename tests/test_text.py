@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipeline.config import LabelsConfig, ModelConfig, PromptsConfig
+from pipeline.config.schema import LabelsConfig, ModelConfig, PromptsConfig
 from pipeline.core.errors import PromptsError
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline.models.text import LabelSet, bank_fingerprint, build_bank, embed_prompts, read_labels

@@ -28,7 +28,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from pipeline import export
 from pipeline.artifacts.graphs import GRAPH
 from pipeline.artifacts.store import ArtifactStore
-from pipeline.config import ImagesConfig, ModelConfig
+from pipeline.config.schema import ImagesConfig, ModelConfig
 from pipeline.core.errors import ArtifactError, ConfigError
 from pipeline.demo import scenes
 from pipeline.images.preprocess import preprocess

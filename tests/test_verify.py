@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError, LeaseLost, NoDataset, PlanMismatch, StorageError
 from pipeline.dataset import plan
 from pipeline.dataset.commits import find_done

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.command import DOORS
-from pipeline.config import conf_dir
+from pipeline.config.compose import groups, known_keys
+from pipeline.config.schema import conf_dir
 from pipeline.core.errors import install_hint
-from pipeline.overrides import groups, known_keys
 from tests import conf_readme, layout
 from tests.conf_readme import SHARED
 from tests.conftest import ROOT

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from pipeline.api.dataset import Dataset
     from pipeline.api.given import Given
-    from pipeline.config import Config
+    from pipeline.config.schema import Config
 
 # Libraries import it, and in every notebook without ipywidgets it would warn once; the bars here are text.
 with warnings.catch_warnings():
@@ -205,7 +205,7 @@ def _take_out(told: dict[str, object], refused: Mapping[str, str]) -> list[Probl
 
 def _placed(config: Config, given: Given, output: str) -> Config:
     """The config with the manifest that was found or made, and with the output."""
-    from pipeline.checks import check
+    from pipeline.config.validate import check
     from pipeline.vectors.places import within
 
     config = replace(

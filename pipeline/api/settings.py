@@ -11,10 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.checks import check
-from pipeline.config import Config, conf_dir, nearest
+from pipeline.config.compose import check_one, groups, read_config, schema
+from pipeline.config.schema import Config, conf_dir, nearest
+from pipeline.config.validate import check
 from pipeline.core.errors import ConfigError, Problem
-from pipeline.overrides import check_one, groups, read_config, schema
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from pipeline.command_line import showable
+from pipeline.config.options import showable
 from pipeline.core.concurrency import own_exit_code
 from pipeline.core.errors import PipelineError
 

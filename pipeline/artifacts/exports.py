@@ -18,7 +18,7 @@ import torch
 
 from pipeline.artifacts import graphs, quantize
 from pipeline.artifacts.store import Artifact, ArtifactStore, Recipe
-from pipeline.config import ParityConfig
+from pipeline.config.schema import ParityConfig
 from pipeline.core.errors import BackendUnavailable, install_hint
 from pipeline.core.records import Parity, Sample
 from pipeline.models.checkpoint import Checkpoint

@@ -19,7 +19,7 @@ import torch
 from pipeline.artifacts.exports import check_parity, hold_card, recipe
 from pipeline.artifacts.graphs import quiet
 from pipeline.artifacts.store import Artifact, ArtifactStore
-from pipeline.config import ParityConfig
+from pipeline.config.schema import ParityConfig
 from pipeline.core.records import Sample
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.towers import ImageTower

@@ -11,7 +11,7 @@ import torch
 
 from pipeline.backends.base import ImageEncoder
 from pipeline.backends.parity import embed_sample, key_of, recorded, write_down
-from pipeline.config import ParityConfig
+from pipeline.config.schema import ParityConfig
 from pipeline.core.errors import ParityError
 from pipeline.core.records import Parity, Sample, TextBank
 from pipeline.parity import compare, in_words

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.config import BackendConfig
+from pipeline.config.ranges import PRECISIONS
+from pipeline.config.schema import BackendConfig
 from pipeline.core.errors import BackendUnavailable
-from pipeline.limits import PRECISIONS
 
 # What torch, CUDA, cuBLAS, cuDNN and ONNX Runtime say when the memory is full, besides torch.OutOfMemoryError:
 # TorchScript's interpreter hands every error on as a RuntimeError, and ONNX Runtime has no class of its own for it.

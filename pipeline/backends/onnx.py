@@ -7,7 +7,7 @@ from pipeline.artifacts.store import ArtifactStore
 from pipeline.backends.base import Draw
 from pipeline.backends.devices import choose
 from pipeline.backends.sessions import SessionEncoder
-from pipeline.config import BackendConfig, ParityConfig
+from pipeline.config.schema import BackendConfig, ParityConfig
 from pipeline.models.checkpoint import Checkpoint
 
 

@@ -17,7 +17,7 @@ from pipeline.backends.base import Draw, ImageEncoder
 from pipeline.backends.devices import out_of_memory
 from pipeline.backends.streams import Streams
 from pipeline.backends.torch import reference
-from pipeline.config import ParityConfig
+from pipeline.config.schema import ParityConfig
 from pipeline.core.errors import ArtifactError, BackendUnavailable, StorageError
 from pipeline.core.records import Parity, Sample, TextBank
 from pipeline.models.checkpoint import Checkpoint

@@ -9,7 +9,7 @@ from pipeline.artifacts.torchscript import FILE, load, traced
 from pipeline.backends.base import Draw
 from pipeline.backends.devices import DTYPES, choose
 from pipeline.backends.modules import ModuleEncoder, blank
-from pipeline.config import BackendConfig, ParityConfig
+from pipeline.config.schema import BackendConfig, ParityConfig
 from pipeline.models.checkpoint import Checkpoint
 
 # Calls that TorchScript's executor profiles before it settles.

@@ -12,10 +12,10 @@ from pipeline.bench.door import answer, say, work_folder
 from pipeline.bench.records import Bench, Row
 from pipeline.bench.rounds import Plan, run
 from pipeline.bench.rows import ROWS, read_batches, read_only
-from pipeline.config import BackendConfig, Config, LoaderConfig
+from pipeline.config.compose import compose_config
+from pipeline.config.ranges import AUTO
+from pipeline.config.schema import BackendConfig, Config, LoaderConfig
 from pipeline.core.errors import ConfigError, Problem
-from pipeline.limits import AUTO
-from pipeline.overrides import compose_config
 
 # Packages whose versions decide the speed, beside those of every report.
 PACKAGES = ("onnxruntime-gpu", "onnxruntime", "onnx", "torchao", "tensorrt", "tensorrt-cu12", "tensorrt-cu13", "triton")

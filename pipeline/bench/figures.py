@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from pipeline.bench.records import Bench, Measurement, Result
-from pipeline.config import ParityConfig
+from pipeline.config.schema import ParityConfig
 
 # Nearer than this to torch fp32 is what float32 itself rounds away.
 EXACT = 1e-6

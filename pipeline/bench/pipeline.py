@@ -13,10 +13,10 @@ from pathlib import Path
 from pipeline.bench import door
 from pipeline.bench.door import answer, say, work_folder
 from pipeline.bench.measured import PipelineBench
-from pipeline.config import Config
+from pipeline.config.compose import compose_config
+from pipeline.config.ranges import CHOICES
+from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError, Problem
-from pipeline.limits import CHOICES
-from pipeline.overrides import compose_config
 
 COMMAND = ("python", "-m", "pipeline.bench", "pipeline")
 SCENES, SIZE = 256, (512, 384)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from pipeline.config import ParityConfig
-from pipeline.limits import PRECISIONS
+from pipeline.config.ranges import PRECISIONS
+from pipeline.config.schema import ParityConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from typing import Any
 from pipeline.bench.children import Child, Died, Refused
 from pipeline.bench.records import Measurement, Result, Row
 from pipeline.bench.rows import BATCHES, REFERENCE, for_device
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.core.errors import PipelineError
 from pipeline.core.records import Parity
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from pipeline.bench.records import Row
-from pipeline.config import nearest
+from pipeline.config.ranges import CHOICES, PRECISIONS
+from pipeline.config.schema import nearest
 from pipeline.core.errors import Problem
-from pipeline.limits import CHOICES, PRECISIONS
 
 # A mode of torch.compile that depends on the device, settled by ``for_device``.
 COMPILED = "compiled"

@@ -25,7 +25,7 @@ from pipeline.backends.streams import Streams, count_streams
 from pipeline.bench.copies import copy_images, save_model
 from pipeline.bench.race import Race, Unit
 from pipeline.bench.subject import config_from
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.core.processes import cores
 from pipeline.core.records import Embeddings, ImageRef, Pixels, Sample, ShardRows, Stage
 from pipeline.dataset.commits import commit_part

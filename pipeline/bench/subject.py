@@ -20,7 +20,7 @@ from pipeline.backends.pace import settle
 from pipeline.backends.parity import embed_sample
 from pipeline.bench.records import Row
 from pipeline.bench.rounds import BANK, SAMPLE
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.core.errors import ManifestError
 from pipeline.core.processes import cores
 from pipeline.core.records import Sample, TextBank

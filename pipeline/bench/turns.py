@@ -19,10 +19,10 @@ from pipeline.bench import tools
 from pipeline.bench.children import Child
 from pipeline.bench.commands import run_command
 from pipeline.bench.measured import PipelineBench, RunRounds, StageRounds
-from pipeline.config import Config
+from pipeline.config.compose import compose_config
+from pipeline.config.schema import Config
 from pipeline.core.errors import PipelineError
 from pipeline.core.records import Stage
-from pipeline.overrides import compose_config
 
 if TYPE_CHECKING:
     from pipeline.bench.pipeline import Plan

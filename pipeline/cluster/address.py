@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from distributed import Client
 
 from pipeline.cluster.opening import security
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.core.errors import ClusterUnavailable
 
 # How long a scheduler may take to answer, in seconds.

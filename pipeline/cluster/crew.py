@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeAlias
 
 from pipeline.cluster.inline import Inline
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.core.errors import ClusterUnavailable, install_hint
 from pipeline.images.decoders import Decoders
 from pipeline.storage.base import Storage

@@ -25,7 +25,7 @@ from pipeline.cluster.delivery import Delivery
 from pipeline.cluster.opening import open_cluster
 from pipeline.cluster.order import Order
 from pipeline.cluster.reached import LOST, reached
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.core.errors import ClusterLost, ClusterUnavailable
 from pipeline.core.records import Shard, ShardReport
 from pipeline.dataset.commits import FOLDER, read_commit

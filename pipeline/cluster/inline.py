@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Generator, Iterable
 from contextlib import ExitStack, closing
 
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.core.processes import Spent, cores, spent
 from pipeline.core.records import OK, Shard, ShardReport
 from pipeline.images.decoders import Decoders

@@ -8,7 +8,7 @@ from distributed import Client
 
 from pipeline.cluster.cores import VARIABLE, shares
 from pipeline.cluster.opening import open_processes
-from pipeline.config import Config
+from pipeline.config.schema import Config
 
 WORKERS = 2
 

@@ -13,7 +13,7 @@ from distributed import Client, Scheduler, SpecCluster
 from distributed.security import Security
 
 from pipeline.cluster.cores import quiet
-from pipeline.config import ClusterConfig, Config
+from pipeline.config.schema import ClusterConfig, Config
 from pipeline.core.errors import ClusterUnavailable
 from pipeline.reading import worker_threads
 

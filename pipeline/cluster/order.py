@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.manifest.source import Manifest
 
 if TYPE_CHECKING:

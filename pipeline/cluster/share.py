@@ -12,8 +12,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.checks import part_of
-from pipeline.config import Config
+from pipeline.config.schema import Config
+from pipeline.config.validate import part_of
 from pipeline.core.errors import OutputBusy
 from pipeline.dataset import lease
 from pipeline.members import Member, from_json

@@ -10,7 +10,7 @@ from typing import Any
 from distributed import Client
 
 from pipeline.cluster.opening import scheduler_options, security, shards_at_once
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.core.errors import ClusterUnavailable, install_hint
 
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.addresses import explained, open_arrow
-from pipeline.config import OUTPUT_COLUMNS
+from pipeline.config.schema import OUTPUT_COLUMNS
 from pipeline.dataset.parts import METADATA_KEY
 from pipeline.dataset.plan import Plan, source_of
 from pipeline.storage.base import Storage

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.addresses import explained, open_arrow
-from pipeline.config import OUTPUT_COLUMNS
+from pipeline.config.schema import OUTPUT_COLUMNS
 from pipeline.core.concurrency import AHEAD, in_order
 from pipeline.core.errors import NoDataset, StorageError, UnfinishedDataset
 from pipeline.core.records import OK

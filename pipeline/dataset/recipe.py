@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.addresses import is_local, local_path
-from pipeline.checks import check
-from pipeline.config import DEMO_MODEL, Config, value_of
+from pipeline.config.schema import DEMO_MODEL, Config, value_of
+from pipeline.config.validate import check
 from pipeline.core.errors import ConfigError, PlanMismatch
 
 # A run may change these at will: the rows are the same, and so must be the plan.

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.addresses import is_local, local_path, open_arrow
-from pipeline.config import DEMO_MODEL, Config, PromptsConfig
+from pipeline.config.schema import DEMO_MODEL, Config, PromptsConfig
 from pipeline.core.records import PreprocessSpec, Sample
 from pipeline.demo import scenes
 from pipeline.images.preprocess import preprocess

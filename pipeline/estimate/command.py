@@ -15,7 +15,7 @@ from pipeline.addresses import explained
 from pipeline.cluster.crew import crew_of
 from pipeline.cluster.inline import Inline
 from pipeline.cluster.share import Share
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.core.errors import OutputBusy
 from pipeline.core.records import Shard
 from pipeline.dataset import commits, lease

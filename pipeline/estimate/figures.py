@@ -8,7 +8,7 @@ from math import sqrt
 
 from pipeline import measured
 from pipeline.addresses import free_bytes, is_local
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError, OutputBusy, TooManyFailures
 from pipeline.core.processes import cores
 from pipeline.core.records import OK, Clocks, Shard, Stage

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.core.errors import ClusterUnavailable
 from pipeline.core.processes import cores
 

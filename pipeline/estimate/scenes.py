@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.core.errors import ManifestError
 from pipeline.core.records import Piece
 from pipeline.dataset import plan

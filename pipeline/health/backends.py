@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NoReturn
 
-from pipeline.config import BackendConfig, ParityConfig
+from pipeline.config.ranges import PRECISIONS
+from pipeline.config.schema import BackendConfig, ParityConfig
 from pipeline.core.errors import BackendUnavailable
 from pipeline.health.records import Check, Status, Subject
-from pipeline.limits import PRECISIONS
 
 GROUP = "backends"
 # What compiles always, whatever backend.compile says.

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.config import DEMO_MODEL, Config, LoaderConfig
+from pipeline.config.schema import DEMO_MODEL, Config, LoaderConfig
 from pipeline.core.errors import ManifestError, ModelError, ParityError, PipelineError, PromptsError
 from pipeline.health import golden
 from pipeline.health.hub import as_cached

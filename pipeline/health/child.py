@@ -16,7 +16,7 @@ import threading
 import traceback
 from typing import Any, get_type_hints
 
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.health.probes import Entry, entry
 from pipeline.health.records import Check, Status, Subject
 

@@ -7,7 +7,7 @@ import platform
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.core.processes import cores
 from pipeline.health.gpu import has_driver
 from pipeline.health.records import Check, Status, Subject

@@ -15,11 +15,11 @@ WIDTH, HEIGHT = 1024, 768
 
 def look(subject: Subject) -> Iterator[Check]:
     """Decode one picture by every decoder in this process, and by the job's own as the job does it."""
+    from pipeline.config.ranges import CHOICES
     from pipeline.core.records import Failure, PreprocessSpec
     from pipeline.demo.folder import jpeg
     from pipeline.demo.scenes import sample
     from pipeline.images.library import library
-    from pipeline.limits import CHOICES
     from pipeline.models.architectures import OPENAI_MEAN, OPENAI_STD
     from pipeline.reading import decoder_of, open_decoders
 

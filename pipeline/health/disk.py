@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from pipeline.addresses import explained, is_local, local_path
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.core.errors import StorageError
 from pipeline.health.output import PROBE, nearest_folder
 from pipeline.health.records import Check, Status, Subject, unless_said

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pipeline.addresses import is_s3
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.health.records import Check, Status, Subject
 from pipeline.health.versions import NAME, install, requirements
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pipeline.config import DEMO_MODEL, ModelConfig
+from pipeline.config.schema import DEMO_MODEL, ModelConfig
 from pipeline.core.errors import ModelError
 from pipeline.health.records import Check, Status, Subject
 from pipeline.models.architectures import ARCHITECTURES

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from pipeline.config import Config, ManifestConfig
+from pipeline.config.schema import Config, ManifestConfig
 from pipeline.core.errors import PipelineError
 from pipeline.health.records import Check, Status, Subject, unless_said
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TypeAlias
 
-from pipeline.config import Config
+from pipeline.config.schema import Config
 
 
 class Status(StrEnum):

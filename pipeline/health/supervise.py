@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.health.child import from_json
 from pipeline.health.probes import Entry, entry
 from pipeline.health.records import Check, Status

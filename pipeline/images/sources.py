@@ -19,7 +19,7 @@ from urllib.parse import unquote
 import fsspec
 
 from pipeline.addresses import filesystem, from_driver, is_local, local_path, scheme_of
-from pipeline.checks import WRAPPERS
+from pipeline.config.validate import WRAPPERS
 from pipeline.core.errors import StorageError
 from pipeline.core.records import Failure, ImageRef
 from pipeline.images.http import SCHEMES, Fetcher

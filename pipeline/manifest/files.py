@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.addresses import filesystem, from_driver, from_here, is_local, local_path, no_driver
-from pipeline.config import nearest
+from pipeline.config.schema import nearest
 from pipeline.core.errors import ManifestError
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.addresses import is_local, local_path
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.core.errors import ManifestError
 from pipeline.manifest.source import Manifest
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.addresses import filesystem, is_local, local_path, open_arrow, open_file
-from pipeline.config import ManifestConfig, nearest
+from pipeline.config.schema import ManifestConfig, nearest
 from pipeline.core.concurrency import in_order
 from pipeline.core.errors import ConfigError, ManifestError, Problem
 from pipeline.core.processes import cores

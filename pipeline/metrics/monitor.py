@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.core.concurrency import aside
 from pipeline.core.errors import ConfigError, OutputBusy, Problem, exit_code_of
 from pipeline.core.run_report import RunReport

@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 from pipeline.addresses import from_here
-from pipeline.config import DEMO_MODEL, ModelConfig
+from pipeline.config.schema import DEMO_MODEL, ModelConfig
 from pipeline.core.errors import ModelError
 
 DEMO_FOLDER = Path(__file__).resolve().parent.parent / "demo" / "model"

@@ -19,7 +19,7 @@ from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
 from pipeline.addresses import from_here
-from pipeline.config import LabelsConfig, PromptsConfig
+from pipeline.config.schema import LabelsConfig, PromptsConfig
 from pipeline.core.errors import PromptsError, StorageError
 from pipeline.core.records import TextBank
 from pipeline.models.checkpoint import Checkpoint

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from pipeline.config import Config, LogConfig
+from pipeline.config.compose import compose_config
+from pipeline.config.schema import Config, LogConfig
 from pipeline.core.errors import ConfigError, Interrupted, PipelineError, Problem, TooManyFailures
 from pipeline.core.log_format import JsonLines, ending, new_run
 from pipeline.nightly.records import PARTITION, SNAPSHOT, Night, Wanted
 from pipeline.nightly.tell import ping, write_textfile
-from pipeline.overrides import compose_config
 
 if TYPE_CHECKING:
     from pipeline.storage.base import Storage

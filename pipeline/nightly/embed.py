@@ -13,7 +13,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.addresses import open_file
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.dataset.opened import Dataset, open_dataset
 from pipeline.dataset.recipe import recipe_of
 from pipeline.manifest.source import Manifest

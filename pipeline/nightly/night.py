@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.core.errors import PlanMismatch, ShardsGivenUp, TooManyFailures
 from pipeline.dataset import lease, plan
 from pipeline.dataset.opened import Dataset, open_dataset

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.addresses import explained, open_arrow
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.manifest.ids import check_ids
 from pipeline.manifest.places import check_places
 from pipeline.manifest.source import Manifest, open_manifest

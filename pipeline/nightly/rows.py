@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.addresses import explained, open_arrow
-from pipeline.config import OUTPUT_COLUMNS
+from pipeline.config.schema import OUTPUT_COLUMNS
 from pipeline.core.concurrency import in_order
 from pipeline.dataset.commits import Commit
 from pipeline.dataset.opened import Dataset

@@ -14,7 +14,7 @@ from typing import TextIO
 from tqdm import tqdm
 
 from pipeline.addresses import explained
-from pipeline.config import Config, LogConfig
+from pipeline.config.schema import Config, LogConfig
 from pipeline.core.errors import StorageError
 from pipeline.core.log_format import JsonLines, ending
 from pipeline.storage.base import Storage

@@ -12,7 +12,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.core.records import OK, Timeline
 from pipeline.core.run_report import RunReport
 from pipeline.report import plots

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pipeline.config import ServeConfig
+from pipeline.config.schema import ServeConfig
 from pipeline.service.errors import Refused
 from pipeline.service.metrics import Metrics
 

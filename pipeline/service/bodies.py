@@ -17,7 +17,7 @@ from python_multipart import MultipartParser
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 
-from pipeline.config import ServeConfig
+from pipeline.config.schema import ServeConfig
 from pipeline.models.text import is_text
 from pipeline.service.errors import Refused
 from pipeline.service.schemas import FORMS, JSON, MULTIPART, EmbedRequest, EncodedImage, PredictRequest

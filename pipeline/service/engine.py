@@ -22,7 +22,7 @@ from pipeline.backends.base import Draw, ImageEncoder
 from pipeline.backends.devices import choose_device
 from pipeline.backends.parity import check, exact_rows, is_reference
 from pipeline.backends.streams import count_streams, keep_memory
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.core.processes import cores
 from pipeline.core.records import Failure, ImageRef, Parity, Pixels, PreprocessSpec, Sample, TextBank
 from pipeline.demo.folder import rendered_sample

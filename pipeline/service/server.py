@@ -10,7 +10,7 @@ from typing import Any
 
 import uvicorn
 
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError, Problem, exit_code_of
 from pipeline.core.log_format import ending
 from pipeline.service.app import build

@@ -14,7 +14,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.core.concurrency import aside
 from pipeline.core.errors import DecoderUnavailable
 from pipeline.core.records import OK, Failure, Pixels

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import shlex
 
-from pipeline.config import Config
+from pipeline.config.compose import compose_config
+from pipeline.config.ranges import AUTO
+from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError, PipelineError, Problem, install_hint
-from pipeline.limits import AUTO
-from pipeline.overrides import compose_config
 
 # Overrides for an app that gunicorn or uvicorn starts, written as on a command line.
 VARIABLE = "PIPELINE_SERVE_OVERRIDES"

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.core.records import TextBank
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.text import LabelSet, build_bank, embed_prompts

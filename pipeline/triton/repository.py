@@ -19,7 +19,7 @@ from PIL import Image
 from pipeline.addresses import explained
 from pipeline.artifacts.graphs import GRAPH
 from pipeline.artifacts.store import Artifact
-from pipeline.config import ImagesConfig
+from pipeline.config.schema import ImagesConfig
 from pipeline.core.errors import ArtifactError, ConfigError
 from pipeline.models.checkpoint import FAMILIES, Checkpoint
 from pipeline.storage.local import appearing

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config import Config, ModelConfig
+from pipeline.config.schema import Config, ModelConfig
 from pipeline.core.errors import ConfigError, ModelError, Problem, PromptsError
 from pipeline.dataset.opened import Dataset
 from pipeline.dataset.recipe import config_of

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.core.concurrency import in_order
 from pipeline.core.errors import PromptsError
 from pipeline.core.failpoints import failpoint

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config import conf_dir
+from pipeline.config.schema import conf_dir
 from pipeline.core.errors import Problem
 
 if TYPE_CHECKING:

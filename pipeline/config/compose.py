@@ -12,12 +12,12 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-from pipeline.checks import check, limits
-from pipeline.command_line import unread
-from pipeline.config import Config, LoaderConfig, conf_dir, nearest, value_of
+from pipeline.config.hydra_guard import check_setting
+from pipeline.config.options import unread
+from pipeline.config.ranges import AUTO, AUTOMATIC, MEANT
+from pipeline.config.schema import Config, LoaderConfig, conf_dir, nearest, value_of
+from pipeline.config.validate import check, limits
 from pipeline.core.errors import ConfigError, Problem
-from pipeline.hydra_settings import check_setting
-from pipeline.limits import AUTO, AUTOMATIC, MEANT
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -102,7 +102,7 @@ def to_config(composed: DictConfig) -> Config:
 
 def read_config(composed: DictConfig) -> tuple[Config, list[Problem]]:
     """The config, and every problem: values that are missing or point nowhere, and what
-    :func:`~pipeline.checks.check` finds.
+    :func:`~pipeline.config.validate.check` finds.
 
     In the config, defaults stand in for values that are missing or point nowhere.
 

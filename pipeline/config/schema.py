@@ -1,6 +1,6 @@
-"""The schemas of everything under ``conf/``; what their values may be is in :mod:`pipeline.limits`.
+"""The schemas of everything under ``conf/``; what their values may be is in :mod:`pipeline.config.ranges`.
 
-A ``DictConfig`` enters :func:`~pipeline.overrides.to_config` and goes no further: the rest of the package
+A ``DictConfig`` enters :func:`~pipeline.config.compose.to_config` and goes no further: the rest of the package
 sees frozen dataclasses.
 """
 
@@ -262,7 +262,7 @@ class Config:
 
 def conf_dir() -> Path:
     """The folder of YAML files that belongs to this package: within it in a wheel, beside it in a checkout."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
 
 

@@ -9,7 +9,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Collection, Sequence
 
-from pipeline.config import nearest
+from pipeline.config.schema import nearest
 from pipeline.core.errors import Problem
 
 PROGRAM = "python -m pipeline.run"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from dataclasses import asdict
 
-from pipeline.config import FORMATS, OUTPUT_COLUMNS, Config, ParityConfig, nearest, value_of
+from pipeline.config.ranges import AUTO, AUTOMATIC, CHOICES, PRECISIONS, RANGES
+from pipeline.config.schema import FORMATS, OUTPUT_COLUMNS, Config, ParityConfig, nearest, value_of
 from pipeline.core.errors import Problem
-from pipeline.limits import AUTO, AUTOMATIC, CHOICES, PRECISIONS, RANGES
 
 # Drivers of fsspec that read through other drivers, or from what an address itself says.
 WRAPPERS = (

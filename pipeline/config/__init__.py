@@ -1,0 +1,1 @@
+"""Schemas, ranges, validation and composition of the config."""
