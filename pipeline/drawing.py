@@ -11,7 +11,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.addresses import open_arrow
 from pipeline.config.schema import Config
 from pipeline.core.errors import PipelineError
 from pipeline.dataset.opened import Dataset, open_dataset
@@ -26,6 +25,7 @@ from pipeline.report.page import by_status, to_html
 from pipeline.report.scores import Row
 from pipeline.report.summary import DatasetSummary, summarize
 from pipeline.storage.base import Storage
+from pipeline.storage.urls import open_arrow
 
 PAGE = "_report.html"
 # The first parts, in one of which examples are found.

@@ -11,7 +11,6 @@ from contextlib import ExitStack, closing, suppress
 from functools import partial
 from pathlib import Path
 
-from pipeline.addresses import is_local, local_path
 from pipeline.cluster.crew import Crew, crew_of
 from pipeline.cluster.share import Done, Share
 from pipeline.config.schema import Config
@@ -38,7 +37,8 @@ from pipeline.report.page import to_dict, to_json
 from pipeline.report.progress import Progress
 from pipeline.setup import open_inputs, settle, spec_of
 from pipeline.storage.base import Storage
-from pipeline.storage.opening import open_storage
+from pipeline.storage.factory import open_storage
+from pipeline.storage.urls import is_local, local_path
 from pipeline.worker import Job
 
 log = logging.getLogger(__name__)

@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _act(options: argparse.Namespace) -> int:
-    from pipeline.storage.opening import open_storage
+    from pipeline.storage.factory import open_storage
 
     storage = open_storage(options.output)
     before = health = _look(storage)

@@ -32,7 +32,7 @@ from pipeline.models.checkpoint import Checkpoint
 from pipeline.reading import pixel_reader, worker_threads
 from pipeline.report.clocks import StageClocks
 from pipeline.results import Accumulated, Flying, Labelling, launch, memory_explained
-from pipeline.storage.opening import open_storage
+from pipeline.storage.factory import open_storage
 
 # Parts that may wait for the disk before the loop waits too.
 PENDING_PARTS = 2

@@ -28,7 +28,7 @@ from pipeline.cluster.opening import SETTINGS, open_processes
 from pipeline.config.schema import Config
 from pipeline.core.records import Clocks, Piece, Shard, Stage
 from pipeline.members import Member
-from pipeline.storage.opening import open_storage
+from pipeline.storage.factory import open_storage
 
 TOKEN = "scale"
 

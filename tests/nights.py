@@ -29,7 +29,7 @@ from pipeline.demo.folder import jpeg
 from pipeline.demo.scenes import sample
 from pipeline.nightly.night import run_night
 from pipeline.nightly.records import SNAPSHOT, Night, Wanted
-from pipeline.storage.opening import open_storage
+from pipeline.storage.factory import open_storage
 from tests.jobs import config_for
 
 

@@ -25,7 +25,7 @@ from pipeline.dataset.opened import Dataset, open_dataset
 from pipeline.dataset.parts import ShardResult, build_table, count_statuses, part_format
 from pipeline.dataset.recipe import recipe_of
 from pipeline.models.checkpoint import open_checkpoint
-from pipeline.storage.opening import open_storage
+from pipeline.storage.factory import open_storage
 
 MODEL = ModelConfig(name="openai/clip-vit-base-patch32", weights="random")
 

@@ -48,7 +48,7 @@ def measure_plan(manifest: str) -> dict[str, Any]:
     """Cut every shard and compare the plan with the one that is there."""
     from pipeline.dataset import plan
     from pipeline.manifest.shards import count_shards, cut
-    from pipeline.storage.opening import open_storage
+    from pipeline.storage.factory import open_storage
 
     opened = _opened(manifest)
     with tempfile.TemporaryDirectory() as folder, measured() as figures:
@@ -74,7 +74,7 @@ def measure_ids(manifest: str, id: str) -> dict[str, Any]:
 def measure_resume(folder: str) -> dict[str, Any]:
     """What a run does about the books: find what is done, then the end of the dataset; and ``verify``, ``collect``."""
     from pipeline.dataset import commits, plan, verify
-    from pipeline.storage.opening import open_storage
+    from pipeline.storage.factory import open_storage
 
     storage = open_storage(folder)
     wanted = plan.read(storage)
@@ -109,7 +109,7 @@ def _read_commits(storage: Any, wanted: Any, done: Any) -> Any:
 
 def measure_digest(size: str) -> dict[str, Any]:
     """SHA-256 of a part of the real size, as often as takes a while."""
-    from pipeline.storage.opening import open_storage
+    from pipeline.storage.factory import open_storage
 
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "part").write_bytes(os.urandom(int(size)))
@@ -125,7 +125,7 @@ def measure_s3(shards: str) -> dict[str, Any]:
     """Requests and times of a resume in S3: moto's server on this machine, which is slower than S3 to answer."""
     from pipeline.dataset import plan
     from pipeline.storage.base import Storage
-    from pipeline.storage.opening import open_storage
+    from pipeline.storage.factory import open_storage
     from tests.s3 import BUCKET, moto_server, pointed_at, proxy_to
 
     wanted, figures = int(shards), dict[str, Any]()

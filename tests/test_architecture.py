@@ -18,6 +18,7 @@ PACKAGE = ROOT / "pipeline"
 LEVELS: Mapping[str, int] = {
     "core": 1,
     "config": 2,
+    "storage": 2,
 }
 COMMANDS_LEVEL = 8
 COMMANDS = {"artifacts", "convert", "export", "relabel", "run", "search", "verify"}

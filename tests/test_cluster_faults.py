@@ -33,7 +33,7 @@ from pipeline.dataset import lease
 from pipeline.dataset.verify import verify
 from pipeline.job import run_job
 from pipeline.setup import open_inputs
-from pipeline.storage.opening import open_storage
+from pipeline.storage.factory import open_storage
 from tests.conftest import ROOT
 from tests.forks import forks
 from tests.grid import ROWS, at, failpoints, grid, nine_shards, on, same, when_committed

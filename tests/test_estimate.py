@@ -32,7 +32,7 @@ from pipeline.estimate.words import lines, span
 from pipeline.job import run_job
 from pipeline.manifest.shards import cut
 from pipeline.manifest.source import Manifest, ManifestFile
-from pipeline.storage.opening import open_storage
+from pipeline.storage.factory import open_storage
 from tests.forks import forks
 from tests.jobs import StubEncoder, config_for, overrides_of, scenes_manifest, stub_backend
 

@@ -28,7 +28,7 @@ from pipeline.images.sample import draw_sample
 from pipeline.images.sources import Source
 from pipeline.models.checkpoint import open_checkpoint
 from pipeline.parity import in_words
-from pipeline.storage.opening import open_storage
+from pipeline.storage.factory import open_storage
 from tests.conftest import data_folder
 from tests.jobs import StubEncoder
 from tests.mutations import mutant

@@ -25,7 +25,7 @@ from pipeline.core.processes import Process, is_gone, this_process
 from pipeline.dataset.lease import Holder, Lease, leases, parse, take
 from pipeline.job import run_job
 from pipeline.storage.base import Storage
-from pipeline.storage.opening import open_storage
+from pipeline.storage.factory import open_storage
 from tests.conftest import ROOT
 from tests.forks import config_from, forks
 from tests.jobs import config_for, content, overrides_of, scenes_manifest, start

@@ -24,7 +24,7 @@ from pipeline.core.errors import ConfigError, Interrupted, ManifestError, Numeri
 from pipeline.core.log_format import SILENCED, JsonLines, ending, new_run, shard_of, silence, within
 from pipeline.report.logs import library_messages, log_to, log_to_terminal, progress_mode
 from pipeline.report.progress import Progress
-from pipeline.storage.opening import open_storage
+from pipeline.storage.factory import open_storage
 from tests.families import write_siglip
 from tests.jobs import scenes_manifest, start
 

@@ -28,7 +28,7 @@ from pipeline.nightly.content import find_content
 from pipeline.nightly.records import PARTITION, NightError
 from pipeline.nightly.rows import cut_out, rechunk
 from pipeline.nightly.tell import ping, write_textfile
-from pipeline.storage.opening import open_storage
+from pipeline.storage.factory import open_storage
 from tests.forks import forks
 from tests.jobs import overrides_of, scenes_manifest
 from tests.nights import Collection, differences, from_scratch, healthy, night, read

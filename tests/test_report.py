@@ -30,7 +30,7 @@ from pipeline.report.progress import Progress
 from pipeline.report.scores import Extremes, Row
 from pipeline.report.statuses import HINTS
 from pipeline.report.summary import DatasetSummary, Failed
-from pipeline.storage.opening import open_storage
+from pipeline.storage.factory import open_storage
 from tests.conftest import ROOT
 
 REPORT = RunReport(

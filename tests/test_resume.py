@@ -16,7 +16,7 @@ from pipeline.core.errors import StorageError
 from pipeline.dataset import commits
 from pipeline.dataset.plan import Plan, read
 from pipeline.job import run_job
-from pipeline.storage.opening import open_storage
+from pipeline.storage.factory import open_storage
 from tests.forks import forks
 from tests.jobs import config_for, content, overrides_of, scenes_manifest, start
 from tests.siege import at

@@ -17,17 +17,17 @@ import pyarrow.parquet as pq
 import pytest
 import s3fs
 
-from pipeline.addresses import open_file
 from pipeline.config.schema import Config
 from pipeline.core.errors import LeaseLost, OutputBusy, StorageError
 from pipeline.core.failpoints import armed
 from pipeline.dataset import commits, lease, plan
 from pipeline.job import run_job
 from pipeline.report.logs import log_to
-from pipeline.storage import retries
+from pipeline.storage import retry
 from pipeline.storage.base import Storage
-from pipeline.storage.objects import ObjectStorage
-from pipeline.storage.opening import open_storage
+from pipeline.storage.factory import open_storage
+from pipeline.storage.s3 import ObjectStorage
+from pipeline.storage.urls import open_file
 from pipeline.verify import main as verify
 from tests.forks import forks
 from tests.jobs import config_for, content, overrides_of, scenes_manifest
@@ -51,7 +51,7 @@ def module_proxy(server: str) -> Iterator[Proxy]:
 
 @pytest.fixture
 def proxy(module_proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> Proxy:
-    monkeypatch.setattr(retries, "FIRST_WAIT", 0.003)
+    monkeypatch.setattr(retry, "FIRST_WAIT", 0.003)
     module_proxy.reset()
     return module_proxy
 
@@ -140,15 +140,15 @@ def test_a_store_that_stays_away_is_given_up_after_a_few_tries(
     proxy.inject("503", "PUT", times=99)
     with caplog.at_level("INFO"), pytest.raises(StorageError, match="run the same command again"):
         storage.write("a", b"x")
-    assert proxy.seen("PUT") == ["503"] * retries.TRIES
-    assert len(caplog.messages) == retries.TRIES - 1
+    assert proxy.seen("PUT") == ["503"] * retry.TRIES
+    assert len(caplog.messages) == retry.TRIES - 1
     assert f"{storage.url}/a: [Errno" in caplog.messages[0]
 
 
 def test_nothing_is_tried_again_when_the_time_is_up(
     storage: Storage, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(retries, "SECONDS", 0.0)
+    monkeypatch.setattr(retry, "SECONDS", 0.0)
     proxy.inject("503", "GET", times=99)
     with pytest.raises(StorageError):
         storage.read("a")
@@ -156,7 +156,7 @@ def test_nothing_is_tried_again_when_the_time_is_up(
 
 
 def test_a_reply_that_never_comes_is_not_waited_for(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retries, "READ_SECONDS", 0.3)
+    monkeypatch.setattr(retry, "READ_SECONDS", 0.3)
     storage = open_storage(f"s3://{BUCKET}/{uuid.uuid4().hex}")
     storage.write("there", DATA)
     for work in ("write", "create", "read", "list"):
@@ -177,7 +177,7 @@ def test_a_slow_reply_is_waited_for(storage: Storage, proxy: Proxy) -> None:
 
 
 def test_nobody_at_the_address_is_explained(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retries, "TRIES", 2)
+    monkeypatch.setattr(retry, "TRIES", 2)
     with pointed_at("http://127.0.0.1:9"), pytest.raises(StorageError, match=r"Could not connect.*check the address"):
         open_storage(f"s3://{BUCKET}/a").read("b")
 
@@ -288,13 +288,13 @@ def test_a_large_file_is_visible_when_it_is_whole(
 ) -> None:
     chunk = 5 << 20
     monkeypatch.setattr(s3fs.core, "calculate_chunksize", lambda *_, **__: chunk)
-    monkeypatch.setattr("pipeline.storage.objects.SINGLE_BYTES", chunk)
+    monkeypatch.setattr("pipeline.storage.s3.SINGLE_BYTES", chunk)
     data = random.Random(1).randbytes(2 * chunk + 100)
     proxy.inject(fault, "PUT" if step.startswith("part") else "POST", step)
     adopt(storage, "part", data)
     assert fault in proxy.seen("PUT" if step.startswith("part") else "POST", step)
     assert storage.sizes() == {"part": len(data)}
-    monkeypatch.setattr("pipeline.storage.objects.BLOCK", 1 << 20)
+    monkeypatch.setattr("pipeline.storage.s3.BLOCK", 1 << 20)
     proxy.inject("half", "GET")
     adopt(storage, "part", data)
     assert not proxy.rules[-1].times

@@ -21,15 +21,15 @@ import pyarrow as pa
 import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError, ReadTimeoutError
 
-from pipeline.addresses import explained, is_local, local_path, open_arrow, open_file, scheme_of
 from pipeline.core.errors import StorageError
 from pipeline.core.failpoints import armed
-from pipeline.storage import retries
+from pipeline.storage import retry
 from pipeline.storage.base import Staged, Storage, sha256
+from pipeline.storage.factory import open_storage
 from pipeline.storage.local import LocalStorage
-from pipeline.storage.objects import ObjectStorage
-from pipeline.storage.opening import open_storage
-from pipeline.storage.retries import is_transient, retried
+from pipeline.storage.retry import is_transient, retried
+from pipeline.storage.s3 import ObjectStorage
+from pipeline.storage.urls import explained, is_local, local_path, open_arrow, open_file, scheme_of
 from tests.s3 import BUCKET, moto_server, pointed_at
 
 BIG = 1 << 20
@@ -424,7 +424,7 @@ def answer(status: int, code: str) -> OSError:
     ids=repr,
 )
 def test_only_what_may_pass_is_tried_again(error: Exception, passes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retries, "FIRST_WAIT", 0.0)
+    monkeypatch.setattr(retry, "FIRST_WAIT", 0.0)
     assert is_transient(error) == passes
     tries = []
 
@@ -434,11 +434,11 @@ def test_only_what_may_pass_is_tried_again(error: Exception, passes: bool, monke
 
     with pytest.raises(type(error)):
         retried("place", fail)
-    assert len(tries) == (retries.TRIES if passes else 1)
+    assert len(tries) == (retry.TRIES if passes else 1)
 
 
 def test_any_store_is_asked_again_and_knows_its_own_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retries, "FIRST_WAIT", 0.0)
+    monkeypatch.setattr(retry, "FIRST_WAIT", 0.0)
     storage = open_storage(f"memory:///{uuid.uuid4().hex}")
     with armed("object.put=raise:EBUSY@1; object.created=raise:ETIMEDOUT@1"):
         storage.write("a", b"1")

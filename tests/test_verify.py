@@ -27,7 +27,7 @@ from pipeline.dataset.recipe import config_of, recipe_of
 from pipeline.dataset.verify import Health, collect, verify
 from pipeline.job import run_job
 from pipeline.storage.base import sha256
-from pipeline.storage.opening import open_storage
+from pipeline.storage.factory import open_storage
 from pipeline.verify import main
 from tests.conftest import ROOT
 from tests.jobs import config_for, content, scenes_manifest
@@ -384,7 +384,7 @@ def test_a_fault_of_the_machine_is_no_damage(out: Path, monkeypatch: pytest.Monk
         raise fault
 
     monkeypatch.setattr("pipeline.dataset.audit.pq.ParquetFile", fail)
-    monkeypatch.setattr("pipeline.storage.retries.FIRST_WAIT", 0.001)
+    monkeypatch.setattr("pipeline.storage.retry.FIRST_WAIT", 0.001)
     plan_of = plan.read(open_storage(str(out)))
     assert plan_of is not None
     with pytest.raises((StorageError, pa.ArrowMemoryError)):

@@ -206,7 +206,7 @@ def _take_out(told: dict[str, object], refused: Mapping[str, str]) -> list[Probl
 def _placed(config: Config, given: Given, output: str) -> Config:
     """The config with the manifest that was found or made, and with the output."""
     from pipeline.config.validate import check
-    from pipeline.vectors.places import within
+    from pipeline.storage.urls import within
 
     config = replace(
         config,

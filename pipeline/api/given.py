@@ -16,13 +16,13 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.addresses import explained, is_local, local_path
 from pipeline.api.cells import array, cell, check_count, id_column, plain, utf8
 from pipeline.api.encoded import encode
 from pipeline.api.paths import check_paths, paths_of, root_of
 from pipeline.core.errors import ConfigError, ManifestError, Problem
 from pipeline.manifest.build import EXTENSIONS, from_folder
 from pipeline.manifest.source import ROOT_KEY
+from pipeline.storage.urls import explained, is_local, local_path
 
 # Images are written so many at a time; a photo as PNG takes megabytes.
 CHUNK = 64

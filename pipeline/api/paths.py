@@ -6,9 +6,9 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.addresses import is_local, local_path, scheme_of
 from pipeline.core.errors import ManifestError
 from pipeline.manifest.files import common_folder
+from pipeline.storage.urls import is_local, local_path, scheme_of
 
 WEB = ("http", "https")
 

@@ -9,12 +9,12 @@ import weakref
 from contextlib import suppress
 from pathlib import Path
 
-from pipeline.addresses import explained, is_local
 from pipeline.api.given import Given
 from pipeline.core.errors import ConfigError, PipelineError, PlanMismatch, Problem
 from pipeline.dataset import plan
 from pipeline.storage.base import sha256
-from pipeline.storage.opening import open_storage
+from pipeline.storage.factory import open_storage
+from pipeline.storage.urls import explained, is_local
 
 
 class Scratch:

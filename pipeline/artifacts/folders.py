@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pipeline.addresses import explained
 from pipeline.core.errors import StorageError
 from pipeline.storage.local import GIVEN_UP_SECONDS
+from pipeline.storage.urls import explained
 
 # What a file system answers that has no locks (Lustre without -o flock, some NFS mounts).
 LOCKLESS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)

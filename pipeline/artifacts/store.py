@@ -19,11 +19,11 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from pipeline.addresses import explained
 from pipeline.artifacts import cards
 from pipeline.artifacts.folders import discard, fingerprints, fresh, locked, sweep, temporary_path
 from pipeline.core.errors import ArtifactError
 from pipeline.storage.local import sync, sync_tree
+from pipeline.storage.urls import explained
 
 # Of the parity figures of jobs, how many a card keeps.
 GATES = 20

@@ -17,7 +17,6 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from pipeline.addresses import is_local, local_path
 from pipeline.core.errors import ManifestError
 from pipeline.core.records import Failure, ImageRef, Pixels, PreprocessSpec
 from pipeline.images.decode import limit_pixels
@@ -27,6 +26,7 @@ from pipeline.images.wire import CHUNK
 from pipeline.manifest.shards import ShardReader, cut, refs
 from pipeline.manifest.source import Manifest
 from pipeline.models.checkpoint import Checkpoint
+from pipeline.storage.urls import is_local, local_path
 
 # Held in memory for the stages alone: so many images at most, and so many bytes of them.
 HELD_IMAGES, HELD_BYTES = 1024, 512 * 2**20

@@ -39,7 +39,7 @@ from pipeline.models.labels import label
 from pipeline.models.text import build_bank, read_labels
 from pipeline.reading import pixel_reader, worker_threads
 from pipeline.report.summary import machine
-from pipeline.storage.opening import open_storage
+from pipeline.storage.factory import open_storage
 from pipeline.worker import open_encoder
 
 ROWS = "rows"

@@ -29,7 +29,7 @@ from pipeline.core.errors import Interrupted, PlanMismatch, WorkerMismatch
 from pipeline.core.processes import cores
 from pipeline.core.records import OK, Shard, ShardReport, TextBank
 from pipeline.members import Member
-from pipeline.storage.opening import open_storage
+from pipeline.storage.factory import open_storage
 
 if TYPE_CHECKING:
     from pipeline.core.processes import Spent

@@ -13,12 +13,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.addresses import explained, open_arrow
 from pipeline.config.schema import OUTPUT_COLUMNS
 from pipeline.dataset.parts import METADATA_KEY
 from pipeline.dataset.plan import Plan, source_of
 from pipeline.storage.base import Storage
-from pipeline.storage.retries import retried
+from pipeline.storage.retry import retried
+from pipeline.storage.urls import explained, open_arrow
 
 # Parts of a store up to this many bytes are held whole by the threads that look at them.
 WHOLE_BYTES = 16 << 20

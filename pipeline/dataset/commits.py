@@ -18,7 +18,6 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.addresses import explained
 from pipeline.core.concurrency import in_order
 from pipeline.core.errors import StorageError
 from pipeline.core.failpoints import failpoint
@@ -28,6 +27,7 @@ from pipeline.dataset.parts import PartFormat, write_part
 from pipeline.dataset.plan import Plan
 from pipeline.dataset.plan import read as read_plan
 from pipeline.storage.base import Storage, sha256
+from pipeline.storage.urls import explained
 
 FOLDER = "_commits"
 SUCCESS = "_SUCCESS"

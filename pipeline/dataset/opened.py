@@ -14,7 +14,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.addresses import explained, open_arrow
 from pipeline.config.schema import OUTPUT_COLUMNS
 from pipeline.core.concurrency import AHEAD, in_order
 from pipeline.core.errors import NoDataset, StorageError, UnfinishedDataset
@@ -22,9 +21,10 @@ from pipeline.core.records import OK
 from pipeline.dataset import commits, plan
 from pipeline.dataset.commits import Commit
 from pipeline.storage.base import Storage
+from pipeline.storage.factory import open_storage
 from pipeline.storage.local import LocalStorage
-from pipeline.storage.opening import open_storage
-from pipeline.storage.retries import retried
+from pipeline.storage.retry import retried
+from pipeline.storage.urls import explained, open_arrow
 
 # About so many bytes of parts are in memory at a time, however large the dataset is; one part always is.
 HELD = 1 << 30

@@ -7,10 +7,10 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.addresses import is_local, local_path
 from pipeline.config.schema import DEMO_MODEL, Config, value_of
 from pipeline.config.validate import check
 from pipeline.core.errors import ConfigError, PlanMismatch
+from pipeline.storage.urls import is_local, local_path
 
 # A run may change these at will: the rows are the same, and so must be the plan.
 _OF_THE_RUN = {

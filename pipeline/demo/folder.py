@@ -11,7 +11,6 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.addresses import is_local, local_path, open_arrow
 from pipeline.config.schema import DEMO_MODEL, Config, PromptsConfig
 from pipeline.core.records import PreprocessSpec, Sample
 from pipeline.demo import scenes
@@ -19,6 +18,7 @@ from pipeline.images.preprocess import preprocess
 from pipeline.images.sample import stack
 from pipeline.manifest.source import ROOT_KEY
 from pipeline.storage.local import LocalStorage
+from pipeline.storage.urls import is_local, local_path, open_arrow
 
 # Far from the seeds of the training.
 SEED = 20_000_003

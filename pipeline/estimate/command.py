@@ -11,7 +11,6 @@ from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from pipeline.addresses import explained
 from pipeline.cluster.crew import crew_of
 from pipeline.cluster.inline import Inline
 from pipeline.cluster.share import Share
@@ -32,8 +31,9 @@ from pipeline.manifest.shards import cut
 from pipeline.report.logs import log_to_terminal
 from pipeline.setup import Inputs, Prepared, open_inputs, spec_of
 from pipeline.storage.base import Storage
+from pipeline.storage.factory import open_storage
 from pipeline.storage.local import LocalStorage
-from pipeline.storage.opening import open_storage
+from pipeline.storage.urls import explained
 from pipeline.worker import Job
 
 log = logging.getLogger(__name__)

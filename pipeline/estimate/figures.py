@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from math import sqrt
 
 from pipeline import measured
-from pipeline.addresses import free_bytes, is_local
 from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError, OutputBusy, TooManyFailures
 from pipeline.core.processes import cores
@@ -20,6 +19,7 @@ from pipeline.estimate.trial import Mark, Trial
 from pipeline.members import Member
 from pipeline.reading import worker_threads
 from pipeline.setup import Prepared
+from pipeline.storage.urls import free_bytes, is_local
 
 # No machine runs more evenly than this from one run to the next, as a share of the time.
 LEAST_ERROR = 0.05

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from pipeline.addresses import explained, is_local, local_path
 from pipeline.config.schema import Config
 from pipeline.core.errors import StorageError
 from pipeline.health.output import PROBE, nearest_folder
 from pipeline.health.records import Check, Status, Subject, unless_said
+from pipeline.storage.urls import explained, is_local, local_path
 
 GROUP = "disks"
 TEMPORARY_FILES = "temporary files"

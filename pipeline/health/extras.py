@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pipeline.addresses import is_s3
 from pipeline.config.schema import Config
 from pipeline.health.records import Check, Status, Subject
 from pipeline.health.versions import NAME, install, requirements
+from pipeline.storage.urls import is_s3
 
 GROUP = "extras"
 # What each is for; one that is not named here is still looked at.

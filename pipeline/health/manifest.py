@@ -44,9 +44,9 @@ def first_file(config: Config) -> tuple[ManifestConfig, int]:
     """
     import pyarrow.parquet as pq
 
-    from pipeline.addresses import open_arrow
     from pipeline.manifest.files import common_folder, find_files
     from pipeline.manifest.source import ROOT_KEY
+    from pipeline.storage.urls import open_arrow
 
     manifest = config.manifest
     if manifest.path is None:

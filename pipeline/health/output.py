@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pipeline.addresses import explained, is_local, local_path
 from pipeline.core.errors import StorageError
 from pipeline.health.records import Check, Status, Subject, unless_said
 from pipeline.storage.base import TEMPORARY, Storage
+from pipeline.storage.urls import explained, is_local, local_path
 
 GROUP = "output"
 # Within a dataset, what a dead writer left under such a name is cleared away by the next run.
@@ -61,8 +61,8 @@ def nearest_folder(path: Path) -> Path:
 @contextmanager
 def _place(url: str) -> Iterator[tuple[Storage, str]]:
     """The storage to try, and what that says of the output, in words; a folder that is not there is not made."""
+    from pipeline.storage.factory import open_storage
     from pipeline.storage.local import LocalStorage
-    from pipeline.storage.opening import open_storage
 
     if not is_local(url):
         storage = open_storage(url)

@@ -18,11 +18,11 @@ from urllib.parse import unquote
 
 import fsspec
 
-from pipeline.addresses import filesystem, from_driver, is_local, local_path, scheme_of
 from pipeline.config.validate import WRAPPERS
 from pipeline.core.errors import StorageError
 from pipeline.core.records import Failure, ImageRef
 from pipeline.images.http import SCHEMES, Fetcher
+from pipeline.storage.urls import filesystem, from_driver, is_local, local_path, scheme_of
 
 # What says that the machine is broken, and nothing about the image.
 _BROKEN = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN)

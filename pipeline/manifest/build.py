@@ -18,10 +18,10 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
-from pipeline.addresses import from_here, is_local, local_path, open_file
 from pipeline.core.errors import ManifestError, StorageError
 from pipeline.manifest.source import ROOT_KEY
-from pipeline.storage.opening import open_storage
+from pipeline.storage.factory import open_storage
+from pipeline.storage.urls import from_here, is_local, local_path, open_file
 
 EXTENSIONS = frozenset(
     [

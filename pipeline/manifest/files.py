@@ -8,9 +8,9 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from pipeline.addresses import filesystem, from_driver, from_here, is_local, local_path, no_driver
 from pipeline.config.schema import nearest
 from pipeline.core.errors import ManifestError
+from pipeline.storage.urls import filesystem, from_driver, from_here, is_local, local_path, no_driver
 
 
 def find_files(path: str) -> list[str]:

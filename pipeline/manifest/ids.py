@@ -16,11 +16,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.addresses import is_local, open_arrow
 from pipeline.core.concurrency import in_order
 from pipeline.core.errors import ManifestError
 from pipeline.core.processes import cores
 from pipeline.manifest.source import FILES_AT_A_TIME, Manifest, ManifestFile, example_row
+from pipeline.storage.urls import is_local, open_arrow
 
 BATCH_ROWS = 65_536
 # So many ids are hashed at a time: their words then stay in the processor's cache.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.addresses import is_local, local_path
 from pipeline.config.schema import Config
 from pipeline.core.errors import ManifestError
 from pipeline.manifest.source import Manifest
+from pipeline.storage.urls import is_local, local_path
 
 
 def check_places(config: Config, manifest: Manifest) -> None:

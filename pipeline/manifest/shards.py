@@ -11,10 +11,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.addresses import open_arrow
 from pipeline.core.errors import ManifestError
 from pipeline.core.records import ImageRef, Piece, Shard
 from pipeline.manifest.source import Manifest
+from pipeline.storage.urls import open_arrow
 
 # Rows read at a time. Encoded images are large, so a batch of them is kept small.
 PATH_ROWS = 512

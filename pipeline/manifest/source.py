@@ -13,12 +13,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.addresses import filesystem, is_local, local_path, open_arrow, open_file
 from pipeline.config.schema import ManifestConfig, nearest
 from pipeline.core.concurrency import in_order
 from pipeline.core.errors import ConfigError, ManifestError, Problem
 from pipeline.core.processes import cores
 from pipeline.manifest.files import common_folder, find_files
+from pipeline.storage.urls import filesystem, is_local, local_path, open_arrow, open_file
 
 ROOT_KEY = b"pipeline.root"
 # Above this, for one file or for all, a digest of every byte would read a terabyte of pixels twice; the footer

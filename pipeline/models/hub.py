@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from pipeline.addresses import from_here
 from pipeline.config.schema import DEMO_MODEL, ModelConfig
 from pipeline.core.errors import ModelError
+from pipeline.storage.urls import from_here
 
 DEMO_FOLDER = Path(__file__).resolve().parent.parent / "demo" / "model"
 WANTED_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")

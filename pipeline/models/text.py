@@ -18,13 +18,13 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
-from pipeline.addresses import from_here
 from pipeline.config.schema import LabelsConfig, PromptsConfig
 from pipeline.core.errors import PromptsError, StorageError
 from pipeline.core.records import TextBank
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.storage.base import Storage
-from pipeline.storage.opening import open_storage
+from pipeline.storage.factory import open_storage
+from pipeline.storage.urls import from_here
 
 BATCH = 256
 # Part of the cache key: raise it when the features of the same prompts would come out different.

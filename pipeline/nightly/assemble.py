@@ -14,7 +14,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.addresses import explained, open_arrow
 from pipeline.config.schema import OUTPUT_COLUMNS
 from pipeline.core.concurrency import in_order
 from pipeline.core.errors import StorageError
@@ -25,6 +24,7 @@ from pipeline.nightly.records import Kind
 from pipeline.nightly.rows import Taken, read_rows, rechunk
 from pipeline.nightly.store import share
 from pipeline.storage.base import Storage
+from pipeline.storage.urls import explained, open_arrow
 
 
 @dataclass(frozen=True, slots=True)

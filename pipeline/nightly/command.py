@@ -85,7 +85,7 @@ def _run(options: argparse.Namespace, run: _Run) -> int:
     from pipeline.dataset import lease
     from pipeline.nightly.night import run_night
     from pipeline.report.logs import log_to_terminal
-    from pipeline.storage.opening import open_storage
+    from pipeline.storage.factory import open_storage
 
     run.store = store = open_storage(wanted.store)
     with ExitStack() as opened:
@@ -165,7 +165,7 @@ def _tell(options: argparse.Namespace, run: _Run, code: int, seconds: float) -> 
     with log_to_terminal(run.log, run.name):
         if options.textfile is not None:
             from pipeline.nightly.store import last_success
-            from pipeline.storage.opening import open_storage
+            from pipeline.storage.factory import open_storage
 
             # Also of a run that never came to its store: an alarm waits for this figure to be too old, not to be gone.
             succeeded = None

@@ -11,11 +11,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.addresses import is_local, local_path, open_arrow, scheme_of
 from pipeline.core.concurrency import in_order
 from pipeline.core.processes import cores
 from pipeline.manifest.source import Manifest, ManifestFile
 from pipeline.nightly.records import NightError
+from pipeline.storage.urls import is_local, local_path, open_arrow, scheme_of
 
 AUTO, STAT, BYTES = "auto", "stat", "bytes"
 # Columns that auto takes, the first that are there.

@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.addresses import open_file
 from pipeline.config.schema import Config
 from pipeline.dataset.opened import Dataset, open_dataset
 from pipeline.dataset.recipe import recipe_of
@@ -22,6 +21,7 @@ from pipeline.nightly.records import Kind
 from pipeline.nightly.rows import cut_out, read_footers
 from pipeline.nightly.store import open_below
 from pipeline.storage.base import Storage
+from pipeline.storage.urls import open_file
 
 # Of a dataset's fingerprints those that two nights may differ in.
 _OF_THE_NIGHT = ("manifest", "batch_size")

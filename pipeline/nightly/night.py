@@ -29,7 +29,7 @@ from pipeline.nightly.rows import Taken, cut_out, read_batches
 from pipeline.nightly.store import append_runs, clear_work, forget, open_below, open_night, read_night
 from pipeline.report.logs import log_to_terminal
 from pipeline.storage.base import Storage
-from pipeline.storage.opening import open_storage
+from pipeline.storage.factory import open_storage
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.addresses import explained, open_arrow
 from pipeline.config.schema import Config
 from pipeline.manifest.ids import check_ids
 from pipeline.manifest.places import check_places
@@ -26,6 +25,7 @@ from pipeline.nightly.rows import read_batches
 from pipeline.nightly.store import newest_before, open_below, open_night, remove_folder
 from pipeline.storage.base import Storage
 from pipeline.storage.local import LocalStorage
+from pipeline.storage.urls import explained, open_arrow
 
 BEGUN, COUNTS, COMPARED = "begun.json", "counts.json", "rows.parquet"
 log = logging.getLogger(__name__)

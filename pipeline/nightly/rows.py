@@ -14,7 +14,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.addresses import explained, open_arrow
 from pipeline.config.schema import OUTPUT_COLUMNS
 from pipeline.core.concurrency import in_order
 from pipeline.dataset.commits import Commit
@@ -24,6 +23,7 @@ from pipeline.dataset.plan import source_of
 from pipeline.manifest.source import Manifest
 from pipeline.nightly.content import FEW_ROWS, MANY_ROWS, scan
 from pipeline.storage.base import Storage
+from pipeline.storage.urls import explained, open_arrow
 
 # Parts of the night before that stay in memory, in bytes of Arrow.
 KEPT_BYTES = 256 << 20

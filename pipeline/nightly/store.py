@@ -16,15 +16,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.addresses import explained
 from pipeline.core.errors import StorageError
 from pipeline.dataset.commits import SUCCESS
 from pipeline.nightly.records import MANIFESTS, NIGHT, RUNS, WORK, Night
 from pipeline.storage.base import Storage
+from pipeline.storage.factory import open_storage
 from pipeline.storage.local import LocalStorage, sync
-from pipeline.storage.objects import ObjectStorage
-from pipeline.storage.opening import open_storage
-from pipeline.storage.retries import retried
+from pipeline.storage.retry import retried
+from pipeline.storage.s3 import ObjectStorage
+from pipeline.storage.urls import explained
 
 _PREFIX = "date="
 log = logging.getLogger(__name__)

@@ -9,9 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipeline.addresses import explained
 from pipeline.core.concurrency import own_exit_code
 from pipeline.core.errors import Interrupted, PipelineError
+from pipeline.storage.urls import explained
 
 EXAMPLES = """\
 examples:
@@ -72,7 +72,7 @@ def _report(url: str) -> dict[str, Any]:
     from pipeline.dataset.plan import read
     from pipeline.dataset.recipe import config_of
     from pipeline.report.found import report_of
-    from pipeline.storage.opening import open_storage
+    from pipeline.storage.factory import open_storage
 
     storage = open_storage(url)
     plan = read(storage)
@@ -89,7 +89,7 @@ def _save(path: str, page: bytes) -> str:
 
 
 def _put(url: str, name: str, page: bytes) -> str:
-    from pipeline.storage.opening import open_storage
+    from pipeline.storage.factory import open_storage
 
     storage = open_storage(url)
     storage.write(name, page)

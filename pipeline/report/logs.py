@@ -13,12 +13,12 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-from pipeline.addresses import explained
 from pipeline.config.schema import Config, LogConfig
 from pipeline.core.errors import StorageError
 from pipeline.core.log_format import JsonLines, ending
 from pipeline.storage.base import Storage
 from pipeline.storage.local import LocalStorage
+from pipeline.storage.urls import explained
 
 NAME = "_run.log"
 JSON = "json"

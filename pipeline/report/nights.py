@@ -12,12 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from markupsafe import Markup
 
-from pipeline.addresses import explained, filesystem, open_arrow
 from pipeline.core.errors import NoDataset, StorageError
 from pipeline.report.page import environment
 from pipeline.report.plots import bare
 from pipeline.report.summary import in_words_of_time
 from pipeline.report.svg import INK, LINE, SERIES, SOFT, WAIT, new_figure, plot
+from pipeline.storage.urls import explained, filesystem, open_arrow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -15,12 +15,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.addresses import open_arrow
 from pipeline.core.concurrency import in_order
 from pipeline.core.errors import StorageError
 from pipeline.core.records import OK, Clocks, Stage
 from pipeline.report.scores import Extremes, Row, Scores
-from pipeline.storage.opening import open_storage
+from pipeline.storage.factory import open_storage
+from pipeline.storage.urls import open_arrow
 
 PACKAGES = ("torch", "transformers", "tokenizers", "pillow", "pyarrow", "numpy", "hydra-core", "fsspec")
 # The encoder waits for images more than this share of its time: then the loader sets the pace.

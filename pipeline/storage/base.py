@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from pipeline.addresses import explained
+from pipeline.storage.urls import explained
 
 TEMPORARY = "_tmp-"
 # What this process is writing just now.

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pipeline.addresses import explained
 from pipeline.core.failpoints import failpoint
 from pipeline.core.processes import cores, has_process
 from pipeline.storage.base import LIVE, TEMPORARY, Entry, Storage, sha256
+from pipeline.storage.urls import explained
 
 # A writer on another machine is taken for dead after a day.
 GIVEN_UP_SECONDS = 86_400

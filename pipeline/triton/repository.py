@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipeline.addresses import explained
 from pipeline.artifacts.graphs import GRAPH
 from pipeline.artifacts.store import Artifact
 from pipeline.config.schema import ImagesConfig
 from pipeline.core.errors import ArtifactError, ConfigError
 from pipeline.models.checkpoint import FAMILIES, Checkpoint
 from pipeline.storage.local import appearing
+from pipeline.storage.urls import explained
 from pipeline.triton import client
 from pipeline.triton.card import readme
 from pipeline.triton.pbtxt import to_text

@@ -20,12 +20,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.addresses import explained
 from pipeline.core.errors import ConfigError, Problem, install_hint
 from pipeline.dataset.opened import Dataset, vectors_of
 from pipeline.storage.local import appearing
+from pipeline.storage.urls import explained, within
 from pipeline.vectors.index import LEAST, LISTS, TRAINED, faiss_or_told, spread
-from pipeline.vectors.places import within
 
 NOTE = "conversion.json"
 

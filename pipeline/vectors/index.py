@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.addresses import explained
 from pipeline.core.errors import ArtifactError, ConfigError, ModelError, Problem, StorageError, install_hint
 from pipeline.dataset.opened import Dataset, vectors_of
 from pipeline.storage.local import LocalStorage
+from pipeline.storage.urls import explained
 from pipeline.vectors.search import Found, nearest, rescore, without
 
 FOLDER = "_index"

@@ -37,7 +37,7 @@ from pipeline.report.clocks import StageClocks
 from pipeline.report.logs import log_to, log_to_terminal
 from pipeline.report.progress import Progress
 from pipeline.storage.base import Storage
-from pipeline.storage.opening import open_storage
+from pipeline.storage.factory import open_storage
 from pipeline.vectors.model import labels_of, open_model
 from pipeline.vectors.told import REPORT, RelabelReport, say
 

@@ -157,3 +157,12 @@ def free_bytes(place: str) -> int | None:
 
 def _size(count: int) -> str:
     return f"{count:,} bytes" if count < 10_000 else f"{count / 1e6:,.2f} MB"
+
+
+def within(place: str, folder: str) -> bool:
+    """Whether an address lies in a folder, however deep, or is that folder; links on this machine are followed.
+
+    Readers of a dataset take every Parquet file below its folder for a part of it.
+    """
+    inner, outer = (os.path.realpath(local_path(each)) if is_local(each) else each for each in (place, folder))
+    return f"{inner.rstrip('/')}/".startswith(f"{outer.rstrip('/')}/")

@@ -1,7 +1,7 @@
 """Files of an object store, or of any other file system that fsspec knows.
 
 S3 (and what speaks its protocol) is the store that this is tested with. Every request is tried again by
-:mod:`pipeline.storage.retries` alone: boto and s3fs would multiply the tries, and hide a reply that was lost.
+:mod:`pipeline.storage.retry` alone: boto and s3fs would multiply the tries, and hide a reply that was lost.
 
 An upload is visible when it is whole, and not before. s3fs sends a file of up to 100 MB in one request, which S3 checks
 against its length and checksum, and a larger one in chunks of 50 MB or more (a multipart upload), which appears with
@@ -26,11 +26,11 @@ from typing import Any
 from fsspec.config import conf
 from fsspec.core import url_to_fs
 
-from pipeline.addresses import explained, is_s3, scheme_of
 from pipeline.core.failpoints import failpoint
-from pipeline.storage import retries
+from pipeline.storage import retry
 from pipeline.storage.base import TEMPORARY, Entry, Storage, sha256
-from pipeline.storage.retries import exists_already, retried
+from pipeline.storage.retry import exists_already, retried
+from pipeline.storage.urls import explained, is_s3, scheme_of
 
 _CREATING = threading.Lock()
 # The name of the metadata by which a writer knows its own object again.
@@ -254,9 +254,9 @@ def _options(url: str) -> dict[str, Any]:
         return {}
     own = conf.get(scheme_of(url), {}).get("config_kwargs", {})
     config = {
-        "connect_timeout": retries.CONNECT_SECONDS,
+        "connect_timeout": retry.CONNECT_SECONDS,
         "max_pool_connections": REQUESTS,
-        "read_timeout": retries.READ_SECONDS,
+        "read_timeout": retry.READ_SECONDS,
         **own,
         "retries": {"total_max_attempts": 1},
     }

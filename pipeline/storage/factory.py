@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pipeline.addresses import is_local, local_path
 from pipeline.storage.base import Storage
 from pipeline.storage.local import LocalStorage
-from pipeline.storage.objects import ObjectStorage
+from pipeline.storage.s3 import ObjectStorage
+from pipeline.storage.urls import is_local, local_path
 
 
 def open_storage(url: str) -> Storage:
