@@ -17,7 +17,7 @@ from pipeline.dataset.opened import Dataset, open_dataset
 from pipeline.dataset.recipe import config_of
 from pipeline.gallery import REACH, THUMBNAIL, spread, thumbnails
 from pipeline.images.reader import PixelReader
-from pipeline.manifest.source import Manifest, open_manifest
+from pipeline.manifest.manifest import Manifest, open_manifest
 from pipeline.reading import pixel_reader
 from pipeline.report.found import report_of
 from pipeline.report.nights import recent_nights

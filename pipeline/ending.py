@@ -19,7 +19,7 @@ from pipeline.core.run_report import RunReport
 from pipeline.dataset.commits import Commit
 from pipeline.drawing import PAGE
 from pipeline.images.reader import PixelReader
-from pipeline.manifest.source import Manifest
+from pipeline.manifest.manifest import Manifest
 from pipeline.members import Member, peak_memory, total_clocks, total_cores
 from pipeline.report import summary
 from pipeline.report.page import place_of

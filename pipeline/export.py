@@ -111,7 +111,7 @@ def _export(config: Config, options: argparse.Namespace, checkpoint: Checkpoint)
     from pipeline.core.records import Sample
     from pipeline.demo.folder import rendered_sample
     from pipeline.images.sample import draw_sample
-    from pipeline.manifest.source import open_manifest
+    from pipeline.manifest.manifest import open_manifest
     from pipeline.reading import pixel_reader
 
     @cache

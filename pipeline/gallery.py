@@ -19,8 +19,8 @@ from pipeline.core.errors import PipelineError
 from pipeline.core.records import OK, Failure, ImageRef, Piece, PreprocessSpec, Shard
 from pipeline.images.decode import EXACT, GLANCE
 from pipeline.images.reader import PixelReader
+from pipeline.manifest.manifest import Manifest
 from pipeline.manifest.shards import ShardReader, refs
-from pipeline.manifest.source import Manifest
 
 # The square in the middle, which is about what the model saw.
 THUMBNAIL = PreprocessSpec(

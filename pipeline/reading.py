@@ -9,7 +9,7 @@ from pipeline.images.decode import Decoder
 from pipeline.images.decoders import Decoders
 from pipeline.images.reader import PixelReader
 from pipeline.images.sources import Source
-from pipeline.manifest.source import Manifest
+from pipeline.manifest.manifest import Manifest
 
 
 def worker_threads(config: Config) -> int:

@@ -33,9 +33,9 @@ from pipeline.images.library import library
 from pipeline.images.reader import PixelReader
 from pipeline.images.sample import draw_sample
 from pipeline.manifest.ids import check_ids
-from pipeline.manifest.places import check_places
+from pipeline.manifest.manifest import Manifest, open_manifest
+from pipeline.manifest.overlap import check_places
 from pipeline.manifest.shards import count_shards
-from pipeline.manifest.source import Manifest, open_manifest
 from pipeline.metrics.spans import span
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline.models.text import build_bank, read_labels

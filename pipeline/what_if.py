@@ -11,7 +11,7 @@ from pipeline.core.records import ImageRef, Stage
 from pipeline.core.run_report import Pace
 from pipeline.gallery import find
 from pipeline.images.reader import PixelReader
-from pipeline.manifest.source import Manifest
+from pipeline.manifest.manifest import Manifest
 from pipeline.report.pace import Cost, find_limit, in_words
 
 # The next faster decoder.

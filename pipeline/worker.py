@@ -27,7 +27,7 @@ from pipeline.dataset.parts import PartFormat, ShardResult, build_table, count_s
 from pipeline.images.decoders import Decoders
 from pipeline.images.loader import Loader
 from pipeline.images.reader import PixelReader
-from pipeline.manifest.source import Manifest
+from pipeline.manifest.manifest import Manifest
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.reading import pixel_reader, worker_threads
 from pipeline.report.clocks import StageClocks

@@ -39,8 +39,8 @@ from pipeline.images.decode import Decoder
 from pipeline.images.decoders import Decoders
 from pipeline.images.reader import PixelReader
 from pipeline.images.sources import Source
+from pipeline.manifest.manifest import open_manifest
 from pipeline.manifest.shards import cut
-from pipeline.manifest.source import open_manifest
 from pipeline.report.clocks import StageClocks
 from pipeline.worker import Job, embed
 

@@ -32,7 +32,7 @@ ROWS = (1_000_000, 10_000_000, 100_000_000)
 
 def _opened(manifest: str, id: str = "id") -> Any:
     from pipeline.config.schema import ManifestConfig
-    from pipeline.manifest.source import open_manifest
+    from pipeline.manifest.manifest import open_manifest
 
     return open_manifest(ManifestConfig(path=manifest, id=id, shard_rows=SHARD_ROWS))
 

@@ -19,6 +19,7 @@ LEVELS: Mapping[str, int] = {
     "core": 1,
     "config": 2,
     "storage": 2,
+    "manifest": 3,
 }
 COMMANDS_LEVEL = 8
 COMMANDS = {"artifacts", "convert", "export", "relabel", "run", "search", "verify"}

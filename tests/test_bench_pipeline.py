@@ -25,7 +25,7 @@ from pipeline.config.compose import compose_config
 from pipeline.config.schema import ModelConfig
 from pipeline.core.errors import ConfigError
 from pipeline.core.records import Stage
-from pipeline.manifest.source import open_manifest
+from pipeline.manifest.manifest import open_manifest
 from pipeline.models.checkpoint import open_checkpoint
 from pipeline.models.preprocessor import to_spec
 from pipeline.reading import pixel_reader

@@ -26,7 +26,7 @@ from pipeline.core.errors import ModelError, PromptsError
 from pipeline.demo.folder import jpeg
 from pipeline.demo.scenes import sample
 from pipeline.job import run_job
-from pipeline.manifest.source import open_manifest
+from pipeline.manifest.manifest import open_manifest
 from pipeline.models.checkpoint import open_checkpoint
 from pipeline.models.hub import DEMO_FOLDER
 from pipeline.models.text import read_labels

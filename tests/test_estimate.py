@@ -30,8 +30,8 @@ from pipeline.estimate.record import Estimate
 from pipeline.estimate.spread import DEPTH, in_shards, spread
 from pipeline.estimate.words import lines, span
 from pipeline.job import run_job
+from pipeline.manifest.manifest import Manifest, ManifestFile
 from pipeline.manifest.shards import cut
-from pipeline.manifest.source import Manifest, ManifestFile
 from pipeline.storage.factory import open_storage
 from tests.forks import forks
 from tests.jobs import StubEncoder, config_for, overrides_of, scenes_manifest, stub_backend

@@ -18,7 +18,7 @@ from pipeline.core.records import Failure, ImageRef, Stage
 from pipeline.core.run_report import Pace, StagePace
 from pipeline.gallery import THUMBNAIL, find, spread, thumbnails
 from pipeline.images.sources import Source
-from pipeline.manifest.source import Manifest, open_manifest
+from pipeline.manifest.manifest import Manifest, open_manifest
 from pipeline.reading import pixel_reader
 from pipeline.what_if import Faster, faster_decoder
 

@@ -14,7 +14,7 @@ import pytest
 from pipeline.config.schema import ManifestConfig
 from pipeline.core.errors import ManifestError
 from pipeline.manifest import ids
-from pipeline.manifest.source import Manifest, open_manifest
+from pipeline.manifest.manifest import Manifest, open_manifest
 
 
 def manifest_of(folder: Path, *files: pa.Array, row_group_size: int = 2) -> Manifest:

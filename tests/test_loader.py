@@ -28,8 +28,8 @@ from pipeline.images.padding import repeats
 from pipeline.images.reader import PixelReader
 from pipeline.images.repeats import Repeats
 from pipeline.images.sources import Source
+from pipeline.manifest.manifest import Manifest, open_manifest
 from pipeline.manifest.shards import ShardReader, cut
-from pipeline.manifest.source import Manifest, open_manifest
 
 SIZE = 8
 SPEC = PreprocessSpec(resize=SIZE, crop=(SIZE, SIZE), resample=3, mean=(0, 0, 0), std=(1, 1, 1))

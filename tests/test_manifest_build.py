@@ -23,8 +23,8 @@ from pipeline.images.sources import Source
 from pipeline.manifest import __main__ as door
 from pipeline.manifest import build
 from pipeline.manifest.ids import check_ids
+from pipeline.manifest.manifest import Manifest, open_manifest
 from pipeline.manifest.shards import ShardReader, cut, refs
-from pipeline.manifest.source import Manifest, open_manifest
 
 ROOT = Path(__file__).resolve().parent.parent
 

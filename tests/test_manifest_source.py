@@ -17,10 +17,10 @@ import pytest
 
 from pipeline.config.schema import ManifestConfig
 from pipeline.core.errors import ManifestError
-from pipeline.manifest import source
+from pipeline.manifest import manifest as source
 from pipeline.manifest.ids import check_ids
+from pipeline.manifest.manifest import ROOT_KEY, Manifest, find_files, open_manifest
 from pipeline.manifest.shards import ShardReader, cut, refs
-from pipeline.manifest.source import ROOT_KEY, Manifest, find_files, open_manifest
 
 PATHS = pa.table({"id": ["a", "b", "c"], "path": ["1.jpg", "2.jpg", "3.jpg"]})
 

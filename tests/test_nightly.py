@@ -22,7 +22,7 @@ from pipeline.core.errors import OutputBusy, ShardsGivenUp, StorageError
 from pipeline.dataset import lease
 from pipeline.dataset.verify import verify
 from pipeline.images.sources import Source
-from pipeline.manifest.source import open_manifest
+from pipeline.manifest.manifest import open_manifest
 from pipeline.nightly import command
 from pipeline.nightly.content import find_content
 from pipeline.nightly.records import PARTITION, NightError

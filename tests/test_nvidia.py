@@ -36,8 +36,8 @@ from pipeline.images.preprocess import preprocess
 from pipeline.images.reader import PixelReader
 from pipeline.images.resample import resample
 from pipeline.images.sources import Source
+from pipeline.manifest.manifest import Manifest, open_manifest
 from pipeline.manifest.shards import cut
-from pipeline.manifest.source import Manifest, open_manifest
 
 CPU = torch.device("cpu")
 CLIP = PreprocessSpec(resize=224, crop=(224, 224), resample=3, mean=(0.5,) * 3, std=(0.5,) * 3)  # type: ignore[arg-type]

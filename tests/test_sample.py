@@ -14,8 +14,8 @@ from pipeline.images.decode import Decoder
 from pipeline.images.reader import PixelReader
 from pipeline.images.sample import PLACES, TRIES, draw_sample
 from pipeline.images.sources import Source
+from pipeline.manifest.manifest import Manifest
 from pipeline.manifest.shards import cut
-from pipeline.manifest.source import Manifest
 from tests.test_loader import SIZE, SPEC, batches, colour, opened, run, write
 
 

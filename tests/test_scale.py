@@ -12,7 +12,7 @@ import pytest
 from pipeline.config.schema import ManifestConfig
 from pipeline.core.concurrency import AHEAD, in_order
 from pipeline.core.errors import ConfigError
-from pipeline.manifest import source
+from pipeline.manifest import manifest as source
 from tests import scale, scale_data
 from tests.scale_page import to_markdown
 

@@ -13,8 +13,8 @@ import pytest
 from pipeline.config.schema import ManifestConfig
 from pipeline.core.errors import ManifestError
 from pipeline.core.records import ImageRef, Piece, Shard
+from pipeline.manifest.manifest import Manifest, ManifestFile, open_manifest
 from pipeline.manifest.shards import BYTES_ROWS, PATH_ROWS, ShardReader, count_shards, cut, refs
-from pipeline.manifest.source import Manifest, ManifestFile, open_manifest
 
 MEGABYTE = 1 << 20
 

@@ -21,7 +21,7 @@ from pipeline.api.encoded import encode
 from pipeline.api.paths import check_paths, paths_of, root_of
 from pipeline.core.errors import ConfigError, ManifestError, Problem
 from pipeline.manifest.build import EXTENSIONS, from_folder
-from pipeline.manifest.source import ROOT_KEY
+from pipeline.manifest.manifest import ROOT_KEY
 from pipeline.storage.urls import explained, is_local, local_path
 
 # Images are written so many at a time; a photo as PNG takes megabytes.

@@ -10,7 +10,7 @@ from html import escape
 from pipeline import gallery
 from pipeline.core.errors import PipelineError
 from pipeline.dataset.opened import Dataset
-from pipeline.manifest.source import open_manifest
+from pipeline.manifest.manifest import open_manifest
 from pipeline.reading import pixel_reader
 from pipeline.vectors.model import config_of_dataset
 

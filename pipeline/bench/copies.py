@@ -23,8 +23,8 @@ from pipeline.images.decode import limit_pixels
 from pipeline.images.reader import PixelReader
 from pipeline.images.sample import stack
 from pipeline.images.wire import CHUNK
+from pipeline.manifest.manifest import Manifest
 from pipeline.manifest.shards import ShardReader, cut, refs
-from pipeline.manifest.source import Manifest
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.storage.urls import is_local, local_path
 

@@ -32,8 +32,8 @@ from pipeline.dataset.commits import commit_part
 from pipeline.dataset.parts import ShardResult, build_table, part_format
 from pipeline.images.reader import PixelReader
 from pipeline.images.sample import draw_sample
+from pipeline.manifest.manifest import open_manifest
 from pipeline.manifest.shards import ShardReader, cut, refs
-from pipeline.manifest.source import open_manifest
 from pipeline.models.checkpoint import open_checkpoint
 from pipeline.models.labels import label
 from pipeline.models.text import build_bank, read_labels

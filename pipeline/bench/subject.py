@@ -26,7 +26,7 @@ from pipeline.core.processes import cores
 from pipeline.core.records import Sample, TextBank
 from pipeline.demo import folder as demo
 from pipeline.images.sample import draw_sample
-from pipeline.manifest.source import open_manifest
+from pipeline.manifest.manifest import open_manifest
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline.models.text import build_bank, read_labels
 from pipeline.reading import pixel_reader

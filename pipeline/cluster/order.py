@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from pipeline.config.schema import Config
-from pipeline.manifest.source import Manifest
+from pipeline.manifest.manifest import Manifest
 
 if TYPE_CHECKING:
     from pipeline.worker import Job

@@ -16,7 +16,7 @@ from pipeline.core.records import PreprocessSpec, Sample
 from pipeline.demo import scenes
 from pipeline.images.preprocess import preprocess
 from pipeline.images.sample import stack
-from pipeline.manifest.source import ROOT_KEY
+from pipeline.manifest.manifest import ROOT_KEY
 from pipeline.storage.local import LocalStorage
 from pipeline.storage.urls import is_local, local_path, open_arrow
 

@@ -7,7 +7,7 @@ from math import gcd
 from typing import TypeVar
 
 from pipeline.core.records import Piece, Shard
-from pipeline.manifest.source import Manifest
+from pipeline.manifest.manifest import Manifest
 
 # So many of the shards, and of the runs of rows in each, may be sampled: more would not make a sample any better.
 MOST_SHARDS, MOST_RUNS = 256, 256

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pipeline.backends.base import ImageEncoder
     from pipeline.core.records import Sample, TextBank
     from pipeline.health.sample import Drawn
-    from pipeline.manifest.source import Manifest
+    from pipeline.manifest.manifest import Manifest
     from pipeline.models.checkpoint import Checkpoint
 
 GROUP = golden.GROUP
@@ -72,7 +72,7 @@ def _run(config: Config, checkpoint: Checkpoint, scratch: str, opened: ExitStack
     from pipeline.backends.parity import embed_sample, pass_gate
     from pipeline.demo.folder import rendered_sample
     from pipeline.health.sample import draw, repeated
-    from pipeline.manifest.source import open_manifest
+    from pipeline.manifest.manifest import open_manifest
     from pipeline.parity import in_words
     from pipeline.results import UNIT_TOLERANCE
     from pipeline.storage.local import LocalStorage

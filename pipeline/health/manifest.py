@@ -19,8 +19,8 @@ def look(subject: Subject) -> Iterator[Check]:
         fact = f"{config.manifest.demo_scenes:,} rendered scenes (manifest.path=null)"
         yield Check(GROUP, "manifest", Status.OK, fact)
         return
-    from pipeline.manifest.places import check_places
-    from pipeline.manifest.source import open_manifest
+    from pipeline.manifest.manifest import open_manifest
+    from pipeline.manifest.overlap import check_places
 
     try:
         first, count = first_file(config)
@@ -45,7 +45,7 @@ def first_file(config: Config) -> tuple[ManifestConfig, int]:
     import pyarrow.parquet as pq
 
     from pipeline.manifest.files import common_folder, find_files
-    from pipeline.manifest.source import ROOT_KEY
+    from pipeline.manifest.manifest import ROOT_KEY
     from pipeline.storage.urls import open_arrow
 
     manifest = config.manifest

@@ -8,8 +8,8 @@ from pipeline.core.records import Failure, Piece, Pixels, Sample, Shard
 from pipeline.images.decode import limit_pixels
 from pipeline.images.reader import PixelReader
 from pipeline.images.sample import stack
+from pipeline.manifest.manifest import Manifest
 from pipeline.manifest.shards import ShardReader, refs
-from pipeline.manifest.source import Manifest
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,8 +40,8 @@ from pipeline.images.reader import PixelReader, Timer
 from pipeline.images.repeats import Repeats
 from pipeline.images.slots import new_slot
 from pipeline.images.wire import CHUNK
+from pipeline.manifest.manifest import Manifest
 from pipeline.manifest.shards import ShardReader, refs
-from pipeline.manifest.source import Manifest
 
 # Finished shards that may wait for the consumer: they hold no buffer, so nothing else would stop a run
 # whose images all fail from reading the whole manifest into memory.

@@ -12,8 +12,8 @@ import torch
 from pipeline.core.records import Failure, ImageRef, Piece, Pixels, Sample, Shard
 from pipeline.images.decode import limit_pixels
 from pipeline.images.reader import PixelReader
+from pipeline.manifest.manifest import Manifest
 from pipeline.manifest.shards import ShardReader, refs
-from pipeline.manifest.source import Manifest
 
 # Row groups among which the pictures are spread. Only their first rows are looked at: to reach a later row
 # of a column of images means to read all before it.

@@ -19,7 +19,7 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
 from pipeline.core.errors import ManifestError, StorageError
-from pipeline.manifest.source import ROOT_KEY
+from pipeline.manifest.manifest import ROOT_KEY
 from pipeline.storage.factory import open_storage
 from pipeline.storage.urls import from_here, is_local, local_path, open_file
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pipeline.core.concurrency import in_order
 from pipeline.core.errors import ManifestError
 from pipeline.core.processes import cores
-from pipeline.manifest.source import FILES_AT_A_TIME, Manifest, ManifestFile, example_row
+from pipeline.manifest.manifest import FILES_AT_A_TIME, Manifest, ManifestFile, example_row
 from pipeline.storage.urls import is_local, open_arrow
 
 BATCH_ROWS = 65_536

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from pipeline.core.errors import ManifestError
 from pipeline.core.records import ImageRef, Piece, Shard
-from pipeline.manifest.source import Manifest
+from pipeline.manifest.manifest import Manifest
 from pipeline.storage.urls import open_arrow
 
 # Rows read at a time. Encoded images are large, so a batch of them is kept small.

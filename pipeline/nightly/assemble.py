@@ -19,7 +19,7 @@ from pipeline.core.concurrency import in_order
 from pipeline.core.errors import StorageError
 from pipeline.dataset import commits, lease, plan
 from pipeline.dataset.parts import METADATA_KEY, PartFormat
-from pipeline.manifest.source import Manifest
+from pipeline.manifest.manifest import Manifest
 from pipeline.nightly.records import Kind
 from pipeline.nightly.rows import Taken, read_rows, rechunk
 from pipeline.nightly.store import share

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from pipeline.core.concurrency import in_order
 from pipeline.core.processes import cores
-from pipeline.manifest.source import Manifest, ManifestFile
+from pipeline.manifest.manifest import Manifest, ManifestFile
 from pipeline.nightly.records import NightError
 from pipeline.storage.urls import is_local, local_path, open_arrow, scheme_of
 

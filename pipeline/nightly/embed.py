@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pipeline.config.schema import Config
 from pipeline.dataset.opened import Dataset, open_dataset
 from pipeline.dataset.recipe import recipe_of
-from pipeline.manifest.source import Manifest
+from pipeline.manifest.manifest import Manifest
 from pipeline.nightly.changes import OF_COPYING, OF_DECODING, OF_READING
 from pipeline.nightly.records import Kind
 from pipeline.nightly.rows import cut_out, read_footers

@@ -17,8 +17,8 @@ from pipeline.dataset import lease, plan
 from pipeline.dataset.opened import Dataset, open_dataset
 from pipeline.dataset.parts import part_format
 from pipeline.dataset.recipe import recipe_of
+from pipeline.manifest.manifest import Manifest, open_manifest
 from pipeline.manifest.shards import count_shards
-from pipeline.manifest.source import Manifest, open_manifest
 from pipeline.nightly import embed
 from pipeline.nightly.assemble import Assembly, assemble, origins
 from pipeline.nightly.embed import AnotherJob, Embedded

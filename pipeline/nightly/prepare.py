@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 
 from pipeline.config.schema import Config
 from pipeline.manifest.ids import check_ids
-from pipeline.manifest.places import check_places
-from pipeline.manifest.source import Manifest, open_manifest
+from pipeline.manifest.manifest import Manifest, open_manifest
+from pipeline.manifest.overlap import check_places
 from pipeline.nightly.changes import OF_COPYING, OF_DECODING, OF_READING, Rule, compare
 from pipeline.nightly.content import BYTES, Content, find_content, id_type, read_keys
 from pipeline.nightly.records import DROPPED, ROWS, SNAPSHOT, WORK, Night, NightError, Wanted

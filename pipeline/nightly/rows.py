@@ -20,7 +20,7 @@ from pipeline.dataset.commits import Commit
 from pipeline.dataset.opened import Dataset
 from pipeline.dataset.parts import METADATA_KEY
 from pipeline.dataset.plan import source_of
-from pipeline.manifest.source import Manifest
+from pipeline.manifest.manifest import Manifest
 from pipeline.nightly.content import FEW_ROWS, MANY_ROWS, scan
 from pipeline.storage.base import Storage
 from pipeline.storage.urls import explained, open_arrow

@@ -30,7 +30,7 @@ from pipeline.images.library import library
 from pipeline.images.reader import PixelReader
 from pipeline.images.sample import draw_sample
 from pipeline.images.sources import Source
-from pipeline.manifest.source import open_manifest
+from pipeline.manifest.manifest import open_manifest
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline.reading import decoder_of, open_decoders, pixel_reader, worker_threads
 from pipeline.results import Labelling, memory_explained

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pipeline.config.schema import Config
 from pipeline.core.errors import ManifestError
-from pipeline.manifest.source import Manifest
+from pipeline.manifest.manifest import Manifest
 from pipeline.storage.urls import is_local, local_path
 
 
