@@ -16,9 +16,9 @@ from pipeline.core.errors import PipelineError
 from pipeline.dataset.opened import Dataset, open_dataset
 from pipeline.dataset.recipe import config_of
 from pipeline.gallery import REACH, THUMBNAIL, spread, thumbnails
+from pipeline.images.factory import pixel_reader
 from pipeline.images.reader import PixelReader
 from pipeline.manifest.manifest import Manifest, open_manifest
-from pipeline.reading import pixel_reader
 from pipeline.report.found import report_of
 from pipeline.report.nights import recent_nights
 from pipeline.report.page import by_status, to_html
@@ -98,7 +98,7 @@ def redraw(url: str, *, examples: int | None = None) -> bytes:
         report["nights"] = recent_nights(dataset.url, report["night"]["date"])
     with ExitStack() as opened:
         manifest = _manifest(config, dataset) if examples else None
-        reader = opened.enter_context(pixel_reader(config, manifest, THUMBNAIL)) if manifest is not None else None
+        reader = opened.enter_context(pixel_reader(config, manifest.root, THUMBNAIL)) if manifest is not None else None
         return draw(report, content, parts, output=dataset.url, manifest=manifest, reader=reader, examples=examples)
 
 

@@ -110,9 +110,9 @@ def _export(config: Config, options: argparse.Namespace, checkpoint: Checkpoint)
     from pipeline.core.errors import ManifestError
     from pipeline.core.records import Sample
     from pipeline.demo.folder import rendered_sample
+    from pipeline.images.factory import pixel_reader
     from pipeline.images.sample import draw_sample
     from pipeline.manifest.manifest import open_manifest
-    from pipeline.reading import pixel_reader
 
     @cache
     def sample() -> Sample:
@@ -122,7 +122,7 @@ def _export(config: Config, options: argparse.Namespace, checkpoint: Checkpoint)
         if config.manifest.path is None:
             return rendered_sample(spec, count)
         manifest = open_manifest(config.manifest)
-        with pixel_reader(config, manifest, spec) as reader:
+        with pixel_reader(config, manifest.root, spec) as reader:
             drawn = draw_sample(manifest, reader, count)
         if drawn is None:
             raise ManifestError(f"{config.manifest.path}: none of the images that were tried can be decoded")

@@ -25,7 +25,7 @@ from pipeline.dataset.parts import part_format
 from pipeline.demo import folder as demo
 from pipeline.drawing import PAGE, draw, try_to_publish
 from pipeline.ending import REPORT, Ending, report_of, say, say_labels
-from pipeline.images.decoders import Decoders
+from pipeline.images.pool.pool import Decoders
 from pipeline.manifest.shards import cut
 from pipeline.metrics.monitor import Monitor, monitored
 from pipeline.metrics.spans import shard as shard_span
@@ -55,11 +55,11 @@ def run_job(
 ) -> RunReport:
     """Embed and label what is not done yet, finish the dataset, write the report.
 
-    ``began`` is when the command was given, in seconds since the epoch; without it, the start-up that the
-    report shows begins with this call. ``decoders`` are those of :func:`~pipeline.reading.open_decoders`, if the caller
-    has started them by now; they are closed here. ``every_byte`` reads what is done already in an object store whole,
-    and does not take the store's word for it, see :func:`~pipeline.dataset.commits.find_done`. ``run`` is the name of
-    the run in its log and its metrics; without it, it gets one. ``closing_words`` are said at the end.
+    ``began`` is when the command was given, in seconds since the epoch; without it, the start-up that the report shows
+    begins with this call. ``decoders`` are those of :func:`~pipeline.images.factory.open_decoders`, if the caller has
+    started them by now; they are closed here. ``every_byte`` reads what is done already in an object store whole, and
+    does not take the store's word for it, see :func:`~pipeline.dataset.commits.find_done`. ``run`` is the name of the
+    run in its log and its metrics; without it, it gets one. ``closing_words`` are said at the end.
 
     Raises:
         PipelineError: one of :mod:`pipeline.core.errors`, each with its exit code.

@@ -69,7 +69,7 @@ def _task(composed: DictConfig) -> None:
         from pipeline.report.logs import library_messages
 
         opened.enter_context(library_messages(config.log, run))
-        from pipeline.reading import open_decoders
+        from pipeline.images.factory import open_decoders
 
         # While this process imports torch, which takes seconds, its decoders start.
         decoders = open_decoders(config) if config.cluster.name == "inline" else None

@@ -28,10 +28,10 @@ from pipeline.core.records import Parity, PreprocessSpec, Sample, TextBank
 from pipeline.dataset import lease, parts, plan
 from pipeline.dataset.recipe import recipe_of
 from pipeline.demo import folder as demo
-from pipeline.images.decoders import Decoders
-from pipeline.images.library import library
+from pipeline.images.pool.pool import Decoders
 from pipeline.images.reader import PixelReader
 from pipeline.images.sample import draw_sample
+from pipeline.images.versions import library
 from pipeline.manifest.ids import check_ids
 from pipeline.manifest.manifest import Manifest, open_manifest
 from pipeline.manifest.overlap import check_places

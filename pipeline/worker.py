@@ -24,12 +24,12 @@ from pipeline.core.log_format import within
 from pipeline.core.records import ImageBatch, PreprocessSpec, Shard, ShardReport, ShardRows, Stage, TextBank
 from pipeline.dataset.commits import commit_part
 from pipeline.dataset.parts import PartFormat, ShardResult, build_table, count_statuses
-from pipeline.images.decoders import Decoders
+from pipeline.images.factory import pixel_reader, worker_threads
 from pipeline.images.loader import Loader
+from pipeline.images.pool.pool import Decoders
 from pipeline.images.reader import PixelReader
 from pipeline.manifest.manifest import Manifest
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.reading import pixel_reader, worker_threads
 from pipeline.report.clocks import StageClocks
 from pipeline.results import Accumulated, Flying, Labelling, launch, memory_explained
 from pipeline.storage.factory import open_storage
@@ -59,15 +59,15 @@ def open_encoder(config: Config, checkpoint: Checkpoint, sample: Draw) -> ImageE
 def open_reader(
     config: Config, manifest: Manifest, spec: PreprocessSpec, decoders: Decoders | None = None
 ) -> PixelReader:
-    """As :func:`~pipeline.reading.pixel_reader`, with the GPU's decoder where the config asks for it.
+    """As :func:`~pipeline.images.factory.pixel_reader`, with the GPU's decoder where the config asks for it.
 
     Raises:
         BackendUnavailable: this machine has none.
     """
-    reader = pixel_reader(config, manifest, spec, decoders)
+    reader = pixel_reader(config, manifest.root, spec, decoders)
     if config.images.decoder != "gpu":
         return reader
-    from pipeline.images.nvidia import NvidiaDecoder
+    from pipeline.images.gpu.nvimgcodec import NvidiaDecoder
 
     images = config.images
     gpu = NvidiaDecoder(

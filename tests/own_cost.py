@@ -36,9 +36,9 @@ from pipeline.config.schema import Config, LoaderConfig, ManifestConfig, OutputC
 from pipeline.core.records import Failure, ImageRef, Pixels, PreprocessSpec, TextBank
 from pipeline.dataset.parts import part_format
 from pipeline.images.decode import Decoder
-from pipeline.images.decoders import Decoders
+from pipeline.images.pool.pool import Decoders
 from pipeline.images.reader import PixelReader
-from pipeline.images.sources import Source
+from pipeline.images.sources.source import Source
 from pipeline.manifest.manifest import open_manifest
 from pipeline.manifest.shards import cut
 from pipeline.report.clocks import StageClocks

@@ -167,7 +167,7 @@ def connections_to(patch: pytest.MonkeyPatch, answered: tuple[str, int]) -> Iter
         real(self, answered)
 
     with patch.context() as inner:
-        inner.setattr("pipeline.images.hosts._Timed.connect", connect, raising=False)
+        inner.setattr("pipeline.images.sources.allowlist._Timed.connect", connect, raising=False)
         yield told
 
 

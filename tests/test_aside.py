@@ -14,7 +14,7 @@ from tests.conftest import ROOT
 BUSY = """
 import time
 import torch
-from pipeline.aside import aside, own_exit_code
+from pipeline.core.concurrency import aside, own_exit_code
 
 def work():
     torch.set_num_threads(1)
@@ -45,7 +45,7 @@ def test_a_process_ends_with_its_own_exit_code_though_torch_is_at_work_aside(cod
 
 SAYING = """
 import sys
-from pipeline.aside import own_exit_code
+from pipeline.core.concurrency import own_exit_code
 with own_exit_code():
     print("x" * SIZE)
     raise SystemExit(3)

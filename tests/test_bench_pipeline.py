@@ -25,10 +25,10 @@ from pipeline.config.compose import compose_config
 from pipeline.config.schema import ModelConfig
 from pipeline.core.errors import ConfigError
 from pipeline.core.records import Stage
+from pipeline.images.factory import pixel_reader
 from pipeline.manifest.manifest import open_manifest
 from pipeline.models.checkpoint import open_checkpoint
 from pipeline.models.preprocessor import to_spec
-from pipeline.reading import pixel_reader
 from tests.jobs import config_for, scenes_manifest
 from tests.test_bench import run
 
@@ -279,7 +279,7 @@ def test_a_run_finds_nothing_of_one_that_failed(tmp_path: Path, monkeypatch: pyt
 def test_bad_images_are_left_out_and_good_ones_are_repeated(tmp_path: Path) -> None:
     config = config_for(scenes_manifest(tmp_path / "scenes.parquet", 24), tmp_path / "out")
     manifest, spec = open_manifest(config.manifest), to_spec({}, "clip", "here")
-    with pixel_reader(config, manifest, spec) as reader:
+    with pixel_reader(config, manifest.root, spec) as reader:
         found = copy_images(manifest, reader, tmp_path, count=30, files=True, threads=2)
     assert (found.facts.images, found.facts.bad, found.facts.held) == (30, 2, 22)
     assert found.pixels.shape == (22, *spec.size, 3)
@@ -336,7 +336,7 @@ def test_other_tools_run_on_the_same_files_and_find_the_same_vectors(tmp_path: P
         **{"prompts": ["red circle", "blue star"], "device": "cpu", "dtype": "float32"},
     }
     config = config_for(manifest, tmp_path / "out", manifest={"image": "path", "keep": []})
-    with pixel_reader(config, open_manifest(config.manifest), checkpoint.spec) as reader:
+    with pixel_reader(config, open_manifest(config.manifest).root, checkpoint.spec) as reader:
         pixels = copy_images(open_manifest(config.manifest), reader, tmp_path, count=12, files=False, threads=1).pixels
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (checkpoint.spec.mean, checkpoint.spec.std))
     with torch.inference_mode():

@@ -107,7 +107,7 @@ def spoil(version: str) -> str:
 
 def mend() -> None:
     from pipeline import setup
-    from pipeline.images.library import library
+    from pipeline.images.versions import library
 
     setup.library = library
 

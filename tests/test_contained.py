@@ -27,16 +27,16 @@ from pipeline.config.schema import FORMATS
 from pipeline.core.errors import DecoderUnavailable, NumericalError
 from pipeline.core.records import Failure, ImageRef, Pixels, PreprocessSpec
 from pipeline.core.run_report import RunReport
-from pipeline.images import child as child_module
-from pipeline.images import children as processes
-from pipeline.images import decoders as module
 from pipeline.images.decode import Decoder, limit_pixels
-from pipeline.images.decoders import Decoders
+from pipeline.images.pool import pool as module
+from pipeline.images.pool import processes
+from pipeline.images.pool import worker as child_module
+from pipeline.images.pool.pool import Decoders
+from pipeline.images.pool.protocol import CHUNK, TEXT, Answer, Nonsense, State
+from pipeline.images.pool.shared_memory import shared
 from pipeline.images.preprocess import preprocess
 from pipeline.images.reader import PixelReader
-from pipeline.images.shared import shared
-from pipeline.images.sources import Source
-from pipeline.images.wire import CHUNK, TEXT, Answer, Nonsense, State
+from pipeline.images.sources.source import Source
 from pipeline.job import run_job
 from pipeline.models.hub import DEMO_FOLDER
 from tests.conftest import ROOT, data_folder
@@ -65,7 +65,7 @@ def children(of: int | None = None) -> list[int]:
             command = (entry / "cmdline").read_text()
         except (OSError, IndexError):
             continue
-        if int(words[1]) == (of or os.getpid()) and "pipeline.images.child" in command:
+        if int(words[1]) == (of or os.getpid()) and "pipeline.images.pool.worker" in command:
             found.append(int(entry.name))
     return found
 
@@ -163,7 +163,7 @@ def test_one_pool_serves_several_sizes_and_many_threads() -> None:
 
 def test_a_process_loads_nothing_heavy() -> None:
     heavy = ("torch", "pandas", "pyarrow", "fsspec", "asyncio", "multiprocessing")
-    code = f"import sys, pipeline.images.child; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, pipeline.images.pool.worker; print([m for m in {heavy} if m in sys.modules])"
     assert (
         subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
         == "[]\n"
@@ -310,7 +310,7 @@ def test_a_process_is_told_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 RIGHTS = """
 import os, resource
-from pipeline.images.child import _give_up_rights
+from pipeline.images.pool.worker import _give_up_rights
 _give_up_rights(2**30, 2**30)
 os.close(0)
 for path in ("/etc/passwd", "/proc/self/environ"):
@@ -697,10 +697,10 @@ def test_an_error_waits_for_no_image_in_hand(tmp_path: Path, monkeypatch: pytest
 
 LIGHT = """
 import sys, time
-from pipeline.config import FORMATS
+from pipeline.config.schema import FORMATS
 from pipeline.images.decode import Decoder
-from pipeline.images.decoders import Decoders
-from pipeline.records import PreprocessSpec
+from pipeline.images.pool.pool import Decoders
+from pipeline.core.records import PreprocessSpec
 SPEC = PreprocessSpec(resize=32, crop=(32, 32), resample=3, mean=(0, 0, 0), std=(1, 1, 1))
 decoders = Decoders(Decoder(formats=FORMATS, max_pixels=1000), processes=1, seconds=60, memory=2**31)
 """

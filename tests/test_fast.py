@@ -20,12 +20,13 @@ from pipeline.config.schema import FORMATS, BackendConfig, ModelConfig, ParityCo
 from pipeline.core.errors import ParityError
 from pipeline.core.records import Failure, Pixels, PreprocessSpec, Sample
 from pipeline.images import fast, jpeg
-from pipeline.images.decode import LARGE_PIXELS, Decoder, limit_pixels
-from pipeline.images.decoders import Decoders
-from pipeline.images.library import library
+from pipeline.images.decode import Decoder, limit_pixels
+from pipeline.images.orientation import LARGE_PIXELS
+from pipeline.images.pool.pool import Decoders
 from pipeline.images.reader import PixelReader
 from pipeline.images.sample import draw_sample
-from pipeline.images.sources import Source
+from pipeline.images.sources.source import Source
+from pipeline.images.versions import library
 from pipeline.models.checkpoint import open_checkpoint
 from pipeline.parity import in_words
 from pipeline.storage.factory import open_storage

@@ -17,9 +17,9 @@ from pipeline.core.errors import StorageError
 from pipeline.core.records import Failure, ImageRef, Stage
 from pipeline.core.run_report import Pace, StagePace
 from pipeline.gallery import THUMBNAIL, find, spread, thumbnails
-from pipeline.images.sources import Source
+from pipeline.images.factory import pixel_reader
+from pipeline.images.sources.source import Source
 from pipeline.manifest.manifest import Manifest, open_manifest
-from pipeline.reading import pixel_reader
 from pipeline.what_if import Faster, faster_decoder
 
 
@@ -40,7 +40,7 @@ def manifest_of(folder: Path, images: list[bytes | None], group: int = 5) -> tup
 
 def test_the_pictures_are_those_of_their_rows(tmp_path: Path) -> None:
     manifest, config = manifest_of(tmp_path, [photo(10 * i) for i in range(18)])
-    with pixel_reader(config, manifest, THUMBNAIL) as reader:
+    with pixel_reader(config, manifest.root, THUMBNAIL) as reader:
         made = thumbnails(manifest, reader, {2: "n2", 3: "n3", 4: "another", 16: "n16"})
     assert sorted(made) == [2, 3, 16], "another picture has taken the place of n4"
     for number, data in made.items():
@@ -52,7 +52,7 @@ def test_the_pictures_are_those_of_their_rows(tmp_path: Path) -> None:
 def test_of_a_damaged_file_whatever_can_be_seen_is_shown(tmp_path: Path) -> None:
     whole = photo(150)
     manifest, config = manifest_of(tmp_path, [whole[: len(whole) // 2], b"no picture", None, b""])
-    with pixel_reader(config, manifest, THUMBNAIL) as reader:
+    with pixel_reader(config, manifest.root, THUMBNAIL) as reader:
         made = thumbnails(manifest, reader, {i: f"n{i}" for i in range(4)})
     assert sorted(made) == [0]
     rows = np.asarray(Image.open(io.BytesIO(made[0]))).mean(axis=(1, 2))
@@ -60,7 +60,7 @@ def test_of_a_damaged_file_whatever_can_be_seen_is_shown(tmp_path: Path) -> None
     assert abs(rows[-20:].mean() - rows[:40].mean()) > 20, "the rest is missing"
     # In this process a lenient decoder would be lenient for everybody.
     config = replace(config, loader=replace(config.loader, isolation="none"))
-    with pixel_reader(config, manifest, THUMBNAIL) as reader:
+    with pixel_reader(config, manifest.root, THUMBNAIL) as reader:
         assert thumbnails(manifest, reader, {0: "n0"}) == {}
 
 
@@ -89,7 +89,7 @@ def pace(decode: float) -> Pace:
 def test_what_the_faster_decoder_would_give_is_measured_on_the_pictures(tmp_path: Path) -> None:
     # The larger, the less does the rest count.
     manifest, config = manifest_of(tmp_path, [photo(100, size=(1400, 900))] * 12)
-    with pixel_reader(config, manifest, THUMBNAIL) as reader:
+    with pixel_reader(config, manifest.root, THUMBNAIL) as reader:
         settings = {"images": 1000, "cores": 2, "device": "cpu"}
         found = faster_decoder(manifest, reader, pace(90.0), wall=100.0, **settings)  # type: ignore[arg-type]
         assert faster_decoder(manifest, reader, pace(90.0), wall=5.0, **settings) is None  # type: ignore[arg-type]
@@ -117,7 +117,7 @@ def test_pictures_that_do_not_come_are_not_waited_for(tmp_path: Path, monkeypatc
         return before(self, ref)
 
     monkeypatch.setattr(Source, "read", slow)
-    with pixel_reader(config, manifest, THUMBNAIL) as reader:
+    with pixel_reader(config, manifest.root, THUMBNAIL) as reader:
         began = time.monotonic()
         made = thumbnails(manifest, reader, {i: f"n{i}" for i in range(40)}, seconds=0.5)
         assert 0 < len(made) < 40
@@ -131,7 +131,7 @@ def test_pictures_that_do_not_come_are_not_waited_for(tmp_path: Path, monkeypatc
         raise StorageError("the store is away")
 
     monkeypatch.setattr(Source, "read", down)
-    with pixel_reader(config, manifest, THUMBNAIL) as reader:
+    with pixel_reader(config, manifest.root, THUMBNAIL) as reader:
         assert thumbnails(manifest, reader, {0: "n0"}) == {}
         found = faster_decoder(manifest, reader, pace(90.0), wall=100.0, images=1000, cores=2, device="cpu")
         assert found is None

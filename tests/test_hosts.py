@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from pipeline.images.hosts import (
+from pipeline.images.sources.allowlist import (
     AddressNotAllowed,
     NoConnection,
     connect,
@@ -130,7 +130,9 @@ def test_a_refusal_is_told_from_silence_and_one_of_this_machine_from_one_elsewhe
     resolve(monkeypatch, {"both.test": [["93.184.216.34", "93.184.216.35"]]})
     failures = [ConnectionRefusedError(errno.ECONNREFUSED, "no"), OSError(errno.ENETUNREACH, "no way")]
     left = [*failures, failures[1], failures[1]]
-    monkeypatch.setattr("pipeline.images.hosts._Timed.connect", lambda *_: throw(left.pop(0)), raising=False)
+    monkeypatch.setattr(
+        "pipeline.images.sources.allowlist._Timed.connect", lambda *_: throw(left.pop(0)), raising=False
+    )
     for said in ("refused", "nothing"):
         with pytest.raises(NoConnection, match="no way") as caught:
             connect("both.test", 80, frozenset())

@@ -15,8 +15,8 @@ import pytest
 
 from pipeline.core.errors import StorageError
 from pipeline.core.records import Failure
-from pipeline.images import http, network
-from pipeline.images.http import REDIRECTS, TRIES, Fetcher
+from pipeline.images.sources import http, outage
+from pipeline.images.sources.http import REDIRECTS, TRIES, Fetcher
 from tests.servers import Page, Server, answer, drip, endless, hang_up, in_turn, moved, resolve, self_signed, serve
 
 BYTES = bytes(range(100))
@@ -299,7 +299,7 @@ def test_retry_after_is_not_taken_at_its_word(server: Server, after: str) -> Non
 
 
 def test_a_dead_host_is_a_row_and_a_dead_network_ends_the_run(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(network, "SILENT", 5)
+    monkeypatch.setattr(outage, "SILENT", 5)
     resolve(monkeypatch, {f"gone{i}.test": [[]] for i in range(20)})
     one = fetcher(server.place)
     assert one.fetch(f"{server.url}/a.jpg") == BYTES

@@ -260,7 +260,7 @@ def test_a_broken_machine_is_no_set_of_bad_images(tmp_path: Path, monkeypatch: p
     def read(self: object, path: str, start: int, stop: int | None) -> bytes:
         raise OSError(errno.EMFILE, "Too many open files")
 
-    monkeypatch.setattr("pipeline.images.sources.Source._read_local", read)
+    monkeypatch.setattr("pipeline.images.sources.source.Source._read_local", read)
     with pytest.raises(StorageError, match="not the image"):
         run_job(config_for(manifest, tmp_path / "out", manifest={"root": str(tmp_path / "red"), "keep": []}))
     assert not list((tmp_path / "out").glob("part-*"))

@@ -219,8 +219,8 @@ def test_of_twenty_threads_one_takes_it(storage: Storage, stale: bool) -> None:
 TAKER = """
 import pathlib, sys, time
 from pipeline.dataset.lease import take
-from pipeline.errors import OutputBusy
-from pipeline.storage.opening import open_storage
+from pipeline.core.errors import OutputBusy
+from pipeline.storage.factory import open_storage
 folder, number = pathlib.Path(sys.argv[1]), sys.argv[2]
 (folder / f"ready-{number}").touch()
 while not (folder / "go").exists():

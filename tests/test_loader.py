@@ -27,7 +27,7 @@ from pipeline.images.loader import Loader
 from pipeline.images.padding import repeats
 from pipeline.images.reader import PixelReader
 from pipeline.images.repeats import Repeats
-from pipeline.images.sources import Source
+from pipeline.images.sources.source import Source
 from pipeline.manifest.manifest import Manifest, open_manifest
 from pipeline.manifest.shards import ShardReader, cut
 

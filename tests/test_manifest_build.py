@@ -19,7 +19,7 @@ import pytest
 
 from pipeline.config.schema import ManifestConfig
 from pipeline.core.errors import ManifestError, PipelineError, StorageError
-from pipeline.images.sources import Source
+from pipeline.images.sources.source import Source
 from pipeline.manifest import __main__ as door
 from pipeline.manifest import build
 from pipeline.manifest.ids import check_ids

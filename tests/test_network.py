@@ -9,10 +9,10 @@ import pytest
 
 from pipeline.core.errors import StorageError
 from pipeline.core.records import Failure
-from pipeline.images import network as module
-from pipeline.images.hosts import NoConnection, Said
-from pipeline.images.http import Fetcher
-from pipeline.images.network import Network
+from pipeline.images.sources import outage as module
+from pipeline.images.sources.allowlist import NoConnection, Said
+from pipeline.images.sources.http import Fetcher
+from pipeline.images.sources.outage import Network
 from tests.servers import answer, serve
 
 

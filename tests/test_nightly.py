@@ -21,7 +21,7 @@ from pipeline.config.schema import Config
 from pipeline.core.errors import OutputBusy, ShardsGivenUp, StorageError
 from pipeline.dataset import lease
 from pipeline.dataset.verify import verify
-from pipeline.images.sources import Source
+from pipeline.images.sources.source import Source
 from pipeline.manifest.manifest import open_manifest
 from pipeline.nightly import command
 from pipeline.nightly.content import find_content

@@ -25,17 +25,17 @@ from pipeline.config.schema import FORMATS, ManifestConfig
 from pipeline.core.errors import BackendUnavailable
 from pipeline.core.records import Failure, ImageBatch, Pixels, PreprocessSpec
 from pipeline.gallery import THUMBNAIL, thumbnails
-from pipeline.images import nvidia
-from pipeline.images.baseline import baseline
 from pipeline.images.decode import Decoder
-from pipeline.images.decoders import Decoders
+from pipeline.images.gpu import nvimgcodec
+from pipeline.images.gpu.jpeg_header import baseline
+from pipeline.images.gpu.nvimgcodec import NvidiaDecoder, turned
+from pipeline.images.gpu.resize import resample
 from pipeline.images.loader import Loader
-from pipeline.images.nvidia import NvidiaDecoder, turned
 from pipeline.images.padding import repeats
+from pipeline.images.pool.pool import Decoders
 from pipeline.images.preprocess import preprocess
 from pipeline.images.reader import PixelReader
-from pipeline.images.resample import resample
-from pipeline.images.sources import Source
+from pipeline.images.sources.source import Source
 from pipeline.manifest.manifest import Manifest, open_manifest
 from pipeline.manifest.shards import cut
 
@@ -254,7 +254,7 @@ def test_giants_and_formats_that_are_not_allowed_are_left_to_the_cpu() -> None:
 
 
 def test_a_batch_keeps_its_order_whoever_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nvidia, "CALL_PIXELS", 70_000)
+    monkeypatch.setattr(nvimgcodec, "CALL_PIXELS", 70_000)
     sizes = [(200, 160), (160, 200), (64, 64), (300, 300), (200, 160), (10, 10)]
     files = [jpeg(picture(*size, seed=i)) for i, size in enumerate(sizes)]
     files.insert(2, ODD["progressive"])
@@ -293,7 +293,7 @@ def test_many_threads_share_the_lanes() -> None:
         return codecs[-1]
 
     gpu = NvidiaDecoder(CLIP, CPU, formats=("JPEG",), exif="apply", max_pixels=10**8, open_codec=opened)
-    assert len(codecs) == nvidia.LANES
+    assert len(codecs) == nvimgcodec.LANES
     files = [jpeg(picture(100 + i, 90, seed=i)) for i in range(6)]
     references = [exact(data, CLIP) for data in files]
     with ThreadPoolExecutor(5) as pool:
@@ -348,10 +348,10 @@ class HostCodec(PillowCodec):
         )
 
     def decode(self, encoded: Sequence[bytes]) -> list[torch.Tensor | None]:
-        return nvidia.decode(
+        return nvimgcodec.decode(
             self.module,
             self.decoder,
-            nvidia.parameters(self.module),
+            nvimgcodec.parameters(self.module),
             encoded,
             lambda image: torch.from_numpy(np.asarray(image)),
         )
@@ -375,7 +375,7 @@ def test_nvimagecodec_is_called_as_it_wants_to_be() -> None:
     for data, pixels in zip(files[:-1], found, strict=False):
         assert off(pixels, exact(data, CLIP)) <= 2
     assert codec.decode([b"\xff\xd8 nonsense"]) == [None]
-    assert nvidia.version() == module.__version__
+    assert nvimgcodec.version() == module.__version__
 
 
 def corrupted(found: Sequence[torch.Tensor | None], references: Sequence[np.ndarray], *, levels: int = 1) -> list[int]:

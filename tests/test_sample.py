@@ -13,7 +13,7 @@ from pipeline.core.records import Sample
 from pipeline.images.decode import Decoder
 from pipeline.images.reader import PixelReader
 from pipeline.images.sample import PLACES, TRIES, draw_sample
-from pipeline.images.sources import Source
+from pipeline.images.sources.source import Source
 from pipeline.manifest.manifest import Manifest
 from pipeline.manifest.shards import cut
 from tests.test_loader import SIZE, SPEC, batches, colour, opened, run, write

@@ -14,8 +14,8 @@ import fsspec
 import pytest
 
 from pipeline.core.records import Failure, ImageRef
-from pipeline.images import sources
-from pipeline.images.sources import Source
+from pipeline.images.sources import source as sources
+from pipeline.images.sources.source import Source
 from tests.servers import answer, serve
 
 BYTES = bytes(range(100))

@@ -10,8 +10,8 @@ from html import escape
 from pipeline import gallery
 from pipeline.core.errors import PipelineError
 from pipeline.dataset.opened import Dataset
+from pipeline.images.factory import pixel_reader
 from pipeline.manifest.manifest import open_manifest
-from pipeline.reading import pixel_reader
 from pipeline.vectors.model import config_of_dataset
 
 # A notebook does not wait longer for pictures, in seconds.
@@ -47,7 +47,7 @@ def thumbnails(dataset: Dataset, tiles: Sequence[Tile]) -> dict[int, bytes]:
             return {}
         # One process is enough for a few, and starts sooner.
         config = replace(config, loader=replace(config.loader, workers=1))
-        with pixel_reader(config, manifest, gallery.THUMBNAIL) as reader:
+        with pixel_reader(config, manifest.root, gallery.THUMBNAIL) as reader:
             return gallery.thumbnails(manifest, reader, {tile.row: tile.id for tile in tiles}, seconds=PATIENCE)
     except PipelineError:
         return {}

@@ -30,6 +30,7 @@ from pipeline.core.processes import cores
 from pipeline.core.records import Embeddings, ImageRef, Pixels, Sample, ShardRows, Stage
 from pipeline.dataset.commits import commit_part
 from pipeline.dataset.parts import ShardResult, build_table, part_format
+from pipeline.images.factory import pixel_reader, worker_threads
 from pipeline.images.reader import PixelReader
 from pipeline.images.sample import draw_sample
 from pipeline.manifest.manifest import open_manifest
@@ -37,7 +38,6 @@ from pipeline.manifest.shards import ShardReader, cut, refs
 from pipeline.models.checkpoint import open_checkpoint
 from pipeline.models.labels import label
 from pipeline.models.text import build_bank, read_labels
-from pipeline.reading import pixel_reader, worker_threads
 from pipeline.report.summary import machine
 from pipeline.storage.factory import open_storage
 from pipeline.worker import open_encoder
@@ -69,7 +69,7 @@ class Stages:
         self._checkpoint = open_checkpoint(asked.model)
         self._spec = dataclasses.replace(self._checkpoint.spec, corner=asked.images.crop_corner)
         given = open_manifest(asked.manifest)
-        with pixel_reader(asked, given, self._spec) as reader:
+        with pixel_reader(asked, given.root, self._spec) as reader:
             copies = copy_images(given, reader, self._work, count=images, files=tools, threads=worker_threads(asked))
         self._encoded, self._pixels, self._copies = copies.encoded, copies.pixels, copies
         self._config = dataclasses.replace(asked, manifest=dataclasses.replace(asked.manifest, **copies.manifest))
@@ -129,7 +129,7 @@ class Stages:
 
     def _opened(self, config: Config) -> ImageEncoder:
         def sample() -> Sample:
-            with pixel_reader(config, self._manifest, self._spec) as reader:
+            with pixel_reader(config, self._manifest.root, self._spec) as reader:
                 found = draw_sample(self._manifest, reader, 2 * config.parity.images)
             if found is None:
                 raise RuntimeError("images that could be decoded before cannot be decoded now")
@@ -141,7 +141,7 @@ class Stages:
     def _reader(self, decoder: str) -> PixelReader:
         images = dataclasses.replace(self._config.images, decoder=decoder)
         config = dataclasses.replace(self._config, images=images)
-        return self._open.enter_context(pixel_reader(config, self._manifest, self._spec))
+        return self._open.enter_context(pixel_reader(config, self._manifest.root, self._spec))
 
     def _unit(self, stage: str, decoder: str | None) -> tuple[Unit, int]:
         """One piece of the stage's work, which returns how many images it did, and the threads that do such pieces."""

@@ -25,11 +25,11 @@ from pipeline.core.errors import ManifestError
 from pipeline.core.processes import cores
 from pipeline.core.records import Sample, TextBank
 from pipeline.demo import folder as demo
+from pipeline.images.factory import pixel_reader
 from pipeline.images.sample import draw_sample
 from pipeline.manifest.manifest import open_manifest
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline.models.text import build_bank, read_labels
-from pipeline.reading import pixel_reader
 from pipeline.report.summary import machine, memory
 from pipeline.worker import open_encoder
 
@@ -167,7 +167,7 @@ def _draw(config: Config, checkpoint: Checkpoint) -> tuple[Sample, str]:
         return demo.rendered_sample(checkpoint.spec, count), "rendered scenes"
     manifest = open_manifest(config.manifest)
     spec = dataclasses.replace(checkpoint.spec, corner=config.images.crop_corner)
-    with pixel_reader(config, manifest, spec) as reader:
+    with pixel_reader(config, manifest.root, spec) as reader:
         sample = draw_sample(manifest, reader, count)
     if sample is None:
         raise ManifestError(f"manifest.path={config.manifest.path}: none of the images that were tried can be decoded")

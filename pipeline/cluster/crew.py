@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from pipeline.cluster.inline import Inline
 from pipeline.config.schema import Config
 from pipeline.core.errors import ClusterUnavailable, install_hint
-from pipeline.images.decoders import Decoders
+from pipeline.images.pool.pool import Decoders
 from pipeline.storage.base import Storage
 
 if TYPE_CHECKING:

@@ -29,9 +29,9 @@ from pipeline.config.schema import Config
 from pipeline.core.errors import ClusterLost, ClusterUnavailable
 from pipeline.core.records import Shard, ShardReport
 from pipeline.dataset.commits import FOLDER, read_commit
+from pipeline.images.factory import pixel_reader
 from pipeline.images.reader import PixelReader
 from pipeline.members import Member, from_json
-from pipeline.reading import pixel_reader
 from pipeline.setup import Inputs, Prepared, spec_of
 from pipeline.storage.base import Storage
 from pipeline.worker import Job
@@ -186,7 +186,7 @@ class Fleet:
         if self._reader is None:
             order = self._order
             spec = spec_of(order.config, self._inputs.checkpoint)
-            self._reader = self._opened.enter_context(pixel_reader(order.config, order.manifest, spec))
+            self._reader = self._opened.enter_context(pixel_reader(order.config, order.manifest.root, spec))
         return self._reader
 
     @property

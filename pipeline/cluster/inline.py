@@ -11,7 +11,7 @@ from contextlib import ExitStack, closing
 from pipeline.config.schema import Config
 from pipeline.core.processes import Spent, cores, spent
 from pipeline.core.records import OK, Shard, ShardReport
-from pipeline.images.decoders import Decoders
+from pipeline.images.pool.pool import Decoders
 from pipeline.images.reader import PixelReader
 from pipeline.members import Member
 from pipeline.report.clocks import StageClocks

@@ -15,7 +15,7 @@ from distributed.security import Security
 from pipeline.cluster.cores import quiet
 from pipeline.config.schema import ClusterConfig, Config
 from pipeline.core.errors import ClusterUnavailable
-from pipeline.reading import worker_threads
+from pipeline.images.factory import worker_threads
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 # The rows of a chunk that the loader decodes at once, at least.

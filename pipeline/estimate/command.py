@@ -26,7 +26,7 @@ from pipeline.estimate.scenes import Scenes
 from pipeline.estimate.spread import in_shards, spread
 from pipeline.estimate.trial import BATCHES, Trial, try_out
 from pipeline.estimate.words import lines
-from pipeline.images.decoders import Decoders
+from pipeline.images.pool.pool import Decoders
 from pipeline.manifest.shards import cut
 from pipeline.report.logs import log_to_terminal
 from pipeline.setup import Inputs, Prepared, open_inputs, spec_of

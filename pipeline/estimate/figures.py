@@ -16,8 +16,8 @@ from pipeline.dataset.commits import Commit
 from pipeline.estimate.processes import Processes
 from pipeline.estimate.record import Estimate
 from pipeline.estimate.trial import Mark, Trial
+from pipeline.images.factory import worker_threads
 from pipeline.members import Member
-from pipeline.reading import worker_threads
 from pipeline.setup import Prepared
 from pipeline.storage.urls import free_bytes, is_local
 

@@ -19,9 +19,9 @@ def look(subject: Subject) -> Iterator[Check]:
     from pipeline.core.records import Failure, PreprocessSpec
     from pipeline.demo.folder import jpeg
     from pipeline.demo.scenes import sample
-    from pipeline.images.library import library
+    from pipeline.images.factory import decoder_of, open_decoders
+    from pipeline.images.versions import library
     from pipeline.models.architectures import OPENAI_MEAN, OPENAI_STD
-    from pipeline.reading import decoder_of, open_decoders
 
     config = subject.job
     data = jpeg(sample(11, 0), WIDTH, HEIGHT)
@@ -72,7 +72,7 @@ def _gpu(subject: Subject, spec: object, *, wanted: bool) -> Check:
     from pipeline.backends.devices import choose_device
     from pipeline.core.errors import BackendUnavailable
     from pipeline.core.records import PreprocessSpec
-    from pipeline.images.nvidia import NvidiaDecoder
+    from pipeline.images.gpu.nvimgcodec import NvidiaDecoder
 
     assert isinstance(spec, PreprocessSpec)
     images = subject.job.images

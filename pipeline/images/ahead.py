@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Iterator
 from types import TracebackType
 from typing import Generic, TypeVar
 
-from pipeline.images.children import Abandoned
+from pipeline.images.pool.processes import Abandoned
 
 Item = TypeVar("Item")
 # How often one that waits looks whether it is still wanted, in seconds.

@@ -18,26 +18,23 @@ The rules (all part of the dataset's fingerprint):
 from __future__ import annotations
 
 import io
-import struct
 import threading
 import warnings
-import zlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
-from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from pipeline.core.records import Failure, Pixels, PreprocessSpec
 from pipeline.images.damage import damaged, too_large, unidentified
+from pipeline.images.orientation import DAMAGE, LARGE_PIXELS, upright
 from pipeline.images.preprocess import preprocess
 
 T = TypeVar("T")
 
-# An image above this is decoded alone, so that several threads cannot hold several giants at once.
-LARGE_PIXELS = 16_000_000
 # The decoder that the others are compared with.
 EXACT = "exact"
 # Shows people what can be seen of a damaged file, in a process of its own; no dataset is made with it.
@@ -49,20 +46,6 @@ _one_giant = threading.Lock()
 # Pillow warns of odd metadata that changes no pixel; a run over millions of files would drown in it.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
-# Pillow's plugins meet damage with any of these.
-_DAMAGE = (
-    ArithmeticError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    SyntaxError,
-    TypeError,
-    ValueError,
-    struct.error,
-    zlib.error,
-)
 _BACKGROUNDS = {"white": (255, 255, 255), "black": (0, 0, 0)}
 # What takes an image that was turned by its EXIF orientation back to how it is stored.
 _UNTURNED = {
@@ -140,7 +123,7 @@ class Decoder:
             return unidentified(data, self.formats)
         except MemoryError:
             return Failure("out_of_memory", f"not enough memory to decode {len(data):,} bytes")
-        except _DAMAGE as error:
+        except DAMAGE as error:
             return damaged(error, data)
 
     def _decode(
@@ -197,16 +180,6 @@ def limit_pixels(count: int) -> None:
     """
     Image.MAX_IMAGE_PIXELS = max(1, count // 2)
     ImageFile.LOAD_TRUNCATED_IMAGES = False
-
-
-def upright(image: Image.Image) -> Image.Image:
-    """The image turned as its EXIF orientation says, or as it is where that cannot be read."""
-    try:
-        if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
-            return image
-        return ImageOps.exif_transpose(image)
-    except _DAMAGE:
-        return image
 
 
 def _deep_to_rgb(image: Image.Image) -> Image.Image:

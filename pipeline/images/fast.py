@@ -25,7 +25,7 @@ from torch.nn.functional import interpolate
 
 from pipeline.core.records import Pixels, PreprocessSpec
 from pipeline.images import jpeg
-from pipeline.images.decode import LARGE_PIXELS, upright
+from pipeline.images.orientation import LARGE_PIXELS, upright
 from pipeline.images.preprocess import centre_crop, is_strip, preprocess, resized_size
 
 # Filters of Pillow that torch has too.

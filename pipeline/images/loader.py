@@ -3,7 +3,7 @@
 One thread reads the manifest a little ahead. The feeder hands chunks of rows to a pool of decoding threads,
 takes the results back in order, fills buffers that are used again and again, and (on CUDA) copies them ahead
 on a stream of its own. Threads live anywhere: in a Dask worker, in a container with a small /dev/shm, after
-CUDA was started; what they decode is decoded for them by processes of :mod:`pipeline.images.decoders`.
+CUDA was started; what they decode is decoded for them by processes of :mod:`pipeline.images.pool.pool`.
 
 Chosen by measurement (jobs/results/loaders-cpu.md: four sizes, three sources, two cores). Against these threads,
 medians of torch's DataLoader were 0.94 with the decoder ``exact`` and 1.06 with ``fast``, those of SPDL 0.95 and 0.73;
@@ -34,12 +34,12 @@ import torch
 from pipeline.core.failpoints import failpoint
 from pipeline.core.records import Failure, ImageBatch, ImageRef, Pixels, Shard, ShardRows, Stage
 from pipeline.images.ahead import POLL, Ahead
-from pipeline.images.children import Abandoned
 from pipeline.images.decode import limit_pixels
+from pipeline.images.pool.processes import Abandoned
+from pipeline.images.pool.protocol import CHUNK
 from pipeline.images.reader import PixelReader, Timer
 from pipeline.images.repeats import Repeats
 from pipeline.images.slots import new_slot
-from pipeline.images.wire import CHUNK
 from pipeline.manifest.manifest import Manifest
 from pipeline.manifest.shards import ShardReader, refs
 

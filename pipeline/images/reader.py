@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 
 from pipeline.core.failpoints import failpoint
 from pipeline.core.records import Failure, ImageRef, Pixels, PreprocessSpec, Stage
-from pipeline.images.children import Abandoned, never
 from pipeline.images.decode import EXACT, Decoder
-from pipeline.images.decoders import Decoders
-from pipeline.images.sources import Source
-from pipeline.images.wire import CHUNK
+from pipeline.images.pool.pool import Decoders
+from pipeline.images.pool.processes import Abandoned, never
+from pipeline.images.pool.protocol import CHUNK
+from pipeline.images.sources.source import Source
 
 if TYPE_CHECKING:
-    from pipeline.images.nvidia import NvidiaDecoder
+    from pipeline.images.gpu.nvimgcodec import NvidiaDecoder
 
 # Encoded bytes that are read before they are decoded: eight photos, but not eight files of images.max_bytes.
 HELD = 32 * 2**20

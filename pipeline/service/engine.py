@@ -26,13 +26,13 @@ from pipeline.config.schema import Config
 from pipeline.core.processes import cores
 from pipeline.core.records import Failure, ImageRef, Parity, Pixels, PreprocessSpec, Sample, TextBank
 from pipeline.demo.folder import rendered_sample
-from pipeline.images.library import library
+from pipeline.images.factory import decoder_of, open_decoders, pixel_reader, worker_threads
 from pipeline.images.reader import PixelReader
 from pipeline.images.sample import draw_sample
-from pipeline.images.sources import Source
+from pipeline.images.sources.source import Source
+from pipeline.images.versions import library
 from pipeline.manifest.manifest import open_manifest
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
-from pipeline.reading import decoder_of, open_decoders, pixel_reader, worker_threads
 from pipeline.results import Labelling, memory_explained
 from pipeline.service.forward import Forward, Picture, Row
 from pipeline.service.texts import Texts
@@ -191,7 +191,7 @@ def _sample(config: Config, spec: PreprocessSpec) -> Sample:
     count = images_compared(config)
     if config.manifest.path is not None:
         manifest = open_manifest(config.manifest)
-        with pixel_reader(config, manifest, spec) as reader:
+        with pixel_reader(config, manifest.root, spec) as reader:
             drawn = draw_sample(manifest, reader, count)
         if drawn is not None:
             return drawn

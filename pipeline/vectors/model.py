@@ -88,10 +88,10 @@ def embed_image(checkpoint: Checkpoint, config: Config, path: Path) -> NDArray[n
     import torch
 
     from pipeline.core.records import Failure, ImageRef
+    from pipeline.images.factory import decoder_of, open_decoders
     from pipeline.images.reader import PixelReader
-    from pipeline.images.sources import Source
+    from pipeline.images.sources.source import Source
     from pipeline.models.towers import ImageTower, Normaliser
-    from pipeline.reading import decoder_of, open_decoders
 
     images, loader = config.images, dataclasses.replace(config.loader, workers=1)
     spec = dataclasses.replace(checkpoint.spec, corner=images.crop_corner)

@@ -28,8 +28,8 @@ import torch
 
 from pipeline.core.errors import BackendUnavailable, install_hint
 from pipeline.core.records import PreprocessSpec
-from pipeline.images.baseline import Baseline, baseline
-from pipeline.images.resample import FILTERS, resample
+from pipeline.images.gpu.jpeg_header import Baseline, baseline
+from pipeline.images.gpu.resize import FILTERS, resample
 
 CHUNK = 64
 # Larger images are left to the CPU, where giants take turns.

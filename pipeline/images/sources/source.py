@@ -21,7 +21,7 @@ import fsspec
 from pipeline.config.validate import WRAPPERS
 from pipeline.core.errors import StorageError
 from pipeline.core.records import Failure, ImageRef
-from pipeline.images.http import SCHEMES, Fetcher
+from pipeline.images.sources.http import SCHEMES, Fetcher
 from pipeline.storage.urls import filesystem, from_driver, is_local, local_path, scheme_of
 
 # What says that the machine is broken, and nothing about the image.
@@ -53,7 +53,7 @@ class Source:
 
         Statuses of a failure: ``no_image`` (a null cell), ``empty``, ``not_found``, ``permission``,
         ``unreadable``, ``too_many_bytes``, ``outside_root``, ``scheme_not_allowed``; of http and https also
-        ``address_not_allowed`` and ``timeout``, see :class:`~pipeline.images.http.Fetcher`.
+        ``address_not_allowed`` and ``timeout``, see :class:`~pipeline.images.sources.http.Fetcher`.
 
         Raises:
             StorageError: the machine, the store or the network failed, which says nothing about the image.

@@ -56,7 +56,7 @@ class NoConnection(Exception):
     Args:
         place: the host and the port.
         text: what is told of it.
-        said: what the network said, see :class:`~pipeline.images.network.Network`.
+        said: what the network said, see :class:`~pipeline.images.sources.outage.Network`.
         passing: a second try may help.
         late: the deadline of the thread came first.
     """

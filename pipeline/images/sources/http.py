@@ -1,7 +1,8 @@
 """Images over http and https: bytes, or a failure that says why not.
 
-What a row names is a stranger's choice, so every step has a limit: addresses (see :mod:`pipeline.images.hosts`),
-redirects, bytes, time, and tries. Nothing is sent but the request: no cookies, no passwords, no referrer.
+What a row names is a stranger's choice, so every step has a limit: addresses (see
+:mod:`pipeline.images.sources.allowlist`), redirects, bytes, time, and tries. Nothing is sent but the request: no
+cookies, no passwords, no referrer.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from urllib3.exceptions import TimeoutError as RequestTimeout
 from urllib3.util import Url, parse_url
 
 from pipeline.core.records import Failure
-from pipeline.images.hosts import AddressNotAllowed, NoConnection, pools, seconds_left, set_deadline
-from pipeline.images.network import Network
+from pipeline.images.sources.allowlist import AddressNotAllowed, NoConnection, pools, seconds_left, set_deadline
+from pipeline.images.sources.outage import Network
 
 if TYPE_CHECKING:
     from urllib3 import BaseHTTPResponse

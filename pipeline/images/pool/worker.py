@@ -1,4 +1,4 @@
-"""A decoder process: ``python -m pipeline.images.child SETTINGS``, started by :mod:`pipeline.images.decoders`.
+"""A decoder process: ``python -m pipeline.images.pool.worker SETTINGS``, started by :mod:`pipeline.images.pool.pool`.
 
 It decodes bytes of strangers with libraries written in C, so that it gives up what it does not need before the first
 one: it opens no file, writes no core and little else, gains no rights, holds no more memory than it was given, and
@@ -26,7 +26,7 @@ from PIL import AvifImagePlugin, Image, ImageCms, ImageColor, ImageFile, ImageOp
 from pipeline.core.failpoints import failpoint
 from pipeline.core.records import Failure, Pixels, PreprocessSpec
 from pipeline.images.decode import EXACT, GLANCE, Decoder, limit_pixels
-from pipeline.images.wire import CRASHED, DONE, OUT_OF_MEMORY, READY, Answer, State, parse_request
+from pipeline.images.pool.protocol import CRASHED, DONE, OUT_OF_MEMORY, READY, Answer, State, parse_request
 
 PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
 # Address space of the process itself, in bytes, where the system does not tell.

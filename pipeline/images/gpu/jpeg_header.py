@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from pipeline.images.decode import upright
+from pipeline.images.orientation import upright
 
 _SOI, _EOI = b"\xff\xd8", b"\xff\xd9"
 _SOF0, _DHT, _SOS, _DQT, _DRI, _APP0, _APP1, _APP14, _COM = 0xC0, 0xC4, 0xDA, 0xDB, 0xDD, 0xE0, 0xE1, 0xEE, 0xFE

@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.core.records import Failure, Pixels, PreprocessSpec
-from pipeline.images.shared import cannot_shrink, shared
+from pipeline.images.pool.shared_memory import cannot_shrink, shared
 
 # Images of one request at most.
 CHUNK = 8

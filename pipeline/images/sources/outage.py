@@ -8,7 +8,7 @@ import time
 from collections import OrderedDict
 
 from pipeline.core.errors import StorageError
-from pipeline.images.hosts import AddressNotAllowed, NoConnection, connect, set_deadline
+from pipeline.images.sources.allowlist import AddressNotAllowed, NoConnection, connect, set_deadline
 
 # Hosts one after the other where nobody was there, before the network is suspected.
 SILENT = 100

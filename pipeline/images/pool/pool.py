@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 
 from pipeline.core.errors import DecoderUnavailable
 from pipeline.core.records import Failure, Pixels, PreprocessSpec
-from pipeline.images.children import TICK, Child, Children, nameless_file, never, unavailable
 from pipeline.images.decode import Decoder
-from pipeline.images.wire import CRASHED, DONE, OUT_OF_MEMORY, TIMEOUT, Answer, Nonsense, State, request
+from pipeline.images.pool.processes import TICK, Child, Children, nameless_file, never, unavailable
+from pipeline.images.pool.protocol import CRASHED, DONE, OUT_OF_MEMORY, TIMEOUT, Answer, Nonsense, State, request
 
 # A file of encoded images larger than this is emptied after use, in bytes.
 KEEP = 32 * 2**20

@@ -6,10 +6,9 @@ from pipeline.config.schema import Config
 from pipeline.core.processes import cores
 from pipeline.core.records import PreprocessSpec
 from pipeline.images.decode import Decoder
-from pipeline.images.decoders import Decoders
+from pipeline.images.pool.pool import Decoders
 from pipeline.images.reader import PixelReader
-from pipeline.images.sources import Source
-from pipeline.manifest.manifest import Manifest
+from pipeline.images.sources.source import Source
 
 
 def worker_threads(config: Config) -> int:
@@ -40,17 +39,19 @@ def open_decoders(config: Config) -> Decoders | None:
     return Decoders(decoder_of(config), processes=processes, seconds=loader.decode_seconds, memory=loader.decode_memory)
 
 
-def pixel_reader(
-    config: Config, manifest: Manifest, spec: PreprocessSpec, decoders: Decoders | None = None
-) -> PixelReader:
-    """How this job turns a reference into pixels; close it, as it may start processes that decode.
+def pixel_reader(config: Config, root: str, spec: PreprocessSpec, decoders: Decoders | None = None) -> PixelReader:
+    """The reader of a job's images; close it, as it may start processes that decode.
 
-    ``decoders`` are those of :func:`open_decoders` where they were opened before.
+    Args:
+        config: the job's.
+        root: the folder or address below which relative paths lie.
+        spec: the model's preprocessing.
+        decoders: those of :func:`open_decoders`, if they were opened before.
     """
     images, loader = config.images, config.loader
     return PixelReader(
         source=Source(
-            root=manifest.root,
+            root=root,
             max_bytes=images.max_bytes,
             schemes=tuple(images.schemes),
             private_hosts=tuple(images.private_hosts),

@@ -20,8 +20,8 @@ from typing import IO, NamedTuple
 from pipeline.core.errors import DecoderUnavailable
 from pipeline.core.failpoints import VARIABLE
 from pipeline.images.decode import Decoder
-from pipeline.images.shared import seal
-from pipeline.images.wire import READY
+from pipeline.images.pool.protocol import READY
+from pipeline.images.pool.shared_memory import seal
 
 # A process may take this long to start, in seconds: on a busy machine Python comes from a slow disk.
 START_SECONDS = 120.0
@@ -29,7 +29,7 @@ START_SECONDS = 120.0
 END_SECONDS = 5.0
 # How often one that waits for a process looks whether it is still wanted, in seconds.
 TICK = 0.2
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 # Decoding is one thread; malloc's arenas for others would count against the memory limit. With its usual thresholds
 # malloc gives every image's buffers back to the kernel, whose fresh pages cost a third of a small image's time.
 _ENVIRONMENT = {
@@ -125,7 +125,7 @@ class Children:
             try:
                 process = self._starter.submit(
                     subprocess.Popen,
-                    [sys.executable, "-P", "-m", "pipeline.images.child", json.dumps(settings)],
+                    [sys.executable, "-P", "-m", "pipeline.images.pool.worker", json.dumps(settings)],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=errors,

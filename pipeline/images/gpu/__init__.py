@@ -1,0 +1,1 @@
+"""JPEG decoding on an NVIDIA GPU."""

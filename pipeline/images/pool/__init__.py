@@ -1,0 +1,1 @@
+"""Decoder processes: the pool, the protocol and the worker."""
