@@ -44,9 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _act(options: argparse.Namespace) -> int:
     if options.ivf and options.to != "faiss":
         raise ConfigError([Problem("--ivf", True, "goes with --to faiss")])
-    from pipeline.dataset.opened import open_dataset
+    from pipeline.dataset.convert import convert
+    from pipeline.dataset.dataset import open_dataset
     from pipeline.report.logs import log_to_terminal
-    from pipeline.vectors.convert import convert
 
     with log_to_terminal():
         made = convert(open_dataset(options.dataset), options.to, Path(options.out), ivf=options.ivf)

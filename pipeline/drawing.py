@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 
 from pipeline.config.schema import Config
 from pipeline.core.errors import PipelineError
-from pipeline.dataset.opened import Dataset, open_dataset
-from pipeline.dataset.recipe import config_of
+from pipeline.dataset.dataset import Dataset, open_dataset
+from pipeline.dataset.saved_config import config_of
 from pipeline.gallery import REACH, THUMBNAIL, spread, thumbnails
 from pipeline.images.factory import pixel_reader
 from pipeline.images.reader import PixelReader

@@ -16,7 +16,7 @@ from pipeline.core.concurrency import own_exit_code
 from pipeline.core.errors import ConfigError, Interrupted, PipelineError, Problem
 
 if TYPE_CHECKING:
-    from pipeline.dataset.opened import Dataset
+    from pipeline.dataset.dataset import Dataset
 
 EXAMPLES = """\
 examples:
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         typed = _check(options.overrides)
         composed = compose_config(options.overrides)
-        from pipeline.dataset.opened import open_dataset
+        from pipeline.dataset.dataset import open_dataset
         from pipeline.vectors.relabel import relabel
 
         source = open_dataset(options.source)

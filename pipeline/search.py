@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from pipeline.dataset.opened import Dataset
-    from pipeline.vectors.search import Hit
+    from pipeline.dataset.dataset import Dataset
+    from pipeline.dataset.search import Hit
 
 EXAMPLES = """\
 examples:
@@ -57,9 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _act(options: argparse.Namespace) -> int:
     _check(options)
-    from pipeline.dataset.opened import open_dataset
+    from pipeline.dataset.dataset import open_dataset
+    from pipeline.dataset.search import fetch, nearest, without
     from pipeline.report.logs import log_to_terminal
-    from pipeline.vectors.search import fetch, nearest, without
 
     dataset = open_dataset(options.dataset)
     with log_to_terminal():
@@ -67,7 +67,7 @@ def _act(options: argparse.Namespace) -> int:
             _build(dataset, options)
             return 0
         if options.index:
-            from pipeline.vectors.index import search_index
+            from pipeline.dataset.index import search_index
         itself, query = _query(dataset, options)
         # The row itself is found too.
         count = options.top + (itself is not None)
@@ -109,8 +109,8 @@ def _shown(value: Any, *, most: int | None = WIDTH) -> str:
 
 def _query(dataset: Dataset, options: argparse.Namespace) -> tuple[int | None, NDArray[np.float32]]:
     """The row that is searched with, if it is one, and the vector."""
+    from pipeline.dataset.search import find_row
     from pipeline.vectors.model import config_of_dataset, embed_image, embed_text, open_model
-    from pipeline.vectors.search import find_row
 
     if options.id is not None:
         return find_row(dataset, options.id)
@@ -131,7 +131,7 @@ def _model(dataset: Dataset, options: argparse.Namespace) -> ModelConfig:
 
 
 def _build(dataset: Dataset, options: argparse.Namespace) -> None:
-    from pipeline.vectors.index import RECALL, build_index
+    from pipeline.dataset.index import RECALL, build_index
     from pipeline.vectors.model import config_of_dataset, embed_text, labels_of, open_model
 
     def texts() -> NDArray[np.float32] | None:

@@ -26,7 +26,7 @@ from pipeline.core.failpoints import failpoint
 from pipeline.core.processes import cores
 from pipeline.core.records import Parity, PreprocessSpec, Sample, TextBank
 from pipeline.dataset import lease, parts, plan
-from pipeline.dataset.recipe import recipe_of
+from pipeline.dataset.saved_config import recipe_of
 from pipeline.demo import folder as demo
 from pipeline.images.pool.pool import Decoders
 from pipeline.images.reader import PixelReader

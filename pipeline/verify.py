@@ -90,7 +90,7 @@ def _look(storage: Storage) -> Health:
 def _repair(storage: Storage) -> None:
     """Run the dataset's own job again: it does what is missing or damaged, and nothing else."""
     from pipeline.dataset.plan import read
-    from pipeline.dataset.recipe import config_of
+    from pipeline.dataset.saved_config import config_of
     from pipeline.job import run_job
 
     wanted = read(storage)
@@ -98,7 +98,7 @@ def _repair(storage: Storage) -> None:
         raise PlanMismatch(f"{storage.url}: has no _plan.json, so nothing says how to repair it")
     config = config_of(wanted.config, storage.url)
     if "source" in wanted.fingerprints:
-        from pipeline.dataset.opened import open_dataset
+        from pipeline.dataset.dataset import open_dataset
         from pipeline.vectors.relabel import relabel
 
         relabel(open_dataset(str(wanted.about["source"])), config)

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.config.schema import Config
-from pipeline.dataset.opened import Dataset
+from pipeline.dataset.dataset import Dataset
 from pipeline.job import run_job
 from tests.jobs import config_for
 

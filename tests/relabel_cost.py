@@ -21,9 +21,9 @@ from pipeline.config.schema import Config, LabelsConfig, ModelConfig, PromptsCon
 from pipeline.core.concurrency import in_order
 from pipeline.core.records import Embeddings, Shard, ShardRows, TextBank
 from pipeline.dataset import commits, plan
-from pipeline.dataset.opened import Dataset, open_dataset
+from pipeline.dataset.dataset import Dataset, open_dataset
 from pipeline.dataset.parts import ShardResult, build_table, count_statuses, part_format
-from pipeline.dataset.recipe import recipe_of
+from pipeline.dataset.saved_config import recipe_of
 from pipeline.models.checkpoint import open_checkpoint
 from pipeline.storage.factory import open_storage
 

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 from pipeline import convert
 from pipeline.config.schema import OUTPUT_COLUMNS
-from pipeline.dataset.opened import Dataset, open_dataset
+from pipeline.dataset import convert as room
+from pipeline.dataset.dataset import Dataset, open_dataset
 from pipeline.demo.folder import jpeg
 from pipeline.demo.scenes import sample
-from pipeline.vectors import convert as room
 from tests.conftest import ROOT
 from tests.finished import FAILED, ROWS, everything, matrix_of, run_scenes
 from tests.jobs import scenes_manifest

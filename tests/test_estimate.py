@@ -21,7 +21,7 @@ from pipeline.config.validate import check
 from pipeline.core.errors import ClusterUnavailable, ConfigError, ManifestError, PlanMismatch
 from pipeline.core.records import Piece
 from pipeline.dataset import lease
-from pipeline.dataset.recipe import config_of, recipe_of
+from pipeline.dataset.saved_config import config_of, recipe_of
 from pipeline.demo import folder as demo
 from pipeline.estimate import figures, trial
 from pipeline.estimate.command import estimate_job

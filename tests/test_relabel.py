@@ -14,7 +14,7 @@ import pytest
 
 from pipeline import convert, relabel, search, verify
 from pipeline.core.errors import StorageError, UnfinishedDataset
-from pipeline.dataset.opened import open_dataset, vectors_of
+from pipeline.dataset.dataset import open_dataset, vectors_of
 from pipeline.storage.factory import open_storage
 from tests.finished import FAILED, ROWS, everything, run_scenes
 from tests.forks import forks

@@ -16,11 +16,11 @@ import pytest
 from pipeline import search, verify
 from pipeline.config.schema import ModelConfig
 from pipeline.core.errors import ArtifactError, ConfigError, NumericalError
-from pipeline.dataset.opened import Dataset, open_dataset
+from pipeline.dataset.dataset import Dataset, open_dataset
+from pipeline.dataset.index import NEIGHBOURS, RECALL, build_index, read_card, search_index
+from pipeline.dataset.search import Found, fetch, find_row, merge, nearest, score
 from pipeline.models.checkpoint import open_checkpoint
-from pipeline.vectors.index import NEIGHBOURS, RECALL, build_index, read_card, search_index
 from pipeline.vectors.model import embed_text
-from pipeline.vectors.search import Found, fetch, find_row, merge, nearest, score
 from tests.finished import FAILED, ROWS, everything, matrix_of, run_scenes
 from tests.jobs import scenes_manifest
 

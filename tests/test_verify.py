@@ -23,7 +23,7 @@ from pipeline.dataset import plan
 from pipeline.dataset.commits import find_done
 from pipeline.dataset.lease import take
 from pipeline.dataset.parts import METADATA_KEY
-from pipeline.dataset.recipe import config_of, recipe_of
+from pipeline.dataset.saved_config import config_of, recipe_of
 from pipeline.dataset.verify import Health, collect, verify
 from pipeline.job import run_job
 from pipeline.storage.base import sha256
@@ -383,7 +383,7 @@ def test_a_fault_of_the_machine_is_no_damage(out: Path, monkeypatch: pytest.Monk
     def fail(*arguments: object, **options: object) -> None:
         raise fault
 
-    monkeypatch.setattr("pipeline.dataset.audit.pq.ParquetFile", fail)
+    monkeypatch.setattr("pipeline.dataset.problems.pq.ParquetFile", fail)
     monkeypatch.setattr("pipeline.storage.retry.FIRST_WAIT", 0.001)
     plan_of = plan.read(open_storage(str(out)))
     assert plan_of is not None

@@ -26,10 +26,10 @@ from pipeline.api.places import Scratch
 from pipeline.api.settings import config_from, label_settings
 from pipeline.core.errors import ConfigError, NoDataset, Problem
 from pipeline.core.records import OK
-from pipeline.dataset import opened
-from pipeline.dataset.opened import vectors_of
+from pipeline.dataset import dataset
+from pipeline.dataset import search as exact
+from pipeline.dataset.dataset import vectors_of
 from pipeline.relabel import derive
-from pipeline.vectors import search as exact
 
 if TYPE_CHECKING:
     from pipeline.models.checkpoint import Checkpoint
@@ -49,7 +49,7 @@ class Dataset:
     with :meth:`close`, it goes at once.
     """
 
-    def __init__(self, stored: opened.Dataset, scratch: Scratch | None = None) -> None:
+    def __init__(self, stored: dataset.Dataset, scratch: Scratch | None = None) -> None:
         self._opened, self._scratch, self._closed = stored, scratch, False
 
     def __enter__(self) -> Dataset:
@@ -67,7 +67,7 @@ class Dataset:
                 self.__dict__.pop(name, None)
 
     @property
-    def _stored(self) -> opened.Dataset:
+    def _stored(self) -> dataset.Dataset:
         if self._closed:
             raise NoDataset("the dataset was closed, and went with its temporary folder; output='...' keeps one")
         return self._opened
@@ -220,7 +220,7 @@ class Dataset:
         try:
             with settings_kept():
                 relabel(stored, derive(stored, config_from(settings), list(settings)))
-            return Dataset(opened.open_dataset(place), scratch)
+            return Dataset(dataset.open_dataset(place), scratch)
         except BaseException:
             if scratch is not None:
                 scratch.close()

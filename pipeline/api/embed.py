@@ -115,7 +115,7 @@ def embed(
     from pipeline.api.guest import settings_kept
     from pipeline.api.paths import absolute
     from pipeline.api.places import Beside, Scratch
-    from pipeline.dataset.opened import open_dataset
+    from pipeline.dataset.dataset import open_dataset
     from pipeline.job import run_job
 
     columns = Columns(
@@ -194,9 +194,9 @@ def open_dataset(url: str | os.PathLike[str]) -> Dataset:
     """
     from pipeline.api.dataset import Dataset
     from pipeline.api.paths import absolute
-    from pipeline.dataset import opened
+    from pipeline.dataset import dataset
 
-    return Dataset(opened.open_dataset(absolute(os.fspath(url))))
+    return Dataset(dataset.open_dataset(absolute(os.fspath(url))))
 
 
 def _take_out(told: dict[str, object], refused: Mapping[str, str]) -> list[Problem]:

@@ -8,8 +8,8 @@ from typing import overload
 import pandas as pd
 
 from pipeline.api import pictures
-from pipeline.dataset import opened
-from pipeline.vectors.search import Hit
+from pipeline.dataset import dataset as opened
+from pipeline.dataset.search import Hit
 
 # Pictures that a notebook shows.
 _TILES = 24

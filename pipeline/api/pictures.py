@@ -9,7 +9,7 @@ from html import escape
 
 from pipeline import gallery
 from pipeline.core.errors import PipelineError
-from pipeline.dataset.opened import Dataset
+from pipeline.dataset.dataset import Dataset
 from pipeline.images.factory import pixel_reader
 from pipeline.manifest.manifest import open_manifest
 from pipeline.vectors.model import config_of_dataset

@@ -22,10 +22,10 @@ from pipeline.core.concurrency import in_order
 from pipeline.core.errors import StorageError
 from pipeline.core.failpoints import failpoint
 from pipeline.core.records import ShardReport
-from pipeline.dataset.audit import audit, prefix_of
 from pipeline.dataset.parts import PartFormat, write_part
 from pipeline.dataset.plan import Plan
 from pipeline.dataset.plan import read as read_plan
+from pipeline.dataset.problems import audit, prefix_of
 from pipeline.storage.base import Storage, sha256
 from pipeline.storage.urls import explained
 

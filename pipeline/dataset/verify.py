@@ -13,7 +13,7 @@ from typing import Any
 from pipeline.core.concurrency import in_order
 from pipeline.core.errors import NoDataset, PlanMismatch
 from pipeline.dataset import commits, lease, plan
-from pipeline.dataset.audit import prefix_of
+from pipeline.dataset.problems import prefix_of
 from pipeline.storage.base import TEMPORARY, Storage
 
 BOOKS = {

@@ -13,8 +13,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.config.schema import Config
-from pipeline.dataset.opened import Dataset, open_dataset
-from pipeline.dataset.recipe import recipe_of
+from pipeline.dataset.dataset import Dataset, open_dataset
+from pipeline.dataset.saved_config import recipe_of
 from pipeline.manifest.manifest import Manifest
 from pipeline.nightly.changes import OF_COPYING, OF_DECODING, OF_READING
 from pipeline.nightly.records import Kind

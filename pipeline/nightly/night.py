@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from pipeline.config.schema import Config
 from pipeline.core.errors import PlanMismatch, ShardsGivenUp, TooManyFailures
 from pipeline.dataset import lease, plan
-from pipeline.dataset.opened import Dataset, open_dataset
+from pipeline.dataset.dataset import Dataset, open_dataset
 from pipeline.dataset.parts import part_format
-from pipeline.dataset.recipe import recipe_of
+from pipeline.dataset.saved_config import recipe_of
 from pipeline.manifest.manifest import Manifest, open_manifest
 from pipeline.manifest.shards import count_shards
 from pipeline.nightly import embed

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from pipeline.core.errors import TooManyFailures
 from pipeline.dataset import plan
-from pipeline.dataset.opened import Dataset
+from pipeline.dataset.dataset import Dataset
 from pipeline.nightly import embed
 from pipeline.nightly.prepare import COMPARED, Tonight
 from pipeline.nightly.records import DROPPED, NIGHT, ROWS, SNAPSHOT, Kind, Night

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pipeline.config.schema import OUTPUT_COLUMNS
 from pipeline.core.concurrency import in_order
 from pipeline.dataset.commits import Commit
-from pipeline.dataset.opened import Dataset
+from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.parts import METADATA_KEY
 from pipeline.dataset.plan import source_of
 from pipeline.manifest.manifest import Manifest

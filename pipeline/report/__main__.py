@@ -70,7 +70,7 @@ def _report(url: str) -> dict[str, Any]:
     """The report of a dataset."""
     from pipeline.core.errors import NoDataset
     from pipeline.dataset.plan import read
-    from pipeline.dataset.recipe import config_of
+    from pipeline.dataset.saved_config import config_of
     from pipeline.report.found import report_of
     from pipeline.storage.factory import open_storage
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config.schema import Config, ModelConfig
 from pipeline.core.errors import ConfigError, ModelError, Problem, PromptsError
-from pipeline.dataset.opened import Dataset
-from pipeline.dataset.recipe import config_of
+from pipeline.dataset.dataset import Dataset
+from pipeline.dataset.saved_config import config_of
 
 if TYPE_CHECKING:
     import numpy as np

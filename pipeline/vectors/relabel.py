@@ -25,9 +25,9 @@ from pipeline.core.processes import cores, spent
 from pipeline.core.records import OK, Embeddings, Failure, Shard, ShardReport, ShardRows, Stage, TextBank
 from pipeline.dataset import commits, lease, plan
 from pipeline.dataset.commits import Commit
-from pipeline.dataset.opened import Dataset, vectors_of
+from pipeline.dataset.dataset import Dataset, vectors_of
 from pipeline.dataset.parts import LAYOUT, PartFormat, ShardResult, build_table, count_statuses, part_format
-from pipeline.dataset.recipe import recipe_of
+from pipeline.dataset.saved_config import recipe_of
 from pipeline.drawing import PAGE, redraw, try_to_publish
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.labels import label

@@ -21,10 +21,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.core.errors import ConfigError, Problem, install_hint
-from pipeline.dataset.opened import Dataset, vectors_of
+from pipeline.dataset.dataset import Dataset, vectors_of
+from pipeline.dataset.index import LEAST, LISTS, TRAINED, faiss_or_told, spread
 from pipeline.storage.local import appearing
 from pipeline.storage.urls import explained, within
-from pipeline.vectors.index import LEAST, LISTS, TRAINED, faiss_or_told, spread
 
 NOTE = "conversion.json"
 

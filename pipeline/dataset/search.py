@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pipeline.core.errors import ConfigError, NumericalError, Problem
 from pipeline.dataset.commits import Commit
-from pipeline.dataset.opened import Dataset, vectors_of
+from pipeline.dataset.dataset import Dataset, vectors_of
 
 # float32 products of vectors of length 1 are off by less; what comes as near to the last place is computed again.
 MARGIN = 1e-4

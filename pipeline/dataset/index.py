@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.core.errors import ArtifactError, ConfigError, ModelError, Problem, StorageError, install_hint
-from pipeline.dataset.opened import Dataset, vectors_of
+from pipeline.dataset.dataset import Dataset, vectors_of
+from pipeline.dataset.search import Found, nearest, rescore, without
 from pipeline.storage.local import LocalStorage
 from pipeline.storage.urls import explained
-from pipeline.vectors.search import Found, nearest, rescore, without
 
 FOLDER = "_index"
 CARD = f"{FOLDER}/index.json"
