@@ -46,7 +46,7 @@ def _act(options: argparse.Namespace) -> int:
         raise ConfigError([Problem("--ivf", True, "goes with --to faiss")])
     from pipeline.dataset.convert import convert
     from pipeline.dataset.dataset import open_dataset
-    from pipeline.report.logs import log_to_terminal
+    from pipeline.telemetry.logs import log_to_terminal
 
     with log_to_terminal():
         made = convert(open_dataset(options.dataset), options.to, Path(options.out), ivf=options.ivf)

@@ -20,12 +20,12 @@ from pipeline.dataset.commits import Commit
 from pipeline.drawing import PAGE
 from pipeline.images.reader import PixelReader
 from pipeline.manifest.manifest import Manifest
-from pipeline.members import Member, peak_memory, total_clocks, total_cores
 from pipeline.report import summary
 from pipeline.report.page import place_of
 from pipeline.report.summary import DatasetSummary
-from pipeline.report.timeline import merge
 from pipeline.setup import Prepared
+from pipeline.telemetry.members import Member, peak_memory, total_clocks, total_cores
+from pipeline.telemetry.timeline import merge
 from pipeline.what_if import faster_decoder
 
 REPORT = "_report.json"

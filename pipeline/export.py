@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_intermixed_args(arguments)
     try:
         config = _read(options)
-        from pipeline.report.logs import log_to_terminal
+        from pipeline.telemetry.logs import log_to_terminal
 
         with log_to_terminal():
             _act(config, options)

@@ -27,18 +27,18 @@ from pipeline.drawing import PAGE, draw, try_to_publish
 from pipeline.ending import REPORT, Ending, report_of, say, say_labels
 from pipeline.images.pool.pool import Decoders
 from pipeline.manifest.shards import cut
-from pipeline.metrics.monitor import Monitor, monitored
-from pipeline.metrics.spans import shard as shard_span
-from pipeline.metrics.spans import span
 from pipeline.report import summary
 from pipeline.report.history import earlier_runs, is_stale
-from pipeline.report.logs import log_to, log_to_terminal, progress_mode
 from pipeline.report.page import to_dict, to_json
-from pipeline.report.progress import Progress
 from pipeline.setup import open_inputs, settle, spec_of
 from pipeline.storage.base import Storage
 from pipeline.storage.factory import open_storage
 from pipeline.storage.urls import is_local, local_path
+from pipeline.telemetry.logs import log_to, log_to_terminal, progress_mode
+from pipeline.telemetry.monitor import Monitor, monitored
+from pipeline.telemetry.progress import Progress
+from pipeline.telemetry.tracing import shard as shard_span
+from pipeline.telemetry.tracing import span
 from pipeline.worker import Job
 
 log = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from pipeline.core.records import Embeddings, ImageBatch, Shard, ShardRows, Stag
 from pipeline.dataset.parts import ShardResult
 from pipeline.images.padding import repeats_on
 from pipeline.models.labels import label
-from pipeline.report.clocks import StageClocks
+from pipeline.telemetry.clocks import StageClocks
 
 # An embedding of length 1 in float32 is off by rounding only.
 UNIT_TOLERANCE = 1e-3

@@ -66,7 +66,7 @@ def _task(composed: DictConfig) -> None:
     try:
         config = to_config(composed)
         _formatter = JsonLines(run) if config.log.format == "json" else None
-        from pipeline.report.logs import library_messages
+        from pipeline.telemetry.logs import library_messages
 
         opened.enter_context(library_messages(config.log, run))
         from pipeline.images.factory import open_decoders

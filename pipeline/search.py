@@ -59,7 +59,7 @@ def _act(options: argparse.Namespace) -> int:
     _check(options)
     from pipeline.dataset.dataset import open_dataset
     from pipeline.dataset.search import fetch, nearest, without
-    from pipeline.report.logs import log_to_terminal
+    from pipeline.telemetry.logs import log_to_terminal
 
     dataset = open_dataset(options.dataset)
     with log_to_terminal():

@@ -38,8 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = service_config(options.overrides)
         formatter = JsonLines(run) if config.log.format == "json" else None
         need_packages()
-        from pipeline.report.logs import library_messages, log_to_terminal
         from pipeline.service.server import serve
+        from pipeline.telemetry.logs import library_messages, log_to_terminal
 
         with library_messages(config.log, run), log_to_terminal(config.log, run):
             return serve(config)

@@ -36,11 +36,11 @@ from pipeline.manifest.ids import check_ids
 from pipeline.manifest.manifest import Manifest, open_manifest
 from pipeline.manifest.overlap import check_places
 from pipeline.manifest.shards import count_shards
-from pipeline.metrics.spans import span
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline.models.text import build_bank, read_labels
 from pipeline.report.summary import machine
 from pipeline.storage.base import Storage
+from pipeline.telemetry.tracing import span
 from pipeline.worker import open_at, open_for_job, open_reader
 
 # So long nothing else begins while the ids are checked; millions of rows are checked in that time.

@@ -81,7 +81,7 @@ def _act(options: argparse.Namespace) -> int:
 
 def _look(storage: Storage) -> Health:
     from pipeline.dataset.verify import verify
-    from pipeline.report.logs import log_to_terminal
+    from pipeline.telemetry.logs import log_to_terminal
 
     with log_to_terminal():
         return verify(storage, on_shard=_progress())
@@ -112,7 +112,7 @@ def _collect(storage: Storage, age: float) -> dict[str, int]:
     from pipeline.cluster.share import Share
     from pipeline.dataset import lease
     from pipeline.dataset.verify import collect
-    from pipeline.report.logs import log_to_terminal
+    from pipeline.telemetry.logs import log_to_terminal
 
     with log_to_terminal(), lease.take(storage, seconds=OutputConfig().lease_seconds) as held:
         # A part at work has files too that nobody names yet.

@@ -30,9 +30,9 @@ from pipeline.images.pool.pool import Decoders
 from pipeline.images.reader import PixelReader
 from pipeline.manifest.manifest import Manifest
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.report.clocks import StageClocks
 from pipeline.results import Accumulated, Flying, Labelling, launch, memory_explained
 from pipeline.storage.factory import open_storage
+from pipeline.telemetry.clocks import StageClocks
 
 # Parts that may wait for the disk before the loop waits too.
 PENDING_PARTS = 2

@@ -27,8 +27,8 @@ from pipeline.cluster.forward import Teller
 from pipeline.cluster.opening import SETTINGS, open_processes
 from pipeline.config.schema import Config
 from pipeline.core.records import Clocks, Piece, Shard, Stage
-from pipeline.members import Member
 from pipeline.storage.factory import open_storage
+from pipeline.telemetry.members import Member
 
 TOKEN = "scale"
 

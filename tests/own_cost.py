@@ -41,7 +41,7 @@ from pipeline.images.reader import PixelReader
 from pipeline.images.sources.source import Source
 from pipeline.manifest.manifest import open_manifest
 from pipeline.manifest.shards import cut
-from pipeline.report.clocks import StageClocks
+from pipeline.telemetry.clocks import StageClocks
 from pipeline.worker import Job, embed
 
 SIDE, DIM, LABELS, TOP_K = 8, 512, 10, 5

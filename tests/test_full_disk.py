@@ -23,8 +23,8 @@ from pipeline.config.schema import Config
 from pipeline.core.errors import StorageError
 from pipeline.core.failpoints import armed
 from pipeline.job import run_job
-from pipeline.report.logs import log_to
 from pipeline.storage.factory import open_storage
+from pipeline.telemetry.logs import log_to
 from tests.forks import door, forks
 from tests.jobs import config_for, content, overrides_of, scenes_manifest
 

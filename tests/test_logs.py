@@ -22,9 +22,9 @@ from pipeline.cluster.forward import Forward, Teller
 from pipeline.config.schema import Config, LogConfig
 from pipeline.core.errors import ConfigError, Interrupted, ManifestError, NumericalError, Problem
 from pipeline.core.log_format import SILENCED, JsonLines, ending, new_run, shard_of, silence, within
-from pipeline.report.logs import library_messages, log_to, log_to_terminal, progress_mode
-from pipeline.report.progress import Progress
 from pipeline.storage.factory import open_storage
+from pipeline.telemetry.logs import library_messages, log_to, log_to_terminal, progress_mode
+from pipeline.telemetry.progress import Progress
 from tests.families import write_siglip
 from tests.jobs import scenes_manifest, start
 
@@ -176,7 +176,7 @@ def test_progress_is_lines_with_fields_and_no_bar(
     config = Config(log=JSON)
     assert progress_mode(config) == "plain"
     assert progress_mode(Config()) == "auto"
-    monkeypatch.setattr("pipeline.report.progress.LINE_SECONDS", 0.0)
+    monkeypatch.setattr("pipeline.telemetry.progress.LINE_SECONDS", 0.0)
     with log_to_terminal(JSON, "r-1"), Progress(8, done=0, mode="plain") as progress:
         progress.embedded(4)
         progress.failed(1)

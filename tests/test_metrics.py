@@ -23,8 +23,8 @@ from pipeline.config.schema import Config
 from pipeline.config.validate import check
 from pipeline.core.errors import ConfigError, OutputBusy, TooManyFailures
 from pipeline.job import run_job
-from pipeline.metrics import exposition, monitor, spans
-from pipeline.metrics.monitor import monitored
+from pipeline.telemetry import monitor, prometheus, tracing
+from pipeline.telemetry.monitor import monitored
 from tests.conftest import ROOT
 from tests.jobs import config_for, scenes_manifest
 
@@ -256,9 +256,9 @@ def test_what_is_not_installed_is_said_before_any_work(
 
 
 def test_another_protocol_than_the_one_that_is_spoken_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert spans.missing() is None
+    assert tracing.missing() is None
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")
-    assert "OTEL_EXPORTER_OTLP_PROTOCOL=grpc" in str(spans.missing())
+    assert "OTEL_EXPORTER_OTLP_PROTOCOL=grpc" in str(tracing.missing())
 
 
 @pytest.mark.parametrize(
@@ -278,7 +278,7 @@ def test_a_wrong_value_is_said(metrics: dict[str, Any], text: str, job: Callable
 
 def test_nothing_is_imported_for_monitors_that_nobody_wants() -> None:
     code = (
-        "import sys, pipeline.metrics.monitor, pipeline.metrics.spans as s\n"
+        "import sys, pipeline.telemetry.monitor, pipeline.telemetry.tracing as s\n"
         "with s.span('x'): s.shard(None)\n"
         "sys.exit(any(name.partition('.')[0] in ('opentelemetry', 'prometheus_client') for name in sys.modules))"
     )
@@ -287,17 +287,17 @@ def test_nothing_is_imported_for_monitors_that_nobody_wants() -> None:
 
 def test_a_foreign_file_has_no_last_success(tmp_path: Path) -> None:
     place = tmp_path / "x.prom"
-    assert exposition.read_value(place, "a", {}) is None
+    assert prometheus.read_value(place, "a", {}) is None
     place.write_bytes(b"a{b= \xff\n")
-    assert exposition.read_value(place, "a", {}) is None
+    assert prometheus.read_value(place, "a", {}) is None
     place.write_text('a{job="x"} 3\n')
-    assert exposition.read_value(place, "a", {"job": "x"}) == 3
-    assert exposition.read_value(place, "a", {"job": "y"}) is None
+    assert prometheus.read_value(place, "a", {"job": "x"}) == 3
+    assert prometheus.read_value(place, "a", {"job": "y"}) is None
 
 
 def test_the_run_its_start_up_and_every_shard_have_spans(job: Callable[..., Config]) -> None:
     memory = InMemorySpanExporter()
-    with spans.exported("r-1", {"job": "photos"}, exporter=memory):
+    with tracing.exported("r-1", {"job": "photos"}, exporter=memory):
         run_job(job())
     found = memory.get_finished_spans()
     top = next(span for span in found if span.name == "run")
@@ -329,7 +329,7 @@ def test_the_span_of_a_run_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("OTEL_SERVICE_NAME", "photos")
     monkeypatch.setenv("TRACEPARENT", f"00-{'ab' * 16}-{'cd' * 8}-01")
     memory = InMemorySpanExporter()
-    with pytest.raises(TooManyFailures), spans.exported("r", {}, exporter=memory):
+    with pytest.raises(TooManyFailures), tracing.exported("r", {}, exporter=memory):
         raise TooManyFailures("9 of 9 rows failed")
     (top,) = memory.get_finished_spans()
     assert top.status.description == "9 of 9 rows failed"
@@ -339,7 +339,7 @@ def test_the_span_of_a_run_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) 
     # The scheduler's own span is the parent.
     assert top.parent is not None
     assert f"{top.parent.trace_id:x}" == "ab" * 16
-    with spans.span("outside"):
+    with tracing.span("outside"):
         assert len(memory.get_finished_spans()) == 1
 
 
@@ -364,11 +364,11 @@ def test_spans_go_by_otlp_to_where_the_environment_says(
 def test_a_collector_that_is_not_well_is_one_warning(
     kind: str, job: Callable[..., Config], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(spans, "CLOSE_SECONDS", 0.5)
+    monkeypatch.setattr(tracing, "CLOSE_SECONDS", 0.5)
     with receiver(status=400, wait=3.0 if kind == "slow" else 0.0) as (url, _):
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1" if kind == "dead" else url)
         began = time.monotonic()
-        with monitored(job(opentelemetry=True), "r", began=0.0), spans.span("work"):
+        with monitored(job(opentelemetry=True), "r", began=0.0), tracing.span("work"):
             pass
         assert time.monotonic() - began < 2.5
     said = capsys.readouterr().err

@@ -22,15 +22,15 @@ from pipeline.core.processes import Spent, spent
 from pipeline.core.records import Clocks, Parity, Stage, Timeline
 from pipeline.core.run_report import Pace, RunReport, StagePace
 from pipeline.report import page, summary
-from pipeline.report.clocks import StageClocks
 from pipeline.report.history import earlier_runs
-from pipeline.report.logs import NAME, log_to
 from pipeline.report.pace import Cost, Limit, find_limit, find_pace
-from pipeline.report.progress import Progress
 from pipeline.report.scores import Extremes, Row
 from pipeline.report.statuses import HINTS
 from pipeline.report.summary import DatasetSummary, Failed
 from pipeline.storage.factory import open_storage
+from pipeline.telemetry.clocks import StageClocks
+from pipeline.telemetry.logs import NAME, log_to
+from pipeline.telemetry.progress import Progress
 from tests.conftest import ROOT
 
 REPORT = RunReport(
@@ -437,7 +437,7 @@ def test_a_terminal_gets_the_bar_whatever_it_says_of_its_width(columns: int) -> 
     leader, follower = pty.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24 if columns else 0, columns, 0, 0))
     code = (
-        "from pipeline.report.progress import Progress\n"
+        "from pipeline.telemetry.progress import Progress\n"
         "with Progress(10, done=0, mode='auto') as p: p.embedded(9); p.failed(1)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, stderr=follower, check=True)

@@ -22,12 +22,12 @@ from pipeline.core.errors import LeaseLost, OutputBusy, StorageError
 from pipeline.core.failpoints import armed
 from pipeline.dataset import commits, lease, plan
 from pipeline.job import run_job
-from pipeline.report.logs import log_to
 from pipeline.storage import retry
 from pipeline.storage.base import Storage
 from pipeline.storage.factory import open_storage
 from pipeline.storage.s3 import ObjectStorage
 from pipeline.storage.urls import open_file
+from pipeline.telemetry.logs import log_to
 from pipeline.verify import main as verify
 from tests.forks import forks
 from tests.jobs import config_for, content, overrides_of, scenes_manifest

@@ -6,8 +6,8 @@ import time
 import pytest
 
 from pipeline.core.records import Timeline
-from pipeline.report.clocks import StageClocks
-from pipeline.report.timeline import FINEST, IMAGES, MOST, Slices, merge
+from pipeline.telemetry.clocks import StageClocks
+from pipeline.telemetry.timeline import FINEST, IMAGES, MOST, Slices, merge
 
 
 def test_what_ended_now_lies_in_the_slices_that_it_touched() -> None:

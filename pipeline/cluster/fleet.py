@@ -31,9 +31,9 @@ from pipeline.core.records import Shard, ShardReport
 from pipeline.dataset.commits import FOLDER, read_commit
 from pipeline.images.factory import pixel_reader
 from pipeline.images.reader import PixelReader
-from pipeline.members import Member, from_json
 from pipeline.setup import Inputs, Prepared, spec_of
 from pipeline.storage.base import Storage
+from pipeline.telemetry.members import Member, from_json
 from pipeline.worker import Job
 
 # How often the driver looks after workers and tasks when nothing is told, and how often it counts the room, in seconds;

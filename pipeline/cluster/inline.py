@@ -13,11 +13,11 @@ from pipeline.core.processes import Spent, cores, spent
 from pipeline.core.records import OK, Shard, ShardReport
 from pipeline.images.pool.pool import Decoders
 from pipeline.images.reader import PixelReader
-from pipeline.members import Member
-from pipeline.report.clocks import StageClocks
 from pipeline.report.summary import memory
 from pipeline.setup import Engine, Inputs, Prepared, note, open_engine, prepare
 from pipeline.storage.base import Storage
+from pipeline.telemetry.clocks import StageClocks
+from pipeline.telemetry.members import Member
 from pipeline.worker import Job, embed
 
 

@@ -28,13 +28,13 @@ from pipeline.core.concurrency import aside
 from pipeline.core.errors import Interrupted, PlanMismatch, WorkerMismatch
 from pipeline.core.processes import cores
 from pipeline.core.records import OK, Shard, ShardReport, TextBank
-from pipeline.members import Member
 from pipeline.storage.factory import open_storage
+from pipeline.telemetry.members import Member
 
 if TYPE_CHECKING:
     from pipeline.core.processes import Spent
-    from pipeline.report.clocks import StageClocks
     from pipeline.setup import Engine, Inputs, Prepared
+    from pipeline.telemetry.clocks import StageClocks
     from pipeline.worker import Job
 
 # A stream that brings no shard ends, so that rows which wait for more are embedded: after so many seconds, at least,
@@ -232,7 +232,7 @@ class Resident:
             # Opened in another thread, and the current device is each thread's own.
             torch.cuda.set_device(engine.encoder.device)
         if self._member is None:
-            from pipeline.report.clocks import StageClocks
+            from pipeline.telemetry.clocks import StageClocks
 
             self._clocks, self._spent = StageClocks(), spent()
             self._member = Member(

@@ -16,9 +16,9 @@ from pipeline.config.schema import Config
 from pipeline.config.validate import part_of
 from pipeline.core.errors import OutputBusy
 from pipeline.dataset import lease
-from pipeline.members import Member, from_json
-from pipeline.report import logs
 from pipeline.storage.base import Storage
+from pipeline.telemetry import logs
+from pipeline.telemetry.members import Member, from_json
 
 FOLDER = "_parts"
 _LEASE = re.compile(rf"{lease.FOLDER}(-(\d+)-of-(\d+))?")

@@ -37,14 +37,14 @@ class Pace:
 class RunReport:
     """The throughput report of one run, as written to ``_report.json``; times are seconds.
 
-    ``rows`` counts what this run committed and ``images`` those it embedded, ``resumed_rows`` what earlier
-    runs had committed. ``steady`` throughput leaves out the start-up and the first batch. ``parity`` is None
-    for eager fp32, with which the others are compared, and ``decoder_parity`` for the decoder ``exact``.
-    ``batch_sizes`` has more than one where the device had no memory for the first. ``pace`` is None where nothing was
-    embedded. ``workers`` are the processes that embedded (:mod:`pipeline.members`), ``given_up`` the shards that are
-    not in the dataset, ``repeats`` counts the rows that share the embedding of an earlier row of their shard with the
-    same bytes. ``timeline`` adds up all processes, ``scores`` counts rows by their best score in equal steps from 0 to
-    1, ``history`` are earlier runs in short, oldest first. ``run`` is the name of the run in its log and its metrics.
+    ``rows`` counts what this run committed and ``images`` those it embedded, ``resumed_rows`` what earlier runs had
+    committed. ``steady`` throughput leaves out the start-up and the first batch. ``parity`` is None for eager fp32,
+    with which the others are compared, and ``decoder_parity`` for the decoder ``exact``. ``batch_sizes`` has more than
+    one where the device had no memory for the first. ``pace`` is None where nothing was embedded. ``workers`` are the
+    processes that embedded (:mod:`pipeline.telemetry.members`), ``given_up`` the shards that are not in the dataset,
+    ``repeats`` counts the rows that share the embedding of an earlier row of their shard with the same bytes.
+    ``timeline`` adds up all processes, ``scores`` counts rows by their best score in equal steps from 0 to 1,
+    ``history`` are earlier runs in short, oldest first. ``run`` is the name of the run in its log and its metrics.
     """
 
     started: str

@@ -28,12 +28,12 @@ from pipeline.estimate.trial import BATCHES, Trial, try_out
 from pipeline.estimate.words import lines
 from pipeline.images.pool.pool import Decoders
 from pipeline.manifest.shards import cut
-from pipeline.report.logs import log_to_terminal
 from pipeline.setup import Inputs, Prepared, open_inputs, spec_of
 from pipeline.storage.base import Storage
 from pipeline.storage.factory import open_storage
 from pipeline.storage.local import LocalStorage
 from pipeline.storage.urls import explained
+from pipeline.telemetry.logs import log_to_terminal
 from pipeline.worker import Job
 
 log = logging.getLogger(__name__)

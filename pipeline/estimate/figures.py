@@ -17,9 +17,9 @@ from pipeline.estimate.processes import Processes
 from pipeline.estimate.record import Estimate
 from pipeline.estimate.trial import Mark, Trial
 from pipeline.images.factory import worker_threads
-from pipeline.members import Member
 from pipeline.setup import Prepared
 from pipeline.storage.urls import free_bytes, is_local
+from pipeline.telemetry.members import Member
 
 # No machine runs more evenly than this from one run to the next, as a share of the time.
 LEAST_ERROR = 0.05

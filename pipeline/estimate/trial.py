@@ -18,8 +18,8 @@ from pipeline.core.processes import Spent, spent
 from pipeline.core.records import OK, Clocks, Shard
 from pipeline.dataset import commits
 from pipeline.dataset.parts import PartFormat, write_part
-from pipeline.members import Member
 from pipeline.storage.base import Storage
+from pipeline.telemetry.members import Member
 
 # Counting begins when the loader's buffers are full, or after so many seconds; then so many seconds, and so many
 # batches of every stream, are counted; and a trial takes no longer than that.

@@ -84,8 +84,8 @@ def _run(options: argparse.Namespace, run: _Run) -> int:
     wanted, run.log = replace(wanted, run=run.name), configs[0].log
     from pipeline.dataset import lease
     from pipeline.nightly.night import run_night
-    from pipeline.report.logs import log_to_terminal
     from pipeline.storage.factory import open_storage
+    from pipeline.telemetry.logs import log_to_terminal
 
     run.store = store = open_storage(wanted.store)
     with ExitStack() as opened:
@@ -160,7 +160,7 @@ def _days(options: argparse.Namespace) -> tuple[list[str], list[Problem]]:
 
 
 def _tell(options: argparse.Namespace, run: _Run, code: int, seconds: float) -> None:
-    from pipeline.report.logs import log_to_terminal
+    from pipeline.telemetry.logs import log_to_terminal
 
     with log_to_terminal(run.log, run.name):
         if options.textfile is not None:

@@ -27,9 +27,9 @@ from pipeline.nightly.publish import Made, publish, report_of
 from pipeline.nightly.records import MANIFESTS, SNAPSHOT, WORK, Night, NightError, NightUnfinished, Wanted
 from pipeline.nightly.rows import Taken, cut_out, read_batches
 from pipeline.nightly.store import append_runs, clear_work, forget, open_below, open_night, read_night
-from pipeline.report.logs import log_to_terminal
 from pipeline.storage.base import Storage
 from pipeline.storage.factory import open_storage
+from pipeline.telemetry.logs import log_to_terminal
 
 log = logging.getLogger(__name__)
 

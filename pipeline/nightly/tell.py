@@ -7,9 +7,9 @@ import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from pipeline.metrics import exposition
-from pipeline.metrics.exposition import by, one
 from pipeline.nightly.records import Night
+from pipeline.telemetry import prometheus
+from pipeline.telemetry.prometheus import by, one
 
 # Seconds that a ping waits, as it must never hold up the night.
 PING_SECONDS = 10.0
@@ -44,7 +44,7 @@ def ping(url: str | None, what: str) -> bool:
 def write_textfile(
     path: Path, *, store: str, exit_code: int, seconds: float, night: Night | None, succeeded: float | None
 ) -> None:
-    """What node_exporter's textfile collector reads; see :func:`pipeline.metrics.exposition.write_file`.
+    """What node_exporter's textfile collector reads; see :func:`pipeline.telemetry.prometheus.write_file`.
 
     Args:
         path: of the file, which ends in ``.prom``.
@@ -57,7 +57,7 @@ def write_textfile(
     Raises:
         OSError: it cannot be written, or prometheus_client is not installed.
     """
-    hint = exposition.missing()
+    hint = prometheus.missing()
     if hint is not None:
         raise OSError(hint)
     metrics = [one("last_run_timestamp_seconds", "When the nightly job ended last.", round(time.time(), 3))]
@@ -73,4 +73,4 @@ def write_textfile(
             one("embedded_images", "Images that the newest night embedded.", night.images),
             one("images_per_second", "Throughput of the newest night's embedding.", night.images_per_second),
         ]
-    exposition.write_file(path, exposition.to_registry(_NAME, {"store": store}, metrics))
+    prometheus.write_file(path, prometheus.to_registry(_NAME, {"store": store}, metrics))

@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _write(options: argparse.Namespace) -> None:
-    from pipeline.report.logs import log_to_terminal
+    from pipeline.telemetry.logs import log_to_terminal
 
     with log_to_terminal():
         if options.compare is not None:

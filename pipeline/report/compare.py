@@ -14,7 +14,7 @@ from pipeline.report.pace import WAITS, in_words
 from pipeline.report.page import environment, place_of, settings, timeline_of, when
 from pipeline.report.plots import bare, clock
 from pipeline.report.svg import LINE, SERIES, new_figure, plot
-from pipeline.report.timeline import IMAGES
+from pipeline.telemetry.timeline import IMAGES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from pipeline.core.records import Stage, Timeline
 from pipeline.report.svg import INK, LINE, SERIES, SOFT, WAIT, new_figure, plot
-from pipeline.report.timeline import IMAGES
+from pipeline.telemetry.timeline import IMAGES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

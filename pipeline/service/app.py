@@ -23,7 +23,6 @@ from pipeline.config.schema import Config
 from pipeline.core.errors import exit_code_of
 from pipeline.core.log_format import ending, new_run
 from pipeline.core.records import OK, Failure
-from pipeline.report.logs import library_messages, log_to_terminal
 from pipeline.results import Labelling
 from pipeline.service.bodies import Asked, Image, read_asked
 from pipeline.service.envelope import KEY, Envelope, Exchange
@@ -42,6 +41,7 @@ from pipeline.service.schemas import (
 )
 from pipeline.service.service import Service
 from pipeline.service.settings import config_of_environment
+from pipeline.telemetry.logs import library_messages, log_to_terminal
 
 # Bodies from so many bytes on are read in another thread.
 LARGE = 2**18

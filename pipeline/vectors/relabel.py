@@ -33,11 +33,11 @@ from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.labels import label
 from pipeline.models.text import build_bank
 from pipeline.report import summary
-from pipeline.report.clocks import StageClocks
-from pipeline.report.logs import log_to, log_to_terminal
-from pipeline.report.progress import Progress
 from pipeline.storage.base import Storage
 from pipeline.storage.factory import open_storage
+from pipeline.telemetry.clocks import StageClocks
+from pipeline.telemetry.logs import log_to, log_to_terminal
+from pipeline.telemetry.progress import Progress
 from pipeline.vectors.model import labels_of, open_model
 from pipeline.vectors.told import REPORT, RelabelReport, say
 

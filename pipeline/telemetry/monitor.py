@@ -16,9 +16,9 @@ from pipeline.config.schema import Config
 from pipeline.core.concurrency import aside
 from pipeline.core.errors import ConfigError, OutputBusy, Problem, exit_code_of
 from pipeline.core.run_report import RunReport
-from pipeline.metrics import exposition, spans
-from pipeline.metrics.figures import PREFIX, SUCCESS, Figures
-from pipeline.report.logs import log_to_terminal
+from pipeline.telemetry import prometheus, tracing
+from pipeline.telemetry.logs import log_to_terminal
+from pipeline.telemetry.run_metrics import PREFIX, SUCCESS, Figures
 
 # How often the file is written anew, and how long a Pushgateway may take, in seconds.
 REFRESH_SECONDS = 15.0
@@ -46,7 +46,7 @@ class Monitor:
         self._failed = False
         if self._path is not None:
             own = {"job": self._wanted.job, **self._group}
-            self._figures.succeeded = exposition.read_value(self._path, f"{PREFIX}_{SUCCESS}", own)
+            self._figures.succeeded = prometheus.read_value(self._path, f"{PREFIX}_{SUCCESS}", own)
 
     def looping(self, progress: Callable[[], Mapping[str, float]], *, resumed: int) -> None:
         """The loop begins: from now on the file follows it."""
@@ -86,7 +86,7 @@ class Monitor:
 
     def _write(self, path: Path) -> None:
         try:
-            exposition.write_file(path, exposition.to_registry(PREFIX, self.labels, self._figures.metrics()))
+            prometheus.write_file(path, prometheus.to_registry(PREFIX, self.labels, self._figures.metrics()))
         except (OSError, ValueError) as error:
             if not self._failed:
                 self._failed = True
@@ -94,11 +94,11 @@ class Monitor:
                 log.warning("metrics.textfile=%s cannot be written: %s", path, reason)
 
     def _push(self, url: str) -> None:
-        registry = exposition.to_registry(PREFIX, self.labels, self._figures.metrics())
+        registry = prometheus.to_registry(PREFIX, self.labels, self._figures.metrics())
         host, job = urlsplit(url).netloc, self._wanted.job
 
         def push() -> None:
-            exposition.push(url, registry, job=job, group=self._group, seconds=PUSH_SECONDS)
+            prometheus.push(url, registry, job=job, group=self._group, seconds=PUSH_SECONDS)
 
         try:
             # One that drips its answer would take longer than any single wait of the connection.
@@ -120,7 +120,7 @@ def monitored(config: Config, run: str, *, began: float) -> Iterator[Monitor]:
     # When the run has ended, the log of its output is closed.
     terminal = partial(log_to_terminal, config.log, run)
     code = 0
-    with spans.exported(run, monitor.labels, told=terminal) if config.metrics.opentelemetry else nullcontext():
+    with tracing.exported(run, monitor.labels, told=terminal) if config.metrics.opentelemetry else nullcontext():
         try:
             yield monitor
         except BaseException as error:
@@ -137,9 +137,9 @@ def _check(config: Config) -> None:
     wanted, problems = config.metrics, []
     given = {"metrics.textfile": wanted.textfile, "metrics.pushgateway": wanted.pushgateway}
     for key, value in given.items():
-        hint = None if value is None else exposition.missing()
+        hint = None if value is None else prometheus.missing()
         problems += [] if hint is None else [Problem(key, value, hint)]
-    hint = spans.missing() if wanted.opentelemetry else None
+    hint = tracing.missing() if wanted.opentelemetry else None
     problems += [] if hint is None else [Problem("metrics.opentelemetry", True, hint)]
     if problems:
         raise ConfigError(problems)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from pipeline.core.run_report import RunReport
-from pipeline.metrics.exposition import Metric, by, one
+from pipeline.telemetry.prometheus import Metric, by, one
 
 PREFIX = "clip_pipeline"
 SUCCESS = "last_success_timestamp_seconds"

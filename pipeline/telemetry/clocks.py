@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from pipeline.core.records import Clocks, Timeline
-from pipeline.report.timeline import IMAGES, Slices
+from pipeline.telemetry.timeline import IMAGES, Slices
 
 
 class StageClocks:

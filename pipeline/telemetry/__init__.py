@@ -1,0 +1,1 @@
+"""Telemetry: logs, progress, timelines, metrics and traces of a run."""
