@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
-from pipeline.artifacts.exports import recipe
-from pipeline.artifacts.store import ArtifactStore, Recipe
+from pipeline.backends.artifacts.exports import recipe
+from pipeline.backends.artifacts.store import ArtifactStore, Recipe
 from pipeline.backends.base import ImageEncoder
 from pipeline.backends.devices import choose, out_of_memory
-from pipeline.backends.pace import Clock, images_per_second
 from pipeline.backends.streams import count_streams
+from pipeline.backends.timing import Clock, images_per_second
 from pipeline.config.schema import BackendConfig, Config
 from pipeline.core.errors import BackendUnavailable, StorageError
 from pipeline.core.processes import cores
@@ -93,7 +93,7 @@ def settle_batch_size(
         rows: of the manifest.
         storage: the output, which may hold a plan.
         alone: called before the first measurement; returns when nothing else is at work in this process.
-        measure: images/s of an opened encoder; by default :func:`~pipeline.backends.pace.images_per_second`.
+        measure: images/s of an opened encoder; by default :func:`~pipeline.backends.timing.images_per_second`.
         clock: seconds, from any starting point.
 
     Raises:

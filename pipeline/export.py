@@ -13,9 +13,9 @@ from pipeline.core.concurrency import own_exit_code
 from pipeline.core.errors import ConfigError, Interrupted, PipelineError, Problem
 
 if TYPE_CHECKING:
-    from pipeline.artifacts.store import Artifact
+    from pipeline.backends.artifacts.store import Artifact
+    from pipeline.backends.triton.model_config import Serving
     from pipeline.models.checkpoint import Checkpoint
-    from pipeline.triton.settings import Serving
 
 FORMATS = ("onnx", "torchscript")
 TOWERS = ("image", "text")
@@ -71,7 +71,7 @@ def _act(config: Config, options: argparse.Namespace) -> None:
         print(describe(artifact), flush=True)
         made.append(artifact)
     if options.to == "triton":
-        from pipeline.triton.repository import write_repository
+        from pipeline.backends.triton.repository import write_repository
 
         towers = {artifact.card["options"]["tower"]: artifact for artifact in made}
         names = write_repository(options.out, checkpoint, towers, config.images, _serving(options))
@@ -104,9 +104,9 @@ def _export(config: Config, options: argparse.Namespace, checkpoint: Checkpoint)
 
     import torch
 
-    from pipeline.artifacts.exports import GraphOptions, onnx_graph
-    from pipeline.artifacts.store import ArtifactStore
-    from pipeline.artifacts.torchscript import traced
+    from pipeline.backends.artifacts.exports import GraphOptions, onnx_graph
+    from pipeline.backends.artifacts.store import ArtifactStore
+    from pipeline.backends.artifacts.torchscript import traced
     from pipeline.core.errors import ManifestError
     from pipeline.core.records import Sample
     from pipeline.demo.folder import rendered_sample
@@ -182,7 +182,7 @@ def _check_triton(options: argparse.Namespace) -> list[Problem]:
     given = {name: value for name, value in asked.items() if value is not None and value is not False}
     if options.to != "triton":
         return [Problem(_flag(name), value, "goes with --to triton") for name, value in given.items()]
-    from pipeline.triton.settings import problem_of
+    from pipeline.backends.triton.model_config import problem_of
 
     problems = []
     if options.out is None:
@@ -203,7 +203,7 @@ def _check_triton(options: argparse.Namespace) -> list[Problem]:
 
 
 def _serving(options: argparse.Namespace) -> Serving:
-    from pipeline.triton.settings import Serving
+    from pipeline.backends.triton.model_config import Serving
 
     asked = {
         "max_batch_size": options.max_batch,

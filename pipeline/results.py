@@ -11,7 +11,7 @@ import torch
 
 from pipeline.backends.base import ImageEncoder
 from pipeline.backends.devices import out_of_memory
-from pipeline.backends.order import in_order, turned
+from pipeline.backends.row_order import in_order, turned
 from pipeline.core.errors import BackendUnavailable, NumericalError
 from pipeline.core.failpoints import failpoint
 from pipeline.core.records import Embeddings, ImageBatch, Shard, ShardRows, Stage, TextBank

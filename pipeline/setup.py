@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from pipeline.backends import decoders as decoder_gate
+from pipeline.backends import decoder_parity as decoder_gate
 from pipeline.backends.base import Draw, ImageEncoder
-from pipeline.backends.halving import HalvingEncoder
+from pipeline.backends.oom import HalvingEncoder
 from pipeline.backends.parity import pass_gate, record
 from pipeline.batch_size import settle_batch_size
 from pipeline.config.schema import Config

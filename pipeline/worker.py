@@ -15,7 +15,7 @@ import torch
 from pipeline.backends import factory
 from pipeline.backends.base import Draw, ImageEncoder
 from pipeline.backends.devices import choose_device
-from pipeline.backends.halving import HalvingEncoder
+from pipeline.backends.oom import HalvingEncoder
 from pipeline.backends.parity import check
 from pipeline.backends.streams import Streams, count_streams
 from pipeline.config.schema import Config

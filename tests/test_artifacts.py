@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from pipeline.artifacts.__main__ import main
-from pipeline.artifacts.store import Artifact, ArtifactStore, Recipe
+from pipeline.backends.artifacts.store import Artifact, ArtifactStore, Recipe
 from pipeline.core.errors import ArtifactError, StorageError
 
 RECIPE = Recipe(

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.artifacts.__main__ import main
-from pipeline.artifacts.folders import locked
-from pipeline.artifacts.store import ArtifactStore
+from pipeline.backends.artifacts.directories import locked
+from pipeline.backends.artifacts.store import ArtifactStore
 from tests.conftest import ROOT
 from tests.test_artifacts import BYTES, DAY, RECIPE, age, build, names
 
@@ -23,7 +23,7 @@ from tests.test_artifacts import BYTES, DAY, RECIPE, age, build, names
 WRITER = """
 import contextlib, json, os, sys, time
 from pathlib import Path
-from pipeline.artifacts import store
+from pipeline.backends.artifacts import store
 
 place = Path(sys.argv[1])
 recipe = store.Recipe(**json.loads(sys.argv[2]))

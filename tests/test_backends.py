@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.artifacts.store import ArtifactStore
 from pipeline.backends import TABLE, factory
+from pipeline.backends.artifacts.store import ArtifactStore
 from pipeline.backends.base import ImageEncoder
 from pipeline.backends.devices import choose_device, choose_precision
-from pipeline.backends.modules import compiled
-from pipeline.backends.sessions import PROVIDERS, normalise, open_session
+from pipeline.backends.onnx_session import PROVIDERS, normalise, open_session
 from pipeline.backends.tensorrt import engine_options, find_library, version_words
 from pipeline.backends.torch_int8 import multiplies_int8
+from pipeline.backends.torch_module import compiled
 from pipeline.config.ranges import CHOICES, PRECISIONS
 from pipeline.config.schema import BackendConfig, ModelConfig, ParityConfig
 from pipeline.core.errors import BackendUnavailable, StorageError

@@ -17,10 +17,10 @@ import torch
 
 from pipeline import batch_size
 from pipeline.artifacts.__main__ import main as artifacts
-from pipeline.artifacts.store import ArtifactStore
 from pipeline.backends import factory
+from pipeline.backends.artifacts.store import ArtifactStore
 from pipeline.backends.base import ImageEncoder
-from pipeline.backends.pace import images_per_second, settle
+from pipeline.backends.timing import images_per_second, settle
 from pipeline.batch_size import KIND, Measured, settle_batch_size
 from pipeline.config.compose import compose_config
 from pipeline.config.schema import Config, ModelConfig

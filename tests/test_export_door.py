@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from pipeline import export
-from pipeline.artifacts import exports
-from pipeline.artifacts.store import ArtifactStore
+from pipeline.backends.artifacts import exports
+from pipeline.backends.artifacts.store import ArtifactStore
 from tests.conftest import ROOT
 from tests.jobs import scenes_manifest
 from tests.test_run_door import HEAVY, imported

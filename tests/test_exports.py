@@ -17,11 +17,11 @@ import onnx
 import pytest
 import torch
 
-from pipeline.artifacts import exports, graphs, torchscript
-from pipeline.artifacts.exports import BATCH_SIZES, GraphOptions, onnx_graph
-from pipeline.artifacts.graphs import check_fusions, check_graph
-from pipeline.artifacts.store import Artifact, ArtifactStore
-from pipeline.artifacts.torchscript import traced
+from pipeline.backends.artifacts import exports, onnx_export, torchscript
+from pipeline.backends.artifacts.exports import BATCH_SIZES, GraphOptions, onnx_graph
+from pipeline.backends.artifacts.onnx_export import check_fusions, check_graph
+from pipeline.backends.artifacts.store import Artifact, ArtifactStore
+from pipeline.backends.artifacts.torchscript import traced
 from pipeline.config.schema import ModelConfig, ParityConfig
 from pipeline.core.errors import ArtifactError, BackendUnavailable, ParityError
 from pipeline.core.records import Sample
@@ -52,10 +52,10 @@ def _traced_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The same tower is exported once for this file; all that follows is done every time."""
     folder = tmp_path_factory.mktemp("towers")
     known: dict[Any, Path] = {}
-    export = graphs.export_tower
+    export = onnx_export.export_tower
 
     def export_once(checkpoint: Checkpoint, tower: str, path: Path) -> None:
-        key = (checkpoint.fingerprint["architecture"], str(checkpoint.fingerprint["weights"]), tower, graphs.LARGE)
+        key = (checkpoint.fingerprint["architecture"], str(checkpoint.fingerprint["weights"]), tower, onnx_export.LARGE)
         if key not in known:
             known[key] = folder / str(len(known))
             known[key].mkdir()
@@ -63,7 +63,7 @@ def _traced_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         shutil.copytree(known[key], path.parent, dirs_exist_ok=True)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(graphs, "export_tower", export_once)
+        patch.setattr(onnx_export, "export_tower", export_once)
         yield
 
 
@@ -92,7 +92,7 @@ class Demo:
         return onnx_graph(self.checkpoint, options, self.store, sample=lambda: self.sample, limits=LIMITS)
 
     def graph(self, options: GraphOptions) -> Any:
-        return onnx.load(self(options).file(graphs.GRAPH)).graph
+        return onnx.load(self(options).file(onnx_export.GRAPH)).graph
 
     def layers(self, tower: str) -> int:
         config = self.checkpoint.model.config
@@ -159,7 +159,7 @@ def idle(graph: Any) -> list[str]:
 @pytest.mark.parametrize("options", [IMAGE, TEXT, *PLAIN], ids=name_of)
 def test_inputs_outputs_and_axes_are_declared(demo: Demo, options: GraphOptions) -> None:
     artifact = demo(options)
-    path = artifact.file(graphs.GRAPH)
+    path = artifact.file(onnx_export.GRAPH)
     onnx.checker.check_model(str(path))
     opened = exports.session(path)
     sides = [{v.name: (v.type, v.shape) for v in side} for side in (opened.get_inputs(), opened.get_outputs())]
@@ -188,7 +188,7 @@ def test_every_layer_is_fused(demo: Demo, options: GraphOptions) -> None:
     assert counts["SkipLayerNormalization"] >= 2 * layers - 1
     assert "Softmax" not in counts
     plain = demo(dataclasses.replace(options, fused=False))
-    graph = onnx.load(plain.file(graphs.GRAPH)).graph
+    graph = onnx.load(plain.file(onnx_export.GRAPH)).graph
     assert {node.domain for node in graph.node} == {""}
     check_fusions(counts, layers=layers, attention=True, what="tower")
     for name in ("Attention", "SkipLayerNormalization", "QuickGelu"):
@@ -214,7 +214,7 @@ def test_constants_are_folded(demo: Demo, options: GraphOptions) -> None:
 @pytest.mark.parametrize("options", FP16, ids=name_of)
 def test_fp16_is_fp16_inside_and_fp32_outside(demo: Demo, options: GraphOptions) -> None:
     artifact = demo(options)
-    model = onnx.load(artifact.file(graphs.GRAPH))
+    model = onnx.load(artifact.file(onnx_export.GRAPH))
     outside = [v for v in (*model.graph.input, *model.graph.output) if v.name.endswith(("values", "embeds"))]
     assert {v.type.tensor_type.elem_type for v in outside} == {onnx.TensorProto.FLOAT}
     names = [node.name for node in model.graph.node]
@@ -274,7 +274,7 @@ def test_int8_texts_keep_the_causal_mask(demo: Demo) -> None:
     long = [f"{name} " * 8 for name in label_names()[:6]]
     tokens = demo.checkpoint.tokenize(long)
     assert tokens["input_ids"].shape[1] > 16
-    found = Exported(demo.checkpoint, demo(TEXT_INT8).file(graphs.GRAPH)).text_features(tokens)
+    found = Exported(demo.checkpoint, demo(TEXT_INT8).file(onnx_export.GRAPH)).text_features(tokens)
     expected = torch.nn.functional.normalize(demo.checkpoint.text_features(tokens), dim=1)
     assert (found * expected).sum(1).min() > 0.998
 
@@ -282,7 +282,7 @@ def test_int8_texts_keep_the_causal_mask(demo: Demo) -> None:
 def test_rows_do_not_depend_on_their_neighbours(demo: Demo) -> None:
     pixels = Normaliser(demo.checkpoint.spec, torch.device("cpu"))(demo.sample.pixels).numpy()
     for options in (IMAGE, STATIC):
-        opened = exports.session(demo(options).file(graphs.GRAPH))
+        opened = exports.session(demo(options).file(onnx_export.GRAPH))
         (whole,) = opened.run(None, {"pixel_values": pixels})
         (part,) = opened.run(None, {"pixel_values": pixels[5:8]})
         np.testing.assert_allclose(part, whole[5:8], atol=1e-5)
@@ -339,7 +339,7 @@ def test_every_family_exports_both_towers(family: Checkpoint, store: ArtifactSto
     def make(options: GraphOptions) -> tuple[Artifact, dict[str, int]]:
         artifact = onnx_graph(family, options, store, sample=lambda: pictures, limits=LIMITS)
         if options.precision == "fp32":
-            assert idle(onnx.load(artifact.file(graphs.GRAPH)).graph) == []
+            assert idle(onnx.load(artifact.file(onnx_export.GRAPH)).graph) == []
         return artifact, artifact.card["facts"]["operators"]
 
     active = {"clip": ("QuickGelu", "QuickGelu"), "siglip": ("FastGelu", "FastGelu")}.get(
@@ -362,7 +362,7 @@ def test_every_family_exports_both_towers(family: Checkpoint, store: ArtifactSto
     prompts = [[template.replace("{}", text) for template in ("{}", "a photo of a {}", "一张{}")] for text in texts]
     bank = embed_prompts(family, prompts)
     assert np.linalg.norm(bank[0] - bank[1]) > 0.002, "the prompts must not look alike to this test"
-    exported: Any = Exported(family, make(TEXT)[0].file(graphs.GRAPH))
+    exported: Any = Exported(family, make(TEXT)[0].file(onnx_export.GRAPH))
     np.testing.assert_allclose(embed_prompts(exported, prompts), bank, atol=1e-5)
 
     for options in (STATIC, TEXT_INT8):
@@ -429,11 +429,11 @@ def test_two_processes_make_one_artefact(tmp_path: Path) -> None:
 
 
 def test_large_weights_lie_beside_the_graph(demo: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs, "LARGE", 100_000)
+    monkeypatch.setattr(onnx_export, "LARGE", 100_000)
     store = ArtifactStore(tmp_path / "store")
     for options in (IMAGE, PLAIN[0], FP16[0], DYNAMIC, STATIC):
         artifact = onnx_graph(demo.checkpoint, options, store, sample=lambda: demo.sample, limits=LIMITS)
-        graph = onnx.load(artifact.file(graphs.GRAPH), load_external_data=False).graph
+        graph = onnx.load(artifact.file(onnx_export.GRAPH), load_external_data=False).graph
         places = {
             entry.value
             for tensor in graph.initializer
@@ -450,7 +450,7 @@ def test_large_weights_lie_beside_the_graph(demo: Demo, tmp_path: Path, monkeypa
             demo(options).card["parity"]["lowest_cosine"], abs=1e-5
         )
         assert store.problems(artifact) == []
-        exports.session(artifact.file(graphs.GRAPH))
+        exports.session(artifact.file(onnx_export.GRAPH))
 
 
 def test_check_graph_names_what_is_wrong(tmp_path: Path) -> None:
@@ -519,7 +519,7 @@ def test_quiet_restores_logs_and_warnings(caplog: pytest.LogCaptureFixture) -> N
     filters, level = list(warnings.filters), logging.root.manager.disable
 
     def fail() -> None:
-        with graphs.quiet():
+        with onnx_export.quiet():
             logger.warning("unheard")
             logger.error("heard")
             warnings.warn("unseen", stacklevel=1)
@@ -532,7 +532,7 @@ def test_quiet_restores_logs_and_warnings(caplog: pytest.LogCaptureFixture) -> N
     assert warnings.filters == filters
     logging.disable(logging.INFO)
     try:
-        with graphs.quiet():
+        with onnx_export.quiet():
             pass
         assert logging.root.manager.disable == logging.INFO
     finally:

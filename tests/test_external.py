@@ -12,9 +12,9 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from pipeline.artifacts.external import check_external
-from pipeline.artifacts.graphs import check_graph
-from pipeline.backends.sessions import open_session
+from pipeline.backends.artifacts.external_data import check_external
+from pipeline.backends.artifacts.onnx_export import check_graph
+from pipeline.backends.onnx_session import open_session
 from pipeline.core.errors import ArtifactError
 
 VALUES = np.arange(4, dtype=np.float32)

@@ -14,7 +14,8 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
-from pipeline.backends import decoders as gate
+from pipeline.backends import decoder_parity as gate
+from pipeline.backends.compare import in_words
 from pipeline.backends.parity import embed_sample
 from pipeline.config.schema import FORMATS, BackendConfig, ModelConfig, ParityConfig
 from pipeline.core.errors import ParityError
@@ -28,7 +29,6 @@ from pipeline.images.sample import draw_sample
 from pipeline.images.sources.source import Source
 from pipeline.images.versions import library
 from pipeline.models.checkpoint import open_checkpoint
-from pipeline.parity import in_words
 from pipeline.storage.factory import open_storage
 from tests.conftest import data_folder
 from tests.jobs import StubEncoder

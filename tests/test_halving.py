@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from pipeline.backends.devices import out_of_memory
-from pipeline.backends.halving import HalvingEncoder
-from pipeline.backends.modules import compiled
+from pipeline.backends.oom import HalvingEncoder
+from pipeline.backends.torch_module import compiled
 from pipeline.core.errors import BackendUnavailable, ParityError
 from pipeline.job import run_job
 from pipeline.models.hub import DEMO_FOLDER

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.backends.order import in_order, turned
+from pipeline.backends.row_order import in_order, turned
 from pipeline.config.schema import BackendConfig, ModelConfig, ParityConfig
 from pipeline.core.errors import NumericalError
 from pipeline.images.padding import repeats, repeats_on

@@ -14,8 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipeline.artifacts.cards import CARD, sealed, write_card
-from pipeline.artifacts.store import ArtifactStore
+from pipeline.backends.artifacts.metadata import CARD, sealed, write_card
+from pipeline.backends.artifacts.store import ArtifactStore
+from pipeline.backends.compare import compare, hold, in_words
 from pipeline.backends.parity import FILE, embed_sample, measure
 from pipeline.backends.torch import reference
 from pipeline.config.schema import Config, ModelConfig, ParityConfig
@@ -25,7 +26,6 @@ from pipeline.demo.folder import rendered_sample
 from pipeline.job import run_job
 from pipeline.models.checkpoint import open_checkpoint
 from pipeline.models.preprocessor import to_spec
-from pipeline.parity import compare, hold, in_words
 from pipeline.storage.base import sha256
 from tests.jobs import StubEncoder, config_for, content, scenes_manifest, start, stub_backend
 

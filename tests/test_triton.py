@@ -26,8 +26,11 @@ from transformers import AutoTokenizer, CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from pipeline import export
-from pipeline.artifacts.graphs import GRAPH
-from pipeline.artifacts.store import ArtifactStore
+from pipeline.backends.artifacts.onnx_export import GRAPH
+from pipeline.backends.artifacts.store import ArtifactStore
+from pipeline.backends.triton.model_config import Serving, model_config, preferred, read_graph, slug
+from pipeline.backends.triton.pbtxt import to_text
+from pipeline.backends.triton.repository import _card, _write_tokenizer, write_repository
 from pipeline.config.schema import ImagesConfig, ModelConfig
 from pipeline.core.errors import ArtifactError, ConfigError
 from pipeline.demo import scenes
@@ -35,9 +38,6 @@ from pipeline.images.preprocess import preprocess
 from pipeline.models.checkpoint import FAMILIES, Checkpoint, open_checkpoint
 from pipeline.models.hub import DEMO_FOLDER
 from pipeline.models.towers import Normaliser
-from pipeline.triton.pbtxt import to_text
-from pipeline.triton.repository import _card, _write_tokenizer, write_repository
-from pipeline.triton.settings import Serving, model_config, preferred, read_graph, slug
 from tests.families import CASES
 
 DTYPES = {"TYPE_FP32": np.float32, "TYPE_INT64": np.int64}

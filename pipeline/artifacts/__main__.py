@@ -14,7 +14,7 @@ from pipeline.core.concurrency import own_exit_code
 from pipeline.core.errors import PipelineError
 
 if TYPE_CHECKING:
-    from pipeline.artifacts.store import Artifact, ArtifactStore
+    from pipeline.backends.artifacts.store import Artifact, ArtifactStore
 
 EXAMPLES = """\
 examples:
@@ -30,7 +30,7 @@ HEADER = ("id", "kind", "model", "revision", "options", "size", "created", "last
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, ask the store, print; returns the exit code."""
     options = _parser().parse_args(arguments)
-    from pipeline.artifacts.store import ArtifactStore
+    from pipeline.backends.artifacts.store import ArtifactStore
 
     try:
         return _act(ArtifactStore(options.store), options)

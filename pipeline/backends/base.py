@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from pipeline.artifacts.store import Artifact
+    from pipeline.backends.artifacts.store import Artifact
     from pipeline.config.schema import BackendConfig, ParityConfig
     from pipeline.core.records import Sample
     from pipeline.models.checkpoint import Checkpoint

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pipeline.artifacts.exports import GraphOptions, onnx_graph
-from pipeline.artifacts.store import ArtifactStore
+from pipeline.backends.artifacts.exports import GraphOptions, onnx_graph
+from pipeline.backends.artifacts.store import ArtifactStore
 from pipeline.backends.base import Draw
 from pipeline.backends.devices import choose
-from pipeline.backends.sessions import SessionEncoder
+from pipeline.backends.onnx_session import SessionEncoder
 from pipeline.config.schema import BackendConfig, ParityConfig
 from pipeline.core.errors import BackendUnavailable
 from pipeline.models.checkpoint import Checkpoint

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from pipeline.artifacts.store import ArtifactStore
+from pipeline.backends.artifacts.store import ArtifactStore
 from pipeline.backends.base import Draw, ImageEncoder
+from pipeline.backends.compare import compare, from_json, hold, in_words
 from pipeline.backends.devices import out_of_memory
 from pipeline.backends.streams import Streams
 from pipeline.backends.torch import reference
@@ -21,7 +22,6 @@ from pipeline.config.schema import ParityConfig
 from pipeline.core.errors import ArtifactError, BackendUnavailable, StorageError
 from pipeline.core.records import Parity, Sample, TextBank
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.parity import compare, from_json, hold, in_words
 from pipeline.storage.base import Storage
 
 FILE = "_parity.json"

@@ -6,12 +6,12 @@ import ctypes
 
 import torch
 
-from pipeline.artifacts.exports import GraphOptions, need_packages, onnx_graph
-from pipeline.artifacts.graphs import INPUTS
-from pipeline.artifacts.store import Artifact, ArtifactStore
+from pipeline.backends.artifacts.exports import GraphOptions, need_packages, onnx_graph
+from pipeline.backends.artifacts.onnx_export import INPUTS
+from pipeline.backends.artifacts.store import Artifact, ArtifactStore
 from pipeline.backends.base import Draw
 from pipeline.backends.devices import choose
-from pipeline.backends.sessions import SessionEncoder
+from pipeline.backends.onnx_session import SessionEncoder
 from pipeline.config.schema import BackendConfig, ParityConfig
 from pipeline.core.errors import BackendUnavailable
 from pipeline.models.checkpoint import Checkpoint

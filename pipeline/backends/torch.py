@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.backends.base import Draw
 from pipeline.backends.devices import DTYPES, choose
-from pipeline.backends.modules import Forward, ModuleEncoder, blank, compiled, count_bytes
+from pipeline.backends.torch_module import Forward, ModuleEncoder, blank, compiled, count_bytes
 from pipeline.config.schema import BackendConfig, ParityConfig
 from pipeline.core.errors import BackendUnavailable
 from pipeline.models.checkpoint import Checkpoint

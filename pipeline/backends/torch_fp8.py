@@ -6,10 +6,10 @@ import copy
 
 import torch
 
-from pipeline.artifacts.exports import need_packages
+from pipeline.backends.artifacts.exports import need_packages
 from pipeline.backends.base import Draw
 from pipeline.backends.devices import choose
-from pipeline.backends.modules import ModuleEncoder, blank, compiled, count_bytes, in_a_layer
+from pipeline.backends.torch_module import ModuleEncoder, blank, compiled, count_bytes, in_a_layer
 from pipeline.config.schema import BackendConfig, ParityConfig
 from pipeline.core.errors import BackendUnavailable
 from pipeline.models.checkpoint import Checkpoint

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.artifacts.store import ArtifactStore
-from pipeline.artifacts.torchscript import FILE, load, traced
+from pipeline.backends.artifacts.store import ArtifactStore
+from pipeline.backends.artifacts.torchscript import FILE, load, traced
 from pipeline.backends.base import Draw
 from pipeline.backends.devices import DTYPES, choose
-from pipeline.backends.modules import ModuleEncoder, blank
+from pipeline.backends.torch_module import ModuleEncoder, blank
 from pipeline.config.schema import BackendConfig, ParityConfig
 from pipeline.models.checkpoint import Checkpoint
 

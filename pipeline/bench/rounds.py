@@ -192,8 +192,8 @@ def _parity(work: Path, vectors: Path, reference: Path) -> Parity:
     import numpy as np
     import torch
 
+    from pipeline.backends.compare import compare
     from pipeline.core.records import TextBank
-    from pipeline.parity import compare
 
     with np.load(work / SAMPLE) as file:
         ids = tuple(map(str, file["ids"]))

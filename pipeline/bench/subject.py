@@ -16,8 +16,8 @@ import torch
 
 from pipeline.backends.base import ImageEncoder
 from pipeline.backends.devices import choose_device
-from pipeline.backends.pace import settle
 from pipeline.backends.parity import embed_sample
+from pipeline.backends.timing import settle
 from pipeline.bench.records import Row
 from pipeline.bench.rounds import BANK, SAMPLE
 from pipeline.config.schema import Config

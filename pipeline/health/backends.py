@@ -65,7 +65,7 @@ def compiler_problem() -> str:
     import torch
 
     from pipeline.backends.devices import choose_device
-    from pipeline.backends.modules import compiled
+    from pipeline.backends.torch_module import compiled
 
     device = choose_device("auto")
     try:

@@ -67,13 +67,13 @@ def look(subject: Subject) -> Iterator[Check]:
 
 
 def _run(config: Config, checkpoint: Checkpoint, scratch: str, opened: ExitStack) -> Iterator[Check]:
-    from pipeline.backends import decoders
+    from pipeline.backends import decoder_parity
+    from pipeline.backends.compare import in_words
     from pipeline.backends.devices import choose_device
     from pipeline.backends.parity import embed_sample, pass_gate
     from pipeline.demo.folder import rendered_sample
     from pipeline.health.sample import draw, repeated
     from pipeline.manifest.manifest import open_manifest
-    from pipeline.parity import in_words
     from pipeline.results import UNIT_TOLERANCE
     from pipeline.storage.local import LocalStorage
     from pipeline.worker import open_for_job, open_reader
@@ -126,7 +126,7 @@ def _run(config: Config, checkpoint: Checkpoint, scratch: str, opened: ExitStack
     if reader is None or drawn is None or drawn.sample is None:
         return
     with reader.exact() as exact:
-        decoded = decoders.pass_gate(
+        decoded = decoder_parity.pass_gate(
             encoder,
             config.images.decoder,
             lambda: drawn.sample,
@@ -146,8 +146,8 @@ def _kept_apart(config: Config, checkpoint: Checkpoint, scratch: Path) -> tuple[
 
     And what of that is damaged, in words.
     """
-    from pipeline.artifacts.cards import plain
-    from pipeline.artifacts.store import ArtifactStore
+    from pipeline.backends.artifacts.metadata import plain
+    from pipeline.backends.artifacts.store import ArtifactStore
     from pipeline.backends.tensorrt import ENGINES
 
     store, copy = ArtifactStore(config.backend.artifacts), scratch / "artifacts"

@@ -28,8 +28,8 @@ def look(checkpoint: Checkpoint) -> Iterator[Check]:
     """Compare the demo model with the figures that are kept."""
     import torch
 
+    from pipeline.backends.compare import compare
     from pipeline.health.versions import install
-    from pipeline.parity import compare
 
     known = json.loads(FILE.read_text(encoding="utf-8"))
     found = figures(checkpoint)

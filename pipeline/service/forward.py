@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.backends.base import ImageEncoder
-from pipeline.backends.order import in_order, turned
+from pipeline.backends.row_order import in_order, turned
 from pipeline.core.errors import NumericalError
 from pipeline.core.records import Embeddings
 from pipeline.images.padding import repeats_on

@@ -12,7 +12,7 @@ from numbers import Integral, Real
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pipeline.artifacts.folders import contents
+from pipeline.backends.artifacts.directories import contents
 from pipeline.core.errors import ArtifactError
 from pipeline.storage.base import sha256
 

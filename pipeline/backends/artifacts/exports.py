@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.artifacts import graphs, quantize
-from pipeline.artifacts.store import Artifact, ArtifactStore, Recipe
+from pipeline.backends.artifacts import onnx_export, quantize
+from pipeline.backends.artifacts.store import Artifact, ArtifactStore, Recipe
+from pipeline.backends.compare import compare, from_json, hold
 from pipeline.config.schema import ParityConfig
 from pipeline.core.errors import BackendUnavailable, install_hint
 from pipeline.core.records import Parity, Sample
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.towers import ImageTower, Normaliser, TextTower
-from pipeline.parity import compare, from_json, hold
 
 # Part of the recipe: raise it when the same checkpoint would come out as another graph.
 VERSION = "1"
@@ -168,7 +168,7 @@ def _build(
     folder: Path, checkpoint: Checkpoint, options: GraphOptions, sample: Callable[[], Sample], limits: ParityConfig
 ) -> dict[str, Any]:
     started = time.perf_counter()
-    path = folder / graphs.GRAPH
+    path = folder / onnx_export.GRAPH
     what = f"{checkpoint.name}, {options.tower} tower in ONNX {options.precision} {options.quantization or ''}".rstrip()
     log.info("exporting %s; once, then it comes from the store", what)
     static = options.quantization == "static"
@@ -176,13 +176,13 @@ def _build(
         _export(path, checkpoint, options)
     else:
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            source = Path(temporary) / graphs.GRAPH
+            source = Path(temporary) / onnx_export.GRAPH
             _export(source, checkpoint, options)
             _convert(source, path, checkpoint, options, sample)
-    graphs.check_graph(path, options.tower)
+    onnx_export.check_graph(path, options.tower)
     opened = session(path)
     parity = check_parity(
-        lambda inputs: opened.run([graphs.OUTPUTS[options.tower]], _known(opened, inputs))[0],
+        lambda inputs: opened.run([onnx_export.OUTPUTS[options.tower]], _known(opened, inputs))[0],
         checkpoint,
         tower=options.tower,
         precision=options.precision,
@@ -194,7 +194,7 @@ def _build(
     facts = {
         "inputs": {value.name: [str(axis) for axis in value.shape] for value in opened.get_inputs()},
         "outputs": {value.name: [str(axis) for axis in value.shape] for value in opened.get_outputs()},
-        "operators": graphs.operators(path),
+        "operators": onnx_export.operators(path),
         "batch_sizes": list(BATCH_SIZES),
         "seconds": round(time.perf_counter() - started, 1),
     }
@@ -202,12 +202,12 @@ def _build(
 
 
 def _export(path: Path, checkpoint: Checkpoint, options: GraphOptions) -> None:
-    graphs.export_tower(checkpoint, options.tower, path)
+    onnx_export.export_tower(checkpoint, options.tower, path)
     if options.fused:
         # Fixed scales belong to single products; and ONNX Runtime's int8 attention drops the causal mask of texts
         # without a word. In both cases attention stays in its parts.
         whole = options.precision != "int8" or (options.quantization == "dynamic" and options.tower == "image")
-        graphs.fuse(checkpoint, options.tower, path, attention=whole)
+        onnx_export.fuse(checkpoint, options.tower, path, attention=whole)
 
 
 def _convert(

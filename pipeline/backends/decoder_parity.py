@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from pipeline.backends.base import ImageEncoder
+from pipeline.backends.compare import compare, in_words
 from pipeline.backends.parity import embed_sample, key_of, recorded, write_down
 from pipeline.config.schema import ParityConfig
 from pipeline.core.errors import ParityError
 from pipeline.core.records import Parity, Sample, TextBank
-from pipeline.parity import compare, in_words
 from pipeline.storage.base import Storage
 
 FILE = "_decoder_parity.json"

@@ -16,17 +16,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipeline.artifacts.graphs import GRAPH
-from pipeline.artifacts.store import Artifact
-from pipeline.config.schema import ImagesConfig
-from pipeline.core.errors import ArtifactError, ConfigError
-from pipeline.models.checkpoint import FAMILIES, Checkpoint
-from pipeline.storage.local import appearing
-from pipeline.storage.urls import explained
-from pipeline.triton import client
-from pipeline.triton.card import readme
-from pipeline.triton.pbtxt import to_text
-from pipeline.triton.settings import (
+from pipeline.backends.artifacts.onnx_export import GRAPH
+from pipeline.backends.artifacts.store import Artifact
+from pipeline.backends.triton import client
+from pipeline.backends.triton.model_config import (
     WARMUP,
     Graph,
     Serving,
@@ -37,6 +30,13 @@ from pipeline.triton.settings import (
     read_graph,
     slug,
 )
+from pipeline.backends.triton.pbtxt import to_text
+from pipeline.backends.triton.readme import readme
+from pipeline.config.schema import ImagesConfig
+from pipeline.core.errors import ArtifactError, ConfigError
+from pipeline.models.checkpoint import FAMILIES, Checkpoint
+from pipeline.storage.local import appearing
+from pipeline.storage.urls import explained
 
 VERSION = "1"
 CONFIG = "config.pbtxt"

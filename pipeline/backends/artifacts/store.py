@@ -19,8 +19,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts import cards
-from pipeline.artifacts.folders import discard, fingerprints, fresh, locked, sweep, temporary_path
+from pipeline.backends.artifacts import metadata
+from pipeline.backends.artifacts.directories import discard, fingerprints, fresh, locked, sweep, temporary_path
 from pipeline.core.errors import ArtifactError
 from pipeline.storage.local import sync, sync_tree
 from pipeline.storage.urls import explained
@@ -46,13 +46,13 @@ class Recipe:
         Raises:
             ArtifactError: the model has no fingerprint, or something is not plain JSON.
         """
-        return cards.fingerprint_of(**self.origin)
+        return metadata.fingerprint_of(**self.origin)
 
     @property
     def origin(self) -> dict[str, Any]:
         """The four parts as they go into the card, in plain JSON; raises ArtifactError where they are not."""
         parts = {"kind": self.kind, "model": self.model, "options": self.options, "versions": self.versions}
-        return dict(cards.plain(parts, f"the recipe of {self.kind}"))
+        return dict(metadata.plain(parts, f"the recipe of {self.kind}"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ class Artifact:
         if name not in files:
             raise ArtifactError(f"{self.path}: no file {name!r} in this artefact; it has {', '.join(files) or 'none'}")
         path = self.path / name
-        if not cards.is_inside(name) or not path.resolve().is_relative_to(self.path.resolve()):
+        if not metadata.is_inside(name) or not path.resolve().is_relative_to(self.path.resolve()):
             raise ArtifactError(f"{path}: leaves the artefact's folder; it is not used")
         return path
 
@@ -106,8 +106,8 @@ class ArtifactStore:
             return None
         # Before the verification, which takes a while: a prune beside it must see that somebody wants this one.
         with suppress(OSError):
-            os.utime(path / cards.CARD, follow_symlinks=False)
-        card, problems = cards.inspect(path)
+            os.utime(path / metadata.CARD, follow_symlinks=False)
+        card, problems = metadata.inspect(path)
         if not problems:
             return Artifact(path=path, card=card)
         with locked(self._lock(fingerprint)):
@@ -127,7 +127,7 @@ class ArtifactStore:
             return found
         # Once, and a copy: the build may take minutes, and what was asked for must not change meanwhile.
         origin = recipe.origin
-        fingerprint = cards.fingerprint_of(**origin)
+        fingerprint = metadata.fingerprint_of(**origin)
         with explained(str(self.root)):
             self.root.mkdir(parents=True, exist_ok=True)
         with locked(self._lock(fingerprint)) as held:
@@ -137,8 +137,8 @@ class ArtifactStore:
             with fresh(self.root, fingerprint) as temporary:
                 facts = build(temporary)
                 with explained(str(temporary)):
-                    card = cards.new_card(origin, temporary, facts)
-                    cards.write_card(temporary / cards.CARD, card)
+                    card = metadata.new_card(origin, temporary, facts)
+                    metadata.write_card(temporary / metadata.CARD, card)
                     sync_tree(temporary)
                 return self._publish(temporary, fingerprint, card)
 
@@ -153,7 +153,7 @@ class ArtifactStore:
 
     def problems(self, artifact: Artifact) -> list[str]:
         """What is wrong with it on disk: one line for each file; nothing when it is whole and unchanged."""
-        return cards.inspect(artifact.path)[1]
+        return metadata.inspect(artifact.path)[1]
 
     def pin(self, artifact: Artifact) -> None:
         """Keep it from being pruned; raises StorageError where the store cannot be written."""
@@ -171,7 +171,7 @@ class ArtifactStore:
 
     def used(self, artifact: Artifact) -> datetime:
         """When it was last made, found or noted upon (UTC)."""
-        for path in (artifact.path / cards.CARD, artifact.path):
+        for path in (artifact.path / metadata.CARD, artifact.path):
             with suppress(OSError):
                 return datetime.fromtimestamp(path.lstat().st_mtime, UTC)
         return datetime.fromtimestamp(0, UTC)
@@ -204,18 +204,18 @@ class ArtifactStore:
             ArtifactError: the value is not plain JSON, or the card was removed or damaged meanwhile.
             StorageError: the store cannot be written.
         """
-        gate = cards.plain(value, f"the note {key!r}")
+        gate = metadata.plain(value, f"the note {key!r}")
         with locked(self._lock(artifact.fingerprint)):
-            card, problems = cards.read_card(artifact.path)
+            card, problems = metadata.read_card(artifact.path)
             if problems:
                 raise ArtifactError(f"{artifact.path}: {'; '.join(problems)}; make the artefact again")
             gates = {name: old for name, old in card["gates"].items() if name != key} | {key: gate}
             card["gates"] = dict(list(gates.items())[-GATES:])
             temporary = temporary_path(self.root, artifact.fingerprint)
             try:
-                with explained(str(artifact.path / cards.CARD)):
-                    cards.write_card(temporary, cards.sealed(card))
-                    temporary.replace(artifact.path / cards.CARD)
+                with explained(str(artifact.path / metadata.CARD)):
+                    metadata.write_card(temporary, metadata.sealed(card))
+                    temporary.replace(artifact.path / metadata.CARD)
                     sync(artifact.path)
             finally:
                 discard(temporary)
@@ -256,7 +256,7 @@ class ArtifactStore:
         path = self.root / fingerprint
         if not os.path.lexists(path):
             return None
-        card, problems = cards.inspect(path)
+        card, problems = metadata.inspect(path)
         artifact = Artifact(path=path, card=card)
         if not problems:
             return artifact
@@ -267,11 +267,11 @@ class ArtifactStore:
     def _prunable(self, fingerprint: str, older_than: timedelta) -> list[Artifact]:
         """The artefact, if it is to go."""
         path = self.root / fingerprint
-        artifact = Artifact(path=path, card=cards.read_card(path)[0])
-        if self.pinned(artifact) or not os.path.lexists(path / cards.CARD):
+        artifact = Artifact(path=path, card=metadata.read_card(path)[0])
+        if self.pinned(artifact) or not os.path.lexists(path / metadata.CARD):
             return []
         old = datetime.now(UTC) - self.used(artifact) > older_than
-        return [artifact] if old or cards.inspect(path)[1] else []
+        return [artifact] if old or metadata.inspect(path)[1] else []
 
     def _remove(self, fingerprint: str) -> None:
         """Take an artefact out of sight at once, then delete it."""
@@ -282,7 +282,7 @@ class ArtifactStore:
 
     def _every(self) -> list[Artifact]:
         paths = [self.root / fingerprint for fingerprint in fingerprints(self.root)]
-        return [Artifact(path=path, card=cards.read_card(path)[0]) for path in paths if os.path.isdir(path)]
+        return [Artifact(path=path, card=metadata.read_card(path)[0]) for path in paths if os.path.isdir(path)]
 
     def _lock(self, fingerprint: str) -> Path:
         return self.root / f"{fingerprint}.lock"

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.artifacts.external import check_external
-from pipeline.artifacts.graphs import GRAPH, INPUTS, OUTPUTS
-from pipeline.artifacts.store import Artifact
+from pipeline.backends.artifacts.external_data import check_external
+from pipeline.backends.artifacts.onnx_export import GRAPH, INPUTS, OUTPUTS
+from pipeline.backends.artifacts.store import Artifact
 from pipeline.backends.base import ImageEncoder
 from pipeline.backends.devices import out_of_memory
 from pipeline.core.errors import BackendUnavailable

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts.cards import is_inside
+from pipeline.backends.artifacts.metadata import is_inside
 from pipeline.core.errors import ArtifactError
 
 

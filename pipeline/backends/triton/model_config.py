@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.backends.triton.pbtxt import Name
 from pipeline.core.errors import ArtifactError, Problem
 from pipeline.storage.urls import is_local, local_path
-from pipeline.triton.pbtxt import Name
 
 # ONNX's TensorProto.DataType by Triton's names (onnxruntime_backend, ConvertFromOnnxDataType).
 TYPES = {

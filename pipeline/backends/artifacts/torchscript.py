@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from pipeline.artifacts.exports import check_parity, hold_card, recipe
-from pipeline.artifacts.graphs import quiet
-from pipeline.artifacts.store import Artifact, ArtifactStore
+from pipeline.backends.artifacts.exports import check_parity, hold_card, recipe
+from pipeline.backends.artifacts.onnx_export import quiet
+from pipeline.backends.artifacts.store import Artifact, ArtifactStore
 from pipeline.config.schema import ParityConfig
 from pipeline.core.records import Sample
 from pipeline.models.checkpoint import Checkpoint

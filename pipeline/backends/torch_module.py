@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import torch
 
-from pipeline.artifacts.graphs import quiet
-from pipeline.artifacts.store import Artifact
+from pipeline.backends.artifacts.onnx_export import quiet
+from pipeline.backends.artifacts.store import Artifact
 from pipeline.backends.base import ImageEncoder
 from pipeline.backends.devices import DTYPES, out_of_memory
 from pipeline.core.errors import BackendUnavailable

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.artifacts.graphs import is_large_graph, quiet
+from pipeline.backends.artifacts.onnx_export import is_large_graph, quiet
 
 # Images for each run of the calibration; its figures of many are merged.
 CALIBRATION_BATCH = 8

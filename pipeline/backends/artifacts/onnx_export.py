@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.artifacts.external import check_external
+from pipeline.backends.artifacts.external_data import check_external
 from pipeline.core.errors import ArtifactError
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.towers import ImageTower, TextTower
