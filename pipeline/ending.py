@@ -17,16 +17,16 @@ from pipeline.core.processes import cores
 from pipeline.core.records import OK, TextBank, Timeline
 from pipeline.core.run_report import RunReport
 from pipeline.dataset.commits import Commit
-from pipeline.drawing import PAGE
 from pipeline.images.reader import PixelReader
 from pipeline.manifest.manifest import Manifest
 from pipeline.report import summary
+from pipeline.report.faster_decoder import faster_decoder
 from pipeline.report.page import place_of
+from pipeline.report.render import PAGE
 from pipeline.report.summary import DatasetSummary
 from pipeline.setup import Prepared
 from pipeline.telemetry.members import Member, peak_memory, total_clocks, total_cores
 from pipeline.telemetry.timeline import merge
-from pipeline.what_if import faster_decoder
 
 REPORT = "_report.json"
 # With a smaller share of the cores at work than this, the model is not what to change.

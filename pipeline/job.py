@@ -23,13 +23,13 @@ from pipeline.core.run_report import RunReport
 from pipeline.dataset import commits, lease, plan
 from pipeline.dataset.parts import part_format
 from pipeline.demo import folder as demo
-from pipeline.drawing import PAGE, draw, try_to_publish
 from pipeline.ending import REPORT, Ending, report_of, say, say_labels
 from pipeline.images.pool.pool import Decoders
 from pipeline.manifest.shards import cut
 from pipeline.report import summary
 from pipeline.report.history import earlier_runs, is_stale
 from pipeline.report.page import to_dict, to_json
+from pipeline.report.render import PAGE, draw, try_to_publish
 from pipeline.setup import open_inputs, settle, spec_of
 from pipeline.storage.base import Storage
 from pipeline.storage.factory import open_storage

@@ -9,7 +9,7 @@ from pipeline.core.processes import Spent
 from pipeline.core.records import Stage
 from pipeline.core.run_report import Pace
 from pipeline.report import summary
-from pipeline.report.pace import find_pace
+from pipeline.report.throughput import find_pace
 from pipeline.setup import Prepared
 from pipeline.telemetry.members import Member, total_clocks, total_cores
 
@@ -34,7 +34,7 @@ def bound(
 def pace_of(
     members: Sequence[Member], config: Config, prepared: Prepared, *, images: int, steady: float, seconds: float
 ) -> Pace | None:
-    """See :func:`pipeline.report.pace.find_pace`; processes that worked side by side count together."""
+    """See :func:`pipeline.report.throughput.find_pace`; processes that worked side by side count together."""
     spent = Spent(
         own=sum(member.own_core_seconds for member in members),
         children=sum(member.child_core_seconds for member in members),

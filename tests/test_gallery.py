@@ -11,16 +11,16 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline import gallery
 from pipeline.config.schema import Config
 from pipeline.core.errors import StorageError
 from pipeline.core.records import Failure, ImageRef, Stage
 from pipeline.core.run_report import Pace, StagePace
-from pipeline.gallery import THUMBNAIL, find, spread, thumbnails
 from pipeline.images.factory import pixel_reader
 from pipeline.images.sources.source import Source
 from pipeline.manifest.manifest import Manifest, open_manifest
-from pipeline.what_if import Faster, faster_decoder
+from pipeline.report import thumbnails as gallery
+from pipeline.report.faster_decoder import Faster, faster_decoder
+from pipeline.report.thumbnails import THUMBNAIL, find, spread, thumbnails
 
 
 def photo(shade: int, *, size: tuple[int, int] = (300, 200)) -> bytes:
@@ -122,7 +122,7 @@ def test_pictures_that_do_not_come_are_not_waited_for(tmp_path: Path, monkeypatc
         made = thumbnails(manifest, reader, {i: f"n{i}" for i in range(40)}, seconds=0.5)
         assert 0 < len(made) < 40
         assert time.monotonic() - began < 10
-        monkeypatch.setattr("pipeline.what_if.SECONDS", 0.5)
+        monkeypatch.setattr("pipeline.report.faster_decoder.SECONDS", 0.5)
         began = time.monotonic()
         faster_decoder(manifest, reader, pace(90.0), wall=100.0, images=1000, cores=2, device="cpu")
         assert time.monotonic() - began < 20

@@ -24,7 +24,6 @@ from PIL import Image, ImageOps
 from pipeline.config.schema import FORMATS, ManifestConfig
 from pipeline.core.errors import BackendUnavailable
 from pipeline.core.records import Failure, ImageBatch, Pixels, PreprocessSpec
-from pipeline.gallery import THUMBNAIL, thumbnails
 from pipeline.images.decode import Decoder
 from pipeline.images.gpu import nvimgcodec
 from pipeline.images.gpu.jpeg_header import baseline
@@ -38,6 +37,7 @@ from pipeline.images.reader import PixelReader
 from pipeline.images.sources.source import Source
 from pipeline.manifest.manifest import Manifest, open_manifest
 from pipeline.manifest.shards import cut
+from pipeline.report.thumbnails import THUMBNAIL, thumbnails
 
 CPU = torch.device("cpu")
 CLIP = PreprocessSpec(resize=224, crop=(224, 224), resample=3, mean=(0.5,) * 3, std=(0.5,) * 3)  # type: ignore[arg-type]

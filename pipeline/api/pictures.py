@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 
-from pipeline import gallery
 from pipeline.core.errors import PipelineError
 from pipeline.dataset.dataset import Dataset
 from pipeline.images.factory import pixel_reader
 from pipeline.manifest.manifest import open_manifest
+from pipeline.report import thumbnails as gallery
 from pipeline.vectors.model import config_of_dataset
 
 # A notebook does not wait longer for pictures, in seconds.

@@ -20,7 +20,7 @@ from pipeline.bench.measured import (
 )
 from pipeline.bench.tables import ABSENT, Table, markdown
 from pipeline.core.records import Stage
-from pipeline.report.pace import in_words, verdict
+from pipeline.report.throughput import in_words, verdict
 
 # A stage that takes less than this share is not worth a sentence.
 WORTH = 0.02

@@ -77,7 +77,7 @@ def run_night(config: Config, wanted: Wanted, store: Storage, day: str, held: le
 
 def _draw(night: Night, examples: int) -> None:
     """Write the page of a night, unless it is there; the night is published, and nothing depends on its page."""
-    from pipeline.drawing import PAGE, redraw, try_to_publish
+    from pipeline.report.render import PAGE, redraw, try_to_publish
 
     storage = open_storage(night.dataset)
     if storage.size(PAGE) is None and try_to_publish(storage, partial(redraw, night.dataset, examples=examples)):

@@ -59,7 +59,7 @@ def _write(options: argparse.Namespace) -> None:
 
             place = _save(options.out or "nights.html", history_page(options.history))
         else:
-            from pipeline.drawing import PAGE, redraw
+            from pipeline.report.render import PAGE, redraw
 
             page = redraw(options.dataset, examples=options.examples)
             place = _save(options.out, page) if options.out else _put(options.dataset, PAGE, page)
@@ -71,7 +71,7 @@ def _report(url: str) -> dict[str, Any]:
     from pipeline.core.errors import NoDataset
     from pipeline.dataset.plan import read
     from pipeline.dataset.saved_config import config_of
-    from pipeline.report.found import report_of
+    from pipeline.report.load import report_of
     from pipeline.storage.factory import open_storage
 
     storage = open_storage(url)

@@ -10,10 +10,10 @@ import numpy as np
 from markupsafe import Markup
 
 from pipeline.core.records import OK
-from pipeline.report.pace import WAITS, in_words
 from pipeline.report.page import environment, place_of, settings, timeline_of, when
 from pipeline.report.plots import bare, clock
 from pipeline.report.svg import LINE, SERIES, new_figure, plot
+from pipeline.report.throughput import WAITS, in_words
 from pipeline.telemetry.timeline import IMAGES
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def compare_page(a: Mapping[str, Any], b: Mapping[str, Any], *, names: tuple[str
     """A page that shows two reports side by side.
 
     Args:
-        a: the content of a ``_report.json``, whole as :func:`~pipeline.report.found.report_of` returns it.
+        a: the content of a ``_report.json``, whole as :func:`~pipeline.report.load.report_of` returns it.
         b: the other.
         names: what they are called, such as the addresses of the datasets.
     """

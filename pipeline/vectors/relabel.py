@@ -28,11 +28,11 @@ from pipeline.dataset.commits import Commit
 from pipeline.dataset.dataset import Dataset, vectors_of
 from pipeline.dataset.parts import LAYOUT, PartFormat, ShardResult, build_table, count_statuses, part_format
 from pipeline.dataset.saved_config import recipe_of
-from pipeline.drawing import PAGE, redraw, try_to_publish
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.labels import label
 from pipeline.models.text import build_bank
 from pipeline.report import summary
+from pipeline.report.render import PAGE, redraw, try_to_publish
 from pipeline.storage.base import Storage
 from pipeline.storage.factory import open_storage
 from pipeline.telemetry.clocks import StageClocks

@@ -15,15 +15,15 @@ from pipeline.config.schema import Config
 from pipeline.core.errors import PipelineError
 from pipeline.dataset.dataset import Dataset, open_dataset
 from pipeline.dataset.saved_config import config_of
-from pipeline.gallery import REACH, THUMBNAIL, spread, thumbnails
 from pipeline.images.factory import pixel_reader
 from pipeline.images.reader import PixelReader
 from pipeline.manifest.manifest import Manifest, open_manifest
-from pipeline.report.found import report_of
+from pipeline.report.load import report_of
 from pipeline.report.nights import recent_nights
 from pipeline.report.page import by_status, to_html
 from pipeline.report.scores import Row
 from pipeline.report.summary import DatasetSummary, summarize
+from pipeline.report.thumbnails import REACH, THUMBNAIL, spread, thumbnails
 from pipeline.storage.base import Storage
 from pipeline.storage.urls import open_arrow
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 
 from pipeline.core.records import ImageRef, Stage
 from pipeline.core.run_report import Pace
-from pipeline.gallery import find
 from pipeline.images.reader import PixelReader
 from pipeline.manifest.manifest import Manifest
-from pipeline.report.pace import Cost, find_limit, in_words
+from pipeline.report.throughput import Cost, find_limit, in_words
+from pipeline.report.thumbnails import find
 
 # The next faster decoder.
 FASTER = {"exact": "fast", "fast": "scaled"}
