@@ -17,6 +17,7 @@ from pipeline.core.processes import cores
 from pipeline.core.records import OK, TextBank, Timeline
 from pipeline.core.run_report import RunReport
 from pipeline.dataset.commits import Commit
+from pipeline.engine.prepare import Prepared
 from pipeline.images.reader import PixelReader
 from pipeline.manifest.manifest import Manifest
 from pipeline.report import summary
@@ -24,7 +25,6 @@ from pipeline.report.faster_decoder import faster_decoder
 from pipeline.report.page import place_of
 from pipeline.report.render import PAGE
 from pipeline.report.summary import DatasetSummary
-from pipeline.setup import Prepared
 from pipeline.telemetry.members import Member, peak_memory, total_clocks, total_cores
 from pipeline.telemetry.timeline import merge
 

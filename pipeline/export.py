@@ -109,9 +109,9 @@ def _export(config: Config, options: argparse.Namespace, checkpoint: Checkpoint)
     from pipeline.backends.artifacts.torchscript import traced
     from pipeline.core.errors import ManifestError
     from pipeline.core.records import Sample
-    from pipeline.demo.folder import rendered_sample
+    from pipeline.engine.demo.folder import rendered_sample
+    from pipeline.engine.sample import draw_sample
     from pipeline.images.factory import pixel_reader
-    from pipeline.images.sample import draw_sample
     from pipeline.manifest.manifest import open_manifest
 
     @cache

@@ -22,15 +22,16 @@ from pipeline.core.records import OK
 from pipeline.core.run_report import RunReport
 from pipeline.dataset import commits, lease, plan
 from pipeline.dataset.parts import part_format
-from pipeline.demo import folder as demo
 from pipeline.ending import REPORT, Ending, report_of, say, say_labels
+from pipeline.engine.demo import folder as demo
+from pipeline.engine.loop import Job
+from pipeline.engine.prepare import open_inputs, settle, spec_of
 from pipeline.images.pool.pool import Decoders
 from pipeline.manifest.shards import cut
 from pipeline.report import summary
 from pipeline.report.history import earlier_runs, is_stale
 from pipeline.report.page import to_dict, to_json
 from pipeline.report.render import PAGE, draw, try_to_publish
-from pipeline.setup import open_inputs, settle, spec_of
 from pipeline.storage.base import Storage
 from pipeline.storage.factory import open_storage
 from pipeline.storage.urls import is_local, local_path
@@ -39,7 +40,6 @@ from pipeline.telemetry.monitor import Monitor, monitored
 from pipeline.telemetry.progress import Progress
 from pipeline.telemetry.tracing import shard as shard_span
 from pipeline.telemetry.tracing import span
-from pipeline.worker import Job
 
 log = logging.getLogger(__name__)
 

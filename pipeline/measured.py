@@ -8,9 +8,9 @@ from pipeline.config.schema import Config
 from pipeline.core.processes import Spent
 from pipeline.core.records import Stage
 from pipeline.core.run_report import Pace
+from pipeline.engine.prepare import Prepared
 from pipeline.report import summary
 from pipeline.report.throughput import find_pace
-from pipeline.setup import Prepared
 from pipeline.telemetry.members import Member, total_clocks, total_cores
 
 

@@ -64,9 +64,9 @@ def derive(source: Dataset, composed: Config, typed: Sequence[str]) -> Config:
         ConfigError: the new dataset would lie in the source, or around it.
     """
     from pipeline.config.validate import check
+    from pipeline.engine.query import config_of_dataset
     from pipeline.storage.factory import open_storage
     from pipeline.storage.urls import within
-    from pipeline.vectors.model import config_of_dataset
 
     config = config_of_dataset(source)
     if {"prompts.labels", "prompts.path"} & {*typed}:

@@ -110,7 +110,7 @@ def _shown(value: Any, *, most: int | None = WIDTH) -> str:
 def _query(dataset: Dataset, options: argparse.Namespace) -> tuple[int | None, NDArray[np.float32]]:
     """The row that is searched with, if it is one, and the vector."""
     from pipeline.dataset.search import find_row
-    from pipeline.vectors.model import config_of_dataset, embed_image, embed_text, open_model
+    from pipeline.engine.query import config_of_dataset, embed_image, embed_text, open_model
 
     if options.id is not None:
         return find_row(dataset, options.id)
@@ -124,7 +124,7 @@ def _query(dataset: Dataset, options: argparse.Namespace) -> tuple[int | None, N
 def _model(dataset: Dataset, options: argparse.Namespace) -> ModelConfig:
     from dataclasses import replace
 
-    from pipeline.vectors.model import config_of_dataset
+    from pipeline.engine.query import config_of_dataset
 
     model = config_of_dataset(dataset).model
     return model if options.model is None else replace(model, name=options.model)
@@ -132,7 +132,7 @@ def _model(dataset: Dataset, options: argparse.Namespace) -> ModelConfig:
 
 def _build(dataset: Dataset, options: argparse.Namespace) -> None:
     from pipeline.dataset.index import RECALL, build_index
-    from pipeline.vectors.model import config_of_dataset, embed_text, labels_of, open_model
+    from pipeline.engine.query import config_of_dataset, embed_text, labels_of, open_model
 
     def texts() -> NDArray[np.float32] | None:
         config = config_of_dataset(dataset, _model(dataset, options))

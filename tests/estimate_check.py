@@ -24,7 +24,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.demo.folder import render_folder
+from pipeline.engine.demo.folder import render_folder
 from tests.conftest import DATA, ROOT
 
 SCENES = 20_000

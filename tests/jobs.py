@@ -17,8 +17,8 @@ import torch
 from pipeline import backends
 from pipeline.backends.base import ImageEncoder
 from pipeline.config.schema import Config
-from pipeline.demo.folder import jpeg
-from pipeline.demo.scenes import sample
+from pipeline.engine.demo.folder import jpeg
+from pipeline.engine.demo.scenes import sample
 from tests.conftest import ROOT
 
 DAMAGED = {3: b"no picture at all", 20: b""}

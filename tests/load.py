@@ -28,8 +28,8 @@ from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from pipeline.demo.folder import jpeg
-from pipeline.demo.scenes import sample
+from pipeline.engine.demo.folder import jpeg
+from pipeline.engine.demo.scenes import sample
 from tests.conftest import ROOT
 from tests.service import BOUNDARY, form
 

@@ -24,8 +24,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors.torch import load_file, save_file
 
-from pipeline.demo.folder import jpeg
-from pipeline.demo.scenes import sample
+from pipeline.engine.demo.folder import jpeg
+from pipeline.engine.demo.scenes import sample
 from pipeline.models.hub import DEMO_FOLDER
 from tests.conftest import ROOT
 from tests.forks import Child, forks

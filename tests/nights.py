@@ -25,8 +25,8 @@ from pipeline.config.schema import Config
 from pipeline.core.errors import PipelineError, TooManyFailures
 from pipeline.dataset import lease
 from pipeline.dataset.verify import verify
-from pipeline.demo.folder import jpeg
-from pipeline.demo.scenes import sample
+from pipeline.engine.demo.folder import jpeg
+from pipeline.engine.demo.scenes import sample
 from pipeline.nightly.night import run_night
 from pipeline.nightly.records import SNAPSHOT, Night, Wanted
 from pipeline.storage.factory import open_storage

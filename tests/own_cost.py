@@ -35,6 +35,7 @@ from pipeline.backends.streams import count_streams
 from pipeline.config.schema import Config, LoaderConfig, ManifestConfig, OutputConfig
 from pipeline.core.records import Failure, ImageRef, Pixels, PreprocessSpec, TextBank
 from pipeline.dataset.parts import part_format
+from pipeline.engine.loop import Job, embed
 from pipeline.images.decode import Decoder
 from pipeline.images.pool.pool import Decoders
 from pipeline.images.reader import PixelReader
@@ -42,7 +43,6 @@ from pipeline.images.sources.source import Source
 from pipeline.manifest.manifest import open_manifest
 from pipeline.manifest.shards import cut
 from pipeline.telemetry.clocks import StageClocks
-from pipeline.worker import Job, embed
 
 SIDE, DIM, LABELS, TOP_K = 8, 512, 10, 5
 SPEC = PreprocessSpec(resize=SIDE, crop=(SIDE, SIDE), resample=3, mean=(0, 0, 0), std=(1, 1, 1))

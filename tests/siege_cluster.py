@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 
 from pipeline.config.schema import ClusterConfig, Config
-from pipeline.demo.folder import render_folder
+from pipeline.engine.demo.folder import render_folder
 from pipeline.job import run_job
 from tests.siege import check_books, leftovers
 

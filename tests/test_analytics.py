@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline.demo.scenes import SHAPES
+from pipeline.engine.demo.scenes import SHAPES
 from pipeline.job import run_job
 from pipeline.nightly.store import RUN_SCHEMA
 from tests.conftest import ROOT

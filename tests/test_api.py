@@ -38,8 +38,8 @@ from pipeline.api.settings import config_from, model_settings
 from pipeline.config.compose import compose_config, groups, register, to_config
 from pipeline.config.schema import Config, conf_dir, value_of
 from pipeline.core.errors import ConfigError, ManifestError, NoDataset, PlanMismatch, PromptsError, UnfinishedDataset
-from pipeline.demo.folder import jpeg, render_folder
-from pipeline.demo.scenes import render, sample
+from pipeline.engine.demo.folder import jpeg, render_folder
+from pipeline.engine.demo.scenes import render, sample
 from tests.conftest import ROOT
 from tests.forks import forks
 from tests.jobs import config_for, content, overrides_of, scenes_manifest

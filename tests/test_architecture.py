@@ -19,7 +19,10 @@ LEVELS: Mapping[str, int] = {
     "core": 1,
     "config": 2,
     "storage": 2,
+    "dataset": 3,
+    "images": 3,
     "manifest": 3,
+    "models": 3,
 }
 COMMANDS_LEVEL = 8
 COMMANDS = {"artifacts", "convert", "export", "relabel", "run", "search", "verify"}

@@ -26,7 +26,7 @@ from pipeline.config.ranges import CHOICES, PRECISIONS
 from pipeline.config.schema import BackendConfig, ModelConfig, ParityConfig
 from pipeline.core.errors import BackendUnavailable, StorageError
 from pipeline.core.records import Sample
-from pipeline.demo.folder import rendered_sample
+from pipeline.engine.demo.folder import rendered_sample
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline.models.towers import Normaliser
 
@@ -101,7 +101,7 @@ def open_anew(config: BackendConfig, *, batch_size: int = BATCH) -> ImageEncoder
 
 def scenes(count: int = BATCH) -> torch.Tensor:
     """Pixels as the loader lays them out: a view of [B, H, W, 3] memory."""
-    from pipeline.demo.scenes import render, sample
+    from pipeline.engine.demo.scenes import render, sample
 
     stack = np.stack([np.asarray(render(sample(77, i), 48, 48)) for i in range(count)])
     return torch.from_numpy(stack).permute(0, 3, 1, 2)

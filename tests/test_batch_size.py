@@ -15,19 +15,19 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline import batch_size
 from pipeline.artifacts.__main__ import main as artifacts
 from pipeline.backends import factory
 from pipeline.backends.artifacts.store import ArtifactStore
 from pipeline.backends.base import ImageEncoder
 from pipeline.backends.timing import images_per_second, settle
-from pipeline.batch_size import KIND, Measured, settle_batch_size
 from pipeline.config.compose import compose_config
 from pipeline.config.schema import Config, ModelConfig
 from pipeline.config.validate import check
 from pipeline.core.errors import BackendUnavailable, ConfigError, PlanMismatch
 from pipeline.dataset import plan
-from pipeline.demo.folder import rendered_sample
+from pipeline.engine import batch_size
+from pipeline.engine.batch_size import KIND, Measured, settle_batch_size
+from pipeline.engine.demo.folder import rendered_sample
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline.storage.local import LocalStorage
 from tests.jobs import StubEncoder, config_for

@@ -324,7 +324,7 @@ def test_the_demo_model_is_measured_from_scenes_to_verdict(tmp_path: Path) -> No
 @needs_tools
 def test_other_tools_run_on_the_same_files_and_find_the_same_vectors(tmp_path: Path) -> None:
     from pipeline.bench.copies import save_model
-    from pipeline.demo.folder import render_folder
+    from pipeline.engine.demo.folder import render_folder
 
     checkpoint = open_checkpoint(ModelConfig())
     save_model(checkpoint, tmp_path / "model")

@@ -98,18 +98,18 @@ def test_an_error_of_a_worker_ends_the_job_as_it_is(client: Client, single: Conf
 
 def spoil(version: str) -> str:
     """Let this process say that its decoder is of another version; what it was."""
-    from pipeline import setup
+    from pipeline.engine import prepare
 
-    before = setup.library
-    setup.library = lambda decoder: version  # type: ignore[assignment]
+    before = prepare.library
+    prepare.library = lambda decoder: version  # type: ignore[assignment]
     return str(before)
 
 
 def mend() -> None:
-    from pipeline import setup
+    from pipeline.engine import prepare
     from pipeline.images.versions import library
 
-    setup.library = library
+    prepare.library = library
 
 
 def test_a_worker_that_would_make_other_rows_is_refused(client: Client, single: Config, tmp_path: Path) -> None:

@@ -20,7 +20,6 @@ import pytest
 from distributed import Client, KilledWorker
 from distributed.security import Security
 
-from pipeline import setup
 from pipeline import verify as verify_door
 from pipeline.cluster import fleet, resident
 from pipeline.cluster.opening import open_cluster
@@ -31,8 +30,9 @@ from pipeline.core.errors import ClusterUnavailable, OutputBusy, StorageError
 from pipeline.core.failpoints import armed
 from pipeline.dataset import lease
 from pipeline.dataset.verify import verify
+from pipeline.engine import prepare
+from pipeline.engine.prepare import open_inputs
 from pipeline.job import run_job
-from pipeline.setup import open_inputs
 from pipeline.storage.factory import open_storage
 from tests.conftest import ROOT
 from tests.forks import forks
@@ -174,7 +174,7 @@ def test_a_model_whose_job_ends_while_it_opens_is_closed_again(single: Config, m
         go.wait(60)
         opened.callback(closed.set)
 
-    monkeypatch.setattr(setup, "open_engine", open_engine)
+    monkeypatch.setattr(prepare, "open_engine", open_engine)
     found = resident.Resident(SimpleNamespace(name="w", address="", log_event=lambda *_: None), order)
     found.close()
     go.set()

@@ -19,8 +19,8 @@ from pipeline import convert
 from pipeline.config.schema import OUTPUT_COLUMNS
 from pipeline.dataset import convert as room
 from pipeline.dataset.dataset import Dataset, open_dataset
-from pipeline.demo.folder import jpeg
-from pipeline.demo.scenes import sample
+from pipeline.engine.demo.folder import jpeg
+from pipeline.engine.demo.scenes import sample
 from tests.conftest import ROOT
 from tests.finished import FAILED, ROWS, everything, matrix_of, run_scenes
 from tests.jobs import scenes_manifest

@@ -9,8 +9,8 @@ import torch
 
 from pipeline.config.schema import FORMATS, ModelConfig
 from pipeline.core.records import Failure
-from pipeline.demo import folder, scenes
-from pipeline.demo.train import UNSEEN_SEED
+from pipeline.engine.demo import folder, scenes
+from pipeline.engine.demo.train import UNSEEN_SEED
 from pipeline.images.decode import Decoder
 from pipeline.images.preprocess import preprocess
 from pipeline.models.checkpoint import open_checkpoint
@@ -108,7 +108,7 @@ def test_the_demo_folder_is_rendered_once(tmp_path: Path) -> None:
 
 
 def test_training_repeats(tmp_path: Path) -> None:
-    from pipeline.demo.train import train
+    from pipeline.engine.demo.train import train
 
     figures = [train(tmp_path / name, count=64, steps=2, batch_size=16, seed=0, checked=10) for name in "ab"]
     assert figures[0] == figures[1]

@@ -576,7 +576,7 @@ def test_what_the_dockerfile_copies_is_there_and_nothing_else_is_sent() -> None:
     sent = [path for path in tracked if any(path == one or path.startswith(f"{one}/") for one in kept)]
     weights = [path for path in sent if fnmatch.fnmatch(path, "*.safetensors")]
     # The demo model, which is part of the package, is the one exception.
-    assert all(path.startswith("pipeline/demo/") for path in weights)
+    assert all(path.startswith("pipeline/engine/demo/") for path in weights)
 
 
 def test_hadolint_takes_the_dockerfile() -> None:

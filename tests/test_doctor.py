@@ -25,14 +25,14 @@ from pipeline import doctor
 from pipeline.config.compose import compose_config
 from pipeline.config.schema import BackendConfig, Config, ModelConfig, PromptsConfig
 from pipeline.core.errors import BackendUnavailable
-from pipeline.demo.folder import rendered_sample
+from pipeline.engine.demo.folder import rendered_sample
+from pipeline.engine.loop import open_at
 from pipeline.health import backends, batch, decoders, disk, extras, golden, hub, output, versions
 from pipeline.health.page import lines, verdict
 from pipeline.health.probes import entry
 from pipeline.health.records import Check, Status, Subject
 from pipeline.health.supervise import examine
 from pipeline.models.checkpoint import open_checkpoint
-from pipeline.worker import open_at
 from tests.conftest import ROOT
 from tests.jobs import StubEncoder, config_for, scenes_manifest, stub_backend
 from tests.s3 import BUCKET, moto_server, objects, pointed_at

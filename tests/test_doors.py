@@ -23,8 +23,8 @@ from pipeline.config.hydra_guard import FREE, check_files
 from pipeline.config.schema import Config, ImagesConfig, ModelConfig, PromptsConfig, conf_dir
 from pipeline.config.validate import check
 from pipeline.core.errors import ModelError, PromptsError
-from pipeline.demo.folder import jpeg
-from pipeline.demo.scenes import sample
+from pipeline.engine.demo.folder import jpeg
+from pipeline.engine.demo.scenes import sample
 from pipeline.job import run_job
 from pipeline.manifest.manifest import open_manifest
 from pipeline.models.checkpoint import open_checkpoint

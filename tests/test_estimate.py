@@ -22,7 +22,7 @@ from pipeline.core.errors import ClusterUnavailable, ConfigError, ManifestError,
 from pipeline.core.records import Piece
 from pipeline.dataset import lease
 from pipeline.dataset.saved_config import config_of, recipe_of
-from pipeline.demo import folder as demo
+from pipeline.engine.demo import folder as demo
 from pipeline.estimate import figures, trial
 from pipeline.estimate.command import estimate_job
 from pipeline.estimate.processes import Processes, processes_of

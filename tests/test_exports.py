@@ -25,7 +25,7 @@ from pipeline.backends.artifacts.torchscript import traced
 from pipeline.config.schema import ModelConfig, ParityConfig
 from pipeline.core.errors import ArtifactError, BackendUnavailable, ParityError
 from pipeline.core.records import Sample
-from pipeline.demo.folder import label_names, rendered_sample
+from pipeline.engine.demo.folder import label_names, rendered_sample
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline.models.text import embed_prompts
 from pipeline.models.towers import ImageTower, Normaliser

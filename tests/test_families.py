@@ -18,7 +18,7 @@ from transformers import Siglip2Config, Siglip2Model
 from pipeline.config.schema import LabelsConfig, ModelConfig, PromptsConfig
 from pipeline.core.errors import ModelError
 from pipeline.core.records import Embeddings
-from pipeline.demo.scenes import render, sample
+from pipeline.engine.demo.scenes import render, sample
 from pipeline.images.preprocess import preprocess
 from pipeline.job import run_job
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint

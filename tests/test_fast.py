@@ -20,12 +20,12 @@ from pipeline.backends.parity import embed_sample
 from pipeline.config.schema import FORMATS, BackendConfig, ModelConfig, ParityConfig
 from pipeline.core.errors import ParityError
 from pipeline.core.records import Failure, Pixels, PreprocessSpec, Sample
+from pipeline.engine.sample import draw_sample
 from pipeline.images import fast, jpeg
 from pipeline.images.decode import Decoder, limit_pixels
 from pipeline.images.orientation import LARGE_PIXELS
 from pipeline.images.pool.pool import Decoders
 from pipeline.images.reader import PixelReader
-from pipeline.images.sample import draw_sample
 from pipeline.images.sources.source import Source
 from pipeline.images.versions import library
 from pipeline.models.checkpoint import open_checkpoint

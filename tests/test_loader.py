@@ -22,11 +22,11 @@ from pipeline.config.schema import FORMATS, ManifestConfig
 from pipeline.core.errors import ManifestError, StorageError
 from pipeline.core.failpoints import armed
 from pipeline.core.records import ImageBatch, PreprocessSpec, Shard, ShardRows, Stage
+from pipeline.engine.duplicates import Repeats
+from pipeline.engine.loader import Loader
+from pipeline.engine.padding import repeats
 from pipeline.images.decode import Decoder
-from pipeline.images.loader import Loader
-from pipeline.images.padding import repeats
 from pipeline.images.reader import PixelReader
-from pipeline.images.repeats import Repeats
 from pipeline.images.sources.source import Source
 from pipeline.manifest.manifest import Manifest, open_manifest
 from pipeline.manifest.shards import ShardReader, cut
@@ -394,7 +394,7 @@ def test_an_error_of_the_decoding_ends_the_reading(tmp_path: Path, slow_rows: li
 
 
 def test_rows_that_weigh_much_wait_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, slow_rows: list[int]) -> None:
-    monkeypatch.setattr("pipeline.images.loader.AHEAD_BYTES", 1)
+    monkeypatch.setattr("pipeline.engine.loader.AHEAD_BYTES", 1)
     write(tmp_path, range(640), kind="bytes", group=32)
     manifest = opened(tmp_path)
     with make_loader(manifest, batch_size=8, prefetch=1) as loader:

@@ -24,13 +24,13 @@ from PIL import Image, ImageOps
 from pipeline.config.schema import FORMATS, ManifestConfig
 from pipeline.core.errors import BackendUnavailable
 from pipeline.core.records import Failure, ImageBatch, Pixels, PreprocessSpec
+from pipeline.engine.loader import Loader
+from pipeline.engine.padding import repeats
 from pipeline.images.decode import Decoder
 from pipeline.images.gpu import nvimgcodec
 from pipeline.images.gpu.jpeg_header import baseline
 from pipeline.images.gpu.nvimgcodec import NvidiaDecoder, turned
 from pipeline.images.gpu.resize import resample
-from pipeline.images.loader import Loader
-from pipeline.images.padding import repeats
 from pipeline.images.pool.pool import Decoders
 from pipeline.images.preprocess import preprocess
 from pipeline.images.reader import PixelReader

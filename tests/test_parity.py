@@ -22,7 +22,7 @@ from pipeline.backends.torch import reference
 from pipeline.config.schema import Config, ModelConfig, ParityConfig
 from pipeline.core.errors import ParityError, PlanMismatch
 from pipeline.core.records import Parity, Sample, TextBank
-from pipeline.demo.folder import rendered_sample
+from pipeline.engine.demo.folder import rendered_sample
 from pipeline.job import run_job
 from pipeline.models.checkpoint import open_checkpoint
 from pipeline.models.preprocessor import to_spec

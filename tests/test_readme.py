@@ -13,8 +13,8 @@ import pytest
 
 from pipeline.config.compose import check_overrides
 from pipeline.config.schema import conf_dir
-from pipeline.demo.folder import jpeg
-from pipeline.demo.scenes import sample
+from pipeline.engine.demo.folder import jpeg
+from pipeline.engine.demo.scenes import sample
 from tests.conftest import ROOT
 from tests.doors import PARSERS, prove
 from tests.forks import forks

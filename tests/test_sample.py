@@ -10,9 +10,9 @@ import torch
 
 from pipeline.config.schema import FORMATS
 from pipeline.core.records import Sample
+from pipeline.engine.sample import PLACES, TRIES, draw_sample
 from pipeline.images.decode import Decoder
 from pipeline.images.reader import PixelReader
-from pipeline.images.sample import PLACES, TRIES, draw_sample
 from pipeline.images.sources.source import Source
 from pipeline.manifest.manifest import Manifest
 from pipeline.manifest.shards import cut

@@ -19,8 +19,8 @@ from pipeline.core.errors import ArtifactError, ConfigError, NumericalError
 from pipeline.dataset.dataset import Dataset, open_dataset
 from pipeline.dataset.index import NEIGHBOURS, RECALL, build_index, read_card, search_index
 from pipeline.dataset.search import Found, fetch, find_row, merge, nearest, score
+from pipeline.engine.query import embed_text
 from pipeline.models.checkpoint import open_checkpoint
-from pipeline.vectors.model import embed_text
 from tests.finished import FAILED, ROWS, everything, matrix_of, run_scenes
 from tests.jobs import scenes_manifest
 

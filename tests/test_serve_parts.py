@@ -24,7 +24,7 @@ from pipeline import serve
 from pipeline.config.schema import Config, LoaderConfig, ServeConfig
 from pipeline.core.errors import ConfigError, NumericalError
 from pipeline.core.records import TextBank
-from pipeline.results import Labelling
+from pipeline.engine.forward import Labelling
 from pipeline.service.admission import Admission
 from pipeline.service.app import build
 from pipeline.service.batching import Batcher, portion

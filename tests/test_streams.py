@@ -18,9 +18,9 @@ from pipeline.config.schema import Config
 from pipeline.core.errors import NumericalError
 from pipeline.core.processes import cores
 from pipeline.core.records import ShardRows
+from pipeline.engine.loop import _in_order
 from pipeline.job import run_job
 from pipeline.models.hub import DEMO_FOLDER
-from pipeline.worker import _in_order
 from tests.jobs import StubEncoder, config_for, content, scenes_manifest, stub_backend
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -33,7 +33,7 @@ from pipeline.backends.triton.pbtxt import to_text
 from pipeline.backends.triton.repository import _card, _write_tokenizer, write_repository
 from pipeline.config.schema import ImagesConfig, ModelConfig
 from pipeline.core.errors import ArtifactError, ConfigError
-from pipeline.demo import scenes
+from pipeline.engine.demo import scenes
 from pipeline.images.preprocess import preprocess
 from pipeline.models.checkpoint import FAMILIES, Checkpoint, open_checkpoint
 from pipeline.models.hub import DEMO_FOLDER

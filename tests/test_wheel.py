@@ -103,7 +103,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     wanted = {f"pipeline/{name}" for name in names(ROOT / "pipeline")}
     wanted |= {f"pipeline/conf/{name}" for name in names(ROOT / "conf") if name.endswith(".yaml")}
     assert held == wanted
-    for name in ("pipeline/py.typed", "pipeline/conf/config.yaml", "pipeline/demo/model/model.safetensors"):
+    for name in ("pipeline/py.typed", "pipeline/conf/config.yaml", "pipeline/engine/demo/model/model.safetensors"):
         assert name in held
 
 

@@ -173,7 +173,7 @@ class Dataset:
         top, stored = int(top), self._stored
         itself, shown = None, asked[0] if asked[0] in ("image", "vector") else repr(given[asked[0]])
         if text is not None:
-            from pipeline.vectors.model import embed_text
+            from pipeline.engine.query import embed_text
 
             query = embed_text(self._model, [text])[0]
         elif image is not None:
@@ -228,12 +228,12 @@ class Dataset:
 
     @cached_property
     def _model(self) -> Checkpoint:
-        from pipeline.vectors.model import config_of_dataset, open_model
+        from pipeline.engine.query import config_of_dataset, open_model
 
         return open_model(self._stored, config_of_dataset(self._stored).model)
 
     def _embed(self, image: object) -> NDArray[np.float32]:
-        from pipeline.vectors.model import config_of_dataset, embed_image
+        from pipeline.engine.query import config_of_dataset, embed_image
 
         config = config_of_dataset(self._stored)
         if isinstance(image, str | os.PathLike):

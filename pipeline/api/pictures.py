@@ -9,10 +9,10 @@ from html import escape
 
 from pipeline.core.errors import PipelineError
 from pipeline.dataset.dataset import Dataset
+from pipeline.engine.query import config_of_dataset
 from pipeline.images.factory import pixel_reader
 from pipeline.manifest.manifest import open_manifest
 from pipeline.report import thumbnails as gallery
-from pipeline.vectors.model import config_of_dataset
 
 # A notebook does not wait longer for pictures, in seconds.
 PATIENCE = 10.0

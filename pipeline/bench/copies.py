@@ -19,10 +19,10 @@ from PIL import Image
 
 from pipeline.core.errors import ManifestError
 from pipeline.core.records import Failure, ImageRef, Pixels, PreprocessSpec
+from pipeline.engine.sample import stack
 from pipeline.images.decode import limit_pixels
 from pipeline.images.pool.protocol import CHUNK
 from pipeline.images.reader import PixelReader
-from pipeline.images.sample import stack
 from pipeline.manifest.manifest import Manifest
 from pipeline.manifest.shards import ShardReader, cut, refs
 from pipeline.models.checkpoint import Checkpoint

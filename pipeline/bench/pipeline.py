@@ -118,7 +118,7 @@ def measure(overrides: Sequence[str], plan: Plan, out: Path, *, command: str) ->
         PipelineError: the stages or the job cannot run.
     """
     from pipeline.bench.turns import run
-    from pipeline.demo.folder import render_folder
+    from pipeline.engine.demo.folder import render_folder
     from pipeline.report.summary import versions
 
     started = datetime.now(UTC).isoformat(timespec="seconds")
@@ -151,7 +151,7 @@ def with_labels(config: Config) -> list[str]:
     # A manifest that is too short is begun again, and other tools embed every image.
     more = ["images.repeats=each"]
     if not config.prompts.labels and config.prompts.path is None:
-        from pipeline.demo.folder import label_names
+        from pipeline.engine.demo.folder import label_names
 
         more.append(f"prompts.labels=[{','.join(map(quoted, label_names()[:10]))}]")
     # 0 is automatic: the stages would have to find it by measuring, too.

@@ -30,9 +30,10 @@ from pipeline.core.processes import cores
 from pipeline.core.records import Embeddings, ImageRef, Pixels, Sample, ShardRows, Stage
 from pipeline.dataset.commits import commit_part
 from pipeline.dataset.parts import ShardResult, build_table, part_format
+from pipeline.engine.loop import open_encoder
+from pipeline.engine.sample import draw_sample
 from pipeline.images.factory import pixel_reader, worker_threads
 from pipeline.images.reader import PixelReader
-from pipeline.images.sample import draw_sample
 from pipeline.manifest.manifest import open_manifest
 from pipeline.manifest.shards import ShardReader, cut, refs
 from pipeline.models.checkpoint import open_checkpoint
@@ -40,7 +41,6 @@ from pipeline.models.labels import label
 from pipeline.models.text import build_bank, read_labels
 from pipeline.report.summary import machine
 from pipeline.storage.factory import open_storage
-from pipeline.worker import open_encoder
 
 ROWS = "rows"
 # Batches that are held ready for the encoder.

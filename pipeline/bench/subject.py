@@ -24,14 +24,14 @@ from pipeline.config.schema import Config
 from pipeline.core.errors import ManifestError
 from pipeline.core.processes import cores
 from pipeline.core.records import Sample, TextBank
-from pipeline.demo import folder as demo
+from pipeline.engine.demo import folder as demo
+from pipeline.engine.loop import open_encoder
+from pipeline.engine.sample import draw_sample
 from pipeline.images.factory import pixel_reader
-from pipeline.images.sample import draw_sample
 from pipeline.manifest.manifest import open_manifest
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline.models.text import build_bank, read_labels
 from pipeline.report.summary import machine, memory
-from pipeline.worker import open_encoder
 
 # Of warming up, in times of one measurement.
 PATIENCE = 3.0

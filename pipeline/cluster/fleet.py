@@ -29,12 +29,12 @@ from pipeline.config.schema import Config
 from pipeline.core.errors import ClusterLost, ClusterUnavailable
 from pipeline.core.records import Shard, ShardReport
 from pipeline.dataset.commits import FOLDER, read_commit
+from pipeline.engine.loop import Job
+from pipeline.engine.prepare import Inputs, Prepared, spec_of
 from pipeline.images.factory import pixel_reader
 from pipeline.images.reader import PixelReader
-from pipeline.setup import Inputs, Prepared, spec_of
 from pipeline.storage.base import Storage
 from pipeline.telemetry.members import Member, from_json
-from pipeline.worker import Job
 
 # How often the driver looks after workers and tasks when nothing is told, and how often it counts the room, in seconds;
 # and the shards that are sent ahead of the room, so that a worker need not wait for the driver.

@@ -11,14 +11,14 @@ from contextlib import ExitStack, closing
 from pipeline.config.schema import Config
 from pipeline.core.processes import Spent, cores, spent
 from pipeline.core.records import OK, Shard, ShardReport
+from pipeline.engine.loop import Job, embed
+from pipeline.engine.prepare import Engine, Inputs, Prepared, note, open_engine, prepare
 from pipeline.images.pool.pool import Decoders
 from pipeline.images.reader import PixelReader
 from pipeline.report.summary import memory
-from pipeline.setup import Engine, Inputs, Prepared, note, open_engine, prepare
 from pipeline.storage.base import Storage
 from pipeline.telemetry.clocks import StageClocks
 from pipeline.telemetry.members import Member
-from pipeline.worker import Job, embed
 
 
 class Inline:
@@ -48,7 +48,7 @@ class Inline:
         """Open the model and pass the gates.
 
         Raises:
-            PipelineError: see :func:`pipeline.setup.open_engine` and :func:`pipeline.setup.prepare`.
+            PipelineError: see :func:`pipeline.engine.prepare.open_engine` and :func:`pipeline.engine.prepare.prepare`.
         """
         self._engine = open_engine(self._config, inputs, self._storage, self._opened, self._decoders)
         self._prepared = prepare(self._engine, inputs, self._storage)
@@ -65,7 +65,7 @@ class Inline:
         self._job = job
 
     def run(self, shards: Iterable[Shard], on_batch: Callable[[int], None]) -> Generator[ShardReport]:
-        """See :func:`pipeline.worker.embed`."""
+        """See :func:`pipeline.engine.loop.embed`."""
         # A clock of the thread that runs the loop.
         self._clocks, self._before = StageClocks(), spent()
         engine = self._engine

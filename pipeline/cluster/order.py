@@ -12,7 +12,7 @@ from pipeline.config.schema import Config
 from pipeline.manifest.manifest import Manifest
 
 if TYPE_CHECKING:
-    from pipeline.worker import Job
+    from pipeline.engine.loop import Job
 
 
 @dataclass(frozen=True, slots=True)

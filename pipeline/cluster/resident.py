@@ -33,9 +33,9 @@ from pipeline.telemetry.members import Member
 
 if TYPE_CHECKING:
     from pipeline.core.processes import Spent
-    from pipeline.setup import Engine, Inputs, Prepared
+    from pipeline.engine.loop import Job
+    from pipeline.engine.prepare import Engine, Inputs, Prepared
     from pipeline.telemetry.clocks import StageClocks
-    from pipeline.worker import Job
 
 # A stream that brings no shard ends, so that rows which wait for more are embedded: after so many seconds, at least,
 # without a batch, or twice what batches take here.
@@ -99,7 +99,7 @@ class Resident:
             self._open()
         else:
             # One worker measures the batch size, and the others wait for it; they can import meanwhile.
-            aside(partial(import_module, "pipeline.setup"), name="imports")
+            aside(partial(import_module, "pipeline.engine.prepare"), name="imports")
 
     def settled(self, job: Job) -> None:
         """The plan is there: from now on shards may come."""
@@ -110,7 +110,7 @@ class Resident:
 
     def prepare(self, bank: TextBank | None) -> tuple[str, Prepared]:
         """See :func:`pipeline.cluster.tasks.prepare`."""
-        from pipeline import setup
+        from pipeline.engine import prepare as setup
 
         if not self._bank.done():
             self._bank.set_result(bank)
@@ -124,7 +124,7 @@ class Resident:
 
     def note(self) -> None:
         """See :func:`pipeline.cluster.tasks.note`."""
-        from pipeline.setup import note
+        from pipeline.engine.prepare import note
 
         if self._prepared is not None:
             note(self._open().result(), self._prepared, self._storage())
@@ -156,7 +156,7 @@ class Resident:
         return open_storage(self._order.config.output.dir)
 
     def _inputs(self, checkpoint: Any) -> Inputs:
-        from pipeline.setup import Inputs
+        from pipeline.engine.prepare import Inputs
 
         # The driver has checked the ids.
         return Inputs(self._order.manifest, checkpoint, bank=self._bank.result, unique=lambda: None)
@@ -168,8 +168,8 @@ class Resident:
         return self._engine
 
     def _open_engine(self) -> Engine:
+        from pipeline.engine.prepare import open_engine
         from pipeline.models.checkpoint import open_checkpoint
-        from pipeline.setup import open_engine
 
         # Unless this one measures it, the batch size is that of the job.
         config = self._job.result().config if self._job.done() else self._order.config
@@ -189,7 +189,7 @@ class Resident:
         return f"worker {self._worker.name} (process {os.getpid()} on {socket.gethostname()})"
 
     def _pass_gates(self) -> Engine:
-        from pipeline import setup
+        from pipeline.engine import prepare as setup
 
         job = self._job.result()
         engine = self._open().result()
@@ -225,8 +225,8 @@ class Resident:
         engine = self._pass_gates()
         import torch
 
-        from pipeline import worker
         from pipeline.core.processes import spent
+        from pipeline.engine import loop as worker
 
         if engine.encoder.device.type == "cuda":
             # Opened in another thread, and the current device is each thread's own.

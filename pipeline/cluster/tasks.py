@@ -8,7 +8,7 @@ from pipeline.cluster import resident
 from pipeline.core.records import Shard, TextBank
 
 if TYPE_CHECKING:
-    from pipeline.setup import Prepared
+    from pipeline.engine.prepare import Prepared
 
 
 def prepare(token: str, bank: TextBank | None) -> tuple[str, Prepared]:

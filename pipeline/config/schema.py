@@ -98,7 +98,7 @@ class ImagesConfig:
 class LoaderConfig:
     """Group ``loader``: the batches, the threads that fill them, and what a single image may cost.
 
-    A ``batch_size`` of 0 is what ``auto`` is kept as: see :mod:`pipeline.batch_size`.
+    A ``batch_size`` of 0 is what ``auto`` is kept as: see :mod:`pipeline.engine.batch_size`.
     """
 
     batch_size: int = 64

@@ -105,7 +105,7 @@ class ImageBatch:
     """A batch of one shard at the static shape.
 
     ``pixels`` is uint8 ``[B, 3, H, W]`` on the encoder's device; the first ``len(rows)`` images count, the rest
-    repeat them (:mod:`pipeline.images.padding`). ``rows`` are the positions in the shard. Whoever encodes it calls
+    repeat them (:mod:`pipeline.engine.padding`). ``rows`` are the positions in the shard. Whoever encodes it calls
     ``release`` once the pixels are no longer needed, and the buffer is used again.
     """
 

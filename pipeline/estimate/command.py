@@ -19,6 +19,8 @@ from pipeline.core.errors import OutputBusy
 from pipeline.core.records import Shard
 from pipeline.dataset import commits, lease
 from pipeline.dataset.parts import part_format
+from pipeline.engine.loop import Job
+from pipeline.engine.prepare import Inputs, Prepared, open_inputs, spec_of
 from pipeline.estimate.figures import figures
 from pipeline.estimate.processes import processes_of
 from pipeline.estimate.record import Estimate
@@ -28,13 +30,11 @@ from pipeline.estimate.trial import BATCHES, Trial, try_out
 from pipeline.estimate.words import lines
 from pipeline.images.pool.pool import Decoders
 from pipeline.manifest.shards import cut
-from pipeline.setup import Inputs, Prepared, open_inputs, spec_of
 from pipeline.storage.base import Storage
 from pipeline.storage.factory import open_storage
 from pipeline.storage.local import LocalStorage
 from pipeline.storage.urls import explained
 from pipeline.telemetry.logs import log_to_terminal
-from pipeline.worker import Job
 
 log = logging.getLogger(__name__)
 

@@ -13,11 +13,11 @@ from pipeline.core.processes import cores
 from pipeline.core.records import OK, Clocks, Shard, Stage
 from pipeline.core.run_report import Pace
 from pipeline.dataset.commits import Commit
+from pipeline.engine.prepare import Prepared
 from pipeline.estimate.processes import Processes
 from pipeline.estimate.record import Estimate
 from pipeline.estimate.trial import Mark, Trial
 from pipeline.images.factory import worker_threads
-from pipeline.setup import Prepared
 from pipeline.storage.urls import free_bytes, is_local
 from pipeline.telemetry.members import Member
 

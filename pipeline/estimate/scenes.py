@@ -12,7 +12,7 @@ from pipeline.config.schema import Config
 from pipeline.core.errors import ManifestError
 from pipeline.core.records import Piece
 from pipeline.dataset import plan
-from pipeline.demo import folder as demo
+from pipeline.engine.demo import folder as demo
 from pipeline.storage.base import Storage
 
 # Scenes that are rendered for the gates, which look at the first ones, and for the trial.

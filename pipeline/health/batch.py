@@ -71,12 +71,12 @@ def _run(config: Config, checkpoint: Checkpoint, scratch: str, opened: ExitStack
     from pipeline.backends.compare import in_words
     from pipeline.backends.devices import choose_device
     from pipeline.backends.parity import embed_sample, pass_gate
-    from pipeline.demo.folder import rendered_sample
+    from pipeline.engine.demo.folder import rendered_sample
+    from pipeline.engine.forward import UNIT_TOLERANCE
+    from pipeline.engine.loop import open_for_job, open_reader
     from pipeline.health.sample import draw, repeated
     from pipeline.manifest.manifest import open_manifest
-    from pipeline.results import UNIT_TOLERANCE
     from pipeline.storage.local import LocalStorage
-    from pipeline.worker import open_for_job, open_reader
 
     spec = dataclasses.replace(checkpoint.spec, corner=config.images.crop_corner)
     drawn, reader = None, None
@@ -193,7 +193,7 @@ def _images(drawn: Drawn, manifest: Manifest, config: Config) -> Check:
 def _bank(config: Config, checkpoint: Checkpoint) -> TextBank | None:
     """Some of the labels, embedded; no cache is asked and none is written."""
     from pipeline.core.records import TextBank
-    from pipeline.demo.folder import prompts_of
+    from pipeline.engine.demo.folder import prompts_of
     from pipeline.models.text import embed_prompts, read_labels
 
     labels = read_labels(prompts_of(config))

@@ -17,8 +17,8 @@ def look(subject: Subject) -> Iterator[Check]:
     """Decode one picture by every decoder in this process, and by the job's own as the job does it."""
     from pipeline.config.ranges import CHOICES
     from pipeline.core.records import Failure, PreprocessSpec
-    from pipeline.demo.folder import jpeg
-    from pipeline.demo.scenes import sample
+    from pipeline.engine.demo.folder import jpeg
+    from pipeline.engine.demo.scenes import sample
     from pipeline.images.factory import decoder_of, open_decoders
     from pipeline.images.versions import library
     from pipeline.models.architectures import OPENAI_MEAN, OPENAI_STD

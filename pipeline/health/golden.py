@@ -55,7 +55,7 @@ def figures(checkpoint: Checkpoint) -> dict[str, Any]:
 
     from pipeline.backends.parity import embed_sample
     from pipeline.backends.torch import reference
-    from pipeline.demo.folder import label_names, rendered_sample
+    from pipeline.engine.demo.folder import label_names, rendered_sample
     from pipeline.models.text import embed_prompts
 
     sample = rendered_sample(checkpoint.spec, SCENES)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pipeline.core.records import Failure, Piece, Pixels, Sample, Shard
+from pipeline.engine.sample import stack
 from pipeline.images.decode import limit_pixels
 from pipeline.images.reader import PixelReader
-from pipeline.images.sample import stack
 from pipeline.manifest.manifest import Manifest
 from pipeline.manifest.shards import ShardReader, refs
 

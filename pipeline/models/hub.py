@@ -9,7 +9,7 @@ from pipeline.config.schema import DEMO_MODEL, ModelConfig
 from pipeline.core.errors import ModelError
 from pipeline.storage.urls import from_here
 
-DEMO_FOLDER = Path(__file__).resolve().parent.parent / "demo" / "model"
+DEMO_FOLDER = Path(__file__).resolve().parents[1] / "engine" / "demo" / "model"
 WANTED_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")
 # The hub's own bot offers safetensors for older checkpoints as pull requests; OpenAI's CLIP has them
 # only there. transformers trusts the same author and title.

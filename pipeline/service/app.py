@@ -23,7 +23,7 @@ from pipeline.config.schema import Config
 from pipeline.core.errors import exit_code_of
 from pipeline.core.log_format import ending, new_run
 from pipeline.core.records import OK, Failure
-from pipeline.results import Labelling
+from pipeline.engine.forward import Labelling
 from pipeline.service.bodies import Asked, Image, read_asked
 from pipeline.service.envelope import KEY, Envelope, Exchange
 from pipeline.service.errors import Gone, Refused

@@ -25,19 +25,19 @@ from pipeline.backends.streams import count_streams, keep_memory
 from pipeline.config.schema import Config
 from pipeline.core.processes import cores
 from pipeline.core.records import Failure, ImageRef, Parity, Pixels, PreprocessSpec, Sample, TextBank
-from pipeline.demo.folder import rendered_sample
+from pipeline.engine.demo.folder import rendered_sample
+from pipeline.engine.forward import Labelling, memory_explained
+from pipeline.engine.loop import open_for_job
+from pipeline.engine.prepare import bank_of, images_compared, spec_of
+from pipeline.engine.sample import draw_sample
 from pipeline.images.factory import decoder_of, open_decoders, pixel_reader, worker_threads
 from pipeline.images.reader import PixelReader
-from pipeline.images.sample import draw_sample
 from pipeline.images.sources.source import Source
 from pipeline.images.versions import library
 from pipeline.manifest.manifest import open_manifest
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
-from pipeline.results import Labelling, memory_explained
 from pipeline.service.forward import Forward, Picture, Row
 from pipeline.service.texts import Texts
-from pipeline.setup import bank_of, images_compared, spec_of
-from pipeline.worker import open_for_job
 
 Timer = Callable[[str, float], None]
 # Of two shapes, the smaller one holds so many times fewer pictures.
@@ -202,7 +202,7 @@ def _sample(config: Config, spec: PreprocessSpec) -> Sample:
 def _fingerprints(
     config: Config, checkpoint: Checkpoint, encoder: ImageEncoder, bank: TextBank | None
 ) -> dict[str, Any]:
-    """As those of a dataset (:func:`pipeline.setup.fingerprints`), but for its manifest and its files."""
+    """As those of a dataset (:func:`pipeline.engine.prepare.fingerprints`), but for its manifest and its files."""
     return {
         "model": checkpoint.fingerprint,
         "images": {**dataclasses.asdict(config.images), "library": library(config.images.decoder)},

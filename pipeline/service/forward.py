@@ -16,10 +16,10 @@ from pipeline.backends.base import ImageEncoder
 from pipeline.backends.row_order import in_order, turned
 from pipeline.core.errors import NumericalError
 from pipeline.core.records import Embeddings
-from pipeline.images.padding import repeats_on
-from pipeline.images.slots import Slot, new_slot
+from pipeline.engine.buffers import Slot, new_slot
+from pipeline.engine.forward import PROVED_SHARDS, UNIT_TOLERANCE, Labelling, memory_explained
+from pipeline.engine.padding import repeats_on
 from pipeline.models.labels import label
-from pipeline.results import PROVED_SHARDS, UNIT_TOLERANCE, Labelling, memory_explained
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +120,7 @@ class Forward:
         return encoded
 
     def _in_order(self, pixels: torch.Tensor, encoded: torch.Tensor, encoder: ImageEncoder, count: int) -> bool:
-        """Free places show it; of full batches, one in :data:`~pipeline.results.PROVED_SHARDS` is encoded again."""
+        """Free places show it; of full batches, one in :data:`~pipeline.engine.forward.PROVED_SHARDS` is encoded again."""
         size = len(pixels)
         if count < size:
             again, origin = encoded[count:], repeats_on(encoded.device, count, size)

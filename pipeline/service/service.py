@@ -18,7 +18,7 @@ from pipeline.config.schema import Config
 from pipeline.core.concurrency import aside
 from pipeline.core.errors import DecoderUnavailable
 from pipeline.core.records import OK, Failure, Pixels
-from pipeline.results import Labelling
+from pipeline.engine.forward import Labelling
 from pipeline.service.admission import Admission
 from pipeline.service.batching import Batcher
 from pipeline.service.bodies import Asked, Image, invalid

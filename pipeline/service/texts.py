@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from pipeline.config.schema import Config
 from pipeline.core.records import TextBank
+from pipeline.engine.forward import Labelling
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.text import LabelSet, build_bank, embed_prompts
-from pipeline.results import Labelling
 
 _Value = TypeVar("_Value")
 # What an entry costs besides its features, in bytes.

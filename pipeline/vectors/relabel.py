@@ -28,6 +28,7 @@ from pipeline.dataset.commits import Commit
 from pipeline.dataset.dataset import Dataset, vectors_of
 from pipeline.dataset.parts import LAYOUT, PartFormat, ShardResult, build_table, count_statuses, part_format
 from pipeline.dataset.saved_config import recipe_of
+from pipeline.engine.query import labels_of, open_model
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.labels import label
 from pipeline.models.text import build_bank
@@ -38,7 +39,6 @@ from pipeline.storage.factory import open_storage
 from pipeline.telemetry.clocks import StageClocks
 from pipeline.telemetry.logs import log_to, log_to_terminal
 from pipeline.telemetry.progress import Progress
-from pipeline.vectors.model import labels_of, open_model
 from pipeline.vectors.told import REPORT, RelabelReport, say
 
 # Rows are scored in the batches of the source's job, so that even rounding is the same, but in no larger ones.

@@ -57,7 +57,7 @@ def labels_of(config: Config) -> LabelSet:
     Raises:
         PromptsError: its file cannot be read.
     """
-    from pipeline.demo.folder import prompts_of
+    from pipeline.engine.demo.folder import prompts_of
     from pipeline.models.text import read_labels
 
     return read_labels(prompts_of(config))

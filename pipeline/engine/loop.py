@@ -24,13 +24,13 @@ from pipeline.core.log_format import within
 from pipeline.core.records import ImageBatch, PreprocessSpec, Shard, ShardReport, ShardRows, Stage, TextBank
 from pipeline.dataset.commits import commit_part
 from pipeline.dataset.parts import PartFormat, ShardResult, build_table, count_statuses
+from pipeline.engine.forward import Accumulated, Flying, Labelling, launch, memory_explained
+from pipeline.engine.loader import Loader
 from pipeline.images.factory import pixel_reader, worker_threads
-from pipeline.images.loader import Loader
 from pipeline.images.pool.pool import Decoders
 from pipeline.images.reader import PixelReader
 from pipeline.manifest.manifest import Manifest
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.results import Accumulated, Flying, Labelling, launch, memory_explained
 from pipeline.storage.factory import open_storage
 from pipeline.telemetry.clocks import StageClocks
 

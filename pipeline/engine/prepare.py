@@ -19,7 +19,6 @@ from pipeline.backends import decoder_parity as decoder_gate
 from pipeline.backends.base import Draw, ImageEncoder
 from pipeline.backends.oom import HalvingEncoder
 from pipeline.backends.parity import pass_gate, record
-from pipeline.batch_size import settle_batch_size
 from pipeline.config.schema import Config
 from pipeline.core.concurrency import aside
 from pipeline.core.failpoints import failpoint
@@ -27,10 +26,12 @@ from pipeline.core.processes import cores
 from pipeline.core.records import Parity, PreprocessSpec, Sample, TextBank
 from pipeline.dataset import lease, parts, plan
 from pipeline.dataset.saved_config import recipe_of
-from pipeline.demo import folder as demo
+from pipeline.engine.batch_size import settle_batch_size
+from pipeline.engine.demo import folder as demo
+from pipeline.engine.loop import open_at, open_for_job, open_reader
+from pipeline.engine.sample import draw_sample
 from pipeline.images.pool.pool import Decoders
 from pipeline.images.reader import PixelReader
-from pipeline.images.sample import draw_sample
 from pipeline.images.versions import library
 from pipeline.manifest.ids import check_ids
 from pipeline.manifest.manifest import Manifest, open_manifest
@@ -41,7 +42,6 @@ from pipeline.models.text import build_bank, read_labels
 from pipeline.report.summary import machine
 from pipeline.storage.base import Storage
 from pipeline.telemetry.tracing import span
-from pipeline.worker import open_at, open_for_job, open_reader
 
 # So long nothing else begins while the ids are checked; millions of rows are checked in that time.
 IDS_SECONDS = 0.5

@@ -7,9 +7,9 @@ CUDA was started; what they decode is decoded for them by processes of :mod:`pip
 
 Chosen by measurement (jobs/results/loaders-cpu.md: four sizes, three sources, two cores). Against these threads,
 medians of torch's DataLoader were 0.94 with the decoder ``exact`` and 1.06 with ``fast``, those of SPDL 0.95 and 0.73;
-contained as here 1.03 and (with the thread more that :mod:`pipeline.worker` gives) 0.92 to 0.95. Speed does not decide,
-then, but where they live: DataLoader's processes may not be started in a Dask worker, and its batches of 512 images do
-not fit into a /dev/shm of 64 MB; with either of the two, an image that crashes its decoder ends the run.
+contained as here 1.03 and (with the thread more that :mod:`pipeline.engine.loop` gives) 0.92 to 0.95. Speed does not
+decide, then, but where they live: DataLoader's processes may not be started in a Dask worker, and its batches of 512
+images do not fit into a /dev/shm of 64 MB; with either of the two, an image that crashes its decoder ends the run.
 
 What a batch holds follows from the manifest and the config alone: the rows of one shard that could be decoded, in
 order and without repeats, ``batch_size`` at a time, the last one filled up with pictures of its own.
@@ -33,13 +33,13 @@ import torch
 
 from pipeline.core.failpoints import failpoint
 from pipeline.core.records import Failure, ImageBatch, ImageRef, Pixels, Shard, ShardRows, Stage
-from pipeline.images.ahead import POLL, Ahead
+from pipeline.engine.buffers import new_slot
+from pipeline.engine.duplicates import Repeats
+from pipeline.engine.prefetch import POLL, Ahead
 from pipeline.images.decode import limit_pixels
 from pipeline.images.pool.processes import Abandoned
 from pipeline.images.pool.protocol import CHUNK
 from pipeline.images.reader import PixelReader, Timer
-from pipeline.images.repeats import Repeats
-from pipeline.images.slots import new_slot
 from pipeline.manifest.manifest import Manifest
 from pipeline.manifest.shards import ShardReader, refs
 

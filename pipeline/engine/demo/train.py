@@ -1,6 +1,6 @@
 """Train the demo model from nothing: a small CLIP, its tokenizer and its preprocessor config.
 
-    python -m pipeline.demo.train --out pipeline/demo/model
+    python -m pipeline.engine.demo.train --out pipeline/engine/demo/model
 
 Everything follows from the seed, so a second run on the same machine gives the same weights; another
 machine gives another rounding and the same accuracy. The figures that the result must reach are
@@ -31,7 +31,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch.nn import functional
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 
-from pipeline.demo import scenes
+from pipeline.engine.demo import scenes
 
 IMAGE_SIZE = 48
 ATTRIBUTES = ("size", "texture", "colour", "shape", "background")

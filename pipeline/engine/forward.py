@@ -16,7 +16,7 @@ from pipeline.core.errors import BackendUnavailable, NumericalError
 from pipeline.core.failpoints import failpoint
 from pipeline.core.records import Embeddings, ImageBatch, Shard, ShardRows, Stage, TextBank
 from pipeline.dataset.parts import ShardResult
-from pipeline.images.padding import repeats_on
+from pipeline.engine.padding import repeats_on
 from pipeline.models.labels import label
 from pipeline.telemetry.clocks import StageClocks
 

@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 
 from pipeline.config.schema import DEMO_MODEL, Config, PromptsConfig
 from pipeline.core.records import PreprocessSpec, Sample
-from pipeline.demo import scenes
+from pipeline.engine.demo import scenes
+from pipeline.engine.sample import stack
 from pipeline.images.preprocess import preprocess
-from pipeline.images.sample import stack
 from pipeline.manifest.manifest import ROOT_KEY
 from pipeline.storage.local import LocalStorage
 from pipeline.storage.urls import is_local, local_path, open_arrow

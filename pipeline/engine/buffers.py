@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.images.padding import repeats_on
+from pipeline.engine.padding import repeats_on
 
 
 @dataclass(slots=True)
