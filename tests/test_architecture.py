@@ -23,6 +23,9 @@ LEVELS: Mapping[str, int] = {
     "images": 3,
     "manifest": 3,
     "models": 3,
+    "telemetry": 3,
+    "backends": 4,
+    "report": 4,
 }
 COMMANDS_LEVEL = 8
 COMMANDS = {"artifacts", "convert", "export", "relabel", "run", "search", "verify"}

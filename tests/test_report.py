@@ -23,9 +23,8 @@ from pipeline.core.records import Clocks, Parity, Stage, Timeline
 from pipeline.core.run_report import Pace, RunReport, StagePace
 from pipeline.report import page, summary
 from pipeline.report.history import earlier_runs
-from pipeline.report.page import HINTS
 from pipeline.report.scores import Extremes, Row
-from pipeline.report.summary import DatasetSummary, Failed
+from pipeline.report.summary import HINTS, DatasetSummary, Failed
 from pipeline.report.throughput import Cost, Limit, find_limit, find_pace
 from pipeline.storage.factory import open_storage
 from pipeline.telemetry.clocks import StageClocks

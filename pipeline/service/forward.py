@@ -120,7 +120,7 @@ class Forward:
         return encoded
 
     def _in_order(self, pixels: torch.Tensor, encoded: torch.Tensor, encoder: ImageEncoder, count: int) -> bool:
-        """Free places show it; of full batches, one in :data:`~pipeline.engine.forward.PROVED_SHARDS` is encoded again."""
+        """True if the rows come back in order: free places show it, and of full batches one in ``PROVED_SHARDS``."""
         size = len(pixels)
         if count < size:
             again, origin = encoded[count:], repeats_on(encoded.device, count, size)
