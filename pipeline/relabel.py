@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         typed = _check(options.overrides)
         composed = compose_config(options.overrides)
         from pipeline.dataset.dataset import open_dataset
-        from pipeline.vectors.relabel import relabel
+        from pipeline.job.relabel import relabel
 
         source = open_dataset(options.source)
         relabel(source, derive(source, composed, typed), began=began)

@@ -76,14 +76,14 @@ def _task(composed: DictConfig) -> None:
         if decoders is not None:
             decoders.start()
         if config.run.dry:
-            from pipeline.estimate.command import estimate_job
+            from pipeline.job.estimate.estimate import estimate_job
 
             _words_when_interrupted = DRY
             _interrupt_within(config.errors.grace_seconds)
             if code := estimate_job(config, began=next(_began, None), decoders=decoders, run=run).exit_code:
                 sys.exit(code)
             return
-        from pipeline.job import run_job
+        from pipeline.job.main import run_job
 
         _interrupt_within(config.errors.grace_seconds)
         run_job(config, began=next(_began, None), decoders=decoders, run=run)

@@ -91,7 +91,7 @@ def _repair(storage: Storage) -> None:
     """Run the dataset's own job again: it does what is missing or damaged, and nothing else."""
     from pipeline.dataset.plan import read
     from pipeline.dataset.saved_config import config_of
-    from pipeline.job import run_job
+    from pipeline.job.main import run_job
 
     wanted = read(storage)
     if wanted is None:
@@ -99,7 +99,7 @@ def _repair(storage: Storage) -> None:
     config = config_of(wanted.config, storage.url)
     if "source" in wanted.fingerprints:
         from pipeline.dataset.dataset import open_dataset
-        from pipeline.vectors.relabel import relabel
+        from pipeline.job.relabel import relabel
 
         relabel(open_dataset(str(wanted.about["source"])), config)
         return
@@ -109,9 +109,9 @@ def _repair(storage: Storage) -> None:
 
 
 def _collect(storage: Storage, age: float) -> dict[str, int]:
-    from pipeline.cluster.share import Share
     from pipeline.dataset import lease
     from pipeline.dataset.verify import collect
+    from pipeline.job.cluster.part import Share
     from pipeline.telemetry.logs import log_to_terminal
 
     with log_to_terminal(), lease.take(storage, seconds=OutputConfig().lease_seconds) as held:

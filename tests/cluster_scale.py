@@ -20,13 +20,13 @@ from typing import Any
 
 import dask
 
-from pipeline.cluster import resident
-from pipeline.cluster.cores import VARIABLE, shares
-from pipeline.cluster.fleet import Fleet
-from pipeline.cluster.forward import Teller
-from pipeline.cluster.opening import SETTINGS, open_processes
 from pipeline.config.schema import Config
 from pipeline.core.records import Clocks, Piece, Shard, Stage
+from pipeline.job.cluster import dask_worker as resident
+from pipeline.job.cluster.affinity import VARIABLE, shares
+from pipeline.job.cluster.dask_cluster import SETTINGS, open_processes
+from pipeline.job.cluster.dask_executor import Fleet
+from pipeline.job.cluster.events import Teller
 from pipeline.storage.factory import open_storage
 from pipeline.telemetry.members import Member
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pipeline.config.schema import Config
 from pipeline.dataset.dataset import Dataset
-from pipeline.job import run_job
+from pipeline.job.main import run_job
 from tests.jobs import config_for
 
 # Of tests.jobs.scenes_manifest: its rows, and those of them that have no embedding.

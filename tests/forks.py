@@ -50,7 +50,7 @@ WARM = (
     "transformers.models.clip.tokenization_clip",
     "transformers.models.clip.image_processing_pil_clip",
     "pipeline.backends.torch",
-    "pipeline.job",
+    "pipeline.job.main",
     "pipeline.run",
     "tests.jobs",
 )
@@ -183,7 +183,7 @@ def job(groups: dict[str, dict[str, Any]], stub: bool = False) -> int:
     from contextlib import nullcontext
 
     from pipeline.core.errors import PipelineError
-    from pipeline.job import run_job
+    from pipeline.job.main import run_job
     from tests.jobs import StubEncoder, stub_backend
 
     try:

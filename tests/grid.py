@@ -14,11 +14,11 @@ from typing import Any
 import dask
 from distributed import Client
 
-from pipeline.cluster.cores import VARIABLE, shares
-from pipeline.cluster.opening import SETTINGS, open_processes
 from pipeline.config.schema import Config
 from pipeline.core.failpoints import arm
-from pipeline.job import run_job
+from pipeline.job.cluster.affinity import VARIABLE, shares
+from pipeline.job.cluster.dask_cluster import SETTINGS, open_processes
+from pipeline.job.main import run_job
 from tests.jobs import config_for, scenes_manifest
 from tests.siege import leftovers
 

@@ -112,7 +112,7 @@ def night_in_fork(groups: dict[str, dict[str, Any]], store: str, day: str, layou
 
 def from_scratch(config: Config, output: Path) -> pa.Table:
     """What the main job makes of the same manifest."""
-    from pipeline.job import run_job
+    from pipeline.job.main import run_job
 
     shutil.rmtree(output, ignore_errors=True)
     try:

@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--labels", type=int, default=1000)
     parser.add_argument("--dtype", default="float32")
     options = parser.parse_args()
-    from pipeline.vectors.relabel import relabel
+    from pipeline.job.relabel import relabel
 
     print(json.dumps({"microseconds a row, labelling alone": floor(options.labels, 512, 64)}))
     with tempfile.TemporaryDirectory() as folder:

@@ -23,7 +23,7 @@ import psutil
 
 from pipeline.config.schema import ClusterConfig, Config
 from pipeline.engine.demo.folder import render_folder
-from pipeline.job import run_job
+from pipeline.job.main import run_job
 from tests.siege import check_books, leftovers
 
 

@@ -22,7 +22,7 @@ import pytest
 from PIL import Image
 
 from pipeline.engine.demo.scenes import SHAPES
-from pipeline.job import run_job
+from pipeline.job.main import run_job
 from pipeline.nightly.store import RUN_SCHEMA
 from tests.conftest import ROOT
 from tests.jobs import config_for, scenes_manifest

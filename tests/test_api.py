@@ -600,7 +600,7 @@ def test_calls_in_several_threads_take_turns(photos: list[Path], monkeypatch: py
         running -= 1
         raise NoDataset("enough")
 
-    monkeypatch.setattr("pipeline.job.run_job", job)
+    monkeypatch.setattr("pipeline.job.main.run_job", job)
     with ThreadPoolExecutor(4) as pool:
         done = [pool.submit(embed, photos[:1], **QUICK) for _ in range(4)]
     assert {str(each.exception()) for each in done} == {"enough"}

@@ -26,6 +26,8 @@ LEVELS: Mapping[str, int] = {
     "telemetry": 3,
     "backends": 4,
     "report": 4,
+    "engine": 5,
+    "job": 6,
 }
 COMMANDS_LEVEL = 8
 COMMANDS = {"artifacts", "convert", "export", "relabel", "run", "search", "verify"}

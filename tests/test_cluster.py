@@ -16,16 +16,16 @@ import pyarrow.parquet as pq
 import pytest
 from distributed import Client
 
-from pipeline.cluster import cuda, slurm
-from pipeline.cluster.cores import shares
-from pipeline.cluster.kubernetes import pod_settings
-from pipeline.cluster.opening import shards_at_once
-from pipeline.cluster.share import Share
 from pipeline.config.schema import ClusterConfig, Config, LoaderConfig
 from pipeline.config.validate import check, part_of
 from pipeline.core import errors
 from pipeline.core.errors import ClusterUnavailable, PipelineError, ShardsGivenUp, WorkerMismatch
-from pipeline.job import run_job
+from pipeline.job.cluster import cuda, slurm
+from pipeline.job.cluster.affinity import shares
+from pipeline.job.cluster.dask_cluster import shards_at_once
+from pipeline.job.cluster.kubernetes import pod_settings
+from pipeline.job.cluster.part import Share
+from pipeline.job.main import run_job
 from tests.forks import forks
 from tests.grid import ROWS, SHARDS, at, failpoints, grid, nine_shards, on, same, when_committed
 from tests.jobs import overrides_of
@@ -313,7 +313,7 @@ def test_an_address_without_a_scheduler_is_said(
     single: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cluster = ClusterConfig(name="address", address="tcp://127.0.0.1:1")
-    monkeypatch.setattr("pipeline.cluster.address.TIMEOUT", 1)
+    monkeypatch.setattr("pipeline.job.cluster.address.TIMEOUT", 1)
     with pytest.raises(ClusterUnavailable, match=r"tcp://127\.0\.0\.1:1: no scheduler answers"):
         run_job(replace(at(single, tmp_path / "out"), cluster=cluster))
     with suppress(FileNotFoundError):

@@ -21,10 +21,6 @@ from distributed import Client, KilledWorker
 from distributed.security import Security
 
 from pipeline import verify as verify_door
-from pipeline.cluster import fleet, resident
-from pipeline.cluster.opening import open_cluster
-from pipeline.cluster.order import Order
-from pipeline.cluster.share import Share
 from pipeline.config.schema import ClusterConfig, Config
 from pipeline.core.errors import ClusterUnavailable, OutputBusy, StorageError
 from pipeline.core.failpoints import armed
@@ -32,7 +28,11 @@ from pipeline.dataset import lease
 from pipeline.dataset.verify import verify
 from pipeline.engine import prepare
 from pipeline.engine.prepare import open_inputs
-from pipeline.job import run_job
+from pipeline.job.cluster import dask_executor, dask_worker
+from pipeline.job.cluster.dask_cluster import open_cluster
+from pipeline.job.cluster.job_spec import Order
+from pipeline.job.cluster.part import Share
+from pipeline.job.main import run_job
 from pipeline.storage.factory import open_storage
 from tests.conftest import ROOT
 from tests.forks import forks
@@ -55,7 +55,7 @@ def test_no_shard_is_lost_while_there_is_no_worker(
     client: Client, single: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The driver sees at once that the only worker is gone, before the next one is there.
-    monkeypatch.setattr(fleet, "COUNTED", 0.0)
+    monkeypatch.setattr(dask_executor, "COUNTED", 0.0)
     [pid] = client.run(os.getpid).values()
     with failpoints(client, "part.build=delay:0.2"):
         thread = when_committed(tmp_path / "out", 2, lambda: os.kill(pid, signal.SIGKILL))
@@ -82,9 +82,9 @@ def test_the_next_job_takes_back_what_a_killed_driver_left(client: Client, singl
 
 
 def residents() -> int:
-    from pipeline.cluster import resident
+    from pipeline.job.cluster import dask_worker
 
-    return len(resident._RESIDENTS)
+    return len(dask_worker._RESIDENTS)
 
 
 class Foreign:
@@ -160,9 +160,9 @@ def test_a_job_whose_scheduler_is_killed_goes_on_with_the_same_command(
 
 
 def test_workers_that_another_scheduler_lost_with_a_shard_are_counted() -> None:
-    assert fleet._deaths(KilledWorker("shard", None, 0)) == 1
-    assert fleet._deaths(KilledWorker("shard", None, 3)) == 4
-    assert fleet._deaths(ValueError()) == 1
+    assert dask_executor._deaths(KilledWorker("shard", None, 0)) == 1
+    assert dask_executor._deaths(KilledWorker("shard", None, 3)) == 4
+    assert dask_executor._deaths(ValueError()) == 1
 
 
 def test_a_model_whose_job_ends_while_it_opens_is_closed_again(single: Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,7 +175,7 @@ def test_a_model_whose_job_ends_while_it_opens_is_closed_again(single: Config, m
         opened.callback(closed.set)
 
     monkeypatch.setattr(prepare, "open_engine", open_engine)
-    found = resident.Resident(SimpleNamespace(name="w", address="", log_event=lambda *_: None), order)
+    found = dask_worker.Resident(SimpleNamespace(name="w", address="", log_event=lambda *_: None), order)
     found.close()
     go.set()
     assert closed.wait(60)
@@ -196,7 +196,7 @@ def test_a_run_that_misses_a_shard_of_its_own_does_not_end_well(single: Config, 
 def test_a_machine_without_dask_is_told_what_to_install(
     single: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, extra: str
 ) -> None:
-    monkeypatch.setitem(sys.modules, "pipeline.cluster.fleet", None)
+    monkeypatch.setitem(sys.modules, "pipeline.job.cluster.dask_executor", None)
     config = replace(at(single, tmp_path / "out"), cluster=ClusterConfig(name=name))
     with pytest.raises(ClusterUnavailable, match=rf"cluster={name} needs Dask .*'\.\[{extra}\]'") as caught:
         run_job(config)

@@ -37,7 +37,7 @@ from pipeline.images.pool.shared_memory import shared
 from pipeline.images.preprocess import preprocess
 from pipeline.images.reader import PixelReader
 from pipeline.images.sources.source import Source
-from pipeline.job import run_job
+from pipeline.job.main import run_job
 from pipeline.models.hub import DEMO_FOLDER
 from tests.conftest import ROOT, data_folder
 from tests.jobs import StubEncoder, config_for, stub_backend

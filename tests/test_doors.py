@@ -25,7 +25,7 @@ from pipeline.config.validate import check
 from pipeline.core.errors import ModelError, PromptsError
 from pipeline.engine.demo.folder import jpeg
 from pipeline.engine.demo.scenes import sample
-from pipeline.job import run_job
+from pipeline.job.main import run_job
 from pipeline.manifest.manifest import open_manifest
 from pipeline.models.checkpoint import open_checkpoint
 from pipeline.models.hub import DEMO_FOLDER

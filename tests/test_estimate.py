@@ -23,13 +23,13 @@ from pipeline.core.records import Piece
 from pipeline.dataset import lease
 from pipeline.dataset.saved_config import config_of, recipe_of
 from pipeline.engine.demo import folder as demo
-from pipeline.estimate import figures, trial
-from pipeline.estimate.command import estimate_job
-from pipeline.estimate.processes import Processes, processes_of
-from pipeline.estimate.record import Estimate
-from pipeline.estimate.spread import DEPTH, in_shards, spread
-from pipeline.estimate.words import lines, span
-from pipeline.job import run_job
+from pipeline.job.estimate import extrapolate, trial
+from pipeline.job.estimate.estimate import estimate_job
+from pipeline.job.estimate.format import lines, span
+from pipeline.job.estimate.record import Estimate
+from pipeline.job.estimate.sampling import DEPTH, in_shards, spread
+from pipeline.job.estimate.scaling import Processes, processes_of
+from pipeline.job.main import run_job
 from pipeline.manifest.manifest import Manifest, ManifestFile
 from pipeline.manifest.shards import cut
 from pipeline.storage.factory import open_storage
@@ -175,7 +175,7 @@ def test_a_manifest_of_bad_images_alone_is_told_too(tmp_path: Path) -> None:
 def test_a_disk_that_is_too_small_is_said_with_both_sizes(
     scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(figures, "free_bytes", lambda place: 1000)
+    monkeypatch.setattr(extrapolate, "free_bytes", lambda place: 1000)
     estimate = estimate_job(job(scenes, tmp_path / "out"))
     assert estimate.exit_code == 2
     assert "MB are to be written and 0.0 MB are free; free some space" in estimate.problems[0]
@@ -191,8 +191,8 @@ def test_an_output_that_another_run_holds_is_said_and_can_be_told(scenes: Path, 
 
 
 def test_the_demo_renders_nothing_where_its_scenes_would_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.estimate.scenes.TRIAL", 16)
-    monkeypatch.setattr("pipeline.estimate.scenes.GATES", 4)
+    monkeypatch.setattr("pipeline.job.estimate.scenes.TRIAL", 16)
+    monkeypatch.setattr("pipeline.job.estimate.scenes.GATES", 4)
     config = job(Path("unused"), tmp_path / "work" / "out")
     manifest = replace(Config().manifest, demo_scenes=40)
     estimate = estimate_job(replace(config, manifest=manifest))
@@ -335,15 +335,15 @@ def test_rows_far_within_a_row_group_come_last_above_all_where_it_holds_the_imag
 
 
 def test_an_interval_holds_the_share_and_narrows_with_the_rows() -> None:
-    assert figures.failing(0, 1000)[0] == 0
-    assert 0 < figures.failing(0, 1000)[1] < 0.005
-    low, high = figures.failing(20, 1000)
+    assert extrapolate.failing(0, 1000)[0] == 0
+    assert 0 < extrapolate.failing(0, 1000)[1] < 0.005
+    low, high = extrapolate.failing(20, 1000)
     assert 0.01 < low < 0.02 < high < 0.035
-    assert figures.failing(0, 0) == (0.0, 1.0)
+    assert extrapolate.failing(0, 0) == (0.0, 1.0)
 
 
 def test_processes_on_the_same_cores_gain_no_more_than_the_cores_have(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.estimate.processes.cores", lambda: 16)
+    monkeypatch.setattr("pipeline.job.estimate.scaling.cores", lambda: 16)
     gpus = Processes(4, gain=4)
     assert gpus.rate(1000, core_seconds=0.001) == 4000
     assert gpus.rate(1000, core_seconds=0.008) == 2000

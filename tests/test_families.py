@@ -20,7 +20,7 @@ from pipeline.core.errors import ModelError
 from pipeline.core.records import Embeddings
 from pipeline.engine.demo.scenes import render, sample
 from pipeline.images.preprocess import preprocess
-from pipeline.job import run_job
+from pipeline.job.main import run_job
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline.models.labels import label
 from pipeline.models.text import build_bank, embed_prompts, read_labels

@@ -22,7 +22,7 @@ import pytest
 from pipeline.config.schema import Config
 from pipeline.core.errors import StorageError
 from pipeline.core.failpoints import armed
-from pipeline.job import run_job
+from pipeline.job.main import run_job
 from pipeline.storage.factory import open_storage
 from pipeline.telemetry.logs import log_to
 from tests.forks import door, forks

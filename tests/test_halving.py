@@ -15,7 +15,7 @@ from pipeline.backends.devices import out_of_memory
 from pipeline.backends.oom import HalvingEncoder
 from pipeline.backends.torch_module import compiled
 from pipeline.core.errors import BackendUnavailable, ParityError
-from pipeline.job import run_job
+from pipeline.job.main import run_job
 from pipeline.models.hub import DEMO_FOLDER
 from tests.jobs import StubEncoder, config_for, scenes_manifest, stub_backend
 

@@ -28,7 +28,7 @@ from pipeline.core.errors import (
     TooManyFailures,
 )
 from pipeline.dataset.parts import LAYOUT, METADATA_KEY
-from pipeline.job import run_job
+from pipeline.job.main import run_job
 from tests.conftest import data_folder
 from tests.jobs import StubEncoder, config_for, content, scenes_manifest, stub_backend
 

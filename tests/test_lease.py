@@ -23,7 +23,7 @@ from pipeline.config.schema import Config
 from pipeline.core.errors import LeaseLost, OutputBusy, PipelineError, StorageError
 from pipeline.core.processes import Process, is_gone, this_process
 from pipeline.dataset.lease import Holder, Lease, leases, parse, take
-from pipeline.job import run_job
+from pipeline.job.main import run_job
 from pipeline.storage.base import Storage
 from pipeline.storage.factory import open_storage
 from tests.conftest import ROOT

@@ -17,11 +17,11 @@ import pytest
 from PIL import Image
 
 from pipeline import run as door
-from pipeline.cluster.fleet import Fleet
-from pipeline.cluster.forward import Forward, Teller
 from pipeline.config.schema import Config, LogConfig
 from pipeline.core.errors import ConfigError, Interrupted, ManifestError, NumericalError, Problem
 from pipeline.core.log_format import SILENCED, JsonLines, ending, new_run, shard_of, silence, within
+from pipeline.job.cluster.dask_executor import Fleet
+from pipeline.job.cluster.events import Forward, Teller
 from pipeline.storage.factory import open_storage
 from pipeline.telemetry.logs import library_messages, log_to, log_to_terminal, progress_mode
 from pipeline.telemetry.progress import Progress

@@ -90,7 +90,7 @@ def test_the_odd_files_stay_within_a_gibibyte(tmp_path: Path) -> None:
 
 
 def _child(manifest: Path, output: Path) -> None:
-    from pipeline.job import run_job
+    from pipeline.job.main import run_job
     from pipeline.models.hub import DEMO_FOLDER
 
     config = config_for(

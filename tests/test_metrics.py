@@ -22,7 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from pipeline.config.schema import Config
 from pipeline.config.validate import check
 from pipeline.core.errors import ConfigError, OutputBusy, TooManyFailures
-from pipeline.job import run_job
+from pipeline.job.main import run_job
 from pipeline.telemetry import monitor, prometheus, tracing
 from pipeline.telemetry.monitor import monitored
 from tests.conftest import ROOT

@@ -13,7 +13,7 @@ from pipeline.backends.row_order import in_order, turned
 from pipeline.config.schema import BackendConfig, ModelConfig, ParityConfig
 from pipeline.core.errors import NumericalError
 from pipeline.engine.padding import repeats, repeats_on
-from pipeline.job import run_job
+from pipeline.job.main import run_job
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline.models.hub import DEMO_FOLDER
 from tests.jobs import StubEncoder, config_for, scenes_manifest, stub_backend

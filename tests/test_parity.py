@@ -23,7 +23,7 @@ from pipeline.config.schema import Config, ModelConfig, ParityConfig
 from pipeline.core.errors import ParityError, PlanMismatch
 from pipeline.core.records import Parity, Sample, TextBank
 from pipeline.engine.demo.folder import rendered_sample
-from pipeline.job import run_job
+from pipeline.job.main import run_job
 from pipeline.models.checkpoint import open_checkpoint
 from pipeline.models.preprocessor import to_spec
 from pipeline.storage.base import sha256

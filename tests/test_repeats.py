@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.job import run_job
+from pipeline.job.main import run_job
 from tests.jobs import config_for, content, scenes_manifest
 
 # Row 20 is empty, row 3 is no picture: their copies fail for the same reason.

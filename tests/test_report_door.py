@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config.schema import Config, ErrorsConfig
-from pipeline.job import run_job
+from pipeline.job.main import run_job
 from pipeline.nightly.store import RUN_SCHEMA
 from pipeline.report.__main__ import main
 from pipeline.report.compare import compare_page, headline

@@ -15,7 +15,7 @@ from pipeline.config.schema import Config
 from pipeline.core.errors import StorageError
 from pipeline.dataset import commits
 from pipeline.dataset.plan import Plan, read
-from pipeline.job import run_job
+from pipeline.job.main import run_job
 from pipeline.storage.factory import open_storage
 from tests.forks import forks
 from tests.jobs import config_for, content, overrides_of, scenes_manifest, start

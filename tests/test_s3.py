@@ -21,7 +21,7 @@ from pipeline.config.schema import Config
 from pipeline.core.errors import LeaseLost, OutputBusy, StorageError
 from pipeline.core.failpoints import armed
 from pipeline.dataset import commits, lease, plan
-from pipeline.job import run_job
+from pipeline.job.main import run_job
 from pipeline.storage import retry
 from pipeline.storage.base import Storage
 from pipeline.storage.factory import open_storage

@@ -32,7 +32,7 @@ from pipeline.config.schema import ModelConfig
 from pipeline.engine.demo.folder import jpeg
 from pipeline.engine.demo.scenes import sample
 from pipeline.engine.query import embed_text
-from pipeline.job import run_job
+from pipeline.job.main import run_job
 from pipeline.models.checkpoint import open_checkpoint
 from tests.jobs import config_for, scenes_manifest
 from tests.service import BOUNDARY, Answer, Served, form, send, start

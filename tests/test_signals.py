@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.schema import Config
-from pipeline.job import run_job
+from pipeline.job.main import run_job
 from tests.forks import Child, forks
 from tests.jobs import config_for, content, overrides_of, scenes_manifest
 

@@ -19,7 +19,7 @@ from pipeline.core.errors import NumericalError
 from pipeline.core.processes import cores
 from pipeline.core.records import ShardRows
 from pipeline.engine.loop import _in_order
-from pipeline.job import run_job
+from pipeline.job.main import run_job
 from pipeline.models.hub import DEMO_FOLDER
 from tests.jobs import StubEncoder, config_for, content, scenes_manifest, stub_backend
 

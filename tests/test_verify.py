@@ -25,7 +25,7 @@ from pipeline.dataset.lease import take
 from pipeline.dataset.parts import METADATA_KEY
 from pipeline.dataset.saved_config import config_of, recipe_of
 from pipeline.dataset.verify import Health, collect, verify
-from pipeline.job import run_job
+from pipeline.job.main import run_job
 from pipeline.storage.base import sha256
 from pipeline.storage.factory import open_storage
 from pipeline.verify import main

@@ -205,7 +205,7 @@ class Dataset:
         Raises:
             PipelineError: a setting is wrong, or the model that made the dataset is not to be had any more.
         """
-        from pipeline.vectors.relabel import relabel
+        from pipeline.job.relabel import relabel
 
         stored, scratch = self._stored, Scratch() if output is None else None
         place = str(scratch.path / "dataset") if scratch is not None else absolute(os.fspath(output or ""))

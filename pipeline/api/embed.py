@@ -116,7 +116,7 @@ def embed(
     from pipeline.api.paths import absolute
     from pipeline.api.places import Beside, Scratch
     from pipeline.dataset.dataset import open_dataset
-    from pipeline.job import run_job
+    from pipeline.job.main import run_job
 
     columns = Columns(
         id=id, image=image, keep=[keep] if isinstance(keep, str) else keep, ids=listed(ids),

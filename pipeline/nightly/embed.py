@@ -84,7 +84,8 @@ def run_rows(
     ``run`` is the name of the night's run in its log.
 
     Raises:
-        PipelineError: as :func:`pipeline.job.run_job`, except for too many failures: the night is judged as a whole.
+        PipelineError: as :func:`pipeline.job.main.run_job`, except for too many failures: the night is judged as a
+        whole.
     """
     file = f"{name}.parquet"
     if work.size(file) is None:
@@ -103,7 +104,7 @@ def run_rows(
 
 def run_main_job(config: Config, *, run: str) -> None:
     """The main job; a door that only asks for help does without it."""
-    from pipeline.job import run_job
+    from pipeline.job.main import run_job
 
     # The night has a page and an ending of its own, which its job would not know enough for.
     run_job(replace(config, report=replace(config.report, html=False)), run=run, closing_words=False)

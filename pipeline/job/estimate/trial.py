@@ -13,11 +13,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.cluster.inline import Inline
 from pipeline.core.processes import Spent, spent
 from pipeline.core.records import OK, Clocks, Shard
 from pipeline.dataset import commits
 from pipeline.dataset.parts import PartFormat, write_part
+from pipeline.job.cluster.inline import Inline
 from pipeline.storage.base import Storage
 from pipeline.telemetry.members import Member
 

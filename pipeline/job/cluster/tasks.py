@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pipeline.cluster import resident
 from pipeline.core.records import Shard, TextBank
+from pipeline.job.cluster import dask_worker
 
 if TYPE_CHECKING:
     from pipeline.engine.prepare import Prepared
@@ -13,19 +13,19 @@ if TYPE_CHECKING:
 
 def prepare(token: str, bank: TextBank | None) -> tuple[str, Prepared]:
     """Open the model, pass the gates; the address of the worker, and what it found."""
-    return resident.of(token).prepare(bank)
+    return dask_worker.of(token).prepare(bank)
 
 
 def note(token: str) -> None:
     """Write what this worker's gates measured into the output's books."""
-    resident.of(token).note()
+    dask_worker.of(token).note()
 
 
 def embed(token: str, shard: Shard) -> None:
     """Embed a shard; its report is told under the order's topic."""
-    resident.of(token).put(shard).result()
+    dask_worker.of(token).put(shard).result()
 
 
 async def drain(token: str) -> None:
     """No more shards are to come for now: nobody need wait for them; a coroutine, so that Dask does not wait either."""
-    resident.of(token).drained = True
+    dask_worker.of(token).drained = True

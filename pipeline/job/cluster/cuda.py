@@ -8,16 +8,16 @@ from contextlib import AbstractContextManager
 
 from distributed import Client
 
-from pipeline.cluster.cores import VARIABLE, shares
-from pipeline.cluster.opening import open_processes
 from pipeline.config.schema import Config
 from pipeline.core.errors import ClusterUnavailable
+from pipeline.job.cluster.affinity import VARIABLE, shares
+from pipeline.job.cluster.dask_cluster import open_processes
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 def open_client(config: Config) -> AbstractContextManager[Client]:
-    """See :func:`pipeline.cluster.opening.open_cluster`.
+    """See :func:`pipeline.job.cluster.dask_cluster.open_cluster`.
 
     Raises:
         ClusterUnavailable: there are not so many GPUs.

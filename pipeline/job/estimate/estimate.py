@@ -11,9 +11,6 @@ from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from pipeline.cluster.crew import crew_of
-from pipeline.cluster.inline import Inline
-from pipeline.cluster.share import Share
 from pipeline.config.schema import Config
 from pipeline.core.errors import OutputBusy
 from pipeline.core.records import Shard
@@ -21,14 +18,17 @@ from pipeline.dataset import commits, lease
 from pipeline.dataset.parts import part_format
 from pipeline.engine.loop import Job
 from pipeline.engine.prepare import Inputs, Prepared, open_inputs, spec_of
-from pipeline.estimate.figures import figures
-from pipeline.estimate.processes import processes_of
-from pipeline.estimate.record import Estimate
-from pipeline.estimate.scenes import Scenes
-from pipeline.estimate.spread import in_shards, spread
-from pipeline.estimate.trial import BATCHES, Trial, try_out
-from pipeline.estimate.words import lines
 from pipeline.images.pool.pool import Decoders
+from pipeline.job.cluster.executor import crew_of
+from pipeline.job.cluster.inline import Inline
+from pipeline.job.cluster.part import Share
+from pipeline.job.estimate.extrapolate import figures
+from pipeline.job.estimate.format import lines
+from pipeline.job.estimate.record import Estimate
+from pipeline.job.estimate.sampling import in_shards, spread
+from pipeline.job.estimate.scaling import processes_of
+from pipeline.job.estimate.scenes import Scenes
+from pipeline.job.estimate.trial import BATCHES, Trial, try_out
 from pipeline.manifest.shards import cut
 from pipeline.storage.base import Storage
 from pipeline.storage.factory import open_storage
@@ -49,8 +49,8 @@ def estimate_job(
 ) -> Estimate:
     """Measure a few batches of what is left of a job, and tell what all of it would take.
 
-    The arguments are those of :func:`pipeline.job.run_job`. Text features, exported models and a measured batch size
-    go to their caches, where the job will find them; a trial's parts go to a temporary folder.
+    The arguments are those of :func:`pipeline.job.main.run_job`. Text features, exported models and a measured batch
+    size go to their caches, where the job will find them; a trial's parts go to a temporary folder.
 
     Raises:
         PipelineError: what refuses the job refuses its estimate.

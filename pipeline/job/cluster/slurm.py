@@ -9,9 +9,9 @@ from typing import Any
 
 from distributed import Client
 
-from pipeline.cluster.opening import scheduler_options, security, shards_at_once
 from pipeline.config.schema import Config
 from pipeline.core.errors import ClusterUnavailable, install_hint
+from pipeline.job.cluster.dask_cluster import scheduler_options, security, shards_at_once
 
 
 def make_cluster(config: Config) -> Any:
@@ -54,7 +54,7 @@ def make_cluster(config: Config) -> Any:
 
 @contextmanager
 def open_client(config: Config) -> Iterator[Client]:
-    """See :func:`pipeline.cluster.opening.open_cluster`."""
+    """See :func:`pipeline.job.cluster.dask_cluster.open_cluster`."""
     with make_cluster(config) as cluster:
         cluster.scale(jobs=config.cluster.workers or 1)
         with Client(cluster, set_as_default=False) as client:

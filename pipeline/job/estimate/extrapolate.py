@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import sqrt
 
-from pipeline import measured
 from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError, OutputBusy, TooManyFailures
 from pipeline.core.processes import cores
@@ -14,10 +13,11 @@ from pipeline.core.records import OK, Clocks, Shard, Stage
 from pipeline.core.run_report import Pace
 from pipeline.dataset.commits import Commit
 from pipeline.engine.prepare import Prepared
-from pipeline.estimate.processes import Processes
-from pipeline.estimate.record import Estimate
-from pipeline.estimate.trial import Mark, Trial
 from pipeline.images.factory import worker_threads
+from pipeline.job import finish
+from pipeline.job.estimate.record import Estimate
+from pipeline.job.estimate.scaling import Processes
+from pipeline.job.estimate.trial import Mark, Trial
 from pipeline.storage.urls import free_bytes, is_local
 from pipeline.telemetry.members import Member
 
@@ -58,7 +58,7 @@ def pacing(trial: Trial, left: Sequence[Shard], config: Config, prepared: Prepar
         return Pacing(seconds, trial.error, images, 0.0, None, None)
     window = _between(trial.member, trial.begin, trial.end)
     counted, seconds = trial.end.images - trial.begin.images, trial.end.at - trial.begin.at
-    pace = measured.pace_of((window,), config, prepared, images=counted, steady=one, seconds=seconds)
+    pace = finish.pace_of((window,), config, prepared, images=counted, steady=one, seconds=seconds)
     gpu = not prepared.device.startswith("cpu")
     encoding = pace.stages[Stage.ENCODE].share if pace is not None and Stage.ENCODE in pace.stages else 0.0
     if gpu:
@@ -170,7 +170,7 @@ def _measured(
         advice = "too few images to tell"
     if loop.window is not None:
         # As if the window were all of the loop: what binds is told by shares.
-        bound, advice = measured.bound((loop.window,), config, prepared, startup=startup, wall=seconds)
+        bound, advice = finish.bound((loop.window,), config, prepared, startup=startup, wall=seconds)
     failed = trial.rows - trial.counts[OK]
     low, high = failing(failed, trial.rows)
     whole = trial.whole and trial.rows == estimate.left_rows

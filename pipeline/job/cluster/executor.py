@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeAlias
 
-from pipeline.cluster.inline import Inline
 from pipeline.config.schema import Config
 from pipeline.core.errors import ClusterUnavailable, install_hint
 from pipeline.images.pool.pool import Decoders
+from pipeline.job.cluster.inline import Inline
 from pipeline.storage.base import Storage
 
 if TYPE_CHECKING:
-    from pipeline.cluster.fleet import Fleet
+    from pipeline.job.cluster.dask_executor import Fleet
 
 Crew: TypeAlias = "Inline | Fleet"
 
@@ -33,7 +33,7 @@ def crew_of(config: Config, storage: Storage, check: Callable[[], None], decoder
     if name == "inline":
         return Inline(config, storage, decoders)
     try:
-        from pipeline.cluster.fleet import Fleet
+        from pipeline.job.cluster.dask_executor import Fleet
     except ImportError as error:
         extra = name if name in ("slurm", "kubernetes") else "dask"
         raise ClusterUnavailable(f"cluster={name} needs Dask ({error}): {install_hint(extra)}") from error

@@ -39,12 +39,12 @@ def processes_of(config: Config) -> Processes:
     if cluster.name == "inline":
         return Processes(1)
     if cluster.name == "local":
-        from pipeline.cluster.local import WORKERS
+        from pipeline.job.cluster.local import WORKERS
 
         count = cluster.workers or WORKERS
         return Processes(count, words=f"one process was measured; {count} share the same cores")
     if cluster.name == "cuda":
-        from pipeline.cluster.cuda import visible
+        from pipeline.job.cluster.cuda import visible
 
         found = len(visible())
         count = cluster.workers or found

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -39,7 +40,6 @@ from pipeline.storage.factory import open_storage
 from pipeline.telemetry.clocks import StageClocks
 from pipeline.telemetry.logs import log_to, log_to_terminal
 from pipeline.telemetry.progress import Progress
-from pipeline.vectors.told import REPORT, RelabelReport, say
 
 # Rows are scored in the batches of the source's job, so that even rounding is the same, but in no larger ones.
 MOST = 1024
@@ -261,3 +261,53 @@ def _count_changed(before: pa.ChunkedArray, after: pa.ChunkedArray) -> int:
     same = pc.fill_null(pc.equal(before, after), False)
     neither = pc.and_(pc.is_null(before), pc.is_null(after))
     return len(before) - int(pc.sum(pc.or_(same, neither)).as_py())
+
+
+REPORT = "_report.json"
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class RelabelReport:
+    """What ``_report.json`` says of a relabelled dataset; times are seconds, ``stages`` those of the threads' cores.
+
+    ``rows`` counts what this run committed, ``vectors`` those of them that have an embedding, ``changed`` those whose
+    label is another than in the source. ``core_seconds`` are of the whole loop, ``rows_per_core_second`` follows.
+    """
+
+    source: Mapping[str, str]
+    started: str
+    rows: int
+    vectors: int
+    changed: int
+    resumed_rows: int
+    total_rows: int
+    wall_seconds: float
+    startup_seconds: float
+    core_seconds: float
+    rows_per_core_second: float
+    stages: Mapping[str, float]
+    counts: Mapping[str, int]
+    labels: Mapping[str, int]
+    prompts: Mapping[str, object]
+    memory: Mapping[str, float]
+    machine: Mapping[str, object]
+    versions: Mapping[str, str]
+    fingerprints: Mapping[str, object]
+    config: Mapping[str, object]
+    exit_code: int = 0
+
+
+def say(result: RelabelReport, output: str) -> None:
+    """The same for the log, in a few lines."""
+    if not result.rows:
+        log.info("%s is complete: %d rows; nothing to do", output, result.total_rows)
+        return
+    log.info(
+        "%s rows labelled in %.1f s, %s rows a second of a core; %s have another label than in the source",
+        f"{result.rows:,}",
+        result.wall_seconds,
+        f"{result.rows_per_core_second:,.0f}",
+        f"{result.changed:,}",
+    )
+    log.info("dataset: %s   report: %s/_report.html", output, output)

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 from distributed import Client
 
-from pipeline.cluster.opening import security
 from pipeline.config.schema import Config
 from pipeline.core.errors import ClusterUnavailable
+from pipeline.job.cluster.dask_cluster import security
 
 # How long a scheduler may take to answer, in seconds.
 TIMEOUT = 30
@@ -17,7 +17,7 @@ TIMEOUT = 30
 
 @contextmanager
 def open_client(config: Config) -> Iterator[Client]:
-    """See :func:`pipeline.cluster.opening.open_cluster`; the cluster itself goes on afterwards."""
+    """See :func:`pipeline.job.cluster.dask_cluster.open_cluster`; the cluster itself goes on afterwards."""
     address = config.cluster.address
     try:
         client = Client(address, security=security(config.cluster), set_as_default=False, timeout=TIMEOUT)

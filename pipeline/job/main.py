@@ -11,8 +11,6 @@ from contextlib import ExitStack, closing, suppress
 from functools import partial
 from pathlib import Path
 
-from pipeline.cluster.crew import Crew, crew_of
-from pipeline.cluster.share import Done, Share
 from pipeline.config.schema import Config
 from pipeline.core.concurrency import in_order
 from pipeline.core.errors import ShardsGivenUp, StorageError, TooManyFailures
@@ -22,11 +20,13 @@ from pipeline.core.records import OK
 from pipeline.core.run_report import RunReport
 from pipeline.dataset import commits, lease, plan
 from pipeline.dataset.parts import part_format
-from pipeline.ending import REPORT, Ending, report_of, say, say_labels
 from pipeline.engine.demo import folder as demo
 from pipeline.engine.loop import Job
 from pipeline.engine.prepare import open_inputs, settle, spec_of
 from pipeline.images.pool.pool import Decoders
+from pipeline.job.cluster.executor import Crew, crew_of
+from pipeline.job.cluster.part import Done, Share
+from pipeline.job.finish import REPORT, Ending, report_of, say, say_labels
 from pipeline.manifest.shards import cut
 from pipeline.report import summary
 from pipeline.report.history import earlier_runs, is_stale

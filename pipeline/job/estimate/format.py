@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pipeline.core.records import OK
-from pipeline.estimate.record import Estimate
+from pipeline.job.estimate.record import Estimate
 
 
 def lines(estimate: Estimate) -> Iterator[str]:

@@ -22,12 +22,12 @@ from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from pipeline.cluster.forward import Forward, Teller
-from pipeline.cluster.order import Order
 from pipeline.core.concurrency import aside
 from pipeline.core.errors import Interrupted, PlanMismatch, WorkerMismatch
 from pipeline.core.processes import cores
 from pipeline.core.records import OK, Shard, ShardReport, TextBank
+from pipeline.job.cluster.events import Forward, Teller
+from pipeline.job.cluster.job_spec import Order
 from pipeline.storage.factory import open_storage
 from pipeline.telemetry.members import Member
 
@@ -109,7 +109,7 @@ class Resident:
                 self._bank.set_result(job.bank)
 
     def prepare(self, bank: TextBank | None) -> tuple[str, Prepared]:
-        """See :func:`pipeline.cluster.tasks.prepare`."""
+        """See :func:`pipeline.job.cluster.tasks.prepare`."""
         from pipeline.engine import prepare as setup
 
         if not self._bank.done():
@@ -123,7 +123,7 @@ class Resident:
         return self._worker.address, self._prepared
 
     def note(self) -> None:
-        """See :func:`pipeline.cluster.tasks.note`."""
+        """See :func:`pipeline.job.cluster.tasks.note`."""
         from pipeline.engine.prepare import note
 
         if self._prepared is not None:

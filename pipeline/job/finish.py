@@ -9,22 +9,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from pipeline import measured
-from pipeline.cluster.share import Done
 from pipeline.config.schema import Config
 from pipeline.core.errors import TooManyFailures
-from pipeline.core.processes import cores
-from pipeline.core.records import OK, TextBank, Timeline
-from pipeline.core.run_report import RunReport
+from pipeline.core.processes import Spent, cores
+from pipeline.core.records import OK, Stage, TextBank, Timeline
+from pipeline.core.run_report import Pace, RunReport
 from pipeline.dataset.commits import Commit
 from pipeline.engine.prepare import Prepared
 from pipeline.images.reader import PixelReader
+from pipeline.job import finish
+from pipeline.job.cluster.part import Done
 from pipeline.manifest.manifest import Manifest
 from pipeline.report import summary
 from pipeline.report.faster_decoder import faster_decoder
 from pipeline.report.page import place_of
 from pipeline.report.render import PAGE
 from pipeline.report.summary import DatasetSummary
+from pipeline.report.throughput import find_pace
 from pipeline.telemetry.members import Member, peak_memory, total_clocks, total_cores
 from pipeline.telemetry.timeline import merge
 
@@ -94,11 +95,11 @@ def report_of(
     wall, startup = max(ran.ended - ran.began, 1e-3), end.loop_began - own.began + end.first_batch_seconds
     # The parts of a job need not run side by side, so that there is no pace of them all.
     pace = (
-        measured.pace_of(own.members, config, prepared, images=own.images, steady=end.steady, seconds=end.loop_seconds)
+        finish.pace_of(own.members, config, prepared, images=own.images, steady=end.steady, seconds=end.loop_seconds)
         if end.whole
         else None
     )
-    bound, advice = measured.bound(ran.members, config, prepared, startup=startup, wall=wall)
+    bound, advice = finish.bound(ran.members, config, prepared, startup=startup, wall=wall)
     if bound == "encoding" and pace is not None and pace.cores_busy < BUSY * places and prepared.device == "cpu":
         advice = (
             f"only {pace.cores_busy:.1f} of {places} cores worked for this run: other programs, or a limit on this "
@@ -180,3 +181,51 @@ def say(result: RunReport, config: Config) -> None:
     log.info("rows by status: %s", ", ".join(f"{name} {count}" for name, count in result.counts.items()))
     name = PAGE if config.report.html else REPORT
     log.info("dataset: %s   report: %s/%s", config.output.dir, config.output.dir, name)
+
+
+def bound(
+    members: Sequence[Member], config: Config, prepared: Prepared, *, startup: float, wall: float
+) -> tuple[str, str]:
+    """See :func:`pipeline.report.summary.find_bound`; the advice is for each process."""
+    return summary.find_bound(
+        total_clocks(members),
+        startup=startup,
+        wall=wall,
+        workers=_threads(config, prepared),
+        decoder=config.images.decoder,
+        streams=prepared.streams,
+        device=prepared.device.partition(":")[0],
+        precision=prepared.precision,
+        cores=_cores(prepared),
+    )
+
+
+def pace_of(
+    members: Sequence[Member], config: Config, prepared: Prepared, *, images: int, steady: float, seconds: float
+) -> Pace | None:
+    """See :func:`pipeline.report.throughput.find_pace`; processes that worked side by side count together."""
+    spent = Spent(
+        own=sum(member.own_core_seconds for member in members),
+        children=sum(member.child_core_seconds for member in members),
+    )
+    processes = len({(member.host, member.name) for member in members})
+    reading, encoding = processes * _threads(config, prepared), processes * prepared.streams
+    return find_pace(
+        total_clocks(members),
+        spent,
+        images=images if members else 0,
+        steady=steady,
+        seconds=seconds,
+        cores=total_cores(members),
+        device=prepared.device.partition(":")[0],
+        threads={Stage.READ: reading, Stage.DECODE: reading, Stage.ENCODE: encoding, Stage.LABEL: encoding},
+    )
+
+
+def _threads(config: Config, prepared: Prepared) -> int:
+    """Threads that read and decode in each process."""
+    return config.loader.workers or _cores(prepared)
+
+
+def _cores(prepared: Prepared) -> int:
+    return int(str(prepared.machine["cores"]))

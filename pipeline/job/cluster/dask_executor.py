@@ -14,17 +14,13 @@ import time
 import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
-from distributed import Client, Future, KilledWorker
-from distributed.client import ClosedClientError
+from distributed import Client, Future, KilledWorker, Worker, WorkerPlugin
+from distributed.client import ClosedClientError, FutureCancelledError
+from distributed.comm.core import CommClosedError
 
-from pipeline.cluster import tasks
-from pipeline.cluster.delivery import Delivery
-from pipeline.cluster.opening import open_cluster
-from pipeline.cluster.order import Order
-from pipeline.cluster.reached import LOST, reached
 from pipeline.config.schema import Config
 from pipeline.core.errors import ClusterLost, ClusterUnavailable
 from pipeline.core.records import Shard, ShardReport
@@ -33,8 +29,31 @@ from pipeline.engine.loop import Job
 from pipeline.engine.prepare import Inputs, Prepared, spec_of
 from pipeline.images.factory import pixel_reader
 from pipeline.images.reader import PixelReader
+from pipeline.job.cluster import dask_worker, tasks
+from pipeline.job.cluster.dask_cluster import open_cluster
+from pipeline.job.cluster.job_spec import Order
 from pipeline.storage.base import Storage
 from pipeline.telemetry.members import Member, from_json
+
+LOST = "the scheduler of the cluster is gone; what was committed stays, and the same command goes on"
+
+
+@contextmanager
+def reached(*more: type[Exception]) -> Iterator[None]:
+    """Around what needs the scheduler.
+
+    Args:
+        more: what else can mean nothing but that it cannot be reached.
+
+    Raises:
+        ClusterLost: it is gone.
+    """
+    gone: tuple[type[Exception], ...] = (CommClosedError, ClosedClientError, FutureCancelledError, *more)
+    try:
+        yield
+    except gone as error:
+        raise ClusterLost(LOST) from error
+
 
 # How often the driver looks after workers and tasks when nothing is told, and how often it counts the room, in seconds;
 # and the shards that are sent ahead of the room, so that a worker need not wait for the driver.
@@ -293,3 +312,19 @@ class Fleet:
 def _deaths(error: BaseException) -> int:
     """Workers that died of a task; a scheduler of one's own tells of the first, others try it elsewhere before."""
     return 1 + (error.allowed_failures if isinstance(error, KilledWorker) else 0)
+
+
+class Delivery(WorkerPlugin):
+    """Brings an order, and takes it back, with the model that was opened for it, where ``closes`` says so."""
+
+    def __init__(self, order: Order, *, closes: bool) -> None:
+        self.order, self.closes = order, closes
+
+    def setup(self, worker: Worker) -> None:
+        """Begin to open the model; returns at once."""
+        dask_worker.receive(worker, self.order)
+
+    def teardown(self, worker: Worker) -> None:
+        """The worker ends, or the job does."""
+        if self.closes:
+            dask_worker.leave(self.order)

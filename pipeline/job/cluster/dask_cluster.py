@@ -12,17 +12,17 @@ import dask
 from distributed import Client, Scheduler, SpecCluster
 from distributed.security import Security
 
-from pipeline.cluster.cores import quiet
 from pipeline.config.schema import ClusterConfig, Config
 from pipeline.core.errors import ClusterUnavailable
 from pipeline.images.factory import worker_threads
+from pipeline.job.cluster.affinity import quiet
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 # The rows of a chunk that the loader decodes at once, at least.
 _CHUNK = 8
 MOST_SHARDS = 32
 SETTINGS = {
-    # Who is to blame for the death of a worker is found out by :mod:`pipeline.cluster.fleet`.
+    # Who is to blame for the death of a worker is found out by :mod:`pipeline.job.cluster.dask_executor`.
     "distributed.scheduler.allowed-failures": 0,
     # A worker that is just being started when this is over, since it was lost, would not be started again ever after.
     "distributed.deploy.lost-worker-timeout": "1000 days",
@@ -48,7 +48,7 @@ def open_cluster(config: Config) -> Iterator[Client]:
         ClusterUnavailable: it cannot be started or reached.
     """
     cluster = config.cluster
-    module = importlib.import_module(f"pipeline.cluster.{cluster.name}")
+    module = importlib.import_module(f"pipeline.job.cluster.{cluster.name}")
     levels = quiet()
     if cluster.name != "address" and cluster.host not in LOCAL and cluster.tls_ca is None:
         log.warning(
@@ -120,7 +120,7 @@ def open_processes(config: Config, environments: list[dict[str, str]]) -> Iterat
         "dashboard_address": f"{cluster.host}:0",
         "memory_limit": 0,
         "silence_logs": logging.CRITICAL,
-        "preload": ["pipeline.cluster.cores"],
+        "preload": ["pipeline.job.cluster.affinity"],
     }
     workers = {
         number: {"cls": Nanny, "options": {**options, "env": environment}}

@@ -8,9 +8,9 @@ from typing import Any
 
 from distributed import Client
 
-from pipeline.cluster.opening import shards_at_once
 from pipeline.config.schema import Config
 from pipeline.core.errors import ClusterUnavailable, install_hint
+from pipeline.job.cluster.dask_cluster import shards_at_once
 
 
 def pod_settings(config: Config) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def pod_settings(config: Config) -> dict[str, Any]:
 
 @contextmanager
 def open_client(config: Config) -> Iterator[Client]:
-    """See :func:`pipeline.cluster.opening.open_cluster`.
+    """See :func:`pipeline.job.cluster.dask_cluster.open_cluster`.
 
     Raises:
         ClusterUnavailable: dask-kubernetes is not installed.
