@@ -190,7 +190,7 @@ def _seconds(name: str) -> int:
 
 def test_alerts_and_dashboard_ask_for_metrics_that_the_service_has() -> None:
     pytest.importorskip("prometheus_client")
-    from pipeline.service.metrics import Metrics
+    from pipeline.serve.metrics import Metrics
 
     page = Metrics().page().decode()
     offered = set(re.findall(r"^# TYPE (\S+) (?:counter|gauge|histogram)$", page, re.MULTILINE))

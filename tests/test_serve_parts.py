@@ -20,25 +20,25 @@ import pytest
 import torch
 import uvicorn
 
-from pipeline import serve
 from pipeline.config.schema import Config, LoaderConfig, ServeConfig
 from pipeline.core.errors import ConfigError, NumericalError
 from pipeline.core.records import TextBank
 from pipeline.engine.forward import Labelling
-from pipeline.service.admission import Admission
-from pipeline.service.app import build
-from pipeline.service.batching import Batcher, portion
-from pipeline.service.bodies import read_asked
-from pipeline.service.engine import shapes
-from pipeline.service.envelope import Envelope
-from pipeline.service.errors import Refused
-from pipeline.service.forward import Forward, Picture
-from pipeline.service.metrics import Metrics
-from pipeline.service.patience import Patient, Server
-from pipeline.service.schemas import EmbedRequest, PredictRequest
-from pipeline.service.service import Service
-from pipeline.service.settings import VARIABLE, config_of_environment, service_config
-from pipeline.service.texts import Recent
+from pipeline.serve import __main__ as serve
+from pipeline.serve.app import build
+from pipeline.serve.batching import Batcher, portion
+from pipeline.serve.engine import shapes
+from pipeline.serve.errors import Refused
+from pipeline.serve.forward import Forward, Picture
+from pipeline.serve.limits import Admission
+from pipeline.serve.metrics import Metrics
+from pipeline.serve.middleware import Envelope
+from pipeline.serve.requests import read_asked
+from pipeline.serve.schemas import EmbedRequest, PredictRequest
+from pipeline.serve.service import Service
+from pipeline.serve.settings import VARIABLE, config_of_environment, service_config
+from pipeline.serve.text_cache import Recent
+from pipeline.serve.uvicorn_server import Patient, Server
 from tests.conftest import ROOT
 from tests.forks import forks
 from tests.jobs import StubEncoder

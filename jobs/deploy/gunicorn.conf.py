@@ -80,7 +80,7 @@ class Worker(UvicornWorker):
 
     async def _serve(self) -> None:
         """As the class above, with the server of ``python -m pipeline.serve``: its patience, and its end."""
-        from pipeline.service.patience import Server
+        from pipeline.serve.uvicorn_server import Server
 
         self.config.app = self.wsgi
         server = Server(self.config, self.wsgi.state.service)
@@ -102,7 +102,7 @@ _host = os.environ.get("SERVE_HOST") or "127.0.0.1"
 _port = _number("SERVE_PORT", 8000, 1)
 _gpus = _visible_gpus()
 
-wsgi_app = "pipeline.service.app:create()"
+wsgi_app = "pipeline.serve.app:create()"
 bind = [f"[{_host}]:{_port}" if ":" in _host else f"{_host}:{_port}"]
 worker_class = Worker
 workers = _number("WEB_CONCURRENCY", len(_gpus) or 1, 1)

@@ -41,7 +41,7 @@ ADDRESSES = {
     "prometheus.yml": {"127.0.0.1:8001": "worker"},
     "alerts.yml": {},
 }
-APP = "pipeline.service.app:create()"
+APP = "pipeline.serve.app:create()"
 # A white PNG of 2 by 2 pixels.
 PICTURE = "iVBORw0KGgoAAAANSUhEUgAAAAIAAAACCAAAAABX3VL4AAAADklEQVR42mP4/5/h/38AC/oD/f1NxGYAAAAASUVORK5CYII="
 REQUEST_ID = "up-and-down"

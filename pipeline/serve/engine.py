@@ -36,8 +36,8 @@ from pipeline.images.sources.source import Source
 from pipeline.images.versions import library
 from pipeline.manifest.manifest import open_manifest
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
-from pipeline.service.forward import Forward, Picture, Row
-from pipeline.service.texts import Texts
+from pipeline.serve.forward import Forward, Picture, Row
+from pipeline.serve.text_cache import Texts
 
 Timer = Callable[[str, float], None]
 # Of two shapes, the smaller one holds so many times fewer pictures.
@@ -92,7 +92,7 @@ def open_engine(config: Config, opened: ExitStack, *, timer: Timer, texts: Calla
     """Open the model on its backend, compare it with fp32, and run it once; what must be closed is left to ``opened``.
 
     Args:
-        config: checked by :func:`~pipeline.service.settings.check_service`.
+        config: checked by :func:`~pipeline.serve.settings.check_service`.
         opened: closes the engine.
         timer: told how long ``encode`` and ``label`` took, from any thread.
         texts: told where text features came from.

@@ -24,11 +24,11 @@ from pipeline.core.errors import exit_code_of
 from pipeline.core.log_format import ending, new_run
 from pipeline.core.records import OK, Failure
 from pipeline.engine.forward import Labelling
-from pipeline.service.bodies import Asked, Image, read_asked
-from pipeline.service.envelope import KEY, Envelope, Exchange
-from pipeline.service.errors import Gone, Refused
-from pipeline.service.forward import Row
-from pipeline.service.schemas import (
+from pipeline.serve.errors import Gone, Refused
+from pipeline.serve.forward import Row
+from pipeline.serve.middleware import KEY, Envelope, Exchange
+from pipeline.serve.requests import Asked, Image, read_asked
+from pipeline.serve.schemas import (
     ERRORS,
     EmbedAnswer,
     EmbedRequest,
@@ -39,8 +39,8 @@ from pipeline.service.schemas import (
     asked_schemas,
     body_of,
 )
-from pipeline.service.service import Service
-from pipeline.service.settings import config_of_environment
+from pipeline.serve.service import Service
+from pipeline.serve.settings import config_of_environment
 from pipeline.telemetry.logs import library_messages, log_to_terminal
 
 # Bodies from so many bytes on are read in another thread.

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pipeline.core.concurrency import own_exit_code
 from pipeline.core.errors import Interrupted, PipelineError, exit_code_of
 from pipeline.core.log_format import JsonLines, ending, new_run
-from pipeline.service.settings import need_packages, service_config
+from pipeline.serve.settings import need_packages, service_config
 
 EXAMPLES = """\
 examples:
@@ -24,7 +24,7 @@ examples:
 
 POST /embed and /predict, GET /healthz, /readyz, /metrics, /version and /openapi.json. Rows are those that a job with
 the same settings writes. SIGTERM ends it once every request that was accepted is answered.
-For several GPUs, gunicorn starts 'pipeline.service.app:create()' with overrides from PIPELINE_SERVE_OVERRIDES.
+For several GPUs, gunicorn starts 'pipeline.serve.app:create()' with overrides from PIPELINE_SERVE_OVERRIDES.
 exit codes: 0 ended as asked, 2 wrong config or machine, 4 backend too far from fp32, 1 requests were left or it broke
 """
 
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = service_config(options.overrides)
         formatter = JsonLines(run) if config.log.format == "json" else None
         need_packages()
-        from pipeline.service.server import serve
+        from pipeline.serve.server import serve
         from pipeline.telemetry.logs import library_messages, log_to_terminal
 
         with library_messages(config.log, run), log_to_terminal(config.log, run):

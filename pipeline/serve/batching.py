@@ -2,7 +2,7 @@
 
 Everything here happens in the thread of the event loop; a batch alone is worked on in another. A picture's place in
 its batch is that of its item in a list that nobody changes, so that no answer can go to another request; that the
-encoder keeps its rows in order too is proved in :mod:`pipeline.service.forward`.
+encoder keeps its rows in order too is proved in :mod:`pipeline.serve.forward`.
 """
 
 from __future__ import annotations

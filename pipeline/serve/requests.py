@@ -19,8 +19,8 @@ from python_multipart.multipart import parse_options_header
 
 from pipeline.config.schema import ServeConfig
 from pipeline.models.text import is_text
-from pipeline.service.errors import Refused
-from pipeline.service.schemas import FORMS, JSON, MULTIPART, EmbedRequest, EncodedImage, PredictRequest
+from pipeline.serve.errors import Refused
+from pipeline.serve.schemas import FORMS, JSON, MULTIPART, EmbedRequest, EncodedImage, PredictRequest
 
 # Of all that is wrong with a body, so much is told.
 TOLD = 5

@@ -13,9 +13,9 @@ import uvicorn
 from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError, Problem, exit_code_of
 from pipeline.core.log_format import ending
-from pipeline.service.app import build
-from pipeline.service.patience import Server
-from pipeline.service.service import Service
+from pipeline.serve.app import build
+from pipeline.serve.service import Service
+from pipeline.serve.uvicorn_server import Server
 
 # Seconds that an idle connection is kept, longer than proxies keep theirs (nginx: 60), so that they close first.
 KEEP_ALIVE = 75

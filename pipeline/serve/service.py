@@ -19,13 +19,13 @@ from pipeline.core.concurrency import aside
 from pipeline.core.errors import DecoderUnavailable
 from pipeline.core.records import OK, Failure, Pixels
 from pipeline.engine.forward import Labelling
-from pipeline.service.admission import Admission
-from pipeline.service.batching import Batcher
-from pipeline.service.bodies import Asked, Image, invalid
-from pipeline.service.engine import Engine, open_engine, shapes
-from pipeline.service.errors import Refused
-from pipeline.service.forward import Picture, Row
-from pipeline.service.metrics import Metrics
+from pipeline.serve.batching import Batcher
+from pipeline.serve.engine import Engine, open_engine, shapes
+from pipeline.serve.errors import Refused
+from pipeline.serve.forward import Picture, Row
+from pipeline.serve.limits import Admission
+from pipeline.serve.metrics import Metrics
+from pipeline.serve.requests import Asked, Image, invalid
 
 # Seconds after which a client may ask again while the model is opened, or where no decoder can be started.
 RETRY = 5

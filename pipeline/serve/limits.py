@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from pipeline.config.schema import ServeConfig
-from pipeline.service.errors import Refused
-from pipeline.service.metrics import Metrics
+from pipeline.serve.errors import Refused
+from pipeline.serve.metrics import Metrics
 
 # Seconds after which a client that was refused may try again, at least and at most.
 SOON, LATE = 1, 60

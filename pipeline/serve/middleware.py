@@ -14,8 +14,8 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.service.errors import Gone, Refused, content
-from pipeline.service.service import Service
+from pipeline.serve.errors import Gone, Refused, content
+from pipeline.serve.service import Service
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]

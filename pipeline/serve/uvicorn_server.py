@@ -18,7 +18,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 if TYPE_CHECKING:
     # gunicorn's workers take this file before the app brings PyTorch.
-    from pipeline.service.service import Service
+    from pipeline.serve.service import Service
 
 # Seconds in which a body that was refused may still come, so that its sender reads why; then the connection ends.
 LINGER = 2.0
