@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.bench import figures, rounds, rows
-from pipeline.bench.children import Child, Died, Refused
+from pipeline.bench import backends_run, selection, stats
 from pipeline.bench.records import Row
+from pipeline.bench.worker_process import Child, Died, Refused
 from pipeline.config.schema import Config
 from pipeline.core.errors import PipelineError
 from tests.conftest import ROOT
@@ -72,15 +72,15 @@ def say_nothing(text: str) -> None:
     return
 
 
-def plan(*names: str, batches: tuple[int, ...] = (1, 4), repeats: int = 2, timeout: float = 30.0) -> rounds.Plan:
-    return rounds.Plan([Row(name) for name in names], list(batches), repeats, seconds=0.1, timeout=timeout)
+def plan(*names: str, batches: tuple[int, ...] = (1, 4), repeats: int = 2, timeout: float = 30.0) -> backends_run.Plan:
+    return backends_run.Plan([Row(name) for name in names], list(batches), repeats, seconds=0.1, timeout=timeout)
 
 
 # -- rows
 
 
 def test_a_backend_alone_stands_for_all_its_rows_and_words_choose_one() -> None:
-    found, problems = rows.read_only(
+    found, problems = selection.read_only(
         "onnx_int8, torch:compiled:bf16 ,torch:fp16:max-autotune,onnx:fp32,onnx_int8:static"
     )
     assert problems == []
@@ -94,24 +94,24 @@ def test_a_backend_alone_stands_for_all_its_rows_and_words_choose_one() -> None:
 
 
 def test_what_is_wrong_with_the_options_is_said_all_at_once() -> None:
-    _, problems = rows.read_only("torhc,torch:bf61,onnx:compiled,tensorrt")
+    _, problems = selection.read_only("torhc,torch:bf61,onnx:compiled,tensorrt")
     assert [(problem.value, problem.hint) for problem in problems] == [
         ("torhc", "did you mean torch?"),
         ("torch:bf61", "did you mean bf16?"),
         ("onnx:compiled", ""),
     ]
-    assert [problem.value for problem in rows.read_only(",")[1]] == [","]
-    assert rows.read_batches("32,1, 8,32") == ([1, 8, 32], [])
-    assert [problem.value for problem in rows.read_batches("8,x,0,65537,")[1]] == ["x", "0", "65537", ""]
+    assert [problem.value for problem in selection.read_only(",")[1]] == [","]
+    assert selection.read_batches("32,1, 8,32") == ([1, 8, 32], [])
+    assert [problem.value for problem in selection.read_batches("8,x,0,65537,")[1]] == ["x", "0", "65537", ""]
 
 
 def test_the_reference_comes_first_and_compiled_means_what_suits_the_device() -> None:
-    assert rows.for_device([Row("torch", "bf16", "compiled")], "cuda") == [
-        rows.REFERENCE,
+    assert selection.for_device([Row("torch", "bf16", "compiled")], "cuda") == [
+        selection.REFERENCE,
         Row("torch", "bf16", "reduce-overhead"),
     ]
-    assert rows.for_device(rows.ROWS, "cpu")[:2] == [rows.REFERENCE, Row("torch", "fp32", "default")]
-    assert len(rows.for_device(rows.ROWS, "cpu")) == len(rows.ROWS)
+    assert selection.for_device(selection.ROWS, "cpu")[:2] == [selection.REFERENCE, Row("torch", "fp32", "default")]
+    assert len(selection.for_device(selection.ROWS, "cpu")) == len(selection.ROWS)
 
 
 @pytest.mark.parametrize(
@@ -149,10 +149,10 @@ def test_a_row_has_a_title_and_the_overrides_that_give_it(row: Row, precision: s
 
 def test_percentiles_are_values_that_were_measured() -> None:
     values = [float(i) for i in range(1, 101)]
-    assert figures.percentile(values[::-1], 99) == 99
-    assert figures.percentile(values, 50) == 50
-    assert figures.percentile([5.0, 1.0], 99) == 5
-    assert figures.percentile([3.0], 50) == 3
+    assert stats.percentile(values[::-1], 99) == 99
+    assert stats.percentile(values, 50) == 50
+    assert stats.percentile([5.0, 1.0], 99) == 5
+    assert stats.percentile([3.0], 50) == 3
 
 
 def test_ratios_are_of_medians_at_the_best_and_at_the_same_batch() -> None:
@@ -161,15 +161,15 @@ def test_ratios_are_of_medians_at_the_best_and_at_the_same_batch() -> None:
         bench.results[0], at=(measured(1, (9.0, 10.0, 100.0)), measured(8, (20.0, 21.0)), measured(32, (5.0, 15.0)))
     )
     other = dataclasses.replace(bench.results[2], at=(measured(1, (30.0,)), measured(32, (80.0, 90.0, 60.0))))
-    assert figures.best(reference) is reference.at[1]
-    assert figures.rate(reference.at[0]) == 10
-    assert figures.speed(other, reference) == pytest.approx(80 / 20.5)
-    assert figures.speed_at_same_batch(other, reference) == pytest.approx(80 / 10)
-    assert figures.speed(bench.results[-1], reference) is None
+    assert stats.best(reference) is reference.at[1]
+    assert stats.rate(reference.at[0]) == 10
+    assert stats.speed(other, reference) == pytest.approx(80 / 20.5)
+    assert stats.speed_at_same_batch(other, reference) == pytest.approx(80 / 10)
+    assert stats.speed(bench.results[-1], reference) is None
 
 
 def test_the_advice_is_the_fastest_row_that_holds_the_thresholds() -> None:
-    advice = figures.advise(plausible())
+    advice = stats.advise(plausible())
     assert advice.text == "onnx_int8 dynamic: 4.1 times torch fp32 (58.8 images/s at batch 32), lowest cosine 0.9998"
     assert advice.overrides == "backend=onnx_int8 loader.batch_size=32"
     assert advice.beside == "onnx_int8 static is faster (61.6 images/s), but its lowest cosine 0.9670 is below 0.98"
@@ -179,16 +179,16 @@ def test_torch_fp32_is_advised_where_nothing_faster_holds() -> None:
     bench = plausible()
     strict = dataclasses.replace(bench, results=(bench.results[0], bench.results[-4]))
     assert strict.results[1].title == "onnx_int8 static"
-    advice = figures.advise(strict)
+    advice = stats.advise(strict)
     assert advice.text == "torch fp32: 14.4 images/s at batch 32; nothing that holds the parity thresholds is faster"
     assert advice.overrides == "backend=torch backend.precision=fp32 loader.batch_size=32"
 
 
 def test_a_cosine_is_never_rounded_up() -> None:
-    assert figures.floored(0.999996, 5) == "0.99999"
-    assert figures.floored(0.9998, 4) == "0.9998"
-    assert figures.floored(1 - 1e-9, 4) == "1.0000"
-    assert figures.floored(-1.0, 2) == "-1.00"
+    assert stats.floored(0.999996, 5) == "0.99999"
+    assert stats.floored(0.9998, 4) == "0.9998"
+    assert stats.floored(1 - 1e-9, 4) == "1.0000"
+    assert stats.floored(-1.0, 2) == "-1.00"
 
 
 # -- children and rounds
@@ -196,7 +196,7 @@ def test_a_cosine_is_never_rounded_up() -> None:
 
 def test_rows_that_cannot_run_are_listed_with_the_reason_and_the_rest_goes_on(tmp_path: Path) -> None:
     chosen = plan("onnx", "torch_int8", "torchscript", "tensorrt", "onnx_int8")
-    results, _ = rounds.run(Config(), chosen, tmp_path, say=say_nothing, start=stub)
+    results, _ = backends_run.run(Config(), chosen, tmp_path, say=say_nothing, start=stub)
     found = {result.row.backend: result for result in results}
     assert [one.batch for one in found["torch"].at] == [1, 4]
     assert [one.batch for one in found["onnx_int8"].at] == [1, 4]
@@ -211,13 +211,13 @@ def test_rows_that_cannot_run_are_listed_with_the_reason_and_the_rest_goes_on(tm
 
 
 def test_a_row_that_does_not_answer_in_time_is_ended(tmp_path: Path) -> None:
-    results, _ = rounds.run(Config(), plan("torch_fp8", timeout=3.0), tmp_path, say=say_nothing, start=stub)
+    results, _ = backends_run.run(Config(), plan("torch_fp8", timeout=3.0), tmp_path, say=say_nothing, start=stub)
     assert results[1].failure == "no answer within 3 s; --timeout sets another limit"
     assert len(results[0].at) == 2
 
 
 def test_rounds_go_over_all_rows_in_turn_one_at_a_time(tmp_path: Path) -> None:
-    results, _ = rounds.run(
+    results, _ = backends_run.run(
         Config(), plan("tensorrt", "onnx_int8", batches=(1,), repeats=3), tmp_path, say=say_nothing, start=stub
     )
     order = (tmp_path / "order.txt").read_text().splitlines()
@@ -244,16 +244,16 @@ def test_without_the_reference_there_is_no_table(tmp_path: Path) -> None:
         return Child([sys.executable, "-c", "raise SystemExit('no')"], complaints=work / "log", environment={})
 
     with pytest.raises(PipelineError, match="ended with exit code 1: no"):
-        rounds.run(Config(), plan("onnx_int8"), tmp_path, say=say_nothing, start=broken)
+        backends_run.run(Config(), plan("onnx_int8"), tmp_path, say=say_nothing, start=broken)
 
 
 def test_thresholds_do_not_keep_a_row_out_unless_its_exports_are_kept() -> None:
     config = Config()
-    private = rounds._set_up(Row("onnx"), config, Path("/work"))["config"]
+    private = backends_run._set_up(Row("onnx"), config, Path("/work"))["config"]
     assert private["backend"]["artifacts"] == "/work/onnx-auto-none-dynamic/artifacts"
     assert set(private["parity"]["lowest_cosine"].values()) == {0.0}
     kept = dataclasses.replace(config, backend=dataclasses.replace(config.backend, artifacts="/kept"))
-    shared = rounds._set_up(Row("onnx"), kept, Path("/work"))["config"]
+    shared = backends_run._set_up(Row("onnx"), kept, Path("/work"))["config"]
     assert (shared["backend"]["artifacts"], shared["parity"]) == ("/kept", dataclasses.asdict(config.parity))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.bench import backends, figures, page, plots, tables
+from pipeline.bench import backends, backends_report, page, plots, stats
 from pipeline.bench.records import Bench, Measurement, Result, Row
 from pipeline.config.schema import ParityConfig
 
@@ -117,8 +117,8 @@ def test_markdown_json_and_page_hold_the_figures_and_the_reasons(bench: Bench, t
     assert [result["row"]["backend"] for result in stored["results"]] == [r.row.backend for r in bench.results]
     for result, kept in zip(bench.results, stored["results"], strict=True):
         assert [tuple(one["images_per_second"]) for one in kept["at"]] == [one.images_per_second for one in result.at]
-        one = figures.best(result)
-        for shown_rate in [figures.in_words(figures.rate(one))] if one else []:
+        one = stats.best(result)
+        for shown_rate in [stats.in_words(stats.rate(one))] if one else []:
             assert f" {shown_rate} " in text
             assert f">{shown_rate}<" in html
         if result.failure:
@@ -130,7 +130,7 @@ def test_markdown_json_and_page_hold_the_figures_and_the_reasons(bench: Bench, t
 
 
 def test_the_table_says_it_all_of_one_row() -> None:
-    table = tables.main_table(plausible())
+    table = backends_report.main_table(plausible())
     rows = {row[0] + " " + row[1]: dict(zip(table.heads, row, strict=True)) for row in table.rows}
     assert rows["onnx_int8 dynamic int8"] == {
         "backend": "onnx_int8 dynamic",
@@ -181,7 +181,7 @@ def test_the_page_is_one_file_with_colours_for_light_and_dark() -> None:
 @pytest.mark.parametrize("bench", [plausible(), many()], ids=["cpu", "gpu"])
 @pytest.mark.parametrize("plot", [plots.accuracy_plot, plots.batch_plot])
 def test_names_in_a_plot_are_all_there_and_do_not_touch(bench: Bench, plot: object) -> None:
-    svg = plot(bench, figures.advise(bench))  # type: ignore[operator]
+    svg = plot(bench, stats.advise(bench))  # type: ignore[operator]
     titles = [result.title for result in bench.results if result.at]
     boxes = []
     for style, place, name in re.findall(r'<text style="([^"]*)"([^>]*)>([^<]+)</text>', svg):
@@ -207,7 +207,7 @@ def test_a_plot_of_one_row_at_one_batch_size_can_be_drawn() -> None:
     alone = dataclasses.replace(
         bench, results=(dataclasses.replace(bench.results[0], at=(measured(8, (3.0,)),)), *bench.results[-1:])
     )
-    advice = figures.advise(alone)
+    advice = stats.advise(alone)
     assert ">torch fp32<" in plots.accuracy_plot(alone, advice)
     assert ">torch fp32<" in plots.batch_plot(alone, advice)
 

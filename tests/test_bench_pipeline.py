@@ -16,11 +16,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipeline.bench import measured, pipeline, sheets, tools, turns
-from pipeline.bench.commands import CommandFailed, Ran, run_command
-from pipeline.bench.copies import copy_images, preprocessor_of
-from pipeline.bench.measured import PipelineBench, RunRounds, StageRounds
-from pipeline.bench.race import Race
+from pipeline.bench import baselines, pipeline, pipeline_records, pipeline_report, pipeline_run
+from pipeline.bench.inputs import copy_images, preprocessor_of
+from pipeline.bench.pipeline_records import PipelineBench, RunRounds, StageRounds
+from pipeline.bench.subprocesses import CommandFailed, Ran, run_command
+from pipeline.bench.throughput import Race
 from pipeline.config.compose import compose_config
 from pipeline.config.schema import ModelConfig
 from pipeline.core.errors import ConfigError
@@ -83,9 +83,9 @@ def plausible() -> PipelineBench:
         decoders=(stage(Stage.DECODE, (400.0,) * 3, (0.005,) * 3, "fast"),),
         ours=(whole, ran("the job, backend=onnx_int8", (60.0, 61.0, 66.0), (30.0, 31.0, 32.0))),
         tools=(
-            ran(tools.TRANSFORMERS, (12.0, 12.2, 12.4), (9.0, 9.0, 9.0)),
-            ran(tools.DATALOADER, (14.0, 15.0, 15.0), (8.0, 8.0, 8.0)),
-            RunRounds(tools.SENTENCES, "", failure="exit code 1: no <such> module"),
+            ran(baselines.TRANSFORMERS, (12.0, 12.2, 12.4), (9.0, 9.0, 9.0)),
+            ran(baselines.DATALOADER, (14.0, 15.0, 15.0), (8.0, 8.0, 8.0)),
+            RunRounds(baselines.SENTENCES, "", failure="exit code 1: no <such> module"),
         ),
     )
 
@@ -95,32 +95,32 @@ def plausible() -> PipelineBench:
 
 def test_the_bound_is_of_medians_and_the_ratio_is_taken_in_each_round() -> None:
     bench = plausible()
-    assert measured.limit(bench).images_per_second == pytest.approx(20.0)
-    assert measured.limit(bench).by == Stage.ENCODE
-    assert measured.limit(bench, number=2).images_per_second == pytest.approx(2 / 0.12)
-    assert measured.ratios(bench) == pytest.approx([0.9, 0.95, 19.5 / (2 / 0.12)])
-    assert measured.shares(bench)[Stage.ENCODE] == pytest.approx(0.9)
+    assert pipeline_records.limit(bench).images_per_second == pytest.approx(20.0)
+    assert pipeline_records.limit(bench).by == Stage.ENCODE
+    assert pipeline_records.limit(bench, number=2).images_per_second == pytest.approx(2 / 0.12)
+    assert pipeline_records.ratios(bench) == pytest.approx([0.9, 0.95, 19.5 / (2 / 0.12)])
+    assert pipeline_records.shares(bench)[Stage.ENCODE] == pytest.approx(0.9)
 
 
 def test_another_decoder_moves_the_bound_by_what_it_saves() -> None:
     bench = plausible()
-    assert measured.limit(bench, decoder=bench.decoders[0]).images_per_second == pytest.approx(2 / 0.095)
-    assert measured.limit_without(bench, Stage.DECODE).images_per_second == pytest.approx(2 / 0.09)
+    assert pipeline_records.limit(bench, decoder=bench.decoders[0]).images_per_second == pytest.approx(2 / 0.095)
+    assert pipeline_records.limit_without(bench, Stage.DECODE).images_per_second == pytest.approx(2 / 0.09)
 
 
 def test_a_run_is_compared_with_the_best_other_tool_of_the_same_round() -> None:
     bench = plausible()
-    best, whole = measured.best_tool(bench, steady=True), measured.best_tool(bench, steady=False)
+    best, whole = pipeline_records.best_tool(bench, steady=True), pipeline_records.best_tool(bench, steady=False)
     assert best is not None
     assert whole is not None
-    assert (best.title, whole.title) == (tools.DATALOADER, tools.TRANSFORMERS)
-    assert measured.times(bench, bench.ours[0], steady=True) == pytest.approx([18 / 14, 19 / 15, 19.5 / 15])
-    assert measured.times(bench, bench.ours[0], steady=False) == pytest.approx([14 / 9, 15 / 9, 15.5 / 9])
-    assert measured.times(dataclasses.replace(bench, tools=()), bench.ours[0], steady=True) == []
+    assert (best.title, whole.title) == (baselines.DATALOADER, baselines.TRANSFORMERS)
+    assert pipeline_records.times(bench, bench.ours[0], steady=True) == pytest.approx([18 / 14, 19 / 15, 19.5 / 15])
+    assert pipeline_records.times(bench, bench.ours[0], steady=False) == pytest.approx([14 / 9, 15 / 9, 15.5 / 9])
+    assert pipeline_records.times(dataclasses.replace(bench, tools=()), bench.ours[0], steady=True) == []
 
 
 def test_the_verdict_says_what_binds_what_would_help_and_what_was_beaten() -> None:
-    found = sheets.findings(plausible())
+    found = pipeline_report.findings(plausible())
     assert found[0] == (
         "all stages together allow 20.0 images/s on 2 cores; the whole ran at 19.0, 95% of that (of the core time "
         "encode 90%, decode 10%); the ratio is 0.950 (0.900 - 1.170)"
@@ -138,10 +138,10 @@ def test_the_verdict_says_what_binds_what_would_help_and_what_was_beaten() -> No
 
 
 def test_places_that_only_fill_up_batches_are_counted_by_shard() -> None:
-    assert turns.padding(372, 4096, 31) == 0.0
-    assert turns.padding(100, 4096, 64) == pytest.approx(28 / 128)
+    assert pipeline_run.padding(372, 4096, 31) == 0.0
+    assert pipeline_run.padding(100, 4096, 64) == pytest.approx(28 / 128)
     # Two shards of 24, each in three batches of 10, and a last one of 2.
-    assert turns.padding(50, 24, 10) == pytest.approx(1 - 50 / 70)
+    assert pipeline_run.padding(50, 24, 10) == pytest.approx(1 - 50 / 70)
 
 
 # -- files
@@ -163,14 +163,14 @@ class Text(HTMLParser):
 
 def test_the_markdown_and_the_page_say_the_same_and_load_nothing() -> None:
     bench = plausible()
-    text, found = sheets.to_markdown(bench), Text()
-    found.feed(sheets.to_html(bench).decode())
+    text, found = pipeline_report.to_markdown(bench), Text()
+    found.feed(pipeline_report.to_html(bench).decode())
     assert "| **the whole** | - | 19.0 | 18.0 - 19.5 |" in text
     assert "| decode (exact) | 2 | 200.0 | 200.0 - 200.0 | 10.000 | 10.0% |" in text
     assert "| decode (fast) | 2 | 400.0 | 400.0 - 400.0 | 5.000 | - |" in text
     assert "| the bound | 2 | 20.0 | 16.7 - 20.0 | 100.000 | 100% |" in text
     assert "1,800 + 64 each" in text
-    for words in (*sheets.findings(bench)[1:], "no <such> module", "372 images of the manifest", "AVX512"):
+    for words in (*pipeline_report.findings(bench)[1:], "no <such> module", "372 images of the manifest", "AVX512"):
         shown = words[:1].upper() + words[1:]
         assert words in text or shown in text
         assert words in found.text or shown in found.text
@@ -179,9 +179,9 @@ def test_the_markdown_and_the_page_say_the_same_and_load_nothing() -> None:
 
 def test_the_page_stands_without_other_tools() -> None:
     bare = dataclasses.replace(plausible(), tools=(), decoders=(), padding=0.3)
-    assert "The job" in sheets.to_html(bare).decode()
-    assert "30.0% of the encoder's places were filled up" in sheets.to_markdown(bare)
-    assert "x best tool" in sheets.to_markdown(bare)
+    assert "The job" in pipeline_report.to_html(bare).decode()
+    assert "30.0% of the encoder's places were filled up" in pipeline_report.to_markdown(bare)
+    assert "x best tool" in pipeline_report.to_markdown(bare)
 
 
 # -- the door
@@ -268,8 +268,8 @@ def test_a_run_finds_nothing_of_one_that_failed(tmp_path: Path, monkeypatch: pyt
         (output / "_plan.json").write_text("{}")
         raise CommandFailed("not done within 1 s")
 
-    monkeypatch.setattr(turns, "run_command", fail)
-    job = turns._Job(tmp_path, {"manifest": {"path": "m.parquet"}, "streams": 1}, timeout=1.0)
+    monkeypatch.setattr(pipeline_run, "run_command", fail)
+    job = pipeline_run._Job(tmp_path, {"manifest": {"path": "m.parquet"}, "streams": 1}, timeout=1.0)
     for overrides in ((), ("backend=onnx",)):
         with pytest.raises(CommandFailed):
             job.turn(overrides)(0)
@@ -308,7 +308,7 @@ def test_the_demo_model_is_measured_from_scenes_to_verdict(tmp_path: Path) -> No
     )
     assert done.returncode == 0, done.stderr
     bench = json.loads((tmp_path / "pipeline.json").read_text())
-    assert [stage["name"] for stage in bench["stages"]] == list(turns.STAGES)
+    assert [stage["name"] for stage in bench["stages"]] == list(pipeline_run.STAGES)
     assert all(stage["images_per_second"][0] > 0 for stage in bench["stages"])
     assert all(stage["core_seconds"][0] > 0 for stage in bench["stages"] if stage["name"] in ("decode", "encode"))
     whole = bench["ours"][0]
@@ -323,7 +323,7 @@ def test_the_demo_model_is_measured_from_scenes_to_verdict(tmp_path: Path) -> No
 
 @needs_tools
 def test_other_tools_run_on_the_same_files_and_find_the_same_vectors(tmp_path: Path) -> None:
-    from pipeline.bench.copies import save_model
+    from pipeline.bench.inputs import save_model
     from pipeline.engine.demo.folder import render_folder
 
     checkpoint = open_checkpoint(ModelConfig())
@@ -343,10 +343,10 @@ def test_other_tools_run_on_the_same_files_and_find_the_same_vectors(tmp_path: P
         ours = checkpoint.image_features((pixels.permute(0, 3, 1, 2) / 255 - mean) / std)
     ours = torch.nn.functional.normalize(ours, dim=1)
     labels = {}
-    for tool in tools.installed():
+    for tool in baselines.installed():
         request, answer, out = tmp_path / "request.json", tmp_path / "answer.json", tmp_path / "out.parquet"
         request.write_text(json.dumps({**asked, "tool": tool, "out": str(out)}))
-        command = [sys.executable, "-m", "pipeline.bench.tools", str(request), str(answer)]
+        command = [sys.executable, "-m", "pipeline.bench.baselines", str(request), str(answer)]
         run_command(command, log=tmp_path / "tool.log", timeout=300)
         told = json.loads(answer.read_text())
         assert told["first"] < told["written"]

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pipeline.bench import door
-from pipeline.bench.door import answer, say, work_folder
+from pipeline.bench import cli
+from pipeline.bench.backends_run import Plan, run
+from pipeline.bench.cli import answer, say, work_folder
 from pipeline.bench.records import Bench, Row
-from pipeline.bench.rounds import Plan, run
-from pipeline.bench.rows import ROWS, read_batches, read_only
+from pipeline.bench.selection import ROWS, read_batches, read_only
 from pipeline.config.compose import compose_config
 from pipeline.config.ranges import AUTO
 from pipeline.config.schema import BackendConfig, Config, LoaderConfig
@@ -102,10 +102,10 @@ def measure(config: Config, plan: Plan, out: Path, *, command: str) -> Bench:
 
 def write(bench: Bench, out: Path) -> str:
     """Write the three files; returns the Markdown."""
-    from pipeline.bench import page, tables
+    from pipeline.bench import backends_report, page
 
-    text = tables.to_markdown(bench)
-    door.write("backends", bench, out, markdown=text, html=page.to_html(bench))
+    text = backends_report.to_markdown(bench)
+    cli.write("backends", bench, out, markdown=text, html=page.to_html(bench))
     return text
 
 

@@ -8,9 +8,9 @@ from dataclasses import asdict
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
-from pipeline.bench import plots, tables
-from pipeline.bench.figures import advise, best, floored, in_words, rate, speed
+from pipeline.bench import backends_report, plots
 from pipeline.bench.records import Bench
+from pipeline.bench.stats import advise, best, floored, in_words, rate, speed
 
 
 def to_html(bench: Bench) -> bytes:
@@ -24,18 +24,18 @@ def to_html(bench: Bench) -> bytes:
         bench=bench,
         advice=advice,
         tiles=[
-            (in_words(rate(one)) if one else tables.ABSENT, f"images/s, {chosen.title}"),
+            (in_words(rate(one)) if one else backends_report.ABSENT, f"images/s, {chosen.title}"),
             (f"{speed(chosen, reference) or 0:.1f} x", "as fast as torch fp32"),
-            (floored(one.lowest_cosine, 4) if one else tables.ABSENT, "its lowest cosine to torch fp32"),
+            (floored(one.lowest_cosine, 4) if one else backends_report.ABSENT, "its lowest cosine to torch fp32"),
             (f"{chosen.weight_bytes / 2**20:,.0f} MiB", f"of weights; torch fp32 {_mib(reference.weight_bytes)}"),
         ],
         accuracy=Markup(plots.accuracy_plot(bench, advice)),
         batches=Markup(plots.batch_plot(bench, advice)),
-        main=tables.main_table(bench),
-        by_batch=tables.batch_table(bench),
-        failures=tables.failures(bench),
-        sample=tables.sample_line(bench),
-        notes=tables.NOTES,
+        main=backends_report.main_table(bench),
+        by_batch=backends_report.batch_table(bench),
+        failures=backends_report.failures(bench),
+        sample=backends_report.sample_line(bench),
+        notes=backends_report.NOTES,
         parity=json.dumps(asdict(bench.parity), indent=2),
     )
     return page.encode()

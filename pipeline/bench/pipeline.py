@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pipeline.bench import door
-from pipeline.bench.door import answer, say, work_folder
-from pipeline.bench.measured import PipelineBench
+from pipeline.bench import cli
+from pipeline.bench.cli import answer, say, work_folder
+from pipeline.bench.pipeline_records import PipelineBench
 from pipeline.config.compose import compose_config
 from pipeline.config.ranges import CHOICES
 from pipeline.config.schema import Config
@@ -117,7 +117,7 @@ def measure(overrides: Sequence[str], plan: Plan, out: Path, *, command: str) ->
     Raises:
         PipelineError: the stages or the job cannot run.
     """
-    from pipeline.bench.turns import run
+    from pipeline.bench.pipeline_run import run
     from pipeline.engine.demo.folder import render_folder
     from pipeline.report.summary import versions
 
@@ -174,10 +174,10 @@ def quoted(text: str) -> str:
 
 def write(bench: PipelineBench, out: Path) -> str:
     """Write the three files; returns the Markdown."""
-    from pipeline.bench import sheets
+    from pipeline.bench import pipeline_report
 
-    text = sheets.to_markdown(bench)
-    door.write("pipeline", bench, out, markdown=text, html=sheets.to_html(bench))
+    text = pipeline_report.to_markdown(bench)
+    cli.write("pipeline", bench, out, markdown=text, html=pipeline_report.to_html(bench))
     return text
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline.bench.figures import EXACT, Advice, best, rate
 from pipeline.bench.records import Bench, Result
+from pipeline.bench.stats import EXACT, Advice, best, rate
 from pipeline.report.svg import LINE, PAPER, SERIES, SOFT, STYLE, new_figure, to_svg
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""``python -m pipeline.bench.child``: one backend, or the stages, in a process of its own, measured on request.
+"""``python -m pipeline.bench.worker``: one backend, or the stages, in a process of its own, measured on request.
 
 A line of JSON on standard input is a request, a line on standard output its answer. The first request sets up.
 At the end of its input the process ends at once, whatever it is doing, with all that it started.
@@ -20,7 +20,10 @@ from typing import Any, BinaryIO
 from pipeline.core.errors import PipelineError
 
 # What the first request may set up.
-SUBJECTS = {"backend": ("pipeline.bench.subject", "Subject"), "stages": ("pipeline.bench.stages", "Stages")}
+SUBJECTS = {
+    "backend": ("pipeline.bench.backend_worker", "Subject"),
+    "stages": ("pipeline.bench.stages_worker", "Stages"),
+}
 
 
 def main() -> int:

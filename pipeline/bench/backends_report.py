@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from pipeline.bench.figures import (
+from pipeline.bench.records import Bench, Result
+from pipeline.bench.stats import (
     advise,
     at_batch,
     best,
@@ -18,7 +19,6 @@ from pipeline.bench.figures import (
     speed,
     speed_at_same_batch,
 )
-from pipeline.bench.records import Bench, Result
 
 ABSENT = "-"
 NOTES = (

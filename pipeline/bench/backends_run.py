@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.bench.children import Child, Died, Refused
 from pipeline.bench.records import Measurement, Result, Row
-from pipeline.bench.rows import BATCHES, REFERENCE, for_device
+from pipeline.bench.selection import BATCHES, REFERENCE, for_device
+from pipeline.bench.worker_process import Child, Died, Refused
 from pipeline.config.schema import Config
 from pipeline.core.errors import PipelineError
 from pipeline.core.records import Parity
@@ -90,7 +90,7 @@ def start_child(row: Row, work: Path) -> Child:
     """A process for the row, with compiler caches of its own in ``work``, so that start-up means start-up."""
     folder = work / row.file_name
     caches = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "TRITON_CACHE_DIR": str(folder / "triton")}
-    command = [sys.executable, "-m", "pipeline.bench.child"]
+    command = [sys.executable, "-m", "pipeline.bench.worker"]
     return Child(command, complaints=work / f"{row.file_name}.log", environment=caches)
 
 

@@ -7,7 +7,8 @@ from statistics import median
 
 from jinja2 import Environment, PackageLoader
 
-from pipeline.bench.measured import (
+from pipeline.bench.backends_report import ABSENT, Table, markdown
+from pipeline.bench.pipeline_records import (
     PipelineBench,
     RunRounds,
     best_tool,
@@ -18,7 +19,6 @@ from pipeline.bench.measured import (
     shares,
     times,
 )
-from pipeline.bench.tables import ABSENT, Table, markdown
 from pipeline.core.records import Stage
 from pipeline.report.throughput import in_words, verdict
 

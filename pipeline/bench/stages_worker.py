@@ -22,9 +22,9 @@ import torch
 from pipeline.backends.base import ImageEncoder
 from pipeline.backends.devices import choose_device
 from pipeline.backends.streams import Streams, count_streams
-from pipeline.bench.copies import copy_images, save_model
-from pipeline.bench.race import Race, Unit
-from pipeline.bench.subject import config_from
+from pipeline.bench.backend_worker import config_from
+from pipeline.bench.inputs import copy_images, save_model
+from pipeline.bench.throughput import Race, Unit
 from pipeline.config.schema import Config
 from pipeline.core.processes import cores
 from pipeline.core.records import Embeddings, ImageRef, Pixels, Sample, ShardRows, Stage

@@ -18,8 +18,8 @@ from pipeline.backends.base import ImageEncoder
 from pipeline.backends.devices import choose_device
 from pipeline.backends.parity import embed_sample
 from pipeline.backends.timing import settle
+from pipeline.bench.backends_run import BANK, SAMPLE
 from pipeline.bench.records import Row
-from pipeline.bench.rounds import BANK, SAMPLE
 from pipeline.config.schema import Config
 from pipeline.core.errors import ManifestError
 from pipeline.core.processes import cores

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.bench import tools
-from pipeline.bench.children import Child
-from pipeline.bench.commands import run_command
-from pipeline.bench.measured import PipelineBench, RunRounds, StageRounds
+from pipeline.bench import baselines
+from pipeline.bench.pipeline_records import PipelineBench, RunRounds, StageRounds
+from pipeline.bench.subprocesses import run_command
+from pipeline.bench.worker_process import Child
 from pipeline.config.compose import compose_config
 from pipeline.config.schema import Config
 from pipeline.core.errors import PipelineError
@@ -58,7 +58,7 @@ def run(overrides: Sequence[str], plan: Plan, work: Path, *, say: Say) -> Pipeli
 
     config = compose_config(list(overrides))
     decoders = [name for name in dict.fromkeys(plan.decoders) if name != config.images.decoder]
-    command = [sys.executable, "-m", "pipeline.bench.child"]
+    command = [sys.executable, "-m", "pipeline.bench.worker"]
     with closing(Child(command, complaints=work / "stages.log", environment={})) as child:
         say("decoding the images once, opening the model" + (", saving it for the other tools" if plan.tools else ""))
         setup = {"config": dataclasses.asdict(config), "work": str(work), "images": plan.images, "decoders": decoders}
@@ -80,7 +80,7 @@ def run(overrides: Sequence[str], plan: Plan, work: Path, *, say: Say) -> Pipeli
             if more:
                 say(f"opening once: {title}")
                 child.ask({"do": "warm", "config": dataclasses.asdict(compose_config(every))}, timeout=plan.timeout)
-        theirs = [_Entry(name, job.tool(name, plan)) for name in tools.installed()] if plan.tools else []
+        theirs = [_Entry(name, job.tool(name, plan)) for name in baselines.installed()] if plan.tools else []
         for entry in theirs:
             entry.unit = "steady"
         _rounds([*stages, *others, *ours, *theirs], plan.repeats, say)
@@ -163,7 +163,7 @@ class _Job:
 
         def run(number: int) -> dict[str, Any]:
             request.write_text(json.dumps(asked))
-            command = [sys.executable, "-m", "pipeline.bench.tools", str(request), str(answer)]
+            command = [sys.executable, "-m", "pipeline.bench.baselines", str(request), str(answer)]
             ran = run_command(command, log=work / "tool.log", timeout=self._timeout)
             told, images = json.loads(answer.read_text()), self._facts["images"]
             first = min(images - 1, plan.tool_batch)
@@ -230,7 +230,7 @@ def _bench(
         stages=tuple(rounds(entry, entry.title, None) for entry in stages),
         decoders=tuple(rounds(entry, Stage.DECODE, entry.title.split("(")[1][:-1]) for entry in others),
         ours=tuple(whole(entry, entry.title, "") for entry in ours),
-        tools=tuple(whole(entry, entry.title, tools.NOTES[entry.title]) for entry in theirs),
+        tools=tuple(whole(entry, entry.title, baselines.NOTES[entry.title]) for entry in theirs),
     )
 
 

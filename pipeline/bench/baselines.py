@@ -1,4 +1,4 @@
-"""``python -m pipeline.bench.tools REQUEST ANSWER``: what people use today, as they use it, from files to Parquet.
+"""``python -m pipeline.bench.baselines REQUEST ANSWER``: what people use today, as they use it, from files to Parquet.
 
 Each tool runs in a process of its own, and imports nothing of this package. It writes down when the results of its
 first batch were there and when its Parquet file was closed, in seconds since the epoch.
