@@ -31,10 +31,10 @@ from PIL import Image
 
 import pipeline
 from pipeline import Dataset, PipelineError, embed, embed_texts, open_dataset
-from pipeline.api.encoded import encode
-from pipeline.api.given import Columns, manifest_of
-from pipeline.api.places import Scratch
-from pipeline.api.settings import config_from, model_settings
+from pipeline.api.config import config_from, model_settings
+from pipeline.api.encode import encode
+from pipeline.api.inputs import Columns, manifest_of
+from pipeline.api.scratch import Scratch
 from pipeline.config.compose import compose_config, groups, register, to_config
 from pipeline.config.schema import Config, conf_dir, value_of
 from pipeline.core.errors import ConfigError, ManifestError, NoDataset, PlanMismatch, PromptsError, UnfinishedDataset

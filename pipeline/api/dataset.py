@@ -17,13 +17,13 @@ import pandas as pd
 import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
 
-from pipeline.api import pictures
-from pipeline.api.encoded import encode
-from pipeline.api.guest import settings_kept
+from pipeline.api import thumbnails
+from pipeline.api.config import config_from, label_settings
+from pipeline.api.encode import encode
 from pipeline.api.hits import Hits
 from pipeline.api.paths import absolute
-from pipeline.api.places import Scratch
-from pipeline.api.settings import config_from, label_settings
+from pipeline.api.process_state import settings_kept
+from pipeline.api.scratch import Scratch
 from pipeline.core.errors import ConfigError, NoDataset, Problem
 from pipeline.core.records import OK
 from pipeline.dataset import dataset
@@ -257,7 +257,7 @@ class Dataset:
 
     def _repr_html_(self) -> str:
         if self._closed:
-            return pictures.sheet(["a dataset that was closed"], [], {})
+            return thumbnails.sheet(["a dataset that was closed"], [], {})
         commit = self._stored.commits[0]
         head = self._stored.read(commit, [self._stored.id, "label", "score", *_FAILURE]).slice(0, _TILES).to_pylist()
         tiles = []
@@ -265,10 +265,10 @@ class Dataset:
             text = values["status"]
             if values["status"] == OK:
                 text = "" if values["label"] is None else f"{values['score']:.2f}  {values['label']}"
-            tiles.append(pictures.Tile(row, str(values[self._stored.id]), text))
-        found = pictures.thumbnails(self._stored, tiles)
+            tiles.append(thumbnails.Tile(row, str(values[self._stored.id]), text))
+        found = thumbnails.thumbnails(self._stored, tiles)
         place = "in a temporary folder" if self._scratch is not None else self.url
-        return pictures.sheet([self._summary(), f"model {self._model_name()}; {place}"], tiles, found)
+        return thumbnails.sheet([self._summary(), f"model {self._model_name()}; {place}"], tiles, found)
 
     def _model_name(self) -> str:
         return str(self._stored.plan.about.get("model", ""))

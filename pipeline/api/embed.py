@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline.api.settings import check_model, config_from, label_settings, model_settings
+from pipeline.api.config import check_model, config_from, label_settings, model_settings
 from pipeline.core.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pipeline.api.dataset import Dataset
-    from pipeline.api.given import Given
+    from pipeline.api.inputs import Given
     from pipeline.config.schema import Config
 
 # Libraries import it, and in every notebook without ipywidgets it would warn once; the bars here are text.
@@ -109,12 +109,12 @@ def embed(
     # The places are filled in when the settings are known to be good.
     config = config_from({**own, "manifest.path": "given", **told}, problems)
 
-    from pipeline.api.cells import listed
+    from pipeline.api.arrow import listed
     from pipeline.api.dataset import Dataset
-    from pipeline.api.given import Columns, manifest_of
-    from pipeline.api.guest import settings_kept
+    from pipeline.api.inputs import Columns, manifest_of
     from pipeline.api.paths import absolute
-    from pipeline.api.places import Beside, Scratch
+    from pipeline.api.process_state import settings_kept
+    from pipeline.api.scratch import Beside, Scratch
     from pipeline.dataset.dataset import open_dataset
     from pipeline.job.main import run_job
 

@@ -7,7 +7,7 @@ from typing import overload
 
 import pandas as pd
 
-from pipeline.api import pictures
+from pipeline.api import thumbnails
 from pipeline.dataset import dataset as opened
 from pipeline.dataset.search import Hit
 
@@ -44,8 +44,8 @@ class Hits(Sequence[Hit]):
 
     def _repr_html_(self) -> str:
         tiles = [
-            pictures.Tile(row, str(hit.id), f"{hit.score:.3f}  {hit.label or ''}")
+            thumbnails.Tile(row, str(hit.id), f"{hit.score:.3f}  {hit.label or ''}")
             for row, hit in zip(self._rows, self._hits, strict=True)
         ][:_TILES]
-        found = pictures.thumbnails(self._dataset, tiles)
-        return pictures.sheet([f"{len(self)} nearest to {self._asked}"], tiles, found)
+        found = thumbnails.thumbnails(self._dataset, tiles)
+        return thumbnails.sheet([f"{len(self)} nearest to {self._asked}"], tiles, found)

@@ -9,7 +9,7 @@ import weakref
 from contextlib import suppress
 from pathlib import Path
 
-from pipeline.api.given import Given
+from pipeline.api.inputs import Given
 from pipeline.core.errors import ConfigError, PipelineError, PlanMismatch, Problem
 from pipeline.dataset import plan
 from pipeline.storage.base import sha256

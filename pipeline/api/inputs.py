@@ -16,8 +16,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.api.cells import array, cell, check_count, id_column, plain, utf8
-from pipeline.api.encoded import encode
+from pipeline.api.arrow import array, cell, check_count, id_column, plain, utf8
+from pipeline.api.encode import encode
 from pipeline.api.paths import check_paths, paths_of, root_of
 from pipeline.core.errors import ConfigError, ManifestError, Problem
 from pipeline.manifest.build import EXTENSIONS, from_folder
