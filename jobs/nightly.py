@@ -1,7 +1,7 @@
 """The nightly job: embed what is new or changed in a manifest, carry the rest, publish the dataset of a date."""
 
 from pipeline.core.concurrency import own_exit_code
-from pipeline.nightly.command import main
+from pipeline.nightly.cli import main
 
 if __name__ == "__main__":
     with own_exit_code():

@@ -22,7 +22,7 @@ PARSERS = {
     "pipeline.convert": "pipeline.convert",
     "pipeline.doctor": "pipeline.doctor",
     "pipeline.serve": "pipeline.serve",
-    "jobs/nightly.py": "pipeline.nightly.command",
+    "jobs/nightly.py": "pipeline.nightly.cli",
 }
 
 

@@ -208,7 +208,7 @@ def typed(folder: str, commands: Sequence[str], absent: Sequence[str]) -> int:
         shutil.rmtree("out", ignore_errors=True)
         # As a shell parts it: at spaces, whatever the brackets.
         words = shlex.split(command)
-        name = words[2] if words[1] == "-m" else "pipeline.nightly.command"
+        name = words[2] if words[1] == "-m" else "pipeline.nightly.cli"
         sys.argv = words[2:] if words[1] == "-m" else words[1:]
         try:
             code = importlib.import_module(DOORS.get(name, name)).main() or 0

@@ -27,8 +27,8 @@ from pipeline.dataset import lease
 from pipeline.dataset.verify import verify
 from pipeline.engine.demo.folder import jpeg
 from pipeline.engine.demo.scenes import sample
-from pipeline.nightly.night import run_night
 from pipeline.nightly.records import SNAPSHOT, Night, Wanted
+from pipeline.nightly.run import run_night
 from pipeline.storage.factory import open_storage
 from tests.jobs import config_for
 

@@ -23,11 +23,11 @@ from pipeline.dataset import lease
 from pipeline.dataset.verify import verify
 from pipeline.images.sources.source import Source
 from pipeline.manifest.manifest import open_manifest
-from pipeline.nightly import command
-from pipeline.nightly.content import find_content
+from pipeline.nightly import cli
+from pipeline.nightly.content_keys import find_content
+from pipeline.nightly.notify import ping, write_textfile
 from pipeline.nightly.records import PARTITION, NightError
 from pipeline.nightly.rows import cut_out, rechunk
-from pipeline.nightly.tell import ping, write_textfile
 from pipeline.storage.factory import open_storage
 from tests.forks import forks
 from tests.jobs import overrides_of, scenes_manifest
@@ -303,7 +303,7 @@ def test_a_night_that_another_job_began_says_what_to_remove(
 ) -> None:
     store, config = tmp_path / "nights", photos.config()
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.nightly.night.publish", lambda *arguments: 1 / 0)
+        patch.setattr("pipeline.nightly.run.publish", lambda *arguments: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             night(config, store, FIRST)
     with pytest.raises(NightError, match=rf"prompts(?s:.*)remove \S+_work/date={FIRST} and \S+/date={FIRST}"):
@@ -429,7 +429,7 @@ def test_a_manifest_that_changed_since_a_night_was_begun_begins_it_again(
         raise OSError("the machine is gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.nightly.night.assemble", broken)
+        patch.setattr("pipeline.nightly.run.assemble", broken)
         with pytest.raises(OSError, match="gone"):
             night(config, store, SECOND)
     assert (store / "_work" / f"date={SECOND}" / "carry" / "delta-0").is_dir()
@@ -637,7 +637,7 @@ def door(photos: Collection, tmp_path: Path) -> Callable[..., int]:
         taken = [text for text in overrides_of(config) if not text.startswith(("output.dir", "manifest.", "errors"))]
         own = [f"manifest.path={photos.manifest}", f"manifest.root={photos.folder}", "manifest.keep=[truth]"]
         own += ["manifest.shard_rows=8", "loader.isolation=none", "report.progress=none", "errors.max_fraction=0.15"]
-        return command.main([*arguments, *taken, *own])
+        return cli.main([*arguments, *taken, *own])
 
     return run
 
@@ -701,7 +701,7 @@ def test_a_range_of_dates_stops_at_the_first_night_that_fails(
         options = ["--from", FIRST, "--to", "2026-11-04", "--store", str(store)]
         base = ["manifest.shard_rows=8", "loader.isolation=none", "report.progress=none", "backend.device=cpu",
                 "loader.batch_size=8", "errors.max_fraction=0.5"]  # fmt: skip
-        return command.main([*options, *base, dated])
+        return cli.main([*options, *base, dated])
 
     assert run() == 2
     assert sorted(path.name for path in store.glob("date=*")) == [f"date={FIRST}", f"date={SECOND}"]
@@ -732,7 +732,7 @@ def test_a_range_of_dates_stops_at_the_first_night_that_fails(
 def test_a_wrong_command_line_is_refused_with_what_is_wrong(
     arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command.main([*arguments, "--store", str(tmp_path)]) == 2
+    assert cli.main([*arguments, "--store", str(tmp_path)]) == 2
     assert said in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 

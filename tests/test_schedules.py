@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.nightly import command
+from pipeline.nightly import cli as command
 from tests.conftest import ROOT
 
 SCHEDULES = ROOT / "jobs" / "schedules"

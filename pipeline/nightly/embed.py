@@ -16,7 +16,7 @@ from pipeline.config.schema import Config
 from pipeline.dataset.dataset import Dataset, open_dataset
 from pipeline.dataset.saved_config import recipe_of
 from pipeline.manifest.manifest import Manifest
-from pipeline.nightly.changes import OF_COPYING, OF_DECODING, OF_READING
+from pipeline.nightly.diff import OF_COPYING, OF_DECODING, OF_READING
 from pipeline.nightly.records import Kind
 from pipeline.nightly.rows import cut_out, read_footers
 from pipeline.nightly.store import open_below

@@ -18,8 +18,8 @@ from pipeline.config.schema import Config
 from pipeline.manifest.ids import check_ids
 from pipeline.manifest.manifest import Manifest, open_manifest
 from pipeline.manifest.overlap import check_places
-from pipeline.nightly.changes import OF_COPYING, OF_DECODING, OF_READING, Rule, compare
-from pipeline.nightly.content import BYTES, Content, find_content, id_type, read_keys
+from pipeline.nightly.content_keys import BYTES, Content, find_content, id_type, read_keys
+from pipeline.nightly.diff import OF_COPYING, OF_DECODING, OF_READING, Rule, compare
 from pipeline.nightly.records import DROPPED, ROWS, SNAPSHOT, WORK, Night, NightError, Wanted
 from pipeline.nightly.rows import read_batches
 from pipeline.nightly.store import newest_before, open_below, open_night, remove_folder

@@ -21,7 +21,7 @@ from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.parts import METADATA_KEY
 from pipeline.dataset.plan import source_of
 from pipeline.manifest.manifest import Manifest
-from pipeline.nightly.content import FEW_ROWS, MANY_ROWS, scan
+from pipeline.nightly.content_keys import FEW_ROWS, MANY_ROWS, scan
 from pipeline.storage.base import Storage
 from pipeline.storage.urls import explained, open_arrow
 

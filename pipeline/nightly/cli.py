@@ -18,8 +18,8 @@ from pipeline.config.compose import compose_config
 from pipeline.config.schema import Config, LogConfig
 from pipeline.core.errors import ConfigError, Interrupted, PipelineError, Problem, TooManyFailures
 from pipeline.core.log_format import JsonLines, ending, new_run
+from pipeline.nightly.notify import ping, write_textfile
 from pipeline.nightly.records import PARTITION, SNAPSHOT, Night, Wanted
-from pipeline.nightly.tell import ping, write_textfile
 
 if TYPE_CHECKING:
     from pipeline.storage.base import Storage
@@ -83,7 +83,7 @@ def _run(options: argparse.Namespace, run: _Run) -> int:
     days, configs, wanted = _read(options)
     wanted, run.log = replace(wanted, run=run.name), configs[0].log
     from pipeline.dataset import lease
-    from pipeline.nightly.night import run_night
+    from pipeline.nightly.run import run_night
     from pipeline.storage.factory import open_storage
     from pipeline.telemetry.logs import log_to_terminal
 
