@@ -21,17 +21,17 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from pipeline import doctor
 from pipeline.config.compose import compose_config
 from pipeline.config.schema import BackendConfig, Config, ModelConfig, PromptsConfig
 from pipeline.core.errors import BackendUnavailable
+from pipeline.doctor import __main__ as doctor
+from pipeline.doctor import backends, batch, decoders, disk, extras, golden, hub, output, versions
+from pipeline.doctor.check import Check, Status, Subject
+from pipeline.doctor.format import lines, verdict
+from pipeline.doctor.probes import entry
+from pipeline.doctor.supervisor import examine
 from pipeline.engine.demo.folder import rendered_sample
 from pipeline.engine.loop import open_at
-from pipeline.health import backends, batch, decoders, disk, extras, golden, hub, output, versions
-from pipeline.health.page import lines, verdict
-from pipeline.health.probes import entry
-from pipeline.health.records import Check, Status, Subject
-from pipeline.health.supervise import examine
 from pipeline.models.checkpoint import open_checkpoint
 from tests.conftest import ROOT
 from tests.jobs import StubEncoder, config_for, scenes_manifest, stub_backend

@@ -7,7 +7,7 @@ import resource
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.health.records import Check, Status, Subject
+from pipeline.doctor.check import Check, Status, Subject
 
 GROUP = "limits"
 MIB = 2**20

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib import import_module
 
-from pipeline.health.records import Probe
+from pipeline.doctor.check import Probe
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class Entry:
 
     def load(self) -> Probe:
         """The module's function ``look``."""
-        look: Probe = import_module(f"pipeline.health.{self.module}").look
+        look: Probe = import_module(f"pipeline.doctor.{self.module}").look
         return look
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from pipeline.config.schema import Config
 from pipeline.core.errors import StorageError
-from pipeline.health.output import PROBE, nearest_folder
-from pipeline.health.records import Check, Status, Subject, unless_said
+from pipeline.doctor.check import Check, Status, Subject, unless_said
+from pipeline.doctor.output import PROBE, nearest_folder
 from pipeline.storage.urls import explained, is_local, local_path
 
 GROUP = "disks"

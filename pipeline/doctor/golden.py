@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.health.records import Check, Status
+from pipeline.doctor.check import Check, Status
 
 if TYPE_CHECKING:
     from pipeline.models.checkpoint import Checkpoint
@@ -29,7 +29,7 @@ def look(checkpoint: Checkpoint) -> Iterator[Check]:
     import torch
 
     from pipeline.backends.compare import compare
-    from pipeline.health.versions import install
+    from pipeline.doctor.versions import install
 
     known = json.loads(FILE.read_text(encoding="utf-8"))
     found = figures(checkpoint)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pipeline.config.schema import Config
-from pipeline.health.records import Check, Status, Subject
-from pipeline.health.versions import NAME, install, requirements
+from pipeline.doctor.check import Check, Status, Subject
+from pipeline.doctor.versions import NAME, install, requirements
 from pipeline.storage.urls import is_s3
 
 GROUP = "extras"

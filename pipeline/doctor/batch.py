@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING
 
 from pipeline.config.schema import DEMO_MODEL, Config, LoaderConfig
 from pipeline.core.errors import ManifestError, ModelError, ParityError, PipelineError, PromptsError
-from pipeline.health import golden
-from pipeline.health.hub import as_cached
-from pipeline.health.manifest import first_file
-from pipeline.health.records import Check, Status, Subject
+from pipeline.doctor import golden
+from pipeline.doctor.check import Check, Status, Subject
+from pipeline.doctor.hub import as_cached
+from pipeline.doctor.manifest import first_file
 
 if TYPE_CHECKING:
     from pipeline.backends.base import ImageEncoder
     from pipeline.core.records import Sample, TextBank
-    from pipeline.health.sample import Drawn
+    from pipeline.doctor.sample import Drawn
     from pipeline.manifest.manifest import Manifest
     from pipeline.models.checkpoint import Checkpoint
 
@@ -71,10 +71,10 @@ def _run(config: Config, checkpoint: Checkpoint, scratch: str, opened: ExitStack
     from pipeline.backends.compare import in_words
     from pipeline.backends.devices import choose_device
     from pipeline.backends.parity import embed_sample, pass_gate
+    from pipeline.doctor.sample import draw, repeated
     from pipeline.engine.demo.folder import rendered_sample
     from pipeline.engine.forward import UNIT_TOLERANCE
     from pipeline.engine.loop import open_for_job, open_reader
-    from pipeline.health.sample import draw, repeated
     from pipeline.manifest.manifest import open_manifest
     from pipeline.storage.local import LocalStorage
 

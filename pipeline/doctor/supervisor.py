@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from pipeline.config.schema import Config
-from pipeline.health.child import from_json
-from pipeline.health.probes import Entry, entry
-from pipeline.health.records import Check, Status
+from pipeline.doctor.check import Check, Status
+from pipeline.doctor.probe_process import from_json
+from pipeline.doctor.probes import Entry, entry
 
 # How long a process may take to start, and to clear up after itself when it is told to end.
 START_SECONDS, GRACE_SECONDS = 30.0, 2.0
@@ -66,7 +66,7 @@ class _Process:
         inner = None if scratch is None else tempfile.mkdtemp(dir=scratch)
         self._complaints, self._from = complaints, complaints.seek(0, os.SEEK_END)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "pipeline.health.child"],
+            [sys.executable, "-m", "pipeline.doctor.probe_process"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=complaints,

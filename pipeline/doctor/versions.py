@@ -14,7 +14,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from pipeline.health.records import Check, Status, Subject
+from pipeline.doctor.check import Check, Status, Subject
 
 GROUP = "versions"
 NAME = "clip-pipeline"

@@ -7,7 +7,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from pipeline.health.records import Check, Status
+from pipeline.doctor.check import Check, Status
 
 COLOURS = {Status.OK: "32", Status.WARN: "33", Status.FAIL: "31", Status.SKIP: "2"}
 # Longer lines than these are hard to read.

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from pipeline.config.schema import Config
 from pipeline.core.processes import cores
-from pipeline.health.gpu import has_driver
-from pipeline.health.records import Check, Status, Subject
+from pipeline.doctor.check import Check, Status, Subject
+from pipeline.doctor.gpu import has_driver
 
 GROUP = "processor and memory"
 CGROUPS = Path("/sys/fs/cgroup")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from pipeline.core.errors import PipelineError
-from pipeline.health.records import Check, Status, Subject
+from pipeline.doctor.check import Check, Status, Subject
 
 GROUP = "decoders"
 # A picture of half a megapixel and more, so that the decoder scaled does what it is there for.

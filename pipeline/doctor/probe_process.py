@@ -1,4 +1,4 @@
-"""``python -m pipeline.health.child``: one probe after the other, in a process that may hang or crash.
+"""``python -m pipeline.doctor.probe_process``: one probe after the other, in a process that may hang or crash.
 
 A line of JSON on standard input says what to look at, lines of JSON on standard output what was found. When the input
 ends, as it does when the parent dies, this process ends too, with all that it started.
@@ -17,8 +17,8 @@ import traceback
 from typing import Any, get_type_hints
 
 from pipeline.config.schema import Config
-from pipeline.health.probes import Entry, entry
-from pipeline.health.records import Check, Status, Subject
+from pipeline.doctor.check import Check, Status, Subject
+from pipeline.doctor.probes import Entry, entry
 
 
 def main() -> int:
@@ -74,7 +74,7 @@ def _look(probe: Entry, subject: Subject) -> Any:
 
 
 def _advice(error: Exception) -> str:
-    from pipeline.health.versions import install
+    from pipeline.doctor.versions import install
 
     if isinstance(error, ImportError) and not (error.name or "").startswith("pipeline"):
         return f"a package is missing or broken: {install()}"

@@ -14,11 +14,11 @@ from pipeline.config.options import showable
 from pipeline.config.schema import Config
 from pipeline.core.concurrency import own_exit_code
 from pipeline.core.errors import ConfigError, Interrupted, PipelineError
-from pipeline.health.child import to_json
-from pipeline.health.page import count, lines, verdict
-from pipeline.health.probes import PROBES
-from pipeline.health.records import Check, Status
-from pipeline.health.supervise import examine
+from pipeline.doctor.check import Check, Status
+from pipeline.doctor.format import count, lines, verdict
+from pipeline.doctor.probe_process import to_json
+from pipeline.doctor.probes import PROBES
+from pipeline.doctor.supervisor import examine
 
 EXAMPLES = """\
 examples:

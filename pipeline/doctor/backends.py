@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from pipeline.config.ranges import PRECISIONS
 from pipeline.config.schema import BackendConfig, ParityConfig
 from pipeline.core.errors import BackendUnavailable
-from pipeline.health.records import Check, Status, Subject
+from pipeline.doctor.check import Check, Status, Subject
 
 GROUP = "backends"
 # What compiles always, whatever backend.compile says.

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from pipeline.config.schema import Config, ManifestConfig
 from pipeline.core.errors import PipelineError
-from pipeline.health.records import Check, Status, Subject, unless_said
+from pipeline.doctor.check import Check, Status, Subject, unless_said
 
 GROUP = "manifest"
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pipeline.core.errors import StorageError
-from pipeline.health.records import Check, Status, Subject, unless_said
+from pipeline.doctor.check import Check, Status, Subject, unless_said
 from pipeline.storage.base import TEMPORARY, Storage
 from pipeline.storage.urls import explained, is_local, local_path
 

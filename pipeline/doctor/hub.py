@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pipeline.config.schema import DEMO_MODEL, ModelConfig
 from pipeline.core.errors import ModelError
-from pipeline.health.records import Check, Status, Subject
+from pipeline.doctor.check import Check, Status, Subject
 from pipeline.models.architectures import ARCHITECTURES
 from pipeline.models.hub import DEMO_FOLDER, WANTED_FILES, find_folder
 
