@@ -1,6 +1,50 @@
-"""``python -m pipeline``, the same as the command ``clip-pipeline``."""
+"""``python -m pipeline``, also installed as ``clip-pipeline``: the main job, or another command by its name."""
 
-from pipeline.command import main
+from __future__ import annotations
+
+import runpy
+import sys
+from collections.abc import Mapping
+
+from pipeline.config.schema import nearest
+
+# Every command and its module, which does what ``python -m MODULE`` does.
+COMMANDS: Mapping[str, str] = {
+    "run": "pipeline.run",
+    "manifest": "pipeline.manifest",
+    "nightly": "pipeline.nightly",
+    "bench": "pipeline.bench",
+    "export": "pipeline.export",
+    "artifacts": "pipeline.artifacts",
+    "verify": "pipeline.verify",
+    "relabel": "pipeline.relabel",
+    "search": "pipeline.search",
+    "convert": "pipeline.convert",
+    "doctor": "pipeline.doctor",
+    "report": "pipeline.report",
+    "serve": "pipeline.serve",
+}
+
+
+def main() -> None:
+    """Run the command that the first word names; without such a word, run the main job with what was typed."""
+    word = sys.argv[1] if len(sys.argv) > 1 else ""
+    if word in COMMANDS:
+        del sys.argv[1]
+        if word != "run":
+            runpy.run_module(COMMANDS[word], run_name="__main__", alter_sys=True)
+            return
+    elif word.isalpha():
+        # What is told to the main job has an = or begins with a -.
+        hint = nearest(word, COMMANDS)
+        print(f"error: {word}: there is no such command{f'; {hint}' if hint else ''}", file=sys.stderr)
+        print(f"there are {', '.join(COMMANDS)}; without one, the main job runs", file=sys.stderr)
+        raise SystemExit(2)
+    # In this process's own module, so that shells complete its options.
+    from pipeline.run import main as run
+
+    run()
+
 
 if __name__ == "__main__":
     main()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import signal
 import sys
 import time
@@ -11,12 +10,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pipeline.config.compose import compose_config
-from pipeline.config.schema import Config
 from pipeline.core.concurrency import own_exit_code
 from pipeline.core.errors import ConfigError, Interrupted, PipelineError, Problem
 
 if TYPE_CHECKING:
-    from pipeline.dataset.dataset import Dataset
+    pass
 
 EXAMPLES = """\
 examples:
@@ -44,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         typed = _check(options.overrides)
         composed = compose_config(options.overrides)
         from pipeline.dataset.dataset import open_dataset
+        from pipeline.engine.query import derive
         from pipeline.job.relabel import relabel
 
         source = open_dataset(options.source)
@@ -55,39 +54,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("error: interrupted; what was committed stays, and the same command goes on from there", file=sys.stderr)
         return Interrupted.exit_code
     return 0
-
-
-def derive(source: Dataset, composed: Config, typed: Sequence[str]) -> Config:
-    """The source's config with the values that were typed; ``composed`` holds them, ``typed`` are groups and keys.
-
-    Raises:
-        ConfigError: the new dataset would lie in the source, or around it.
-    """
-    from pipeline.config.validate import check
-    from pipeline.engine.query import config_of_dataset
-    from pipeline.storage.factory import open_storage
-    from pipeline.storage.urls import within
-
-    config = config_of_dataset(source)
-    if {"prompts.labels", "prompts.path"} & {*typed}:
-        # One takes the place of the other.
-        config = dataclasses.replace(config, prompts=dataclasses.replace(config.prompts, labels=[], path=None))
-    for key in typed:
-        group, _, name = key.partition(".")
-        values = getattr(composed, group)
-        if name:
-            values = dataclasses.replace(getattr(config, group), **{name: getattr(values, name)})
-        config = dataclasses.replace(config, **{group: values})
-    problems = check(config)
-    output = open_storage(config.output.dir).url
-    inside, around = within(output, source.url), within(source.url, output)
-    if inside or around:
-        # Readers take Parquet files in folders below a dataset for its own.
-        where = "is the source itself" if inside and around else "lies in the source" if inside else "holds the source"
-        problems.append(Problem("output.dir", config.output.dir, where, "name a folder beside it"))
-    if problems:
-        raise ConfigError(problems)
-    return config
 
 
 def _check(overrides: Sequence[str]) -> list[str]:

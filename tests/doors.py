@@ -14,14 +14,14 @@ PARSERS = {
     "pipeline.bench": "pipeline.bench.backends",
     "pipeline.bench pipeline": "pipeline.bench.pipeline",
     "pipeline.export": "pipeline.export",
-    "pipeline.artifacts": "pipeline.artifacts.__main__",
+    "pipeline.artifacts": "pipeline.artifacts",
     "pipeline.verify": "pipeline.verify",
     "pipeline.report": "pipeline.report.__main__",
     "pipeline.relabel": "pipeline.relabel",
     "pipeline.search": "pipeline.search",
     "pipeline.convert": "pipeline.convert",
-    "pipeline.doctor": "pipeline.doctor",
-    "pipeline.serve": "pipeline.serve",
+    "pipeline.doctor": "pipeline.doctor.__main__",
+    "pipeline.serve": "pipeline.serve.__main__",
     "jobs/nightly.py": "pipeline.nightly.cli",
 }
 

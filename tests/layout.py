@@ -21,15 +21,10 @@ def contents(package: str) -> str:
 
 def table() -> str:
     """The packages, lowest level first."""
-    rows = [
-        f"| {level} | `{name}/` | {contents(name)} |\n" for name, level in sorted(LEVELS.items(), key=lambda x: x[::-1])
-    ]
-    commands = ", ".join(f"`{name}.py`" for name in sorted(COMMANDS))
-    return (
-        HEAD
-        + "".join(rows)
-        + f"| {COMMANDS_LEVEL} | {commands} | Commands; those of a package are its `__main__.py` |\n"
-    )
+    lowest_first = sorted(LEVELS.items(), key=lambda item: item[::-1])
+    rows = [f"| {level} | `{name}/` | {contents(name)} |\n" for name, level in lowest_first]
+    commands = f"| {COMMANDS_LEVEL} | `*.py` | Commands: {', '.join(sorted(COMMANDS))} |\n"
+    return HEAD + "".join(rows) + commands
 
 
 def page(text: str) -> str:

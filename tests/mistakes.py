@@ -34,7 +34,7 @@ RESULT = ROOT / "jobs" / "results" / "mistakes.md"
 NOWHERE = {"AWS_EC2_METADATA_DISABLED": "true", "AWS_SHARED_CREDENTIALS_FILE": "/none", "AWS_CONFIG_FILE": "/none"}
 DOORS = {
     "pipeline.manifest": "pipeline.manifest.__main__",
-    "pipeline.artifacts": "pipeline.artifacts.__main__",
+    "pipeline.artifacts": "pipeline.artifacts",
     "pipeline.bench": "pipeline.bench.__main__",
     "pipeline.report": "pipeline.report.__main__",
 }

@@ -97,4 +97,4 @@ def form(parts: Sequence[tuple[str, str | None, bytes]]) -> bytes:
 
 def start(*overrides: str) -> Served:
     """Start a service on a free port; it is not ready yet."""
-    return Served(forks().start("pipeline.serve:main", ["serve.port=0", "backend.device=cpu", *overrides]))
+    return Served(forks().start("pipeline.serve.__main__:main", ["serve.port=0", "backend.device=cpu", *overrides]))

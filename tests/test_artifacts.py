@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.artifacts.__main__ import main
+from pipeline.artifacts import main
 from pipeline.backends.artifacts.store import Artifact, ArtifactStore, Recipe
 from pipeline.core.errors import ArtifactError, StorageError
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.artifacts.__main__ import main
+from pipeline.artifacts import main
 from pipeline.backends.artifacts.directories import locked
 from pipeline.backends.artifacts.store import ArtifactStore
 from tests.conftest import ROOT
@@ -149,7 +149,7 @@ def test_the_door(store: ArtifactStore, capsys: pytest.CaptureFixture[str], monk
 
 
 def test_the_door_opens_without_torch_and_knows_the_default_folder(tmp_path: Path) -> None:
-    code = "import sys, pipeline.artifacts.__main__ as m; m.main(['list']); sys.exit('torch' in sys.modules)"
+    code = "import sys, pipeline.artifacts as m; m.main(['list']); sys.exit('torch' in sys.modules)"
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
     for command in (["-m", "pipeline.artifacts", "list"], ["-c", code]):
         done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)

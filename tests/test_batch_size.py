@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.artifacts.__main__ import main as artifacts
+from pipeline.artifacts import main as artifacts
 from pipeline.backends import factory
 from pipeline.backends.artifacts.store import ArtifactStore
 from pipeline.backends.base import ImageEncoder

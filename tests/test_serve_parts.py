@@ -338,7 +338,7 @@ def test_the_environment_gives_the_config_of_the_factory(monkeypatch: pytest.Mon
 
 def test_a_missed_parity_ends_it_with_4() -> None:
     child = forks().start(
-        "pipeline.serve:main",
+        "pipeline.serve.__main__:main",
         [
             "serve.port=0",
             "backend.device=cpu",
@@ -353,7 +353,7 @@ def test_a_missed_parity_ends_it_with_4() -> None:
 
 def test_the_main_job_s_help_imports_no_server() -> None:
     heavy = "any(name in sys.modules for name in ('fastapi', 'uvicorn', 'torch'))"
-    code = f"import sys, pipeline.run, pipeline.serve; sys.exit({heavy})"
+    code = f"import sys, pipeline.run, pipeline.serve.__main__; sys.exit({heavy})"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False, timeout=60).returncode == 0
 
 

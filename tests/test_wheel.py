@@ -16,7 +16,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from pipeline.command import DOORS
+from pipeline.__main__ import COMMANDS
 from tests.conftest import ROOT
 
 SOURCES = ("pipeline", "conf", "pyproject.toml", "README.md", "LICENSE")
@@ -159,7 +159,7 @@ def test_the_command_opens_every_door_and_names_them(elsewhere: Path, tmp_path: 
     assert "the config has a problem" in say([elsewhere / "clip-pipeline", "run", "labels.top_k=0"], tmp_path, code=2)
 
 
-@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("door", COMMANDS)
 def test_every_door_of_the_command_is_there(door: str) -> None:
-    place = ROOT / "pipeline" / DOORS[door].removeprefix("pipeline.")
+    place = ROOT / "pipeline" / COMMANDS[door].removeprefix("pipeline.")
     assert place.with_suffix(".py").is_file() or (place / "__main__.py").is_file()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.command import DOORS
+from pipeline.__main__ import COMMANDS
 from pipeline.config.compose import groups, known_keys
 from pipeline.config.schema import conf_dir
 from pipeline.core.errors import install_hint
@@ -65,7 +65,9 @@ def test_an_extra_is_installed_from_the_checkout_or_from_the_index(
     assert install_hint("onnx") == "pip install -c constraints.txt -e '.[onnx]'"
     monkeypatch.chdir(tmp_path)
     assert install_hint("onnx") == f"pip install -c {ROOT}/constraints.txt -e '{ROOT}[onnx]'"
-    monkeypatch.setattr("pipeline.core.errors.__file__", str(tmp_path / "site-packages" / "pipeline" / "errors.py"))
+    monkeypatch.setattr(
+        "pipeline.core.errors.__file__", str(tmp_path / "site-packages" / "pipeline" / "core" / "errors.py")
+    )
     assert install_hint("onnx") == "pip install 'clip-pipeline[onnx]'"
 
 
@@ -117,7 +119,7 @@ def test_the_help_of_a_door_has_examples_that_it_takes_and_its_exit_codes(
 
 def test_every_door_of_the_short_command_is_looked_at() -> None:
     looked_at = {"pipeline.run", "pipeline.nightly", *(door.split()[0] for door in PARSERS)}
-    assert set(DOORS.values()) <= looked_at
+    assert set(COMMANDS.values()) <= looked_at
 
 
 # The config.

@@ -1,1 +1,1 @@
-"""For programs and notebooks: embed what is at hand, and ask the dataset that comes of it."""
+"""The Python API: embed images and texts, open and search datasets."""

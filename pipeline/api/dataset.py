@@ -29,7 +29,7 @@ from pipeline.core.records import OK
 from pipeline.dataset import dataset
 from pipeline.dataset import search as exact
 from pipeline.dataset.dataset import vectors_of
-from pipeline.relabel import derive
+from pipeline.engine.query import derive
 
 if TYPE_CHECKING:
     from pipeline.models.checkpoint import Checkpoint

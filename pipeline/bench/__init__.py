@@ -1,1 +1,1 @@
-"""What a backend is worth on this machine: every one measured in turn, against torch fp32."""
+"""Benchmarks of the backends and of the stages of a job on this machine."""

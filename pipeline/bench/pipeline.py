@@ -6,13 +6,12 @@ import argparse
 import dataclasses
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from pipeline.bench import cli
 from pipeline.bench.cli import answer, say, work_folder
-from pipeline.bench.pipeline_records import PipelineBench
+from pipeline.bench.pipeline_records import PipelineBench, Plan, merged, quoted
 from pipeline.config.compose import compose_config
 from pipeline.config.ranges import CHOICES
 from pipeline.config.schema import Config
@@ -32,25 +31,6 @@ Images that cannot be decoded are left out, for every tool alike. The model is s
 and their images are files: both lie in --out while it runs.
 exit codes: 0 done, 2 wrong config, manifest or machine, 1 interrupted or anything else
 """
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What to measure.
-
-    ``images`` of the manifest, or scenes of ``size`` (width, height) where there is none; ``decoders`` besides the
-    config's own; ``ours`` are overrides for more runs of the job; ``seconds`` for one stage in one round.
-    """
-
-    images: int | None
-    size: tuple[int, int]
-    decoders: tuple[str, ...]
-    ours: tuple[tuple[str, ...], ...]
-    tools: bool
-    tool_batch: int
-    repeats: int
-    seconds: float
-    timeout: float
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -158,18 +138,6 @@ def with_labels(config: Config) -> list[str]:
     if not config.loader.batch_size:
         more.append("loader.batch_size=64")
     return more
-
-
-def merged(overrides: Sequence[str], more: Sequence[str]) -> list[str]:
-    """The overrides with ``more``, which replace those of the same key."""
-    keys = {text.partition("=")[0] for text in more}
-    return [*(text for text in overrides if text.partition("=")[0] not in keys), *more]
-
-
-def quoted(text: str) -> str:
-    """A value as Hydra's grammar takes it, whatever is in it."""
-    escaped = re.sub(r"(\\+)(?='|$)", r"\1\1", text).replace("'", r"\'")
-    return f"'{escaped}'"
 
 
 def write(bench: PipelineBench, out: Path) -> str:

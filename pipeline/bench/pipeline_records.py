@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -133,3 +134,34 @@ def times(bench: PipelineBench, run: RunRounds, *, steady: bool) -> list[float]:
         return []
     pairs = zip(run.steady, best.steady, strict=False) if steady else zip(run.command, best.command, strict=False)
     return [ours / theirs for ours, theirs in pairs]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to measure.
+
+    ``images`` of the manifest, or scenes of ``size`` (width, height) where there is none; ``decoders`` besides the
+    config's own; ``ours`` are overrides for more runs of the job; ``seconds`` for one stage in one round.
+    """
+
+    images: int | None
+    size: tuple[int, int]
+    decoders: tuple[str, ...]
+    ours: tuple[tuple[str, ...], ...]
+    tools: bool
+    tool_batch: int
+    repeats: int
+    seconds: float
+    timeout: float
+
+
+def merged(overrides: Sequence[str], more: Sequence[str]) -> list[str]:
+    """The overrides with ``more``, which replace those of the same key."""
+    keys = {text.partition("=")[0] for text in more}
+    return [*(text for text in overrides if text.partition("=")[0] not in keys), *more]
+
+
+def quoted(text: str) -> str:
+    """A value as Hydra's grammar takes it, whatever is in it."""
+    escaped = re.sub(r"(\\+)(?='|$)", r"\1\1", text).replace("'", r"\'")
+    return f"'{escaped}'"

@@ -13,19 +13,16 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeline.bench import baselines
-from pipeline.bench.pipeline_records import PipelineBench, RunRounds, StageRounds
+from pipeline.bench.pipeline_records import PipelineBench, Plan, RunRounds, StageRounds, merged, quoted
 from pipeline.bench.subprocesses import run_command
 from pipeline.bench.worker_process import Child
 from pipeline.config.compose import compose_config
 from pipeline.config.schema import Config
 from pipeline.core.errors import PipelineError
 from pipeline.core.records import Stage
-
-if TYPE_CHECKING:
-    from pipeline.bench.pipeline import Plan
 
 STAGES = ("rows", Stage.READ, Stage.DECODE, Stage.COPY, Stage.ENCODE, Stage.LABEL, Stage.WRITE)
 Say = Callable[[str], None]
@@ -54,8 +51,6 @@ def run(overrides: Sequence[str], plan: Plan, work: Path, *, say: Say) -> Pipeli
     Raises:
         PipelineError: the stages or the job as given cannot run.
     """
-    from pipeline.bench.pipeline import merged
-
     config = compose_config(list(overrides))
     decoders = [name for name in dict.fromkeys(plan.decoders) if name != config.images.decoder]
     command = [sys.executable, "-m", "pipeline.bench.worker"]
@@ -114,8 +109,6 @@ class _Job:
 
     def turn(self, overrides: Sequence[str]) -> Callable[[int], dict[str, Any]]:
         """A run of the job with ``overrides`` on the copied manifest."""
-        from pipeline.bench.pipeline import merged, quoted
-
         manifest, output = self._facts["manifest"], self._work / "dataset"
         own = [f"manifest.{key}={quoted(str(value))}" for key, value in manifest.items() if key != "keep"]
         own += ["manifest.keep=[]", f"output.dir={quoted(str(output))}", "report.progress=none"]

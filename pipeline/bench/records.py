@@ -11,7 +11,7 @@ from pipeline.config.schema import ParityConfig
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the table: a backend, and how it is opened; see :mod:`pipeline.bench.selection` for its short form."""
+    """One line of the table: a backend and how it is opened; :mod:`pipeline.bench.selection` has its short form."""
 
     backend: str
     precision: str = "auto"

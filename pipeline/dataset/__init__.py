@@ -1,1 +1,1 @@
-"""The dataset: plan, parts and commits."""
+"""Datasets: plan, parts, commits, lease, verification, search and conversion."""

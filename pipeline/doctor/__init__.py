@@ -1,1 +1,1 @@
-"""Whether a machine, an installation and a job's places are what the job needs: one check, one line."""
+"""Checks of a machine, an installation and the places of a job."""

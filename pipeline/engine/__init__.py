@@ -1,1 +1,1 @@
-"""The engine: batches from images, embeddings and labels from batches, shards from rows."""
+"""The engine: pixels to batches, embeddings, labels and shards."""

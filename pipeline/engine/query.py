@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.schema import Config, ModelConfig
+from pipeline.config.validate import check
 from pipeline.core.errors import ConfigError, ModelError, Problem, PromptsError
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.saved_config import config_of
+from pipeline.storage.factory import open_storage
+from pipeline.storage.urls import within
 
 if TYPE_CHECKING:
     import numpy as np
@@ -109,3 +113,32 @@ def embed_image(checkpoint: Checkpoint, config: Config, path: Path) -> NDArray[n
     with torch.inference_mode():
         vector: NDArray[np.float32] = ImageTower(checkpoint)(Normaliser(spec, torch.device("cpu"))(batch))[0].numpy()
     return vector
+
+
+def derive(source: Dataset, composed: Config, typed: Sequence[str]) -> Config:
+    """The source's config with the values that were typed; ``composed`` holds them, ``typed`` are groups and keys.
+
+    Raises:
+        ConfigError: the new dataset would lie in the source, or around it.
+    """
+
+    config = config_of_dataset(source)
+    if {"prompts.labels", "prompts.path"} & {*typed}:
+        # One takes the place of the other.
+        config = dataclasses.replace(config, prompts=dataclasses.replace(config.prompts, labels=[], path=None))
+    for key in typed:
+        group, _, name = key.partition(".")
+        values = getattr(composed, group)
+        if name:
+            values = dataclasses.replace(getattr(config, group), **{name: getattr(values, name)})
+        config = dataclasses.replace(config, **{group: values})
+    problems = check(config)
+    output = open_storage(config.output.dir).url
+    inside, around = within(output, source.url), within(source.url, output)
+    if inside or around:
+        # Readers take Parquet files in folders below a dataset for its own.
+        where = "is the source itself" if inside and around else "lies in the source" if inside else "holds the source"
+        problems.append(Problem("output.dir", config.output.dir, where, "name a folder beside it"))
+    if problems:
+        raise ConfigError(problems)
+    return config

@@ -1,1 +1,1 @@
-"""Images: references in, pixels and batches out."""
+"""Images: references to bytes, bytes to pixels."""

@@ -1,1 +1,1 @@
-"""The main job: parts, clusters, the estimate, relabelling and what is said at the end."""
+"""Jobs: the main job, its parts and clusters, the estimate, relabelling."""

@@ -1,1 +1,1 @@
-"""Manifests: Parquet rows in, shards of image references out."""
+"""Manifests: Parquet files to shards of image references."""

@@ -1,1 +1,1 @@
-"""Models: a checkpoint in; towers, text banks and labels out."""
+"""Models: checkpoints, image and text towers, text features and labels."""

@@ -1,1 +1,1 @@
-"""Every night: what is new is embedded, the rest is carried from the night before."""
+"""The nightly job: embed new and changed rows, carry the others from the night before."""

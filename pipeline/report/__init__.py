@@ -1,1 +1,1 @@
-"""The report: clocks, progress, and the page that a person reads."""
+"""The report of a run: figures, plots and the HTML page."""

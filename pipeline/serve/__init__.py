@@ -1,1 +1,1 @@
-"""The engine of the jobs as a service: pictures and texts over HTTP, answered in shared batches."""
+"""The HTTP service: embeddings and labels from the engine of the jobs, in shared batches."""

@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import ExitStack, asynccontextmanager, suppress
+from importlib import metadata
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -18,7 +19,6 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-import pipeline
 from pipeline.config.schema import Config
 from pipeline.core.errors import exit_code_of
 from pipeline.core.log_format import ending, new_run
@@ -95,7 +95,7 @@ def build(
 
     # A redirect would lead to whatever host the request names.
     plain: dict[str, Any] = {"redoc_url": None, "docs_url": None, "redirect_slashes": False}
-    app = FastAPI(title="clip-pipeline", version=pipeline.__version__, lifespan=lifespan, **plain)
+    app = FastAPI(title="clip-pipeline", version=metadata.version("clip-pipeline"), lifespan=lifespan, **plain)
     app.state.service = service
     _add_probes(app, service)
     _add_work(app, service)
@@ -140,7 +140,7 @@ def _add_probes(app: FastAPI, service: Service) -> None:
         engine = service.engine
         return _json(
             {
-                "version": pipeline.__version__,
+                "version": metadata.version("clip-pipeline"),
                 "model": service.config.model.name,
                 "fingerprint": engine.fingerprint if engine else None,
                 "fingerprints": engine.fingerprints if engine else None,

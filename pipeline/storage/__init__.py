@@ -1,1 +1,1 @@
-"""Storage: files that are published whole, on a local disk or in an object store."""
+"""Storage: files that are published atomically, on a local disk or in an object store."""

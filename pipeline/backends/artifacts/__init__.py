@@ -1,1 +1,1 @@
-"""Models exported for other runtimes, in a store keyed by fingerprint."""
+"""Exported models in a store keyed by fingerprint."""

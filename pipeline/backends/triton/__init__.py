@@ -1,1 +1,1 @@
-"""A model repository for NVIDIA's Triton Inference Server, made of exported towers."""
+"""Model repositories for NVIDIA Triton, made from exported towers."""

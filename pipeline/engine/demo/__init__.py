@@ -1,1 +1,1 @@
-"""The demo: rendered scenes and the small CLIP that was trained on them."""
+"""The demo: rendered scenes and a small CLIP model trained on them."""

@@ -1,1 +1,1 @@
-"""What a job would take: a few batches of it are measured, and nothing is written to the output."""
+"""Estimate of what a job would take, from a few of its batches."""
