@@ -83,10 +83,10 @@ def _task(composed: DictConfig) -> None:
             if code := estimate_job(config, began=next(_began, None), decoders=decoders, run=run).exit_code:
                 sys.exit(code)
             return
-        from pipeline.job.main import run_job
+        from pipeline.job.main import RunOptions, run_job
 
         _interrupt_within(config.errors.grace_seconds)
-        run_job(config, began=next(_began, None), decoders=decoders, run=run)
+        run_job(config, RunOptions(began=next(_began, None), decoders=decoders, run=run))
     except KeyboardInterrupt:
         _exit(Interrupted(_words_when_interrupted))
     except PipelineError as error:

@@ -91,7 +91,7 @@ def _repair(storage: Storage) -> None:
     """Run the dataset's own job again: it does what is missing or damaged, and nothing else."""
     from pipeline.dataset.plan import read
     from pipeline.dataset.saved_config import config_of
-    from pipeline.job.main import run_job
+    from pipeline.job.main import RunOptions, run_job
 
     wanted = read(storage)
     if wanted is None:
@@ -105,18 +105,18 @@ def _repair(storage: Storage) -> None:
         return
     # How many images failed was a verdict on the job; the dataset is complete.
     with suppress(TooManyFailures):
-        run_job(config, every_byte=True)
+        run_job(config, RunOptions(every_byte=True))
 
 
 def _collect(storage: Storage, age: float) -> dict[str, int]:
     from pipeline.dataset import lease
     from pipeline.dataset.verify import collect
-    from pipeline.job.cluster.part import Share
+    from pipeline.job.cluster.part import Part
     from pipeline.telemetry.logs import log_to_terminal
 
     with log_to_terminal(), lease.take(storage, seconds=OutputConfig().lease_seconds) as held:
         # A part at work has files too that nobody names yet.
-        Share().refuse_others(storage)
+        Part().refuse_others(storage)
         gone = collect(storage, age=age, confirm=held.confirm)
     for name, size in gone.items():
         print(f"removed {name}, {size:,} bytes", file=sys.stderr)

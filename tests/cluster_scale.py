@@ -2,10 +2,10 @@
 
     python -m tests.cluster_scale [--shards 10000] [--workers 1 2 4 8 16] [--seconds 5]
 
-The dispatch is the real one (``Fleet.run``, real nannies, real events); in the workers a stub takes the place of the
-model and reports every shard at once. CPU time of the driver, in which scheduler, nannies and dispatch live, is what
-counts: on few cores wall time is the stubs'. Prints JSON: core seconds per shard, and how many GPUs of ``--seconds``
-a shard the driver serves before it is busy for 2 % and for the whole of its core.
+The dispatch is the real one (``DaskExecutor.run``, real nannies, real events); in the workers a stub takes the place of
+the model and reports every shard at once. CPU time of the driver, in which scheduler, nannies and dispatch live, is
+what counts: on few cores wall time is the stubs'. Prints JSON: core seconds per shard, and how many GPUs of
+``--seconds`` a shard the driver serves before it is busy for 2 % and for the whole of its core.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pipeline.core.records import Clocks, Piece, Shard, Stage
 from pipeline.job.cluster import dask_worker as resident
 from pipeline.job.cluster.affinity import VARIABLE, shares
 from pipeline.job.cluster.dask_cluster import SETTINGS, open_processes
-from pipeline.job.cluster.dask_executor import Fleet
+from pipeline.job.cluster.dask_executor import DaskExecutor
 from pipeline.job.cluster.events import Teller
 from pipeline.storage.factory import open_storage
 from pipeline.telemetry.members import Member
@@ -71,7 +71,7 @@ def measure(shards: int, workers: int) -> dict[str, float]:
         client = opened.enter_context(open_processes(config, environments))
         client.wait_for_workers(workers, timeout=600)
         client.run(plant)
-        fleet = Fleet(config, open_storage(str(Path("/nonexistent"))), lambda: None)
+        fleet = DaskExecutor(config, open_storage(str(Path("/nonexistent"))), lambda: None)
         fleet._client, fleet._token = client, TOKEN
         client.subscribe_topic(f"pipeline-{TOKEN}", lambda event: fleet._told.put(event[1]))
         fleet._tick()

@@ -28,7 +28,7 @@ from pipeline.core.errors import (
     TooManyFailures,
 )
 from pipeline.dataset.parts import LAYOUT, METADATA_KEY
-from pipeline.job.main import run_job
+from pipeline.job.main import RunOptions, run_job
 from tests.conftest import data_folder
 from tests.jobs import StubEncoder, config_for, content, scenes_manifest, stub_backend
 
@@ -213,7 +213,7 @@ def test_a_dataset_whose_parts_are_laid_out_as_they_once_were_is_another_job(fin
 
 def test_start_up_counts_from_the_command(tmp_path: Path) -> None:
     config = config_for(scenes_manifest(tmp_path / "m.parquet", 20), tmp_path / "a")
-    report = run_job(config, began=time.time() - 100)
+    report = run_job(config, RunOptions(began=time.time() - 100))
     assert 100 < report.startup_seconds <= report.wall_seconds < 130
     assert report.bound == "start-up"
     again = run_job(replace(config, output=replace(config.output, dir=str(tmp_path / "b"))))

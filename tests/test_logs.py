@@ -20,7 +20,7 @@ from pipeline import run as door
 from pipeline.config.schema import Config, LogConfig
 from pipeline.core.errors import ConfigError, Interrupted, ManifestError, NumericalError, Problem
 from pipeline.core.log_format import SILENCED, JsonLines, ending, new_run, shard_of, silence, within
-from pipeline.job.cluster.dask_executor import Fleet
+from pipeline.job.cluster.dask_executor import DaskExecutor
 from pipeline.job.cluster.events import Forward, Teller
 from pipeline.storage.factory import open_storage
 from pipeline.telemetry.logs import library_messages, log_to, log_to_terminal, progress_mode
@@ -299,7 +299,7 @@ def test_what_a_worker_says_is_passed_on_with_its_name_and_its_shard(
     forward = Forward(Teller(Worker(), "topic"), "worker 3 (process 9 on node)", logging.INFO)
     with within(7):
         forward.emit(record_of("%s: try %d", "s3://b/x", 2, tries=2))
-    fleet = Fleet(Config(), open_storage(str(tmp_path)), lambda: None)
+    fleet = DaskExecutor(Config(), open_storage(str(tmp_path)), lambda: None)
     for form in (JSON, LogConfig()):
         with log_to_terminal(form, "r-1"):
             fleet._hear(messages[0])

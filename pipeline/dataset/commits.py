@@ -150,6 +150,23 @@ def read_commits(storage: Storage, plan: Plan, *, known: Mapping[int, Commit] | 
     return list(in_order(read, range(plan.shards), threads=storage.threads))
 
 
+def read_present(storage: Storage, plan: Plan, *, known: Mapping[int, Commit]) -> list[Commit]:
+    """The commits that are there, by shard; those of other parts of the job may be missing.
+
+    ``known`` are not read again, see :func:`read_commits`.
+
+    Raises:
+        StorageError: every commit is there, and one is torn.
+    """
+    there = storage.sizes(FOLDER)
+    names = [_name(shard) for shard in range(plan.shards)]
+    present = [name for name in names if name.removeprefix(f"{FOLDER}/") in there]
+    if len(present) == len(names):
+        return read_commits(storage, plan, known=known)
+    read = in_order(lambda name: _parse(storage.read(name)), present, threads=storage.threads)
+    return [commit for commit in read if commit is not None]
+
+
 def finalize(
     storage: Storage, plan: Plan, commits: Iterable[Commit], confirm: Callable[[], None] = lambda: None
 ) -> dict[str, int]:

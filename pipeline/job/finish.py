@@ -1,31 +1,35 @@
-"""The end of a run: all that is known by then, and what is told of it."""
+"""The end of a run: its report, its page, the summary in the log, and the errors of a run with failures."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 
 from pipeline.config.schema import Config
-from pipeline.core.errors import TooManyFailures
+from pipeline.core.errors import ShardsGivenUp, StorageError, TooManyFailures
+from pipeline.core.failpoints import failpoint
 from pipeline.core.processes import Spent, cores
 from pipeline.core.records import OK, Stage, TextBank, Timeline
 from pipeline.core.run_report import Pace, RunReport
 from pipeline.dataset.commits import Commit
-from pipeline.engine.prepare import Prepared
+from pipeline.engine.prepare import Inputs, Prepared
 from pipeline.images.reader import PixelReader
-from pipeline.job import finish
-from pipeline.job.cluster.part import Done
-from pipeline.manifest.manifest import Manifest
+from pipeline.job.cluster.part import Done, Part
 from pipeline.report import summary
 from pipeline.report.faster_decoder import faster_decoder
-from pipeline.report.page import place_of
-from pipeline.report.render import PAGE
+from pipeline.report.history import earlier_runs, is_stale
+from pipeline.report.page import place_of, to_dict, to_json
+from pipeline.report.render import PAGE, draw, try_to_publish
 from pipeline.report.summary import DatasetSummary
 from pipeline.report.throughput import find_pace
+from pipeline.storage.base import Storage
 from pipeline.telemetry.members import Member, peak_memory, total_clocks, total_cores
 from pipeline.telemetry.timeline import merge
 
@@ -36,26 +40,37 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Ending:
-    """What is known when the last shard is committed; times are in seconds, ``loop_began`` since the epoch.
+class Embedded:
+    """The work of the loop: rows and images, when it began (seconds since the epoch), seconds, images/s.
 
-    ``own`` is what this command did, ``ran`` what all parts of its job did, ``whole`` whether these are the same.
-    ``steady`` is in images/s.
+    ``rows`` are those that were committed, ``resumed_rows`` those that earlier runs committed. ``images_per_second``
+    leaves out the first batch.
     """
 
+    rows: int
+    images: int
+    resumed_rows: int
+    began: float
+    seconds: float
+    first_batch_seconds: float
+    images_per_second: float
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A run after its last commit; ``began`` and ``ended`` are seconds since the epoch."""
+
     prepared: Prepared
-    manifest: Manifest
-    bank: TextBank | None
-    own: Done
-    ran: Done
-    whole: bool
+    inputs: Inputs
+    storage: Storage
+    part: Part
+    run: str
+    began: float
+    ended: float
+    embedded: Embedded
+    members: tuple[Member, ...]
     settled: tuple[Commit, ...]
     given_up: tuple[int, ...]
-    resumed_rows: int
-    loop_began: float
-    loop_seconds: float
-    first_batch_seconds: float
-    steady: float
 
     @property
     def counts(self) -> dict[str, int]:
@@ -71,59 +86,152 @@ class Ending:
         return sum(count for status, count in self.counts.items() if status != OK)
 
     @property
-    def over(self) -> bool:
-        """Whether these are more than the config allows."""
-        return self.failed > self.prepared.config.errors.max_fraction * self.manifest.rows
+    def too_many_failed(self) -> bool:
+        """True if more rows failed than the config allows."""
+        return self.failed > self.prepared.config.errors.max_fraction * self.inputs.manifest.rows
+
+    @property
+    def missing(self) -> int:
+        """Shards without a commit."""
+        return self.prepared.plan.shards - len(self.settled)
+
+    @property
+    def parts(self) -> list[tuple[str, int]]:
+        """The files of the dataset, each with the number of its first row."""
+        return [(commit.part, commit.shard * self.prepared.plan.shard_rows) for commit in self.settled]
+
+    def done(self) -> Done:
+        """The record of this command, which the parts of a job add up."""
+        embedded = self.embedded
+        return Done(
+            began=self.began, ended=self.ended, rows=embedded.rows, images=embedded.images, members=self.members
+        )
 
 
-def report_of(
-    end: Ending, content: DatasetSummary, reader: PixelReader, *, history: Sequence[Mapping[str, object]], run: str
-) -> RunReport:
-    """The report of a run.
+@dataclass(frozen=True, slots=True)
+class ReportDraft:
+    """The report of a run, the summary of its dataset, and the report that was there before."""
 
-    Args:
-        end: what is known of it.
-        content: what its dataset holds.
-        reader: of its pictures, some of which may be decoded again to tell what another decoder would have given.
-        history: the runs before it.
-        run: its name.
+    report: RunReport
+    content: DatasetSummary
+    previous: bytes | None
+
+
+def report_of(outcome: Outcome, reader: PixelReader) -> ReportDraft:
+    """Summarise the dataset and make the report of a run.
+
+    ``reader`` reads the job's images; some may be decoded again, to estimate the gain of another decoder.
     """
-    prepared, ran, own, bank = end.prepared, end.ran, end.own, end.bank
-    config, wanted = prepared.config, prepared.plan
-    places = (total_cores(ran.members) if end.whole else _cores_of_hosts(ran.members)) or cores()
-    # A clock may have been set back meanwhile.
-    wall, startup = max(ran.ended - ran.began, 1e-3), end.loop_began - own.began + end.first_batch_seconds
-    # The parts of a job need not run side by side, so that there is no pace of them all.
-    pace = (
-        finish.pace_of(own.members, config, prepared, images=own.images, steady=end.steady, seconds=end.loop_seconds)
-        if end.whole
-        else None
+    config = outcome.prepared.config
+    content = summary.summarize(
+        config.output.dir, outcome.parts, id=outcome.inputs.manifest.id, examples=config.report.examples
     )
-    bound, advice = finish.bound(ran.members, config, prepared, startup=startup, wall=wall)
-    if bound == "encoding" and pace is not None and pace.cores_busy < BUSY * places and prepared.device == "cpu":
+    own = outcome.done()
+    ran = outcome.part.merged(outcome.storage, own)
+    previous = outcome.storage.read(REPORT)
+    report = _report(outcome, ran, content, reader)
+    return ReportDraft(
+        report=dataclasses.replace(report, history=earlier_runs(previous)), content=content, previous=previous
+    )
+
+
+def publish(outcome: Outcome, draft: ReportDraft, reader: PixelReader) -> None:
+    """Write the report and its page, unless this run did nothing and those of an earlier one are there."""
+    storage, config, report = outcome.storage, outcome.prepared.config, draft.report
+    content = to_dict(report)
+    if outcome.embedded.rows or outcome.given_up or is_stale(draft.previous, report.counts):
+        # A page of another run would contradict it; one that cannot be removed does not prevent a report.
+        with suppress(StorageError):
+            storage.remove(PAGE)
+        storage.write(REPORT, to_json(report))
+        failpoint("report.written")
+    else:
+        content = json.loads(draft.previous or b"null")
+    if config.report.html and storage.size(PAGE) is None:
+        page = partial(
+            draw,
+            content,
+            draft.content,
+            outcome.parts,
+            output=config.output.dir,
+            manifest=outcome.inputs.manifest,
+            reader=reader,
+            examples=config.report.examples,
+        )
+        try_to_publish(storage, page)
+
+
+def check(outcome: Outcome) -> None:
+    """Raise what a finished dataset with missing shards or many failed rows ends with.
+
+    Raises:
+        ShardsGivenUp: shards ended every worker that had them.
+        TooManyFailures: more rows failed than ``errors.max_fraction``.
+    """
+    config, wanted, manifest = outcome.prepared.config, outcome.prepared.plan, outcome.inputs.manifest
+    given_up = outcome.given_up
+    if given_up:
+        raise ShardsGivenUp(
+            f"{config.output.dir}: all is committed but {len(given_up)} of {wanted.shards} shards, each of which "
+            f"ended every worker that had it: {', '.join(map(str, given_up[:20]))}. Look at the rows from "
+            f"{given_up[0] * wanted.shard_rows:,} on; the same command tries them again"
+        )
+    if outcome.too_many_failed:
+        why = ", ".join(f"{status} {count:,}" for status, count in outcome.counts.items() if status != OK)
+        place = f"; relative paths start at {manifest.root} (manifest.root)" if outcome.counts.get("not_found") else ""
+        raise TooManyFailures(
+            f"{config.output.dir}: complete, but {outcome.failed:,} of {manifest.rows:,} rows failed "
+            f"({outcome.failed / manifest.rows:.1%}: {why}), more than errors.max_fraction="
+            f"{config.errors.max_fraction}; the column error and {PAGE} say why{place}"
+        )
+
+
+def _report(outcome: Outcome, ran: Done, content: DatasetSummary, reader: PixelReader) -> RunReport:
+    """The report; ``ran`` is the work of all parts of the job."""
+    prepared, embedded, bank = outcome.prepared, outcome.embedded, outcome.inputs.bank()
+    config, wanted, whole = prepared.config, prepared.plan, outcome.part.whole
+    available = (total_cores(ran.members) if whole else _cores_of_hosts(ran.members)) or cores()
+    # The clock of the machine may have been set back during the run.
+    wall = max(ran.ended - ran.began, 1e-3)
+    startup = embedded.began - outcome.began + embedded.first_batch_seconds
+    # The parts of a job need not run at the same time, and then have no common throughput.
+    pace = None
+    if whole:
+        rate, seconds = embedded.images_per_second, embedded.seconds
+        pace = pace_of(outcome.members, prepared, images=embedded.images, steady=rate, seconds=seconds)
+    bound, advice = bound_of(ran.members, prepared, startup=startup, wall=wall)
+    if bound == "encoding" and pace is not None and pace.cores_busy < BUSY * available and prepared.device == "cpu":
         advice = (
-            f"only {pace.cores_busy:.1f} of {places} cores worked for this run: other programs, or a limit on this "
+            f"only {pace.cores_busy:.1f} of {available} cores worked for this run: other programs, or a limit on this "
             "process, held the rest; run it when the machine is quiet before changing anything"
         )
     if bound == "decoding":
-        device = prepared.device.partition(":")[0]
-        faster = faster_decoder(end.manifest, reader, pace, images=own.images, wall=wall, cores=places, device=device)
+        faster = faster_decoder(
+            outcome.inputs.manifest,
+            reader,
+            pace,
+            images=embedded.images,
+            wall=wall,
+            cores=available,
+            device=prepared.device.partition(":")[0],
+        )
         advice = faster.advice if faster is not None else advice
+    committed = sum(commit.rows for commit in outcome.settled)
     return RunReport(
         started=datetime.fromtimestamp(ran.began, UTC).isoformat(timespec="milliseconds"),
         rows=ran.rows,
         images=ran.images,
-        resumed_rows=end.resumed_rows if end.whole else max(0, sum(c.rows for c in end.settled) - ran.rows),
-        total_rows=end.manifest.rows,
+        resumed_rows=embedded.resumed_rows if whole else max(0, committed - ran.rows),
+        total_rows=outcome.inputs.manifest.rows,
         wall_seconds=round(wall, 3),
         startup_seconds=round(startup, 3),
         images_per_second=round(ran.images / wall, 2),
-        # That of the last part alone says nothing of the others.
-        steady_images_per_second=round(end.steady, 2) if end.whole else 0.0,
+        # The throughput of one part is not that of the job.
+        steady_images_per_second=round(embedded.images_per_second, 2) if whole else 0.0,
         stages={name: round(seconds, 3) for name, seconds in total_clocks(ran.members).seconds.items()},
         bound=bound,
         advice=advice,
-        counts=end.counts,
+        counts=outcome.counts,
         failures=content.failures,
         labels=content.labels,
         prompts={"labels": len(bank.names) if bank else 0, "cached": bank is not None and bank.cached},
@@ -133,28 +241,27 @@ def report_of(
         or (config.loader.batch_size,),
         pace=pace,
         memory=peak_memory(ran.members) or summary.memory(),
-        machine={**prepared.machine, "cores": places},
+        machine={**prepared.machine, "cores": available},
         versions=summary.versions(),
         fingerprints=wanted.fingerprints,
         config=dataclasses.asdict(config),
-        exit_code=TooManyFailures.exit_code if end.over or end.given_up else 0,
+        exit_code=TooManyFailures.exit_code if outcome.too_many_failed or outcome.given_up else 0,
         workers=tuple(dataclasses.replace(member, timeline=Timeline()) for member in ran.members),
-        given_up=end.given_up,
+        given_up=outcome.given_up,
         repeats=sum(member.repeats for member in ran.members),
         timeline=merge(member.timeline for member in ran.members),
         scores=content.scores,
-        history=tuple(history),
-        run=run,
+        run=outcome.run,
     )
 
 
 def _cores_of_hosts(members: Sequence[Member]) -> int:
-    """Parts of a job may have run one after the other on the same cores."""
+    """Cores of all hosts; parts of a job may have run one after the other on the same cores."""
     return sum({host: max(m.cores for m in members if m.host == host) for host in {m.host for m in members}}.values())
 
 
-def say_labels(bank: TextBank | None) -> None:
-    """What the labels of a run are."""
+def log_labels(bank: TextBank | None) -> None:
+    """Log the number of labels and the origin of their features."""
     if bank is None:
         log.warning(
             "no labels: the columns label and score stay null; prompts.labels=[cat,dog] or prompts.path fills them"
@@ -164,8 +271,8 @@ def say_labels(bank: TextBank | None) -> None:
         log.info("%d labels, text features %s", len(bank.names), features)
 
 
-def say(result: RunReport, config: Config) -> None:
-    """The report in a few sentences."""
+def log_summary(result: RunReport, config: Config) -> None:
+    """Log the report in a few sentences."""
     if not result.rows:
         log.info("%s is complete: %d rows; nothing to do", config.output.dir, result.total_rows)
         return
@@ -183,16 +290,14 @@ def say(result: RunReport, config: Config) -> None:
     log.info("dataset: %s   report: %s/%s", config.output.dir, config.output.dir, name)
 
 
-def bound(
-    members: Sequence[Member], config: Config, prepared: Prepared, *, startup: float, wall: float
-) -> tuple[str, str]:
+def bound_of(members: Sequence[Member], prepared: Prepared, *, startup: float, wall: float) -> tuple[str, str]:
     """See :func:`pipeline.report.summary.find_bound`; the advice is for each process."""
     return summary.find_bound(
         total_clocks(members),
         startup=startup,
         wall=wall,
-        workers=_threads(config, prepared),
-        decoder=config.images.decoder,
+        workers=_threads(prepared),
+        decoder=prepared.config.images.decoder,
         streams=prepared.streams,
         device=prepared.device.partition(":")[0],
         precision=prepared.precision,
@@ -201,7 +306,7 @@ def bound(
 
 
 def pace_of(
-    members: Sequence[Member], config: Config, prepared: Prepared, *, images: int, steady: float, seconds: float
+    members: Sequence[Member], prepared: Prepared, *, images: int, steady: float, seconds: float
 ) -> Pace | None:
     """See :func:`pipeline.report.throughput.find_pace`; processes that worked side by side count together."""
     spent = Spent(
@@ -209,7 +314,7 @@ def pace_of(
         children=sum(member.child_core_seconds for member in members),
     )
     processes = len({(member.host, member.name) for member in members})
-    reading, encoding = processes * _threads(config, prepared), processes * prepared.streams
+    reading, encoding = processes * _threads(prepared), processes * prepared.streams
     return find_pace(
         total_clocks(members),
         spent,
@@ -222,9 +327,9 @@ def pace_of(
     )
 
 
-def _threads(config: Config, prepared: Prepared) -> int:
+def _threads(prepared: Prepared) -> int:
     """Threads that read and decode in each process."""
-    return config.loader.workers or _cores(prepared)
+    return prepared.config.loader.workers or _cores(prepared)
 
 
 def _cores(prepared: Prepared) -> int:

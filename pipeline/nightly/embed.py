@@ -104,10 +104,10 @@ def run_rows(
 
 def run_main_job(config: Config, *, run: str) -> None:
     """The main job; a door that only asks for help does without it."""
-    from pipeline.job.main import run_job
+    from pipeline.job.main import RunOptions, run_job
 
     # The night has a page and an ending of its own, which its job would not know enough for.
-    run_job(replace(config, report=replace(config.report, html=False)), run=run, closing_words=False)
+    run_job(replace(config, report=replace(config.report, html=False)), RunOptions(run=run, summary=False))
 
 
 def digest_of(fingerprints: Mapping[str, Any]) -> str:

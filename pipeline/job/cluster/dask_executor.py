@@ -61,7 +61,7 @@ TICK, COUNTED, AHEAD = 0.1, 1.0, 2
 log = logging.getLogger(__name__)
 
 
-class Fleet:
+class DaskExecutor:
     """The cluster of a job; use it as a context manager.
 
     Args:
@@ -84,7 +84,7 @@ class Fleet:
         self._reader: PixelReader | None = None
         self.given_up: tuple[int, ...] = ()
 
-    def __enter__(self) -> Fleet:
+    def __enter__(self) -> DaskExecutor:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,30 +1,62 @@
-"""Who embeds the shards of a job: this process, or a cluster."""
+"""The interface of what embeds the shards of a job, and the choice between this process and Dask workers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeAlias
+from collections.abc import Callable, Generator, Iterable
+from types import TracebackType
+from typing import Protocol, Self
 
 from pipeline.config.schema import Config
 from pipeline.core.errors import ClusterUnavailable, install_hint
+from pipeline.core.records import Shard, ShardReport
+from pipeline.engine.loop import Job
+from pipeline.engine.prepare import Inputs, Prepared
 from pipeline.images.pool.pool import Decoders
+from pipeline.images.reader import PixelReader
 from pipeline.job.cluster.inline import Inline
 from pipeline.storage.base import Storage
-
-if TYPE_CHECKING:
-    from pipeline.job.cluster.dask_executor import Fleet
-
-Crew: TypeAlias = "Inline | Fleet"
+from pipeline.telemetry.members import Member
 
 
-def crew_of(config: Config, storage: Storage, check: Callable[[], None], decoders: Decoders | None) -> Crew:
-    """The one that ``cluster.name`` asks for; not opened yet.
+class Executor(Protocol):
+    """Embeds shards; the calls come in the order of the methods."""
+
+    def __enter__(self) -> Self: ...
+
+    def prepare(self, inputs: Inputs) -> Prepared:
+        """Open the model, pass the gates and make the plan, of which nothing is written yet."""
+
+    def begin(self, job: Job) -> None:
+        """Take the job, whose plan is written."""
+
+    def run(self, shards: Iterable[Shard], on_batch: Callable[[int], None]) -> Generator[ShardReport]:
+        """Embed and commit shards; ``on_batch`` is called with the images of each batch."""
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        """The statistics of each process."""
+
+    @property
+    def given_up(self) -> tuple[int, ...]:
+        """Shards that ended every worker that had them."""
+
+    @property
+    def reader(self) -> PixelReader:
+        """Reader of the job's images, in this process."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+def executor_of(config: Config, storage: Storage, check: Callable[[], None], decoders: Decoders | None) -> Executor:
+    """The executor of ``cluster.name``; not opened yet.
 
     Args:
         config: of the job.
         storage: the output.
         check: called often; raises if the job must stop.
-        decoders: those of this process, where they have begun already.
+        decoders: decoder processes of this process, if they have been started already.
 
     Raises:
         ClusterUnavailable: Dask is not installed.
@@ -33,8 +65,8 @@ def crew_of(config: Config, storage: Storage, check: Callable[[], None], decoder
     if name == "inline":
         return Inline(config, storage, decoders)
     try:
-        from pipeline.job.cluster.dask_executor import Fleet
+        from pipeline.job.cluster.dask_executor import DaskExecutor
     except ImportError as error:
         extra = name if name in ("slurm", "kubernetes") else "dask"
         raise ClusterUnavailable(f"cluster={name} needs Dask ({error}): {install_hint(extra)}") from error
-    return Fleet(config, storage, check)
+    return DaskExecutor(config, storage, check)

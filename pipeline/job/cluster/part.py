@@ -37,7 +37,7 @@ class Done:
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class Part:
     """The shards of this run: ``number`` (from 1) of ``count`` equal parts."""
 
     number: int = 1
@@ -45,7 +45,7 @@ class Share:
     whole: bool = True
 
     @classmethod
-    def of(cls, config: Config) -> Share:
+    def of(cls, config: Config) -> Part:
         """What the config says."""
         part = part_of(config.cluster.part) if config.cluster.part is not None else None
         return cls(*part, whole=False) if part is not None else cls()
@@ -84,7 +84,7 @@ class Share:
             match = _LEASE.fullmatch(folder)
             if match is None or holder is None:
                 continue
-            other = Share(int(match[2]), int(match[3]), whole=False) if match[1] else Share()
+            other = Part(int(match[2]), int(match[3]), whole=False) if match[1] else Part()
             if (other.whole, other.count) != (self.whole, self.count) and holder.lives():
                 raise OutputBusy(
                     f"{storage.url}: {other.text} is held by {holder}, and {self.text} would do the same work; "
@@ -111,7 +111,7 @@ class Share:
         storage.write(f"{FOLDER}/{self.name}.json", (json.dumps(content, indent=2) + "\n").encode())
 
     def _read(self, storage: Storage, number: int) -> Done | None:
-        name = f"{FOLDER}/{Share(number, self.count).name}.json"
+        name = f"{FOLDER}/{Part(number, self.count).name}.json"
         try:
             values = json.loads(storage.read(name) or b"null")
             members = tuple(from_json(member) for member in values["members"])

@@ -19,9 +19,9 @@ from pipeline.dataset.parts import part_format
 from pipeline.engine.loop import Job
 from pipeline.engine.prepare import Inputs, Prepared, open_inputs, spec_of
 from pipeline.images.pool.pool import Decoders
-from pipeline.job.cluster.executor import crew_of
+from pipeline.job.cluster.executor import executor_of
 from pipeline.job.cluster.inline import Inline
-from pipeline.job.cluster.part import Share
+from pipeline.job.cluster.part import Part
 from pipeline.job.estimate.extrapolate import figures
 from pipeline.job.estimate.format import lines
 from pipeline.job.estimate.record import Estimate
@@ -63,7 +63,7 @@ def estimate_job(
             opened.callback(decoders.close)
         opened.enter_context(log_to_terminal(config.log, run))
         # Refuses a cluster for which something is not installed, and opens none.
-        crew_of(config, storage, lambda: None, None)
+        executor_of(config, storage, lambda: None, None)
         processes = processes_of(config)
         with explained("a temporary folder for the trial (TMPDIR)"):
             scratch = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="clip-pipeline-")))
@@ -73,9 +73,9 @@ def estimate_job(
         crew = opened.enter_context(Inline(scenes.config, storage, decoders))
         prepared = crew.prepare(inputs)
         done, bad = commits.look(storage, prepared.plan, every_byte=every_byte)
-        share = Share.of(config)
+        part = Part.of(config)
         shards = cut(inputs.manifest, config.manifest.shard_rows)
-        left = [shard for shard in shards if share.has(shard.index) and shard.index not in done]
+        left = [shard for shard in shards if part.has(shard.index) and shard.index not in done]
         startup = time.time() - began - scenes.seconds
         estimate = figures(
             _trial(crew, inputs, prepared, left, scenes, scratch / "trial") if left else None,
@@ -86,7 +86,7 @@ def estimate_job(
             startup=startup,
             scenes=scenes.to_render,
             damaged=len(bad),
-            busy=_busy(storage, share),
+            busy=_busy(storage, part),
         )
         for line in lines(estimate):
             log.info("%s", line)
@@ -133,13 +133,13 @@ def _trial(
     )
 
 
-def _busy(storage: Storage, share: Share) -> str:
+def _busy(storage: Storage, part: Part) -> str:
     """Who keeps a run out just now; empty if nobody does."""
     for folder, _, holder in lease.holders(storage):
-        if folder == share.lease and holder is not None and holder.lives():
+        if folder == part.lease and holder is not None and holder.lives():
             return f"{storage.url} is held by {holder}"
     try:
-        share.refuse_others(storage)
+        part.refuse_others(storage)
     except OutputBusy as error:
         return str(error)
     return ""

@@ -58,7 +58,7 @@ def pacing(trial: Trial, left: Sequence[Shard], config: Config, prepared: Prepar
         return Pacing(seconds, trial.error, images, 0.0, None, None)
     window = _between(trial.member, trial.begin, trial.end)
     counted, seconds = trial.end.images - trial.begin.images, trial.end.at - trial.begin.at
-    pace = finish.pace_of((window,), config, prepared, images=counted, steady=one, seconds=seconds)
+    pace = finish.pace_of((window,), prepared, images=counted, steady=one, seconds=seconds)
     gpu = not prepared.device.startswith("cpu")
     encoding = pace.stages[Stage.ENCODE].share if pace is not None and Stage.ENCODE in pace.stages else 0.0
     if gpu:
@@ -170,7 +170,7 @@ def _measured(
         advice = "too few images to tell"
     if loop.window is not None:
         # As if the window were all of the loop: what binds is told by shares.
-        bound, advice = finish.bound((loop.window,), config, prepared, startup=startup, wall=seconds)
+        bound, advice = finish.bound_of((loop.window,), prepared, startup=startup, wall=seconds)
     failed = trial.rows - trial.counts[OK]
     low, high = failing(failed, trial.rows)
     whole = trial.whole and trial.rows == estimate.left_rows
