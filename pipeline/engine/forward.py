@@ -1,8 +1,8 @@
-"""What an encoder makes of a shard's batches: labelled embeddings that were proved to be such."""
+"""Embeddings and labels of batches, with the proofs of their shape, length and order; the results of a shard."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -28,7 +28,7 @@ PROVED_SHARDS = 8
 
 @dataclass(frozen=True, slots=True)
 class Labelling:
-    """The text bank, its features on the encoder's device, and how many labels a row gets."""
+    """The text bank, its features on the encoder's device, and the number of labels of a row."""
 
     bank: TextBank
     features: torch.Tensor
@@ -36,75 +36,130 @@ class Labelling:
 
 
 @dataclass(frozen=True, slots=True)
-class Flying:
-    """A batch whose results are on their way to the host; ``landed`` tells when (None: they are there)."""
+class Encoded:
+    """Embeddings of the images of a batch, and the proofs of them, on the encoder's device.
+
+    Attributes:
+        whole: float32 ``[B, D]``, with the padding.
+        vectors: float32 ``[N, D]``, without it.
+        lengths: Euclidean length of each, float32 ``[N]``.
+        in_order: a bool; False if the rows are not those of the images at their places.
+    """
+
+    whole: torch.Tensor
+    vectors: torch.Tensor
+    lengths: torch.Tensor
+    in_order: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PendingBatch:
+    """A batch whose results are being copied to the host; ``copied`` is None where they are there already."""
 
     rows: np.ndarray
     vectors: torch.Tensor
-    top: torch.Tensor
-    scores: torch.Tensor
     lengths: torch.Tensor
     in_order: torch.Tensor
-    landed: torch.cuda.Event | None
+    top: torch.Tensor
+    scores: torch.Tensor
+    copied: torch.cuda.Event | None
+
+
+def encode(encoder: ImageEncoder, pixels: torch.Tensor, count: int, *, twice: bool) -> Encoded:
+    """Embed a batch at the encoder's static shape; on CUDA the results are not waited for.
+
+    Args:
+        encoder: the opened backend.
+        pixels: uint8 ``[B, 3, H, W]``.
+        count: images in it; the places behind them repeat some (see :mod:`pipeline.engine.padding`), which proves the
+            order of the rows.
+        twice: prove the order of a full batch by encoding it again in another order.
+
+    Raises:
+        NumericalError: the encoder returned another shape or type.
+        BackendUnavailable: the device has no memory for the batch.
+    """
+    size = len(pixels)
+    with memory_explained(size):
+        encoded = encoder.encode(pixels)
+        expected = (size, encoder.dim)
+        if tuple(encoded.shape) != expected or encoded.dtype != torch.float32:
+            raise NumericalError(
+                f"{encoder.name} returned {encoded.dtype} {tuple(encoded.shape)}, wanted float32 {expected}"
+            )
+        vectors = encoded[:count]
+        if count < size:
+            again, origin = encoded[count:], repeats_on(encoded.device, count, size)
+        elif twice and size > 1:
+            shuffled, origin = turned(pixels)
+            again = encoder.encode(shuffled)
+        else:
+            again, origin = None, None
+        proved = torch.ones((), dtype=torch.bool, device=encoded.device)
+        if again is not None and origin is not None:
+            proved = in_order(vectors, again, origin, pixels[:count])
+    lengths = torch.linalg.vector_norm(vectors, dim=1)
+    return Encoded(whole=encoded, vectors=vectors, lengths=lengths, in_order=proved)
+
+
+def check(encoded: Encoded | PendingBatch, rows: Sequence[int] | np.ndarray, where: str) -> None:
+    """Hold embeddings against their proofs; ``rows`` are their numbers for the message, ``where`` is its beginning.
+
+    Raises:
+        NumericalError: an embedding is NaN, infinite or not of unit length, or the rows are not in order.
+    """
+    # NaN is within no tolerance.
+    wrong = ~((encoded.lengths - 1).abs() < UNIT_TOLERANCE)
+    if bool(wrong.any()):
+        raise NumericalError(
+            f"{where}, row {rows[int(wrong.nonzero()[0])]}: the encoder returned NaN, infinity or a vector that is not "
+            "of length 1; nothing of it is kept. Try backend.precision=fp32, check the checkpoint"
+        )
+    if not bool(encoded.in_order):
+        raise NumericalError(
+            f"{where}, rows {rows[0]} to {rows[-1]}: the encoder's rows are not those of the images at their places; "
+            "nothing of it is kept. Take another backend, and report this one"
+        )
 
 
 def launch(
     batch: ImageBatch, encoder: ImageEncoder, labelling: Labelling | None, clocks: StageClocks, *, number: int
-) -> Flying:
+) -> PendingBatch:
     """Embed and label a batch, the ``number``-th of its shard; on CUDA the results are not waited for.
 
     Raises:
         NumericalError: the encoder returned another shape.
     """
-    where = f"shard {batch.shard.index}, batch {number}"
-    with clocks.time(Stage.ENCODE), memory_explained(len(batch.pixels)):
+    count, size = len(batch.rows), len(batch.pixels)
+    # Where a shard has no padding, one in PROVED_SHARDS has its first batch encoded twice.
+    twice = number == 0 and batch.shard.rows % size == 0 and batch.shard.index % PROVED_SHARDS == 0
+    with clocks.time(Stage.ENCODE), memory_explained(size):
         failpoint("encode")
-        encoded = encoder.encode(batch.pixels)
+        try:
+            encoded = encode(encoder, batch.pixels, count, twice=twice)
+        except NumericalError as error:
+            raise NumericalError(f"shard {batch.shard.index}, batch {number}: {error}") from error
         failpoint("encoded")
-        expected = (batch.pixels.shape[0], encoder.dim)
-        if tuple(encoded.shape) != expected or encoded.dtype != torch.float32:
-            raise NumericalError(
-                f"{where}: {encoder.name} returned {encoded.dtype} {tuple(encoded.shape)}, wanted float32 {expected}"
-            )
-        proved = _in_order(batch, encoded, encoder, first=number == 0)
-    vectors = encoded[: len(batch.rows)]
-    lengths = torch.linalg.vector_norm(vectors, dim=1)
+    device = encoded.vectors.device
     if labelling is not None:
-        with clocks.time(Stage.LABEL), memory_explained(len(batch.pixels)):
+        with clocks.time(Stage.LABEL), memory_explained(size):
             failpoint("label")
-            found = label(Embeddings(vectors), labelling.bank, labelling.features, top_k=labelling.top_k)
+            found = label(Embeddings(encoded.vectors), labelling.bank, labelling.features, top_k=labelling.top_k)
         top, scores = found.indices, found.scores
     else:
-        scores = torch.empty((len(batch.rows), 0), device=vectors.device)
+        scores = torch.empty((count, 0), device=device)
         top = scores.long()
-    results = [vectors, top, scores, lengths, proved]
-    landed = None
-    if vectors.device.type == "cuda":
-        # Copied behind this batch's own work, so that fetching it never waits for the next batch.
+    results = [encoded.vectors, encoded.lengths, encoded.in_order, top, scores]
+    copied = None
+    if device.type == "cuda":
+        # Copied behind the batch's own work, so that fetching it does not wait for the next batch.
         results = [_to_host(tensor) for tensor in results]
-        landed = torch.cuda.Event()
-        landed.record(torch.cuda.current_stream(vectors.device))
-    vectors, top, scores, lengths, proved = results
-    return Flying(
-        rows=batch.rows, vectors=vectors, top=top, scores=scores, lengths=lengths, in_order=proved, landed=landed
+        copied = torch.cuda.Event()
+        copied.record(torch.cuda.current_stream(device))
+    vectors, lengths, proved, top, scores = results
+    return PendingBatch(
+        rows=batch.rows, vectors=vectors, lengths=lengths, in_order=proved, top=top, scores=scores, copied=copied
     )
-
-
-def _in_order(batch: ImageBatch, encoded: torch.Tensor, encoder: ImageEncoder, *, first: bool) -> torch.Tensor:
-    """Whether the rows belong to their pictures, as far as this batch tells; a bool on the device.
-
-    A batch with free places shows it in them. Where a shard has none, now and then its first batch is encoded
-    again with its pictures at other places.
-    """
-    count, size = len(batch.rows), len(batch.pixels)
-    if count < size:
-        again, origin = encoded[count:], repeats_on(encoded.device, count, size)
-    elif first and size > 1 and batch.shard.rows % size == 0 and batch.shard.index % PROVED_SHARDS == 0:
-        pixels, origin = turned(batch.pixels)
-        again = encoder.encode(pixels)
-    else:
-        return torch.ones((), dtype=torch.bool, device=encoded.device)
-    return in_order(encoded[:count], again, origin, batch.pixels[:count])
 
 
 def _to_host(tensor: torch.Tensor) -> torch.Tensor:
@@ -114,7 +169,7 @@ def _to_host(tensor: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def memory_explained(batch_size: int) -> Iterator[None]:
-    """Turn a want of the device's memory that no smaller batch of the encoder can mend into an error that says so."""
+    """Turn an out-of-memory error of the device into one that says what to lower."""
     try:
         yield
     except Exception as error:
@@ -125,13 +180,13 @@ def memory_explained(batch_size: int) -> Iterator[None]:
         ) from error
 
 
-class Accumulated:
-    """The results of one shard as they come in.
+class ShardResults:
+    """The results of one shard, filled in batch by batch.
 
     Args:
-        shard: which one.
+        shard: the shard.
         dim: length of an embedding.
-        dtype: how embeddings are stored.
+        dtype: type of the stored embeddings.
         labelling: as for :func:`launch`.
         threshold: lowest score of the column ``label``.
     """
@@ -147,35 +202,22 @@ class Accumulated:
         self._scores = np.zeros((shard.rows, k), dtype=np.float32)
         self._batches = 0
 
-    def add(self, batch: Flying) -> None:
-        """Take a batch's results; waits until they have landed.
+    def add(self, batch: PendingBatch) -> None:
+        """Add a batch's results; wait until they are copied.
 
         Raises:
-            NumericalError: they are no embeddings, or not those of their pictures.
+            NumericalError: they are not embeddings, or not those of their images; the shard is not committed.
         """
-        if batch.landed is not None:
-            batch.landed.synchronize()
-        where = f"shard {self._shard.index}, batch {self._batches}"
+        if batch.copied is not None:
+            batch.copied.synchronize()
+        check(batch, batch.rows, f"shard {self._shard.index}, batch {self._batches}")
         self._batches += 1
-        # NaN is within no tolerance.
-        healthy = np.abs(batch.lengths.numpy() - 1) < UNIT_TOLERANCE
-        if not healthy.all():
-            position = int(batch.rows[int(np.flatnonzero(~healthy)[0])])
-            raise NumericalError(
-                f"{where}, row {position}: the encoder returned NaN, infinity or a vector that is not of length 1; "
-                "the shard is not committed. Try backend.precision=fp32, check the checkpoint"
-            )
-        if not batch.in_order:
-            raise NumericalError(
-                f"{where}, rows {batch.rows[0]} to {batch.rows[-1]}: the encoder's rows are not those of the pictures "
-                "at their places; the shard is not committed. Take another backend, and report this one"
-            )
         self._vectors[batch.rows] = batch.vectors.numpy()
         self._top[batch.rows] = batch.top.numpy()
         self._scores[batch.rows] = batch.scores.numpy()
 
     def finish(self, rows: ShardRows) -> ShardResult:
-        """The whole shard, with what repeated images share with the first of their kind."""
+        """The whole shard; duplicate images get the results of the first of them."""
         if rows.repeats:
             repeated, first = list(rows.repeats), list(rows.repeats.values())
             for column in (self._vectors, self._top, self._scores):

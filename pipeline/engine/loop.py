@@ -24,7 +24,7 @@ from pipeline.core.log_format import within
 from pipeline.core.records import ImageBatch, PreprocessSpec, Shard, ShardReport, ShardRows, Stage, TextBank
 from pipeline.dataset.commits import commit_part
 from pipeline.dataset.parts import PartFormat, ShardResult, build_table, count_statuses
-from pipeline.engine.forward import Accumulated, Flying, Labelling, launch, memory_explained
+from pipeline.engine.forward import Labelling, PendingBatch, ShardResults, launch, memory_explained
 from pipeline.engine.loader import Loader
 from pipeline.images.factory import pixel_reader, worker_threads
 from pipeline.images.pool.pool import Decoders
@@ -205,17 +205,26 @@ def _results(
         opened.enter_context(loader)
         streams = opened.enter_context(Streams(encoder.device, encoder.streams))
 
-        submitted = _submit(loader, shards, job, encoder, labelling, clocks, streams)
-        for shard, result in _in_order(submitted, ahead):
-            if isinstance(result, ShardRows):
-                yield shard.finish(result)
-                continue
-            batch = result.result()
-            # On CUDA the clock of the encoder runs until the device is done.
-            with clocks.time(Stage.ENCODE):
-                shard.add(batch)
-            clocks.count(len(batch.rows))
-            on_batch(len(batch.rows))
+        steps = _submit(loader, shards, job, encoder, labelling, clocks, streams)
+        for step in _in_order(steps, ahead):
+            if step.batch is not None:
+                batch = step.batch.result()
+                # On CUDA the clock of the encoder runs until the device is done.
+                with clocks.time(Stage.ENCODE):
+                    step.results.add(batch)
+                clocks.count(len(batch.rows))
+                on_batch(len(batch.rows))
+            if step.rows is not None:
+                yield step.results.finish(step.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """One batch of a shard, or its rows behind the last batch."""
+
+    results: ShardResults
+    batch: Future[PendingBatch] | None = None
+    rows: ShardRows | None = None
 
 
 def _submit(
@@ -226,29 +235,29 @@ def _submit(
     labelling: Labelling | None,
     clocks: StageClocks,
     streams: Streams,
-) -> Iterator[tuple[Accumulated, Future[Flying] | ShardRows]]:
-    """Every batch under way, and every shard's rows behind its batches, each with what its shard comes to."""
+) -> Iterator[_Step]:
+    """Submit every batch to the encoder's threads; each shard ends with its rows."""
 
-    def work(batch: ImageBatch, number: int) -> Flying:
+    def work(batch: ImageBatch, number: int) -> PendingBatch:
         try:
             with within(batch.shard.index):
                 return launch(batch, encoder, labelling, clocks, number=number)
         except BaseException as error:
-            # Whoever waits for the next batch, which may take long, is told at once.
+            # The thread that waits for the next batch raises this at once.
             loader.fail(error)
             raise
         finally:
             loader.release(batch)
 
     items = loader.stream(shards)
-    shard: Accumulated | None = None
+    results: ShardResults | None = None
     number = 0
     while True:
         with clocks.time(Stage.WAIT_INPUT):
             item = next(items, None)
         if item is None:
             return
-        shard = shard or Accumulated(
+        results = results or ShardResults(
             item.shard,
             dim=encoder.dim,
             dtype=job.config.output.dtype,
@@ -256,23 +265,21 @@ def _submit(
             threshold=job.config.labels.threshold,
         )
         if isinstance(item, ShardRows):
-            yield shard, item
-            shard, number = None, 0
+            yield _Step(results, rows=item)
+            results, number = None, 0
         else:
-            yield shard, streams.submit(partial(work, item, number))
+            yield _Step(results, batch=streams.submit(partial(work, item, number)))
             number += 1
 
 
-def _in_order(
-    submitted: Iterator[tuple[Accumulated, Future[Flying] | ShardRows]], ahead: int
-) -> Iterator[tuple[Accumulated, Future[Flying] | ShardRows]]:
-    """The same, but a batch only once ``ahead`` are under way; shards of failed rows alone cannot pile up either."""
-    waiting: deque[tuple[Accumulated, Future[Flying] | ShardRows]] = deque()
+def _in_order(steps: Iterator[_Step], ahead: int) -> Iterator[_Step]:
+    """The same steps, each batch only once ``ahead`` are submitted; shards of failed rows alone cannot pile up."""
+    waiting: deque[_Step] = deque()
     batches = 0
-    for item in submitted:
-        waiting.append(item)
-        batches += isinstance(item[1], Future)
-        while waiting and (batches >= ahead or len(waiting) > 2 * ahead or not isinstance(waiting[0][1], Future)):
-            batches -= isinstance(waiting[0][1], Future)
+    for step in steps:
+        waiting.append(step)
+        batches += step.batch is not None
+        while waiting and (batches >= ahead or len(waiting) > 2 * ahead or waiting[0].batch is None):
+            batches -= waiting[0].batch is not None
             yield waiting.popleft()
     yield from waiting

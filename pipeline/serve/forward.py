@@ -1,4 +1,4 @@
-"""One batch through the encoder: padded as a job pads it, proved to be in order, labelled as a job labels it."""
+"""Batches of the service: padded, embedded, checked and labelled as those of a job."""
 
 from __future__ import annotations
 
@@ -13,12 +13,9 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.backends.base import ImageEncoder
-from pipeline.backends.row_order import in_order, turned
-from pipeline.core.errors import NumericalError
 from pipeline.core.records import Embeddings
 from pipeline.engine.buffers import Slot, new_slot
-from pipeline.engine.forward import PROVED_SHARDS, UNIT_TOLERANCE, Labelling, memory_explained
-from pipeline.engine.padding import repeats_on
+from pipeline.engine.forward import PROVED_SHARDS, Labelling, check, encode, memory_explained
 from pipeline.models.labels import label
 
 
@@ -89,6 +86,7 @@ class Forward:
         return [Row(vector, *found) for vector, found in zip(vectors, labels, strict=True)]
 
     def _encode(self, pictures: Sequence[Picture], encoder: ImageEncoder) -> torch.Tensor:
+        """Embed the pictures, as a job does with a batch; of full batches one in ``PROVED_SHARDS`` is encoded twice."""
         count, size = len(pictures), encoder.batch_size
         slot = self._slot(encoder)
         for place, picture in enumerate(pictures):
@@ -96,40 +94,13 @@ class Forward:
         stream = torch.cuda.current_stream(encoder.device) if encoder.device.type == "cuda" else None
         with memory_explained(size):
             slot.fill(count, {}, stream)
-            # The memory stays [B, H, W, 3], as the loader's does.
-            pixels = slot.device.permute(0, 3, 1, 2)
-            encoded = encoder.encode(pixels)
-            expected = (size, encoder.dim)
-            if tuple(encoded.shape) != expected or encoded.dtype != torch.float32:
-                raise NumericalError(
-                    f"{encoder.name} returned {encoded.dtype} {tuple(encoded.shape)}, wanted float32 {expected}"
-                )
-            proved = self._in_order(pixels, encoded, encoder, count)
-        lengths = torch.linalg.vector_norm(encoded[:count], dim=1)
-        # NaN is within no tolerance.
-        if not bool(((lengths - 1).abs() < UNIT_TOLERANCE).all()):
-            raise NumericalError(
-                f"{encoder.name} returned NaN, infinity or a vector that is not of length 1; try "
-                "backend.precision=fp32, check the checkpoint"
-            )
-        if not proved:
-            raise NumericalError(
-                f"the rows of {encoder.name} are not those of the pictures at their places; take another backend, and "
-                "report this one"
-            )
-        return encoded
-
-    def _in_order(self, pixels: torch.Tensor, encoded: torch.Tensor, encoder: ImageEncoder, count: int) -> bool:
-        """True if the rows come back in order: free places show it, and of full batches one in ``PROVED_SHARDS``."""
-        size = len(pixels)
-        if count < size:
-            again, origin = encoded[count:], repeats_on(encoded.device, count, size)
-        elif size > 1 and next(self._number) % PROVED_SHARDS == 0:
-            pixels_again, origin = turned(pixels)
-            again = encoder.encode(pixels_again)
-        else:
-            return True
-        return bool(in_order(encoded[:count], again, origin, pixels[:count]))
+        # The memory stays [B, H, W, 3], as the loader's does.
+        pixels = slot.device.permute(0, 3, 1, 2)
+        twice = count == size and next(self._number) % PROVED_SHARDS == 0
+        encoded = encode(encoder, pixels, count, twice=twice)
+        check(encoded, range(count), encoder.name)
+        # Labels are scored at the whole shape.
+        return encoded.whole
 
     def _label(
         self,
