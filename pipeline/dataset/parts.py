@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.core.records import OK, ShardRows
+from pipeline.dataset.plan import Plan
 
 METADATA_KEY = b"pipeline"
 # How the same rows become bytes, for the fingerprints: raise it with every change to what a part's bytes are.
@@ -36,6 +37,24 @@ class PartFormat:
         """Length of an embedding."""
         size: int = self.schema.field("embedding").type.list_size
         return size
+
+
+def format_of(plan: Plan, manifest_schema: pa.Schema, dim: int) -> PartFormat:
+    """The format of a dataset's parts: type and compression are those of the plan's fingerprints.
+
+    Args:
+        plan: the dataset's.
+        manifest_schema: id and kept columns.
+        dim: length of an embedding.
+    """
+    output = plan.fingerprints["output"]
+    return part_format(
+        manifest_schema,
+        dim=dim,
+        dtype=str(output["dtype"]),
+        compression=str(output["compression"]),
+        fingerprints=plan.fingerprints,
+    )
 
 
 def part_format(

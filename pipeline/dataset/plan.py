@@ -9,7 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline.config.schema import Config
 from pipeline.core.errors import PlanMismatch
+from pipeline.dataset.saved_config import recipe_of
 from pipeline.storage.base import Storage
 
 NAME = "_plan.json"
@@ -55,6 +57,30 @@ class Plan:
         if self.sources:
             content["sources"] = list(self.sources)
         return (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def new_plan(
+    config: Config,
+    fingerprints: Mapping[str, Any],
+    *,
+    rows: int,
+    about: Mapping[str, Any] | None = None,
+    sources: Sequence[str] = (),
+) -> Plan:
+    """The plan of a dataset of ``rows`` rows that is made with ``config``.
+
+    ``about`` is for people; without it, model and manifest of the config. ``sources`` see :class:`Plan`.
+    """
+    shard_rows = config.manifest.shard_rows
+    return Plan(
+        rows=rows,
+        shards=-(-rows // shard_rows),
+        shard_rows=shard_rows,
+        fingerprints=fingerprints,
+        about={"model": config.model.name, "manifest": config.manifest.path} if about is None else about,
+        config=recipe_of(config),
+        sources=sources,
+    )
 
 
 def source_of(fingerprints: Mapping[str, Any]) -> str:

@@ -25,7 +25,6 @@ from pipeline.core.failpoints import failpoint
 from pipeline.core.processes import cores
 from pipeline.core.records import Parity, PreprocessSpec, Sample, TextBank
 from pipeline.dataset import lease, parts, plan
-from pipeline.dataset.saved_config import recipe_of
 from pipeline.engine.batch_size import settle_batch_size
 from pipeline.engine.demo import folder as demo
 from pipeline.engine.loop import open_at, open_for_job, open_reader
@@ -36,7 +35,6 @@ from pipeline.images.versions import library
 from pipeline.manifest.ids import check_ids
 from pipeline.manifest.manifest import Manifest, open_manifest
 from pipeline.manifest.overlap import check_places
-from pipeline.manifest.shards import count_shards
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline.models.text import build_bank, read_labels
 from pipeline.report.summary import machine
@@ -161,14 +159,7 @@ def prepare(engine: Engine, inputs: Inputs, storage: Storage) -> Prepared:
     inputs.unique()
 
     prints = fingerprints(config, manifest, engine.checkpoint, encoder, bank)
-    wanted = plan.Plan(
-        rows=manifest.rows,
-        shards=count_shards(manifest.rows, config.manifest.shard_rows),
-        shard_rows=config.manifest.shard_rows,
-        fingerprints=prints,
-        about={"model": config.model.name, "manifest": config.manifest.path},
-        config=recipe_of(config),
-    )
+    wanted = plan.new_plan(config, prints, rows=manifest.rows)
     # A wrong output.dir is told at once, a backend that misses leaves no plan behind.
     plan.compare(storage, wanted)
     limits = config.parity
@@ -223,28 +214,30 @@ def note(engine: Engine, prepared: Prepared, storage: Storage) -> None:
 def fingerprints(
     config: Config, manifest: Manifest, checkpoint: Checkpoint, encoder: ImageEncoder, bank: TextBank | None
 ) -> dict[str, Any]:
-    """Everything that the rows follow from; two runs belong to one dataset if these are equal."""
-    labels = None
-    if bank is not None:
-        labels = {
-            "text": bank.fingerprint,
-            "count": len(bank.names),
-            "scoring": bank.scoring,
-            "top_k": config.labels.top_k,
-            "threshold": config.labels.threshold,
-        }
+    """Fingerprints of all inputs of the rows; two runs belong to one dataset if these are equal."""
     return {
         "model": checkpoint.fingerprint,
         "images": {**dataclasses.asdict(config.images), "library": library(config.images.decoder)},
         "backend": encoder.fingerprint,
         "batch_size": config.loader.batch_size,
-        "prompts": labels,
+        "prompts": None if bank is None else prompts_fingerprint(config, bank),
         "manifest": manifest.fingerprint,
         "output": {
             "dtype": config.output.dtype,
             "compression": config.output.compression,
             "layout": parts.LAYOUT,
         },
+    }
+
+
+def prompts_fingerprint(config: Config, bank: TextBank) -> dict[str, Any]:
+    """Fingerprint of the labels and of how rows are labelled."""
+    return {
+        "text": bank.fingerprint,
+        "count": len(bank.names),
+        "scoring": bank.scoring,
+        "top_k": config.labels.top_k,
+        "threshold": config.labels.threshold,
     }
 
 

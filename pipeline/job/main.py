@@ -15,7 +15,7 @@ from pipeline.core.log_format import new_run
 from pipeline.core.records import OK
 from pipeline.core.run_report import RunReport
 from pipeline.dataset import commits, lease
-from pipeline.dataset.parts import part_format
+from pipeline.dataset.parts import format_of
 from pipeline.engine.demo import folder as demo
 from pipeline.engine.loop import Job
 from pipeline.engine.prepare import Inputs, Prepared, open_inputs, settle, spec_of
@@ -166,13 +166,7 @@ def _open_output(config: Config, options: RunOptions, opened: ExitStack) -> tupl
 def _job(inputs: Inputs, prepared: Prepared) -> Job:
     """What workers embed with."""
     config, manifest = prepared.config, inputs.manifest
-    form = part_format(
-        manifest.schema,
-        dim=prepared.dim,
-        dtype=config.output.dtype,
-        compression=config.output.compression,
-        fingerprints=prepared.plan.fingerprints,
-    )
+    form = format_of(prepared.plan, manifest.schema, prepared.dim)
     spec = spec_of(config, inputs.checkpoint)
     return Job(config=config, manifest=manifest, spec=spec, form=form, bank=inputs.bank())
 

@@ -27,8 +27,8 @@ from pipeline.core.records import OK, Embeddings, Failure, Shard, ShardReport, S
 from pipeline.dataset import commits, lease, plan
 from pipeline.dataset.commits import Commit
 from pipeline.dataset.dataset import Dataset, vectors_of
-from pipeline.dataset.parts import LAYOUT, PartFormat, ShardResult, build_table, count_statuses, part_format
-from pipeline.dataset.saved_config import recipe_of
+from pipeline.dataset.parts import LAYOUT, PartFormat, ShardResult, build_table, count_statuses, format_of
+from pipeline.engine.prepare import prompts_fingerprint
 from pipeline.engine.query import labels_of, open_model
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.labels import label
@@ -103,27 +103,15 @@ def read_bank(checkpoint: Checkpoint, config: Config) -> TextBank:
 
 
 def _plan(source: Dataset, config: Config, bank: TextBank) -> plan.Plan:
-    labels = {
-        "text": bank.fingerprint,
-        "count": len(bank.names),
-        "scoring": bank.scoring,
-        "top_k": config.labels.top_k,
-        "threshold": config.labels.threshold,
+    prints = {
+        **source.plan.fingerprints,
+        "prompts": prompts_fingerprint(config, bank),
+        # The parts are written in this version's layout, whichever version wrote the source.
+        "output": {**source.plan.fingerprints["output"], "layout": LAYOUT},
+        "source": source.fingerprint,
     }
-    return plan.Plan(
-        rows=source.plan.rows,
-        shards=source.plan.shards,
-        shard_rows=source.plan.shard_rows,
-        # The parts are written as this version does it, whichever wrote the source's.
-        fingerprints={
-            **source.plan.fingerprints,
-            "prompts": labels,
-            "output": {**source.plan.fingerprints["output"], "layout": LAYOUT},
-            "source": source.fingerprint,
-        },
-        about={**source.plan.about, "model": config.model.name, "source": source.address},
-        config=recipe_of(config),
-    )
+    about = {**source.plan.about, "model": config.model.name, "source": source.address}
+    return plan.new_plan(config, prints, rows=source.plan.rows, about=about)
 
 
 def _run(
@@ -140,14 +128,7 @@ def _run(
     if done:
         log.info("%d of %d shards (%d rows) are done already", len(done), wanted.shards, resumed)
     columns = [source.id, *source.kept]
-    output = source.plan.fingerprints["output"]
-    form = part_format(
-        pa.schema([source.schema.field(name) for name in columns]),
-        dim=source.dim,
-        dtype=str(output["dtype"]),
-        compression=str(output["compression"]),
-        fingerprints=wanted.fingerprints,
-    )
+    form = format_of(wanted, pa.schema([source.schema.field(name) for name in columns]), source.dim)
     clocks, rows, vectors, changed = StageClocks(), 0, 0, 0
     work = _Work(source, storage, form, bank, torch.from_numpy(bank.features), config, clocks)
     before, looped = spent(), time.time()
