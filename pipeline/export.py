@@ -106,7 +106,7 @@ def _export(config: Config, options: argparse.Namespace, checkpoint: Checkpoint)
 
     from pipeline.backends.artifacts.exports import GraphOptions, onnx_graph
     from pipeline.backends.artifacts.store import ArtifactStore
-    from pipeline.backends.artifacts.torchscript import traced
+    from pipeline.backends.artifacts.torchscript import TraceOptions, traced
     from pipeline.core.errors import ManifestError
     from pipeline.core.records import Sample
     from pipeline.engine.demo.folder import rendered_sample
@@ -130,11 +130,8 @@ def _export(config: Config, options: argparse.Namespace, checkpoint: Checkpoint)
 
     store, limits = ArtifactStore(config.backend.artifacts), config.parity
     if options.format == "torchscript":
-        dtype = torch.float32 if options.precision == "fp32" else torch.bfloat16
-        device = torch.device("cpu")
-        yield traced(
-            checkpoint, store, precision=options.precision, dtype=dtype, device=device, sample=sample, limits=limits
-        )
+        trace = TraceOptions(options.precision, torch.device("cpu"))
+        yield traced(checkpoint, trace, store, sample=sample, limits=limits)
         return
     for tower in TOWERS if options.tower == "both" else (options.tower,):
         yield onnx_graph(

@@ -1,11 +1,11 @@
-"""``python -m tests.load``: load on a service from another process, and on one that answers one request at a time.
+"""``python -m tests.load``: load test of the service, compared with a service without batching.
 
     python -m tests.load --clients 1,8,64 --seconds 5 model=clip_vit_b32 model.weights=random backend=onnx_int8
     python -m tests.load --memory 10000
 
-Both services are started here, with the overrides that are given, and take turns, so that a busy machine is busy for
-both. A client sends a picture, waits for its embedding, sends the next one. Every embedding of a picture that is looked
-at must be the same one.
+Both services are started with the given overrides and measured in turns, so that other load on the machine affects
+both. Each client sends an image, waits for its embedding, and sends the next one. All embeddings of an image that are
+read must be equal.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from tests.conftest import ROOT
 from tests.service import BOUNDARY, form
 
 ALONE = ("loader.batch_size=1", "serve.shapes=1", "serve.wait_ms=0", "backend.streams=1")
-PICTURES = 64
-# One answer in so many is read; all of them are counted.
+IMAGES = 64
+# One of so many answers is parsed; all are counted.
 READ = 16
-# Euclidean distance of two embeddings of one picture, for backends whose rows depend a little on their neighbours.
+# Largest distance of two embeddings of one image, for backends whose rows depend slightly on their neighbours.
 NEAR = 0.1
 
 
@@ -47,7 +47,7 @@ class Server:
     port: int
 
     def rss(self) -> int:
-        """Bytes that the process and its decoders hold, shared pages counted for each."""
+        """Return the resident bytes of the process and its decoders; shared pages count for each."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
         pids = [self.process.pid, *map(int, children.read_text().split())]
         pages = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids)
@@ -55,8 +55,8 @@ class Server:
 
 
 @dataclass
-class Seen:
-    """What clients met: seconds of each answer, statuses other than 200, and a first embedding for each picture."""
+class Results:
+    """Results of clients: seconds of each answer, errors, and the first embedding of each image."""
 
     seconds: list[float] = field(default_factory=list)
     bad: list[str] = field(default_factory=list)
@@ -66,12 +66,12 @@ class Seen:
         vector = json.loads(body)["images"][0]["embedding"]
         first = self.first.setdefault(number, vector)
         if sum((a - b) ** 2 for a, b in zip(first, vector, strict=True)) > NEAR**2:
-            self.bad.append(f"picture {number} got another one's embedding")
+            self.bad.append(f"image {number} has a different embedding than before")
 
 
 @contextmanager
 def served(*overrides: str) -> Iterator[Server]:
-    """A service in a process of its own, once it is ready."""
+    """Start a service in a child process and wait until it is ready."""
     command = [sys.executable, "-m", "pipeline.serve", "serve.port=0", *overrides]
     with tempfile.NamedTemporaryFile() as log:
         process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
@@ -96,7 +96,7 @@ async def _ready(process: subprocess.Popen[bytes], log: Path, seconds: float = 3
 
 
 async def ask(port: int, request: bytes) -> tuple[int, bytes]:
-    """One request on a connection of its own."""
+    """Send one request on a new connection."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
         return await _exchange(reader, writer, request)
@@ -112,27 +112,27 @@ async def _exchange(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, 
     return int(head.split()[1]), await reader.readexactly(int(length[1]))
 
 
-async def _client(port: int, number: int, requests: list[bytes], seen: Seen, go_on: Iterator[bool]) -> None:
+async def _client(port: int, number: int, requests: list[bytes], results: Results, go_on: Iterator[bool]) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**20)
     try:
         for _ in go_on:
             number = (number + 1) % len(requests)
             started = time.perf_counter()
             status, body = await _exchange(reader, writer, requests[number])
-            seen.seconds.append(time.perf_counter() - started)
+            results.seconds.append(time.perf_counter() - started)
             if status != 200:
-                seen.bad.append(f"{status}: {body[:200]!r}")
-            elif len(seen.seconds) % READ == 0:
-                seen.take(number, body)
+                results.bad.append(f"{status}: {body[:200]!r}")
+            elif len(results.seconds) % READ == 0:
+                results.take(number, body)
     finally:
         writer.close()
 
 
-async def load(port: int, clients: int, requests: list[bytes], go_on: Iterator[bool]) -> Seen:
-    """So many clients at once, as long as ``go_on`` lasts, which they share."""
-    seen = Seen()
-    await asyncio.gather(*(_client(port, 7 * each, requests, seen, go_on) for each in range(clients)))
-    return seen
+async def load(port: int, clients: int, requests: list[bytes], go_on: Iterator[bool]) -> Results:
+    """Run clients at once until the shared iterator ``go_on`` ends."""
+    results = Results()
+    await asyncio.gather(*(_client(port, 7 * each, requests, results, go_on) for each in range(clients)))
+    return results
 
 
 def until(seconds: float) -> Iterator[bool]:
@@ -141,10 +141,10 @@ def until(seconds: float) -> Iterator[bool]:
         yield True
 
 
-def pictures() -> list[bytes]:
-    """Requests for the embedding of one picture each."""
+def images() -> list[bytes]:
+    """Return requests for the embedding of one image each."""
     made = []
-    for number in range(PICTURES):
+    for number in range(IMAGES):
         body = form([("images", f"{number}.jpg", jpeg(sample(5, number), 256, 256))])
         head = f"POST /embed HTTP/1.1\r\nhost: a\r\ncontent-type: multipart/form-data; boundary={BOUNDARY}\r\n"
         made.append(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
@@ -152,7 +152,7 @@ def pictures() -> list[bytes]:
 
 
 def batches(port: int) -> tuple[float, float]:
-    """Batches and pictures in them, so far."""
+    """Return the number of batches and of their images so far."""
     text = asyncio.run(ask(port, b"GET /metrics HTTP/1.1\r\nhost: a\r\n\r\n"))[1].decode()
     found = {each.name: each.value for family in text_string_to_metric_families(text) for each in family.samples}
     return found["clip_service_batch_images_count"], found["clip_service_batch_images_sum"]
@@ -160,7 +160,7 @@ def batches(port: int) -> tuple[float, float]:
 
 def compare(options: argparse.Namespace) -> None:
     """Print requests a second and latencies for each number of clients, of both services, median of the rounds."""
-    requests, rows = pictures(), dict[tuple[int, str], list[tuple[float, float, float, float]]]()
+    requests, rows = images(), dict[tuple[int, str], list[tuple[float, float, float, float]]]()
     with ExitStack() as opened:
         both = {
             "shared batches": opened.enter_context(served(*options.overrides)),
@@ -171,15 +171,19 @@ def compare(options: argparse.Namespace) -> None:
                 for name, server in both.items():
                     asyncio.run(load(server.port, clients, requests, until(min(1.0, options.seconds / 5))))
                     before, started = batches(server.port), time.monotonic()
-                    seen = asyncio.run(load(server.port, clients, requests, until(options.seconds)))
+                    results = asyncio.run(load(server.port, clients, requests, until(options.seconds)))
                     seconds, after = time.monotonic() - started, batches(server.port)
-                    if seen.bad:
-                        raise SystemExit(f"{name}, {clients} clients: {len(seen.bad)} bad answers: {seen.bad[0]}")
-                    cuts = statistics.quantiles(seen.seconds, n=100) if len(seen.seconds) > 1 else seen.seconds * 99
+                    if results.bad:
+                        raise SystemExit(f"{name}, {clients} clients: {len(results.bad)} bad answers: {results.bad[0]}")
+                    cuts = (
+                        statistics.quantiles(results.seconds, n=100)
+                        if len(results.seconds) > 1
+                        else results.seconds * 99
+                    )
                     shared = (after[1] - before[1]) / max(1, after[0] - before[0])
-                    row = (len(seen.seconds) / seconds, 1000 * cuts[49], 1000 * cuts[98], shared)
+                    row = (len(results.seconds) / seconds, 1000 * cuts[49], 1000 * cuts[98], shared)
                     rows.setdefault((clients, name), []).append(row)
-    print("| clients | | requests/s | times | p50, ms | p99, ms | pictures in a batch |")
+    print("| clients | | requests/s | times | p50, ms | p99, ms | images in a batch |")
     print("| ---: | --- | ---: | ---: | ---: | ---: | ---: |")
     for (clients, name), found in rows.items():
         rate, p50, p99, shared = (statistics.median(column) for column in zip(*found, strict=True))
@@ -188,17 +192,17 @@ def compare(options: argparse.Namespace) -> None:
 
 
 def memory(options: argparse.Namespace) -> None:
-    """Print what the service holds after each tenth of so many requests."""
-    requests, step = pictures(), max(1, options.memory // 10)
+    """Print the memory of the service after each tenth of the requests."""
+    requests, step = images(), max(1, options.memory // 10)
     with served(*options.overrides) as server:
         print("| requests | MiB |\n| ---: | ---: |")
         for done in range(0, options.memory + 1, step):
             print(f"| {done} | {server.rss() / 2**20:.1f} |", flush=True)
             if done < options.memory:
                 count = iter([True] * step)
-                seen = asyncio.run(load(server.port, options.clients[-1], requests, count))
-                if seen.bad:
-                    raise SystemExit(f"{len(seen.bad)} bad answers: {seen.bad[0]}")
+                results = asyncio.run(load(server.port, options.clients[-1], requests, count))
+                if results.bad:
+                    raise SystemExit(f"{len(results.bad)} bad answers: {results.bad[0]}")
 
 
 def main() -> None:
@@ -206,8 +210,10 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="for both services")
     parser.add_argument("--clients", default="1,8,64", type=lambda text: [int(each) for each in text.split(",")])
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
-    parser.add_argument("--rounds", type=int, default=1, help="measurements of each, of which the median is told")
-    parser.add_argument("--memory", type=int, default=0, metavar="N", help="instead, what N requests leave in memory")
+    parser.add_argument("--rounds", type=int, default=1, help="measurements of each; the median is printed")
+    parser.add_argument(
+        "--memory", type=int, default=0, metavar="N", help="measure the memory after N requests instead"
+    )
     options = parser.parse_intermixed_args()
     (memory if options.memory else compare)(options)
 

@@ -1,4 +1,4 @@
-"""A service in a process of its own, and a client that speaks plain HTTP, for tests and for ``tests.load``."""
+"""Service in a child process and an HTTP client, for tests and for ``tests.load``."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Answer:
 
 @dataclass
 class Served:
-    """A service that runs; ``ask`` opens a connection for each request."""
+    """Running service; ``ask`` opens a connection for each request."""
 
     child: Child
     port: int = field(default=0)
@@ -50,7 +50,7 @@ class Served:
         return self.ask("POST", path, form(parts), {"content-type": f"multipart/form-data; boundary={BOUNDARY}"})
 
     def figure(self, name: str, **labels: str) -> float:
-        """The sum of a metric's values where all ``labels`` agree."""
+        """Return the sum of a metric over the samples with these labels."""
         text = self.ask("GET", "/metrics").body.decode()
         return sum(
             sample.value
@@ -86,7 +86,7 @@ def send(
 
 
 def form(parts: Sequence[tuple[str, str | None, bytes]]) -> bytes:
-    """A multipart body of fields: name, name of the file or None, bytes."""
+    """Return a multipart body of parts: name, file name or None, bytes."""
     lines = []
     for name, file, data in parts:
         named = f'; filename="{file}"' if file is not None else ""
@@ -96,5 +96,5 @@ def form(parts: Sequence[tuple[str, str | None, bytes]]) -> bytes:
 
 
 def start(*overrides: str) -> Served:
-    """Start a service on a free port; it is not ready yet."""
+    """Start a service on a free port, without waiting until it is ready."""
     return Served(forks().start("pipeline.serve.__main__:main", ["serve.port=0", "backend.device=cpu", *overrides]))

@@ -1,4 +1,4 @@
-"""The artefact store: whole and unchanged or not there, one of each, and no litter."""
+"""The artefact store: every artefact is complete and unchanged, and no temporary files stay."""
 
 from __future__ import annotations
 
@@ -172,14 +172,14 @@ def link_away(path: Path, place: Path) -> None:
 DAMAGES: list[tuple[str, Callable[[Artifact], Any], str]] = [
     ("one bit", lambda a: flip(a.path / "model.onnx"), "model.onnx: its content changed"),
     ("one bit below", lambda a: flip(a.path / "cache" / "engine.bin"), "cache/engine.bin: its content changed"),
-    ("cut", lambda a: os.truncate(a.path / "model.onnx", 5), "model.onnx: 5 bytes, and 25,600"),
+    ("cut", lambda a: os.truncate(a.path / "model.onnx", 5), "model.onnx: 5 bytes, expected 25,600"),
     ("missing", lambda a: (a.path / "model.onnx").unlink(), "model.onnx: missing"),
     ("planted", lambda a: (a.path / "weights.data").touch(), "weights.data: the card names no such file"),
     ("planted below", lambda a: (a.path / "cache" / "x").touch(), "cache/x: the card names no such file"),
     ("link out", lambda a: (a.path / "extra").symlink_to("/etc"), "extra: a link to /etc"),
     ("pipe", lambda a: os.mkfifo(a.path / "pipe"), "pipe: neither"),
     ("parity", lambda a: edit(a, lambda c: c["parity"].update(lowest=1.0)), "card.json: changed since"),
-    ("options", lambda a: edit(a, lambda c: c["options"].update(opset=17)), "card.json: of another recipe"),
+    ("options", lambda a: edit(a, lambda c: c["options"].update(opset=17)), "card.json: another recipe"),
     ("deep", lambda a: edit(a, lambda c: c.update(model={"fingerprint": eval("[" * 90 + "]" * 90)})), "another recipe"),
     ("traversal", lambda a: edit(a, lambda c: c["files"].update({"../x": c["files"]["model.onnx"]})), "../x: a name"),
     ("absolute", lambda a: edit(a, lambda c: c["files"].update({"/x": c["files"]["model.onnx"]})), "/x: a name"),

@@ -1,4 +1,4 @@
-"""The configs under jobs/deploy, and the images: judged by the programs that read them, and started."""
+"""The configs under jobs/deploy and the container images: checked by the programs that read them, and started."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def passes(*command: str, cwd: Path = DEPLOY, **environment: str) -> str:
 
 
 def port_pair() -> int:
-    """A port that is free, as are the three after it."""
+    """Return a free port followed by three free ports."""
     while True:
         with ExitStack() as held:
             sockets = [held.enter_context(socket.socket()) for _ in range(4)]
@@ -70,7 +70,7 @@ def port_pair() -> int:
 
 
 def get(url: str, data: bytes | None = None, **headers: str) -> tuple[int, dict[str, str], bytes]:
-    """Status, headers by small letters, content; status 0 where nobody answers."""
+    """Return status, headers by lower-case name, and content; status 0 without an answer."""
     request = urllib.request.Request(url, data, {name.replace("_", "-"): value for name, value in headers.items()})
     try:
         with urllib.request.urlopen(request, timeout=10) as found:
@@ -110,7 +110,7 @@ def running(
 
 @contextmanager
 def proxy(folder: Path, *upstreams: str, **replaced: str) -> Iterator[str]:
-    """nginx with its config, in front of other places; returns where it listens."""
+    """Start nginx with its config and other upstream addresses; yields its address."""
     port = port_pair()
     lines = "\n".join(f"server {place} max_fails=0;" for place in upstreams)
     text = NGINX.replace("server 127.0.0.1:8001 max_fails=0;", lines).replace("127.0.0.1:8080", f"127.0.0.1:{port}")
@@ -119,7 +119,7 @@ def proxy(folder: Path, *upstreams: str, **replaced: str) -> Iterator[str]:
         assert count, name
     (folder / "nginx.conf").write_text(text)
     command = [program("nginx", NGINX_PACKAGE), "-p", str(folder), "-e", "stderr", "-c", str(folder / "nginx.conf")]
-    # As root it would leave root, to whom alone the folders of tests are open.
+    # As root, nginx would drop its privileges, and could not read the folders of the tests.
     command += ["-g", "user root;"] if os.geteuid() == 0 else []
     log = folder / "nginx.log"
     with running(command, log, signal.SIGQUIT):
@@ -129,7 +129,7 @@ def proxy(folder: Path, *upstreams: str, **replaced: str) -> Iterator[str]:
 
 @pytest.fixture
 def _posts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Servers answer POST as they do GET."""
+    """Server that answers POST like GET."""
 
     def page(handler: Any) -> None:
         handler.rfile.read(int(handler.headers["Content-Length"]))
@@ -175,7 +175,7 @@ def test_the_limits_of_the_proxy_fit_those_of_the_service() -> None:
     assert _seconds("proxy_read_timeout") > serve.timeout_seconds
     conf = conf_of_gunicorn()
     assert conf["graceful_timeout"] > serve.grace_seconds
-    # What nginx keeps an idle connection for, unless it is told otherwise.
+    # nginx's default keep-alive timeout.
     assert conf["keepalive"] > 60
     for name in ("service", "job"):
         assert int(COMPOSE["services"][name]["stop_grace_period"].removesuffix("s")) > serve.grace_seconds
@@ -205,7 +205,7 @@ def test_alerts_and_dashboard_ask_for_metrics_that_the_service_has() -> None:
     assert not missing
     tests = (DEPLOY / "alerts_test.yml").read_text()
     for rule in rules:
-        # Each is seen to ring, and to be quiet.
+        # Every alert is tested both firing and silent.
         assert f"alertname: {rule['alert']}\n" in tests
         assert f"alertname: {rule['alert']}, eval_time" in tests
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
@@ -322,7 +322,7 @@ def test_whoever_replaces_a_worker_gets_its_slot(monkeypatch: pytest.MonkeyPatch
     assert [start(pid) for pid in range(3)] == [0, 1, 2]
     del server.WORKERS[1]
     assert start(3) == 1
-    # A reload starts all before it ends the old ones.
+    # A reload starts all new workers before it ends the old ones.
     assert [start(pid) for pid in (4, 5, 6)] == [0, 1, 2]
 
 
@@ -332,7 +332,7 @@ from types import SimpleNamespace
 
 
 class App:
-    """Tells who it is; /break breaks its engine, /slow takes its time."""
+    """App that returns its process id and GPU; /break sets a fault, /slow answers late."""
 
     def __init__(self):
         limits = SimpleNamespace(header_seconds=1.0, timeout_seconds=30.0, grace_seconds=10.0)
@@ -366,7 +366,7 @@ def create():
 
 @contextmanager
 def stand_in(folder: Path) -> Iterator[tuple[int, Path, subprocess.Popen[bytes]]]:
-    """gunicorn with its config and two workers of a tiny app: its port, log and process."""
+    """Start gunicorn with its config and two workers of a small app; yields port, log and process."""
     conf_of_gunicorn()
     (folder / "standin.py").write_text(STAND_IN)
     port, log = port_pair(), folder / "gunicorn.log"
@@ -387,17 +387,17 @@ def test_each_worker_has_a_gpu_and_a_port_which_its_successor_gets(tmp_path: Pat
         first, second = told(port + 1), told(port + 2)
         assert (first["gpu"], second["gpu"]) == ("3", "5")
         assert told(port)["pid"] in (first["pid"], second["pid"])
-        # The proxy is believed about who asks.
+        # The address of the client comes from the header of the proxy.
         assert first["client"] == "10.1.2.3"
         os.kill(second["pid"], signal.SIGKILL)
         until(lambda: told(port + 2).get("pid", second["pid"]) != second["pid"], log)
         assert told(port + 2)["gpu"] == "5"
         assert told(port + 1) == first
-        # A worker whose engine broke ends by itself.
+        # A worker whose engine failed ends.
         assert told(port + 1, "/break")["pid"] == first["pid"]
         until(lambda: told(port + 1).get("pid", first["pid"]) != first["pid"], log)
         assert told(port + 1)["gpu"] == "3"
-        # The service hears of its end, and a client that says nothing is let go.
+        # The service is drained, and an idle connection is closed.
         assert "it ends" in log.read_text()
         with socket.create_connection(("127.0.0.1", port + 2), timeout=10) as silent:
             assert silent.recv(1) == b""
@@ -533,7 +533,7 @@ def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path: Path) -> None:
 
 
 def dockerfile() -> dict[str, list[tuple[str, str]]]:
-    """The instructions of every stage, with those of the stages that it is made from."""
+    """Return the instructions of every stage, including those of its base stages."""
     text = re.sub(r"(?m)^\s*#.*\n", "", (ROOT / "Dockerfile").read_text()).replace("\\\n", " ")
     stages: dict[str, list[tuple[str, str]]] = {}
     now: list[tuple[str, str]] = []
@@ -555,7 +555,7 @@ def test_both_images_run_without_root_and_say_whether_they_are_well() -> None:
         healthy = [rest for word, rest in stages[name] if word == "HEALTHCHECK"]
         assert len(healthy) == 1
         assert ("pipeline.doctor" if name == "job" else "/readyz") in healthy[0]
-        # What builds an image does not travel in it.
+        # Build tools are not part of the final image.
         assert not any(word == "RUN" and "pip" in rest.split() for word, rest in stages[name])
     assert not any(word == "ADD" for steps in stages.values() for word, _ in steps)
 
@@ -575,7 +575,7 @@ def test_what_the_dockerfile_copies_is_there_and_nothing_else_is_sent() -> None:
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, timeout=60).stdout.split()
     sent = [path for path in tracked if any(path == one or path.startswith(f"{one}/") for one in kept)]
     weights = [path for path in sent if fnmatch.fnmatch(path, "*.safetensors")]
-    # The demo model, which is part of the package, is the one exception.
+    # The demo model is part of the package, and the only exception.
     assert all(path.startswith("pipeline/engine/demo/") for path in weights)
 
 
@@ -594,7 +594,7 @@ def test_the_containers_are_hardened_and_publish_on_loopback_alone() -> None:
         if "build" in service:
             assert service["build"]["target"] in STAGES
         else:
-            # Those of ours are named by the Dockerfile.
+            # The images that the Dockerfile builds.
             assert re.fullmatch(r"\d+:\d+", service["user"])
             assert not service["image"].endswith(":latest")
         for volume in service.get("volumes", []):

@@ -1,4 +1,4 @@
-"""Exported towers: what is in the graphs, how near they are to fp32, and which of them the store finds again."""
+"""Exported towers: contents of the graphs, comparison with fp32, and lookup in the store."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pipeline.backends.artifacts import exports, onnx_export, torchscript
 from pipeline.backends.artifacts.exports import BATCH_SIZES, GraphOptions, onnx_graph
 from pipeline.backends.artifacts.onnx_export import check_fusions, check_graph
 from pipeline.backends.artifacts.store import Artifact, ArtifactStore
-from pipeline.backends.artifacts.torchscript import traced
+from pipeline.backends.artifacts.torchscript import TraceOptions, traced
 from pipeline.config.schema import ModelConfig, ParityConfig
 from pipeline.core.errors import ArtifactError, BackendUnavailable, ParityError
 from pipeline.core.records import Sample
@@ -49,7 +49,7 @@ def name_of(options: GraphOptions) -> str:
 
 @pytest.fixture(scope="module", autouse=True)
 def _traced_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The same tower is exported once for this file; all that follows is done every time."""
+    """Export each tower once for this file; all later steps run every time."""
     folder = tmp_path_factory.mktemp("towers")
     known: dict[Any, Path] = {}
     export = onnx_export.export_tower
@@ -83,7 +83,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> ArtifactStore:
 
 
 class Demo:
-    """Exports of the demo model, made when they are asked for."""
+    """Exports of the demo model, made on demand."""
 
     def __init__(self, checkpoint: Checkpoint, sample: Sample, store: ArtifactStore) -> None:
         self.checkpoint, self.sample, self.store = checkpoint, sample, store
@@ -106,12 +106,12 @@ def demo(checkpoint: Checkpoint, sample: Sample, store: ArtifactStore) -> Demo:
 
 @pytest.fixture(scope="module")
 def everything(demo: Demo) -> list[Artifact]:
-    """All exports, made before anything is kept from being made: other tests may have run elsewhere."""
+    """Make all exports before a test prevents exporting: other tests may have run in another process."""
     return [demo(options) for options in (IMAGE, TEXT, *PLAIN, *FP16, DYNAMIC, STATIC, TEXT_INT8)]
 
 
 class Rebuilt(Exception):
-    """The store did not know the artefact."""
+    """Raised if the artefact is not in the store."""
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ def no_build(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Exported:
-    """A checkpoint whose texts are embedded by an ONNX graph."""
+    """Checkpoint whose texts are embedded by an ONNX graph."""
 
     def __init__(self, checkpoint: Checkpoint, path: Path) -> None:
         self.tokenizer, self.tokenize, self.max_tokens = (
@@ -140,12 +140,12 @@ class Exported:
 
 
 def floats(graph: Any, kind: int = onnx.TensorProto.FLOAT) -> list[Any]:
-    """The tensors of one type that are weights and not single numbers."""
+    """Return the weights of one type that are not scalars."""
     return [tensor for tensor in graph.initializer if tensor.data_type == kind and np.prod(tensor.dims) > 1]
 
 
 def idle(graph: Any) -> list[str]:
-    """Nodes whose results follow from the weights alone."""
+    """Return the nodes whose inputs are all weights."""
     alive = {value.name for value in graph.input}
     found = []
     for node in graph.node:
@@ -204,7 +204,7 @@ def test_every_layer_is_fused(demo: Demo, options: GraphOptions) -> None:
 def test_constants_are_folded(demo: Demo, options: GraphOptions) -> None:
     graph = demo.graph(options)
     assert idle(graph) == []
-    # The weights and little else: nothing was folded in twice.
+    # The file is little larger than the weights: nothing was folded twice.
     size = demo(options).size / 4
     tower = ImageTower(demo.checkpoint) if options.tower == "image" else None
     if tower is not None:
@@ -228,7 +228,7 @@ def test_fp16_is_fp16_inside_and_fp32_outside(demo: Demo, options: GraphOptions)
     assert artifact.size < 0.6 * demo(dataclasses.replace(options, precision="fp32")).size
     assert 0.999_99 < artifact.card["parity"]["lowest_cosine"] < 1 - 1e-10
     producers = {output: node for node in model.graph.node for output in node.output}
-    # The length is summed up in fp32, where squares have room.
+    # The length is computed in fp32, where squares do not overflow.
     assert producers[producers[model.graph.output[0].name].input[0]].op_type == "Cast"
     if options.fused:
         return
@@ -249,7 +249,7 @@ def test_int8_weights_are_int8(demo: Demo, options: GraphOptions) -> None:
     constants = {tensor.name for tensor in graph.initializer}
     whole = options == DYNAMIC
     assert len(weights) >= (4 if whole else 6) * demo.layers(options.tower)
-    # No product is left with a float weight.
+    # No product has a float weight.
     assert [n.name for n in graph.node if n.op_type == "MatMul" and n.input[1] in constants] == []
     counts = artifact.card["facts"]["operators"]
     layers = demo.layers(options.tower)
@@ -268,7 +268,7 @@ def test_int8_weights_are_int8(demo: Demo, options: GraphOptions) -> None:
 def test_int8_texts_keep_the_causal_mask(demo: Demo) -> None:
     graph = demo.graph(TEXT_INT8)
     kinds = {node.op_type for node in graph.node}
-    # ONNX Runtime's QAttention takes no causal mask and says nothing.
+    # ONNX Runtime's QAttention silently ignores the causal mask.
     assert not kinds & {"QAttention", "Attention"}
     assert "Softmax" in kinds
     long = [f"{name} " * 8 for name in label_names()[:6]]
@@ -314,16 +314,9 @@ def test_every_batch_size_is_held(demo: Demo, size: int) -> None:
         vectors = ImageTower(demo.checkpoint)(torch.from_numpy(inputs["pixel_values"])).numpy()
         return vectors[:, ::-1].copy() if len(vectors) == size else vectors
 
+    exported = exports.ExportedTower(run, tower="image", precision="fp32", title="here")
     with pytest.raises(ParityError, match=f"here, batches of {size} is too far"):
-        exports.check_parity(
-            run,
-            demo.checkpoint,
-            tower="image",
-            precision="fp32",
-            sample=lambda: demo.sample,
-            limits=LIMITS,
-            what="here",
-        )
+        exports.check_parity(exported, demo.checkpoint, sample=lambda: demo.sample, limits=LIMITS)
     assert sizes == list(BATCH_SIZES[: BATCH_SIZES.index(size) + 1])
 
 
@@ -347,17 +340,17 @@ def test_every_family_exports_both_towers(family: Checkpoint, store: ArtifactSto
     )
     for options, gelu in zip((IMAGE, TEXT), active, strict=True):
         artifact, counts = make(options)
-        # SigLIP pools with a block of its own, whose attention is no self-attention.
+        # SigLIP's pooling block has an attention that is not self-attention.
         pooled = family.family == "siglip" and options == IMAGE
         assert (counts["Attention"], counts[gelu]) == (2, 3 if pooled else 2)
         assert counts["SkipLayerNormalization"] == (3 if options == IMAGE and not pooled else 4)
         assert counts.get("Softmax", 0) == int(pooled)
-        # Far below this lies an operator that is not the model's, such as the exact GELU for its approximation.
+        # A wrong operator, such as the exact GELU for its approximation, is far below this.
         assert artifact.card["parity"]["lowest_cosine"] > 1 - 1e-11
     tokens = make(TEXT)[0].card["facts"]["inputs"]["input_ids"]
     assert tokens == ["batch", "64" if family.family == "siglip" else "tokens"]
 
-    # The small vocabularies know few words.
+    # The small vocabularies contain few words.
     texts = {"clip": label_names(), "siglip": ENGLISH, "chinese_clip": CHINESE}[family.family]
     prompts = [[template.replace("{}", text) for template in ("{}", "a photo of a {}", "一张{}")] for text in texts]
     bank = embed_prompts(family, prompts)
@@ -367,7 +360,7 @@ def test_every_family_exports_both_towers(family: Checkpoint, store: ArtifactSto
 
     for options in (STATIC, TEXT_INT8):
         artifact, counts = make(options)
-        # A handful of pictures to calibrate on, and others to be judged on.
+        # A few images for the calibration, and others for the comparison.
         assert artifact.card["parity"]["lowest_cosine"] > (0.995 if options is STATIC else 0.999)
         assert not {"QAttention", "Attention"} & counts.keys()
 
@@ -390,7 +383,7 @@ def test_another_origin_is_never_found(
         with pytest.raises(Rebuilt):
             find(other)
     assert len({exports.recipe("onnx-image", seed, {}).fingerprint for seed in seeds}) == 2
-    # A name alone changes nothing.
+    # The name does not count.
     assert find(dataclasses.replace(model, name="renamed")) == find(model)
     version = exports._version
     for package in ("torch", "transformers", "onnx", "onnxscript", "onnxruntime"):
@@ -444,7 +437,7 @@ def test_large_weights_lie_beside_the_graph(demo: Demo, tmp_path: Path, monkeypa
         assert artifact.card["files"].keys() == {"model.onnx", "model.onnx.data"}
         assert sorted(os.listdir(artifact.path)) == ["card.json", "model.onnx", "model.onnx.data"]
         assert artifact.file("model.onnx").stat().st_size < artifact.size / 2
-        # Nothing is left in the file of what was there before the conversion.
+        # The file does not contain the data before the conversion.
         assert artifact.size < 1.1 * demo(options).size
         assert artifact.card["parity"]["lowest_cosine"] == pytest.approx(
             demo(options).card["parity"]["lowest_cosine"], abs=1e-5
@@ -476,18 +469,11 @@ def test_torchscript_is_traced_loaded_and_compared(demo: Demo, tmp_path: Path) -
     store = ArtifactStore(tmp_path / "store")
     cpu = torch.device("cpu")
 
-    def trace(precision: str, dtype: torch.dtype, limits: ParityConfig = LIMITS) -> Artifact:
-        return traced(
-            demo.checkpoint,
-            store,
-            precision=precision,
-            dtype=dtype,
-            device=cpu,
-            sample=lambda: demo.sample,
-            limits=limits,
-        )
+    def trace(precision: str, limits: ParityConfig = LIMITS) -> Artifact:
+        options = TraceOptions(precision, cpu)
+        return traced(demo.checkpoint, options, store, sample=lambda: demo.sample, limits=limits)
 
-    made = trace("fp32", torch.float32)
+    made = trace("fp32")
     assert made.card["parity"]["lowest_cosine"] > 1 - 1e-9
     assert made.card["files"].keys() == {"model.pt"}
     pixels = Normaliser(demo.checkpoint.spec, torch.device("cpu"))(demo.sample.pixels)
@@ -495,8 +481,8 @@ def test_torchscript_is_traced_loaded_and_compared(demo: Demo, tmp_path: Path) -
     for size in (1, 3, 16):
         expected = ImageTower(demo.checkpoint)(pixels[:size])
         torch.testing.assert_close(module(pixels[:size]), expected, atol=1e-5, rtol=0)
-    assert trace("fp32", torch.float32) == made
-    other = trace("bf16", torch.bfloat16)
+    assert trace("fp32") == made
+    other = trace("bf16")
     assert other.fingerprint != made.fingerprint
     assert 0.99 < other.card["parity"]["lowest_cosine"] < 1 - 1e-7
     assert other.size < 0.6 * made.size
@@ -505,13 +491,13 @@ def test_torchscript_is_traced_loaded_and_compared(demo: Demo, tmp_path: Path) -
     (store.root / made.fingerprint).rename(tmp_path / "away")
     strict = dataclasses.replace(LIMITS, mean_cosine={**LIMITS.mean_cosine, "fp32": 1.1})
     with pytest.raises(ParityError, match=r"TorchScript fp32.*mean_cosine.fp32 wants 1.1.*scene-"):
-        trace("fp32", torch.float32, strict)
+        trace("fp32", strict)
     assert sorted(os.listdir(store.root)) == [name for name in before if name != made.fingerprint]
 
 
 def test_the_deprecated_api_is_called_in_one_module() -> None:
     users = [path for path in (ROOT / "pipeline").rglob("*.py") if "torch.jit" in path.read_text(encoding="utf-8")]
-    assert users == [ROOT / "pipeline" / "artifacts" / "torchscript.py"]
+    assert users == [ROOT / "pipeline" / "backends" / "artifacts" / "torchscript.py"]
 
 
 def test_quiet_restores_logs_and_warnings(caplog: pytest.LogCaptureFixture) -> None:

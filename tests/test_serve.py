@@ -1,4 +1,4 @@
-"""The service over HTTP: its answers are a dataset's rows, and nothing that a client sends breaks it."""
+"""The service over HTTP: its results are the rows of a dataset, and no request makes it fail."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def service() -> Iterator[Served]:
 
 @pytest.fixture(scope="module")
 def strict() -> Iterator[Served]:
-    """Of little patience."""
+    """Service with short timeouts."""
     limits = ("serve.header_seconds=0.5", "serve.timeout_seconds=3", "serve.client_requests=24")
     yield from running(*COMMON, *limits, "labels.top_k=2")
 
@@ -70,7 +70,7 @@ def running(*overrides: str) -> Iterator[Served]:
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """A dataset's rows, each with the bytes that it was made from."""
+    """Rows of a dataset, each with the bytes of its image."""
     folder = tmp_path_factory.mktemp("job")
     manifest = scenes_manifest(folder / "manifest.parquet", ROWS, damaged=DAMAGED)
     run_job(config_for(manifest, folder / "output"))
@@ -88,7 +88,7 @@ def is_error(answer: Answer, status: int, name: str) -> bool:
     return (answer.status, told["name"], told["request"]) == (status, name, answer.headers["x-request-id"])
 
 
-# Answers are rows.
+# Results.
 
 
 def test_an_answer_is_the_row_that_the_job_writes(service: Served, rows: list[dict[str, Any]]) -> None:
@@ -121,7 +121,7 @@ def test_sixty_four_clients_at_once_each_get_their_own_picture(service: Served, 
     before = service.figure("clip_service_batch_images_count")
     with ThreadPoolExecutor(64) as threads:
         assert all(threads.map(ask, good))
-    # They shared batches.
+    # The requests shared batches.
     assert service.figure("clip_service_batch_images_count") - before < 64
 
 
@@ -166,7 +166,7 @@ def test_labels_of_a_request_are_scored_as_a_job_s_are(
         for found, row in zip(answer.json["images"], wanted, strict=True):
             assert (found["label"], found["top_labels"]) == (row["label"], row["top_labels"])
             assert found["top_scores"] == row["top_scores"]
-    # The job left its features on the disk, and the service read them once.
+    # The job wrote the features to the disk, and the service read them once.
     assert service.figure("clip_service_text_features_total", source="disk") == before + 1
 
 
@@ -205,7 +205,7 @@ def test_a_request_keeps_its_id_if_it_is_a_sane_one(service: Served) -> None:
     assert '"request": "shop-17.a_b"' in service.child.said()
 
 
-# What clients send.
+# Invalid requests.
 
 RUBBISH: list[tuple[bytes, str, int, str]] = [
     (b"", "application/json", 422, "invalid"),
@@ -222,7 +222,7 @@ RUBBISH: list[tuple[bytes, str, int, str]] = [
     (b'{"texts": [' + b'"x",' * 200 + b'"x"]}', "application/json", 422, "invalid"),
     (b"[" * 100_000, "application/json", 422, "invalid"),
     (b"\xff\x00" * 1000, "application/json", 422, "invalid"),
-    # Each of these would cost the memory of thousands of errors, or come back as long as it went out.
+    # Without a limit, each of these would create thousands of errors, or an answer as long as the request.
     (b'{"texts":[' + b"0," * 1_000_000 + b"0]}", "application/json", 422, "invalid"),
     (b'{"' + b"k" * 100_000 + b'":0}', "application/json", 422, "invalid"),
     (b'{"images":[{"data":"","id":"' + b"x" * 100_000 + b'"}]}', "application/json", 422, "invalid"),
@@ -279,14 +279,14 @@ def test_what_is_not_there_is_told_as_json(service: Served) -> None:
     answer = service.ask("GET", "/embed")
     assert is_error(answer, 405, "method_not_allowed")
     assert answer.headers["allow"] == "POST"
-    # And no redirect to the host that a client made up.
+    # No redirect to the host in the header.
     assert is_error(service.ask("GET", "/healthz/", headers={"host": "evil.example"}), 404, "not_found")
     packed = {"content-type": "application/json", "content-encoding": "gzip"}
     assert is_error(service.ask("POST", "/embed", b"x", packed), 415, "content_encoding")
 
 
 def raw(served: Served, head: bytes, *chunks: bytes, pause: float = 0, seconds: float = 20) -> bytes:
-    """What comes back for bytes that are sent as they are."""
+    """Send raw bytes and return the answer."""
     with socket.create_connection(("127.0.0.1", served.port), timeout=seconds) as connection:
         try:
             for data in (head, *chunks):
@@ -313,7 +313,7 @@ def test_a_huge_body_is_refused_by_its_word_and_by_its_bytes(service: Served) ->
     chunked = raw(service, HEAD + b"transfer-encoding: chunked\r\nconnection: close\r\n\r\n", *[piece] * 60)
     assert chunked.startswith(b"HTTP/1.1 413 ")
     assert b"serve.max_body_bytes=3,000,000" in chunked
-    # Its sender hears of it while the rest still comes; then the connection ends.
+    # The answer arrives while the body is still being sent; then the connection closes.
     assert raw(service, HEAD + b"content-length: 4000000\r\n\r\n", b"x" * 10).startswith(b"HTTP/1.1 413 ")
     assert service.figure("clip_service_held_bytes") == 0
 
@@ -345,10 +345,10 @@ def test_who_does_not_read_its_answers_loses_them(strict: Served) -> None:
     asked = json.dumps({"texts": texts}).encode()
     whole = len(strict.post("/embed", {"texts": texts}).body)
     with socket.create_connection(("127.0.0.1", strict.port), timeout=20) as connection:
-        # More than the buffers of the system take.
+        # More than the socket buffers hold.
         connection.sendall((HEAD + b"content-length: %d\r\n\r\n" % len(asked) + asked) * 8)
         time.sleep(1.5)
-        # As long as an answer lies here its request is under way.
+        # A request is in progress until its answer is read.
         assert strict.figure("clip_service_requests_in_flight") == 1
         wait_until(lambda: strict.figure("clip_service_requests_in_flight") == 0)
         got = 0
@@ -427,7 +427,7 @@ def test_requests_made_up_from_the_schema_meet_no_error_of_the_server(service: S
     assert sorted(paths) == ["/embed", "/healthz", "/metrics", "/predict", "/readyz", "/version"]
 
 
-# The end. It ends the strict service, so it comes last.
+# Shutdown. It ends the strict service, so it is the last test.
 
 
 def test_the_end_answers_every_request_that_was_accepted(strict: Served) -> None:

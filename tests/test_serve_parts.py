@@ -1,4 +1,4 @@
-"""The parts of the service by themselves: batching, the forward, limits, caches, settings, the app without a server."""
+"""Parts of the service: batching, the forward, request bodies, limits, caches, settings, the app without a server."""
 
 from __future__ import annotations
 
@@ -26,19 +26,18 @@ from pipeline.core.records import TextBank
 from pipeline.engine.forward import Labelling
 from pipeline.serve import __main__ as serve
 from pipeline.serve.app import build
-from pipeline.serve.batching import Batcher, portion
+from pipeline.serve.batching import Batcher, next_batch_size
 from pipeline.serve.engine import shapes
 from pipeline.serve.errors import Refused
 from pipeline.serve.forward import Forward, Picture
 from pipeline.serve.limits import Admission
 from pipeline.serve.metrics import Metrics
-from pipeline.serve.middleware import Envelope
-from pipeline.serve.requests import read_asked
-from pipeline.serve.schemas import EmbedRequest, PredictRequest
+from pipeline.serve.middleware import RequestMiddleware
+from pipeline.serve.requests import EmbedRequest, PredictRequest, read_request
 from pipeline.serve.service import Service
 from pipeline.serve.settings import VARIABLE, config_of_environment, service_config
 from pipeline.serve.text_cache import Recent
-from pipeline.serve.uvicorn_server import Patient, Server
+from pipeline.serve.uvicorn_server import Server, TimeoutProtocol
 from tests.conftest import ROOT
 from tests.forks import forks
 from tests.jobs import StubEncoder
@@ -47,8 +46,8 @@ from tests.service import BOUNDARY, form
 # Batching.
 
 
-class Lanes:
-    """Squares numbers, after a while, in threads; keeps what it was given."""
+class Squares:
+    """Work that squares numbers in threads and records its batches."""
 
     def __init__(self, pool: ThreadPoolExecutor, work: Callable[[Sequence[int]], list[int]] | None = None) -> None:
         self.pool, self.batches = pool, list[list[int]]()
@@ -61,12 +60,12 @@ class Lanes:
 
 def test_answers_of_shared_batches_never_go_to_another() -> None:
     def work(given: Sequence[int]) -> list[int]:
-        # Lanes overtake one another.
+        # Batches finish out of order.
         pause.wait(random.random() / 200)
         return [each * each for each in given]
 
     async def main() -> None:
-        batcher = Batcher(lanes, shapes=[8], lanes=3, wait=0.001)
+        batcher = Batcher(squares, shapes=[8], streams=3, wait=0.001)
 
         async def ask(number: int) -> None:
             await asyncio.sleep(random.random() / 20)
@@ -77,51 +76,53 @@ def test_answers_of_shared_batches_never_go_to_another() -> None:
 
     pause = threading.Event()
     with ThreadPoolExecutor(3) as pool:
-        lanes = Lanes(pool, work)
+        squares = Squares(pool, work)
         asyncio.run(main())
-    assert sorted(each for batch in lanes.batches for each in batch) == list(range(500))
-    assert max(map(len, lanes.batches)) <= 8
-    assert len(lanes.batches) < 500
+    assert sorted(each for batch in squares.batches for each in batch) == list(range(500))
+    assert max(map(len, squares.batches)) <= 8
+    assert len(squares.batches) < 500
 
 
 def test_a_full_batch_does_not_wait_and_another_one_waits_its_time() -> None:
     async def main() -> list[list[float]]:
         waited: list[list[float]] = []
-        batcher = Batcher(lanes, shapes=[4], lanes=1, wait=0.2, launched=lambda seconds: waited.append(list(seconds)))
+        batcher = Batcher(
+            squares, shapes=[4], streams=1, wait=0.2, on_start=lambda seconds: waited.append(list(seconds))
+        )
         await asyncio.gather(*(batcher.submit(number) for number in range(6)))
         return waited
 
     with ThreadPoolExecutor(1) as pool:
-        lanes = Lanes(pool)
+        squares = Squares(pool)
         first, second = asyncio.run(main())
-    assert lanes.batches == [[0, 1, 2, 3], [4, 5]]
+    assert squares.batches == [[0, 1, 2, 3], [4, 5]]
     assert max(first) < 0.15
     assert min(second) >= 0.19
 
 
 def test_what_waits_while_every_lane_works_goes_together() -> None:
     async def main() -> None:
-        batcher = Batcher(lanes, shapes=[100], lanes=1, wait=0)
+        batcher = Batcher(squares, shapes=[100], streams=1, wait=0)
         await asyncio.gather(*(batcher.submit(number) for number in range(50)))
 
     with ThreadPoolExecutor(1) as pool:
-        lanes = Lanes(pool)
+        squares = Squares(pool)
         asyncio.run(main())
-    assert [len(batch) for batch in lanes.batches] == [1, 49]
+    assert [len(batch) for batch in squares.batches] == [1, 49]
 
 
 def test_a_cancelled_request_drops_out_of_the_queue() -> None:
     async def main() -> None:
-        batcher = Batcher(lanes, shapes=[4], lanes=1, wait=0.05)
+        batcher = Batcher(squares, shapes=[4], streams=1, wait=0.05)
         answers = [batcher.submit(number) for number in range(3)]
         answers[0].cancel()
         answers[2].cancel()
         assert await answers[1] == 1
 
     with ThreadPoolExecutor(1) as pool:
-        lanes = Lanes(pool)
+        squares = Squares(pool)
         asyncio.run(main())
-    assert lanes.batches == [[1]]
+    assert squares.batches == [[1]]
 
 
 def test_an_error_of_a_batch_goes_to_all_of_it_and_ends_there() -> None:
@@ -131,11 +132,11 @@ def test_an_error_of_a_batch_goes_to_all_of_it_and_ends_there() -> None:
         return list(given)
 
     async def main() -> list[Any]:
-        batcher = Batcher(lanes, shapes=[2], lanes=1, wait=0)
+        batcher = Batcher(squares, shapes=[2], streams=1, wait=0)
         return await asyncio.gather(*(batcher.submit(number) for number in (0, 1, 2, 3)), return_exceptions=True)
 
     with ThreadPoolExecutor(1) as pool:
-        lanes = Lanes(pool, work)
+        squares = Squares(pool, work)
         found = asyncio.run(main())
     assert [isinstance(each, ValueError) for each in found[:1]] == [True]
     assert found[-1] == 3
@@ -145,8 +146,8 @@ def test_an_error_of_a_batch_goes_to_all_of_it_and_ends_there() -> None:
     ("count", "taken"), [(1, 1), (2, 1), (3, 3), (4, 4), (7, 4), (9, 9), (16, 16), (17, 16), (40, 40), (99, 64)]
 )
 def test_a_batch_takes_what_fills_more_than_half_of_its_shape(count: int, taken: int) -> None:
-    assert portion(count, [1, 4, 16, 64]) == taken
-    assert portion(count, [64]) == min(count, 64)
+    assert next_batch_size(count, [1, 4, 16, 64]) == taken
+    assert next_batch_size(count, [64]) == min(count, 64)
 
 
 # The forward.
@@ -217,24 +218,24 @@ def test_requests_with_labels_of_their_own_share_a_batch() -> None:
 def test_a_form_s_top_k_is_one_number_of_few_digits(value: bytes) -> None:
     body = form([("images", None, b"x"), ("top_k", None, value)])
     with pytest.raises(Refused, match="top_k"):
-        read_asked(PredictRequest, f"multipart/form-data; boundary={BOUNDARY}", body, ServeConfig())
+        read_request(PredictRequest, f"multipart/form-data; boundary={BOUNDARY}", body, ServeConfig())
 
 
 def test_a_json_body_at_its_limits_is_read_and_one_of_a_million_values_is_not() -> None:
     limits = ServeConfig(max_images=4, max_texts=100)
     texts, images = ['a, "b", c \\'] * 100, [{"data": "", "id": 'x, "y"'}] * 4
     body = json.dumps({"texts": texts, "images": images}).encode()
-    assert len(read_asked(EmbedRequest, "application/json", body, limits).texts) == 100
+    assert len(read_request(EmbedRequest, "application/json", body, limits).texts) == 100
     for crowd in (b'{"texts": [' + b"[]," * 10**6, b"{" + b'"a": 0,' * 10**6, b'"' * 10**6):
         with pytest.raises(Refused, match="more values"):
-            read_asked(EmbedRequest, "application/json", crowd, limits)
+            read_request(EmbedRequest, "application/json", crowd, limits)
 
 
 def test_few_labels_do_not_make_an_answer_of_a_gigabyte() -> None:
     asked = {"images": [{"data": ""}] * 64, "labels": [f"{place:04}" + "\U0001f600" * 1996 for place in range(1000)]}
-    assert read_asked(PredictRequest, "application/json", json.dumps(asked).encode(), ServeConfig()).labels
+    assert read_request(PredictRequest, "application/json", json.dumps(asked).encode(), ServeConfig()).labels
     with pytest.raises(Refused, match="top_k"):
-        read_asked(PredictRequest, "application/json", json.dumps({**asked, "top_k": 1000}).encode(), ServeConfig())
+        read_request(PredictRequest, "application/json", json.dumps({**asked, "top_k": 1000}).encode(), ServeConfig())
 
 
 # Limits and caches.
@@ -249,16 +250,16 @@ def test_what_is_too_much_is_refused_and_given_back() -> None:
         with admission.request("b"), pytest.raises(Refused) as refused, admission.request("c"):
             pass
         assert refused.value.status == 503
-    with admission.request("a"), admission.pictures(10):
+    with admission.request("a"), admission.images(10):
         admission.seconds_ahead = 7.2
-        with pytest.raises(Refused) as refused, admission.pictures(1):
+        with pytest.raises(Refused) as refused, admission.images(1):
             pass
         assert refused.value.headers == {"retry-after": "7"}
     admission.hold(100)
     with pytest.raises(Refused):
         admission.hold(1)
     admission.release(100)
-    assert (admission.requests, admission.images, admission.held) == (0, 0, 0)
+    assert (admission.request_count, admission.image_count, admission.held) == (0, 0, 0)
 
 
 def test_the_features_in_memory_keep_to_their_bytes() -> None:
@@ -289,15 +290,15 @@ def test_connections_on_top_of_those_that_files_suffice_for_are_closed_at_once()
         server.config.load()
         opened = [Mock(asyncio.Transport, get_extra_info=lambda name: None) for _ in range(2)]
         for transport in opened:
-            protocol = Patient(server.config, server.server_state, {})
-            protocol.most = 1
+            protocol = TimeoutProtocol(server.config, server.server_state, {})
+            protocol.max_connections = 1
             protocol.connection_made(transport)
         assert [transport.abort.called for transport in opened] == [False, True]
 
     asyncio.run(main())
 
 
-# Settings and the door.
+# Settings and the command line.
 
 
 def test_what_a_service_cannot_do_is_told_at_once(capsys: pytest.CaptureFixture[str]) -> None:
@@ -361,7 +362,7 @@ def test_the_main_job_s_help_imports_no_server() -> None:
 
 
 def call(service: Service, method: str, path: str, body: bytes = b"") -> tuple[int, Any, dict[str, str]]:
-    """One request to an app whose lifespan has not begun."""
+    """Send one request to an app whose lifespan has not started."""
     app, sent = build(service, failed=lambda error: None), list[Any]()
 
     async def receive() -> dict[str, Any]:
@@ -415,7 +416,7 @@ async def forever(scope: Any, receive: Any, send: Any) -> None:
 @pytest.mark.parametrize(("ends", "status", "name"), [(False, 504, "timeout"), (True, 503, "ending")])
 def test_what_takes_too_long_is_answered_all_the_same(ends: bool, status: int, name: str) -> None:
     service = Service(Config(serve=ServeConfig(timeout_seconds=30 if ends else 0.1)))
-    envelope, sent = Envelope(forever, service, frozenset()), list[Any]()
+    envelope, sent = RequestMiddleware(forever, service, frozenset()), list[Any]()
 
     async def send(message: Any) -> None:
         sent.append(message)
@@ -425,7 +426,7 @@ def test_what_takes_too_long_is_answered_all_the_same(ends: bool, status: int, n
         task = asyncio.create_task(envelope(scope, lambda: asyncio.sleep(60), send))  # type: ignore[arg-type]
         await asyncio.sleep(0.05)
         if ends:
-            # As uvicorn does once the grace is over.
+            # As uvicorn does after the grace period.
             task.cancel()
         await asyncio.wait([task])
 

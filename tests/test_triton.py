@@ -1,4 +1,4 @@
-"""Model repositories for Triton: configurations by the published schema, graphs run as Triton feeds them."""
+"""Model repositories for Triton: configurations in the published schema, graphs run with Triton's inputs."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from tests.families import CASES
 DTYPES = {"TYPE_FP32": np.float32, "TYPE_INT64": np.int64}
 ONNX_TYPES = {"tensor(float)": "TYPE_FP32", "tensor(int64)": "TYPE_INT64"}
 TEXTS = ["a red circle", "two blue stars", "", "a green square and a yellow triangle on a table"]
-# What onnxruntime_backend reads of the accelerator tensorrt (src/onnxruntime.cc); any other key stops the model.
+# Keys of the accelerator tensorrt in onnxruntime_backend (src/onnxruntime.cc); a model with another key fails to load.
 TENSORRT_KEYS = {
     *("precision_mode", "trt_layer_norm_fp32_fallback", "trt_engine_cache_enable", "trt_engine_cache_path"),
     *("trt_profile_min_shapes", "trt_profile_opt_shapes", "trt_profile_max_shapes"),
@@ -52,7 +52,7 @@ TENSORRT_KEYS = {
 
 @cache
 def schema() -> Any:
-    """Triton's ``model_config.proto`` as its own client has it; loaded alone, since its package wants gRPC."""
+    """Load ``model_config.proto`` of Triton's client as a single module, since its package needs gRPC."""
     files = importlib.metadata.files("tritonclient") or []
     (path,) = (file for file in files if str(file) == "tritonclient/grpc/model_config_pb2.py")
     spec = importlib.util.spec_from_file_location("model_config_pb2", path.locate())
@@ -64,7 +64,7 @@ def schema() -> Any:
 
 
 def parsed(text: str) -> Any:
-    """A configuration; a field that the schema does not have, or a value of the wrong type, raises."""
+    """Parse a configuration; an unknown field or a value of the wrong type raises."""
     return text_format.Parse(text, schema().ModelConfig())
 
 
@@ -80,7 +80,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Path:
-    """The demo model's, by the command."""
+    """Repository of the demo model, written by the command."""
     folder = tmp_path_factory.mktemp("served") / "models"
     arguments = ["--to", "triton", "--out", str(folder), "--max-batch", "16", "--queue-microseconds", "1500"]
     assert export.main([*arguments, "model=demo", f"backend.artifacts={store}"]) == 0
@@ -109,7 +109,7 @@ def client(repository: Path) -> Any:
 
 
 def load_client(folder: Path) -> Any:
-    """The client that lies in the repository, as a module of its own."""
+    """Load the repository's client as a module."""
     spec = importlib.util.spec_from_file_location("triton_client", folder / "client.py")
     assert spec is not None
     assert spec.loader is not None
@@ -125,7 +125,7 @@ def pictures() -> list[Image.Image]:
 
 @pytest.fixture(scope="module")
 def reference() -> tuple[np.ndarray, np.ndarray]:
-    """transformers' features of the demo model for the pictures and the texts, at length 1."""
+    """Normalised features of the demo model in transformers for the images and the texts."""
     model = CLIPModel.from_pretrained(DEMO_FOLDER).eval()
     inputs = CLIPImageProcessorPil.from_pretrained(DEMO_FOLDER)(pictures(), return_tensors="pt")
     tokens = AutoTokenizer.from_pretrained(DEMO_FOLDER)(TEXTS, padding=True, return_tensors="pt")
@@ -139,7 +139,7 @@ def reference() -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_a_repository_holds_a_model_for_each_tower_and_nothing_else_in_folders(repository: Path) -> None:
-    # Triton takes every folder for a model, and starts only if each of them is one.
+    # Triton reads every folder as a model, and starts only if all are valid.
     assert sorted(path.name for path in repository.iterdir() if path.is_dir()) == ["demo_image", "demo_text"]
     assert sorted(path.name for path in repository.iterdir() if path.is_file()) == [
         *("README.md", "card.json", "client.py"),
@@ -261,7 +261,7 @@ def test_the_clients_pixels_are_upright_and_on_white(client: Any) -> None:
 def test_the_clients_tokens_are_the_checkpoints(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, client: Any
 ) -> None:
-    """At every family's rule of padding and cutting; what is padded more has mask 0."""
+    """Tokens with the padding and truncation of every family; additional padding has mask 0."""
     checkpoint = CASES[family](tmp_path).checkpoint
     card = _card(checkpoint, {"text": {"name": "small_text"}}, ImagesConfig(), Serving())
     (tmp_path / "small_text").mkdir()
@@ -287,7 +287,7 @@ def test_short_texts_share_a_length(client: Any, checkpoint: Checkpoint) -> None
 
 
 class Triton:
-    """Triton's HTTP protocol with binary tensors, on loopback: what it checks of a request, and a graph behind it."""
+    """Server of Triton's HTTP protocol with binary tensors: checks a request and runs the graph."""
 
     def __init__(self, configs: dict[str, Any], sessions: dict[str, Any]) -> None:
         class Handler(BaseHTTPRequestHandler):
@@ -431,7 +431,7 @@ def test_weights_beside_the_graph_come_along(tmp_path: Path, store: Path, checkp
 
 
 def test_texts_of_one_length_have_a_fixed_axis_and_no_mask(tmp_path: Path) -> None:
-    """As SigLIP's graphs have them."""
+    """SigLIP's graphs have no mask and a fixed length."""
     tensor, kinds = onnx.helper.make_tensor_value_info, onnx.TensorProto
     ends = tensor("input_ids", kinds.INT64, ["batch", 64]), tensor("text_embeds", kinds.INT64, ["batch", 64])
     node = onnx.helper.make_node("Identity", ["input_ids"], ["text_embeds"])
@@ -448,7 +448,7 @@ def test_texts_of_one_length_have_a_fixed_axis_and_no_mask(tmp_path: Path) -> No
 
 
 class PythonTokenizer:
-    """A tokenizer as transformers has them without the library ``tokenizers``."""
+    """Tokenizer of transformers that does not use the library ``tokenizers``."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer, self.pad_token_id = tokenizer, tokenizer.pad_token_id
@@ -475,7 +475,7 @@ def test_what_fails_leaves_nothing(tmp_path: Path, store: Path, repository: Path
     ("arguments", "wanted"),
     [
         (["--to", "triton"], ["--out = None: names the folder of the repository (add --out models)"]),
-        # The folder that one stands in, which the repository would replace.
+        # The current folder, which the repository would replace.
         (["--to", "triton", "--out", ""], ["--out = '': is there already"]),
         (["--to", "triton", "--out", "s3://bucket/models"], ["--out = 's3://bucket/models': must be a local folder"]),
         (["--out", "models", "--tensorrt"], ["--out = 'models': goes with --to triton", "--tensorrt = True: goes"]),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from pipeline.backends.artifacts.store import ArtifactStore
-from pipeline.backends.artifacts.torchscript import FILE, load, traced
+from pipeline.backends.artifacts.torchscript import FILE, TraceOptions, load, traced
 from pipeline.backends.base import Draw
 from pipeline.backends.devices import DTYPES, choose
 from pipeline.backends.torch_module import ModuleEncoder, blank
@@ -23,10 +23,8 @@ def open_encoder(
     device, precision = choose(config)
     artifact = traced(
         checkpoint,
+        TraceOptions(precision, device),
         ArtifactStore(config.artifacts),
-        precision=precision,
-        dtype=DTYPES[precision],
-        device=device,
         sample=sample,
         limits=limits,
     )

@@ -1,1 +1,1 @@
-"""The HTTP service: embeddings and labels from the engine of the jobs, in shared batches."""
+"""HTTP service for embeddings and labels, with dynamic batching."""

@@ -1,4 +1,4 @@
-"""``python -m pipeline.serve [GROUP=OPTION ...] [KEY=VALUE ...]``: the engine of the jobs behind HTTP."""
+"""``python -m pipeline.serve [GROUP=OPTION ...] [KEY=VALUE ...]``: embeddings and labels over HTTP."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ examples:
   python -m pipeline.serve
       the demo model on http://127.0.0.1:8000
   python -m pipeline.serve model=clip_vit_b32 backend=onnx_int8 loader.batch_size=16 serve.shapes=3 log.format=json
-      batches of up to 16 images, in shapes of 16, 4 and 1; a log for machines
+      batches of up to 16 images, in shapes of 16, 4 and 1; a log in JSON
   python -m pipeline.serve model=clip_vit_b32 'prompts.labels=[a cat,a dog]' serve.port=0
-      labels of your own for those who send none; any free port, which is said
+      labels for requests without labels; any free port, which is logged
   curl -F images=@photo.jpg http://127.0.0.1:8000/predict
   curl -H 'content-type: application/json' -d '{"texts": ["a red circle"]}' http://127.0.0.1:8000/embed
 
-POST /embed and /predict, GET /healthz, /readyz, /metrics, /version and /openapi.json. Rows are those that a job with
-the same settings writes. SIGTERM ends it once every request that was accepted is answered.
-For several GPUs, gunicorn starts 'pipeline.serve.app:create()' with overrides from PIPELINE_SERVE_OVERRIDES.
-exit codes: 0 ended as asked, 2 wrong config or machine, 4 backend too far from fp32, 1 requests were left or it broke
+POST /embed and /predict, GET /healthz, /readyz, /metrics, /version and /openapi.json. Results equal the rows
+of a job with the same settings. On SIGTERM the service answers every accepted request, then ends.
+For several GPUs, run 'pipeline.serve.app:create()' in gunicorn, with the overrides in PIPELINE_SERVE_OVERRIDES.
+exit codes: 0 ended by a signal, 2 wrong config or machine, 4 backend too far from fp32,
+1 requests were not answered, or an error
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse the command line and serve until a signal comes; returns the exit code."""
+    """Parse the command line and serve until a signal; returns the exit code."""
     options = _parser().parse_args(arguments)
     run = new_run()
     formatter: JsonLines | None = None
@@ -44,9 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with library_messages(config.log, run), log_to_terminal(config.log, run):
             return serve(config)
     except (PipelineError, KeyboardInterrupt) as error:
-        told = Interrupted("interrupted before it served anything") if isinstance(error, KeyboardInterrupt) else error
-        code = exit_code_of(told)
-        print(f"error: {told}" if formatter is None else formatter.format(ending(told, code)), file=sys.stderr)
+        if isinstance(error, KeyboardInterrupt):
+            error = Interrupted("interrupted before the service was ready")
+        code = exit_code_of(error)
+        print(f"error: {error}" if formatter is None else formatter.format(ending(error, code)), file=sys.stderr)
         return code
     except Exception as error:
         if formatter is None:
@@ -58,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.serve",
-        description="Answer requests for embeddings and labels over HTTP, with the engine of the jobs.",
+        description="Answer requests for embeddings and labels over HTTP.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

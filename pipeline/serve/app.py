@@ -1,4 +1,4 @@
-"""The routes of the service, as an ASGI app; ``create`` is the factory for gunicorn and uvicorn."""
+"""ASGI app with the routes of the service; ``create`` is the factory for gunicorn and uvicorn."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import logging
 import os
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import ExitStack, asynccontextmanager, suppress
+from functools import partial
 from importlib import metadata
 from typing import Any, TypeVar, cast
 
 import numpy as np
 from fastapi import FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
-from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -24,39 +24,38 @@ from pipeline.core.errors import exit_code_of
 from pipeline.core.log_format import ending, new_run
 from pipeline.core.records import OK, Failure
 from pipeline.engine.forward import Labelling
-from pipeline.serve.errors import Gone, Refused
+from pipeline.serve.errors import Refused
 from pipeline.serve.forward import Row
-from pipeline.serve.middleware import KEY, Envelope, Exchange
-from pipeline.serve.requests import Asked, Image, read_asked
-from pipeline.serve.schemas import (
-    ERRORS,
-    EmbedAnswer,
+from pipeline.serve.middleware import KEY, Exchange, RequestMiddleware
+from pipeline.serve.requests import (
     EmbedRequest,
-    PredictAnswer,
+    EncodedImage,
     PredictRequest,
-    State,
-    VersionAnswer,
-    asked_schemas,
     body_of,
+    read_request,
+    request_schemas,
 )
+from pipeline.serve.schemas import ERRORS, EmbedAnswer, PredictAnswer, State, VersionAnswer
 from pipeline.serve.service import Service
 from pipeline.serve.settings import config_of_environment
 from pipeline.telemetry.logs import library_messages, log_to_terminal
 
-# Bodies from so many bytes on are read in another thread.
+# Bodies of at least so many bytes are parsed in another thread.
 LARGE = 2**18
-# What gunicorn takes for a worker that cannot start: it ends, with all others. One that replaces a worker says which
-# code leaves those alone.
+# Exit code on which gunicorn ends with all workers. A replacement of a worker gets another code from the environment,
+# so that the other workers stay.
 BOOT_ERROR = 3
 BOOT_CODE = "PIPELINE_SERVE_BOOT_CODE"
 _T = TypeVar("_T")
+_Body = TypeVar("_Body", EmbedRequest, PredictRequest)
+_Work = Coroutine[Any, Any, _T]
 log = logging.getLogger(__name__)
 
 
 def create() -> FastAPI:
-    """The app of the overrides in ``PIPELINE_SERVE_OVERRIDES``; its log goes to standard error.
+    """Return the app for the overrides in ``PIPELINE_SERVE_OVERRIDES``; it logs to standard error.
 
-    The model is opened beside the server. If that fails, the process ends, with gunicorn's code for it.
+    The model is opened in the background. If that fails, the process ends with gunicorn's exit code for it.
 
     Raises:
         ConfigError: with every problem.
@@ -75,11 +74,11 @@ def create() -> FastAPI:
 def build(
     service: Service, *, failed: Callable[[BaseException], None], ended: Callable[[], None] = lambda: None
 ) -> FastAPI:
-    """The app of a service, which it starts and closes.
+    """Return the app that starts, serves and closes a service.
 
     Args:
-        service: not started.
-        failed: told if the engine cannot be opened.
+        service: a service that is not started.
+        failed: called if the engine cannot be opened.
         ended: called last.
     """
 
@@ -93,50 +92,50 @@ def build(
             await service.close()
             ended()
 
-    # A redirect would lead to whatever host the request names.
-    plain: dict[str, Any] = {"redoc_url": None, "docs_url": None, "redirect_slashes": False}
-    app = FastAPI(title="clip-pipeline", version=metadata.version("clip-pipeline"), lifespan=lifespan, **plain)
+    # A redirect would lead to the host that the request names.
+    options: dict[str, Any] = {"redoc_url": None, "docs_url": None, "redirect_slashes": False}
+    app = FastAPI(title="clip-pipeline", version=metadata.version("clip-pipeline"), lifespan=lifespan, **options)
     app.state.service = service
     _add_probes(app, service)
-    _add_work(app, service)
+    _add_inference(app, service)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
 
     async def refused(request: Request, error: Exception) -> Response:
-        # To the envelope, which answers all refusals.
+        # The middleware answers all refusals.
         http = cast(HTTPException, error)
-        message = f"{request.method[:20]} {request.url.path[:200]}: {http.detail}; /openapi.json says what there is"
+        message = f"{request.method[:20]} {request.url.path[:200]}: {http.detail}; see /openapi.json for the routes"
         name = {404: "not_found", 405: "method_not_allowed"}.get(http.status_code, "http")
         raise Refused(http.status_code, name, message, headers=http.headers)
 
     app.add_exception_handler(HTTPException, refused)
     routes = frozenset(getattr(route, "path", "") for route in app.routes)
-    app.add_middleware(Envelope, service=service, routes=routes)
+    app.add_middleware(RequestMiddleware, service=service, routes=routes)
     return app
 
 
 def _add_probes(app: FastAPI, service: Service) -> None:
-    unready: dict[int | str, dict[str, Any]] = {503: {"model": State, "description": "Not so, and why."}}
+    not_ready: dict[int | str, dict[str, Any]] = {503: {"model": State, "description": "The reason."}}
 
-    @app.get("/healthz", response_model=State, responses=unready)
+    @app.get("/healthz", response_model=State, responses=not_ready)
     async def healthz() -> Response:
-        """Whether the process is alive; 503 where the engine broke and another should be started."""
-        broken = service.fault is not None
-        return _json({"status": service.trouble if broken else "alive"}, 503 if broken else 200)
+        """Liveness; 503 after the engine failed, so that a supervisor starts a new process."""
+        failed = service.fault is not None
+        return _json({"status": service.not_ready_reason if failed else "alive"}, 503 if failed else 200)
 
-    @app.get("/readyz", response_model=State, responses=unready)
+    @app.get("/readyz", response_model=State, responses=not_ready)
     async def readyz() -> Response:
-        """Whether the model is warm and its parity held; 503 while it is opened, and while the service ends."""
-        trouble = "draining" if service.draining else service.trouble
-        return _json({"status": trouble or "ready"}, 503 if trouble else 200)
+        """Readiness: the model is warm and its parity passed; 503 while it is opened, and while the service ends."""
+        reason = "draining" if service.draining else service.not_ready_reason
+        return _json({"status": reason or "ready"}, 503 if reason else 200)
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def metrics() -> Response:
-        """The figures, for Prometheus."""
+        """Metrics for Prometheus."""
         return Response(service.metrics.page(), headers={"content-type": service.metrics.content_type})
 
     @app.get("/version", response_model=VersionAnswer)
     async def version() -> Response:
-        """What answers."""
+        """Version, model, fingerprints and settings of the service."""
         engine = service.engine
         return _json(
             {
@@ -152,67 +151,58 @@ def _add_probes(app: FastAPI, service: Service) -> None:
         )
 
 
-def _add_work(app: FastAPI, service: Service) -> None:
-    async def answered(
-        request: Request, model: type[BaseModel], work: Callable[[Asked], Coroutine[Any, Any, dict[str, Any]]]
-    ) -> Response:
-        exchange: Exchange = request.state._state[KEY]
+def _add_inference(app: FastAPI, service: Service) -> None:
+    async def answer(request: Request, model: type[_Body], work: Callable[[_Body], _Work[dict[str, Any]]]) -> Response:
+        exchange: Exchange = request.scope["state"][KEY]
         service.ready_engine()
         client = request.client.host if request.client else ""
-        exchange.under_way.enter_context(service.admission.request(client))
+        exchange.resources.enter_context(service.admission.request(client))
         body = await _body(request)
         service.metrics.stage("read", exchange.seconds)
-        arguments = (model, request.headers.get("content-type", ""), body, service.config.serve)
-        if len(body) < LARGE:
-            asked = read_asked(*arguments)
-        else:
-            asked = await asyncio.to_thread(read_asked, *arguments)
-        del body, arguments
-        exchange.facts |= {"images": len(asked.images), "texts": len(asked.texts)}
-        with service.admission.pictures(len(asked.images)):
-            return _json(await _unless_gone(request, work(asked)))
+        read = partial(read_request, model, request.headers.get("content-type", ""), body, service.config.serve)
+        parsed = read() if len(body) < LARGE else await asyncio.to_thread(read)
+        # The body must not stay in memory while its images are decoded.
+        del body, read
+        exchange.facts |= {"images": len(parsed.images), "texts": len(getattr(parsed, "texts", ()))}
+        with service.admission.images(len(parsed.images)):
+            return _json(await _unless_disconnected(request, work(parsed)))
 
-    async def embed(asked: Asked) -> dict[str, Any]:
-        engine = service.ready_engine()
-        rows, texts = await asyncio.gather(service.rows(asked.images, None), service.texts(asked.texts))
-        dtype = np.dtype(service.config.output.dtype)
+    async def embed(body: EmbedRequest) -> dict[str, Any]:
+        engine, dtype = service.ready_engine(), np.dtype(service.config.output.dtype)
+        rows, texts = await asyncio.gather(service.rows(body.images, None), service.texts(body.texts))
         return {
             "fingerprint": engine.fingerprint,
             "dim": engine.checkpoint.dim,
-            "images": [_embedding(image, row, dtype) for image, row in zip(asked.images, rows, strict=True)],
+            "images": [_embedding(image, row, dtype) for image, row in zip(body.images, rows, strict=True)],
             "texts": [{"embedding": vector.astype(dtype).tolist()} for vector in texts],
         }
 
-    async def predict(asked: Asked) -> dict[str, Any]:
-        engine, labelling = service.ready_engine(), await service.labelling(asked)
-        rows = await service.rows(asked.images, labelling)
-        threshold = service.config.labels.threshold
-        return {
-            "fingerprint": engine.fingerprint,
-            "prompts": labelling.bank.fingerprint,
-            "images": [
-                _prediction(image, row, labelling, threshold) for image, row in zip(asked.images, rows, strict=True)
-            ],
-        }
+    async def predict(body: PredictRequest) -> dict[str, Any]:
+        engine, labelling = service.ready_engine(), await service.labelling(body)
+        rows, threshold = await service.rows(body.images, labelling), service.config.labels.threshold
+        images = [_prediction(image, row, labelling, threshold) for image, row in zip(body.images, rows, strict=True)]
+        return {"fingerprint": engine.fingerprint, "prompts": labelling.bank.fingerprint, "images": images}
 
     @app.post("/embed", response_model=EmbedAnswer, responses=ERRORS, openapi_extra=body_of(EmbedRequest))
     async def embed_route(request: Request) -> Response:
-        """Embeddings of images, as a dataset has them, and of texts; a bad image has a status, and no embedding."""
-        return await answered(request, EmbedRequest, embed)
+        """Embeddings of texts, and of images as in a dataset; a bad image has a status and no embedding."""
+        return await answer(request, EmbedRequest, embed)
 
     @app.post("/predict", response_model=PredictAnswer, responses=ERRORS, openapi_extra=body_of(PredictRequest))
     async def predict_route(request: Request) -> Response:
-        """The best labels of images, as a dataset has them, from the service's labels or those of the request."""
-        return await answered(request, PredictRequest, predict)
+        """Best labels of images as in a dataset, from the labels of the service or of the request."""
+        return await answer(request, PredictRequest, predict)
 
 
-def _embedding(image: Image, row: Row | Failure, dtype: np.dtype[Any]) -> dict[str, Any]:
+def _embedding(image: EncodedImage, row: Row | Failure, dtype: np.dtype[Any]) -> dict[str, Any]:
     if isinstance(row, Failure):
         return {"id": image.id, **_failed(row), "embedding": None}
     return {"id": image.id, "status": OK, "error": None, "embedding": row.vector.astype(dtype).tolist()}
 
 
-def _prediction(image: Image, row: Row | Failure, labelling: Labelling, threshold: float | None) -> dict[str, Any]:
+def _prediction(
+    image: EncodedImage, row: Row | Failure, labelling: Labelling, threshold: float | None
+) -> dict[str, Any]:
     if isinstance(row, Failure):
         nothing = dict.fromkeys(("label", "score", "top_labels", "top_scores"))
         return {"id": image.id, **_failed(row), **nothing}
@@ -229,34 +219,31 @@ def _failed(row: Failure) -> dict[str, str]:
 
 
 async def _body(request: Request) -> bytearray:
-    """The whole body, which the envelope counts."""
+    """Return the whole body; the middleware limits its size."""
     if request.headers.get("content-encoding", "identity").lower() != "identity":
-        raise Refused(415, "content_encoding", "bodies are not unpacked; send it without a content-encoding")
+        raise Refused(415, "content_encoding", "bodies are not decompressed; send the body without a content-encoding")
     body = bytearray()
-    try:
-        async for chunk in request.stream():
-            body += chunk
-    except ClientDisconnect as error:
-        raise Gone from error
+    async for chunk in request.stream():
+        body += chunk
     return body
 
 
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
-    """What comes of the work, which ends once the client has closed the connection.
+async def _unless_disconnected(request: Request, work: _Work[_T]) -> _T:
+    """Return the result of the work; cancel it once the client closes the connection.
 
     Raises:
-        Gone: it has.
+        ClientDisconnect: the client closed it first.
     """
 
-    async def gone() -> None:
+    async def disconnected() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             continue
 
-    working, watching = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    working, watching = asyncio.ensure_future(work), asyncio.ensure_future(disconnected())
     try:
         await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            raise Gone
+            raise ClientDisconnect
         return working.result()
     finally:
         for each in (working, watching):
@@ -266,13 +253,13 @@ async def _unless_gone(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
 
 
 def _json(content: dict[str, Any], status: int = 200) -> Response:
-    # Without a model in between: half of the time of an answer with many embeddings would go there.
+    # Without a pydantic model: it would take half of the time of an answer with many embeddings.
     body = json.dumps(content, allow_nan=False, default=str, separators=(",", ":"))
     return Response(body.encode(), status, media_type="application/json")
 
 
 def _shown(config: Config) -> dict[str, Any]:
-    """The settings without those that say where things lie on this machine or name credentials."""
+    """Return the settings without paths of this machine and names of credentials."""
     groups = ("backend", "images", "loader", "labels", "output", "parity", "serve")
     hidden = {"artifacts", "dir", "host", "port", "private_hosts", "schemes"}
     found = {name: dataclasses.asdict(getattr(config, name)) for name in groups}
@@ -282,6 +269,6 @@ def _shown(config: Config) -> dict[str, Any]:
 def _openapi(app: FastAPI) -> dict[str, Any]:
     if app.openapi_schema is None:
         schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
-        schema["components"]["schemas"] |= asked_schemas()
+        schema["components"]["schemas"] |= request_schemas()
         app.openapi_schema = schema
     return app.openapi_schema

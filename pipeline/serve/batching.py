@@ -1,8 +1,8 @@
-"""Dynamic batching: pictures of many requests wait a few milliseconds for one another and share a batch.
+"""Dynamic batching: images of several requests wait a few milliseconds and share a batch.
 
-Everything here happens in the thread of the event loop; a batch alone is worked on in another. A picture's place in
-its batch is that of its item in a list that nobody changes, so that no answer can go to another request; that the
-encoder keeps its rows in order too is proved in :mod:`pipeline.serve.forward`.
+All code here runs in the thread of the event loop; only the work on a batch runs in another thread. The results of a
+batch are assigned by the position of the items in an unchanged list, so no result goes to another request. That the
+encoder keeps the order of its rows is checked in :mod:`pipeline.serve.forward`.
 """
 
 from __future__ import annotations
@@ -16,116 +16,119 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Generic, TypeVar
 
-_Given = TypeVar("_Given")
-_Made = TypeVar("_Made")
+_Input = TypeVar("_Input")
+_Output = TypeVar("_Output")
 
 
 @dataclass(frozen=True, slots=True)
-class Item(Generic[_Given, _Made]):
-    """One thing that waits, since when (``time.perf_counter``), and who is told what came of it."""
+class Item(Generic[_Input, _Output]):
+    """Input that waits for a batch, its time of submission (``time.perf_counter``), and the future of its result."""
 
-    given: _Given
-    since: float
-    answer: asyncio.Future[_Made]
+    value: _Input
+    submitted: float
+    result: asyncio.Future[_Output]
 
 
-def portion(count: int, shapes: Sequence[int]) -> int:
-    """How many of so many things are best taken at once, where a batch costs as much as its shape holds.
+def next_batch_size(count: int, shapes: Sequence[int]) -> int:
+    """Return how many of ``count`` waiting items form the next batch.
 
-    All that a shape takes which is more than half full then, else as many as fill a smaller one. ``shapes`` rise.
+    A batch costs as much as its shape, however many items it holds. So the result is all items if they fill more than
+    half of their shape, else as many as fill the next smaller shape. ``shapes`` are in ascending order.
     """
     if count >= shapes[-1]:
         return shapes[-1]
-    whole = next(shape for shape in shapes if shape >= count)
-    filled = max((shape for shape in shapes if shape <= count), default=0)
-    return count if 2 * count > whole or not filled else filled
+    larger = next(shape for shape in shapes if shape >= count)
+    smaller = max((shape for shape in shapes if shape <= count), default=0)
+    return count if 2 * count > larger or not smaller else smaller
 
 
-class Batcher(Generic[_Given, _Made]):
-    """Hands out batches of many things, as many at a time as there are ``lanes``.
+class Batcher(Generic[_Input, _Output]):
+    """Queue that forms batches and runs up to ``streams`` of them at a time.
 
     Args:
-        start: begins the work on a batch in another thread; its result has one entry for each thing, in order.
-        shapes: sizes that batches cost, see :func:`portion`; none is larger than the largest.
-        lanes: batches that are worked on at once.
-        wait: seconds that a thing waits for others while a lane is free.
-        launched: told of each batch: how long each of its things has waited, in seconds.
-        ended: told how long a batch took.
+        start: starts a batch in another thread; its result has one entry for each item, in order.
+        shapes: batch sizes of the encoders, see :func:`next_batch_size`.
+        streams: batches that run at the same time.
+        wait: seconds that an item waits for others while a stream is free.
+        on_start: called with the seconds that each item of a batch has waited.
+        on_end: called with the seconds that a batch took.
     """
 
     def __init__(
         self,
-        start: Callable[[Sequence[_Given]], Future[Sequence[_Made]]],
+        start: Callable[[Sequence[_Input]], Future[Sequence[_Output]]],
         *,
         shapes: Sequence[int],
-        lanes: int,
+        streams: int,
         wait: float,
-        launched: Callable[[Sequence[float]], None] = lambda waited: None,
-        ended: Callable[[float], None] = lambda seconds: None,
+        on_start: Callable[[Sequence[float]], None] = lambda waited: None,
+        on_end: Callable[[float], None] = lambda seconds: None,
     ) -> None:
-        self._start, self._free, self._wait = start, lanes, wait
+        self._start, self._free, self._wait = start, streams, wait
         self._shapes = sorted(shapes)
-        self._launched, self._ended = launched, ended
-        self._waiting: deque[Item[_Given, _Made]] = deque()
+        self._on_start, self._on_end = on_start, on_end
+        self._waiting: deque[Item[_Input, _Output]] = deque()
         self._timer: asyncio.TimerHandle | None = None
 
-    def submit(self, given: _Given) -> asyncio.Future[_Made]:
-        """What comes of one thing; if the future is cancelled before its batch begins, the thing drops out."""
-        answer: asyncio.Future[_Made] = asyncio.get_running_loop().create_future()
-        self._waiting.append(Item(given, time.perf_counter(), answer))
-        self._pump()
-        return answer
+    def submit(self, value: _Input) -> asyncio.Future[_Output]:
+        """Add an item and return the future of its result; cancelling the future removes a waiting item."""
+        result: asyncio.Future[_Output] = asyncio.get_running_loop().create_future()
+        self._waiting.append(Item(value, time.perf_counter(), result))
+        self._start_due()
+        return result
 
     @property
     def waiting(self) -> int:
-        """Things in no batch yet, those that were cancelled among them."""
+        """Number of items that wait for a batch, including cancelled ones."""
         return len(self._waiting)
 
-    def _pump(self) -> None:
-        """Begin every batch that can begin now, and see to it that the next one begins in time."""
+    def _start_due(self) -> None:
+        """Start every batch that is due, and set the timer for the next one."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         while self._free:
-            if any(item.answer.done() for item in self._waiting):
-                # Cancelled, as its client has gone.
-                self._waiting = deque(item for item in self._waiting if not item.answer.done())
+            if any(item.result.done() for item in self._waiting):
+                # Cancelled, since its client disconnected.
+                self._waiting = deque(item for item in self._waiting if not item.result.done())
             if not self._waiting:
                 return
-            left = self._waiting[0].since + self._wait - time.perf_counter()
+            left = self._waiting[0].submitted + self._wait - time.perf_counter()
             if left > 0 and len(self._waiting) < self._shapes[-1]:
-                self._timer = asyncio.get_running_loop().call_later(left, self._pump)
+                self._timer = asyncio.get_running_loop().call_later(left, self._start_due)
                 return
-            self._launch()
+            self._start_batch()
 
-    def _launch(self) -> None:
-        items = [self._waiting.popleft() for _ in range(portion(len(self._waiting), self._shapes))]
-        began = time.perf_counter()
-        self._launched([began - item.since for item in items])
+    def _start_batch(self) -> None:
+        items = [self._waiting.popleft() for _ in range(next_batch_size(len(self._waiting), self._shapes))]
+        started = time.perf_counter()
+        self._on_start([started - item.submitted for item in items])
         self._free -= 1
         try:
-            work = asyncio.wrap_future(self._start([item.given for item in items]))
+            work = asyncio.wrap_future(self._start([item.value for item in items]))
         except BaseException as error:
             self._free += 1
             _fail(items, error)
             raise
-        work.add_done_callback(partial(self._land, items, began))
+        work.add_done_callback(partial(self._finish, items, started))
 
-    def _land(self, items: Sequence[Item[_Given, _Made]], began: float, work: asyncio.Future[Sequence[_Made]]) -> None:
+    def _finish(
+        self, items: Sequence[Item[_Input, _Output]], started: float, work: asyncio.Future[Sequence[_Output]]
+    ) -> None:
         self._free += 1
-        self._ended(time.perf_counter() - began)
+        self._on_end(time.perf_counter() - started)
         if work.cancelled():
             _fail(items, RuntimeError("the service has ended"))
         elif error := work.exception():
             _fail(items, error)
         else:
-            for item, made in zip(items, work.result(), strict=True):
-                if not item.answer.done():
-                    item.answer.set_result(made)
-        self._pump()
+            for item, output in zip(items, work.result(), strict=True):
+                if not item.result.done():
+                    item.result.set_result(output)
+        self._start_due()
 
 
-def _fail(items: Sequence[Item[_Given, _Made]], error: BaseException) -> None:
+def _fail(items: Sequence[Item[_Input, _Output]], error: BaseException) -> None:
     for item in items:
-        if not item.answer.done():
-            item.answer.set_exception(error)
+        if not item.result.done():
+            item.result.set_exception(error)

@@ -125,7 +125,7 @@ def open_engine(config: Config, opened: ExitStack, *, timer: Timer, texts: Calla
     encoders, parity = _open_shapes(config, checkpoint, sample, bank, encoding)
     largest = encoders[0]
     log.info("model %s with %s on %s in %s", config.model.name, largest.name, largest.device, largest.precision)
-    told = Texts(checkpoint, config, device=largest.device, threads=threads, counted=texts)
+    told = Texts(checkpoint, config, device=largest.device, threads=threads, on_lookup=texts)
     opened.callback(told.close)
     reader = PixelReader(
         # No request names a file; only bytes come here.

@@ -1,12 +1,15 @@
-"""What a request is refused with: a status, a short fixed name, and a sentence with the way out."""
+"""Errors that are answered with a status, a fixed short name, and a message."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+# A message has at most so many characters, whatever names a client sent.
+MESSAGE = 500
+
 
 class Refused(Exception):
-    """A request that is not done; ``retry`` is the value of Retry-After in seconds, where trying again helps."""
+    """Request that is refused; ``retry`` is the value of Retry-After in seconds, where another attempt can help."""
 
     def __init__(
         self,
@@ -22,10 +25,6 @@ class Refused(Exception):
         self.headers = dict(headers or {}) | ({} if retry is None else {"retry-after": str(retry)})
 
 
-class Gone(Exception):
-    """The client has closed the connection; nobody waits for the answer."""
-
-
-def content(name: str, message: str, request: str) -> dict[str, dict[str, str]]:
-    """The body of an answer that refuses, as JSON; ``request`` is the id of the request."""
-    return {"error": {"name": name, "message": message, "request": request}}
+def invalid(message: str) -> Refused:
+    """Return the error for a body that is not valid."""
+    return Refused(422, "invalid", message if len(message) <= MESSAGE else f"{message[:MESSAGE]}...")

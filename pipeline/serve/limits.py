@@ -1,4 +1,4 @@
-"""How much is under way, and who is told to come back later. Used in the thread of the event loop alone."""
+"""Limits on requests, images and bytes in progress. Used only in the thread of the event loop."""
 
 from __future__ import annotations
 
@@ -10,79 +10,79 @@ from pipeline.config.schema import ServeConfig
 from pipeline.serve.errors import Refused
 from pipeline.serve.metrics import Metrics
 
-# Seconds after which a client that was refused may try again, at least and at most.
-SOON, LATE = 1, 60
+# Least and most seconds of Retry-After.
+SHORTEST, LONGEST = 1, 60
 
 
 class Admission:
-    """Counts requests, pictures and bytes of bodies against the limits of the group ``serve``."""
+    """Counters of requests, images and bytes of bodies, with the limits of the config group ``serve``."""
 
     def __init__(self, limits: ServeConfig, metrics: Metrics) -> None:
         self._limits, self._metrics = limits, metrics
         self._clients: Counter[str] = Counter()
-        self.requests = self.images = self.held = 0
-        # Seconds until a picture that comes now would be done, as the last batches tell.
+        self.request_count = self.image_count = self.held = 0
+        # Estimated seconds until an image that arrives now is done, from the latest batch.
         self.seconds_ahead = 0.0
 
     @contextmanager
     def request(self, client: str) -> Iterator[None]:
-        """Around a request of ``client``.
+        """Count a request of ``client`` while it is in progress.
 
         Raises:
-            Refused: too many are under way, of all (503) or of this client (429).
+            Refused: too many are in progress, in total (503) or of this client (429).
         """
         limit, own = self._limits.requests, self._limits.client_requests
         if own and self._clients[client] >= own:
-            message = f"{own} requests of this client are under way (serve.client_requests); wait for their answers"
-            raise self._later(429, "too_many_requests", message)
-        if self.requests >= limit:
-            raise self._later(503, "overloaded", f"{limit} requests are under way (serve.requests); try again")
+            message = f"{own} requests of this client are in progress (serve.client_requests); wait for their answers"
+            raise self._refused(429, "too_many_requests", message)
+        if self.request_count >= limit:
+            raise self._refused(503, "overloaded", f"{limit} requests are in progress (serve.requests); try again")
         self._clients[client] += 1
-        self.requests += 1
+        self.request_count += 1
         self._metrics.in_flight.inc()
         try:
             yield
         finally:
-            self.requests -= 1
+            self.request_count -= 1
             self._metrics.in_flight.dec()
             self._clients[client] -= 1
             if not self._clients[client]:
                 del self._clients[client]
 
     @contextmanager
-    def pictures(self, count: int) -> Iterator[None]:
-        """Around the work on so many pictures.
+    def images(self, count: int) -> Iterator[None]:
+        """Count ``count`` images while they are in progress.
 
         Raises:
-            Refused: with them, too many would be under way.
+            Refused: the total would exceed the limit.
         """
-        if self.images + count > self._limits.queue:
-            message = f"{self.images} images are under way, of serve.queue={self._limits.queue} at most; try again"
-            raise self._later(503, "overloaded", message)
-        self.images += count
+        if self.image_count + count > self._limits.queue:
+            message = f"{self.image_count} images are in progress, at most serve.queue={self._limits.queue}; try again"
+            raise self._refused(503, "overloaded", message)
+        self.image_count += count
         self._metrics.queue.inc(count)
         try:
             yield
         finally:
-            self.images -= count
+            self.image_count -= count
             self._metrics.queue.dec(count)
 
     def hold(self, count: int) -> None:
-        """Take so many more bytes of a body; give them back with :meth:`release`.
+        """Count ``count`` more bytes of a body in memory, until :meth:`release`.
 
         Raises:
-            Refused: with them, too many would be held.
+            Refused: the total would exceed the limit.
         """
         if self.held + count > self._limits.held_bytes:
-            message = f"bodies of {self._limits.held_bytes:,} bytes are in memory (serve.held_bytes); try again"
-            raise self._later(503, "overloaded", message)
+            message = f"the bodies in memory would exceed serve.held_bytes={self._limits.held_bytes:,}; try again"
+            raise self._refused(503, "overloaded", message)
         self.held += count
         self._metrics.held.inc(count)
 
     def release(self, count: int) -> None:
-        """Give bytes of a body back."""
+        """Subtract bytes of a body that is no longer in memory."""
         self.held -= count
         self._metrics.held.dec(count)
 
-    def _later(self, status: int, name: str, message: str) -> Refused:
-        return Refused(status, name, message, retry=round(min(max(SOON, self.seconds_ahead), LATE)))
+    def _refused(self, status: int, name: str, message: str) -> Refused:
+        return Refused(status, name, message, retry=round(min(max(SHORTEST, self.seconds_ahead), LONGEST)))

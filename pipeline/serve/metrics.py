@@ -1,4 +1,4 @@
-"""What the service tells Prometheus about itself."""
+"""Prometheus metrics of the service."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 PREFIX = "clip_service"
-# Stages of a request, in their order; ``wait`` is the time in the queue for a batch.
+# Stages of a request in order; ``wait`` is the time in the queue for a batch.
 STAGES = ("read", "decode", "wait", "encode", "label", "text")
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
-PICTURES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-# Set by whoever runs several processes behind one port, as gunicorn does: each scrape then sums them up.
-MANY = "PROMETHEUS_MULTIPROC_DIR"
+BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+# Set where several processes share a port, as with gunicorn: each scrape then has the sums of all processes.
+MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"
 
 
 class Metrics:
-    """Counters, histograms and gauges of one app, in a registry of their own."""
+    """Counters, histograms and gauges of one app, in a separate registry."""
 
     content_type = CONTENT_TYPE_LATEST
 
@@ -29,35 +29,35 @@ class Metrics:
         self.seconds = Histogram(f"{PREFIX}_request_seconds", "From the head of a request to its answer", ["route"],
                                  buckets=SECONDS, registry=registry)  # fmt: skip
         self.stages = Histogram(f"{PREFIX}_stage_seconds", "Time in each stage: of a request (read, decode, text), of "
-                                "a picture (wait) or of a batch (encode, label)", ["stage"], buckets=SECONDS,
+                                "an image (wait) or of a batch (encode, label)", ["stage"], buckets=SECONDS,
                                 registry=registry)  # fmt: skip
-        self.batch = Histogram(f"{PREFIX}_batch_images", "Pictures that shared a batch", buckets=PICTURES,
+        self.batch = Histogram(f"{PREFIX}_batch_images", "Images of a batch", buckets=BATCH_SIZES,
                                registry=registry)  # fmt: skip
-        self.images = Counter(f"{PREFIX}_images", "Pictures, by what became of them", ["status"], registry=registry)
-        self.texts = Counter(f"{PREFIX}_text_features", "Texts and label sets, by where their features came from",
+        self.images = Counter(f"{PREFIX}_images", "Images, by status", ["status"], registry=registry)
+        self.texts = Counter(f"{PREFIX}_text_features", "Texts and label sets, by the source of their features",
                              ["source"], registry=registry)  # fmt: skip
-        self.errors = Counter(f"{PREFIX}_errors", "Requests that were refused or failed, by why", ["error"],
+        self.errors = Counter(f"{PREFIX}_errors", "Requests that were refused or failed, by error", ["error"],
                               registry=registry)  # fmt: skip
-        self.queue = self._gauge("queue_images", "Pictures under way: waiting, decoding or in a batch")
-        self.waiting = self._gauge("waiting_images", "Decoded pictures that wait for a batch")
+        self.queue = self._gauge("queue_images", "Images in progress: waiting, decoding or in a batch")
+        self.waiting = self._gauge("waiting_images", "Decoded images that wait for a batch")
         self.in_flight = self._gauge("requests_in_flight", "Requests that are not answered yet")
         self.held = self._gauge("held_bytes", "Bytes of request bodies in memory")
-        self.ready = self._gauge("ready", "Processes that are ready: warm, parity held, not draining")
+        self.ready = self._gauge("ready", "Processes that are ready: warm, parity passed, not draining")
         for stage in STAGES:
             self.stages.labels(stage)
 
     def stage(self, name: str, seconds: float) -> None:
-        """Add what one stage took; safe from any thread."""
+        """Record the seconds of one stage; safe from any thread."""
         self.stages.labels(name).observe(seconds)
 
     def _gauge(self, name: str, help: str) -> Gauge:
-        # Of several processes, those that live add up.
+        # The sum over live processes.
         return Gauge(f"{PREFIX}_{name}", help, registry=self._registry, multiprocess_mode="livesum")
 
     def page(self) -> bytes:
-        """All of it as Prometheus reads it."""
+        """Return all metrics in the exposition format."""
         registry = self._registry
-        if MANY in os.environ:
+        if MULTIPROCESS in os.environ:
             from prometheus_client.multiprocess import MultiProcessCollector
 
             registry = CollectorRegistry()

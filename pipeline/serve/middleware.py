@@ -1,5 +1,7 @@
-"""Around every request: its id, the limits on its body and its time, one line of the log, the figures, and errors as
-JSON. Pure ASGI, so that a body is counted while it comes, whatever its head says."""
+"""ASGI middleware around every request: id, limits of size and time, log line, metrics, and errors as JSON.
+
+A body is counted while it arrives, whatever its content-length states.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.serve.errors import Gone, Refused, content
+from starlette.requests import ClientDisconnect
+
+from pipeline.serve.errors import Refused
 from pipeline.serve.service import Service
 
 Message = MutableMapping[str, Any]
@@ -22,37 +26,37 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
-# Ids that come from outside go into the log and back into a header.
-SANE = re.compile(rb"[A-Za-z0-9._-]{1,64}")
-# What the log and the metrics call a client that went away before its answer; nginx does too.
-GONE = 499
+# Ids of clients are written to the log and into a header.
+REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+# Status in the log and the metrics of a request whose client disconnected before the answer; nginx uses it too.
+DISCONNECTED = 499
 KEY = "exchange"
 log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
 class Exchange:
-    """One request and its answer; ``under_way`` is closed once the answer is read, or the connection."""
+    """One request and its answer; ``resources`` is closed once the client read the answer or disconnected."""
 
     id: str
-    began: float = field(default_factory=time.perf_counter)
+    started: float = field(default_factory=time.perf_counter)
     held: int = 0
-    whole: bool = False
+    received: bool = False
     answered: bool = False
     status: int = 0
     error: str = ""
     why: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
-    under_way: ExitStack = field(default_factory=ExitStack)
+    resources: ExitStack = field(default_factory=ExitStack)
 
     @property
     def seconds(self) -> float:
-        """Since the head of the request was there."""
-        return time.perf_counter() - self.began
+        """Seconds since the head of the request was complete."""
+        return time.perf_counter() - self.started
 
 
-class Envelope:
-    """Wraps the app. ``routes`` are the paths that have figures of their own; all others share ``other``."""
+class RequestMiddleware:
+    """Middleware of the app. Each of ``routes`` has its own metrics; all other paths share ``other``."""
 
     def __init__(self, app: App, service: Service, routes: frozenset[str]) -> None:
         self._app, self._service, self._routes = app, service, routes
@@ -62,27 +66,27 @@ class Envelope:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        exchange = Exchange(_id(scope))
+        exchange = Exchange(_request_id(scope))
         scope.setdefault("state", {})[KEY] = exchange
         try:
             await self._answer(exchange, scope, receive, send)
         finally:
-            exchange.under_way.close()
+            exchange.resources.close()
             self._service.admission.release(exchange.held)
-            self._note(exchange, scope)
+            self._record(exchange, scope)
 
     async def _answer(self, exchange: Exchange, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         limits = self._service.config.serve
-        patience = asyncio.timeout(limits.timeout_seconds)
+        deadline = asyncio.timeout(limits.timeout_seconds)
 
-        async def received() -> Message:
+        async def counted_receive() -> Message:
             message = await receive()
-            if message["type"] == "http.request" and not exchange.whole:
-                self._take(exchange, len(message.get("body", b"")))
-                exchange.whole = not message.get("more_body", False)
+            if message["type"] == "http.request" and not exchange.received:
+                self._hold(exchange, len(message.get("body", b"")))
+                exchange.received = not message.get("more_body", False)
             return message
 
-        async def sent(message: Message) -> None:
+        async def marked_send(message: Message) -> None:
             if message["type"] == "http.response.start":
                 exchange.status = message["status"]
                 message["headers"] = [*message.get("headers", []), (b"x-request-id", exchange.id.encode())]
@@ -92,41 +96,42 @@ class Envelope:
                 await send({**message, "more_body": True})
                 exchange.answered = True
                 with suppress(RuntimeError):
-                    # How long a client may read is for its connection to say. A refusal may come after the time-out.
-                    patience.reschedule(None)
-                # This one waits until most of the answer is out, and so are its bytes no longer in memory.
+                    # The connection limits the time for reading an answer. A refusal may follow an expired deadline.
+                    deadline.reschedule(None)
+                # Sending this message waits until most of the answer was sent, and is no longer in memory.
                 message = {"type": "http.response.body"}
             await send(message)
 
         try:
-            async with patience:
+            async with deadline:
                 self._check_length(scope)
-                await self._app(scope, received, sent)
+                await self._app(scope, counted_receive, marked_send)
         except TimeoutError:
             seconds = f"in {limits.timeout_seconds:g} s (serve.timeout_seconds)"
             late = Refused(504, "timeout", f"not answered {seconds}", retry=1)
-            if not exchange.whole and scope["method"] == "POST":
-                late = Refused(408, "slow_body", f"the body did not come {seconds}")
-            await self._refuse(exchange, late, sent)
+            if not exchange.received and scope["method"] == "POST":
+                late = Refused(408, "slow_body", f"the body did not arrive {seconds}")
+            await self._refuse(exchange, late, marked_send)
         except Refused as refused:
-            await self._refuse(exchange, refused, sent)
-        except Gone:
-            exchange.status, exchange.error = GONE, "gone"
+            await self._refuse(exchange, refused, marked_send)
+        except ClientDisconnect:
+            exchange.status, exchange.error = DISCONNECTED, "gone"
         except asyncio.CancelledError:
-            # The grace has ended.
+            # serve.grace_seconds have passed.
             if exchange.answered:
                 raise
             self._service.unanswered += 1
             with suppress(Exception):
-                await self._refuse(exchange, Refused(503, "ending", "the service ends; ask another", retry=1), sent)
+                ending = Refused(503, "ending", "the service ends; ask another instance", retry=1)
+                await self._refuse(exchange, ending, marked_send)
             raise
         except Exception as error:
             log.exception("%s %r failed", scope["method"][:20], scope["path"][:200], extra={"request": exchange.id})
-            message = f"the service failed ({type(error).__name__}); its log says more under this request"
-            await self._refuse(exchange, Refused(500, "internal", message), sent)
+            message = f"the service failed ({type(error).__name__}); its log has the details under this request"
+            await self._refuse(exchange, Refused(500, "internal", message), marked_send)
 
     def _check_length(self, scope: MutableMapping[str, Any]) -> None:
-        """Refuse by its own word what is too large, before it is read."""
+        """Refuse a body whose content-length is too large before it is read."""
         for name, value in scope["headers"]:
             if name == b"content-length" and value.isdigit():
                 self._check_size(int(value[:20]))
@@ -137,7 +142,7 @@ class Envelope:
         if size > limit:
             raise Refused(413, "too_large", f"the body is over serve.max_body_bytes={limit:,}")
 
-    def _take(self, exchange: Exchange, count: int) -> None:
+    def _hold(self, exchange: Exchange, count: int) -> None:
         self._check_size(exchange.held + count)
         self._service.admission.hold(count)
         exchange.held += count
@@ -145,46 +150,38 @@ class Envelope:
     async def _refuse(self, exchange: Exchange, refused: Refused, send: Send) -> None:
         exchange.error, exchange.why = refused.name, refused.message
         if exchange.status:
-            # Half of another answer is out.
+            # Part of another answer was sent.
             return
-        body = json.dumps(content(refused.name, refused.message, exchange.id)).encode()
+        error = {"name": refused.name, "message": refused.message, "request": exchange.id}
+        body = json.dumps({"error": error}).encode()
         headers = [(name.encode(), value.encode()) for name, value in refused.headers.items()]
         headers += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         await send({"type": "http.response.start", "status": refused.status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
-    def _note(self, exchange: Exchange, scope: MutableMapping[str, Any]) -> None:
+    def _record(self, exchange: Exchange, scope: MutableMapping[str, Any]) -> None:
         seconds = exchange.seconds
         route = scope["path"] if scope["path"] in self._routes else "other"
         metrics = self._service.metrics
         metrics.requests.labels(route, exchange.status).inc()
         metrics.seconds.labels(route).observe(seconds)
-        if exchange.error:
-            metrics.errors.labels(exchange.error).inc()
         facts = {"request": exchange.id, "route": route, "status": exchange.status, "seconds": round(seconds, 6)}
         facts |= exchange.facts | ({"client": scope["client"][0]} if scope.get("client") else {})
+        reason = ""
         if exchange.error:
+            metrics.errors.labels(exchange.error).inc()
             facts |= {"error": exchange.error, "why": exchange.why}
-        # What a client wrote may be told in it, and stays on its line.
-        why = exchange.why.encode("unicode_escape").decode()
+            # The message may contain text of the client; escaped, it stays on one line.
+            reason = f": {exchange.error} {exchange.why.encode('unicode_escape').decode()}"
         # Probes and scrapes would fill the log.
         level = logging.INFO if scope["method"] == "POST" or exchange.status >= 400 else logging.DEBUG
-        log.log(
-            level,
-            "%s %s %d in %.1f ms [%s]%s",
-            scope["method"][:20],
-            route,
-            exchange.status,
-            1000 * seconds,
-            exchange.id,
-            f": {exchange.error} {why}" if exchange.error else "",
-            extra=facts,
-        )
+        values = (scope["method"][:20], route, exchange.status, 1000 * seconds, exchange.id, reason)
+        log.log(level, "%s %s %d in %.1f ms [%s]%s", *values, extra=facts)
 
 
-def _id(scope: MutableMapping[str, Any]) -> str:
-    """The client's id for its request, if it is a sane one, or a new one."""
+def _request_id(scope: MutableMapping[str, Any]) -> str:
+    """Return the client's X-Request-ID if it is valid, else a new id."""
     for name, value in scope["headers"]:
-        if name == b"x-request-id" and SANE.fullmatch(value):
+        if name == b"x-request-id" and REQUEST_ID.fullmatch(value):
             return str(value.decode())
     return secrets.token_hex(8)

@@ -1,4 +1,4 @@
-"""The bytes of a body, JSON or a form, to what is asked; pure functions that open nothing."""
+"""Request bodies: the models that validate them, and the parsers of JSON and multipart/form-data."""
 
 from __future__ import annotations
 
@@ -6,131 +6,210 @@ import base64
 import binascii
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
+from pydantic.json_schema import models_json_schema
+from pydantic_core import ErrorDetails, PydanticCustomError
 from python_multipart import MultipartParser
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 
 from pipeline.config.schema import ServeConfig
 from pipeline.models.text import is_text
-from pipeline.serve.errors import Refused
-from pipeline.serve.schemas import FORMS, JSON, MULTIPART, EmbedRequest, EncodedImage, PredictRequest
+from pipeline.serve.errors import Refused, invalid
 
-# Of all that is wrong with a body, so much is told.
-TOLD = 5
-# Parts of a form that are no images and no texts.
+REFERENCE = "#/components/schemas/{model}"
+JSON, MULTIPART = "application/json", "multipart/form-data"
+# A message lists at most so many errors of a body.
+LISTED = 5
+# A form may have so many parts in addition to its images and texts.
 OTHER_PARTS = 8
-# Of a message, so many characters are sent back, however long the names are that a client made up.
-MESSAGE = 500
-# The strings of JSON, and the commas between them. A string that does not end goes to the end, so that nothing is read
-# twice.
+# The strings of JSON, and the commas between them. A string without an end extends to the end of the body, so that
+# no byte is read twice.
 PIECES = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|,', re.DOTALL)
 
 
-@dataclass(frozen=True, slots=True)
-class Image:
-    """One encoded image of a request, and the name by which its sender knows it."""
-
-    id: str | None
-    data: bytes
+def _error(message: str) -> PydanticCustomError:
+    # Without a context, pydantic does not replace braces in the message.
+    return PydanticCustomError("limit", message)
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """A request that was read and checked against the limits; None stands for what the service has itself."""
-
-    images: tuple[Image, ...] = ()
-    texts: tuple[str, ...] = ()
-    labels: tuple[str, ...] | None = None
-    templates: tuple[str, ...] | None = None
-    top_k: int | None = None
+def _limits(info: ValidationInfo) -> ServeConfig:
+    assert isinstance(info.context, ServeConfig)
+    return info.context
 
 
-def read_asked(model: type[BaseModel], content_type: str, body: bytes | bytearray, limits: ServeConfig) -> Asked:
-    """What a body asks for.
+def _decoded(value: Any) -> bytes:
+    """Decode base64; the value is bytes in a form, never in JSON."""
+    if isinstance(value, bytes):
+        return value
+    if not isinstance(value, str):
+        raise _error("must be a string in base64")
+    try:
+        return base64.b64decode(value, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise _error(f"not base64 without line breaks and prefix: {error}") from error
+
+
+def _short(value: str, info: ValidationInfo) -> str:
+    limit = _limits(info).max_text_chars
+    if len(value) > limit:
+        raise _error(f"{len(value):,} characters, over serve.max_text_chars={limit:,}")
+    return value
+
+
+def _text(value: str, info: ValidationInfo) -> str:
+    if not _short(value, info).strip() or not is_text(value):
+        raise _error("is empty, or is not text")
+    return value
+
+
+def _check_count(name: str, count: int, limit: int, setting: str) -> None:
+    if count > limit:
+        raise _error(f"{name}: {count:,}, over {setting}={limit:,}")
+
+
+class _Closed(BaseModel):
+    # Strict, so that a number is not accepted as text; closed, so that a misspelt name is an error.
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class EncodedImage(_Closed):
+    """One encoded image (JPEG, PNG, ...) in base64; ``id`` is returned with its result."""
+
+    data: Annotated[bytes, PlainValidator(_decoded, json_schema_input_type=str)] = Field(
+        description="The bytes of the file, in base64."
+    )
+    id: Annotated[str, AfterValidator(_short)] | None = None
+
+
+Texts = list[Annotated[str, AfterValidator(_text)]]
+
+
+class EmbedRequest(_Closed):
+    """Images, texts, or both."""
+
+    images: list[EncodedImage] = []
+    texts: Texts = []
+
+    @model_validator(mode="after")
+    def _check(self, info: ValidationInfo) -> EmbedRequest:
+        limits = _limits(info)
+        _check_count("images", len(self.images), min(limits.max_images, limits.queue), "serve.max_images")
+        _check_count("texts", len(self.texts), limits.max_texts, "serve.max_texts")
+        if not self.images and not self.texts:
+            raise _error("images and texts are both empty; give at least one")
+        return self
+
+
+class PredictRequest(_Closed):
+    """Images, and optionally labels in place of those of the service."""
+
+    images: list[EncodedImage]
+    labels: Texts | None = None
+    templates: Texts | None = Field(None, description="Each contains {} once, for the label; only with labels.")
+    top_k: int | None = Field(None, ge=1, le=1000)
+
+    @model_validator(mode="after")
+    def _check(self, info: ValidationInfo) -> PredictRequest:
+        limits = _limits(info)
+        _check_count("images", len(self.images), min(limits.max_images, limits.queue), "serve.max_images")
+        if not self.images:
+            raise _error("images is empty; give at least one")
+        if self.labels is not None:
+            self._check_labels(self.labels, limits)
+        elif self.templates is not None:
+            raise _error("templates without labels; give both")
+        return self
+
+    def _check_labels(self, labels: list[str], limits: ServeConfig) -> None:
+        templates = self.templates or []
+        if not labels or self.templates == []:
+            name = "templates" if labels else "labels"
+            raise _error(f"{name} is empty; give at least one, or leave it out to use those of the service")
+        _check_count("templates", len(templates), limits.max_texts, "serve.max_texts")
+        _check_count("labels in templates", len(labels) * max(1, len(templates)), limits.max_texts, "serve.max_texts")
+        if len(set(labels)) < len(labels):
+            duplicate = next(label for place, label in enumerate(labels) if label in labels[:place])
+            raise _error(f"labels: {duplicate[:80]!r} is a duplicate; remove it")
+        for place, template in enumerate(templates):
+            if template.count("{}") != 1:
+                raise _error(f"templates.{place}: must contain {{}} exactly once, for the label")
+        # The answer repeats the labels for every image.
+        longest = sorted((len(json.dumps(label)) for label in labels), reverse=True)[: self.top_k or 1]
+        if len(self.images) * sum(longest) > limits.max_body_bytes:
+            limit = f"serve.max_body_bytes={limits.max_body_bytes:,}"
+            raise _error(f"the answer would exceed {limit}; take a lower top_k")
+
+
+_Request = TypeVar("_Request", EmbedRequest, PredictRequest)
+
+
+def read_request(model: type[_Request], content_type: str, body: bytes | bytearray, limits: ServeConfig) -> _Request:
+    """Parse and validate a body.
 
     Raises:
-        Refused: with 415 or 422, and what is wrong.
+        Refused: with status 415 or 422 and the errors of the body.
     """
     kind, options = parse_options_header(content_type)
-    if kind == JSON.encode():
-        asked = _from_json(model, body, limits)
-    elif kind == MULTIPART.encode():
-        asked = _from_form(model, options.get(b"boundary", b""), bytes(body), limits)
-    else:
-        raise Refused(415, "media_type", f"the body must be {JSON} or {MULTIPART}, and its type is {content_type!r}")
-    _check(asked, limits)
-    if model is EmbedRequest and not asked.images and not asked.texts:
-        raise invalid("images and texts are both empty; give one or the other")
-    if model is PredictRequest and not asked.images:
-        raise invalid("images is empty; give at least one")
-    return asked
-
-
-def invalid(message: str) -> Refused:
-    """A body that is not what it should be."""
-    return Refused(422, "invalid", message if len(message) <= MESSAGE else f"{message[:MESSAGE]}...")
-
-
-def _from_json(model: type[BaseModel], body: bytes | bytearray, limits: ServeConfig) -> Asked:
-    # Before it is parsed: a body of nothing but small values, or of errors, would take many times its own memory. An
-    # image has four strings and their commas, a text has one.
-    most = 8 * limits.max_images + 2 * limits.max_texts + OTHER_PARTS
-    if sum(1 for _ in islice(PIECES.finditer(body), most + 1)) > most:
-        raise invalid(
-            f"more values than serve.max_images={limits.max_images:,} and serve.max_texts={limits.max_texts:,} make"
-        )
     try:
-        read: Any = model.model_validate_json(bytes(body))
+        if kind == JSON.encode():
+            _check_values(body, limits)
+            return model.model_validate_json(bytes(body), context=limits)
+        if kind == MULTIPART.encode():
+            values = _read_form(options.get(b"boundary", b""), bytes(body), limits)
+            return model.model_validate(values, context=limits)
     except ValidationError as error:
         found = error.errors(include_url=False, include_context=False, include_input=False)
-        told = [f"{'.'.join(map(str, each['loc'])) or 'body'}: {_said(model, each)}" for each in found[:TOLD]]
-        more = f" and {len(found) - TOLD} more" if len(found) > TOLD else ""
-        raise invalid(f"{'; '.join(told)}{more}") from error
-    _count("images", len(read.images), min(limits.max_images, limits.queue))
-    images = []
-    for place, image in enumerate(read.images):
-        if image.id is not None and len(image.id) > limits.max_text_chars:
-            raise invalid(f"images.{place}.id: over serve.max_text_chars={limits.max_text_chars:,} characters")
-        try:
-            images.append(Image(id=image.id, data=base64.b64decode(image.data, validate=True)))
-        except (binascii.Error, ValueError) as error:
-            raise invalid(f"images.{place}.data: not base64 without line breaks and prefix: {error}") from error
-    given = {name: getattr(read, name, None) for name in ("labels", "templates")}
-    lists = {name: None if value is None else tuple(value) for name, value in given.items()}
-    texts, top_k = tuple(getattr(read, "texts", ())), getattr(read, "top_k", None)
-    return Asked(images=tuple(images), texts=texts, top_k=top_k, **lists)
+        listed = "; ".join(_message(model, each) for each in found[:LISTED])
+        raise invalid(f"{listed} and {len(found) - LISTED} more" if len(found) > LISTED else listed) from error
+    raise Refused(415, "media_type", f"the body must be {JSON} or {MULTIPART}, and its type is {content_type!r}")
 
 
-def _said(model: type[BaseModel], error: ErrorDetails) -> str:
+def _check_values(body: bytes | bytearray, limits: ServeConfig) -> None:
+    # Before the body is parsed: many small values, or many errors, take several times the memory of the body. An image
+    # has four strings and their commas, a text has one.
+    most = 8 * limits.max_images + 2 * limits.max_texts + OTHER_PARTS
+    if sum(1 for _ in islice(PIECES.finditer(body), most + 1)) > most:
+        names = f"serve.max_images={limits.max_images:,} and serve.max_texts={limits.max_texts:,}"
+        raise invalid(f"more values than {names} allow")
+
+
+def _message(model: type[BaseModel], error: ErrorDetails) -> str:
+    message, place = error["msg"], ".".join(map(str, error["loc"]))
     if error["type"] == "extra_forbidden":
         known = model if len(error["loc"]) == 1 else EncodedImage
-        return f"is not known; there are {', '.join(known.model_fields)}"
-    return error["msg"]
+        message = f"is not known; there are {', '.join(known.model_fields)}"
+    # The checks of a whole request name the field themselves.
+    return message if error["type"] == "limit" and not place else f"{place or 'body'}: {message}"
 
 
 @dataclass(slots=True)
 class _Form:
-    """The parts of a form as the parser finds them."""
+    """Parts of a form, collected by the parser's callbacks."""
 
     limit: int
     parts: list[tuple[dict[bytes, bytes], bytearray]] = field(default_factory=list)
     ended: bool = False
     _name: bytes = b""
     _value: bytes = b""
-    _headers: dict[bytes, bytes] = field(default_factory=dict)
 
     def begin(self) -> None:
         if len(self.parts) == self.limit:
             raise invalid(f"a form of more than {self.limit} parts")
-        self._headers = {}
-        self.parts.append((self._headers, bytearray()))
+        self.parts.append(({}, bytearray()))
 
     def name(self, data: bytes, start: int, end: int) -> None:
         self._name += data[start:end]
@@ -139,7 +218,7 @@ class _Form:
         self._value += data[start:end]
 
     def header(self) -> None:
-        self._headers[self._name.lower()] = self._value
+        self.parts[-1][0][self._name.lower()] = self._value
         self._name = self._value = b""
 
     def data(self, data: bytes, start: int, end: int) -> None:
@@ -149,7 +228,8 @@ class _Form:
         self.ended = True
 
 
-def _from_form(model: type[BaseModel], boundary: bytes, body: bytes, limits: ServeConfig) -> Asked:
+def _read_form(boundary: bytes, body: bytes, limits: ServeConfig) -> dict[str, Any]:
+    """Return the parts of a form as the values of a model."""
     form = _Form(limits.max_images + limits.max_texts + OTHER_PARTS)
     try:
         parser = MultipartParser(
@@ -168,78 +248,53 @@ def _from_form(model: type[BaseModel], boundary: bytes, body: bytes, limits: Ser
     except FormParserError as error:
         raise invalid(f"not a form: {error}") from error
     if not form.ended:
-        raise invalid("the form is cut off: its last boundary is missing")
-    known = FORMS[model]["properties"]
-    images: list[Image] = []
-    lists: dict[str, list[str]] = {}
+        raise invalid("the form is truncated: its last boundary is missing")
+    values: dict[str, Any] = {}
     for headers, data in form.parts:
         options = parse_options_header(headers.get(b"content-disposition", b""))[1]
         name = options.get(b"name", b"").decode(errors="replace")
-        if name not in known:
-            raise invalid(f"a form has the parts {', '.join(known)}, and this one has {name!r}")
         if name == "images":
-            _count("images", len(images) + 1, min(limits.max_images, limits.queue))
-            named = options.get(b"filename")
-            images.append(Image(id=None if named is None else named.decode(errors="replace"), data=bytes(data)))
+            file = options.get(b"filename")
+            image = {"data": bytes(data), "id": None if file is None else file.decode(errors="replace")}
+            values.setdefault(name, []).append(image)
+        elif name == "top_k":
+            if name in values or not re.fullmatch(rb"[0-9]{1,4}", data):
+                raise invalid("top_k: must be one number from 1 to 1000")
+            values[name] = int(data)
         else:
-            lists.setdefault(name, []).append(_text(name, data))
-    optional = {name: tuple(lists[name]) if name in lists else None for name in ("labels", "templates")}
-    return Asked(images=tuple(images), texts=tuple(lists.get("texts", ())), top_k=_top_k(lists), **optional)
+            try:
+                values.setdefault(name, []).append(data.decode())
+            except UnicodeDecodeError as error:
+                raise invalid(f"{name}: not UTF-8 ({error.reason})") from error
+    return values
 
 
-def _text(name: str, data: bytearray) -> str:
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise invalid(f"{name}: not UTF-8 ({error.reason})") from error
+FILES = {
+    "type": "array",
+    "items": {"type": "string", "format": "binary"},
+    "description": "Files; their names are returned as ids.",
+}
+TEXTS = {"type": "array", "items": {"type": "string"}}
+TOP_K = {"type": "integer", "minimum": 1, "maximum": 1000}
+FORMS: dict[type[BaseModel], dict[str, Any]] = {
+    EmbedRequest: {"type": "object", "properties": {"images": FILES, "texts": TEXTS}},
+    PredictRequest: {
+        "type": "object",
+        "properties": {"images": FILES, "labels": TEXTS, "templates": TEXTS, "top_k": TOP_K},
+        "required": ["images"],
+    },
+}
 
 
-def _top_k(lists: dict[str, list[str]]) -> int | None:
-    given = lists.get("top_k")
-    if given is None:
-        return None
-    if len(given) != 1 or not re.fullmatch(r"[0-9]{1,4}", given[0]) or not 1 <= int(given[0]) <= 1000:
-        raise invalid(f"top_k: {', '.join(given)[:40]!r} is not one number from 1 to 1000")
-    return int(given[0])
+def body_of(model: type[BaseModel]) -> dict[str, Any]:
+    """Return the OpenAPI description of a body: JSON of a model, or a form."""
+    reference = {"$ref": REFERENCE.format(model=model.__name__)}
+    content = {JSON: {"schema": reference}, MULTIPART: {"schema": FORMS[model]}}
+    return {"requestBody": {"required": True, "content": content}}
 
 
-def _check(asked: Asked, limits: ServeConfig) -> None:
-    labels, templates = asked.labels or (), asked.templates or ()
-    _count("texts", len(asked.texts) + len(labels) * max(1, len(templates)), limits.max_texts)
-    _count("templates", len(templates), limits.max_texts)
-    for name, texts in (("texts", asked.texts), ("labels", labels), ("templates", templates)):
-        for place, text in enumerate(texts):
-            if len(text) > limits.max_text_chars:
-                raise invalid(
-                    f"{name}.{place}: {len(text):,} characters, over serve.max_text_chars={limits.max_text_chars:,}"
-                )
-            if not text.strip() or not is_text(text):
-                raise invalid(f"{name}.{place}: is empty, or no text")
-    if asked.templates is not None and asked.labels is None:
-        raise invalid("templates go with labels; give both")
-    if asked.labels is not None:
-        _check_labels(labels, asked.templates)
-        # Every image's answer names them again.
-        longest = sorted((len(json.dumps(label)) for label in labels), reverse=True)[: asked.top_k or 1]
-        if len(asked.images) * sum(longest) > limits.max_body_bytes:
-            raise invalid(
-                f"the answer would be over serve.max_body_bytes={limits.max_body_bytes:,}; take a lower top_k"
-            )
-
-
-def _check_labels(labels: Sequence[str], templates: Sequence[str] | None) -> None:
-    if not labels:
-        raise invalid("labels is empty; give at least one, or leave it out for those of the service")
-    if len(set(labels)) < len(labels):
-        twice = next(label for place, label in enumerate(labels) if label in labels[:place])
-        raise invalid(f"labels: {twice[:80]!r} stands there twice; take one out")
-    if templates is not None and not templates:
-        raise invalid("templates is empty; give at least one, or leave it out for those of the service")
-    for place, template in enumerate(templates or ()):
-        if template.count("{}") != 1:
-            raise invalid(f"templates.{place}: must hold {{}} exactly once, where the label goes")
-
-
-def _count(name: str, count: int, limit: int) -> None:
-    if count > limit:
-        raise invalid(f"{name}: {count:,}, over serve.max_{name if name != 'templates' else 'texts'}={limit:,}")
+def request_schemas() -> dict[str, Any]:
+    """Return the OpenAPI components that :func:`body_of` refers to."""
+    models = [(model, "validation") for model in FORMS]
+    found: dict[str, Any] = models_json_schema(models, ref_template=REFERENCE)[1]["$defs"]  # type: ignore[arg-type]
+    return found

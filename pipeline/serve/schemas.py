@@ -1,46 +1,14 @@
-"""What travels over HTTP, as its readers see it in the OpenAPI page; statuses and columns are those of a dataset."""
+"""Bodies of the answers, for the OpenAPI document; columns and statuses are those of a dataset."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
-from pydantic.json_schema import models_json_schema
-
-REFERENCE = "#/components/schemas/{model}"
-JSON, MULTIPART = "application/json", "multipart/form-data"
-
-
-class _Asked(BaseModel):
-    # Strict, so that a number is not taken for a text; closed, so that a typo is told.
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class EncodedImage(_Asked):
-    """One encoded image (JPEG, PNG, ...) in base64; ``id`` comes back with its answer."""
-
-    data: str = Field(description="The bytes of the file, in base64.")
-    id: str | None = None
-
-
-class EmbedRequest(_Asked):
-    """Images, texts, or both."""
-
-    images: list[EncodedImage] = []
-    texts: list[str] = []
-
-
-class PredictRequest(_Asked):
-    """Images, and what to tell apart, if not the labels of the service."""
-
-    images: list[EncodedImage]
-    labels: list[str] | None = None
-    templates: list[str] | None = Field(None, description="Each holds {} once, where a label goes; with labels alone.")
-    top_k: int | None = Field(None, ge=1, le=1000)
+from pydantic import BaseModel
 
 
 class ImageEmbedding(BaseModel):
-    """One image's answer; ``embedding`` is null unless ``status`` is ok."""
+    """Result of one image; ``embedding`` is null unless ``status`` is ok."""
 
     id: str | None
     status: str
@@ -49,13 +17,13 @@ class ImageEmbedding(BaseModel):
 
 
 class TextEmbedding(BaseModel):
-    """One text's answer."""
+    """Result of one text."""
 
     embedding: list[float]
 
 
 class EmbedAnswer(BaseModel):
-    """Answers in the order of the request; embeddings have length 1, and ``fingerprint`` says what made them."""
+    """Embeddings of length 1 in the order of the request; ``fingerprint`` identifies the model and the settings."""
 
     fingerprint: str
     dim: int
@@ -64,7 +32,7 @@ class EmbedAnswer(BaseModel):
 
 
 class Prediction(BaseModel):
-    """One image's answer, with the columns of a dataset; ``label`` is null under labels.threshold too."""
+    """Result of one image, with the columns of a dataset; ``label`` is also null below labels.threshold."""
 
     id: str | None
     status: str
@@ -76,7 +44,7 @@ class Prediction(BaseModel):
 
 
 class PredictAnswer(BaseModel):
-    """Answers in the order of the request; ``prompts`` is the fingerprint of the label set."""
+    """Labels in the order of the request; ``prompts`` is the fingerprint of the label set."""
 
     fingerprint: str
     prompts: str
@@ -84,7 +52,7 @@ class PredictAnswer(BaseModel):
 
 
 class ErrorDetail(BaseModel):
-    """Why there is no answer; ``request`` is the id that the log has too."""
+    """Name and message of an error; ``request`` is the id of the request, as in the log."""
 
     name: str
     message: str
@@ -92,19 +60,19 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorAnswer(BaseModel):
-    """A request that was not done."""
+    """Body of every answer to a request that was refused or failed."""
 
     error: ErrorDetail
 
 
 class State(BaseModel):
-    """How the service is."""
+    """State of the service."""
 
     status: str
 
 
 class VersionAnswer(BaseModel):
-    """What answers: versions, model, fingerprints and settings."""
+    """Version, model, fingerprints and settings of the service."""
 
     version: str
     model: str
@@ -116,45 +84,16 @@ class VersionAnswer(BaseModel):
     config: dict[str, Any]
 
 
-FILES = {"type": "array", "items": {"type": "string", "format": "binary"}, "description": "Files; their names come back as ids."}  # fmt: skip  # noqa: E501
-TEXTS = {"type": "array", "items": {"type": "string"}}
-FORMS: dict[type[BaseModel], dict[str, Any]] = {
-    EmbedRequest: {"type": "object", "properties": {"images": FILES, "texts": TEXTS}},
-    PredictRequest: {
-        "type": "object",
-        "properties": {
-            "images": FILES,
-            "labels": TEXTS,
-            "templates": TEXTS,
-            "top_k": {"type": "integer", "minimum": 1, "maximum": 1000},
-        },
-        "required": ["images"],
-    },
-}
-_WORDS = {
-    408: "The body did not come in time.",
+_DESCRIPTIONS = {
+    408: "The body did not arrive in time.",
     413: "The body is too large.",
     415: "The body is neither JSON nor multipart/form-data.",
-    422: "The body is not what the schema says, or over a limit of the service.",
-    429: "Too many requests of this client are under way.",
+    422: "The body does not match the schema, or exceeds a limit of the service.",
+    429: "Too many requests of this client are in progress.",
     500: "The service failed.",
     503: "Not ready, ending, or overloaded.",
-    504: "No answer in time.",
+    504: "The request was not answered in time.",
 }
 ERRORS: dict[int | str, dict[str, Any]] = {
-    code: {"description": words, "model": ErrorAnswer} for code, words in _WORDS.items()
+    code: {"description": description, "model": ErrorAnswer} for code, description in _DESCRIPTIONS.items()
 }
-
-
-def body_of(model: type[BaseModel]) -> dict[str, Any]:
-    """What the OpenAPI page says of the body: JSON of a model, or a form."""
-    reference = {"$ref": REFERENCE.format(model=model.__name__)}
-    content = {JSON: {"schema": reference}, MULTIPART: {"schema": FORMS[model]}}
-    return {"requestBody": {"required": True, "content": content}}
-
-
-def asked_schemas() -> dict[str, Any]:
-    """The components that :func:`body_of` refers to."""
-    models = [(model, "validation") for model in FORMS]
-    found: dict[str, Any] = models_json_schema(models, ref_template=REFERENCE)[1]["$defs"]  # type: ignore[arg-type]
-    return found

@@ -1,4 +1,4 @@
-"""From a config to a service that listens on its address, until a signal ends it."""
+"""Run the service of a config on its address until a signal."""
 
 from __future__ import annotations
 
@@ -17,22 +17,23 @@ from pipeline.serve.app import build
 from pipeline.serve.service import Service
 from pipeline.serve.uvicorn_server import Server
 
-# Seconds that an idle connection is kept, longer than proxies keep theirs (nginx: 60), so that they close first.
+# Seconds that an idle connection is kept: longer than in proxies (nginx: 60), so that the proxy closes first.
 KEEP_ALIVE = 75
-# Connections that may wait to be accepted.
+# Length of the queue of connections that are not accepted yet.
 BACKLOG = 2048
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 log = logging.getLogger(__name__)
 
 
 def serve(config: Config) -> int:
-    """Answer requests until a signal ends it; returns the exit code.
+    """Answer requests until a signal; returns the exit code.
 
-    0: ended, every request that was accepted was answered. 1: some were not within ``serve.grace_seconds``, or the
-    engine broke. Otherwise that of the error that kept the engine from being opened.
+    0: every accepted request was answered. 1: some were not answered within ``serve.grace_seconds``, or the engine
+    failed. If the engine cannot be opened, the error is raised.
 
     Raises:
         ConfigError: the address cannot be bound.
+        PipelineError: the engine cannot be opened.
     """
     service = Service(config)
     failures: list[BaseException] = []
@@ -48,7 +49,10 @@ def serve(config: Config) -> int:
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         log.info("listening on %s", url, extra={"url": url})
         if config.serve.host not in LOOPBACK:
-            log.warning("serve.host=%s: who reaches this address may use it; there are no passwords", config.serve.host)
+            log.warning(
+                "serve.host=%s: every client that connects can use it; there are no passwords",
+                config.serve.host,
+            )
         server.run(sockets=[listening])
     if failures:
         raise failures[0]
@@ -63,7 +67,7 @@ def serve(config: Config) -> int:
 
 @contextmanager
 def bind(config: Config) -> Iterator[socket.socket]:
-    """The socket of the config, before any work: an address that is taken is told at once.
+    """Bind the socket of the config before any other work, so that a wrong address fails at once.
 
     Raises:
         ConfigError: it cannot be bound.
@@ -73,12 +77,12 @@ def bind(config: Config) -> Iterator[socket.socket]:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         found = socket.socket(family, kind, protocol)
     except OSError as error:
-        raise ConfigError([Problem("serve.host", host, f"is no address of this machine: {error}")]) from error
+        raise ConfigError([Problem("serve.host", host, f"is not an address of this machine: {error}")]) from error
     with found:
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             found.bind(address)
-            # From here on clients may connect; they are answered once the server runs.
+            # Clients can connect from now on; they are answered once the server runs.
             found.listen(BACKLOG)
         except (OSError, OverflowError) as error:
             allowed = f"cannot be bound on {host}: {error}"
@@ -92,7 +96,7 @@ def _settings(app: Any) -> uvicorn.Config:
         ws="none",
         backlog=BACKLOG,
         lifespan="on",
-        # The package's own log has a line for each request.
+        # The middleware logs a line for each request.
         log_config=None,
         access_log=False,
         server_header=False,

@@ -1,4 +1,4 @@
-"""The service apart from HTTP: opened beside the server, it turns what is asked into rows."""
+"""The service without HTTP: opens the engine in the background and computes the rows of requests."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from pipeline.core.records import OK, Failure, Pixels
 from pipeline.engine.forward import Labelling
 from pipeline.serve.batching import Batcher
 from pipeline.serve.engine import Engine, open_engine, shapes
-from pipeline.serve.errors import Refused
+from pipeline.serve.errors import Refused, invalid
 from pipeline.serve.forward import Picture, Row
 from pipeline.serve.limits import Admission
 from pipeline.serve.metrics import Metrics
-from pipeline.serve.requests import Asked, Image, invalid
+from pipeline.serve.requests import EncodedImage, PredictRequest
 
-# Seconds after which a client may ask again while the model is opened, or where no decoder can be started.
+# Retry-After in seconds while the model is opened, or where no decoder can be started.
 RETRY = 5
 _T = TypeVar("_T")
 log = logging.getLogger(__name__)
@@ -42,10 +42,10 @@ class _Opened:
 
 @dataclass(slots=True)
 class Service:
-    """One engine, its queue and its books; everything but the engine's work happens in the event loop's thread.
+    """Engine, batch queue, limits and metrics; all but the engine's work runs in the thread of the event loop.
 
-    ``fault`` is what broke it, for good: a supervisor that looks at ``/healthz`` starts another. ``unanswered`` counts
-    the requests that the grace was too short for.
+    ``fault`` is the error after which the engine cannot be used: a supervisor that checks ``/healthz`` starts a new
+    process. ``unanswered`` counts the requests that were not answered within serve.grace_seconds.
     """
 
     config: Config
@@ -61,7 +61,7 @@ class Service:
         self.admission = Admission(self.config.serve, self.metrics)
 
     def start(self, failed: Callable[[BaseException], None]) -> None:
-        """Begin to open the engine; ``failed`` is told, in the event loop's thread, if it cannot be opened."""
+        """Start to open the engine; ``failed`` is called in the thread of the event loop if it cannot be opened."""
         self._task = asyncio.create_task(self._start(failed))
 
     async def _start(self, failed: Callable[[BaseException], None]) -> None:
@@ -75,13 +75,13 @@ class Service:
         batcher: Batcher[Picture, Row] = Batcher(
             engine.encode,
             shapes=shapes(self.config),
-            lanes=engine.streams,
+            streams=engine.streams,
             wait=self.config.serve.wait_ms / 1000,
-            launched=self._launched,
-            ended=self._ended,
+            on_start=self._batch_started,
+            on_end=self._batch_ended,
         )
         self._opened = _Opened(engine, batcher, close)
-        self._say_ready()
+        self._update_ready()
         log.info("ready: batches of up to %d images, %d at a time", engine.batch_size, engine.streams)
 
     def _open(self) -> tuple[Engine, Callable[[], None]]:
@@ -93,7 +93,7 @@ class Service:
             raise
 
     async def close(self) -> None:
-        """End the engine's threads and processes; what it works on is finished, what waits is not."""
+        """End the engine's threads and processes; work in progress is finished, waiting work is dropped."""
         if self._task is not None:
             self._task.cancel()
         if self._opened is not None:
@@ -101,40 +101,40 @@ class Service:
         log.info("ended")
 
     def drain(self) -> None:
-        """From now on no answer keeps its connection open, and ``/readyz`` says that the service ends."""
+        """Close connections with their next answer from now on, and report ``draining`` at ``/readyz``."""
         if not self.draining:
-            log.info("ending: %d requests are under way", self.admission.requests)
+            log.info("ending: %d requests are in progress", self.admission.request_count)
         self.draining = True
-        self._say_ready()
+        self._update_ready()
 
     @property
     def engine(self) -> Engine | None:
-        """The engine, once it is ready; None before, and after it broke."""
+        """The engine; None until it is ready, and after a fault."""
         return None if self._opened is None or self.fault is not None else self._opened.engine
 
     @property
-    def trouble(self) -> str | None:
-        """Why nothing can be asked; None where it can."""
+    def not_ready_reason(self) -> str | None:
+        """Reason why the service is not ready, or None."""
         if self.fault is not None:
             return f"failed: {self.fault}"
         return "the model is being opened" if self._opened is None else None
 
     def ready_engine(self) -> Engine:
-        """The engine.
+        """Return the engine.
 
         Raises:
             Refused: it is not ready.
         """
         engine = self.engine
         if engine is None:
-            raise Refused(503, "not_ready", self.trouble or "", retry=RETRY)
+            raise Refused(503, "not_ready", self.not_ready_reason or "", retry=RETRY)
         return engine
 
-    async def rows(self, images: Sequence[Image], labelling: Labelling | None) -> list[Row | Failure]:
-        """What comes of each image: its row, or the failure that a dataset's row would have.
+    async def rows(self, images: Sequence[EncodedImage], labelling: Labelling | None) -> list[Row | Failure]:
+        """Return the row of each image, or the failure that its row of a dataset would have.
 
         Raises:
-            Refused: no image can be decoded just now, or the engine broke.
+            Refused: no decoder is available, or the engine failed.
         """
         engine, data = self.ready_engine(), [image.data for image in images]
         chunks = [data[start : start + engine.chunk] for start in range(0, len(data), engine.chunk)]
@@ -144,23 +144,23 @@ class Service:
             self.metrics.images.labels(row.status if isinstance(row, Failure) else OK).inc()
         return rows
 
-    async def labelling(self, asked: Asked) -> Labelling:
-        """How the pictures of a request are labelled.
+    async def labelling(self, request: PredictRequest) -> Labelling:
+        """Return the labelling of a request.
 
         Raises:
             Refused: neither the request nor the service has labels.
         """
         engine = self.ready_engine()
-        top_k = asked.top_k or self.config.labels.top_k
-        if asked.labels is not None:
-            templates = asked.templates or tuple(self.config.prompts.templates)
-            return await self._timed("text", engine.texts.labelling(asked.labels, templates, top_k))
+        top_k = request.top_k or self.config.labels.top_k
+        if request.labels is not None:
+            templates = request.templates or tuple(self.config.prompts.templates)
+            return await self._timed("text", engine.texts.labelling(request.labels, templates, top_k))
         if engine.labelling is None:
-            raise invalid("this service has no labels of its own (prompts.labels, prompts.path); give labels")
+            raise invalid("this service has no default labels (prompts.labels, prompts.path); give labels")
         return replace(engine.labelling, top_k=min(top_k, len(engine.labelling.bank.names)))
 
     async def texts(self, texts: Sequence[str]) -> list[NDArray[np.float32]]:
-        """The features of each text."""
+        """Return the features of each text."""
         return await self._timed("text", self.ready_engine().texts.embed(texts)) if texts else []
 
     async def _chunk(self, engine: Engine, data: Sequence[bytes], labelling: Labelling | None) -> list[Row | Failure]:
@@ -179,16 +179,16 @@ class Service:
         try:
             embedded = iter(await asyncio.gather(*(row for row in rows if isinstance(row, asyncio.Future))))
         except Exception as error:
-            self._break(error)
+            self._fail(error)
             raise
         return [next(embedded) if isinstance(row, asyncio.Future) else row for row in rows]
 
-    def _break(self, error: BaseException) -> None:
-        """What an encoder raises says that the machine, the model or the device is broken; a bad image never does."""
+    def _fail(self, error: BaseException) -> None:
+        """Record the fault: an encoder raises for a broken machine, model or device, never for a bad image."""
         if self.fault is None and not self.draining:
             self.fault = error
-            self._say_ready()
-            log.error("the engine broke, and answers nothing from now on: %s", error)
+            self._update_ready()
+            log.error("the engine failed, and all further requests are refused: %s", error)
 
     async def _timed(self, stage: str, work: Future[_T]) -> _T:
         started = time.perf_counter()
@@ -196,21 +196,21 @@ class Service:
         self.metrics.stage(stage, time.perf_counter() - started)
         return result
 
-    def _launched(self, waited: Sequence[float]) -> None:
+    def _batch_started(self, waited: Sequence[float]) -> None:
         self.metrics.batch.observe(len(waited))
         for seconds in waited:
             self.metrics.stage("wait", seconds)
         if self._opened is not None:
             self.metrics.waiting.set(self._opened.batcher.waiting)
 
-    def _ended(self, seconds: float) -> None:
+    def _batch_ended(self, seconds: float) -> None:
         if self._opened is not None:
             engine = self._opened.engine
-            batches = self.admission.images / engine.batch_size / engine.streams
+            batches = self.admission.image_count / engine.batch_size / engine.streams
             self.admission.seconds_ahead = batches * seconds
 
     def _count_text(self, source: str) -> None:
         self.metrics.texts.labels(source).inc()
 
-    def _say_ready(self) -> None:
+    def _update_ready(self) -> None:
         self.metrics.ready.set(self.engine is not None and not self.draining)

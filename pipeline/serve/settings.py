@@ -1,4 +1,4 @@
-"""What a config must be for a service, and where one comes from that nobody types."""
+"""Checks of a config for the service, and the config from the environment."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pipeline.config.ranges import AUTO
 from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError, PipelineError, Problem, install_hint
 
-# Overrides for an app that gunicorn or uvicorn starts, written as on a command line.
+# Overrides for an app that gunicorn or uvicorn starts, in the syntax of the command line.
 VARIABLE = "PIPELINE_SERVE_OVERRIDES"
 
 
@@ -21,10 +21,10 @@ class ExtraMissing(PipelineError):
 
 
 def need_packages() -> None:
-    """Pass if the extra ``serve`` is installed.
+    """Check that the extra ``serve`` is installed.
 
     Raises:
-        ExtraMissing: it is not.
+        ExtraMissing: a package is missing.
     """
     try:
         import fastapi  # noqa: F401
@@ -36,22 +36,22 @@ def need_packages() -> None:
 
 
 def check_service(config: Config) -> list[Problem]:
-    """What of a good config a service cannot do."""
+    """Return the settings of a valid config that the service does not support."""
     problems = []
     if config.loader.batch_size == 0:
-        allowed = "is measured for a job; a service wants a number"
-        hint = "a dataset's plan names the size it was made with; smaller ones answer sooner"
+        allowed = "is measured for a job; the service needs a number"
+        hint = "the _plan.json of a dataset has the size it was made with; smaller sizes have a lower latency"
         problems.append(Problem("loader.batch_size", AUTO, allowed, hint))
     if config.loader.isolation != "process":
-        allowed = "must be process: strangers' images are not decoded in the process that answers"
+        allowed = "must be process: untrusted images are not decoded in the process of the server"
         problems.append(Problem("loader.isolation", config.loader.isolation, allowed))
     if config.images.decoder == "gpu":
-        allowed = "decodes batches of a job; a service decodes on the cores"
+        allowed = "decodes batches of a job; the service decodes on the CPU"
         problems.append(Problem("images.decoder", "gpu", allowed, "take images=fast or images=exact"))
     for name in ("textfile", "pushgateway"):
         if place := getattr(config.metrics, name):
             hint = "leave it out, and let Prometheus scrape /metrics"
-            problems.append(Problem(f"metrics.{name}", place, "is where a job leaves its figures", hint))
+            problems.append(Problem(f"metrics.{name}", place, "is for the metrics of a job", hint))
     if config.cluster.name != "inline" or config.cluster.part is not None:
         allowed = "is for jobs; start one service for each GPU, for instance with gunicorn"
         problems.append(Problem("cluster", config.cluster.part or config.cluster.name, allowed, "leave it out"))
@@ -59,7 +59,7 @@ def check_service(config: Config) -> list[Problem]:
 
 
 def service_config(overrides: list[str]) -> Config:
-    """The config of a service.
+    """Compose and check the config of the service.
 
     Raises:
         ConfigError: with every problem.
@@ -71,7 +71,7 @@ def service_config(overrides: list[str]) -> Config:
 
 
 def config_of_environment() -> Config:
-    """The config of the overrides in the variable ``PIPELINE_SERVE_OVERRIDES``.
+    """Return the config of the overrides in the variable ``PIPELINE_SERVE_OVERRIDES``.
 
     Raises:
         ConfigError: with every problem.

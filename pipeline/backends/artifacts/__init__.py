@@ -1,1 +1,1 @@
-"""Exported models in a store keyed by fingerprint."""
+"""Exported models in a store with one folder for each fingerprint."""

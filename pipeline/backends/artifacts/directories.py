@@ -1,4 +1,4 @@
-"""What the store needs of a local disk: locks between processes, folders made durable, what lies in one."""
+"""Local disk operations of the store: locks between processes, listings, temporary folders, deletion."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pipeline.core.errors import StorageError
 from pipeline.storage.local import GIVEN_UP_SECONDS
 from pipeline.storage.urls import explained
 
-# What a file system answers that has no locks (Lustre without -o flock, some NFS mounts).
+# Errors of file systems without locks (Lustre without -o flock, some NFS mounts).
 LOCKLESS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 NAME = re.compile(r"([0-9a-f]{64})(\.lock|\.tmp-.*)?")
 log = logging.getLogger(__name__)
@@ -27,17 +27,17 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Hold the lock file ``path``, which is gone afterwards; yields False where the file system has no locks.
+    """Hold the lock file ``path`` and remove it afterwards; yields False where the file system has no locks.
 
     Raises:
-        BlockingIOError: somebody else holds it, and ``wait`` is false.
-        StorageError: the file cannot be made or locked.
+        BlockingIOError: another process holds the lock, and ``wait`` is false.
+        StorageError: the file cannot be created or locked.
     """
     descriptor, held = _acquire(path, wait)
     try:
         yield held
     finally:
-        # Removed while it is held: who waits for it sees that its file lost the name, and makes a new one.
+        # Removed while the lock is held: a waiting process detects that its file was removed, and creates a new one.
         with suppress(OSError):
             if _has_name(descriptor, path):
                 path.unlink()
@@ -65,7 +65,7 @@ def _flock(descriptor: int, path: Path, wait: bool) -> bool:
         except BlockingIOError:
             if not wait:
                 raise
-            log.info("%s: another process is at work on this artefact; waiting for it", path)
+            log.info("%s: another process exports this artefact; waiting for it", path)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
     except OSError as error:
         if error.errno in LOCKLESS:
@@ -85,9 +85,9 @@ def _has_name(descriptor: int, path: Path) -> bool:
 
 
 def contents(folder: Path) -> tuple[dict[str, int], list[str]]:
-    """The plain files below ``folder`` with their sizes, and a line for everything that is neither file nor folder.
+    """Return the plain files below ``folder`` with their sizes, and a line for every entry of another kind.
 
-    Links are never followed. Names are relative, with ``/``.
+    Links are not followed. Names are relative, with ``/``.
 
     Raises:
         OSError: a folder cannot be listed.
@@ -111,7 +111,7 @@ def contents(folder: Path) -> tuple[dict[str, int], list[str]]:
 
 
 def discard(path: Path) -> None:
-    """Delete a file, a link or a folder; what cannot be deleted is left with a warning."""
+    """Delete a file, a link or a folder; log a warning where that fails."""
     try:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -122,7 +122,7 @@ def discard(path: Path) -> None:
 
 
 def fingerprints(root: Path) -> list[str]:
-    """All fingerprints that something in ``root`` is named for; other names are not the store's.
+    """Return the fingerprints in the names of ``root``'s entries; other names do not belong to the store.
 
     Raises:
         StorageError: the folder cannot be listed.
@@ -133,16 +133,16 @@ def fingerprints(root: Path) -> list[str]:
 
 
 def temporary_path(root: Path, fingerprint: str) -> Path:
-    """A name that nobody else has, on the same disk as what will be published."""
+    """Return a unique path on the disk of the store."""
     return root / f"{fingerprint}.tmp-{socket.gethostname()}-{uuid.uuid4().hex}"
 
 
 @contextmanager
 def fresh(root: Path, fingerprint: str) -> Iterator[Path]:
-    """A new temporary folder, gone afterwards unless it was renamed.
+    """Create a temporary folder, and delete it afterwards unless it was renamed.
 
     Raises:
-        StorageError: it cannot be made, or the disk is full; every other error goes on as it is.
+        StorageError: it cannot be created, or the disk is full; other errors of the body pass unchanged.
     """
     path = temporary_path(root, fingerprint)
     with explained(str(path)):
@@ -158,9 +158,9 @@ def fresh(root: Path, fingerprint: str) -> Iterator[Path]:
 
 
 def sweep(root: Path, fingerprint: str, *, held: bool) -> None:
-    """Delete temporary folders of writers that are no more: with the lock really ``held``, all of this machine.
+    """Delete temporary folders of dead writers: those of this machine if the lock is ``held``.
 
-    Those of other machines, or on a file system without locks, are given up after a day.
+    Those of other machines, and all on a file system without locks, are deleted after a day.
     """
     for path in root.glob(f"{fingerprint}.tmp-*"):
         here = path.name.removeprefix(f"{fingerprint}.tmp-").rpartition("-")[0] == socket.gethostname()

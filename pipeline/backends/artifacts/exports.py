@@ -1,4 +1,4 @@
-"""Exported towers: found in the store, or made, compared with fp32, and only then published."""
+"""Exported towers: from the store, or exported, compared with fp32, and then published."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from pipeline.core.records import Parity, Sample
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.towers import ImageTower, Normaliser, TextTower
 
-# Part of the recipe: raise it when the same checkpoint would come out as another graph.
+# Part of the recipe: raise it when the same checkpoint would give another graph.
 VERSION = "1"
-# An export must hold at each of these.
+# Batch sizes of the comparison with fp32.
 BATCH_SIZES = (1, 2, 7, 64)
 REFERENCE_BATCH = 16
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnx_ir", "onnxruntime")
@@ -39,15 +39,25 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class GraphOptions:
-    """Which graph of a tower: ``precision`` fp32, fp16 or int8, and how int8 scales its activations.
+    """Options of a tower's graph: ``precision`` is fp32, fp16 or int8; ``quantization`` is dynamic or static for int8.
 
-    ``fused`` graphs hold operators that only ONNX Runtime knows. Plain fp16 graphs keep LayerNorm in fp32.
+    ``fused`` graphs contain operators of ONNX Runtime only. Graphs in fp16 that are not fused keep LayerNorm in fp32.
     """
 
     tower: str = "image"
     precision: str = "fp32"
     fused: bool = True
     quantization: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ExportedTower:
+    """Exported tower to compare: ``run`` maps its inputs to embeddings, ``title`` is its name in messages."""
+
+    run: Run
+    tower: str
+    precision: str
+    title: str
 
 
 def onnx_graph(
@@ -58,14 +68,14 @@ def onnx_graph(
     sample: Callable[[], Sample],
     limits: ParityConfig,
 ) -> Artifact:
-    """The graph ``model.onnx`` of a tower, from the store or exported now.
+    """Return the graph ``model.onnx`` of a tower, from the store or exported.
 
-    An image tower is compared with fp32 on ``sample()``, and calibrated on it if its scales are static.
+    An image tower is compared with fp32 on ``sample()``, and calibrated on it for static quantization.
 
     Raises:
         BackendUnavailable: a package is missing.
         ArtifactError: the export failed, or an operator was not fused.
-        ParityError: the graph is too far from fp32; nothing is published.
+        ParityError: the graph is too far from fp32; it is not published.
     """
     need_packages()
     details: dict[str, Any] = {key: value for key, value in dataclasses.asdict(options).items() if value is not None}
@@ -81,17 +91,17 @@ def onnx_graph(
 
 
 def hold_card(artifact: Artifact, limits: ParityConfig, *, precision: str) -> None:
-    """Pass if the figures on the card are within today's limits: it may have been made under others.
+    """Check the parity figures of the card against the current limits, which may differ from those of the export.
 
     Raises:
-        ParityError: they are not.
+        ParityError: a figure misses its limit.
     """
     what = f"{artifact.path} of {artifact.card['model']['name']}"
     hold(from_json(artifact.card["parity"]), limits, precision=precision, what=what)
 
 
 def recipe(kind: str, checkpoint: Checkpoint, options: Mapping[str, Any], packages: tuple[str, ...] = ()) -> Recipe:
-    """What an artefact of ``checkpoint`` follows from."""
+    """Return the recipe of an artefact of ``checkpoint``."""
     return Recipe(
         kind=kind,
         model={"name": checkpoint.name, "revision": checkpoint.revision, "fingerprint": checkpoint.fingerprint},
@@ -101,26 +111,19 @@ def recipe(kind: str, checkpoint: Checkpoint, options: Mapping[str, Any], packag
 
 
 def check_parity(
-    run: Run,
-    checkpoint: Checkpoint,
-    *,
-    tower: str,
-    precision: str,
-    sample: Callable[[], Sample],
-    limits: ParityConfig,
-    what: str,
+    exported: ExportedTower, checkpoint: Checkpoint, *, sample: Callable[[], Sample], limits: ParityConfig
 ) -> Parity:
-    """Compare an exported tower with the checkpoint's at every size of ``BATCH_SIZES``; the figures of all sizes.
+    """Compare an exported tower with the checkpoint at every size of ``BATCH_SIZES``; returns the figures of all sizes.
 
     Raises:
         ParityError: a figure misses its limit at one of the sizes.
     """
     most = max(BATCH_SIZES)
-    if tower == "image":
-        pictures = sample()
-        rows = torch.arange(most) % len(pictures.ids)
-        ids = [pictures.ids[row] for row in rows]
-        inputs = {"pixel_values": Normaliser(checkpoint.spec, pictures.pixels.device)(pictures.pixels[rows])}
+    if exported.tower == "image":
+        images = sample()
+        rows = torch.arange(most) % len(images.ids)
+        ids = [images.ids[row] for row in rows]
+        inputs = {"pixel_values": Normaliser(checkpoint.spec, images.pixels.device)(images.pixels[rows])}
         module: torch.nn.Module = ImageTower(checkpoint)
     else:
         ids = [f"{TEXTS[i % len(TEXTS)]!r}" for i in range(most)]
@@ -136,19 +139,20 @@ def check_parity(
     reference = torch.cat(pieces)
     vectors, owners = [], list[int]()
     for size in BATCH_SIZES:
-        found = torch.from_numpy(run({name: value[:size].contiguous().numpy() for name, value in inputs.items()}))
+        batch = {name: value[:size].contiguous().numpy() for name, value in inputs.items()}
+        found = torch.from_numpy(exported.run(batch))
         parity = compare(found, reference[:size], ids=ids[:size], bank=None)
-        hold(parity, limits, precision=precision, what=f"{what}, batches of {size}")
+        hold(parity, limits, precision=exported.precision, what=f"{exported.title}, batches of {size}")
         vectors.append(found)
         owners += range(size)
     return compare(torch.cat(vectors), reference[owners], ids=[ids[i] for i in owners], bank=None)
 
 
 def need_packages(*packages: str, extra: str = "onnx") -> None:
-    """Pass if ``packages``, or those of the extra ``onnx``, can be imported.
+    """Check that ``packages``, or those of the extra ``onnx``, are installed.
 
     Raises:
-        BackendUnavailable: with what to install.
+        BackendUnavailable: with the command that installs them.
     """
     missing = [name for name in packages or ONNX_PACKAGES if find_spec(name) is None]
     if missing:
@@ -156,7 +160,7 @@ def need_packages(*packages: str, extra: str = "onnx") -> None:
 
 
 def session(path: Path) -> Any:
-    """An ONNX Runtime session on the CPU for any batch size."""
+    """Open an ONNX Runtime session on the CPU for any batch size."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -169,8 +173,10 @@ def _build(
 ) -> dict[str, Any]:
     started = time.perf_counter()
     path = folder / onnx_export.GRAPH
-    what = f"{checkpoint.name}, {options.tower} tower in ONNX {options.precision} {options.quantization or ''}".rstrip()
-    log.info("exporting %s; once, then it comes from the store", what)
+    title = (
+        f"{checkpoint.name}, {options.tower} tower in ONNX {options.precision} {options.quantization or ''}".rstrip()
+    )
+    log.info("exporting %s; later runs load it from the store", title)
     static = options.quantization == "static"
     if options.precision == "fp32":
         _export(path, checkpoint, options)
@@ -181,15 +187,18 @@ def _build(
             _convert(source, path, checkpoint, options, sample)
     onnx_export.check_graph(path, options.tower)
     opened = session(path)
+    names = [value.name for value in opened.get_inputs()]
+
+    def run(inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+        outputs = opened.run([onnx_export.OUTPUTS[options.tower]], {name: inputs[name] for name in names})
+        return np.asarray(outputs[0])
+
     parity = check_parity(
-        lambda inputs: opened.run([onnx_export.OUTPUTS[options.tower]], _known(opened, inputs))[0],
+        ExportedTower(run, options.tower, options.precision, title),
         checkpoint,
-        tower=options.tower,
-        precision=options.precision,
-        # What a graph was calibrated on says little about it.
+        # Not on the half that the graph was calibrated on.
         sample=(lambda: sample().half(1)) if static else sample,
         limits=limits,
-        what=what,
     )
     facts = {
         "inputs": {value.name: [str(axis) for axis in value.shape] for value in opened.get_inputs()},
@@ -204,10 +213,10 @@ def _build(
 def _export(path: Path, checkpoint: Checkpoint, options: GraphOptions) -> None:
     onnx_export.export_tower(checkpoint, options.tower, path)
     if options.fused:
-        # Fixed scales belong to single products; and ONNX Runtime's int8 attention drops the causal mask of texts
-        # without a word. In both cases attention stays in its parts.
-        whole = options.precision != "int8" or (options.quantization == "dynamic" and options.tower == "image")
-        onnx_export.fuse(checkpoint, options.tower, path, attention=whole)
+        # Static scales need separate products, and ONNX Runtime's int8 attention silently ignores the causal mask of
+        # texts. In both cases attention is not fused.
+        attention = options.precision != "int8" or (options.quantization == "dynamic" and options.tower == "image")
+        onnx_export.fuse(checkpoint, options.tower, path, attention=attention)
 
 
 def _convert(
@@ -220,10 +229,6 @@ def _convert(
         quantize.to_static_int8(source, path, Normaliser(checkpoint.spec, pixels.device)(pixels).numpy())
     else:
         quantize.to_dynamic_int8(source, path)
-
-
-def _known(opened: Any, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {value.name: inputs[value.name] for value in opened.get_inputs()}
 
 
 def _version(package: str) -> str:

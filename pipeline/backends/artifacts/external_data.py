@@ -1,4 +1,4 @@
-"""Whether an ONNX graph keeps to its folder: large weights lie in files that it names, and it can name any file."""
+"""Confinement of an ONNX graph to its folder: a graph can refer to any file as its external data."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from pipeline.core.errors import ArtifactError
 
 
 def check_external(path: Path) -> None:
-    """Pass if every file that the graph at ``path`` names is a plain one in its folder; none of them is read.
+    """Check that every file that the graph at ``path`` refers to is a plain file in its folder; none of them is read.
 
-    To be called before ONNX or ONNX Runtime opens the graph, since both open what it names.
+    Call this before ONNX or ONNX Runtime loads the graph, since both open the files that it refers to.
 
     Raises:
-        ArtifactError: a name leads out of the folder or to a link, or the file is no graph.
+        ArtifactError: a name leads out of the folder or to a link, or the file is not a graph.
     """
     import onnx
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
@@ -30,13 +30,13 @@ def check_external(path: Path) -> None:
     for what, name in _named(model):
         if not is_inside(name) or not _is_plain(path.parent, name):
             raise ArtifactError(
-                f"{path}: {what} points to {name!r}, which is no plain file in the graph's folder; it is not opened. "
-                "Make the artefact again from a checkpoint that you trust"
+                f"{path}: {what} points to {name!r}, which is not a plain file in the graph's folder; "
+                "it is not opened. Export the artefact again from a checkpoint that you trust"
             )
 
 
 def _named(message: Any) -> Iterator[tuple[str, str]]:
-    """Every file that is named anywhere in a graph, its subgraphs and functions, and by what."""
+    """Yield every file reference in a graph, its subgraphs and functions, with the element that contains it."""
     import onnx
 
     if isinstance(message, onnx.TensorProto):
@@ -49,7 +49,7 @@ def _named(message: Any) -> Iterator[tuple[str, str]]:
             yield f"the tensor {message.name!r}", ""
         return
     if isinstance(message, onnx.NodeProto) and message.op_type == "EPContext":
-        # A graph that was compiled for one device: machine code, in the graph or in a file.
+        # A graph compiled for one device: machine code, in the graph or in a file.
         yield f"the node {message.name!r} (EPContext)", ""
     for field, value in message.ListFields():
         if field.message_type is not None:
@@ -58,7 +58,7 @@ def _named(message: Any) -> Iterator[tuple[str, str]]:
 
 
 def _is_plain(folder: Path, name: str) -> bool:
-    """Whether every step to the file is a folder and itself a plain file, no link among them."""
+    """Return True for a plain file whose path has no links."""
     here = folder
     for part in name.split("/"):
         here /= part

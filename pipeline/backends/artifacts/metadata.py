@@ -1,4 +1,4 @@
-"""The card of an artefact: what it was made from, which files it has, and whether both still hold."""
+"""Card of an artefact (``card.json``): its recipe and files, and the checks of both."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from pipeline.core.errors import ArtifactError
 from pipeline.storage.base import sha256
 
 CARD = "card.json"
-# Part of every fingerprint: raise it when a card of today could not be read or trusted any more.
+# Part of every fingerprint: raise it on a change after which earlier cards are no longer valid.
 LAYOUT = 1
-# The store's own keys of a card, and their types.
+# Keys of a card that the store writes, and their types.
 SHAPE: dict[str, type] = {
     "layout": int,
     "fingerprint": str,
@@ -38,20 +38,20 @@ SHAPE: dict[str, type] = {
 def fingerprint_of(
     *, kind: str, model: Mapping[str, Any], options: Mapping[str, Any], versions: Mapping[str, str]
 ) -> str:
-    """SHA-256, in hex, of the canonical JSON of what counts; of the model its fingerprint and its revision.
+    """Return the SHA-256, in hex, of the recipe in canonical JSON; of the model, only fingerprint and revision count.
 
     Raises:
         ArtifactError: the model has no fingerprint, or something is not plain JSON.
     """
     if not model.get("fingerprint"):
-        raise ArtifactError(f"{kind}: the recipe names no model fingerprint; a changed model would go unseen")
+        raise ArtifactError(f"{kind}: the recipe has no model fingerprint; a changed model would not be detected")
     counts = {"fingerprint": model["fingerprint"], "revision": model.get("revision")}
     parts = {"layout": LAYOUT, "kind": kind, "model": counts, "options": options, "versions": versions}
     return _digest(plain(parts, f"the recipe of {kind}"))
 
 
 def plain(value: Any, what: str) -> Any:
-    """A copy of ``value`` in JSON's own types; equal values give equal JSON, different ones never do.
+    """Return a copy of ``value`` in JSON types; different values never give equal JSON.
 
     Raises:
         ArtifactError: it holds a key that is not text, a number that is not finite, or another type.
@@ -68,20 +68,20 @@ def plain(value: Any, what: str) -> Any:
         return int(value)
     if isinstance(value, Real) and math.isfinite(value):
         return float(value)
-    raise ArtifactError(f"{what}: {value!r} is no text, number, list or mapping; a card holds plain JSON")
+    raise ArtifactError(f"{what}: {value!r} is not text, a number, a list or a mapping; a card holds plain JSON")
 
 
 def new_card(origin: Mapping[str, Any], folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The card of the files in ``folder``: ``origin`` is the recipe's four parts, ``facts`` goes beside them.
+    """Return the card of the files in ``folder``, with the four parts of the recipe and the ``facts`` of the export.
 
     Raises:
-        ArtifactError: there are no files, or links among them, or the facts are not a card's.
+        ArtifactError: there are no files, or links among them, or the facts have reserved keys.
         OSError: a file cannot be read.
     """
     if taken := sorted(facts.keys() & SHAPE.keys()):
         raise ArtifactError(f"{origin['kind']}: the facts may not replace the card's own {', '.join(taken)}")
     sizes, odd = contents(folder)
-    # Some file systems of macOS take both names for one.
+    # Some file systems of macOS ignore case.
     odd += [f"{name}: the store writes the card itself" for name in sizes if name.lower() == CARD]
     if odd or not sizes:
         raise ArtifactError(f"{origin['kind']}: {'; '.join(odd) or 'the export wrote no file'}")
@@ -99,13 +99,13 @@ def new_card(origin: Mapping[str, Any], folder: Path, facts: Mapping[str, Any]) 
 
 
 def sealed(card: Mapping[str, Any]) -> dict[str, Any]:
-    """The card with a digest of itself, so that a damaged figure in it does not go unseen."""
+    """Return the card with a digest of its contents, so that a later change is detected."""
     body = {key: value for key, value in card.items() if key != "digest"}
     return {**body, "digest": _digest(body)}
 
 
 def write_card(path: Path, card: Mapping[str, Any]) -> None:
-    """Write a card and flush it to disk; raises OSError where that fails."""
+    """Write a card and flush it to disk; raises OSError."""
     with path.open("w", encoding="utf-8") as file:
         json.dump(card, file, indent=2)
         file.write("\n")
@@ -114,10 +114,10 @@ def write_card(path: Path, card: Mapping[str, Any]) -> None:
 
 
 def read_card(folder: Path) -> tuple[dict[str, Any], list[str]]:
-    """The card of a folder, and what is wrong with it; the card is empty where it cannot be used at all."""
+    """Return the card of a folder and its problems; the card is empty if it cannot be used."""
     path = folder / CARD
     try:
-        # A link is not followed, and a pipe would never end.
+        # A link is not followed, and reading a pipe would block.
         if folder.is_symlink() or not folder.is_dir():
             return {}, [f"{folder.name}: not a folder of the store"]
         if path.is_symlink() or (path.exists() and not path.is_file()):
@@ -135,7 +135,7 @@ def read_card(folder: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def inspect(folder: Path) -> tuple[dict[str, Any], list[str]]:
-    """The card of a folder, and everything that is wrong with it and its files, whose digests are computed."""
+    """Return the card of a folder, and all problems of the card and of the files, including their digests."""
     card, problems = read_card(folder)
     if not card:
         return card, problems
@@ -152,7 +152,7 @@ def inspect(folder: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def is_inside(name: str) -> bool:
-    """Whether a name of a card is that of a file below the card's folder."""
+    """Return True if a name in a card is that of a file below the card's folder."""
     path = PurePosixPath(name)
     return name == str(path) and not path.is_absolute() and ".." not in path.parts and name not in (".", CARD)
 
@@ -160,13 +160,13 @@ def is_inside(name: str) -> bool:
 def _wrong(folder: Path, name: str, entry: Mapping[str, Any], sizes: Mapping[str, int]) -> str:
     if not is_inside(name):
         return "a name that leaves the folder"
-    # Only what was seen there without following links is opened.
+    # Only files that were listed without following links are opened.
     if name not in sizes:
         return "missing"
     if sizes[name] != entry["size"]:
-        return f"{sizes[name]:,} bytes, and {entry['size']:,} when it was made"
+        return f"{sizes[name]:,} bytes, expected {entry['size']:,}"
     try:
-        return "" if sha256(folder / name) == entry["sha256"] else "its content changed since it was made"
+        return "" if sha256(folder / name) == entry["sha256"] else "its content changed since the export"
     except OSError as error:
         return error.strerror or str(error)
 
@@ -187,11 +187,11 @@ def _misshapen(card: Any) -> str:
 def _contradictions(folder: Path, card: Mapping[str, Any]) -> list[str]:
     problems = []
     try:
-        made_from = fingerprint_of(**{key: card[key] for key in ("kind", "model", "options", "versions")})
+        fingerprint = fingerprint_of(**{key: card[key] for key in ("kind", "model", "options", "versions")})
     except ArtifactError:
-        made_from = ""
-    if not made_from == card["fingerprint"] == folder.name:
-        problems.append(f"{CARD}: of another recipe than the folder's name says")
+        fingerprint = ""
+    if not fingerprint == card["fingerprint"] == folder.name:
+        problems.append(f"{CARD}: another recipe than that of the folder's name")
     if sealed(card)["digest"] != card["digest"]:
         problems.append(f"{CARD}: changed since it was written")
     return problems

@@ -1,4 +1,4 @@
-"""A tower to an ONNX graph: exported, fused by ONNX Runtime's optimizer, checked."""
+"""Export of a tower to ONNX, fusion by ONNX Runtime's optimizer, and checks of the graph."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.towers import ImageTower, TextTower
 
 GRAPH = "model.onnx"
-# Protobuf ends at 2 GiB; larger weights lie in a file beside the graph.
+# Protobuf is limited to 2 GiB; larger weights are stored in a file beside the graph.
 LARGE = 1_800_000_000
 OPSET = 20
 INPUTS = {"image": ("pixel_values",), "text": ("input_ids", "attention_mask")}
@@ -30,15 +30,15 @@ ACTIVATIONS = ("QuickGelu", "BiasGelu", "FastGelu", "Gelu")
 
 
 def export_tower(checkpoint: Checkpoint, tower: str, path: Path) -> None:
-    """Write the fp32 graph of the ``image`` or the ``text`` tower to ``path``, in ONNX's standard operators alone.
+    """Write the fp32 graph of the ``image`` or ``text`` tower to ``path``, with standard ONNX operators only.
 
-    The batch axis is dynamic, for texts the token axis too, unless the family pads to one length.
+    The batch axis is dynamic. The token axis of texts is dynamic too, unless the family pads to a fixed length.
     """
     import onnxscript.optimizer
 
-    # A copy, since the attention is set on the configuration, which the tower shares with the checkpoint.
+    # A copy: the attention implementation is set on the configuration, which the tower shares with the checkpoint.
     module = copy.deepcopy(ImageTower(checkpoint) if tower == "image" else TextTower(checkpoint)).eval()
-    # The optimizer knows attention by its matrix products, not as one operator.
+    # The optimizer detects attention by its matrix products, not as one operator.
     module.model.set_attn_implementation("eager")
     arguments, dynamic = _example(checkpoint, tower)
     with quiet(), torch.no_grad():
@@ -53,18 +53,18 @@ def export_tower(checkpoint: Checkpoint, tower: str, path: Path) -> None:
             verbose=False,
         )
         _fold_splits(program.model.graph)
-        # The exporter's own folding leaves large tensors alone.
+        # The exporter itself does not fold large tensors.
         onnxscript.optimizer.optimize(program.model, input_size_limit=sys.maxsize, output_size_limit=sys.maxsize)
         program.save(path, external_data=is_large(module))
 
 
 def fuse(checkpoint: Checkpoint, tower: str, path: Path, *, attention: bool = True) -> None:
-    """Rewrite the graph at ``path`` with ONNX Runtime's transformer optimizer, and count what was fused.
+    """Rewrite the graph at ``path`` with ONNX Runtime's transformer optimizer, and check the fusions.
 
-    Without ``attention`` its matrix products stay what they are, for quantization with fixed scales.
+    Without ``attention`` the matrix products of attention stay separate, for static quantization.
 
     Raises:
-        ArtifactError: a layer kept its parts.
+        ArtifactError: a layer was not fused.
     """
     import onnx
     from onnxruntime.transformers.fusion_options import FusionOptions
@@ -72,20 +72,20 @@ def fuse(checkpoint: Checkpoint, tower: str, path: Path, *, attention: bool = Tr
 
     config = getattr(checkpoint.model.config, "vision_config" if tower == "image" else "text_config")
     model = onnx.load(str(path))
-    # Not what the fusions know: texts of BERT, which normalises after each block, not before it.
+    # The fusions for CLIP do not cover BERT, which normalises after each block, not before it.
     bert = tower == "text" and checkpoint.family == "chinese_clip"
     name = "" if bert else _name_mask(model)
     if bert and attention:
-        _spell_out_mask(model)
-    _spell_out_gelu(model)
+        _rewrite_mask(model)
+    _rewrite_gelu(model)
     kind = "bert" if bert else "clip"
     options = FusionOptions(kind)
     options.enable_attention = attention
-    # BERT's mask goes into Attention as it is, and its embeddings stay in parts: their operator wants int32.
+    # BERT's mask is an input of Attention; its embeddings are not fused, since their operator needs int32.
     options.use_raw_attention_mask()
     options.enable_embed_layer_norm = False
     with quiet():
-        # Level 0: only the fusions. ONNX Runtime does the rest when it loads the graph, for its own device.
+        # Level 0: only the fusions. ONNX Runtime optimizes for the device when it loads the graph.
         optimized = optimize_model(
             model,
             kind,
@@ -102,7 +102,7 @@ def fuse(checkpoint: Checkpoint, tower: str, path: Path, *, attention: bool = Tr
 
 
 def check_fusions(counts: Mapping[str, int], *, layers: int, attention: bool, what: str) -> None:
-    """Pass if every layer's attention, skip connections and activation became one operator each.
+    """Check that the attention, skip connections and activation of every layer are fused.
 
     Raises:
         ArtifactError: with the counts.
@@ -122,10 +122,10 @@ def check_fusions(counts: Mapping[str, int], *, layers: int, attention: bool, wh
 
 
 def check_graph(path: Path, tower: str) -> None:
-    """Pass if the graph keeps to its folder, is valid, and its inputs and outputs have the declared names and axes.
+    """Check that a graph refers only to its folder, is valid, and has the expected inputs, outputs and dynamic axes.
 
     Raises:
-        ArtifactError: with what is wrong.
+        ArtifactError: with the first problem.
     """
     import onnx
 
@@ -145,12 +145,12 @@ def check_graph(path: Path, tower: str) -> None:
 
 
 def axes(values: Any) -> dict[str, tuple[int | str, ...]]:
-    """Names of a graph's inputs or outputs with their shapes; a dynamic axis is its name."""
+    """Return the shapes of a graph's inputs or outputs by name; a dynamic axis is its name."""
     return {v.name: tuple(d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim) for v in values}
 
 
 def operators(path: Path) -> dict[str, int]:
-    """How many nodes of each operator a graph has, most frequent first."""
+    """Return the number of nodes of each operator, most frequent first."""
     import onnx
 
     nodes = onnx.load(str(path), load_external_data=False).graph.node
@@ -158,19 +158,19 @@ def operators(path: Path) -> dict[str, int]:
 
 
 def is_large(module: torch.nn.Module) -> bool:
-    """Whether the weights do not fit into one protobuf file."""
+    """Return True if the weights exceed one protobuf file."""
     return sum(p.numel() * p.element_size() for p in module.parameters()) > LARGE
 
 
 def is_large_graph(model: Any) -> bool:
-    """Whether the weights of an ONNX model do not fit into one protobuf file."""
+    """Return True if the weights of an ONNX model exceed one protobuf file."""
     size: int = sum(tensor.ByteSize() for tensor in model.graph.initializer)
     return size > LARGE
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence for exporters and optimizers: they warn about themselves, and their results are checked."""
+    """Suppress warnings of exporters and optimizers, whose results are checked afterwards."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -182,7 +182,7 @@ def quiet() -> Iterator[None]:
 
 
 def _example(checkpoint: Checkpoint, tower: str) -> tuple[dict[str, torch.Tensor], tuple[Any, ...]]:
-    """Inputs to trace with, by name, and their dynamic axes; two rows, since one would be taken for a constant."""
+    """Return example inputs by name, and their dynamic axes; a batch of one would become a constant."""
     batch = torch.export.Dim("batch")
     if tower == "image":
         height, width = checkpoint.spec.size
@@ -195,7 +195,7 @@ def _example(checkpoint: Checkpoint, tower: str) -> tuple[dict[str, torch.Tensor
 
 
 def _fold_splits(graph: Any) -> None:
-    """Cut the packed weights of SigLIP's pooling head; onnxscript folds only nodes of one output."""
+    """Split the packed weights of SigLIP's pooling head; onnxscript folds only nodes with one output."""
     import onnx_ir
 
     for node in list(graph):
@@ -212,18 +212,18 @@ def _fold_splits(graph: Any) -> None:
         graph.remove(node, safe=True)
 
 
-def _spell_out_gelu(model: Any) -> None:
-    """Name GELU's tanh approximation FastGelu: the optimizer takes every Gelu for the exact one."""
+def _rewrite_gelu(model: Any) -> None:
+    """Rename GELU's tanh approximation to FastGelu: the optimizer reads every Gelu as the exact one."""
     for node in model.graph.node:
         if node.op_type == "Gelu" and any(attribute.s == b"tanh" for attribute in node.attribute):
             node.op_type, node.domain = "FastGelu", "com.microsoft"
             del node.attribute[:]
 
 
-def _spell_out_mask(model: Any) -> None:
-    """Make the mask of BERT's scores from the input ``attention_mask`` in the way that the optimizer knows.
+def _rewrite_mask(model: Any) -> None:
+    """Compute BERT's mask from the input ``attention_mask`` with the nodes that the optimizer detects.
 
-    Both hide the padding and nothing else.
+    The old and the new nodes mask exactly the padding.
     """
     from onnx import TensorProto, helper, numpy_helper
 
@@ -253,7 +253,7 @@ def _spell_out_mask(model: Any) -> None:
 
 
 def _mask(model: Any) -> str:
-    """The tensor that is added to the attention's scores; empty where there is none."""
+    """Return the name of the tensor that is added to the attention scores, or an empty string."""
     producers = {output: node for node in model.graph.node for output in node.output}
     adds = [producers.get(node.input[0]) for node in model.graph.node if node.op_type == "Softmax"]
     masks = {name for add in adds if add is not None and add.op_type == "Add" for name in add.input[1:]}
@@ -261,10 +261,10 @@ def _mask(model: Any) -> str:
 
 
 def _name_mask(model: Any) -> str:
-    """Call the tensor that is added to the attention's scores ``attention_mask``; returns its own name.
+    """Rename the tensor that is added to the attention scores to ``attention_mask``; returns its previous name.
 
-    By that name the optimizer knows it, and takes it over into its Attention operator as it is. Where there
-    is none (image towers), nothing changes and the name is empty.
+    The optimizer detects the mask by this name and passes it to its Attention operator. Image towers have no mask:
+    the graph does not change, and the name is empty.
     """
     mask = _mask(model)
     if mask:

@@ -1,4 +1,4 @@
-"""An fp32 ONNX graph to one with fp16 or int8 weights."""
+"""Conversion of an fp32 ONNX graph to fp16 or int8."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import numpy as np
 
 from pipeline.backends.artifacts.onnx_export import is_large_graph, quiet
 
-# Images for each run of the calibration; its figures of many are merged.
+# Images for each run of the calibration; the ranges of all runs are merged.
 CALIBRATION_BATCH = 8
-# The operators at the end of a tower that bring a vector to length 1: a sum of squares overflows fp16.
+# Operators of the L2 normalisation at the end of a tower: a sum of squares overflows in fp16.
 TAIL = ("Div", "Sqrt", "ReduceSum", "Mul")
 
 
 def to_fp16(source: Path, target: Path, *, fp32_norms: bool) -> None:
-    """Weights and arithmetic in fp16, inputs and outputs in fp32; with ``fp32_norms`` the LayerNorms too.
+    """Convert weights and arithmetic to fp16; inputs and outputs stay in fp32, with ``fp32_norms`` also LayerNorms.
 
-    The normalisation to length 1 at the end stays in fp32.
+    The L2 normalisation at the end stays in fp32.
     """
     import onnx
     from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
@@ -31,7 +31,7 @@ def to_fp16(source: Path, target: Path, *, fp32_norms: bool) -> None:
         converted = convert_float_to_float16(
             graph,
             keep_io_types=True,
-            # onnx cannot infer shapes over the limit of a protobuf; the exporter's own are there.
+            # onnx cannot infer shapes above the size limit of protobuf; those of the exporter are in the graph.
             disable_shape_infer=is_large_graph(graph),
             op_block_list=blocked,
             node_block_list=_tail(graph),
@@ -43,12 +43,12 @@ def to_fp16(source: Path, target: Path, *, fp32_norms: bool) -> None:
 
 
 def to_dynamic_int8(source: Path, target: Path) -> None:
-    """Weights in int8 by channel; activations in uint8, scaled for every tensor as it comes."""
+    """Quantize weights to int8 by channel, and activations to uint8 with a scale for each tensor at run time."""
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     model = onnx.load(str(source))
-    # The exporter's notes on shapes would be wrong for weights that are turned round on the way.
+    # The exporter's shapes would be wrong for weights that are transposed by the quantizer.
     del model.graph.value_info[:]
     with quiet():
         quantize_dynamic(
@@ -63,19 +63,19 @@ def to_dynamic_int8(source: Path, target: Path) -> None:
 
 
 def to_static_int8(source: Path, target: Path, pixel_values: np.ndarray) -> None:
-    """Weights in int8 by channel; activations in uint8 by scales that follow from ``pixel_values``.
+    """Quantize weights to int8 by channel, and activations to uint8 with scales calibrated on ``pixel_values``.
 
     Args:
-        source: a graph without fused attention, since its products are quantized one by one.
+        source: a graph without fused attention, since only its separate products are quantized.
         target: the file to write.
-        pixel_values: normalised pixels float32 ``[N, 3, H, W]`` of images like those to come.
+        pixel_values: normalised pixels float32 ``[N, 3, H, W]`` of representative images.
     """
     import onnx
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
     from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference
 
     with quiet():
-        # Only products whose result is known to be float get their results quantized too, and without that
+        # The results of products are quantized only if their type is known to be float. Otherwise
         # ONNX Runtime 1.31 computes them in float (measured on a ViT-B/32: 20 images/s, against 44).
         model = SymbolicShapeInference.infer_shapes(onnx.load(str(source)), auto_merge=True)
         quantize_static(
@@ -95,7 +95,7 @@ def to_static_int8(source: Path, target: Path, pixel_values: np.ndarray) -> None
 
 
 class _Reader:
-    """Hands the calibration one batch after the other; the interface is ONNX Runtime's ``CalibrationDataReader``."""
+    """Batches for the calibration, with the interface of ONNX Runtime's ``CalibrationDataReader``."""
 
     def __init__(self, pixel_values: np.ndarray) -> None:
         starts = range(0, len(pixel_values), CALIBRATION_BATCH)
@@ -107,9 +107,9 @@ class _Reader:
 
 
 def _scores(model: Any) -> list[str]:
-    """Names of the products that a Softmax takes as they are, as in SigLIP's pooling head.
+    """Return the names of products that are direct inputs of a Softmax, as in SigLIP's pooling head.
 
-    Were they quantized, ONNX Runtime 1.31 would make the Softmax a QLinearSoftmax, whose results are wrong
+    If they are quantized, ONNX Runtime 1.31 replaces the Softmax by a QLinearSoftmax with wrong results
     (measured: cosines to fp32 of 0.5, against 0.9999 with its optimizations off).
     """
     taken = {node.input[0] for node in model.graph.node if node.op_type == "Softmax"}
@@ -117,7 +117,7 @@ def _scores(model: Any) -> list[str]:
 
 
 def _tail(model: Any) -> list[str]:
-    """Names of the last nodes, from the output back to the projection."""
+    """Return the names of the last nodes, from the output back to the projection."""
     producers = {output: node for node in model.graph.node for output in node.output}
     names, waiting = [], [model.graph.output[0].name]
     while waiting:
@@ -129,22 +129,22 @@ def _tail(model: Any) -> list[str]:
 
 
 def _drop_useless_casts(graph: Any) -> None:
-    """A tensor that several fp32 nodes take gets one cast for each, all of one name; one is enough.
+    """Remove duplicate casts of a tensor, and casts of weights that are fp32 already.
 
-    Weights of theirs, which stayed fp32, get one as well; none is enough.
+    The converter adds one cast for each fp32 node that reads a tensor, all with the same name.
     """
     from onnx import TensorProto
 
     weights = {tensor.name for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT}
     seen: set[str] = set()
-    own: dict[str, str] = {}
+    originals: dict[str, str] = {}
     for node in [node for node in graph.node if node.op_type == "Cast"]:
         if node.input[0] in weights and node.attribute[0].i == TensorProto.FLOAT:
-            own[node.output[0]] = node.input[0]
+            originals[node.output[0]] = node.input[0]
             graph.node.remove(node)
         elif node.name in seen:
             graph.node.remove(node)
         seen.add(node.name)
     for node in graph.node:
         for i, name in enumerate(node.input):
-            node.input[i] = own.get(name, name)
+            node.input[i] = originals.get(name, name)

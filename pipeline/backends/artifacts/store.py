@@ -1,10 +1,10 @@
-"""A local folder of exported models, one folder for each fingerprint, that are whole and unchanged or not there.
+"""Store of exported models: a local folder with one complete, unchanged folder for each fingerprint.
 
     <root>/<fingerprint>/card.json, model.onnx, ...    published by one rename of a finished, flushed folder
-    <root>/<fingerprint>.pin                           never pruned
-    <root>/<fingerprint>.lock, <fingerprint>.tmp-*     only while somebody is at work
+    <root>/<fingerprint>.pin                           excluded from pruning
+    <root>/<fingerprint>.lock, <fingerprint>.tmp-*     only during an export
 
-The rename is what correctness rests on: it fails where there is a winner already. The lock saves double work.
+Correctness rests on the rename, which fails if another process published first. The lock avoids duplicate work.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from pipeline.core.errors import ArtifactError
 from pipeline.storage.local import sync, sync_tree
 from pipeline.storage.urls import explained
 
-# Of the parity figures of jobs, how many a card keeps.
+# A card keeps the parity figures of so many jobs.
 GATES = 20
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """All that an artefact follows from. ``model`` has a ``fingerprint`` and a ``revision``; the rest is for people."""
+    """Inputs of an export. Of ``model``, only ``fingerprint`` and ``revision`` count; the rest is information."""
 
     kind: str
     model: Mapping[str, Any]
@@ -41,7 +41,7 @@ class Recipe:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256, in hex, of the canonical JSON of everything that counts.
+        """SHA-256, in hex, of the recipe in canonical JSON.
 
         Raises:
             ArtifactError: the model has no fingerprint, or something is not plain JSON.
@@ -50,33 +50,33 @@ class Recipe:
 
     @property
     def origin(self) -> dict[str, Any]:
-        """The four parts as they go into the card, in plain JSON; raises ArtifactError where they are not."""
+        """The four parts in plain JSON, as in the card; raises ArtifactError for other types."""
         parts = {"kind": self.kind, "model": self.model, "options": self.options, "versions": self.versions}
         return dict(metadata.plain(parts, f"the recipe of {self.kind}"))
 
 
 @dataclass(frozen=True, slots=True)
 class Artifact:
-    """A folder of the store and its card, which is empty where it cannot be read."""
+    """Folder of the store and its card; the card is empty if it cannot be read."""
 
     path: Path
     card: Mapping[str, Any]
 
     @property
     def fingerprint(self) -> str:
-        """The recipe's fingerprint, which is the folder's name."""
+        """Fingerprint of the recipe, the name of the folder."""
         return self.path.name
 
     @property
     def size(self) -> int:
-        """Bytes of all files, without the card."""
+        """Bytes of all files except the card."""
         return int(self.card.get("size", 0))
 
     def file(self, name: str) -> Path:
-        """The path of one file.
+        """Return the path of a file.
 
         Raises:
-            ArtifactError: the card does not name it, or it lies outside the folder.
+            ArtifactError: the card does not list the file, or it is outside the folder.
         """
         files = self.card.get("files", {})
         if name not in files:
@@ -88,50 +88,51 @@ class Artifact:
 
 
 class ArtifactStore:
-    """The store at ``root``; without one, the folder ``clip-pipeline/artifacts`` of the user's cache."""
+    """Store at ``root``, by default the folder ``clip-pipeline/artifacts`` of the user's cache."""
 
     def __init__(self, root: str | Path | None) -> None:
         self.root = (default_root() if root is None else Path(root).expanduser()).absolute()
 
     def find(self, recipe: Recipe) -> Artifact | None:
-        """The artefact of a recipe, verified byte for byte; a damaged one is removed with a warning.
+        """Return the artefact of a recipe, verified byte for byte; a damaged one is removed with a warning.
 
         Raises:
             ArtifactError: the recipe is not plain JSON.
-            StorageError: a damaged one cannot be removed.
+            StorageError: a damaged artefact cannot be removed.
         """
         fingerprint = recipe.fingerprint
         path = self.root / fingerprint
         if not os.path.lexists(path):
             return None
-        # Before the verification, which takes a while: a prune beside it must see that somebody wants this one.
+        # Before the verification, which takes a while: a simultaneous prune must not remove this artefact.
         with suppress(OSError):
             os.utime(path / metadata.CARD, follow_symlinks=False)
         card, problems = metadata.inspect(path)
         if not problems:
             return Artifact(path=path, card=card)
         with locked(self._lock(fingerprint)):
-            return self._sound(fingerprint)
+            return self._verified(fingerprint)
 
     def make(self, recipe: Recipe, build: Callable[[Path], Mapping[str, Any]]) -> Artifact:
-        """Find the artefact, or have ``build`` write its files into a private folder and publish them.
+        """Find the artefact, or call ``build`` to write its files into a temporary folder, and publish them.
 
-        What ``build`` returns ({"parity": ..., "facts": ...}) goes into the card. When it raises, nothing stays
-        behind and its error goes on. A second process that makes the same one waits and takes the first one's.
+        The result of ``build`` ({"parity": ..., "facts": ...}) becomes part of the card. If ``build`` raises, its
+        files are deleted and the error passes unchanged. A second process with the same recipe waits, then uses the
+        artefact of the first.
 
         Raises:
-            ArtifactError: the recipe or the facts are not plain JSON, or ``build`` wrote no plain files.
+            ArtifactError: the recipe or the facts are not plain JSON, or ``build`` did not write plain files.
             StorageError: the disk is full, or the store cannot be written.
         """
         if found := self.find(recipe):
             return found
-        # Once, and a copy: the build may take minutes, and what was asked for must not change meanwhile.
+        # A copy: the build can take minutes, and the recipe must not change during it.
         origin = recipe.origin
         fingerprint = metadata.fingerprint_of(**origin)
         with explained(str(self.root)):
             self.root.mkdir(parents=True, exist_ok=True)
         with locked(self._lock(fingerprint)) as held:
-            if found := self._sound(fingerprint):
+            if found := self._verified(fingerprint):
                 return found
             sweep(self.root, fingerprint, held=held)
             with fresh(self.root, fingerprint) as temporary:
@@ -143,44 +144,44 @@ class ArtifactStore:
                 return self._publish(temporary, fingerprint, card)
 
     def artifacts(self) -> list[Artifact]:
-        """All artefacts with a card that can be read, newest first; their files are not verified."""
-        readable = [artifact for artifact in self._every() if artifact.card]
+        """Return all artefacts with a readable card, newest first; their files are not verified."""
+        readable = [artifact for artifact in self._all() if artifact.card]
         return sorted(readable, key=lambda one: (one.card["created"], one.fingerprint), reverse=True)
 
     def unreadable(self) -> list[Artifact]:
-        """The folders named like an artefact whose cards cannot be read; ``problems`` says why."""
-        return [artifact for artifact in self._every() if not artifact.card]
+        """Return the artefacts whose cards cannot be read; ``problems`` has the reasons."""
+        return [artifact for artifact in self._all() if not artifact.card]
 
     def problems(self, artifact: Artifact) -> list[str]:
-        """What is wrong with it on disk: one line for each file; nothing when it is whole and unchanged."""
+        """Return the problems of an artefact on disk, one line for each file; empty if it is unchanged."""
         return metadata.inspect(artifact.path)[1]
 
     def pin(self, artifact: Artifact) -> None:
-        """Keep it from being pruned; raises StorageError where the store cannot be written."""
+        """Exclude an artefact from pruning; raises StorageError if the store cannot be written."""
         with explained(str(self._pin(artifact))):
             self._pin(artifact).touch()
 
     def unpin(self, artifact: Artifact) -> None:
-        """Let it be pruned again; raises StorageError where the store cannot be written."""
+        """Include an artefact in pruning again; raises StorageError if the store cannot be written."""
         with explained(str(self._pin(artifact))):
             self._pin(artifact).unlink(missing_ok=True)
 
     def pinned(self, artifact: Artifact) -> bool:
-        """Whether it is pinned."""
+        """Return True if an artefact is pinned."""
         return self._pin(artifact).exists()
 
     def used(self, artifact: Artifact) -> datetime:
-        """When it was last made, found or noted upon (UTC)."""
+        """Return the time (UTC) when an artefact was last made, found or given a note."""
         for path in (artifact.path / metadata.CARD, artifact.path):
             with suppress(OSError):
                 return datetime.fromtimestamp(path.lstat().st_mtime, UTC)
         return datetime.fromtimestamp(0, UTC)
 
     def prune(self, *, older_than: timedelta, dry: bool = False) -> list[Artifact]:
-        """Remove what was not used for so long, and what is damaged, unless it is pinned; returns what went.
+        """Remove artefacts that are damaged or were not used for ``older_than``; returns them.
 
-        Temporary folders and lock files of writers that are no more go too. What somebody is at work on stays,
-        and so does a folder without a card, which is not the store's. ``dry`` removes nothing.
+        Pinned artefacts, artefacts that a process works on, and folders without a card stay. Temporary folders and
+        lock files of dead writers are removed too. ``dry`` removes nothing.
 
         Raises:
             StorageError: the store cannot be listed or written.
@@ -198,17 +199,17 @@ class ArtifactStore:
         return gone
 
     def note(self, artifact: Artifact, key: str, value: Mapping[str, Any]) -> None:
-        """Put ``value`` into the card's ``gates`` under ``key``; of more than 20, the oldest go.
+        """Write ``value`` into the card's ``gates`` under ``key``; the latest 20 are kept.
 
         Raises:
-            ArtifactError: the value is not plain JSON, or the card was removed or damaged meanwhile.
+            ArtifactError: the value is not plain JSON, or the card is missing or damaged.
             StorageError: the store cannot be written.
         """
         gate = metadata.plain(value, f"the note {key!r}")
         with locked(self._lock(artifact.fingerprint)):
             card, problems = metadata.read_card(artifact.path)
             if problems:
-                raise ArtifactError(f"{artifact.path}: {'; '.join(problems)}; make the artefact again")
+                raise ArtifactError(f"{artifact.path}: {'; '.join(problems)}; export the artefact again")
             gates = {name: old for name, old in card["gates"].items() if name != key} | {key: gate}
             card["gates"] = dict(list(gates.items())[-GATES:])
             temporary = temporary_path(self.root, artifact.fingerprint)
@@ -221,22 +222,22 @@ class ArtifactStore:
                 discard(temporary)
 
     def choose(self, prefix: str, *, damaged: bool = False) -> Artifact:
-        """The one artefact whose fingerprint starts with ``prefix``; with ``damaged``, its card may be unreadable.
+        """Return the artefact whose fingerprint starts with ``prefix``; ``damaged`` includes unreadable cards.
 
         Raises:
             ArtifactError: there is none, or there are several.
         """
-        every = self.artifacts() + (self.unreadable() if damaged else [])
-        matches = [artifact for artifact in every if prefix and artifact.fingerprint.startswith(prefix.lower())]
+        candidates = self.artifacts() + (self.unreadable() if damaged else [])
+        matches = [artifact for artifact in candidates if prefix and artifact.fingerprint.startswith(prefix.lower())]
         if len(matches) == 1:
             return matches[0]
-        names = ", ".join(_title(artifact) for artifact in matches or every) or "nothing"
+        names = ", ".join(_title(artifact) for artifact in matches or candidates) or "nothing"
         if matches:
-            raise ArtifactError(f"{self.root}: {prefix!r} begins several artefacts: {names}; give more of the one")
+            raise ArtifactError(f"{self.root}: {prefix!r} is the start of several artefacts: {names}; give more digits")
         raise ArtifactError(f"{self.root}: no artefact begins with {prefix!r}; the store holds {names}")
 
     def _publish(self, temporary: Path, fingerprint: str, card: Mapping[str, Any]) -> Artifact:
-        """Give a finished folder its name; where somebody was first, take theirs."""
+        """Rename a finished folder to its fingerprint, or return the artefact that another process published first."""
         path = self.root / fingerprint
         with explained(str(path)):
             while True:
@@ -245,14 +246,14 @@ class ArtifactStore:
                 except OSError as error:
                     if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                         raise
-                    if winner := self._sound(fingerprint):
-                        return winner
+                    if existing := self._verified(fingerprint):
+                        return existing
                 else:
                     sync(self.root)
                     return Artifact(path=path, card=card)
 
-    def _sound(self, fingerprint: str) -> Artifact | None:
-        """The verified artefact, under the lock; a damaged one is removed."""
+    def _verified(self, fingerprint: str) -> Artifact | None:
+        """Return the verified artefact, under the lock; a damaged one is removed."""
         path = self.root / fingerprint
         if not os.path.lexists(path):
             return None
@@ -265,7 +266,7 @@ class ArtifactStore:
         return None
 
     def _prunable(self, fingerprint: str, older_than: timedelta) -> list[Artifact]:
-        """The artefact, if it is to go."""
+        """Return the artefact in a list if it is to be removed, else an empty list."""
         path = self.root / fingerprint
         artifact = Artifact(path=path, card=metadata.read_card(path)[0])
         if self.pinned(artifact) or not os.path.lexists(path / metadata.CARD):
@@ -274,13 +275,13 @@ class ArtifactStore:
         return [artifact] if old or metadata.inspect(path)[1] else []
 
     def _remove(self, fingerprint: str) -> None:
-        """Take an artefact out of sight at once, then delete it."""
+        """Rename an artefact atomically, then delete it."""
         temporary = temporary_path(self.root, fingerprint)
         with explained(str(self.root / fingerprint)), suppress(FileNotFoundError):
             (self.root / fingerprint).rename(temporary)
             discard(temporary)
 
-    def _every(self) -> list[Artifact]:
+    def _all(self) -> list[Artifact]:
         paths = [self.root / fingerprint for fingerprint in fingerprints(self.root)]
         return [Artifact(path=path, card=metadata.read_card(path)[0]) for path in paths if os.path.isdir(path)]
 
@@ -292,7 +293,7 @@ class ArtifactStore:
 
 
 def default_root() -> Path:
-    """Where artefacts are kept when nobody says."""
+    """Return the default folder of the store."""
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "clip-pipeline" / "artifacts"
 
 

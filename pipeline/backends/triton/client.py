@@ -1,6 +1,6 @@
-"""What a client of these models does: pictures and texts to tensors, as in training, and the request to the server.
+"""Client of the models in this repository: preprocess images and texts as in training, and send the request.
 
-This file lies in the repository that it describes, and needs numpy, pillow and tokenizers:
+The file reads ``card.json`` beside it, and needs numpy, pillow and tokenizers:
 
     python client.py localhost:8000 photo.jpg "a cat" "a dog"
 """
@@ -20,25 +20,25 @@ from PIL import Image, ImageOps
 from tokenizers import Tokenizer
 
 HERE = Path(__file__).parent
-# What of a message is JSON; tensors follow.
+# Header with the length of the JSON part of a message; tensors follow it.
 LENGTH = "Inference-Header-Content-Length"
 
 
 @cache
 def card() -> dict[str, Any]:
-    """What the repository says about itself."""
+    """Return the contents of ``card.json``."""
     values: dict[str, Any] = json.loads((HERE / "card.json").read_text(encoding="utf-8"))
     return values
 
 
 @cache
 def tokenizer() -> Tokenizer:
-    """The model's tokenizer, which cuts texts to the longest that the model takes."""
+    """Return the tokenizer, which truncates texts to the model's limit."""
     return Tokenizer.from_file(str(HERE / card()["texts"]["tokenizer"]))
 
 
 def pixels(image: Image.Image) -> np.ndarray:
-    """A picture as the image model takes it, normalised, float32 ``[3, H, W]``."""
+    """Return the normalised input of the image model for one image, float32 ``[3, H, W]``."""
     rules = card()["pictures"]
     if rules["exif"] == "apply":
         image = ImageOps.exif_transpose(image)
@@ -56,7 +56,7 @@ def pixels(image: Image.Image) -> np.ndarray:
         size = (resize[1], resize[0])
     image = image.resize(size, Image.Resampling[rules["resample"]])
     if crop is not None:
-        # What lies outside the picture is black.
+        # The area outside the image is black.
         left, top = (_corner(have - wanted, rules["corner"]) for have, wanted in zip(size, crop[::-1], strict=True))
         image = image.crop((left, top, left + crop[1], top + crop[0]))
     rgb = np.asarray(image, dtype=np.float32) / np.float32(255)
@@ -69,9 +69,9 @@ def _corner(margin: int, rule: str) -> int:
 
 
 def tokens(texts: Sequence[str]) -> dict[str, np.ndarray]:
-    """Texts as the text model takes them: ``input_ids`` and ``attention_mask``, int64 ``[N, T]``.
+    """Return the inputs of the text model: ``input_ids`` and ``attention_mask``, int64 ``[N, T]``.
 
-    The server puts requests of one length into one batch, so lengths are rounded up.
+    Lengths are rounded up, since only requests of equal length share a batch.
     """
     rules = card()["texts"]
     rows = tokenizer().encode_batch([text.lower() if rules["lowercase"] else text for text in texts])
@@ -86,9 +86,9 @@ def tokens(texts: Sequence[str]) -> dict[str, np.ndarray]:
 
 
 def ask(address: str, tower: str, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Embeddings of length 1, float32 ``[N, D]``, of the model of a tower, ``image`` or ``text``.
+    """Request embeddings of length 1, float32 ``[N, D]``, from the model of a tower, ``image`` or ``text``.
 
-    Over HTTP with tensors as bytes: https://github.com/kserve/open-inference-protocol with Triton's binary data.
+    The protocol is https://github.com/kserve/open-inference-protocol over HTTP, with Triton's binary tensors.
     """
     model = card()["models"][tower]
     heads, bodies = [], []
@@ -109,13 +109,13 @@ def ask(address: str, tower: str, inputs: Mapping[str, np.ndarray]) -> np.ndarra
         body, split = response.read(), int(response.headers[LENGTH])
     shape = json.loads(body[:split])["outputs"][0]["shape"]
     vectors = np.frombuffer(body[split:], dtype="<f4").reshape(shape)
-    # A model in fp16 gives lengths of 1 within a thousandth.
+    # The lengths from an fp16 model differ from 1 by up to a thousandth.
     unit: np.ndarray = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     return unit
 
 
 def main(address: str, path: str, *texts: str) -> None:
-    """Print how near each text is to the picture."""
+    """Print the cosine of each text to the image."""
     with Image.open(path) as image:
         picture = ask(address, "image", {"pixel_values": pixels(image)[None]})[0]
     for text, cosine in zip(texts, ask(address, "text", tokens(texts)) @ picture, strict=True):
@@ -124,5 +124,5 @@ def main(address: str, path: str, *texts: str) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) < 4:
-        raise SystemExit(f"usage: python {sys.argv[0]} HOST:PORT PICTURE TEXT [TEXT ...]")
+        raise SystemExit(f"usage: python {sys.argv[0]} HOST:PORT IMAGE TEXT [TEXT ...]")
     main(*sys.argv[1:])

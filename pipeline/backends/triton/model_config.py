@@ -1,7 +1,8 @@
-"""The configuration of one model in Triton, read off its ONNX graph and what was asked for."""
+"""Triton's configuration of one model, from its ONNX graph and the serving settings."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Mapping
@@ -19,20 +20,20 @@ TYPES = {
     7: "TYPE_INT64", 8: "TYPE_STRING", 9: "TYPE_BOOL", 10: "TYPE_FP16", 11: "TYPE_FP64", 12: "TYPE_UINT32",
     13: "TYPE_UINT64",
 }  # fmt: skip
-# A batch of fewer is not worth its own shape while others wait.
+# Smallest preferred batch size.
 SMALLEST_PREFERRED = 8
-# The text graphs are exported for no fewer.
+# Fewest tokens that the exported text graphs accept.
 FEWEST_TOKENS = 2
 WARMUP = "warmup"
 
 
 @dataclass(frozen=True, slots=True)
 class Serving:
-    """How a model is served.
+    """Serving settings of a model.
 
-    ``queue_microseconds`` is what a request waits at most for others to share its batch, ``instances`` how many copies
-    run on each GPU or CPU, ``engine_cache`` the server's absolute folder for TensorRT's engines; without one they are
-    built at every start.
+    ``queue_microseconds`` is the longest time that a request waits for others to share its batch. ``instances`` is the
+    number of copies on each GPU or CPU. ``engine_cache`` is the server's absolute folder for TensorRT engines; without
+    it, they are built at every start.
     """
 
     max_batch_size: int = 64
@@ -44,7 +45,7 @@ class Serving:
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """An input or output of a graph; ``dims`` are without the batch, and -1 where the graph takes any length."""
+    """Input or output of a graph; ``dims`` exclude the batch axis, -1 is a dynamic axis."""
 
     name: str
     type: Name
@@ -53,7 +54,7 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Graph:
-    """The inputs and outputs of a graph, and what reads it must know: ONNX's IR and operator set."""
+    """Inputs and outputs of a graph, and its ONNX IR and operator set versions."""
 
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
@@ -62,12 +63,12 @@ class Graph:
 
 
 def place_of(out: str) -> Path:
-    """The absolute path that ``--out`` names."""
+    """Return the absolute path of ``--out``."""
     return Path(os.path.abspath(os.path.expanduser(local_path(out))))
 
 
 def problem_of(out: str) -> Problem | None:
-    """What is wrong with ``--out``: a repository appears whole, in a place that was empty."""
+    """Return the problem with ``--out``, if any: it must be a local path that does not exist yet."""
     if not is_local(out):
         return Problem("--out", out, "must be a local folder", "write it here, then copy it to the store")
     if os.path.lexists(place_of(out)):
@@ -76,10 +77,10 @@ def problem_of(out: str) -> Problem | None:
 
 
 def read_graph(path: Path) -> Graph:
-    """Read a graph's inputs and outputs; its weights are not looked at.
+    """Read a graph's inputs and outputs; its weights are not loaded.
 
     Raises:
-        ArtifactError: a tensor has a type that Triton does not have, or a first axis that is not a batch.
+        ArtifactError: a tensor has a type that Triton does not support, or a first axis that is not the batch.
     """
     import onnx
 
@@ -105,17 +106,16 @@ def _tensor(value: Any, path: Path) -> Tensor:
 def model_config(
     name: str, graph: Graph, serving: Serving, *, precision: str, tokens: int, about: Mapping[str, str]
 ) -> dict[str, Any]:
-    """The fields of Triton's ``ModelConfig`` (triton-inference-server/common, ``model_config.proto``).
+    """Return the fields of Triton's ``ModelConfig`` (triton-inference-server/common, ``model_config.proto``).
 
     Args:
         name: the model's folder.
         graph: its inputs and outputs.
-        serving: how it is served.
-        precision: what the graph computes in: fp32, fp16 or int8.
-        tokens: the longest text, for the shapes of warm-up and engines.
-        about: what the server tells about the model when it is asked for its configuration.
+        serving: the serving settings.
+        precision: precision of the graph: fp32, fp16 or int8.
+        tokens: length of the longest text, for the shapes of warm-up and engines.
+        about: parameters that the server returns with the model's configuration.
     """
-    sizes = {1, serving.max_batch_size}
     return {
         "name": name,
         "platform": "onnxruntime_onnx",
@@ -130,22 +130,18 @@ def model_config(
         },
         "optimization": _optimization(graph, serving, precision, tokens),
         "parameters": [{"key": key, "value": {"string_value": value}} for key, value in about.items() if value],
-        "model_warmup": [_warmup(graph, size, tokens) for size in sorted(sizes)],
+        "model_warmup": [_warmup(graph, size, tokens) for size in sorted({1, serving.max_batch_size})],
     }
 
 
 def preferred(most: int) -> list[int]:
-    """The batch sizes that are run at once instead of waiting for more: 8 and its doubles, and the largest."""
-    sizes = []
-    size = SMALLEST_PREFERRED
-    while size < most:
-        sizes.append(size)
-        size *= 2
-    return [*sizes, most]
+    """Return the batch sizes that start at once: 8 and its doubles below the largest, and the largest."""
+    doubles = (SMALLEST_PREFERRED * 2**step for step in itertools.count())
+    return [*itertools.takewhile(lambda size: size < most, doubles), most]
 
 
 def filled(tensor: Tensor, tokens: int) -> tuple[int, ...]:
-    """The shape of one row with every open axis at the length of the longest text."""
+    """Return the shape of one row with every dynamic axis at the length of the longest text."""
     return tuple(tokens if axis < 0 else axis for axis in tensor.dims)
 
 
@@ -154,7 +150,7 @@ def _described(tensor: Tensor) -> dict[str, Any]:
 
 
 def _kind(serving: Serving, precision: str) -> Name:
-    # TensorRT and fp16 are for GPUs; the integer products of a dynamically quantized graph run on the CPU alone.
+    # TensorRT and fp16 need a GPU; the integer products of a dynamically quantized graph run on the CPU only.
     if serving.tensorrt or precision == "fp16":
         return Name("KIND_GPU")
     return Name("KIND_CPU" if precision == "int8" else "KIND_AUTO")
@@ -164,7 +160,7 @@ def _optimization(graph: Graph, serving: Serving, precision: str, tokens: int) -
     if serving.tensorrt:
         name, options = "tensorrt", _engine(graph, serving, precision, tokens)
     elif precision == "fp32":
-        # By default ONNX Runtime computes fp32 on CUDA in TF32, which is not fp32. Without a GPU nobody reads this.
+        # By default ONNX Runtime computes fp32 on CUDA in TF32, which is not fp32. Ignored without a GPU.
         name, options = "cuda", {"use_tf32": "0"}
     else:
         return None
@@ -173,7 +169,7 @@ def _optimization(graph: Graph, serving: Serving, precision: str, tokens: int) -
 
 
 def _engine(graph: Graph, serving: Serving, precision: str, tokens: int) -> dict[str, str]:
-    """One engine for every shape from one short row to a full batch: new shapes would be built while clients wait."""
+    """Return the options of one engine for all shapes: building one per shape would delay requests."""
     least = _shapes(graph, 1, FEWEST_TOKENS)
     most = _shapes(graph, serving.max_batch_size, tokens)
     options = {
@@ -196,7 +192,7 @@ def _shapes(graph: Graph, batch: int, tokens: int) -> str:
 
 
 def _warmup(graph: Graph, size: int, tokens: int) -> dict[str, Any]:
-    """The first requests of an instance, before it is ready: black pictures, or a text from a file."""
+    """Return the warm-up request of an instance: black images, or a text from a file."""
     inputs = []
     for tensor in graph.inputs:
         shape = filled(tensor, tokens)
@@ -206,5 +202,5 @@ def _warmup(graph: Graph, size: int, tokens: int) -> dict[str, Any]:
 
 
 def slug(name: str) -> str:
-    """A model's name as it can stand in a URL: the last part of a hub's name or a path."""
+    """Return the last part of a model's hub name or path with only characters that are valid in a URL."""
     return re.sub(r"[^A-Za-z0-9]+", "-", name.rstrip("/").rpartition("/")[2]).strip("-") or "model"

@@ -1,4 +1,4 @@
-"""Protobuf's text format, as far as a model's ``config.pbtxt`` needs it; nothing of protobuf is imported."""
+"""Protobuf text format for ``config.pbtxt``, without a dependency on protobuf."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 
 
 class Name(str):
-    """The value of an enum, which stands without quotes."""
+    """Value of an enum, written without quotes."""
 
     __slots__ = ()
 
 
 def to_text(message: Mapping[str, Any]) -> str:
-    """The message as text: a mapping is a message, a list a repeated field, and what is None is left out.
+    """Return a message as text: a mapping is a message, a list a repeated field, None is omitted.
 
     An entry of a protobuf map is a message of ``key`` and ``value``.
     """
@@ -40,5 +40,5 @@ def _scalar(value: Name | str | bool | int) -> str:
 
 
 def _escaped(text: str) -> str:
-    """In printable ASCII; every other byte of the text's UTF-8 by its octal number."""
+    """Return the text in printable ASCII, other UTF-8 bytes as octal escapes."""
     return "".join(chr(byte) if 32 <= byte < 127 and byte not in b'"\\' else f"\\{byte:03o}" for byte in text.encode())

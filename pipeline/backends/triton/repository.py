@@ -1,7 +1,6 @@
-"""A folder that ``tritonserver --model-repository`` serves: a model for each tower, and what a client must know.
+"""Model repository for ``tritonserver --model-repository``: one model for each tower, a client and its settings.
 
-Triton takes every folder of it for a model, and in a model's folder every number for a version; what else lies there,
-it leaves alone.
+Triton reads every folder as a model, and every numbered folder of a model as a version; it ignores other files.
 """
 
 from __future__ import annotations
@@ -14,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import Environment, PackageLoader
 from PIL import Image
 
 from pipeline.backends.artifacts.onnx_export import GRAPH
 from pipeline.backends.artifacts.store import Artifact
-from pipeline.backends.triton import client
 from pipeline.backends.triton.model_config import (
     WARMUP,
     Graph,
@@ -31,7 +30,6 @@ from pipeline.backends.triton.model_config import (
     slug,
 )
 from pipeline.backends.triton.pbtxt import to_text
-from pipeline.backends.triton.readme import readme
 from pipeline.config.schema import ImagesConfig
 from pipeline.core.errors import ArtifactError, ConfigError
 from pipeline.models.checkpoint import FAMILIES, Checkpoint
@@ -40,7 +38,7 @@ from pipeline.storage.urls import explained
 
 VERSION = "1"
 CONFIG = "config.pbtxt"
-# Lengths of texts are rounded up to it, so that texts of different lengths meet in one batch.
+# Text lengths are rounded up to a multiple of this, so that texts of different lengths can share a batch.
 MULTIPLE = 8
 EXAMPLE = "a photo of a cat"
 
@@ -48,18 +46,18 @@ EXAMPLE = "a photo of a cat"
 def write_repository(
     out: str, checkpoint: Checkpoint, artifacts: Mapping[str, Artifact], images: ImagesConfig, serving: Serving
 ) -> list[str]:
-    """Write the model repository ``out``, which appears whole; returns the names of its models.
+    """Write the model repository ``out`` atomically; returns the names of its models.
 
     Args:
-        out: a local folder that is not there yet.
+        out: a local folder that does not exist yet.
         checkpoint: the model that was exported.
         artifacts: its ONNX graphs by tower, ``image`` or ``text``, already compared with fp32.
-        images: the job's rules of decoding, for the client.
-        serving: how the models are served.
+        images: the decoding settings of the job, for the client.
+        serving: the serving settings of the models.
 
     Raises:
-        ConfigError: the place is taken, or no local folder.
-        ArtifactError: Triton cannot serve a graph, or the tokenizer is not of the library ``tokenizers``.
+        ConfigError: ``out`` exists, or is not a local folder.
+        ArtifactError: Triton cannot serve a graph, or the tokenizer is not from the library ``tokenizers``.
         StorageError: the folder cannot be written.
     """
     if problem := problem_of(out):
@@ -75,12 +73,20 @@ def write_repository(
         card = _card(checkpoint, models, images, serving)
         _write(folder / "card.json", json.dumps(card, indent=2, ensure_ascii=False) + "\n")
         _write(folder / "README.md", readme(card))
-        shutil.copyfile(client.__file__, folder / "client.py")
+        shutil.copyfile(Path(__file__).with_name("client.py"), folder / "client.py")
     return [model["name"] for model in models.values()]
 
 
+def readme(card: Mapping[str, Any]) -> str:
+    """Render the repository's README from the contents of ``card.json``."""
+    loader = PackageLoader("pipeline.backends.triton", ".")
+    # Markdown for people, not HTML.
+    environment = Environment(loader=loader, trim_blocks=True, keep_trailing_newline=True)
+    return environment.get_template("README.md.j2").render(card=card)
+
+
 def _model(folder: Path, checkpoint: Checkpoint, artifact: Artifact, serving: Serving) -> dict[str, Any]:
-    """Write one model; returns what the card says of it."""
+    """Write one model; returns its entry in the card."""
     version = folder / VERSION
     version.mkdir(parents=True)
     for name in artifact.card["files"]:
@@ -110,7 +116,7 @@ def _model(folder: Path, checkpoint: Checkpoint, artifact: Artifact, serving: Se
 
 
 def _write_warmup(folder: Path, checkpoint: Checkpoint, graph: Graph) -> None:
-    """The rows of texts that warm a model up: zeros are no text, and a tokenizer's row for one is."""
+    """Write the rows of the warm-up request of a text model: a tokenized text, since zeros are not a valid one."""
     texts = [tensor for tensor in graph.inputs if len(tensor.dims) == 1]
     if not texts:
         return
@@ -130,10 +136,10 @@ def _write_tokenizer(path: Path, checkpoint: Checkpoint) -> None:
     backend = getattr(checkpoint.tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise ArtifactError(
-            f"{checkpoint.name}: its tokenizer is Python code of transformers, which a client of Triton does not have; "
+            f"{checkpoint.name}: its tokenizer is Python code of transformers, which a Triton client cannot run; "
             "take a checkpoint with a tokenizer.json, or export with --tower image"
         )
-    # A copy, since how it cuts and pads is part of it.
+    # A copy: truncation and padding are state of the tokenizer.
     own = Tokenizer.from_str(backend.to_str())
     own.no_padding()
     own.enable_truncation(checkpoint.max_tokens)
@@ -143,7 +149,7 @@ def _write_tokenizer(path: Path, checkpoint: Checkpoint) -> None:
 def _card(
     checkpoint: Checkpoint, models: Mapping[str, dict[str, Any]], images: ImagesConfig, serving: Serving
 ) -> dict[str, Any]:
-    """Everything that a client needs to know, and where the models are from."""
+    """Return the contents of ``card.json``: preprocessing, tokens, scores, and the origin of the models."""
     spec, family = checkpoint.spec, FAMILIES[checkpoint.family]
     model = {
         "name": checkpoint.name,
