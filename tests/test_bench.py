@@ -1,4 +1,4 @@
-"""The benchmark of backends: its rows, its figures, its child processes, and the door."""
+"""The benchmark of backends: its rows, its figures, its child processes, and the command."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from pipeline.bench import backends_run, selection, stats
+from pipeline.bench.child import Child, Died, Refused
 from pipeline.bench.records import Row
-from pipeline.bench.worker_process import Child, Died, Refused
 from pipeline.config.schema import Config
 from pipeline.core.errors import PipelineError
 from tests.conftest import ROOT
@@ -24,7 +24,7 @@ from tests.jobs import scenes_manifest
 from tests.test_bench_page import measured, plausible
 
 HEAVY = ("torch", "transformers", "pyarrow", "PIL", "matplotlib", "onnxruntime")
-# Speaks the protocol, computes nothing; the orders come as a backend's name.
+# Answers requests without computing anything; the name of the backend chooses its failure.
 STUB = """
 import json, os, sys, time
 import numpy as np
@@ -64,12 +64,7 @@ for line in sys.stdin:
 
 
 def stub(row: Row, work: Path) -> Child:
-    log = work / f"{row.file_name}.log"
-    return Child([sys.executable, "-c", STUB], complaints=log, environment={})
-
-
-def say_nothing(text: str) -> None:
-    return
+    return Child([sys.executable, "-c", STUB], log=work / f"{row.file_name}.log")
 
 
 def plan(*names: str, batches: tuple[int, ...] = (1, 4), repeats: int = 2, timeout: float = 30.0) -> backends_run.Plan:
@@ -93,7 +88,7 @@ def test_a_backend_alone_stands_for_all_its_rows_and_words_choose_one() -> None:
     ]
 
 
-def test_what_is_wrong_with_the_options_is_said_all_at_once() -> None:
+def test_all_problems_of_the_options_are_reported_at_once() -> None:
     _, problems = selection.read_only("torhc,torch:bf61,onnx:compiled,tensorrt")
     assert [(problem.value, problem.hint) for problem in problems] == [
         ("torhc", "did you mean torch?"),
@@ -105,7 +100,7 @@ def test_what_is_wrong_with_the_options_is_said_all_at_once() -> None:
     assert [problem.value for problem in selection.read_batches("8,x,0,65537,")[1]] == ["x", "0", "65537", ""]
 
 
-def test_the_reference_comes_first_and_compiled_means_what_suits_the_device() -> None:
+def test_the_reference_comes_first_and_compiled_depends_on_the_device() -> None:
     assert selection.for_device([Row("torch", "bf16", "compiled")], "cuda") == [
         selection.REFERENCE,
         Row("torch", "bf16", "reduce-overhead"),
@@ -147,7 +142,7 @@ def test_a_row_has_a_title_and_the_overrides_that_give_it(row: Row, precision: s
 # -- figures
 
 
-def test_percentiles_are_values_that_were_measured() -> None:
+def test_percentiles_are_measured_values() -> None:
     values = [float(i) for i in range(1, 101)]
     assert stats.percentile(values[::-1], 99) == 99
     assert stats.percentile(values, 50) == 50
@@ -172,7 +167,7 @@ def test_the_advice_is_the_fastest_row_that_holds_the_thresholds() -> None:
     advice = stats.advise(plausible())
     assert advice.text == "onnx_int8 dynamic: 4.1 times torch fp32 (58.8 images/s at batch 32), lowest cosine 0.9998"
     assert advice.overrides == "backend=onnx_int8 loader.batch_size=32"
-    assert advice.beside == "onnx_int8 static is faster (61.6 images/s), but its lowest cosine 0.9670 is below 0.98"
+    assert advice.remark == "onnx_int8 static is faster (61.6 images/s), but its lowest cosine 0.9670 is below 0.98"
 
 
 def test_torch_fp32_is_advised_where_nothing_faster_holds() -> None:
@@ -196,7 +191,7 @@ def test_a_cosine_is_never_rounded_up() -> None:
 
 def test_rows_that_cannot_run_are_listed_with_the_reason_and_the_rest_goes_on(tmp_path: Path) -> None:
     chosen = plan("onnx", "torch_int8", "torchscript", "tensorrt", "onnx_int8")
-    results, _ = backends_run.run(Config(), chosen, tmp_path, say=say_nothing, start=stub)
+    results, _ = backends_run.run(Config(), chosen, tmp_path, start=stub)
     found = {result.row.backend: result for result in results}
     assert [one.batch for one in found["torch"].at] == [1, 4]
     assert [one.batch for one in found["onnx_int8"].at] == [1, 4]
@@ -211,14 +206,14 @@ def test_rows_that_cannot_run_are_listed_with_the_reason_and_the_rest_goes_on(tm
 
 
 def test_a_row_that_does_not_answer_in_time_is_ended(tmp_path: Path) -> None:
-    results, _ = backends_run.run(Config(), plan("torch_fp8", timeout=3.0), tmp_path, say=say_nothing, start=stub)
+    results, _ = backends_run.run(Config(), plan("torch_fp8", timeout=3.0), tmp_path, start=stub)
     assert results[1].failure == "no answer within 3 s; --timeout sets another limit"
     assert len(results[0].at) == 2
 
 
 def test_rounds_go_over_all_rows_in_turn_one_at_a_time(tmp_path: Path) -> None:
     results, _ = backends_run.run(
-        Config(), plan("tensorrt", "onnx_int8", batches=(1,), repeats=3), tmp_path, say=say_nothing, start=stub
+        Config(), plan("tensorrt", "onnx_int8", batches=(1,), repeats=3), tmp_path, start=stub
     )
     order = (tmp_path / "order.txt").read_text().splitlines()
     assert order == [
@@ -241,10 +236,10 @@ def test_rounds_go_over_all_rows_in_turn_one_at_a_time(tmp_path: Path) -> None:
 
 def test_without_the_reference_there_is_no_table(tmp_path: Path) -> None:
     def broken(row: Row, work: Path) -> Child:
-        return Child([sys.executable, "-c", "raise SystemExit('no')"], complaints=work / "log", environment={})
+        return Child([sys.executable, "-c", "raise SystemExit('no')"], log=work / "log")
 
     with pytest.raises(PipelineError, match="ended with exit code 1: no"):
-        backends_run.run(Config(), plan("onnx_int8"), tmp_path, say=say_nothing, start=broken)
+        backends_run.run(Config(), plan("onnx_int8"), tmp_path, start=broken)
 
 
 def test_thresholds_do_not_keep_a_row_out_unless_its_exports_are_kept() -> None:
@@ -263,7 +258,7 @@ def test_a_child_ends_with_all_that_it_started(tmp_path: Path) -> None:
         "print(json.dumps({'pid': subprocess.Popen(['sleep', '60']).pid}), flush=True)\n"
         "time.sleep(60)"
     )
-    child = Child([sys.executable, "-c", code], complaints=tmp_path / "log", environment={})
+    child = Child([sys.executable, "-c", code], log=tmp_path / "log")
     grandchild = child.receive(timeout=20)["pid"]
     assert running(grandchild)
     child.kill()
@@ -273,7 +268,7 @@ def test_a_child_ends_with_all_that_it_started(tmp_path: Path) -> None:
     child.close()
 
 
-# -- the real thing
+# -- a real run
 
 
 @pytest.fixture(scope="module")
@@ -327,7 +322,7 @@ def test_the_demo_model_is_measured_for_real(finished: subprocess.CompletedProce
     assert refused["at"] == []
 
 
-def test_progress_is_said_in_plain_words(finished: subprocess.CompletedProcess[str]) -> None:
+def test_progress_is_printed_to_standard_error(finished: subprocess.CompletedProcess[str]) -> None:
     lines = finished.stderr.splitlines()
     assert lines[0] == "opening the model, drawing the sample, embedding the labels"
     assert any(line.startswith("batch 1 (1 of 2): torch bf16 opened in ") for line in lines)
@@ -355,11 +350,11 @@ def test_children_end_when_the_parent_is_killed_or_interrupted(tmp_path: Path) -
 
 
 def wait_for_children(pid: int) -> list[int]:
-    """The children of a process, once the first is busy with its libraries."""
+    """The children of a process, once the first one imports its libraries."""
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
         children = [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-        # Memory tells that it is on its way.
+        # Its memory grows once it imports libraries.
         if children and int(Path(f"/proc/{children[0]}/statm").read_text().split()[1]) > 10_000:
             return children
         time.sleep(0.05)
@@ -381,13 +376,13 @@ def assert_ended(pids: list[int]) -> None:
         time.sleep(0.05)
 
 
-# -- the door
+# -- the command
 
 
 def test_help_is_quick_and_loads_nothing_heavy() -> None:
     code = (
-        "import sys, pipeline.bench.__main__ as door\n"
-        "try: door.main(['backends', '--help'])\n"
+        "import sys, pipeline.bench.__main__ as command\n"
+        "try: command.main(['backends', '--help'])\n"
         f"finally: print([name for name in {HEAVY} if name in sys.modules])"
     )
     started = time.perf_counter()
@@ -442,7 +437,7 @@ def test_a_device_that_is_not_there_ends_with_its_reason(tmp_path: Path) -> None
 
 def test_a_refusal_carries_its_exit_code(tmp_path: Path) -> None:
     answer = json.dumps({"error": "no", "exit_code": 4})
-    child = Child([sys.executable, "-c", f"print({answer!r})"], complaints=tmp_path / "log", environment={})
+    child = Child([sys.executable, "-c", f"print({answer!r})"], log=tmp_path / "log")
     with pytest.raises(Refused, match="no") as caught:
         child.receive(timeout=20)
     assert caught.value.exit_code == 4

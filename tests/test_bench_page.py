@@ -1,4 +1,4 @@
-"""The files of a benchmark, from figures that are known."""
+"""The files of a benchmark of backends, from known figures."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.bench import backends, backends_report, page, plots, stats
+from pipeline.bench import backends, backends_report, plots, report, stats
 from pipeline.bench.records import Bench, Measurement, Result, Row
 from pipeline.config.schema import ParityConfig
+from pipeline.report.throughput import in_words
 
 
 def measured(
@@ -118,7 +119,7 @@ def test_markdown_json_and_page_hold_the_figures_and_the_reasons(bench: Bench, t
     for result, kept in zip(bench.results, stored["results"], strict=True):
         assert [tuple(one["images_per_second"]) for one in kept["at"]] == [one.images_per_second for one in result.at]
         one = stats.best(result)
-        for shown_rate in [stats.in_words(stats.rate(one))] if one else []:
+        for shown_rate in [in_words(stats.rate(one))] if one else []:
             assert f" {shown_rate} " in text
             assert f">{shown_rate}<" in html
         if result.failure:
@@ -129,8 +130,8 @@ def test_markdown_json_and_page_hold_the_figures_and_the_reasons(bench: Bench, t
     assert ("GPU MiB" in text) == ("gpu" in bench.machine)
 
 
-def test_the_table_says_it_all_of_one_row() -> None:
-    table = backends_report.main_table(plausible())
+def test_the_table_holds_all_figures_of_a_row() -> None:
+    table = backends_report.main_table(plausible(), stats.advise(plausible()))
     rows = {row[0] + " " + row[1]: dict(zip(table.heads, row, strict=True)) for row in table.rows}
     assert rows["onnx_int8 dynamic int8"] == {
         "backend": "onnx_int8 dynamic",
@@ -161,7 +162,7 @@ def test_the_table_says_it_all_of_one_row() -> None:
 
 
 def test_the_page_is_one_file_with_colours_for_light_and_dark() -> None:
-    html = page.to_html(plausible()).decode()
+    html = report.to_html(backends_report.to_report(plausible())).decode()
     assert "prefers-color-scheme: dark" in html
     # Namespaces of SVG are names, not addresses that are fetched.
     addresses = [found for found in re.findall(r'(?:src|href)="([^"]*)"', html) if not found.startswith("#")]
@@ -212,7 +213,7 @@ def test_a_plot_of_one_row_at_one_batch_size_can_be_drawn() -> None:
     assert ">torch fp32<" in plots.batch_plot(alone, advice)
 
 
-def test_heights_are_moved_apart_and_stay_in_the_room() -> None:
+def test_heights_are_moved_apart_between_the_limits() -> None:
     assert plots.spread([50.0, 10.0, 90.0], 10, 0, 100) == [50.0, 10.0, 90.0]
     moved = plots.spread([50.0, 50.0, 51.0, 100.0], 10, 0, 100)
     assert all(abs(a - b) >= 10 - 1e-9 for i, a in enumerate(moved) for b in moved[:i])

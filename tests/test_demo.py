@@ -10,12 +10,12 @@ import torch
 from pipeline.config.schema import FORMATS, ModelConfig
 from pipeline.core.records import Failure
 from pipeline.engine.demo import folder, scenes
-from pipeline.engine.demo.train import UNSEEN_SEED
 from pipeline.images.decode import Decoder
 from pipeline.images.preprocess import preprocess
 from pipeline.models.checkpoint import open_checkpoint
 from pipeline.models.hub import DEMO_FOLDER
 from pipeline.models.text import embed_prompts
+from tests.demo_training import UNSEEN_SEED
 
 DECODER = Decoder(formats=FORMATS, max_pixels=10_000_000)
 
@@ -108,7 +108,7 @@ def test_the_demo_folder_is_rendered_once(tmp_path: Path) -> None:
 
 
 def test_training_repeats(tmp_path: Path) -> None:
-    from pipeline.engine.demo.train import train
+    from tests.demo_training import train
 
     figures = [train(tmp_path / name, count=64, steps=2, batch_size=16, seed=0, checked=10) for name in "ab"]
     assert figures[0] == figures[1]

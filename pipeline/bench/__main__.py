@@ -1,4 +1,4 @@
-"""``python -m pipeline.bench``: measure, and print a table to choose by."""
+"""``python -m pipeline.bench``: measure the backends, or the stages of a job, on this machine."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from importlib import import_module
 
 from pipeline.core.concurrency import own_exit_code
 
-# First word to the module whose ``main`` takes the rest; the first one where the word is missing.
-DOORS = {"backends": "pipeline.bench.backends", "pipeline": "pipeline.bench.pipeline"}
+# The benchmarks by the first argument; the first one is the default.
+COMMANDS = {"backends": "pipeline.bench.backends", "pipeline": "pipeline.bench.pipeline"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark that the first word names; returns the exit code."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    name = words.pop(0) if words and words[0] in DOORS else next(iter(DOORS))
-    code: int = import_module(DOORS[name]).main(words)
+    """Run the benchmark that the first argument names; return the exit code."""
+    rest = list(sys.argv[1:] if arguments is None else arguments)
+    name = rest.pop(0) if rest and rest[0] in COMMANDS else next(iter(COMMANDS))
+    code: int = import_module(COMMANDS[name]).main(rest)
     return code
 
 

@@ -1,4 +1,4 @@
-"""What a child does: open the backend at a batch size, warm up, measure, embed the sample."""
+"""The child process of one backend: open it at a batch size, embed the sample, warm up, measure."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline.models.text import build_bank, read_labels
 from pipeline.report.summary import machine, memory
 
-# Of warming up, in times of one measurement.
-PATIENCE = 3.0
+# The longest warm-up, in multiples of one measurement.
+WARM_UP = 3.0
 
 
-class Subject:
-    """One row of the table; holds one encoder at a time, and no checkpoint while it waits."""
+class Backend:
+    """One row of the table; it holds one encoder at a time, and no checkpoint while it waits."""
 
     def __init__(self, config: dict[str, Any], row: dict[str, Any], work: str) -> None:
         plain = config_from(config)
@@ -51,11 +51,11 @@ class Subject:
         self._settled, self._opened_mib = 1.0, 0.0
 
     def prepare(self) -> dict[str, Any]:
-        """Draw the sample and embed the labels, once for all children; says what the machine is."""
+        """Draw the sample and embed the labels, once for all children; return the facts of the machine."""
         device = choose_device(self._config.backend.device)
         checkpoint = self._checkpoint = open_checkpoint(self._config.model)
         sample, words = _draw(self._config, checkpoint)
-        # As the loader lays them out: [N, H, W, 3] memory.
+        # In the loader's layout of memory: [N, H, W, 3].
         pictures = sample.pixels.permute(0, 2, 3, 1).contiguous().numpy()
         np.savez(self._work / SAMPLE, pixels=pictures, ids=np.array(sample.ids))
         bank = _bank(self._config, checkpoint)
@@ -70,8 +70,8 @@ class Subject:
         }
 
     def open(self, batch: int, vectors: str, seconds: float) -> dict[str, Any]:
-        """Open the encoder for batches of ``batch``, embed the sample into the file ``vectors``, warm up."""
-        self._let_go()
+        """Open the encoder for batches of ``batch``, write the embedded sample to the file ``vectors``, warm up."""
+        self._release()
         with np.load(self._work / SAMPLE) as file:
             memory_order, ids = torch.from_numpy(file["pixels"]), tuple(map(str, file["ids"]))
         sample = Sample(ids=ids, pixels=memory_order.permute(0, 3, 1, 2))
@@ -79,7 +79,7 @@ class Subject:
         config = dataclasses.replace(self._config, loader=dataclasses.replace(self._config.loader, batch_size=batch))
         device = choose_device(config.backend.device)
         if device.type == "cuda":
-            # The context belongs to every process alike, and its memory is not counted.
+            # Every process has a context of the same size; its memory is not counted.
             torch.cuda.set_device(device)
             torch.cuda.init()
         free = _free_gpu_mib()
@@ -88,14 +88,14 @@ class Subject:
         self._pixels = _batch(memory_order, 0, batch).to(encoder.device)
         self._encode(1)
         startup = time.perf_counter() - began
-        # A waiting child keeps what its encoder needs and no more: many wait at once.
+        # Many children wait at once: each keeps only what its encoder needs.
         self._checkpoint = None
         del checkpoint
         gc.collect()
         peak = memory()["peak_rss_mib"]
         np.save(vectors, embed_sample(encoder, sample).numpy())
-        self._warm_up(seconds)
-        self._rest()
+        self._settled = settle(partial(self._encode, 1), patience=WARM_UP * seconds)
+        self._free_cache()
         self._opened_mib = free - _free_gpu_mib()
         return {
             "startup_seconds": startup,
@@ -106,18 +106,18 @@ class Subject:
         }
 
     def measure(self, seconds: float) -> dict[str, Any]:
-        """About ``seconds`` of encoding, one whole batch at least; the clock stops when the device is done."""
-        _forget_peak()
+        """Encode for about ``seconds``, one batch at least; the clock stops when the device is done."""
+        _reset_peak()
         free = _free_gpu_mib()
         self._encode(1)
         batch = len(self._pixels)
         calls = max(1, math.ceil(seconds / self._settled))
-        # Calls queue up on a GPU, as they do in a job; the latency of one call is another question.
+        # Calls queue up on a GPU, as in a job; latency is measured call by call, at batch 1 only.
         latencies = [self._encode(1) for _ in range(calls)] if batch == 1 else []
         taken = sum(latencies) if latencies else self._encode(calls)
-        # Only one child moves at a time: what is gone from the device meanwhile, this one took.
+        # Only one child works at a time: memory that the device lost meanwhile is used by this one.
         device_mib = self._opened_mib + free - _free_gpu_mib()
-        self._rest()
+        self._free_cache()
         return {
             "images_per_second": batch * calls / taken,
             "latencies": latencies,
@@ -135,29 +135,26 @@ class Subject:
             torch.cuda.synchronize(self._encoder.device)
         return time.perf_counter() - began
 
-    def _warm_up(self, seconds: float) -> None:
-        self._settled = settle(partial(self._encode, 1), patience=PATIENCE * seconds)
-
-    def _let_go(self) -> None:
+    def _release(self) -> None:
         self._encoder, self._pixels = None, torch.empty(0)
         if self._row.compile != "none":
             torch.compiler.reset()
         gc.collect()
-        self._rest()
+        self._free_cache()
 
-    def _rest(self) -> None:
-        """Leave the device's memory to the others."""
+    def _free_cache(self) -> None:
+        """Return cached memory of the device, for the other children."""
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
 
 
 def config_from(values: dict[str, Any]) -> Config:
-    """The config of ``dataclasses.asdict``."""
+    """The config from the values of ``dataclasses.asdict``."""
     return Config(**{name: kind(**values[name]) for name, kind in get_type_hints(Config).items()})
 
 
 def _batch(memory_order: torch.Tensor, start: int, size: int) -> torch.Tensor:
-    """``size`` pictures from ``start`` on, begun again where they end: uint8 ``[B, 3, H, W]``."""
+    """``size`` images from ``start`` on, from the first one again at the end: uint8 ``[B, 3, H, W]``."""
     return memory_order[(torch.arange(size) + start) % len(memory_order)].permute(0, 3, 1, 2)
 
 
@@ -181,8 +178,8 @@ def _bank(config: Config, checkpoint: Checkpoint) -> TextBank:
     return build_bank(checkpoint, read_labels(prompts), prompts, config.labels)
 
 
-def _forget_peak() -> None:
-    """Begin the peak of resident memory anew, where the system can."""
+def _reset_peak() -> None:
+    """Reset the peak of resident memory, where the system can."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 

@@ -1,8 +1,8 @@
-"""The order of a benchmark: one child for each row, opened and measured in turn, batch size by batch size.
+"""Measure the backends: one child process for each row, batch size by batch size, round by round.
 
-All rows at one batch size are open together, each in its process, and the rounds go over all of them, so that a
-machine that slows down for a while slows all rows. Batch sizes are the outer loop: a child holds one encoder at a
-time and no checkpoint while it waits, or the idle children would fill the memory.
+All rows are open at one batch size at a time, each in its process, and every round goes over all of them, so that a
+machine that slows down for a while slows all rows. Batch sizes are the outer loop: a waiting child holds one encoder
+and no checkpoint, as idle children would fill the memory otherwise.
 """
 
 from __future__ import annotations
@@ -14,20 +14,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.bench.child import Child, Died, Refused
+from pipeline.bench.command import progress
 from pipeline.bench.records import Measurement, Result, Row
 from pipeline.bench.selection import BATCHES, REFERENCE, for_device
-from pipeline.bench.worker_process import Child, Died, Refused
 from pipeline.config.schema import Config
 from pipeline.core.errors import PipelineError
 from pipeline.core.records import Parity
 
-# What the reference's child leaves for the others.
+# Files that the reference's child writes for the others.
 SAMPLE, BANK = "sample.npz", "bank.npz"
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to measure: rows and batch sizes (None: by device), rounds, seconds for each, and the limit of an answer."""
+    """Rows and batch sizes (None: by device), rounds, seconds of one measurement, and the timeout of an answer."""
 
     rows: Sequence[Row]
     batches: Sequence[int] | None
@@ -37,7 +38,7 @@ class Plan:
 
 
 class _Entry:
-    """A row on its way: its child while it can still be measured, and what is known by now."""
+    """A row, its child until the first error, and its results so far."""
 
     def __init__(self, row: Row, child: Child, timeout: float) -> None:
         self.row, self._child, self._timeout = row, child, timeout
@@ -63,12 +64,12 @@ class _Entry:
         return None
 
     def ask(self, request: Mapping[str, object]) -> dict[str, Any] | None:
-        """Send and receive."""
+        """Send a request and receive its answer."""
         self.send(request)
         return self.receive()
 
     def result(self) -> Result:
-        """What came of the row."""
+        """The measurements and the failure of the row."""
         failure = str(self.error) if self.error else None
         if failure and self.done:
             failure = f"stopped after batch {self.done[-1].batch}: {failure}"
@@ -87,25 +88,20 @@ class _Entry:
 
 
 def start_child(row: Row, work: Path) -> Child:
-    """A process for the row, with compiler caches of its own in ``work``, so that start-up means start-up."""
+    """Start the process of a row. Its compiler caches are its own and empty, so that start-up includes compiling."""
     folder = work / row.file_name
     caches = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "TRITON_CACHE_DIR": str(folder / "triton")}
     command = [sys.executable, "-m", "pipeline.bench.worker"]
-    return Child(command, complaints=work / f"{row.file_name}.log", environment=caches)
+    return Child(command, log=work / f"{row.file_name}.log", environment=caches)
 
 
 def run(
-    config: Config,
-    plan: Plan,
-    work: Path,
-    *,
-    say: Callable[[str], None],
-    start: Callable[[Row, Path], Child] = start_child,
+    config: Config, plan: Plan, work: Path, *, start: Callable[[Row, Path], Child] = start_child
 ) -> tuple[list[Result], dict[str, Any]]:
-    """Measure every row; the results, the reference first, and what the reference's child told of the machine.
+    """Measure every row; return the results, the reference first, and the facts of the machine and the sample.
 
     Raises:
-        PipelineError: the reference itself cannot run, so that there is nothing to compare with.
+        PipelineError: the reference cannot run, so that there is nothing to compare with.
     """
     with ExitStack() as stack:
 
@@ -116,7 +112,7 @@ def run(
             entry.send(_set_up(row, config, work))
             return entry
 
-        say("opening the model, drawing the sample, embedding the labels")
+        progress("opening the model, drawing the sample, embedding the labels")
         reference = enter(REFERENCE)
         reference.receive()
         facts = reference.ask({"do": "prepare"})
@@ -124,63 +120,83 @@ def run(
             raise _no_reference(reference)
         # The others load their libraries side by side; from then on only one child works at a time.
         rows = for_device(plan.rows, facts["device"])[1:]
-        say(f"starting {len(rows)} more processes")
+        progress(f"starting {len(rows)} more processes")
         entries = [reference, *map(enter, rows)]
         for entry in entries[1:]:
             entry.receive()
         batches = plan.batches or BATCHES[facts["device"]]
         for number, batch in enumerate(batches, start=1):
-            _measure(entries, batch, plan, work, say, place=f"batch {batch} ({number} of {len(batches)})")
+            place = f"batch {batch} ({number} of {len(batches)})"
+            opened = _open(entries, batch, plan, work, place)
+            if opened:
+                _measure(entries, opened, plan, place)
+            _collect(entries, opened, batch, plan, work)
             if not reference.done:
                 raise _no_reference(reference)
         return [entry.result() for entry in entries], facts
 
 
-def _measure(
-    entries: list[_Entry], batch: int, plan: Plan, work: Path, say: Callable[[str], None], *, place: str
-) -> None:
-    """Open every row that is left at one batch size, then measure them in turn, round by round."""
-    opened: dict[Row, dict[str, Any]] = {}
-    for entry in [entry for entry in entries if entry.error is None]:
+@dataclass(slots=True)
+class _Opened:
+    """The answers of one row at one batch size: of opening it, and of each round."""
+
+    facts: dict[str, Any]
+    rounds: list[dict[str, Any]]
+
+
+def _open(entries: Sequence[_Entry], batch: int, plan: Plan, work: Path, place: str) -> dict[Row, _Opened]:
+    """Open the rows that have not failed; empty where the reference fails at its first batch size."""
+    opened = {}
+    for entry in entries:
+        if entry.error is not None:
+            continue
         vectors = str(_vectors(work, entry.row, batch))
-        answer = entry.ask({"do": "open", "batch": batch, "vectors": vectors, "seconds": plan.seconds})
-        if answer is not None:
-            opened[entry.row], entry.facts = answer, answer
-            say(f"{place}: {entry.result().title} opened in {answer['startup_seconds']:.1f} s")
+        facts = entry.ask({"do": "open", "batch": batch, "vectors": vectors, "seconds": plan.seconds})
+        if facts is not None:
+            opened[entry.row], entry.facts = _Opened(facts, []), facts
+            progress(f"{place}: {entry.result().title} opened in {facts['startup_seconds']:.1f} s")
         else:
-            say(f"{place}: {entry.result().title} cannot run: {entry.error}")
-        if entry is entries[0] and answer is None and not entry.done:
-            return
-    rounds: dict[Row, list[dict[str, Any]]] = {row: [] for row in opened}
+            progress(f"{place}: {entry.result().title} cannot run: {entry.error}")
+            if entry is entries[0] and not entry.done:
+                return {}
+    return opened
+
+
+def _measure(entries: Sequence[_Entry], opened: Mapping[Row, _Opened], plan: Plan, place: str) -> None:
+    """Measure the opened rows in turn, round by round."""
     for number in range(plan.repeats):
-        said = []
-        turn = number % len(entries)
         # Each round begins with another row, so that none always follows the same one.
-        for entry in entries[turn:] + entries[:turn]:
-            answer = entry.ask({"do": "measure", "seconds": plan.seconds}) if entry.row in opened else None
+        turn, words = number % len(entries), []
+        for entry in [*entries[turn:], *entries[:turn]]:
+            # A row that failed in an earlier round is out.
+            if entry.row not in opened or len(opened[entry.row].rounds) < number:
+                continue
+            answer = entry.ask({"do": "measure", "seconds": plan.seconds})
             if answer is not None:
-                rounds[entry.row].append(answer)
-                said.append(f"{entry.result().title} {answer['images_per_second']:.1f}")
-            elif entry.row in opened and len(rounds[entry.row]) == number:
-                said.append(f"{entry.result().title} died")
-        say(f"{place}, round {number + 1} of {plan.repeats}, images/s: {', '.join(said)}")
+                opened[entry.row].rounds.append(answer)
+            words.append(f"{entry.result().title} {answer['images_per_second']:.1f}" if answer else _failed(entry))
+        progress(f"{place}, round {number + 1} of {plan.repeats}, images/s: {', '.join(words)}")
+
+
+def _collect(entries: Sequence[_Entry], opened: Mapping[Row, _Opened], batch: int, plan: Plan, work: Path) -> None:
+    """Add a measurement to every row that has finished all rounds."""
     origin = entries[0].done[0].batch if entries[0].done else batch
     for entry in entries:
-        answers = rounds.get(entry.row, [])
-        if len(answers) == plan.repeats:
+        found = opened.get(entry.row)
+        if found is not None and len(found.rounds) == plan.repeats:
             parity = _parity(work, _vectors(work, entry.row, batch), _vectors(work, REFERENCE, origin))
-            entry.done.append(_measurement(batch, opened[entry.row], answers, parity))
+            entry.done.append(_measurement(batch, found, parity))
 
 
-def _measurement(batch: int, opened: dict[str, Any], answers: list[dict[str, Any]], parity: Parity) -> Measurement:
+def _measurement(batch: int, opened: _Opened, parity: Parity) -> Measurement:
     return Measurement(
         batch=batch,
-        startup_seconds=opened["startup_seconds"],
-        images_per_second=tuple(answer["images_per_second"] for answer in answers),
-        latencies=tuple(seconds for answer in answers for seconds in answer["latencies"]),
-        start_rss=opened["start_rss"],
-        rss=max(answer["rss"] for answer in answers),
-        device=max(answer["device"] for answer in answers),
+        startup_seconds=opened.facts["startup_seconds"],
+        images_per_second=tuple(answer["images_per_second"] for answer in opened.rounds),
+        latencies=tuple(seconds for answer in opened.rounds for seconds in answer["latencies"]),
+        start_rss=opened.facts["start_rss"],
+        rss=max(answer["rss"] for answer in opened.rounds),
+        device=max(answer["device"] for answer in opened.rounds),
         lowest_cosine=parity.lowest_cosine,
         mean_cosine=parity.mean_cosine,
         top1=1.0 if parity.top1 is None else parity.top1,
@@ -188,7 +204,7 @@ def _measurement(batch: int, opened: dict[str, Any], answers: list[dict[str, Any
 
 
 def _parity(work: Path, vectors: Path, reference: Path) -> Parity:
-    """How far the vectors of one file are from those of the other."""
+    """Compare the vectors of two files."""
     import numpy as np
     import torch
 
@@ -206,18 +222,22 @@ def _parity(work: Path, vectors: Path, reference: Path) -> Parity:
 def _set_up(row: Row, config: Config, work: Path) -> dict[str, Any]:
     values = asdict(config)
     if config.backend.artifacts is None:
-        # A store of its own for each row, empty at first: the first start then shows what exporting takes. Nothing
-        # in it is used for a job, so that what misses the thresholds may come into the table, with its figures.
+        # Each row has its own store, empty at first: the first start then includes exporting. No job uses what is in
+        # it, so a backend that misses the thresholds may come into the table, with its figures.
         values["backend"]["artifacts"] = str(work / row.file_name / "artifacts")
         for name in ("lowest_cosine", "mean_cosine", "top1"):
             values["parity"][name] = dict.fromkeys(values["parity"][name], 0.0)
-    return {"config": values, "row": asdict(row), "work": str(work)}
+    return {"kind": "backend", "config": values, "row": asdict(row), "work": str(work)}
 
 
 def _vectors(work: Path, row: Row, batch: int) -> Path:
     return work / f"{row.file_name}-{batch}.npy"
 
 
+def _failed(entry: _Entry) -> str:
+    return f"{entry.result().title} failed"
+
+
 def _no_reference(entry: _Entry) -> PipelineError:
-    """The reference's own error, which knows its exit code."""
+    """The reference's own error, with its exit code."""
     return entry.error or PipelineError("torch fp32, which all rows are compared with, could not be measured")

@@ -1,234 +1,179 @@
-"""The order of a benchmark of the pipeline: rounds over stages, runs of the job and other tools, one at a time.
+"""Measure the pipeline: rounds over the stages and the whole job, one at a time.
 
-The stages live in one child, which waits while the others run, each in a new process.
+One child process holds the stages, and waits while the job runs in another one.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import re
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.bench import baselines
-from pipeline.bench.pipeline_records import PipelineBench, Plan, RunRounds, StageRounds, merged, quoted
-from pipeline.bench.subprocesses import run_command
-from pipeline.bench.worker_process import Child
+from pipeline.bench.child import Child
+from pipeline.bench.command import progress
+from pipeline.bench.pipeline_records import JobRounds, StageRounds
 from pipeline.config.compose import compose_config
-from pipeline.config.schema import Config
 from pipeline.core.errors import PipelineError
+from pipeline.core.processes import spent
 from pipeline.core.records import Stage
 
 STAGES = ("rows", Stage.READ, Stage.DECODE, Stage.COPY, Stage.ENCODE, Stage.LABEL, Stage.WRITE)
-Say = Callable[[str], None]
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to measure.
+
+    ``images`` of the manifest, or scenes of ``size`` (width, height) where there is none; ``decoders`` besides the
+    config's own; ``seconds`` of one stage in one round.
+    """
+
+    images: int | None
+    size: tuple[int, int]
+    decoders: tuple[str, ...]
+    repeats: int
+    seconds: float
+    timeout: float
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """The rounds of the stages, of other decoders and of the job, and the facts of the machine and the images."""
+
+    stages: tuple[StageRounds, ...]
+    decoders: tuple[StageRounds, ...]
+    job: JobRounds
+    facts: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
 class _Entry:
-    """One turn of every round: what does it, and what came of it so far."""
+    """A stage or the job: one measurement, and the answers of the rounds so far."""
 
     title: str
-    turn: Callable[[int], dict[str, Any]]
-    unit: str = "images_per_second"
+    measure: Callable[[], dict[str, Any]]
     answers: list[dict[str, Any]] = field(default_factory=list)
-    failure: str | None = None
 
     def column(self, name: str) -> tuple[float, ...]:
         return tuple(answer[name] for answer in self.answers)
 
-    def most(self, name: str) -> float:
-        return max((answer.get(name, 0.0) for answer in self.answers), default=0.0)
 
-
-def run(overrides: Sequence[str], plan: Plan, work: Path, *, say: Say) -> PipelineBench:
-    """Measure everything; in ``images`` an @ stands for what the images are.
+def run(overrides: Sequence[str], plan: Plan, work: Path) -> Measured:
+    """Measure the stages and the job of a config.
 
     Raises:
-        PipelineError: the stages or the job as given cannot run.
+        PipelineError: one of them cannot run.
     """
     config = compose_config(list(overrides))
     decoders = [name for name in dict.fromkeys(plan.decoders) if name != config.images.decoder]
-    command = [sys.executable, "-m", "pipeline.bench.worker"]
-    with closing(Child(command, complaints=work / "stages.log", environment={})) as child:
-        say("decoding the images once, opening the model" + (", saving it for the other tools" if plan.tools else ""))
-        setup = {"config": dataclasses.asdict(config), "work": str(work), "images": plan.images, "decoders": decoders}
-        child.ask({"kind": "stages", **setup, "tools": plan.tools}, timeout=plan.timeout)
+    with closing(Child([sys.executable, "-m", "pipeline.bench.worker"], log=work / "stages.log")) as child:
+        progress("decoding the images once, opening the model")
+        images = {"work": str(work), "images": plan.images, "decoders": decoders}
+        child.ask({"kind": "stages", "config": asdict(config), **images}, timeout=plan.timeout)
         facts = child.ask({"do": "facts"}, timeout=plan.timeout)
-        job = _Job(work, facts, plan.timeout)
 
-        def stage(name: str, decoder: str | None) -> Callable[[int], dict[str, Any]]:
+        def stage(name: str, decoder: str | None = None) -> _Entry:
             request = {"do": "measure", "stage": name, "seconds": plan.seconds, "decoder": decoder}
-            return lambda number: child.ask(request, timeout=plan.timeout)
+            title = f"{name} ({decoder})" if decoder else name
+            return _Entry(title, partial(child.ask, request, timeout=plan.timeout))
 
-        stages = [_Entry(str(name), stage(str(name), None)) for name in STAGES]
-        others = [_Entry(f"decode ({name})", stage(Stage.DECODE, name)) for name in decoders]
-        ours = []
-        for more in ((), *plan.ours):
-            every = merged(overrides, more)
-            title = " ".join(more) or "as given"
-            ours.append(_Entry(f"the job, {title}", job.turn(every), "steady"))
-            if more:
-                say(f"opening once: {title}")
-                child.ask({"do": "warm", "config": dataclasses.asdict(compose_config(every))}, timeout=plan.timeout)
-        theirs = [_Entry(name, job.tool(name, plan)) for name in baselines.installed()] if plan.tools else []
-        for entry in theirs:
-            entry.unit = "steady"
-        _rounds([*stages, *others, *ours, *theirs], plan.repeats, say)
-        for entry in (*stages, *others, ours[0]):
-            if entry.failure is not None:
-                raise PipelineError(f"{entry.title}: {entry.failure}")
-    return _bench(config, plan, facts, stages, others, ours, theirs)
-
-
-def _rounds(entries: Sequence[_Entry], repeats: int, say: Say) -> None:
-    for number in range(repeats):
-        # Each round begins elsewhere, so that nothing always follows the same.
-        turn = number * len(entries) // repeats
-        for entry in [*entries[turn:], *entries[:turn]]:
-            if entry.failure is not None:
-                continue
-            try:
-                entry.answers.append(entry.turn(number))
-            except PipelineError as error:
-                entry.failure, entry.answers = str(error), []
-                say(f"round {number + 1} of {repeats}: {entry.title} failed: {error}")
-                continue
-            say(f"round {number + 1} of {repeats}: {entry.title} {entry.answers[-1][entry.unit]:,.1f} images/s")
-
-
-class _Job:
-    """Runs of the job and of other tools on the copied images."""
-
-    def __init__(self, work: Path, facts: dict[str, Any], timeout: float) -> None:
-        self._work, self._facts, self._timeout = work, facts, timeout
-
-    def turn(self, overrides: Sequence[str]) -> Callable[[int], dict[str, Any]]:
-        """A run of the job with ``overrides`` on the copied manifest."""
-        manifest, output = self._facts["manifest"], self._work / "dataset"
-        own = [f"manifest.{key}={quoted(str(value))}" for key, value in manifest.items() if key != "keep"]
-        own += ["manifest.keep=[]", f"output.dir={quoted(str(output))}", "report.progress=none"]
-        command = [sys.executable, "-m", "pipeline.run", *merged(overrides, own)]
-
-        def run(number: int) -> dict[str, Any]:
-            # A run that failed may have left its own, which another would refuse, or go on with.
-            shutil.rmtree(output, ignore_errors=True)
-            ran = run_command(command, log=self._work / "job.log", timeout=self._timeout)
-            report = json.loads((output / "_report.json").read_bytes())
-            images, memory = report["images"], report["memory"]
-            # Streams end their first batches together; the clock starts with the first of them.
-            wanted = report["config"]["backend"]["streams"]
-            on_cpu = report["machine"]["device"] == "cpu"
-            streams = (wanted or self._facts["streams"]) if on_cpu else 1
-            first = min(images - 1, streams * report["batch_sizes"][0])
-            return {
-                "steady": (images - first) / (report["wall_seconds"] - report["startup_seconds"]),
-                "command": images / ran.seconds,
-                "startup": report["startup_seconds"],
-                "core_seconds": ran.core_seconds / images,
-                "peak_mib": memory["peak_rss_mib"],
-                "peak_decoder_mib": memory.get("peak_decoder_mib", 0.0),
-                "peak_gpu_mib": memory.get("peak_gpu_mib", 0.0),
-            }
-
-        return run
-
-    def tool(self, name: str, plan: Plan) -> Callable[[int], dict[str, Any]]:
-        """A run of another tool on the same files."""
-        work, device = self._work, str(self._facts["machine"]["device"])
-        dtypes = {"bf16": "bfloat16", "fp16": "float16", "int8": "float16", "fp8": "float16"}
-        asked = {
-            "tool": name,
-            "model": str(work / "model"),
-            "files": str(work / "files.json"),
-            "prompts": json.loads((work / "prompts.json").read_text()),
-            "batch": plan.tool_batch,
-            "workers": self._facts["machine"]["cores"],
-            "device": device,
-            "dtype": "float32" if device == "cpu" else dtypes.get(self._facts["precision"], "float32"),
-            "out": str(work / "tool.parquet"),
-        }
-        request, answer = work / "request.json", work / "answer.json"
-
-        def run(number: int) -> dict[str, Any]:
-            request.write_text(json.dumps(asked))
-            command = [sys.executable, "-m", "pipeline.bench.baselines", str(request), str(answer)]
-            ran = run_command(command, log=work / "tool.log", timeout=self._timeout)
-            told, images = json.loads(answer.read_text()), self._facts["images"]
-            first = min(images - 1, plan.tool_batch)
-            return {
-                "steady": (images - first) / (told["written"] - told["first"]),
-                "command": images / ran.seconds,
-                "startup": told["first"] - ran.began,
-                "core_seconds": ran.core_seconds / images,
-                "peak_mib": told["peak_mib"],
-            }
-
-        return run
-
-
-def _bench(
-    config: Config,
-    plan: Plan,
-    facts: dict[str, Any],
-    stages: Sequence[_Entry],
-    others: Sequence[_Entry],
-    ours: Sequence[_Entry],
-    theirs: Sequence[_Entry],
-) -> PipelineBench:
-    def rounds(entry: _Entry, name: str, chosen: str | None) -> StageRounds:
-        return StageRounds(
-            name=name,
-            threads=entry.answers[0]["threads"],
-            images_per_second=entry.column("images_per_second"),
-            core_seconds=entry.column("core_seconds"),
-            decoder=chosen,
-        )
-
-    def whole(entry: _Entry, title: str, note: str) -> RunRounds:
-        return RunRounds(
-            title=title,
-            note=note,
-            steady=entry.column("steady"),
-            command=entry.column("command"),
-            startup=entry.column("startup"),
-            core_seconds=entry.column("core_seconds"),
-            peak_mib=entry.most("peak_mib"),
-            peak_decoder_mib=entry.most("peak_decoder_mib"),
-            peak_gpu_mib=entry.most("peak_gpu_mib"),
-            failure=entry.failure,
-        )
-
-    left_out = f", {facts['bad']} bad ones left out" if facts["bad"] else ""
-    return PipelineBench(
-        started="",
-        command="",
-        model=f"{config.model.name} ({'random weights' if config.model.weights == 'random' else 'pretrained'})",
-        images=f"{facts['images']:,} @ (median {facts['megapixels']:.2f} megapixels, {facts['kilobytes']:,.0f} kB"
-        f"{left_out}; {facts['held']:,} in memory for the stages alone)",
-        backend=facts["backend"],
-        decoder=config.images.decoder,
-        labels=facts["labels"],
-        batch=facts["batch"],
-        streams=facts["streams"],
-        padding=padding(facts["images"], config.manifest.shard_rows, facts["batch"]),
-        repeats=plan.repeats,
-        seconds=plan.seconds,
-        machine=facts["machine"],
-        versions={},
-        stages=tuple(rounds(entry, entry.title, None) for entry in stages),
-        decoders=tuple(rounds(entry, Stage.DECODE, entry.title.split("(")[1][:-1]) for entry in others),
-        ours=tuple(whole(entry, entry.title, "") for entry in ours),
-        tools=tuple(whole(entry, entry.title, baselines.NOTES[entry.title]) for entry in theirs),
+        stages = {str(name): stage(str(name)) for name in STAGES}
+        others = {name: stage(Stage.DECODE, name) for name in decoders}
+        job = _Entry("the job", partial(run_job, overrides, facts, work, timeout=plan.timeout))
+        _measure([*stages.values(), *others.values(), job], plan.repeats)
+    return Measured(
+        stages=tuple(_stage_rounds(name, entry) for name, entry in stages.items()),
+        decoders=tuple(_stage_rounds(Stage.DECODE, entry, decoder=name) for name, entry in others.items()),
+        job=JobRounds(
+            steady=job.column("images_per_second"),
+            command=job.column("command"),
+            startup=job.column("startup"),
+            core_seconds=job.column("core_seconds"),
+            peak_mib=max(job.column("peak_mib")),
+            peak_decoder_mib=max(job.column("peak_decoder_mib")),
+            peak_gpu_mib=max(job.column("peak_gpu_mib")),
+        ),
+        facts=facts,
     )
 
 
+def run_job(overrides: Sequence[str], facts: Mapping[str, Any], work: Path, *, timeout: float) -> dict[str, Any]:
+    """Run the whole job on the copied manifest, in a process of its own.
+
+    Raises:
+        Died: it failed, or exceeded ``timeout`` seconds.
+    """
+    output = work / "dataset"
+    own = [f"manifest.{key}={quoted(str(value))}" for key, value in facts["manifest"].items() if key != "keep"]
+    own += ["manifest.keep=[]", f"output.dir={quoted(str(output))}", "report.progress=none"]
+    command = [sys.executable, "-m", "pipeline.run", *merged(overrides, own)]
+    # A job would refuse, or resume, the output of an earlier round.
+    shutil.rmtree(output, ignore_errors=True)
+    before, began = spent(), time.perf_counter()
+    with closing(Child(command, log=work / "job.log", answers=False)) as child:
+        child.wait(timeout=timeout)
+    seconds = time.perf_counter() - began
+    report = json.loads((output / "_report.json").read_bytes())
+    images, memory = report["images"], report["memory"]
+    # Batches side by side end together; the clock starts with the first of them.
+    first = min(images - 1, facts["streams"] * report["batch_sizes"][0])
+    return {
+        "images_per_second": (images - first) / (report["wall_seconds"] - report["startup_seconds"]),
+        "command": images / seconds,
+        "startup": report["startup_seconds"],
+        # The other child waits meanwhile, and spends next to nothing.
+        "core_seconds": (spent() - before).children / images,
+        "peak_mib": memory["peak_rss_mib"],
+        "peak_decoder_mib": memory.get("peak_decoder_mib", 0.0),
+        "peak_gpu_mib": memory.get("peak_gpu_mib", 0.0),
+    }
+
+
 def padding(images: int, shard_rows: int, batch: int) -> float:
-    """The share of the encoder's places that hold no image of their own, where all images are good."""
+    """The share of padding among the encoder's rows, where no image fails."""
     whole, rest = divmod(images, shard_rows)
     batches = whole * -(-shard_rows // batch) + -(-rest // batch)
     return 1 - images / (batches * batch)
+
+
+def merged(overrides: Sequence[str], more: Sequence[str]) -> list[str]:
+    """The overrides with ``more``, which replace those of the same key."""
+    keys = {text.partition("=")[0] for text in more}
+    return [*(text for text in overrides if text.partition("=")[0] not in keys), *more]
+
+
+def quoted(text: str) -> str:
+    """A value in the quotes of Hydra's grammar, with any character in it."""
+    escaped = re.sub(r"(\\+)(?='|$)", r"\1\1", text).replace("'", r"\'")
+    return f"'{escaped}'"
+
+
+def _measure(entries: Sequence[_Entry], repeats: int) -> None:
+    for number in range(repeats):
+        # Each round begins with another entry, so that none always follows the same one.
+        turn = number * len(entries) // repeats
+        for entry in [*entries[turn:], *entries[:turn]]:
+            try:
+                entry.answers.append(entry.measure())
+            except PipelineError as error:
+                raise PipelineError(f"{entry.title}: {error}") from error
+            rate = entry.answers[-1]["images_per_second"]
+            progress(f"round {number + 1} of {repeats}: {entry.title} {rate:,.1f} images/s")
+
+
+def _stage_rounds(name: str, entry: _Entry, decoder: str | None = None) -> StageRounds:
+    return StageRounds(
+        name=name,
+        threads=entry.answers[0]["threads"],
+        images_per_second=entry.column("images_per_second"),
+        core_seconds=entry.column("core_seconds"),
+        decoder=decoder,
+    )

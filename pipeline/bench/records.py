@@ -1,4 +1,4 @@
-"""The frozen types of a benchmark of backends."""
+"""Records of a benchmark of backends."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipeline.config.schema import ParityConfig
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the table: a backend and how it is opened; :mod:`pipeline.bench.selection` has its short form."""
+    """A row of the table: a backend and its options; :mod:`pipeline.bench.selection` reads its short form."""
 
     backend: str
     precision: str = "auto"
@@ -20,11 +20,11 @@ class Row:
 
     @property
     def file_name(self) -> str:
-        """A name for the row's files, different for each row."""
+        """The name of the row's files, unique among all rows."""
         return "-".join([self.backend, self.precision, self.compile, self.quantization])
 
     def title(self, precision: str) -> str:
-        """What people read, such as ``torch bf16 compiled``; ``precision`` is the one that was opened."""
+        """A title such as ``torch bf16 compiled``; ``precision`` is the one that was opened."""
         words = [self.backend]
         if len(PRECISIONS.get(self.backend, ())) != 1 and precision != "auto":
             words.append(precision)
@@ -35,7 +35,7 @@ class Row:
         return " ".join(words)
 
     def overrides(self, precision: str) -> list[str]:
-        """What to type behind ``python -m pipeline.run`` to get it."""
+        """The overrides of ``python -m pipeline.run`` that choose it."""
         words = [f"backend={self.backend}"]
         if len(PRECISIONS.get(self.backend, ())) != 1:
             words.append(f"backend.precision={precision}")
@@ -52,8 +52,8 @@ class Measurement:
 
     ``startup_seconds`` is opening the encoder and its first batch. ``images_per_second`` has one value for each
     round, and ``latencies`` the seconds of every single call (batch 1 only). Memory is in MiB: ``start_rss`` the
-    peak of resident memory up to the first batch, ``rss`` the peak while measuring, ``device`` what it holds of the
-    GPU's memory besides the CUDA context (0 on the CPU).
+    peak of resident memory up to the first batch, ``rss`` the peak while measuring, ``device`` the GPU memory it
+    holds besides the CUDA context (0 on the CPU).
     """
 
     batch: int
@@ -70,7 +70,7 @@ class Measurement:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """All that is known of one row; ``failure`` says why it could not run, or why it stopped after ``at``."""
+    """The measurements of one row; ``failure`` is the reason why it could not run, or why it stopped after ``at``."""
 
     row: Row
     precision: str
@@ -81,7 +81,7 @@ class Result:
 
     @property
     def title(self) -> str:
-        """What people read."""
+        """The row's title, with the precision that was opened."""
         return self.row.title(self.precision)
 
 

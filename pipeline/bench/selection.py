@@ -1,4 +1,4 @@
-"""Which rows the table has: all there are, or those of ``--only``."""
+"""The rows of the table: all that exist, or those of ``--only``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pipeline.config.ranges import CHOICES, PRECISIONS
 from pipeline.config.schema import nearest
 from pipeline.core.errors import Problem
 
-# A mode of torch.compile that depends on the device, settled by ``for_device``.
+# The mode of torch.compile that suits the device, which ``for_device`` puts in its place.
 COMPILED = "compiled"
 REFERENCE = Row("torch", "fp32")
 ROWS = (
@@ -33,7 +33,7 @@ BATCHES = {"cpu": (1, 8, 32, 64), "cuda": (1, 8, 32, 64, 128, 256)}
 
 
 def read_only(text: str) -> tuple[list[Row], list[Problem]]:
-    """The rows of ``--only``, and what is wrong with it.
+    """The rows of ``--only``, and its problems.
 
     A backend alone stands for all its rows; words behind it, in any order, choose one:
     ``torch:bf16:compiled``, ``torch:fp16:max-autotune``, ``onnx_int8:static``.
@@ -57,7 +57,7 @@ def read_only(text: str) -> tuple[list[Row], list[Problem]]:
 
 
 def read_batches(text: str) -> tuple[list[int], list[Problem]]:
-    """The batch sizes of ``--batches``, ascending, and what is wrong with it."""
+    """The batch sizes of ``--batches``, ascending, and its problems."""
     sizes, problems = set(), []
     for part in text.split(","):
         if part.strip().isdecimal() and 1 <= int(part) <= 65_536:
@@ -70,12 +70,12 @@ def read_batches(text: str) -> tuple[list[int], list[Problem]]:
 def for_device(rows: Sequence[Row], device: str) -> list[Row]:
     """The rows as they are opened on ``cpu`` or ``cuda``, the reference first."""
     mode = "reduce-overhead" if device == "cuda" else "default"
-    settled = [replace(row, compile=mode) if row.compile == COMPILED else row for row in rows]
-    return list(dict.fromkeys([REFERENCE, *settled]))
+    chosen = [replace(row, compile=mode) if row.compile == COMPILED else row for row in rows]
+    return list(dict.fromkeys([REFERENCE, *chosen]))
 
 
 def _read_words(name: str, words: list[str]) -> tuple[Row, str]:
-    """The row, and the first word that the backend does not take."""
+    """The row, and the first word that is no option of the backend (or empty)."""
     precisions = PRECISIONS[name]
     row = Row(name, precisions[0] if len(precisions) == 1 else "auto")
     for word in words:

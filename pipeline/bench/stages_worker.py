@@ -1,17 +1,17 @@
-"""What a child does for the benchmark of the pipeline: hold the images, and run one stage alone on request.
+"""The child process of the stages: it holds the images in memory, and runs one stage alone on request.
 
-Each stage does what it does in the job, with as many threads and processes, and goes on where it stopped the last time.
+Each stage works as in the job, with as many threads and processes, and continues where its last measurement ended.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +19,19 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from pipeline.backends.base import ImageEncoder
 from pipeline.backends.devices import choose_device
 from pipeline.backends.streams import Streams, count_streams
 from pipeline.bench.backend_worker import config_from
-from pipeline.bench.inputs import copy_images, save_model
-from pipeline.bench.throughput import Race, Unit
-from pipeline.config.schema import Config
+from pipeline.bench.images import take_images
+from pipeline.bench.timing import measure
 from pipeline.core.processes import cores
 from pipeline.core.records import Embeddings, ImageRef, Pixels, Sample, ShardRows, Stage
 from pipeline.dataset.commits import commit_part
 from pipeline.dataset.parts import ShardResult, build_table, part_format
-from pipeline.engine.loop import open_encoder
+from pipeline.engine.loop import open_at, open_reader
+from pipeline.engine.prepare import images_compared, spec_of
 from pipeline.engine.sample import draw_sample
-from pipeline.images.factory import pixel_reader, worker_threads
+from pipeline.images.factory import worker_threads
 from pipeline.images.reader import PixelReader
 from pipeline.manifest.manifest import open_manifest
 from pipeline.manifest.shards import ShardReader, cut, refs
@@ -47,109 +46,91 @@ ROWS = "rows"
 HELD_BATCHES = 8
 # Calls that are queued on a GPU before the next one waits.
 QUEUED = 2
+# One piece of a stage's work, by its number; returns the number of its images.
+Unit = Callable[[int], int]
 
 
 class Stages:
-    """The images of the job in memory, its encoder, and the stages to run on them.
+    """The images of the job in memory, its encoder, and the stages.
 
     Args:
-        config: as ``dataclasses.asdict`` gives it.
+        config: the values of ``dataclasses.asdict``.
         work: an empty folder.
-        images: how many are wanted; None for those that the manifest has, up to a limit.
-        decoders: those to measure besides the config's own.
-        tools: save model and images as files that other tools load.
+        images: the number of images; None for those of the manifest, up to a limit.
+        decoders: decoders to measure besides the config's own.
     """
 
-    def __init__(self, config: dict[str, Any], work: str, images: int | None, decoders: list[str], tools: bool) -> None:
-        asked = config_from(config)
-        self._work, self._open = Path(work), ExitStack()
-        self._races: dict[str, Race] = {}
+    def __init__(self, config: dict[str, Any], work: str, images: int | None, decoders: list[str]) -> None:
+        given = config_from(config)
+        self._work, self._opened = Path(work), ExitStack()
+        self._numbers: dict[str, Iterator[int]] = {}
         self._parts = itertools.count()
-        self._device = choose_device(asked.backend.device)
-        self._checkpoint = open_checkpoint(asked.model)
-        self._spec = dataclasses.replace(self._checkpoint.spec, corner=asked.images.crop_corner)
-        given = open_manifest(asked.manifest)
-        with pixel_reader(asked, given.root, self._spec) as reader:
-            copies = copy_images(given, reader, self._work, count=images, files=tools, threads=worker_threads(asked))
-        self._encoded, self._pixels, self._copies = copies.encoded, copies.pixels, copies
-        self._config = dataclasses.replace(asked, manifest=dataclasses.replace(asked.manifest, **copies.manifest))
+        self._device = choose_device(given.backend.device)
+        self._checkpoint = open_checkpoint(given.model)
+        self._spec = spec_of(given, self._checkpoint)
+        manifest = open_manifest(given.manifest)
+        with open_reader(given, manifest, self._spec) as reader:
+            self._images = take_images(manifest, reader, self._work, count=images, threads=worker_threads(given))
+        self._config = dataclasses.replace(given, manifest=dataclasses.replace(given.manifest, **self._images.manifest))
         self._manifest = open_manifest(self._config.manifest)
-        labels = read_labels(asked.prompts)
-        self._bank = build_bank(self._checkpoint, labels, asked.prompts, asked.labels)
+        self._batch = min(given.loader.batch_size, self._manifest.rows, given.manifest.shard_rows)
+        self._bank = build_bank(self._checkpoint, read_labels(given.prompts), given.prompts, given.labels)
         self._features = torch.from_numpy(self._bank.features).to(self._device)
-        self._streams = self._open.enter_context(Streams(self._device, self._count()))
-        self._encoder = self._opened(self._config)
-        self._readers = {name: self._reader(name) for name in dict.fromkeys([asked.images.decoder, *decoders])}
-        if tools:
-            save_model(self._checkpoint, self._work / "model")
-            (self._work / "prompts.json").write_text(json.dumps([each[0] for each in labels.prompts]))
+        self._encoder = open_at(self._config, self._checkpoint, self._sample, self._batch)
+        self._threads = count_streams(given.backend.streams, self._device)
+        self._streams = self._opened.enter_context(Streams(self._device, self._threads))
+        self._readers = {name: self._reader(name) for name in dict.fromkeys([given.images.decoder, *decoders])}
 
     def facts(self) -> dict[str, Any]:
-        """What the machine and the images are, and the manifest that was made of them, as values for the config."""
+        """The machine, the images, and their manifest as values for the config."""
         return {
-            **dataclasses.asdict(self._copies.facts),
-            "manifest": self._copies.manifest,
+            **self._images.facts(),
+            "manifest": self._images.manifest,
             "batch": self._batch,
             "labels": len(self._bank.names),
             "backend": f"{self._encoder.name} {self._encoder.precision}",
-            "precision": self._encoder.precision,
-            "streams": self._count(),
+            "streams": self._threads,
             "machine": {
                 **machine(str(self._device), cores()),
                 "instructions": torch.backends.cpu.get_cpu_capability(),
             },
         }
 
-    def warm(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Open another backend of the job once, so that what it exports is there when its run is timed."""
-        other = config_from(config)
-        encoder = self._opened(dataclasses.replace(other, manifest=self._config.manifest))
-        return {"backend": f"{encoder.name} {encoder.precision}"}
-
     def measure(self, stage: str, seconds: float, decoder: str | None = None) -> dict[str, Any]:
         """Run ``stage`` alone for about ``seconds``: images/s, core seconds of an image, threads."""
         unit, threads = self._unit(stage, decoder)
-        race = self._races.setdefault(f"{stage} {decoder}", Race())
+        numbers = self._numbers.setdefault(f"{stage} {decoder}", itertools.count())
         with ThreadPoolExecutor(threads) as pool:
             submit = self._streams.submit if stage in (Stage.ENCODE, Stage.LABEL) else pool.submit
-            pace = race.run(unit, threads=threads, seconds=seconds, submit=submit, finish=self._finish)
+            throughput = measure(
+                lambda: unit(next(numbers)), threads=threads, seconds=seconds, submit=submit, finish=self._finish
+            )
         shutil.rmtree(self._work / "parts", ignore_errors=True)
-        return {**dataclasses.asdict(pace), "threads": threads}
+        return {**dataclasses.asdict(throughput), "threads": threads}
 
     def _finish(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
-    @property
-    def _batch(self) -> int:
-        return min(self._config.loader.batch_size, self._manifest.rows, self._config.manifest.shard_rows)
-
-    def _count(self) -> int:
-        return count_streams(self._config.backend.streams, self._device)
-
-    def _opened(self, config: Config) -> ImageEncoder:
-        def sample() -> Sample:
-            with pixel_reader(config, self._manifest.root, self._spec) as reader:
-                found = draw_sample(self._manifest, reader, 2 * config.parity.images)
-            if found is None:
-                raise RuntimeError("images that could be decoded before cannot be decoded now")
-            return found
-
-        sized = dataclasses.replace(config, loader=dataclasses.replace(config.loader, batch_size=self._batch))
-        return self._streams.submit(lambda: open_encoder(sized, self._checkpoint, sample)).result()
+    def _sample(self) -> Sample:
+        with open_reader(self._config, self._manifest, self._spec) as reader:
+            found = draw_sample(self._manifest, reader, images_compared(self._config))
+        if found is None:
+            raise RuntimeError("images that could be decoded before cannot be decoded now")
+        return found
 
     def _reader(self, decoder: str) -> PixelReader:
         images = dataclasses.replace(self._config.images, decoder=decoder)
         config = dataclasses.replace(self._config, images=images)
-        return self._open.enter_context(pixel_reader(config, self._manifest.root, self._spec))
+        return self._opened.enter_context(open_reader(config, self._manifest, self._spec))
 
     def _unit(self, stage: str, decoder: str | None) -> tuple[Unit, int]:
-        """One piece of the stage's work, which returns how many images it did, and the threads that do such pieces."""
-        workers, streams = worker_threads(self._config), self._count()
+        """The work of a stage in pieces, and the number of its threads."""
+        workers, streams = worker_threads(self._config), self._threads
         makers: dict[str, tuple[Callable[[], Unit], int]] = {
             ROWS: (self._rows, 1),
             Stage.READ: (self._read, workers),
-            Stage.DECODE: (lambda: self._decode(decoder or self._config.images.decoder), workers),
+            Stage.DECODE: (partial(self._decode, decoder or self._config.images.decoder), workers),
             Stage.COPY: (self._copy, 1),
             Stage.ENCODE: (self._encode, streams),
             Stage.LABEL: (self._label, streams),
@@ -175,7 +156,7 @@ class Stages:
                 for rows in reader.read(shard)
                 for ref in refs(self._manifest, rows)
             ]
-        return found[: len(self._encoded)]
+        return found[: len(self._images.encoded)]
 
     def _read(self) -> Unit:
         source, every = self._readers[self._config.images.decoder].source, self._refs()
@@ -187,7 +168,7 @@ class Stages:
         return unit
 
     def _decode(self, decoder: str) -> Unit:
-        reader, encoded = self._readers[decoder], self._encoded
+        reader, encoded = self._readers[decoder], self._images.encoded
         size = reader.chunk
         starts = range(0, len(encoded), size)
 
@@ -201,10 +182,10 @@ class Stages:
 
     def _copy(self) -> Unit:
         cuda = self._device.type == "cuda"
-        shape = (self._batch, *self._pixels.shape[1:])
+        shape = (self._batch, *self._images.pixels.shape[1:])
         host = torch.zeros(shape, dtype=torch.uint8, pin_memory=cuda)
         device = torch.empty(shape, dtype=torch.uint8, device=self._device) if cuda else host
-        images, buffer = self._pixels.numpy(), host.numpy()
+        images, buffer = self._images.pixels.numpy(), host.numpy()
 
         def unit(number: int) -> int:
             for place in range(len(buffer)):
@@ -218,9 +199,10 @@ class Stages:
 
     def _encode(self) -> Unit:
         places, size = torch.arange(self._batch), self._batch
-        wanted = range(0, min(len(self._pixels), HELD_BATCHES * size), size)
+        wanted = range(0, min(len(self._images.pixels), HELD_BATCHES * size), size)
         batches = [
-            self._pixels[(places + start) % len(self._pixels)].to(self._device).permute(0, 3, 1, 2) for start in wanted
+            self._images.pixels[(places + start) % len(self._images.pixels)].to(self._device).permute(0, 3, 1, 2)
+            for start in wanted
         ]
         queued: list[torch.cuda.Event] = []
 

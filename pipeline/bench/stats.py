@@ -1,4 +1,4 @@
-"""From samples to the figures that people compare: medians, percentiles, ratios, and one piece of advice."""
+"""Figures of a benchmark of backends: medians, percentiles, ratios, parity, and the advised row."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from statistics import median
 
 from pipeline.bench.records import Bench, Measurement, Result
 from pipeline.config.schema import ParityConfig
+from pipeline.report.throughput import in_words
 
-# Nearer than this to torch fp32 is what float32 itself rounds away.
+# A distance to torch fp32 below this is rounding in float32.
 EXACT = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """What to take: in words, and as overrides; ``title`` names the row, ``beside`` what else one should know."""
+    """The advised row: its title, a sentence, a remark (or empty), and the overrides that choose it."""
 
-    text: str
-    beside: str
-    overrides: str
     title: str
+    text: str
+    remark: str
+    overrides: str
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
@@ -40,26 +41,32 @@ def best(result: Result) -> Measurement | None:
     return max(result.at, key=rate, default=None)
 
 
+def ranked(bench: Bench) -> list[tuple[Result, Measurement]]:
+    """The measured rows at their best batch sizes, fastest first."""
+    found = [(result, one) for result in bench.results if (one := best(result))]
+    return sorted(found, key=lambda pair: -rate(pair[1]))
+
+
 def at_batch(result: Result, batch: int) -> Measurement | None:
     """The measurement at one batch size, or None where there is none."""
     return next((one for one in result.at if one.batch == batch), None)
 
 
 def speed(result: Result, reference: Result) -> float | None:
-    """How many times as fast as the reference, each at its own best batch size."""
+    """The ratio to the reference's rate, each at its own best batch size."""
     mine, other = best(result), best(reference)
     return rate(mine) / rate(other) if mine and other else None
 
 
 def speed_at_same_batch(result: Result, reference: Result) -> float | None:
-    """How many times as fast as the reference, both at the best batch size of ``result``."""
+    """The ratio to the reference's rate, both at the best batch size of ``result``."""
     mine = best(result)
     other = at_batch(reference, mine.batch) if mine else None
     return rate(mine) / rate(other) if mine and other else None
 
 
 def misses(measurement: Measurement, precision: str, parity: ParityConfig) -> list[str]:
-    """Which thresholds a backend of ``precision`` does not hold, in words."""
+    """The thresholds that a backend of ``precision`` misses, in words."""
     found = []
     for name, value, limits in (
         ("lowest cosine", measurement.lowest_cosine, parity.lowest_cosine),
@@ -72,38 +79,27 @@ def misses(measurement: Measurement, precision: str, parity: ParityConfig) -> li
 
 
 def advise(bench: Bench) -> Advice:
-    """The fastest row that holds the thresholds of the config; names a faster one that does not."""
-    ranked = sorted(
-        ((rate(one), result, one) for result in bench.results if (one := best(result))), key=lambda r: -r[0]
-    )
-    faithful = [(fast, result, one) for fast, result, one in ranked if not misses(one, result.precision, bench.parity)]
-    # torch fp32 is compared with itself, so that there always is one.
-    fast, result, one = faithful[0]
-    reference = bench.results[0]
-    overrides = " ".join([*result.row.overrides(result.precision), f"loader.batch_size={one.batch}"])
-    words = f"{in_words(fast)} images/s at batch {one.batch}"
+    """The fastest row within the thresholds of the config; the remark names a faster one that misses them."""
+    rows, reference = ranked(bench), bench.results[0]
+    # torch fp32 is compared with itself, so at least one row is within the thresholds.
+    result, one = next(row for row in rows if not misses(row[1], row[0].precision, bench.parity))
+    words = f"{in_words(rate(one))} images/s at batch {one.batch}"
     if result is reference:
         text = f"{result.title}: {words}; nothing that holds the parity thresholds is faster"
     else:
-        text = (
-            f"{result.title}: {speed(result, reference) or 0:.1f} times torch fp32 ({words}), "
-            f"lowest cosine {floored(one.lowest_cosine, 4)}"
-        )
-    beside = ""
-    if ranked[0][1] is not result:
-        fast, faster, one = ranked[0]
-        why = misses(one, faster.precision, bench.parity)[0]
-        beside = f"{faster.title} is faster ({in_words(fast)} images/s), but its {why}"
-    return Advice(text=text, beside=beside, overrides=overrides, title=result.title)
-
-
-def in_words(value: float) -> str:
-    """Images per second with the digits that mean something."""
-    return f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"
+        times = speed(result, reference) or 0
+        text = f"{result.title}: {times:.1f} times torch fp32 ({words}), lowest cosine {floored(one.lowest_cosine, 4)}"
+    faster, fast = rows[0]
+    remark = ""
+    if faster is not result:
+        miss = misses(fast, faster.precision, bench.parity)[0]
+        remark = f"{faster.title} is faster ({in_words(rate(fast))} images/s), but its {miss}"
+    overrides = " ".join([*result.row.overrides(result.precision), f"loader.batch_size={one.batch}"])
+    return Advice(title=result.title, text=text, remark=remark, overrides=overrides)
 
 
 def floored(cosine: float, digits: int) -> str:
-    """The cosine with so many decimals, never rounded up to a perfect 1, unless float32's rounding is all it lacks."""
+    """The cosine with ``digits`` decimals, never rounded up to 1, unless only the rounding of float32 is missing."""
     step = 10**digits
     value = 1.0 if cosine > 1 - EXACT else math.floor(cosine * step + 1e-6) / step
     return f"{value:.{digits}f}"

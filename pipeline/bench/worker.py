@@ -1,7 +1,7 @@
-"""``python -m pipeline.bench.worker``: one backend, or the stages, in a process of its own, measured on request.
+"""``python -m pipeline.bench.worker``: a child process that measures one backend, or the stages of a job, on request.
 
-A line of JSON on standard input is a request, a line on standard output its answer. The first request sets up.
-At the end of its input the process ends at once, whatever it is doing, with all that it started.
+Each line of standard input is a request in JSON, each line of standard output the answer to one. The first request
+sets up. At the end of its input the process ends at once, with all processes that it started.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from typing import Any, BinaryIO
 
 from pipeline.core.errors import PipelineError
 
-# What the first request may set up.
+# The classes that the first request may set up.
 SUBJECTS = {
-    "backend": ("pipeline.bench.backend_worker", "Subject"),
+    "backend": ("pipeline.bench.backend_worker", "Backend"),
     "stages": ("pipeline.bench.stages_worker", "Stages"),
 }
 
 
 def main() -> int:
     """Answer requests until the input ends."""
-    # Libraries print to standard output: there they find standard error, and the answers go their own way.
+    # Libraries print to standard output: from here on that is standard error, and the answers have a pipe of their own.
     with os.fdopen(os.dup(1), "wb") as answers:
         os.dup2(2, 1)
-        requests = _requests(sys.stdin.buffer)
         subject: Any = None
-        for request in requests:
+        for request in _requests(sys.stdin.buffer):
+            answer: dict[str, Any] = {}
             try:
-                handle = _set_up if subject is None else getattr(subject, request.pop("do"))
-                answer = handle(**request)
                 if subject is None:
-                    subject, answer = answer["subject"], {}
+                    subject = _set_up(**request)
+                else:
+                    answer = getattr(subject, request.pop("do"))(**request)
             except PipelineError as error:
                 answer = {"error": str(error), "exit_code": error.exit_code}
             except Exception as error:
@@ -51,25 +51,25 @@ def main() -> int:
     return 0
 
 
-def _set_up(kind: str = "backend", **request: Any) -> dict[str, Any]:
+def _set_up(kind: str, **arguments: Any) -> Any:
     module, name = SUBJECTS[kind]
-    return {"subject": getattr(import_module(module), name)(**request)}
+    return getattr(import_module(module), name)(**arguments)
 
 
 def _requests(source: BinaryIO) -> Iterator[dict[str, Any]]:
-    waiting: queue.Queue[bytes] = queue.Queue()
+    lines: queue.Queue[bytes] = queue.Queue()
 
     def read() -> None:
         for line in source:
-            waiting.put(line)
-        # The parent is done, or gone.
+            lines.put(line)
+        # The parent has closed the pipe, or has ended.
         if os.getpgid(0) == os.getpid():
             os.killpg(0, signal.SIGKILL)
         os._exit(0)
 
     threading.Thread(target=read, daemon=True).start()
     while True:
-        yield json.loads(waiting.get())
+        yield json.loads(lines.get())
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Manifests: Parquet files to shards of image references."""
+"""Manifests: Parquet files, shards of rows, image references."""

@@ -1,4 +1,4 @@
-"""``python -m pipeline.manifest``: make a manifest from a folder, a CSV or WebDataset tars."""
+"""``python -m pipeline.manifest``: create a manifest from a folder, a CSV or WebDataset tars."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ examples:
   python -m pipeline.manifest folder ~/Pictures photos.parquet
   python -m pipeline.manifest csv products.csv products.parquet --image file --id sku
   python -m pipeline.manifest tar train-*.tar train.parquet
-exit codes: 0 done, 2 nothing there that makes a manifest, 75 interrupted: run it again, 1 anything else
+exit codes: 0 done, 2 no manifest can be made of the input, 75 interrupted: run it again, 1 anything else
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse the command line, build, say what was written; returns the exit code."""
+    """Parse the command line, write the manifest, print its rows; return the exit code."""
     options = _parser().parse_args(arguments)
     from pipeline.manifest import build
 

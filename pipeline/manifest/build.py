@@ -1,4 +1,4 @@
-"""Make a manifest: from a folder of images, from a CSV, or from WebDataset tars.
+"""Create a manifest from a folder of images, a CSV, or WebDataset tars.
 
 A manifest records the folder that its relative paths start from, so that a job needs no
 ``manifest.root`` as long as the images stay where they are.
@@ -51,11 +51,11 @@ GROUP_ROWS = 65_536
 
 
 def from_folder(folder: str, out: str, *, extensions: frozenset[str] = EXTENSIONS) -> int:
-    """Every image file below ``folder``, sorted by path; returns the rows written.
+    """Write a row for every image file below ``folder``, sorted by path; return the number of rows.
 
     Columns: ``id`` (the relative path), ``path`` (the same), ``size`` (bytes) and ``modified`` (UTC).
-    Which files count is decided by their names; what they hold is found out by the job. Links to
-    folders are not followed; a link that leads nowhere has neither size nor date.
+    Files are chosen by their extensions; the job checks their content. Links to folders are not followed; a broken
+    link has neither size nor date.
 
     Raises:
         ManifestError: no such folder, no images in it, or a name that is not UTF-8.
@@ -85,7 +85,7 @@ def from_folder(folder: str, out: str, *, extensions: frozenset[str] = EXTENSION
 
 
 def from_csv(path: str, out: str, *, image: str, id: str | None, root: str | None) -> int:
-    """Every row of a CSV with a header, all columns; returns the rows written.
+    """Write every row of a CSV with a header, with all columns; return the number of rows.
 
     The id and image columns are read as text, so that ``00123`` stays ``00123``; other types are inferred
     from all rows, for which the table is held in memory. Without ``id``, a column ``id`` is made of the
@@ -107,7 +107,7 @@ def from_csv(path: str, out: str, *, image: str, id: str | None, root: str | Non
         if id is None and "id" in header:
             id = "id"
         texts = {name: pa.string() for name in (image, id) if name is not None}
-        # The streaming reader infers types from the first block and fails at a later 3.5 in a column of 3s.
+        # The streaming reader infers types from the first block, and fails at a later 3.5 in a column of 3s.
         table = pa_csv.read_csv(
             source, parse_options=parsing, convert_options=pa_csv.ConvertOptions(column_types=texts)
         )
@@ -125,10 +125,10 @@ def from_csv(path: str, out: str, *, image: str, id: str | None, root: str | Non
 
 
 def from_tars(paths: Sequence[str], out: str) -> int:
-    """Every image in WebDataset tars, addressed by its bytes within the tar; nothing is unpacked.
+    """Write a row for every image in WebDataset tars, addressed by its bytes; nothing is unpacked.
 
-    Columns: ``id`` (tar name and key), ``path`` (``<tar>#bytes=START-STOP``), and the text of the members
-    that belong to the same key: ``txt``, ``json`` and ``cls``, null where there is none.
+    Columns: ``id`` (tar name and key), ``path`` (``<tar>#bytes=START-STOP``), and the text of the members with the
+    same key: ``txt``, ``json`` and ``cls``, null where there is none. Returns the number of rows.
 
     Raises:
         ManifestError: a tar is compressed or damaged, or holds no images.
@@ -190,7 +190,7 @@ def _tar_rows(url: str, shown: str) -> Iterator[dict[str, Any]]:
                     name = key if len(images) == 1 else f"{key}.{_key(member.name)[1]}"
                     stop = member.offset_data + member.size
                     yield {"id": f"{stem}/{name}", "path": f"{shown}#bytes={member.offset_data}-{stop}", **texts}
-            # tarfile takes a damaged header for the end; the true end is a block of zeros, or of the file.
+            # tarfile stops at a damaged header as at the end; the real end is a block of zeros, or the end of the file.
             file.seek(tar.offset)
             if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
                 raise tarfile.ReadError(f"damaged at byte {tar.offset}")
@@ -205,7 +205,7 @@ def _tar_rows(url: str, shown: str) -> Iterator[dict[str, Any]]:
 def _key(name: str) -> tuple[str, str]:
     """WebDataset's rule: the key ends at the first dot of the base name, the rest is the kind.
 
-    Names that begin with a dot have no key and are skipped; macOS packs such books beside every file.
+    Names that begin with a dot have no key and are skipped; macOS adds such metadata files.
     """
     folder, _, base = name.rpartition("/")
     stem, _, kind = base.partition(".")
@@ -223,8 +223,8 @@ def _write(rows: Iterable[dict[str, Any]], schema: pa.Schema, out: str, *, root:
 
 
 def _write_tables(tables: Iterable[pa.Table], out: str, *, root: str) -> int:
-    """Write row groups to a temporary name and publish the whole; nothing is left if there are no rows."""
-    # Of `manifest tar *.tar` without an output, the last tar would be the output, and gone.
+    """Write row groups to a temporary file and publish it; nothing is written if there are no rows."""
+    # `manifest tar *.tar` without an output would overwrite the last tar.
     if not out.endswith((".parquet", ".pq")):
         raise ManifestError(f"{out}: the last argument is the manifest to write, and ends in .parquet")
     target = str(Path(local_path(out)).expanduser().absolute()) if is_local(out) else out

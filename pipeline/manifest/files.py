@@ -17,7 +17,7 @@ def find_files(path: str) -> list[str]:
     """The Parquet files at a file, folder or glob address, sorted by name.
 
     Raises:
-        ManifestError: nothing is there; the message names the nearest thing to try.
+        ManifestError: no such file; the message names a similar one.
     """
     try:
         fs, root = filesystem(path)
@@ -25,14 +25,14 @@ def find_files(path: str) -> list[str]:
     except Exception as error:
         if not isinstance(error, OSError | ImportError | ValueError) and not from_driver(error):
             raise
-        raise ManifestError(f"manifest.path={path}: {_why(path, error)}") from error
+        raise ManifestError(f"manifest.path={path}: {_reason(path, error)}") from error
     if not found:
         if fs.exists(root):
             raise ManifestError(
                 f"manifest.path={path}: a folder without *.parquet files; for a folder of images run: "
                 f"python -m pipeline.manifest folder {path} manifest.parquet"
             )
-        raise ManifestError(f"manifest.path={path}: no such file, folder or match{_beside(path)}{from_here(path)}")
+        raise ManifestError(f"manifest.path={path}: no such file, folder or match{_similar(path)}{from_here(path)}")
     return [name if is_local(path) else fs.unstrip_protocol(name) for name in found]
 
 
@@ -42,7 +42,7 @@ def _listed(fs: Any, root: str) -> list[str]:
     if fs.isdir(root):
         found = fs.find(root)
         relative = {name: name[len(root) :].lstrip("/") for name in found}
-        # Names with a leading _ or . are another tool's books, as all readers of Parquet folders agree.
+        # Names with a leading _ or . are metadata of other tools, as in all readers of Parquet folders.
         return sorted(
             name
             for name, rest in relative.items()
@@ -51,8 +51,8 @@ def _listed(fs: Any, root: str) -> list[str]:
     return [root] if fs.exists(root) else []
 
 
-def _why(path: str, error: Exception) -> str:
-    """What a driver, or the lack of one, says of an address, and what to do."""
+def _reason(path: str, error: Exception) -> str:
+    """The reason of a failed listing, and the remedy."""
     if isinstance(error, ImportError):
         return no_driver(path, error)
     if from_driver(error):
@@ -62,8 +62,8 @@ def _why(path: str, error: Exception) -> str:
     return str(error)
 
 
-def _beside(path: str) -> str:
-    """The manifest that was meant, where one of nearly that name lies in the same folder."""
+def _similar(path: str) -> str:
+    """A hint at a file of a similar name in the same folder."""
     given = Path(local_path(path)).expanduser()
     if not is_local(path) or not given.parent.is_dir():
         return ""
@@ -72,6 +72,6 @@ def _beside(path: str) -> str:
 
 
 def common_folder(urls: Sequence[str]) -> str:
-    """The folder that all addresses lie in; empty where they share none, or the root of the disk alone."""
+    """The deepest common folder of the addresses; empty if there is none, or only the root of the disk."""
     levels = zip(*(url.split("/")[:-1] for url in urls), strict=False)
     return "/".join(names[0] for names in takewhile(lambda names: len({*names}) == 1, levels))

@@ -1,8 +1,7 @@
-"""The check that every id is there once, before any work starts.
+"""The check that ids are unique, before any work starts.
 
-Ids are hashed to 64 bits, 8 bytes a row (an integer id is its own hash), and sorted; only ids whose
-hashes meet are looked at again, by value. So the check is exact, and its memory does not depend on how
-long the ids are.
+Ids are hashed to 64 bits, 8 bytes a row (an integer id is its own hash), and sorted; only ids with equal hashes are
+compared by value. So the check is exact, and its memory does not depend on the length of the ids.
 """
 
 from __future__ import annotations
@@ -23,20 +22,20 @@ from pipeline.manifest.manifest import FILES_AT_A_TIME, Manifest, ManifestFile, 
 from pipeline.storage.urls import is_local, open_arrow
 
 BATCH_ROWS = 65_536
-# So many ids are hashed at a time: their words then stay in the processor's cache.
+# Ids that are hashed at a time: their words then fit in the processor's cache.
 HASHED_ROWS = 8192
 BLOCK = 1 << 20
 _WORD = 8
 _FACTOR, _SHIFT = np.uint64(0x9E3779B97F4A7C15), np.uint64(32)
-# What is left of a word whose first n bytes belong to the id.
+# Masks of a word whose first n bytes belong to the id.
 _MASKS = np.array([(1 << 8 * count) - 1 for count in range(_WORD + 1)], dtype=np.uint64)
 
 
 def check_ids(manifest: Manifest) -> None:
-    """Read the id column once.
+    """Check the ids of all rows, in one pass over the column.
 
     Raises:
-        ManifestError: an id is null or stands twice; the message names the rows.
+        ManifestError: an id is null or repeated; the message names the rows.
     """
     repeated = _repeated(_hashes(manifest))
     if len(repeated):
@@ -44,13 +43,13 @@ def check_ids(manifest: Manifest) -> None:
 
 
 def _hashes(manifest: Manifest) -> NDArray[np.uint64]:
-    """One for each row, in order."""
+    """The hashes of all rows, in order."""
     hashes = np.empty(manifest.rows, dtype=np.uint64)
 
     def fill(place: tuple[int, ManifestFile]) -> None:
         position, file = place
         for ids in _batches(manifest, file):
-            _audit(manifest, position, ids)
+            _check(manifest, position, ids)
             hashes[position : position + len(ids)] = _hash(ids)
             position += len(ids)
 
@@ -61,10 +60,10 @@ def _hashes(manifest: Manifest) -> NDArray[np.uint64]:
 
 
 def _repeated(hashes: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The values that stand there twice; sorts in place, and makes no second array of that length."""
+    """The repeated values; sorts in place, without a second array of that length."""
     hashes.sort()
     starts = range(0, len(hashes), BLOCK)
-    # Each block with the first of the next, so that no pair is missed.
+    # Each block includes the first value of the next one, so that no pair is missed.
     blocks = (hashes[start : start + BLOCK + 1] for start in starts)
     return np.unique(np.concatenate([block[1:][block[1:] == block[:-1]] for block in blocks]))
 
@@ -82,8 +81,8 @@ def _batches(manifest: Manifest, file: ManifestFile) -> Iterator[pa.Array]:
             yield batch.column(0)
 
 
-def _audit(manifest: Manifest, position: int, ids: pa.Array) -> None:
-    """Refuse ids that are null, or no text."""
+def _check(manifest: Manifest, position: int, ids: pa.Array) -> None:
+    """Refuse ids that are null or not UTF-8."""
     if ids.null_count:
         row = pc.index(ids.is_null(), pa.scalar(True)).as_py()
         raise ManifestError(
@@ -100,7 +99,7 @@ def _audit(manifest: Manifest, position: int, ids: pa.Array) -> None:
 
 
 def _hash(ids: pa.Array) -> NDArray[np.uint64]:
-    """64 bits of every id, equal for equal ids; integers keep their own."""
+    """64-bit hashes, equal for equal ids; an integer is its own hash."""
     if pa.types.is_integer(ids.type):
         numbers = ids.to_numpy(zero_copy_only=False)
         wide: NDArray[np.uint64] = numbers.astype(np.int64 if numbers.dtype.kind == "i" else np.uint64).view(np.uint64)
@@ -114,15 +113,15 @@ def _hash(ids: pa.Array) -> NDArray[np.uint64]:
 
 
 def _hash_texts(ids: pa.Array) -> NDArray[np.uint64]:
-    """Texts, eight bytes of each at a time, multiplied and folded; the length comes first.
+    """Hashes of texts: the length, then eight bytes at a time, multiplied and folded.
 
-    Texts of strangers may be made to meet here. They are then compared by value, which takes longer, and no more.
+    Untrusted texts may be chosen so that hashes collide. Such ids are compared by value, which only takes longer.
     """
     _, offsets, data = ids.buffers()
     kind = np.int32 if pa.types.is_string(ids.type) else np.int64
     bounds = np.frombuffer(offsets, dtype=kind)[ids.offset : ids.offset + len(ids) + 1].astype(np.int64)
     first, last = int(bounds[0]), int(bounds[-1])
-    # Room behind the last text, as a word is read whole; what is not the text's own is masked.
+    # Padding after the last text, as words are read whole; bytes of the next text are masked.
     room = np.zeros(last - first + _WORD, dtype=np.uint8)
     if data is not None:
         room[: last - first] = np.frombuffer(data, dtype=np.uint8)[first:last]
@@ -136,7 +135,7 @@ def _hash_texts(ids: pa.Array) -> NDArray[np.uint64]:
             hashes *= _FACTOR
             hashes ^= hashes >> _SHIFT
             continue
-        # Only the texts that go on.
+        # Only the texts that are longer.
         left = np.flatnonzero(lengths > at)
         found = words[starts[left] + at] & _MASKS[np.minimum(lengths[left] - at, _WORD)]
         found = (hashes[left] ^ found) * _FACTOR

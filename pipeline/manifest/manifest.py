@@ -1,4 +1,4 @@
-"""A manifest: which Parquet files it is made of, what its columns mean, and whether they are sound."""
+"""An opened manifest: its Parquet files, its columns, and their checks."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from pipeline.manifest.files import common_folder, find_files
 from pipeline.storage.urls import filesystem, is_local, local_path, open_arrow, open_file
 
 ROOT_KEY = b"pipeline.root"
-# Above this, for one file or for all, a digest of every byte would read a terabyte of pixels twice; the footer
-# (offsets, sizes and statistics of every column chunk) and the modification time stand in for the content.
+# Above these sizes, of one file or of all, a digest of every byte would take too long; the footer (offsets, sizes and
+# statistics of every column chunk) and the modification time identify the content instead.
 WHOLE_DIGEST_BYTES, WHOLE_DIGEST_ALL_BYTES = 1 << 30, 1 << 35
 # The names of parts and commits have five digits.
 MOST_SHARDS = 100_000
-# A store takes a while to answer, and answers many at a time.
+# Requests to a store are slow, and run side by side.
 FILES_AT_A_TIME = 16
 
 
 @dataclass(frozen=True, slots=True)
 class ManifestFile:
-    """One Parquet file: address, rows in each row group, and what identifies its content."""
+    """One Parquet file: address, rows of each row group, size in bytes, and a digest of its content."""
 
     url: str
     row_groups: tuple[int, ...]
@@ -66,7 +66,7 @@ class Manifest:
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """What must be the same for two runs to belong to one dataset."""
+        """The facts that two runs of one dataset have in common."""
         content = [[file.digest, file.size, file.rows] for file in self.files]
         return {
             "files": len(self.files),
@@ -118,7 +118,7 @@ def open_manifest(config: ManifestConfig) -> Manifest:
     kept = [first.field(config.id), *(first.field(name) for name in config.keep)]
     root = config.root
     if root and is_local(root):
-        # What is relative to where the command was given means another folder elsewhere.
+        # A relative path would mean another folder in a process with another working directory.
         root = os.path.abspath(os.path.expanduser(local_path(root)))
     return Manifest(
         files=tuple(files),
@@ -132,7 +132,7 @@ def open_manifest(config: ManifestConfig) -> Manifest:
 
 
 def _check_count(rows: int, config: ManifestConfig) -> None:
-    """Refuse more shards than the names of parts have digits for: beyond, readers would mix up their order."""
+    """Refuse more shards than the names of parts have digits for: readers sort parts by name."""
     if -(-rows // config.shard_rows) > MOST_SHARDS:
         allowed = f"{rows:,} rows would be more than {MOST_SHARDS:,} parts, the most that a dataset may have"
         hint = f"take manifest.shard_rows={-(-rows // MOST_SHARDS)} or more"
@@ -143,7 +143,7 @@ def _size(url: str) -> int:
     try:
         return os.path.getsize(local_path(url))
     except OSError:
-        # What is wrong with it is said where it is opened.
+        # Opening the file reports the reason.
         return 0
 
 
@@ -167,7 +167,7 @@ def _inspect(url: str, *, whole: int) -> tuple[pa.Schema, ManifestFile]:
 
 
 def _digest(url: str, info: dict[str, Any], footer: int, whole: int) -> str:
-    """What stands for a file's content: the store's tag, or of a local file up to ``whole`` bytes every byte."""
+    """A digest of a file's content: the store's tag, or the SHA-256 of a local file of up to ``whole`` bytes."""
     size, tag = int(info["size"]), info.get("ETag") or info.get("etag")
     if tag:
         return f"etag:{tag}"
@@ -206,7 +206,7 @@ def _check_columns(url: str, schema: pa.Schema, config: ManifestConfig) -> None:
 
 
 def example_row(url: str, row: int) -> str:
-    """Row ``row`` of a file in words, for an error message; columns that may be large are left out."""
+    """Row ``row`` of a file as text for an error message, without columns that may be large."""
     with open_arrow(url) as handle:
         parquet = pq.ParquetFile(handle, pre_buffer=False)
         schema, group = parquet.schema_arrow, 0

@@ -1,4 +1,4 @@
-"""Whether a job's places fit together: the images' root, the manifest and the output."""
+"""Check a job's addresses: the root of the images, and the overlap of manifest and output."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pipeline.storage.urls import is_local, local_path
 
 
 def check_places(config: Config, manifest: Manifest) -> None:
-    """Refuse a root that is not there, and an output that would mix with the manifest.
+    """Refuse a root that does not exist, and an output that overlaps with the manifest.
 
     Raises:
-        ManifestError: every row would fail, or the next run would take its own parts for manifest files.
+        ManifestError: every row would fail, or the next run would read its own parts as manifest files.
     """
     root, output = manifest.root, config.output.dir
     if manifest.image_kind != "bytes" and is_local(root) and not Path(local_path(root)).is_dir():

@@ -1,4 +1,4 @@
-"""Shards: cut from the row counts alone, and read by row group, a few rows at a time."""
+"""Shards: cut by row counts alone, and read by row group, a few rows at a time."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def cut(manifest: Manifest, shard_rows: int) -> Iterator[Shard]:
 
 @dataclass(slots=True)
 class ShardReader:
-    """Reads shards; consecutive shards of one row group go on where the last one stopped.
+    """Read shards; consecutive shards of one row group continue where the last one ended.
 
-    Keeps one file open. Close it, or use it as a context manager.
+    It keeps one file open. Close it, or use it as a context manager.
     """
 
     manifest: Manifest
@@ -64,7 +64,7 @@ class ShardReader:
         self.close()
 
     def close(self) -> None:
-        """Close the file that is open, if any."""
+        """Close the open file, if any."""
         if self._parquet is not None:
             self._parquet.close(force=True)
         self._parquet = self._batches = self._rest = None

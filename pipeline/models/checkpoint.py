@@ -1,4 +1,4 @@
-"""A checkpoint: its towers, tokenizer, preprocessing, scoring, and the fingerprint of all that."""
+"""A checkpoint: its towers, tokenizer, preprocessing, scoring, and fingerprint."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from pipeline.storage.base import sha256
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """What the checkpoints of one ``model_type`` have in common, as they were trained.
+    """Properties of all checkpoints of one ``model_type``, as they were trained.
 
-    A tokenizer can be read from any of the files ``vocabularies``. ``projected`` families have an embedding of
-    ``projection_dim``, others of the image tower's width. ``masked`` ones look at the attention mask, ``padded``
-    ones fill every text up to the full length, and ``lowered`` ones are given lower case. ``tokens`` is what texts
-    are cut to where the text tower could take more.
+    A tokenizer can be read from any of the files ``vocabularies``. The embedding of ``projected`` families has
+    ``projection_dim`` values, of others the width of the image tower. ``masked`` families use the attention mask,
+    ``padded`` ones pad every text to the full length, and ``lowered`` ones take texts in lower case. ``tokens`` is the
+    length in tokens that texts are cut to, where the text tower could take more.
     """
 
     scoring: str
@@ -49,7 +49,7 @@ FAMILIES = {
     # Pooled at EOS, under a causal mask: padding changes nothing.
     "clip": Family(scoring="softmax", vocabularies=("tokenizer.json", "vocab.json")),
     # Trained on texts padded to the full length, and pooled at the last token, without a mask. In lower case:
-    # SigLIP's own tokenizer sees to that, but SigLIP 2's files name Gemma's, which keeps capitals.
+    # SigLIP's own tokenizer lowers texts, but SigLIP 2's files name Gemma's, which keeps capitals.
     "siglip": Family(
         scoring="sigmoid",
         vocabularies=("tokenizer.json", "spiece.model", "tokenizer.model"),
@@ -66,7 +66,7 @@ TOKENIZER_FILES = (
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
 )
 
-# Some of it is said by what transformers imports to load a model.
+# The imports of transformers for loading a model log messages as well.
 silence()
 
 
@@ -74,7 +74,7 @@ silence()
 class Checkpoint:
     """An opened model in fp32 on the CPU; ``dim`` is the length of an embedding.
 
-    ``scale`` is the factor on the cosine and ``bias`` what is added, as the model was trained.
+    ``scale`` is the factor of the cosine and ``bias`` the summand, as the model was trained.
     """
 
     name: str
@@ -105,7 +105,7 @@ class Checkpoint:
 
     @property
     def max_tokens(self) -> int:
-        """Tokens of a text that count, special ones included; longer texts are cut."""
+        """The most tokens of a text, special ones included; longer texts are cut."""
         positions = int(self.model.config.text_config.max_position_embeddings)
         return min(positions, FAMILIES[self.family].tokens or positions)
 
@@ -163,7 +163,7 @@ def _load(folder: Path) -> Any:
         )
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise ModelError(f"{folder}: the weights cannot be loaded ({error}); download the checkpoint again") from error
-    # transformers fills what is missing with random numbers and says so in a warning at most.
+    # transformers fills missing tensors with random numbers, with a warning at most.
     missing = sorted(facts["missing_keys"])
     if missing:
         raise ModelError(
@@ -178,7 +178,7 @@ def _open_random(config: ModelConfig) -> Checkpoint:
         values, preprocessor = ARCHITECTURES[config.name]
         settings = AutoConfig.for_model(**values)
         spec = to_spec(preprocessor, settings.model_type, config.name)
-        # No download, so the demo's tokenizer stands in: random weights know no words anyway.
+        # The demo's tokenizer saves a download: the features of random weights have no meaning.
         folder = DEMO_FOLDER
     else:
         folder = find_folder(config)
@@ -221,7 +221,7 @@ def _assemble(
             f"{config.name}: the model takes a text's features at token {eos} (text_config.eos_token_id), and its "
             "tokenizer does not write that token; config.json and tokenizer belong to different checkpoints"
         )
-    # Where it was loaded from says nothing about what it is; neither does the library's version.
+    # The folder and the library's version are no part of the architecture.
     architecture = {
         key: value
         for key, value in settings.to_dict().items()
@@ -271,11 +271,11 @@ def _read_config(folder: Path) -> Any:
 
 
 def _tokenizer(folder: Path, family: str) -> Any:
-    # Without these files transformers makes up an empty vocabulary, and every prompt is the same.
+    # Without these files transformers creates an empty vocabulary, and all prompts are equal.
     wanted = FAMILIES[family].vocabularies
     if not any((folder / name).is_file() for name in wanted):
         raise ModelError(f"{folder}: no tokenizer; copy one of {', '.join(wanted)} from the original checkpoint")
-    # transformers reads SigLIP's with sentencepiece alone; tokenizer.json says the same and needs nothing more.
+    # transformers needs sentencepiece for SigLIP's own files; tokenizer.json has the same content without it.
     complete = family == "siglip" and (folder / "tokenizer.json").is_file()
     reader = PreTrainedTokenizerFast if complete else AutoTokenizer
     try:
@@ -285,7 +285,7 @@ def _tokenizer(folder: Path, family: str) -> Any:
 
 
 def _digest_files(folder: Path) -> str:
-    """One digest of the files that a tokenizer may consist of."""
+    """A digest of all files that a tokenizer may consist of."""
     digest = hashlib.sha256()
     for name in TOKENIZER_FILES:
         path = folder / name

@@ -11,17 +11,17 @@ from pipeline.storage.urls import from_here
 
 DEMO_FOLDER = Path(__file__).resolve().parents[1] / "engine" / "demo" / "model"
 WANTED_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")
-# The hub's own bot offers safetensors for older checkpoints as pull requests; OpenAI's CLIP has them
-# only there. transformers trusts the same author and title.
+# The hub's own bot adds safetensors to older checkpoints as pull requests; OpenAI's CLIP has them only there.
+# transformers trusts the same author and title.
 CONVERTER, CONVERSION = "SFconvertbot", "Adding `safetensors` variant of this model"
 log = logging.getLogger(__name__)
 
 
 def find_folder(config: ModelConfig) -> Path:
-    """The demo's folder, a local folder, or the hub's files in its cache.
+    """The demo's folder, a local folder, or the cached files of the hub.
 
     Raises:
-        ModelError: no such folder, or the hub did not give it.
+        ModelError: no such folder, or the download failed.
     """
     if config.name == DEMO_MODEL:
         return DEMO_FOLDER
@@ -39,13 +39,13 @@ def find_folder(config: ModelConfig) -> Path:
     except (LocalEntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
         raise ModelError(
             f"model.name={config.name}, revision {config.revision or 'main'}: the Hugging Face hub did not give it: "
-            f"{_why(error)}. On a machine without a network, copy the checkpoint's folder there and give it as "
+            f"{_reason(error)}. On a machine without a network, copy the checkpoint's folder there and give it as "
             "model.name, or measure with model.weights=random"
         ) from error
 
 
-def _why(error: Exception) -> str:
-    """What the hub's library means, whose own words speak of its cache and its variables."""
+def _reason(error: Exception) -> str:
+    """The reason in words that do not need knowledge of the hub's cache and variables."""
     from huggingface_hub import constants
     from huggingface_hub.errors import (
         GatedRepoError,

@@ -1,4 +1,4 @@
-"""Embeddings and a text bank in, labels and scores out; pure functions."""
+"""Labels and scores of embeddings, from a text bank; pure functions."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import torch
 
 from pipeline.core.records import Embeddings, Labels, TextBank
 
-# So few labels are sorted whole in less time than it takes to select the best of them and to look for ties. Measured on
-# a CPU for the best 5, microseconds a row in batches of 64 and of 512: of 10 labels 0.17 and 0.10 against 0.57 and
+# Up to this number of labels, sorting all of them is faster than selecting the best ones and looking for ties. Measured
+# on a CPU for the best 5, microseconds a row in batches of 64 and of 512: of 10 labels 0.17 and 0.10 against 0.57 and
 # 0.25, of 32 labels 0.45 and 0.94 against 0.96 and 0.49.
 _FEW = 16
 # Bits of a key that hold the place in the row; above them is the rank of the value.
@@ -42,8 +42,8 @@ def best(logits: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def _by_keys(logits: torch.Tensor, count: int) -> torch.Tensor:
-    """No two entries of a row have the same key, so that nothing is left open, and no device is waited for."""
-    # The bits of floats are in their order if those of negative ones are turned over; adding 0 makes -0 a 0.
+    """Select by unique keys: ties are resolved without waiting for the device."""
+    # The bits of floats sort like their values if those of negative ones are inverted; adding 0 makes -0 a 0.
     bits = (logits + 0.0).view(torch.int32)
     ranks = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).masked_fill_(logits.isnan(), 0x7FFFFFFF)
     keys = (ranks.long() << _INDEX_BITS) - torch.arange(logits.shape[1], device=logits.device)
@@ -51,7 +51,7 @@ def _by_keys(logits: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def _by_selecting(logits: torch.Tensor, count: int) -> torch.Tensor:
-    """Sorts only rows that tie at the last place, which it looks for: that costs a CPU a fraction of the keys."""
+    """Sort only rows with a tie at the last place: on a CPU that takes a fraction of the time of keys."""
     values, order = logits.topk(count, dim=1)
     # topk leaves the order of equal values open: sort by index first, then, stably, by value.
     order, by_index = order.sort(dim=1)

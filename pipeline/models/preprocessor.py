@@ -11,9 +11,9 @@ from pipeline.core.errors import ModelError
 from pipeline.core.records import PreprocessSpec
 from pipeline.models.architectures import CLIP_PREPROCESSOR, SIGLIP_PREPROCESSOR
 
-# What transformers' image processors assume where the file says nothing.
+# The defaults of transformers' image processors.
 _DEFAULTS = {"clip": CLIP_PREPROCESSOR, "chinese_clip": CLIP_PREPROCESSOR, "siglip": SIGLIP_PREPROCESSOR}
-# Families whose processors crop, and read a bare size as the shorter edge, unless the file says otherwise.
+# Families whose processors crop by default, and read a bare size as the shorter edge.
 _CROPPED = ("clip", "chinese_clip")
 
 
@@ -21,7 +21,7 @@ def read_spec(folder: Path, family: str) -> PreprocessSpec:
     """The spec of the checkpoint in ``folder``.
 
     Raises:
-        ModelError: no such file, or it asks for a step that this package does not do.
+        ModelError: no such file, or a step in it is not supported.
     """
     for name in ("preprocessor_config.json", "processor_config.json"):
         path = folder / name

@@ -1,4 +1,4 @@
-"""Prompts in, a :class:`~pipeline.core.records.TextBank` out: embedded once in fp32, then cached on disk."""
+"""Prompts to a :class:`~pipeline.core.records.TextBank`: embedded once in fp32, and cached on disk."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from pipeline.storage.factory import open_storage
 from pipeline.storage.urls import from_here
 
 BATCH = 256
-# Part of the cache key: raise it when the features of the same prompts would come out different.
+# Part of the cache key: raise it when the features of the same prompts change.
 VERSION = 1
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ def read_labels(config: PromptsConfig) -> LabelSet:
 def build_bank(
     checkpoint: Checkpoint, labels: LabelSet, config: PromptsConfig, scoring: LabelsConfig, *, keep: bool = True
 ) -> TextBank:
-    """Embed the label set, or take the features from the cache; without ``keep``, new ones are not put there.
+    """Embed the label set, or read the features from the cache; without ``keep``, new ones are not cached.
 
     The features of a label's prompts are normalised, averaged and normalised again (the ensembling of
     Radford et al. 2021, section 3.1.4).
@@ -105,7 +105,7 @@ def build_bank(
 
 
 def bank_fingerprint(checkpoint: Checkpoint, labels: LabelSet) -> str:
-    """A digest of all that the features follow from."""
+    """A digest of everything that decides the features."""
     parts = [VERSION, labels.names, labels.prompts, checkpoint.fingerprint]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
@@ -126,7 +126,7 @@ def embed_prompts(checkpoint: Checkpoint, prompts: Sequence[Sequence[str]]) -> n
 
 
 def is_text(text: str) -> bool:
-    """Whether UTF-8 can hold it: half a character of a terminal or of a file is a string of Python's too."""
+    """True if the text can be encoded as UTF-8, unlike a string with half a character of a terminal or a file."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -135,20 +135,20 @@ def is_text(text: str) -> bool:
 
 
 def default_cache() -> Path:
-    """Where text banks are kept when the config does not say."""
+    """The default folder of text banks."""
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "clip-pipeline" / "text"
 
 
 def _warn_of_long(checkpoint: Checkpoint, texts: Sequence[str]) -> None:
     limit = checkpoint.max_tokens
-    # A token is at least one byte: most texts need no second tokenization to be called short.
+    # A token is at least one byte: most texts are known to be short without another tokenization.
     long = [t for t in texts if len(t.encode()) + 2 > limit and len(checkpoint.tokenizer(t)["input_ids"]) > limit]
     if long:
         log.warning("%d prompts are longer than %d tokens and are cut, for example %r", len(long), limit, long[0])
 
 
 def _from_cache(store: Storage, name: str, shape: tuple[int, int]) -> np.ndarray | None:
-    """The cached features, or None where there are none that can be used."""
+    """The cached features, or None if there are none, or none of this shape."""
     try:
         data = store.read(name)
         if data is None:

@@ -1,4 +1,4 @@
-"""The two halves of a checkpoint as modules of their own, for runtimes that take one graph."""
+"""The image and the text tower of a checkpoint as modules, for runtimes that take one graph."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ VISION_MODULES = ("vision_model", "visual_projection")
 
 
 class Normaliser:
-    """uint8 pixels to what a model takes: ``(pixels / 255 - mean) / std`` in float32, in the reference's order."""
+    """Normalise uint8 pixels for a model: ``(pixels / 255 - mean) / std`` in float32, in the reference's order."""
 
     def __init__(self, spec: PreprocessSpec, device: torch.device) -> None:
         self._mean = torch.tensor(spec.mean, device=device).view(1, 3, 1, 1)
@@ -45,7 +45,7 @@ class ImageTower(torch.nn.Module):
 class TextTower(torch.nn.Module):
     """Token ids and attention mask, int64 ``[N, T]``, in, L2-normalised text embeddings ``[N, D]`` out.
 
-    Families that were trained without a mask (SigLIP) take one and do not look at it.
+    Families that were trained without a mask (SigLIP) ignore it.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -67,8 +67,8 @@ def _without(model: Any, names: tuple[str, ...]) -> Any:
 
 
 def _unit(features: torch.Tensor) -> torch.Tensor:
-    """Rows of length 1, in float32; a zero row becomes NaN, which no caller takes for an embedding."""
+    """Rows of length 1, in float32; a zero row becomes NaN, which every caller refuses."""
     wide = features.float()
-    # Not vector_norm: it exports as ReduceL2, at which ONNX Runtime's optimizer loses track of the shapes.
+    # Not vector_norm: it exports as ReduceL2, for which ONNX Runtime's optimizer infers no shapes.
     length: torch.Tensor = (wide * wide).sum(dim=1, keepdim=True).sqrt()
     return wide / length

@@ -1,4 +1,4 @@
-"""Whether a checkpoint is data alone: what could name code, or a pickle, is refused before a library reads it."""
+"""Refuse checkpoints that name code or pickles, before a library reads them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 from pipeline.core.errors import ModelError
 
-# transformers takes a value with a slash for a kernel to fetch from the hub, and runs it.
+# transformers downloads a value with a slash from the hub as a kernel, and runs it.
 _KERNELS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal", "experts_implementation")
 
 
 def check_config(path: Path, values: Any) -> None:
-    """Pass if a checkpoint's ``config.json`` names no code of its own besides ``auto_map``, which is never followed.
+    """Refuse a ``config.json`` that names code, except ``auto_map``, which is never followed.
 
     Raises:
         ModelError: with the key.
@@ -28,10 +28,10 @@ def check_config(path: Path, values: Any) -> None:
 
 
 def check_weights(folder: Path, weights: list[Path]) -> None:
-    """Pass if an index of weights in several files names the safetensors files of the folder alone.
+    """Refuse an index of weights that names other files than the safetensors files of the folder.
 
     Raises:
-        ModelError: it names another file, or is no index.
+        ModelError: the index names another file, or cannot be read.
     """
     names = {path.name for path in weights}
     for path in folder.glob("*.safetensors.index.json"):

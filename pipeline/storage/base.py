@@ -1,8 +1,7 @@
 """Files of an output or a cache, on a local disk or in an object store, behind one small interface.
 
-Everything that counts is published whole or not at all: written under a temporary name, flushed, then
-given its real name. ``create_once`` is the one primitive on which correctness rests: of several
-writers of a name exactly one succeeds, and its bytes are complete.
+Files are published atomically: written under a temporary name, flushed, then renamed. Correctness rests on
+``create_once`` alone: of several writers of a name exactly one succeeds, and its bytes are complete.
 """
 
 from __future__ import annotations
@@ -18,13 +17,13 @@ from typing import BinaryIO
 from pipeline.storage.urls import explained
 
 TEMPORARY = "_tmp-"
-# What this process is writing just now.
+# Temporary files that this process is writing.
 LIVE: set[Path] = set()
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A file of a storage: its size in bytes, and when it was written, in seconds since the epoch."""
+    """A file of a storage: its size in bytes, and its time of writing, in seconds since the epoch."""
 
     size: int
     modified: float
@@ -51,16 +50,16 @@ class Storage(ABC):
     @property
     @abstractmethod
     def remote(self) -> bool:
-        """Whether every look at a file is a request that is waited for."""
+        """True if every access to a file is a network request."""
 
     @property
     @abstractmethod
     def threads(self) -> int:
-        """How many files are worth reading at a time."""
+        """The number of files to read at a time."""
 
     @contextmanager
     def staged(self) -> Iterator[Staged]:
-        """A temporary local file for one ``publish``; it is gone afterwards, published or not."""
+        """A temporary local file for one ``publish``; it is removed at the end, published or not."""
         path = self._temporary()
         LIVE.add(path)
         try:
@@ -70,7 +69,7 @@ class Storage(ABC):
             LIVE.discard(path)
 
     def write(self, name: str, data: bytes) -> None:
-        """Publish ``data`` as ``name``, replacing what was there."""
+        """Publish ``data`` as ``name``, replacing a file of that name."""
         with explained(f"{self.url}/{name}", needed=len(data)), self.staged() as staged:
             staged.path.write_bytes(data)
             staged.publish(name, replace=True)
@@ -82,13 +81,13 @@ class Storage(ABC):
     def adopt(self, path: Path, name: str, *, replace: bool) -> None:
         """Publish the local file ``path`` under ``name``.
 
-        Without ``replace`` the name holds the content's digest, so a file that is there already is the same,
-        or damaged, and then it is replaced.
+        Without ``replace`` the name holds the content's digest, so an existing file is the same, or damaged, and then
+        it is replaced.
         """
 
     @abstractmethod
     def create_once(self, name: str, data: bytes) -> bool:
-        """Publish ``data`` unless ``name`` exists; True for the one writer that made it."""
+        """Publish ``data`` unless ``name`` exists; True for the one writer that created it."""
 
     @abstractmethod
     def read(self, name: str) -> bytes | None:
@@ -100,9 +99,9 @@ class Storage(ABC):
 
     @abstractmethod
     def proven(self, name: str) -> str | None:
-        """The SHA-256 of ``name`` in hex as the storage itself has kept it with the bytes, which are not read.
+        """The SHA-256 of ``name`` in hex, as the storage itself verified and kept it; the bytes are not read.
 
-        None if there is no such file, or no such proof: then :meth:`digest` tells.
+        None if there is no such file, or no such checksum: then use :meth:`digest`.
         """
 
     @abstractmethod
@@ -123,10 +122,10 @@ class Storage(ABC):
 
     @abstractmethod
     def remove(self, name: str) -> None:
-        """Delete ``name``; nothing happens if it is gone already."""
+        """Delete ``name``, if it exists."""
 
     def sweep(self) -> None:
-        """Delete what writers that are no more left under temporary names."""
+        """Delete the temporary files of writers that have ended."""
         return
 
 
@@ -137,7 +136,7 @@ def sha256(path: Path) -> str:
 
 
 def sha256_of(file: BinaryIO) -> str:
-    """Hex digest of what is left of an open file, read in blocks."""
+    """Hex digest of the rest of an open file, read in blocks."""
     digest = hashlib.sha256()
     while block := file.read(1 << 20):
         digest.update(block)

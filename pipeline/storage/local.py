@@ -16,7 +16,7 @@ from pipeline.core.processes import cores, has_process
 from pipeline.storage.base import LIVE, TEMPORARY, Entry, Storage, sha256
 from pipeline.storage.urls import explained
 
-# A writer on another machine is taken for dead after a day.
+# Temporary files of another machine are deleted after a day.
 GIVEN_UP_SECONDS = 86_400
 
 
@@ -34,11 +34,11 @@ class LocalStorage(Storage):
 
     @property
     def threads(self) -> int:
-        """See :attr:`Storage.threads`; digests take cores, and reading hardly waits."""
+        """See :attr:`Storage.threads`; digests are bound by the cores."""
         return cores()
 
     def make(self) -> None:
-        """Create the folder if it is not there."""
+        """Create the folder if it does not exist."""
         with explained(self.url):
             self.root.mkdir(parents=True, exist_ok=True)
 
@@ -69,7 +69,7 @@ class LocalStorage(Storage):
             return self._link(staged.path, target)
 
     def _flush(self, path: Path, target: Path) -> None:
-        """Make the bytes durable, and the folder that they go to."""
+        """Make the bytes durable, and the folder of the target."""
         name = str(target.relative_to(self.root))
         failpoint("storage.staged", name)
         sync(path)
@@ -79,7 +79,7 @@ class LocalStorage(Storage):
         failpoint("storage.synced", name)
 
     def _link(self, path: Path, target: Path) -> bool:
-        """Give the file its name, if nobody has it."""
+        """Give the file its name, unless the name exists."""
         try:
             os.link(path, target)
         except FileExistsError:
@@ -106,7 +106,7 @@ class LocalStorage(Storage):
         return None
 
     def proven(self, name: str) -> str | None:
-        """See :meth:`Storage.proven`; a disk proves nothing."""
+        """See :meth:`Storage.proven`; a local disk keeps no checksums."""
         return None
 
     def entries(self, folder: str = "") -> dict[str, Entry]:
@@ -120,7 +120,7 @@ class LocalStorage(Storage):
         except FileNotFoundError:
             return
         for entry in found:
-            # Temporary files of other threads come and go; one that is gone by now says nothing of the others.
+            # Temporary files of other threads may have disappeared since the listing.
             with suppress(FileNotFoundError):
                 if entry.is_file():
                     status = entry.stat()
@@ -144,7 +144,7 @@ class LocalStorage(Storage):
             (self.root / name).unlink(missing_ok=True)
 
     def sweep(self) -> None:
-        """See :meth:`Storage.sweep`; a writer on another machine is given up after a day."""
+        """See :meth:`Storage.sweep`; files of another machine are deleted after a day."""
         for path in self.root.glob(f"{TEMPORARY}*"):
             host, _, number = path.name.removeprefix(TEMPORARY).rpartition("-")[0].rpartition("-")
             here = host == socket.gethostname() and number.isdigit()
@@ -156,7 +156,7 @@ class LocalStorage(Storage):
 
 
 def sync(path: Path) -> None:
-    """Make a file's bytes, or a new name in a folder, durable: on POSIX the second takes an fsync of the folder."""
+    """Make a file's bytes durable, or a new name in a folder, which on POSIX needs an fsync of the folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -165,7 +165,7 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Make a folder durable with everything in it."""
+    """Make a folder and all its content durable."""
     for place, _, names in os.walk(folder):
         for name in names:
             sync(Path(place, name))
@@ -174,14 +174,14 @@ def sync_tree(folder: Path) -> None:
 
 @contextmanager
 def appearing(out: Path) -> Iterator[Path]:
-    """A folder that gets the name ``out`` once all in it is written and flushed; else it is gone."""
+    """A temporary folder that is renamed to ``out`` once its content is flushed; after an error it is removed."""
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = out.with_name(f".{out.name}.tmp-{uuid.uuid4().hex[:12]}")
     folder.mkdir()
     try:
         yield folder
         sync_tree(folder)
-        # Replaces an empty folder, and nothing else.
+        # Replaces an empty folder only.
         os.rename(folder, out)
         sync(out.parent)
     finally:

@@ -1,8 +1,8 @@
-"""Retries of single requests to an object store: few, bounded in time, and only where the fault may pass.
+"""Retries of single requests to an object store: bounded in number and time, and only after transient errors.
 
-A request is tried again after a timeout, a cut connection, a server's error (5xx), a conflict of two writers (409) or a
-plea to slow down. A missing permission, file or bucket, a refused condition (412) and a wrong request stay as they are:
-a second try would say the same.
+A request is retried after a timeout, a broken connection, a server error (5xx), a conflict of two writers (409) or a
+request to slow down. A missing permission, file or bucket, a failed precondition (412) and a bad request are not
+transient: a retry would fail in the same way.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from tenacity.wait import wait_random_exponential
 
 from pipeline.core.errors import StorageError
 
-# With one request of five failing, eight tries in a row fail once in 400,000 times.
+# If one request of five fails, eight tries in a row fail once in 400,000 times.
 TRIES = 8
-# No new try begins after this long; the waits alone add up to half a minute at most.
+# Seconds after which no new try begins; the waits alone add up to half a minute at most.
 SECONDS = 300.0
-# The wait before try n is drawn from [0, min(LONGEST_WAIT, FIRST_WAIT * 2**n)] seconds, so that many workers part.
+# The wait before try n is drawn from [0, min(LONGEST_WAIT, FIRST_WAIT * 2**n)] seconds, so that workers spread out.
 FIRST_WAIT, LONGEST_WAIT = 0.25, 15.0
-# A connection that says nothing for this many seconds is given up.
+# Timeouts of a connection, in seconds.
 CONNECT_SECONDS, READ_SECONDS = 10.0, 30.0
 
-# NoSuchUpload: a multipart upload that ended after all, its reply lost, or that the store cleared away.
+# NoSuchUpload: a multipart upload that was completed and whose reply was lost, or that the store removed.
 _CODES = frozenset({
     "BandwidthLimitExceeded", "ConditionalRequestConflict", "IncompleteBody", "InternalError", "NoSuchUpload",
     "OperationAborted", "RequestLimitExceeded", "RequestTimeout", "ServiceUnavailable", "SlowDown", "Throttling",
@@ -44,29 +44,29 @@ log = logging.getLogger(__name__)
 
 
 def retried(place: str, work: Callable[[], _T]) -> _T:
-    """What ``work`` returns, tried again while it fails with a fault that may pass.
+    """Return the result of ``work``, which is retried after transient errors.
 
     Raises:
-        Exception: the last fault, or the first one that will not pass.
+        Exception: the last transient error, or the first other one.
     """
 
-    def tell(state: RetryCallState) -> None:
-        fault = state.outcome.exception() if state.outcome else None
+    def log_retry(state: RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome else None
         seconds = state.next_action.sleep if state.next_action else 0.0
-        log.info("%s: %s; try %d of %d in %.1f s", place, _short(fault), state.attempt_number + 1, TRIES, seconds)
+        log.info("%s: %s; try %d of %d in %.1f s", place, _short(error), state.attempt_number + 1, TRIES, seconds)
 
     attempts = Retrying(
         stop=stop_after_attempt(TRIES) | stop_after_delay(SECONDS),
         wait=wait_random_exponential(multiplier=FIRST_WAIT, max=LONGEST_WAIT),
         retry=retry_if_exception(is_transient),
-        before_sleep=tell,
+        before_sleep=log_retry,
         reraise=True,
     )
     return attempts(work)
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the same request may succeed a moment later."""
+    """True if the same request may succeed a moment later."""
     if isinstance(error, StorageError) and error.__cause__ is not None:
         return is_transient(error.__cause__)
     response = response_of(error)
@@ -83,7 +83,7 @@ def is_transient(error: BaseException) -> bool:
 
 
 def response_of(error: BaseException) -> dict[str, Any] | None:
-    """The store's own answer behind an error of boto or of s3fs, or None if there was none."""
+    """The store's response behind an error of boto or s3fs, or None if there was none."""
     for link in (error, error.__cause__):
         response = getattr(link, "response", None)
         if isinstance(response, dict):
@@ -92,14 +92,14 @@ def response_of(error: BaseException) -> dict[str, Any] | None:
 
 
 def exists_already(error: BaseException) -> bool:
-    """Whether a store refused to create a name because it has it."""
-    # Not every store names the condition in its 412, and then s3fs does not know which it was.
+    """True if a store refused to create a name because the name exists."""
+    # Not every store names the condition in its 412; s3fs then raises a general error.
     response = response_of(error) or {}
     return isinstance(error, FileExistsError) or response.get("ResponseMetadata", {}).get("HTTPStatusCode") == 412
 
 
 def _connection_errors() -> Iterator[type[BaseException]]:
-    """The faults of connections that are no OSErrors, of the drivers that are loaded."""
+    """The connection errors of the loaded drivers that are no OSErrors."""
     for module, names in (
         ("botocore.exceptions", ("HTTPClientError", "ConnectionError", "IncompleteReadError")),
         ("botocore.parsers", ("ResponseParserError",)),

@@ -1,12 +1,12 @@
 """Files of an object store, or of any other file system that fsspec knows.
 
-S3 (and what speaks its protocol) is the store that this is tested with. Every request is tried again by
-:mod:`pipeline.storage.retry` alone: boto and s3fs would multiply the tries, and hide a reply that was lost.
+It is tested with S3 and compatible stores. Requests are retried by :mod:`pipeline.storage.retry` alone: retries of
+boto and s3fs would multiply the tries, and hide a lost reply.
 
-An upload is visible when it is whole, and not before. s3fs sends a file of up to 100 MB in one request, which S3 checks
-against its length and checksum, and a larger one in chunks of 50 MB or more (a multipart upload), which appears with
-the last request. One that is broken off shows nowhere; s3fs aborts it, and what a killed process leaves takes up room
-unseen until the bucket's lifecycle rule (AbortIncompleteMultipartUpload) clears it.
+An upload becomes visible only when it is complete. s3fs sends a file of up to 100 MB in one request, which S3 checks
+against its length and checksum, and a larger one in chunks of 50 MB or more (a multipart upload), which becomes visible
+with the last request. s3fs aborts an interrupted upload; the chunks of a killed process take up space, invisibly, until
+the bucket's lifecycle rule (AbortIncompleteMultipartUpload) removes them.
 """
 
 from __future__ import annotations
@@ -33,30 +33,30 @@ from pipeline.storage.retry import exists_already, retried
 from pipeline.storage.urls import explained, is_s3, scheme_of
 
 _CREATING = threading.Lock()
-# The name of the metadata by which a writer knows its own object again.
+# The name of the metadata that identifies the writer of an object.
 WRITER = "writer"
 # A digest is read in blocks of this many bytes, each of them one request.
 BLOCK = 16 << 20
 # s3fs sends up to 100 MB in one request.
 SINGLE_BYTES = 95_000_000
-# So many requests are on their way at a time. s3fs makes about 300 a second, so more would only take memory.
+# Concurrent requests. s3fs makes about 300 a second, so more would only take memory.
 REQUESTS = 16
-# What a fork found open is never closed there: that would take the parent's connections out of the epoll that both
-# share, and the parent would wait for its answers until they time out.
+# A fork never closes the connections that it inherits: that would remove the parent's connections from the shared
+# epoll, and the parent would wait for its answers until they time out.
 _INHERITED: list[Any] = []
 
 
 class ObjectStorage(Storage):
-    """A prefix of an object store (or any other fsspec file system); uploads are whole by nature.
+    """A prefix of an object store (or any other fsspec file system); uploads are atomic.
 
     Raises:
-        StorageError: out of every method, where the store cannot be reached or refuses.
+        StorageError: from every method, if the store cannot be reached or refuses the request.
     """
 
     def __init__(self, url: str) -> None:
         super().__init__(url if url.endswith("://") else url.rstrip("/"))
         self._s3 = is_s3(url)
-        # Whole objects in one request, without asking for the size before.
+        # Read an object in one request, without a request for its size before.
         self._whole: dict[str, Any] = {"max_concurrency": 1} if self._s3 else {}
         self._connect()
 
@@ -109,9 +109,9 @@ class ObjectStorage(Storage):
                 retried(place, put)
 
     def _proof(self, digest: str, size: int) -> dict[str, str]:
-        """What has S3 check an upload against its SHA-256, and keep that; only one of a single request has such a one.
+        """Options for S3 to check an upload against its SHA-256 and to keep that; for uploads of a single request only.
 
-        A user whose store knows no checksums has told boto so (AWS_REQUEST_CHECKSUM_CALCULATION=when_required).
+        A store without checksums is configured with AWS_REQUEST_CHECKSUM_CALCULATION=when_required.
         """
         if not self._s3 or size > SINGLE_BYTES:
             return {}
@@ -122,7 +122,7 @@ class ObjectStorage(Storage):
     def create_once(self, name: str, data: bytes) -> bool:
         """See :meth:`Storage.create_once`; a conditional put where the store has it (S3).
 
-        If the reply to a put that succeeded is lost, the next try meets its own object; the writer's mark tells.
+        If the reply to a successful put is lost, the retry finds its own object; the writer's mark identifies it.
         """
         place, mark, tries = f"{self.url}/{name}", uuid.uuid4().hex, 0
 
@@ -133,7 +133,7 @@ class ObjectStorage(Storage):
             self.fs.pipe_file(f"{self.root}/{name}", data, mode="create", **marked)
             failpoint("object.created", name)
 
-        # Other stores look first and write later; the lock keeps at least the threads of this process apart.
+        # Other stores check before they write; the lock serialises at least the threads of this process.
         with nullcontext() if self._s3 else _CREATING, explained(place, needed=len(data)):
             try:
                 retried(place, put)
@@ -179,9 +179,9 @@ class ObjectStorage(Storage):
         return data
 
     def proven(self, name: str) -> str | None:
-        """See :meth:`Storage.proven`: the checksum that S3 was given with the bytes, and compared with them.
+        """See :meth:`Storage.proven`: the checksum that S3 verified at the upload.
 
-        Stores that keep none, and objects that others wrote, have no proof.
+        None for stores without checksums, and for objects of other writers.
         """
         if not self._s3:
             return None
@@ -197,7 +197,7 @@ class ObjectStorage(Storage):
                 found = retried(place, ask)
             except FileNotFoundError:
                 return None
-        # Of an object that came in chunks it is a checksum of checksums.
+        # For a multipart upload it is a checksum of checksums.
         checksum, kind = found.get("ChecksumSHA256", ""), found.get("ChecksumType", "FULL_OBJECT")
         if kind != "FULL_OBJECT" or not checksum or "-" in checksum:
             return None
@@ -215,7 +215,7 @@ class ObjectStorage(Storage):
 
     def entries(self, folder: str = "") -> dict[str, Entry]:
         """See :meth:`Storage.entries`."""
-        # Some tools put an empty object where a folder would be; it has no name within it.
+        # Some tools create an empty object for a folder; its name within the folder is empty.
         files = {_last(entry): entry for entry in self._listed(folder) if entry["type"] == "file"}
         return {name: Entry(size=int(entry["size"]), modified=_seconds(entry)) for name, entry in files.items() if name}
 
@@ -249,7 +249,7 @@ class ObjectStorage(Storage):
 
 
 def _options(url: str) -> dict[str, Any]:
-    """How this room opens a file system, over what the user's fsspec config says."""
+    """Options of the file system, merged over the user's fsspec config."""
     if not is_s3(url):
         return {}
     own = conf.get(scheme_of(url), {}).get("config_kwargs", {})
@@ -270,7 +270,7 @@ def _last(entry: dict[str, Any]) -> str:
 
 
 def _seconds(entry: dict[str, Any]) -> float:
-    """When an object was written; file systems call it differently, and 0 stands for one that does not say."""
+    """The time of writing of an object, under the names that file systems use; 0 if unknown."""
     for key in ("LastModified", "mtime", "created", "modified", "updated"):
         value = entry.get(key)
         if isinstance(value, datetime):

@@ -1,4 +1,4 @@
-"""Addresses: plain paths and fsspec URLs, how to open them, and what to say when that fails."""
+"""Addresses: plain paths and fsspec URLs, opening them, and error messages."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from fsspec.core import url_to_fs
 
 from pipeline.core.errors import StorageError, install_hint
 
-# The packages whose errors reach us as they are where a store cannot be asked at all.
+# Packages whose own errors are raised where a store cannot be reached.
 DRIVERS = ("adlfs", "aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google", "s3fs")
 NO_LINKS = "the file system may lack hard links, which the commits need; choose another disk"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def is_local(url: str) -> bool:
-    """Whether ``url`` is a path of this machine (``file://`` included)."""
+    """True if ``url`` is a path of this machine (``file://`` included)."""
     return scheme_of(url) in ("", "file", "local")
 
 
@@ -35,18 +35,18 @@ def local_path(url: str) -> str:
 
 
 def is_s3(url: str) -> bool:
-    """Whether ``url`` lies in S3, or in a store that speaks its protocol."""
+    """True if ``url`` is in S3 or a compatible store."""
     return scheme_of(url) in ("s3", "s3a")
 
 
 def from_here(url: str) -> str:
-    """Where a relative local path starts, in words for a message that it is not there."""
+    """The folder where a relative local path starts, as part of an error message."""
     relative = is_local(url) and not os.path.isabs(os.path.expanduser(local_path(url)))
     return f"; relative paths start at {os.getcwd()}" if relative else ""
 
 
 def no_driver(url: str, error: ImportError) -> str:
-    """What to install where fsspec lacks the driver of an address."""
+    """The command that installs the missing fsspec driver of an address."""
     if is_s3(url):
         return f"S3 needs s3fs: {install_hint('s3')}"
     return f"{error}; install the fsspec driver for this address"
@@ -54,13 +54,13 @@ def no_driver(url: str, error: ImportError) -> str:
 
 def filesystem(url: str) -> tuple[Any, str]:
     """The fsspec file system of an address, and the address's path in it."""
-    # s3fs would take size and ETag from a listing that this process once made.
+    # s3fs would take size and ETag from an earlier listing of this process.
     fs, path = url_to_fs(url, **({"use_listings_cache": False} if is_s3(url) else {}))
     return fs, path
 
 
 def from_driver(error: Exception) -> bool:
-    """Whether an error is one of a store's driver: credentials that are missing, a host that does not answer."""
+    """True for an error of a store's driver: missing credentials, a host that does not answer."""
     return type(error).__module__.partition(".")[0] in DRIVERS
 
 
@@ -74,7 +74,7 @@ def open_file(url: str) -> Any:
 
 
 def open_arrow(url: str) -> Any:
-    """A file for Arrow to read: a local one without going through Python."""
+    """A file for Arrow to read; a local one is read without Python."""
     if not is_local(url):
         return open_file(url)
     import pyarrow as pa
@@ -85,14 +85,15 @@ def open_arrow(url: str) -> Any:
 
 @contextmanager
 def explained(place: str, *, needed: int | None = None) -> Iterator[None]:
-    """Turn what the operating system or a store says into an error that names the place and the way out.
+    """Turn errors of the operating system or a store into a StorageError with the place and the way out.
 
-    ``needed`` is about how many bytes are to be written; a full disk's message compares them with what is free.
+    ``needed`` is the approximate number of bytes to be written; the message of a full disk compares it with the free
+    space.
     """
     try:
         yield
     except FileNotFoundError as error:
-        # A missing bucket is more than a missing file.
+        # A missing bucket needs another remedy than a missing file.
         text = str(error) if "bucket does not exist" in str(error) else "no such file or folder"
         raise StorageError(f"{place}: {text}") from error
     except PermissionError as error:
@@ -104,7 +105,7 @@ def explained(place: str, *, needed: int | None = None) -> Iterator[None]:
         raise StorageError(f"{place}: {no_driver(place, error)}") from error
     except Exception as error:
         if isinstance(error, OSError):
-            # Arrow wraps these in words of its own.
+            # Arrow words these errors differently.
             said = os.strerror(error.errno) if error.errno in _FULL else error.strerror or error or type(error).__name__
             text = f"{said}{_way_out(error.errno, place, needed)}"
         elif from_driver(error):
@@ -115,7 +116,7 @@ def explained(place: str, *, needed: int | None = None) -> Iterator[None]:
 
 
 def _way_out(number: int | None, place: str, needed: int | None) -> str:
-    """What to do about an error of the operating system, and for want of space how much is wanted."""
+    """The remedy for an error of the operating system; for a full disk with the needed and the free space."""
     again = "and run the same command again, finished shards are kept"
     free = None
     if number == errno.EFBIG:
@@ -137,14 +138,14 @@ def _way_out(number: int | None, place: str, needed: int | None) -> str:
 
 
 def _wanted(needed: int | None, free: int | None = None) -> str:
-    """How much was to be written, and how much room there is, as far as that is known."""
+    """The bytes to be written and the free space, as far as known."""
     figures = [f"about {_size(needed)} to be written"] if needed is not None else []
     figures += [f"{_size(free)} free"] if free is not None else []
     return f" ({', '.join(figures)})" if figures else ""
 
 
 def free_bytes(place: str) -> int | None:
-    """Bytes that this user may still write on the disk of a local place, which need not be there yet."""
+    """Free bytes for this user on the disk of a local place, which need not exist yet."""
     path = Path(local_path(place)).absolute()
     for folder in (path, *path.parents):
         try:
@@ -160,7 +161,7 @@ def _size(count: int) -> str:
 
 
 def within(place: str, folder: str) -> bool:
-    """Whether an address lies in a folder, however deep, or is that folder; links on this machine are followed.
+    """True if an address is a folder or within it, at any depth; links on this machine are followed.
 
     Readers of a dataset take every Parquet file below its folder for a part of it.
     """

@@ -1,4 +1,4 @@
-"""Rendered scenes as image files with a manifest: what the job embeds when it is given nothing."""
+"""Rendered scenes as image files with a manifest: the default input of the job."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from pipeline.manifest.manifest import ROOT_KEY
 from pipeline.storage.local import LocalStorage
 from pipeline.storage.urls import is_local, local_path, open_arrow
 
-# Far from the seeds of the training.
+# Different from the seeds of the training.
 SEED = 20_000_003
 TRUTH = "truth"
 
 
 def scenes_folder(output: str) -> Path:
-    """Where the scenes of a job without a manifest lie: beside its output, if that is a folder."""
+    """The folder of the scenes of a job without a manifest: beside its output, if that is local."""
     return Path(local_path(output)).parent / "scenes" if is_local(output) else Path("outputs/scenes")
 
 
 def manifest_in(folder: Path, count: int, *, width: int = 256, height: int = 256, seed: int = SEED) -> Path:
-    """The manifest of ``count`` scenes that are rendered, or are to be rendered, into ``folder``."""
+    """The path of the manifest of ``count`` scenes in ``folder``; it need not exist yet."""
     return folder / f"scenes-{count}-{width}x{height}-{seed}.parquet"
 
 
@@ -44,10 +44,10 @@ def render_folder(
     seed: int = SEED,
     rows: Sequence[int] | None = None,
 ) -> Path:
-    """Render ``count`` scenes as JPEG files into ``folder``; returns the path of the manifest.
+    """Render ``count`` scenes as JPEG files into ``folder``; return the path of the manifest.
 
-    A folder that already holds the same scenes is left as it is. The manifest has the columns ``id``,
-    ``path`` and ``truth`` (colour and shape). For a trial, ``rows`` alone are rendered.
+    A folder that already holds the same scenes is left unchanged. The manifest has the columns ``id``,
+    ``path`` and ``truth`` (colour and shape). For a trial, only the images of ``rows`` are rendered.
     """
     manifest = manifest_in(folder, count, width=width, height=height, seed=seed)
     if manifest.exists() and rows is None:
@@ -79,7 +79,7 @@ def jpeg(scene: scenes.Scene, width: int, height: int) -> bytes:
 
 
 def rendered_sample(spec: PreprocessSpec, count: int, *, seed: int = SEED) -> Sample:
-    """``count`` scenes as pixels of a model's size, where no manifest is at hand."""
+    """``count`` scenes as pixels of a model's size, for use without a manifest."""
     height, width = (side * 5 // 4 for side in spec.size)
     pictures = [preprocess(scenes.render(scene, width, height), spec) for scene in scenes.scenes(seed, count)]
     return stack([f"scene-{i:06d}" for i in range(count)], pictures)
@@ -91,7 +91,7 @@ def label_names() -> list[str]:
 
 
 def prompts_of(config: Config) -> PromptsConfig:
-    """The prompts of a config: for the demo model the demo's own labels, where it names none."""
+    """The prompts of a config; for the demo model with the demo's labels, if the config has none."""
     prompts = config.prompts
     if not prompts.labels and prompts.path is None and config.model.name == DEMO_MODEL:
         prompts = dataclasses.replace(prompts, labels=label_names())

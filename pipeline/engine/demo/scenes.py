@@ -1,8 +1,8 @@
-"""Small rendered scenes with known content: the pictures behind the demo, its model and the benchmarks.
+"""Small rendered scenes with known content: the images of the demo, of its model and of the benchmarks.
 
-A scene is one figure on a background. It is a pure function of (seed, index): the same pair gives the
-same scene at any resolution, so accuracy can be measured on seeds that training never saw, and a
-benchmark can ask for any number of images of any size.
+A scene is one figure on a background. It is a pure function of (seed, index): the same pair gives the same scene at any
+resolution. Accuracy is measured on seeds that are not in the training set, and benchmarks render any number of images
+of any size.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ BACKGROUNDS: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]] = {
     "night": ((24, 28, 58), (44, 48, 84)),
 }
 
-# Combinations of colour and shape that training never sees, in pictures or in captions: one for each
-# colour and each shape, so that recognising them takes composition, not memory.
+# Combinations of colour and shape that are not in the training set, in images or in captions: one for each colour and
+# each shape, to measure whether the model recognises new combinations.
 HELD_OUT: frozenset[tuple[str, str]] = frozenset(
     (colour, SHAPES[(3 * index + 1) % len(SHAPES)]) for index, colour in enumerate(COLOURS)
 )
@@ -87,7 +87,7 @@ class Scene:
 
     @property
     def held_out(self) -> bool:
-        """Whether this colour and shape were kept out of the training of the demo model."""
+        """True if this colour and shape are not in the training set of the demo model."""
         return (self.colour, self.shape) in HELD_OUT
 
 
@@ -96,7 +96,7 @@ def sample(seed: int, index: int, *, only: frozenset[tuple[str, str]] | None = N
     rng = np.random.default_rng([seed, index])
     pairs = [(c, s) for c in COLOURS for s in SHAPES if only is None or (c, s) in only]
     colour, shape = pairs[int(rng.integers(len(pairs)))]
-    # Black on the night sky would be a picture of nothing.
+    # A black figure on the night sky would be invisible.
     backgrounds = [name for name in BACKGROUNDS if not (colour == "black" and name == "night")]
     size = SIZES[int(rng.integers(len(SIZES)))]
     diameter = rng.uniform(0.34, 0.44) if size == "small" else rng.uniform(0.62, 0.80)
@@ -130,7 +130,7 @@ def scenes(seed: int, count: int, *, only: frozenset[tuple[str, str]] | None = N
 
 
 def caption(scene: Scene, attributes: Sequence[str]) -> str:
-    """A caption that is true of ``scene`` and names just the given attributes.
+    """A true caption of ``scene`` that names only the given attributes.
 
     ``attributes`` holds any of ``size``, ``texture``, ``colour``, ``shape`` and ``background``.
     """
@@ -146,7 +146,7 @@ def caption(scene: Scene, attributes: Sequence[str]) -> str:
 def render(scene: Scene, width: int, height: int) -> Image.Image:
     """Draw ``scene`` as an RGB picture of ``width`` x ``height`` pixels."""
     side = min(width, height)
-    # Drawing larger and shrinking smooths the edges; large pictures need it less.
+    # Drawing larger and shrinking smooths the edges; large images need less of it.
     scale = 4 if side <= 160 else 2 if side <= 640 else 1
     canvas = _background(scene, width * scale, height * scale)
     unit = side * scale
@@ -154,7 +154,7 @@ def render(scene: Scene, width: int, height: int) -> Image.Image:
     mask = Image.new("L", (box, box), 0)
     _draw_shape(ImageDraw.Draw(mask), scene.shape, box)
     mask = mask.rotate(scene.rotation, Image.Resampling.BILINEAR)
-    # The figure lies in the centred square, so CLIP's centre crop keeps all of it.
+    # The figure lies in the centred square, so that CLIP's centre crop keeps it whole.
     left = round((width * scale - unit) / 2 + scene.centre[0] * unit - box / 2)
     top = round((height * scale - unit) / 2 + scene.centre[1] * unit - box / 2)
     canvas.paste(_texture(scene, box), (left, top), mask)
@@ -260,7 +260,7 @@ def _around(x: float, y: float, radius: float) -> tuple[float, float, float, flo
 
 
 def _grain(picture: Image.Image, scene: Scene) -> Image.Image:
-    """Exposure and sensor grain: without grain a picture compresses far better than any photo."""
+    """Add exposure and sensor grain: without grain an image compresses far better than a photo."""
     pixels = np.asarray(picture, dtype=np.float32) * scene.brightness
     rng = np.random.default_rng(scene.grain_seed)
     pixels += rng.standard_normal(pixels.shape[:2], dtype=np.float32)[..., None] * 3.0

@@ -1,18 +1,17 @@
-"""Train the demo model from nothing: a small CLIP, its tokenizer and its preprocessor config.
+"""Train the demo model from scratch: a small CLIP, its tokenizer and its preprocessor config.
 
-    python -m pipeline.engine.demo.train --out pipeline/engine/demo/model
+    python -m tests.demo_training --out pipeline/engine/demo/model
 
-Everything follows from the seed, so a second run on the same machine gives the same weights; another
-machine gives another rounding and the same accuracy. The figures that the result must reach are
-checked at the end: 1,000 scenes of seeds that training never used, over all combinations of colour
-and shape, and 1,000 scenes of the combinations that were kept out of it. The weights beside this file
-reached 0.996 and 0.976, after an hour on two busy cores.
+The seed decides the result: a second run on the same machine gives the same weights; another machine gives other
+rounding and the same accuracy. The accuracy is checked at the end on 1,000 scenes of seeds outside the training set,
+over all combinations of colour and shape, and on 1,000 scenes of the combinations that were held out. The weights in
+pipeline/engine/demo/model reached 0.996 and 0.976, after an hour on two busy cores.
 
 The loss is CLIP's, with one difference that suits captions made of few attributes. The captions of a
 batch are grouped by the attributes that they name (shape alone, colour and shape, ...). Within a group
 exactly one caption is true of an image, so the cross-entropy over the distinct captions of the group
-never counts a true caption as a negative. Groups of one attribute teach the words one by one, and that
-is what lets a combination that was kept out be recognised.
+never counts a true caption as a negative. Groups of one attribute teach each word by itself, so that
+combinations that were held out are recognised.
 """
 
 from __future__ import annotations
@@ -107,7 +106,7 @@ def build_model(tokenizer: CLIPTokenizer) -> CLIPModel:
 
 
 def small(scene: scenes.Scene, index: int) -> np.ndarray:
-    """The picture that the model sees of ``scene``: uint8 ``[IMAGE_SIZE, IMAGE_SIZE, 3]``."""
+    """The model's input of ``scene``: uint8 ``[IMAGE_SIZE, IMAGE_SIZE, 3]``."""
     side = (64, 96, 128, 224)[index % 4]
     picture = scenes.render(scene, side, side)
     return np.asarray(picture.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC))
@@ -165,7 +164,7 @@ def group_loss(
 
 @torch.no_grad()
 def accuracy(model: CLIPModel, tokenizer: CLIPTokenizer, pixels: torch.Tensor, chosen: list[scenes.Scene]) -> float:
-    """Top-1 over all combinations of colour and shape, kept-out ones among the candidates."""
+    """Top-1 over all combinations of colour and shape, including the held-out ones."""
     model.eval()
     names = [f"{colour} {shape}" for colour in scenes.COLOURS for shape in scenes.SHAPES]
     prompts = [f"a photo of {'an' if name[0] in 'aeiou' else 'a'} {name}" for name in names]
@@ -178,7 +177,7 @@ def accuracy(model: CLIPModel, tokenizer: CLIPTokenizer, pixels: torch.Tensor, c
 
 
 def train(out: Path, *, count: int, steps: int, batch_size: int, seed: int, checked: int = 1_000) -> dict[str, float]:
-    """Train and save; returns the accuracies on ``checked`` scenes, of unseen seeds and of kept-out combinations."""
+    """Train and save; return the accuracies on ``checked`` scenes, of unseen seeds and of held-out combinations."""
     torch.manual_seed(seed)
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     tokenizer = build_tokenizer()
