@@ -19,7 +19,7 @@ from pipeline.report import plots
 from pipeline.report.history import in_short
 from pipeline.report.scores import Row
 from pipeline.report.summary import HINTS, DatasetSummary, Failed, headline, in_words_of_time
-from pipeline.report.throughput import WAITS, in_words
+from pipeline.report.throughput import WAITS, in_words, share_of_limit
 
 MOST_LABELS = 25
 # Earlier runs that are listed.
@@ -104,6 +104,7 @@ def to_html(
         model=report["config"]["model"]["name"],
         started=when(report["started"]),
         failed=failed,
+        share_of_limit=share_of_limit(report),
         stages=stage_rows(report),
         timeline=_timeline(report),
         gallery=tiles(examples),

@@ -131,7 +131,7 @@ def find_bound(
     precision: str,
     cores: int,
 ) -> tuple[str, str]:
-    """What set the pace, and what to change about it, in words; ``startup`` and ``wall`` are seconds."""
+    """The bottleneck of a run and the advice against it, in words; ``startup`` and ``wall`` are seconds."""
     seconds = clocks.seconds
     wait_in, wait_out = seconds.get(Stage.WAIT_INPUT, 0.0), seconds.get(Stage.WAIT_OUTPUT, 0.0)
     # Batches that are encoded side by side take their time together.
@@ -141,14 +141,17 @@ def find_bound(
         return "nothing", "every shard was done already"
     if startup > wall / 2:
         return "start-up", (
-            f"{startup:.1f} of {wall:.1f} s went by before the first batch was done: importing, opening the model, "
-            "embedding the prompts; a longer job hardly notices"
+            f"start-up took {startup:.1f} of {wall:.1f} s (imports, opening the model, embedding the prompts); it does "
+            "not grow with the number of images"
         )
     if wait_out / loop > WAITING:
-        return "writing", "write to a faster disk, or raise manifest.shard_rows so that parts are fewer"
+        return "writing", "write to a faster disk, or raise manifest.shard_rows for fewer, larger parts"
     if wait_in / loop > WAITING:
         if seconds.get(Stage.READ, 0.0) > seconds.get(Stage.DECODE, 0.0):
-            return "reading", f"raise loader.workers (now {workers}): reading waits, so more threads than cores help"
+            return (
+                "reading",
+                f"raise loader.workers (now {workers}): reading waits for storage, so more threads help",
+            )
         if workers < cores:
             return "decoding", f"raise loader.workers from {workers} to {cores}, one for each core"
         if decoder == "exact":
@@ -156,12 +159,15 @@ def find_bound(
         return "decoding", f"all {cores} cores decode; smaller images or more cores would help"
     if device == "cpu" and precision == "fp32":
         return "encoding", (
-            "the model sets the pace: a GPU (backend.device=cuda), or backend.precision=bf16 on a processor with "
-            "AVX512_BF16 or AMX"
+            "the model is the slowest stage; use a GPU (backend.device=cuda), or backend.precision=bf16 on a processor "
+            "with AVX512_BF16 or AMX"
         )
     if device == "cpu":
-        return "encoding", "the model sets the pace: a GPU (backend.device=cuda) or more cores"
-    return "encoding", "the GPU sets the pace: it is well used; raise loader.batch_size until images/s stops rising"
+        return "encoding", "the model is the slowest stage; use a GPU (backend.device=cuda) or more cores"
+    return (
+        "encoding",
+        "the GPU is the slowest stage; raise loader.batch_size until images/s stops rising",
+    )
 
 
 def memory() -> dict[str, float]:
@@ -209,9 +215,9 @@ def versions(more: Sequence[str] = ()) -> dict[str, str]:
 
 
 def headline(images: int, wall: float, rate: float, bound: str, *, where: str) -> str:
-    """The report in one sentence; ``where`` is what the bound is about, such as ``2 cores``."""
-    bound_by = f"{bound} on {where}" if where else bound
-    return f"{images:,} images in {in_words_of_time(wall)}: {rate:,.1f} images/s, bound by {bound_by}"
+    """The report in one sentence; ``where`` is the place of the bottleneck, such as ``2 cores``."""
+    bottleneck = f"{bound} on {where}" if where else bound
+    return f"{images:,} images in {in_words_of_time(wall)} ({rate:,.1f} images/s); bottleneck: {bottleneck}"
 
 
 def in_words_of_time(seconds: float) -> str:
