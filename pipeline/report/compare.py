@@ -12,7 +12,7 @@ from markupsafe import Markup
 from pipeline.core.records import OK
 from pipeline.report.page import environment, place_of, settings, timeline_of, when
 from pipeline.report.plots import bare, clock
-from pipeline.report.svg import LINE, SERIES, new_figure, plot
+from pipeline.report.svg import LINE, SERIES, WIDTH, plot
 from pipeline.report.throughput import WAITS, in_words, share_of_limit
 from pipeline.telemetry.timeline import IMAGES
 
@@ -169,10 +169,9 @@ def _plot(a: Mapping[str, Any], b: Mapping[str, Any]) -> Markup | None:
     if None in lines:
         return None
 
-    def draw(width: float) -> Figure:
-        figure = new_figure(width, 2.6)
+    def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        figure.subplots_adjust(left=0.8 / width, right=1 - 0.15 / width, top=0.96, bottom=0.18)
+        figure.subplots_adjust(left=0.8 / WIDTH, right=1 - 0.15 / WIDTH, top=0.96, bottom=0.18)
         bare(axes)
         last = 0.0
         for line, colour in zip(lines, (SERIES[0], SERIES[1]), strict=True):
@@ -191,9 +190,8 @@ def _plot(a: Mapping[str, Any], b: Mapping[str, Any]) -> Markup | None:
         axes.yaxis.set_major_formatter("{x:,g}")
         axes.locator_params(axis="y", nbins=4)
         axes.grid(axis="y", color=LINE, linewidth=0.6)
-        return figure
 
-    return plot("pace", "Images per second of both runs over time", draw)
+    return plot("throughput", "Images per second of both runs over time", 2.6, draw)
 
 
 def _counts(a: Mapping[str, int], b: Mapping[str, int]) -> list[tuple[str, int, int]]:

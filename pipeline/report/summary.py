@@ -1,4 +1,4 @@
-"""From clocks and a finished dataset to a :class:`~pipeline.core.records.RunReport`."""
+"""Parts of a :class:`~pipeline.core.run_report.RunReport` from clocks and a finished dataset."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from pipeline.storage.factory import open_storage
 from pipeline.storage.urls import open_arrow
 
 PACKAGES = ("torch", "transformers", "tokenizers", "pillow", "pyarrow", "numpy", "hydra-core", "fsspec")
-# The encoder waits for images more than this share of its time: then the loader sets the pace.
+# With a larger share of its time spent waiting, the encoder is not the bottleneck.
 WAITING = 0.25
-# Labels of the contact sheet, and its pictures of each at either end of the scores.
+# Labels on the page, and rows of each at either end of the scores.
 SHEET_LABELS, EACH_END = 12, 4
-# What to do about the failed rows of each status, in one line of the page.
+# Advice for the failed rows of each status, one line of the page.
 HINTS = {
     "no_image": "the cell of manifest.image is null",
     "empty": "the file has 0 bytes; copy it again",
     "not_found": "no such file; does manifest.root point to the folder that relative paths start from?",
     "permission": "the file may not be read by the user of this job",
-    "unreadable": "the disk or the server gave no bytes; a rerun of the shard may get them",
+    "unreadable": "the disk or the server returned no bytes; a rerun of the shard may get them",
     "timeout": "reading took longer than loader.read_seconds",
     "too_many_bytes": "larger than images.max_bytes",
     "too_many_pixels": "larger than images.max_pixels",
-    "not_an_image": "the bytes are no picture, whatever the name says",
+    "not_an_image": "the bytes are not an image, whatever the name of the file",
     "format_not_allowed": "a format that images.formats does not list",
     "unsupported": "a variant of its format that is not decoded; convert it",
     "truncated": "the file ends early; copy or download it again",
@@ -63,7 +63,7 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class DatasetSummary:
-    """What the whole dataset holds: rows by label, the first failures of each status, and what the scores look like.
+    """The content of a dataset: rows by label, the first failures of each status, and its scores.
 
     ``scores`` are counts in equal steps from 0 to 1, ``odd`` the rows with the lowest scores of all.
     """
@@ -76,7 +76,7 @@ class DatasetSummary:
 
     @property
     def failures(self) -> tuple[Mapping[str, object], ...]:
-        """The failures as the report keeps them."""
+        """The failures for the report."""
         return tuple({"id": row.id, "status": row.status, "error": row.error} for row in self.failed)
 
 
@@ -103,7 +103,7 @@ def summarize(folder: str, parts: Sequence[tuple[str, int]], *, id: str, example
     for start, table in in_order(read, parts, threads=open_storage(folder).threads):
         scores.add(table[id], table["label"], table["score"], start=start)
         bad = pc.indices_nonzero(pc.not_equal(table["status"], OK))
-        # A few of each kind say more than many of one.
+        # A few of each status are more useful than many of one.
         for place, row in zip(
             bad.to_pylist(), table.select([id, "status", "error"]).take(bad).to_pylist(), strict=True
         ):
@@ -134,7 +134,7 @@ def find_bound(
     """The bottleneck of a run and the advice against it, in words; ``startup`` and ``wall`` are seconds."""
     seconds = clocks.seconds
     wait_in, wait_out = seconds.get(Stage.WAIT_INPUT, 0.0), seconds.get(Stage.WAIT_OUTPUT, 0.0)
-    # Batches that are encoded side by side take their time together.
+    # Batches that are encoded in parallel share their wall time.
     encoding = (seconds.get(Stage.ENCODE, 0.0) + seconds.get(Stage.LABEL, 0.0)) / streams
     loop = wait_in + wait_out + encoding
     if loop == 0:
@@ -180,7 +180,7 @@ def memory() -> dict[str, float]:
 
 
 def _peak_rss() -> int:
-    """Bytes; getrusage would count what the process that started this one held at the time."""
+    """Bytes; getrusage would include the memory of the parent process at the fork."""
     try:
         with open("/proc/self/status", encoding="ascii") as file:
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))
@@ -190,7 +190,7 @@ def _peak_rss() -> int:
 
 
 def machine(device: str, cores: int) -> dict[str, object]:
-    """Where the run took place."""
+    """Facts about the machine of a run."""
     facts: dict[str, object] = {
         "processor": _processor(),
         "cores": cores,
@@ -204,7 +204,7 @@ def machine(device: str, cores: int) -> dict[str, object]:
 
 
 def versions(more: Sequence[str] = ()) -> dict[str, str]:
-    """Versions of Python, of the packages that decide numbers and speed, and of ``more`` where they are installed."""
+    """Versions of Python, of the packages that affect results and speed, and of ``more``, as far as installed."""
     found = {"python": platform.python_version()}
     for name in (*PACKAGES, *more):
         try:
