@@ -92,8 +92,8 @@ def test_another_decoder_moves_the_bound_by_what_it_saves() -> None:
 def test_the_findings_name_the_bound_the_gains_and_the_whole_command() -> None:
     found = pipeline_report.findings(plausible())
     assert found[0] == (
-        "all stages together allow 20.0 images/s on 2 cores; the whole ran at 19.0, 95% of that (of the core time "
-        "encode 90%, decode 10%); the ratio is 0.950 (0.900 - 1.170)"
+        "2 cores allow at most 20.0 images/s; this run had 19.0 (95%); core time: encode 90%, decode 10%; the ratio is "
+        "0.950 (0.900 - 1.170)"
     )
     assert found[1] == (
         "the decoder fast does 2.00 times as many images a core as exact; images.decoder=fast moves the bound to "

@@ -25,7 +25,7 @@ from pipeline.report import page, summary
 from pipeline.report.history import earlier_runs
 from pipeline.report.scores import Extremes, Row
 from pipeline.report.summary import HINTS, DatasetSummary, Failed
-from pipeline.report.throughput import Cost, Limit, find_limit, find_pace
+from pipeline.report.throughput import Cost, Limit, find_limit, find_pace, verdict
 from pipeline.storage.factory import open_storage
 from pipeline.telemetry.clocks import StageClocks
 from pipeline.telemetry.logs import NAME, log_to
@@ -110,7 +110,7 @@ def test_the_page_shows_everything_and_loads_nothing() -> None:
     found.feed(html)
     for text in (
         *(
-            "898 images in 2\N{NO-BREAK SPACE}min 5\N{NO-BREAK SPACE}s: 7.2 images/s, bound by decoding on 2 cores",
+            "898 images in 2\N{NO-BREAK SPACE}min 5\N{NO-BREAK SPACE}s (7.2 images/s); bottleneck: decoding on 2 cores",
             "0.87",
         ),
         *("Raise loader.workers.", "2 of 1,000 rows failed (0.20%)", "the file ends early", "sure.jpg", "lost.jpg"),
@@ -149,8 +149,6 @@ def test_the_plots_follow_the_colours_of_the_page_and_fit_a_phone() -> None:
     plots = [values for tag, values in found.tags if tag == "svg"]
     assert [str(values["aria-label"])[:10] for values in plots] == [
         "Images per",
-        "Images per",
-        "Rows by th",
         "Rows by th",
     ]
     for svg in re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL):
@@ -345,8 +343,8 @@ def test_the_pace_of_a_run_follows_from_its_clocks_and_its_core_seconds() -> Non
     assert found.ratio == pytest.approx(0.9)
     assert found.cores_busy == pytest.approx(100 / 52)
     assert found.verdict == (
-        "all stages together allow 20.0 images/s on 2 cores; the whole ran at 18.0, 90% of that; the other 10% went "
-        "to waiting, to contention, or to other programs (of the core time encode 90%, decode 9%)"
+        "2 cores allow at most 20.0 images/s; this run had 18.0 (90%), the rest went to waiting, contention or other "
+        "programs; core time: encode 90%, decode 9%"
     )
     # One batch on both cores: the second thread has no clock.
     together = find_pace(
@@ -361,6 +359,32 @@ def test_the_pace_of_a_run_follows_from_its_clocks_and_its_core_seconds() -> Non
     assert find_pace(clocks, Spent(1.0, 0.0), threads={}, **{**facts, "images": 0}) is None  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("limit", "rate", "device", "words"),
+    [
+        (Limit(20.0, "encode", cores=True), None, "cpu", "core time: encode 60%, decode 40%"),
+        (Limit(20.0, "encode", cores=True), 22.0, "cpu", "core time: encode 60%, decode 40%"),
+        (
+            Limit(20.0, "encode", cores=True),
+            20.5,
+            "cpu",
+            "2 cores allow at most 20.0 images/s; this run had 20.5 (10",
+        ),
+        (Limit(9e3, "encode", cores=False), 9e3, "cuda", "the GPU allows at most 9,000 images/s; this run had 9,000"),
+        (Limit(15.0, "read", cores=False), 15.0, "cpu", "the stage read allows at most 15.0 images/s"),
+    ],
+)
+def test_a_run_too_short_for_a_comparison_has_none(limit: Limit, rate: float | None, device: str, words: str) -> None:
+    found = verdict(limit, {"encode": 0.6, "decode": 0.4}, rate=rate, cores=2, device=device)
+    assert found.startswith(words)
+    assert found.endswith("core time: encode 60%, decode 40%")
+    pace = Pace(stages={}, cores_busy=1.0, bound=20.0, ratio=1.17, verdict=found)
+    short = render(replace(REPORT, pace=pace))
+    assert "that this machine allows" not in short
+    assert "core time: encode" in short.replace("Core time", "core time")
+    assert "that this machine allows" in render(replace(REPORT, pace=replace(pace, ratio=0.9)))
+
+
 def test_the_page_shows_the_pace_of_every_stage_and_the_bound() -> None:
     pace = Pace(
         stages={
@@ -371,22 +395,22 @@ def test_the_page_shows_the_pace_of_every_stage_and_the_bound() -> None:
         cores_busy=1.92,
         bound=8.4,
         ratio=0.952,
-        verdict="all stages together allow 8.4 images/s",
+        verdict="2 cores allow at most 8.4 images/s",
     )
     report = replace(REPORT, pace=pace, memory={"peak_rss_mib": 512.0, "peak_decoder_mib": 64.0})
     found = Collector()
     found.feed(render(report))
     for text in (
-        "All stages together allow 8.4 images/s.",
+        "2 cores allow at most 8.4 images/s.",
         "412.5",
         "9.25",
         "90.0%",
         "95%",
-        "of what the stages allow",
+        "of the 8.4 images/s that this machine allows",
         "1.9",
     ):
         assert text in found.text
-    assert "a decoder 64" in found.text
+    assert "64 MiB in a decoder process" in found.text
     assert json.loads(page.to_json(report))["pace"]["stages"]["decode"]["core_seconds"] == 9.25
 
 

@@ -1,5 +1,4 @@
-"""What a line of the log holds besides its sentence: the run, the shard at hand, and, with ``log.format=json``, all of
-it as one JSON object."""
+"""The fields of a log line besides its message, such as run and shard, and the JSON format of ``log.format=json``."""
 
 from __future__ import annotations
 
@@ -17,21 +16,21 @@ from typing import Any
 
 from pipeline.core.errors import PipelineError
 
-# What every record has; all else on one was given as ``extra``.
+# Attributes of every record; all others were passed as ``extra``.
 _STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName", "plain"}
-# Containers within containers deeper than this are written as text, as those that hold themselves would never end.
+# Containers nested deeper are written as text, because one that holds itself would never end.
 _DEPTH = 6
 _SHARD: ContextVar[int | None] = ContextVar("shard", default=None)
 
 
 def new_run() -> str:
-    """A name for a run that no other has: when it began (UTC), and four random bytes."""
+    """A unique name for a run: its start (UTC) and four random bytes."""
     return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
 
 
 @contextmanager
 def within(shard: int) -> Iterator[None]:
-    """What this thread logs in the body is about ``shard``, and so is an error that leaves it."""
+    """Mark messages of this thread in the body, and an error that leaves it, with ``shard``."""
     token = _SHARD.set(shard)
     try:
         yield
@@ -46,13 +45,13 @@ def within(shard: int) -> Iterator[None]:
 
 
 def shard_of(error: BaseException) -> int | None:
-    """The shard in whose work an error was raised, if that is known."""
+    """The shard in which an error was raised, if known."""
     found = getattr(error, "shard", None)
     return found if isinstance(found, int) else None
 
 
 def fields_of(record: logging.LogRecord) -> dict[str, Any]:
-    """What is known besides the sentence, of types that JSON has: the shard, and what was given as ``extra``."""
+    """The shard and the ``extra`` values of a message, as types that JSON has."""
     shard = _SHARD.get()
     fields: dict[str, Any] = {} if shard is None else {"shard": shard}
     given = {name: value for name, value in record.__dict__.items() if name not in _STANDARD}
@@ -60,10 +59,10 @@ def fields_of(record: logging.LogRecord) -> dict[str, Any]:
 
 
 class JsonLines(logging.Formatter):
-    """One JSON object for every message, on one line, in ASCII.
+    """A formatter that makes one JSON object of a message, on one line, in ASCII.
 
-    ``time`` is UTC with milliseconds; ``error`` and ``traceback`` are there for an exception alone. A field of the
-    message that has one of these names stands under it with a ``_`` behind.
+    ``time`` is UTC with milliseconds; ``error`` and ``traceback`` exist only for an exception. An extra field with one
+    of the standard names gets a ``_`` appended.
     """
 
     def __init__(self, run: str) -> None:
@@ -71,13 +70,13 @@ class JsonLines(logging.Formatter):
         self._run = run
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line; values that JSON does not know are written as text."""
+        """The line; values of types that JSON lacks are written as text."""
         time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         content: dict[str, Any] = {
             "time": time.replace("+00:00", "Z"),
             "level": record.levelname.lower(),
             "logger": record.name,
-            # Where a text says more for people, as which worker it is from, this is the bare sentence.
+            # A text with a prefix for people, such as the worker, has its message here without the prefix.
             "message": str(getattr(record, "plain", None) or record.getMessage()),
         }
         if self._run:
@@ -93,19 +92,19 @@ class JsonLines(logging.Formatter):
 
 
 def ending(error: BaseException, code: int | None = None) -> logging.LogRecord:
-    """What the log says of the error that ends a run; with its traceback where it was not foreseen."""
-    foreseen = isinstance(error, PipelineError)
-    trace = None if foreseen else (type(error), error, error.__traceback__)
-    text = error if foreseen else repr(error)
+    """The log record of the error that ends a run, with a traceback if it is not a :class:`PipelineError`."""
+    expected = isinstance(error, PipelineError)
+    trace = None if expected else (type(error), error, error.__traceback__)
+    text = error if expected else repr(error)
     record = logging.LogRecord("pipeline", logging.ERROR, __file__, 0, "%s", (text,), trace)
-    found = {"error": type(error).__name__ if foreseen else None, "shard": shard_of(error), "exit_code": code}
+    found = {"error": type(error).__name__ if expected else None, "shard": shard_of(error), "exit_code": code}
     record.__dict__.update({name: value for name, value in found.items() if value is not None})
     return record
 
 
 def _dumped(content: Mapping[str, Any]) -> str:
     text = json.dumps(content, allow_nan=False)
-    # Half of a pair, as names of files may hold, is no text to most readers of JSON.
+    # Most readers of JSON reject a lone surrogate, which names of files may contain.
     return text if "\\ud" not in text else json.dumps(_whole(content), allow_nan=False)
 
 
@@ -142,9 +141,9 @@ def _text(value: Any) -> str:
 
 # Where torchao is installed, transformers imports it to load any model.
 SILENCED: tuple[tuple[str, str], ...] = (
-    # Its kernels that were built for another machine; it has others.
+    # Kernels that were built for another machine; it has others.
     ("torchao", "Failed to load "),
-    # Its Triton kernels are for GPUs; torch.compile says itself where it misses Triton.
+    # Its Triton kernels are for GPUs; torch.compile reports a missing Triton itself.
     ("torchao.kernel.intmm", "Warning: Detected no triton"),
     # A function that torch deprecates, called by torchao.
     ("torch.utils._pytree", "register_constant() on Enum subclasses is deprecated"),
@@ -152,19 +151,19 @@ SILENCED: tuple[tuple[str, str], ...] = (
 
 
 class _Without(logging.Filter):
-    """Lets everything pass but messages with these words."""
+    """A filter that drops messages with these words."""
 
     def __init__(self, words: str) -> None:
         super().__init__()
         self.words = words
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether to say it."""
+        """Return whether to log the message."""
         return self.words not in record.getMessage()
 
 
 def silence() -> None:
-    """From now on these messages are dropped in this process."""
+    """Drop the :data:`SILENCED` messages in this process."""
     for name, words in SILENCED:
         logger = logging.getLogger(name)
         if not any(isinstance(each, _Without) and each.words == words for each in logger.filters):

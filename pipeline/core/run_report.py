@@ -1,4 +1,4 @@
-"""The frozen types of a report: how fast a run was, and all that is told of it."""
+"""The frozen types of the report of a run."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pipeline.core.records import Parity, Timeline
 
 @dataclass(frozen=True, slots=True)
 class StagePace:
-    """One stage of a run: ``images_per_second`` as parallel as it was (None where no clock tells), the core seconds
-    that it took, those of decoder processes included, and their ``share`` of all."""
+    """One stage of a run: ``images_per_second`` with its parallel threads (None where it has no clock), its core
+    seconds, including those of decoder processes, and their ``share`` of all."""
 
     images_per_second: float | None
     core_seconds: float
@@ -20,10 +20,11 @@ class StagePace:
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How fast a run was against what its stages allow.
+    """The throughput of a run compared with the limit that its stages set.
 
-    ``bound`` is in images/s: on a CPU the cores over the core seconds of an image, with a GPU the slowest of what it,
-    the cores and the disks do. ``ratio`` is the run's steady throughput over the bound.
+    ``bound`` is the limit in images/s: on a CPU the cores divided by the core seconds of an image, with a GPU the
+    slowest of GPU, cores and disks. ``ratio`` is the steady throughput of the run divided by the bound; above 1 the run
+    was too short. ``verdict`` is the comparison in words.
     """
 
     stages: Mapping[str, StagePace]

@@ -280,7 +280,7 @@ def log_summary(result: RunReport, config: Config) -> None:
     rate = result.images_per_second
     log.info("%s", summary.headline(result.images, result.wall_seconds, rate, result.bound, where=where))
     steady = result.steady_images_per_second
-    log.info("%s%s", f"steady {steady:,.1f} images/s; " if steady else "", result.advice)
+    log.info("%s%s", f"after start-up: {steady:,.1f} images/s; " if steady else "", result.advice)
     if result.pace is not None:
         log.info("%s", result.pace.verdict)
     if result.repeats:

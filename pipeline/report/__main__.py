@@ -1,4 +1,4 @@
-"""``python -m pipeline.report``: the page of a dataset again, two runs side by side, or the nights of a store."""
+"""``python -m pipeline.report``: redraw the page of a dataset, compare two runs, or draw the nights of a store."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ examples:
   python -m pipeline.report outputs/demo
       draw outputs/demo/_report.html again
   python -m pipeline.report s3://bucket/photos --out photos.html --examples 100
-      a page beside the dataset, with more pictures
+      write the page to another file, with more pictures
   python -m pipeline.report --compare outputs/monday outputs/tuesday --out compare.html
       two runs side by side
   python -m pipeline.report --history nights/runs.parquet --out nights.html
       every night of a store
-exit codes: 0 written, 2 no dataset there or not a finished one, 75 interrupted, 1 anything else
+exit codes: 0 written, 2 no dataset or an unfinished one, 75 interrupted, 1 anything else
 """
 
 
@@ -106,17 +106,17 @@ def _count(text: str) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.report",
-        description="Draw the page of a dataset again, two runs side by side, or the nights of a store.",
+        description="Redraw the page of a dataset, compare two runs, or draw the nights of a store.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("dataset", metavar="DATASET", nargs="?", help="a finished dataset: a folder or an address")
-    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two datasets whose runs stand side by side")
+    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two datasets whose runs are compared")
     parser.add_argument("--history", metavar="RUNS", help="the runs.parquet of a store of nights, or the store")
     parser.add_argument(
         "--out", metavar="FILE", help="where the page goes [DATASET/_report.html, compare.html or nights.html]"
     )
-    parser.add_argument("--examples", type=_count, metavar="N", help="how many rows are shown; 0 reads no picture")
+    parser.add_argument("--examples", type=_count, metavar="N", help="number of example rows; 0 reads no picture")
     return parser
 
 

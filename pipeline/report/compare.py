@@ -1,4 +1,4 @@
-"""Two runs side by side: figures, stages, time lines, labels, and what was set otherwise."""
+"""Two runs side by side: figures, stages, timelines, labels and different settings."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from markupsafe import Markup
 from pipeline.core.records import OK
 from pipeline.report.page import environment, place_of, settings, timeline_of, when
 from pipeline.report.plots import bare, clock
-from pipeline.report.svg import LINE, SERIES, new_figure, plot
-from pipeline.report.throughput import WAITS, in_words
+from pipeline.report.svg import LINE, SERIES, WIDTH, plot
+from pipeline.report.throughput import WAITS, in_words, share_of_limit
 from pipeline.telemetry.timeline import IMAGES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Labels whose share moved most.
+# Labels whose share changed most.
 MOVED = 12
 NEVER = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One figure of both runs as text, and what the second is to the first."""
+    """One figure of both runs as text, and the ratio of the second to the first."""
 
     name: str
     a: str
@@ -52,7 +52,7 @@ def compare_page(a: Mapping[str, Any], b: Mapping[str, Any], *, names: tuple[str
     Args:
         a: the content of a ``_report.json``, whole as :func:`~pipeline.report.load.report_of` returns it.
         b: the other.
-        names: what they are called, such as the addresses of the datasets.
+        names: of the runs, such as the addresses of the datasets.
     """
     page = environment().get_template("compare.html.j2").render(
         headline=headline(a, b),
@@ -77,14 +77,14 @@ def headline(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
         idle = (
             "Neither run embedded anything" if one == other else f"The {'second' if one else 'first'} embedded nothing"
         )
-        return f"{idle}, so there are no paces to compare"
+        return f"{idle}, so there is no throughput to compare"
     ratio = other / one
-    told = f"{in_words(one)} and {in_words(other)} images/s once under way"
+    rates = f"{in_words(one)} and {in_words(other)} images/s after start-up"
     if 0.97 <= ratio <= 1.03:
-        return f"Both ran at the same pace: {told}"
+        return f"Both had the same throughput: {rates}"
     if ratio > 1:
-        return f"The second ran {ratio:.2f} times as fast as the first: {told}"
-    return f"The second ran at {ratio:.0%} of the first's pace: {told}"
+        return f"The second was {ratio:.2f} times as fast as the first: {rates}"
+    return f"The second had {ratio:.0%} of the first's throughput: {rates}"
 
 
 def _pace(report: Mapping[str, Any]) -> float:
@@ -105,12 +105,12 @@ def _lines(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Line]:
 
     parity = "{:.6f}"
     lines = [
-        number("images/s once under way", _pace),
-        number("images/s with start-up", lambda report: report["images_per_second"]),
+        number("images/s after start-up", _pace),
+        number("images/s including start-up", lambda report: report["images_per_second"]),
         number("seconds", lambda report: report["wall_seconds"]),
         number("seconds to the first batch", lambda report: report["startup_seconds"]),
-        Line("bound by", bound(a), bound(b)),
-        number("of what the stages allow, %", lambda report: 100 * report["pace"]["ratio"] if report["pace"] else None),
+        Line("bottleneck", bound(a), bound(b)),
+        number("share of the highest possible rate, %", _share),
         number("cores busy", lambda report: report["pace"]["cores_busy"] if report["pace"] else None),
         number("peak memory, MiB", lambda report: report["memory"].get("peak_rss_mib"), "{:,.0f}"),
         number("GPU memory, MiB", lambda report: report["memory"].get("peak_gpu_mib"), "{:,.0f}"),
@@ -128,12 +128,17 @@ def _lines(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Line]:
     return [line for line in lines if {line.a, line.b} != {"—"}]
 
 
+def _share(report: Mapping[str, Any]) -> float | None:
+    share = share_of_limit(report)
+    return None if share is None else 100 * share
+
+
 def _failed(report: Mapping[str, Any]) -> int:
     return sum(count for status, count in report["counts"].items() if status != OK)
 
 
 def _stages(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Bars]:
-    """What 1,000 images cost in each stage, so that runs of different lengths compare."""
+    """The cost of 1,000 images in each stage, so that runs of different lengths compare."""
 
     def costs(report: Mapping[str, Any]) -> dict[str, float]:
         images = report["images"] or 1
@@ -159,15 +164,14 @@ def _stages(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Bars]:
 
 
 def _plot(a: Mapping[str, Any], b: Mapping[str, Any]) -> Markup | None:
-    """Images a second of both, each from its own first slice on; None unless both have a time line."""
+    """Images per second of both, each from its own first slice on; None unless both have a timeline."""
     lines = [timeline_of(a), timeline_of(b)]
     if None in lines:
         return None
 
-    def draw(width: float) -> Figure:
-        figure = new_figure(width, 2.6)
+    def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        figure.subplots_adjust(left=0.8 / width, right=1 - 0.15 / width, top=0.96, bottom=0.18)
+        figure.subplots_adjust(left=0.8 / WIDTH, right=1 - 0.15 / WIDTH, top=0.96, bottom=0.18)
         bare(axes)
         last = 0.0
         for line, colour in zip(lines, (SERIES[0], SERIES[1]), strict=True):
@@ -186,9 +190,8 @@ def _plot(a: Mapping[str, Any], b: Mapping[str, Any]) -> Markup | None:
         axes.yaxis.set_major_formatter("{x:,g}")
         axes.locator_params(axis="y", nbins=4)
         axes.grid(axis="y", color=LINE, linewidth=0.6)
-        return figure
 
-    return plot("pace", "Images per second of both runs over time", draw)
+    return plot("throughput", "Images per second of both runs over time", 2.6, draw)
 
 
 def _counts(a: Mapping[str, int], b: Mapping[str, int]) -> list[tuple[str, int, int]]:
@@ -202,7 +205,7 @@ def _counts_of_text(a: Mapping[str, str], b: Mapping[str, str]) -> list[Line]:
 
 
 def _labels(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, float, float]]:
-    """The labels whose share of the labelled rows moved most: the shares in both."""
+    """The labels whose share of the labelled rows changed most: the shares in both."""
     one, other = a.get("labels") or {}, b.get("labels") or {}
     all_one, all_other = sum(one.values()) or 1, sum(other.values()) or 1
     shares = [(name, one.get(name, 0) / all_one, other.get(name, 0) / all_other) for name in {**one, **other}]

@@ -1,4 +1,4 @@
-"""What another decoder would make of a run, from pictures of the run itself."""
+"""An estimate of a run with the next faster decoder, from images of the run itself."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from pipeline.report.thumbnails import find
 
 # The next faster decoder.
 FASTER = {"exact": "fast", "fast": "scaled"}
-# A run that was shorter than this is not worth the seconds that the comparison takes.
+# Seconds; a shorter run is not worth the time of the comparison.
 LONG = 30.0
-# Pictures that are decoded twice, among the first rows of the manifest, and what reading them may take.
+# Images that are decoded twice, the first rows of the manifest that they come from, and the seconds for reading them.
 PICTURES, REACH, SECONDS = 24, 2048, 10.0
-# Below this gain the decoder is not what to change.
+# A smaller gain is not worth a change of the decoder.
 GAIN = 1.2
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Faster:
-    """What a run would have been with another decoder: how much faster that decodes, and images/s of the whole."""
+    """The estimate for another decoder: how many ``times`` as fast it decodes, and the images/s of the whole run."""
 
     decoder: str
     times: float
@@ -35,29 +35,29 @@ class Faster:
 
     @property
     def advice(self) -> str:
-        """In words."""
+        """The estimate as a sentence."""
         if self.times < GAIN:
             return (
-                f"images.decoder={self.decoder} would hardly help: of {PICTURES} of these images it decodes "
-                f"{self.times:.1f} times as many a second; smaller images or more cores would"
+                f"images.decoder={self.decoder} would hardly help: it decodes {PICTURES} of these images only "
+                f"{self.times:.1f} times as fast; use smaller images or more cores"
             )
         return (
             f"images.decoder={self.decoder} would give about {in_words(self.images_per_second)} images/s (it decodes "
-            f"{self.times:.1f} times as many of these images a second)"
+            f"these images {self.times:.1f} times as fast)"
         )
 
 
 def faster_decoder(
     manifest: Manifest, reader: PixelReader, pace: Pace | None, *, images: int, wall: float, cores: int, device: str
 ) -> Faster | None:
-    """Decode some pictures by the decoder of the run and by the next faster one, and reckon; None for a short run.
+    """Decode some images with the decoder of the run and with the next faster one; None for a short run.
 
     Args:
         manifest: of the run.
         reader: of the run.
-        pace: what its stages cost.
-        images: how many it embedded.
-        wall: seconds that it took.
+        pace: the cost of its stages.
+        images: that it embedded.
+        wall: its seconds.
         cores: that it could use.
         device: type of the encoder's device, such as ``cpu``.
     """
@@ -70,7 +70,7 @@ def faster_decoder(
         refs = list(_read(manifest, reader, numbers))
         now, then = (_seconds(reader, each, refs) if refs else 0.0 for each in (kind, FASTER[kind]))
     except Exception as error:
-        # The run is over; whatever this would have told is not worth an error.
+        # The run is finished; a missing estimate is not worth an error.
         log.debug("%s: %s", type(error).__name__, error)
         return None
     if not now or not then:
@@ -87,7 +87,7 @@ def faster_decoder(
 
 
 def _read(manifest: Manifest, reader: PixelReader, numbers: Sequence[int]) -> Iterator[ImageRef]:
-    """Some pictures with their bytes, until the time is over."""
+    """Some images with their bytes, until the timeout."""
     end = time.monotonic() + SECONDS
     source = replace(reader.source, read_seconds=min(reader.source.read_seconds, SECONDS / 4))
     for _, ref in find(manifest, numbers, seconds=SECONDS):
@@ -99,7 +99,7 @@ def _read(manifest: Manifest, reader: PixelReader, numbers: Sequence[int]) -> It
 
 
 def _seconds(reader: PixelReader, kind: str, refs: list[ImageRef]) -> float:
-    """What decoding takes; the first picture, which starts a process, does not count."""
+    """Seconds of decoding; the first image, which starts a process, does not count."""
     spent = 0.0
 
     def add(stage: str, seconds: float) -> None:

@@ -1,4 +1,4 @@
-"""Earlier runs of the same job, as each report keeps them."""
+"""Summaries of earlier runs of the same job, which each report keeps."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 from pipeline.core.records import OK
 
-# Runs that a report remembers besides its own.
+# Earlier runs that a report keeps.
 KEPT = 20
 
 
 def earlier_runs(previous: bytes | None) -> tuple[Mapping[str, Any], ...]:
-    """From the ``_report.json`` of the run before: that run in short, and those that it remembered, oldest first.
+    """Summaries of the previous run, from its ``_report.json``, and of the runs before it, oldest first.
 
-    Empty where there is none, or one that cannot be read.
+    Empty if there is none, or if it cannot be read.
     """
     try:
         report = json.loads(previous or b"null")
@@ -25,7 +25,7 @@ def earlier_runs(previous: bytes | None) -> tuple[Mapping[str, Any], ...]:
 
 
 def is_stale(previous: bytes | None, counts: Mapping[str, int]) -> bool:
-    """Whether a ``_report.json`` is none of a dataset with ``counts``, whose shards are all there."""
+    """Return whether a ``_report.json`` does not describe a complete dataset with ``counts``."""
     try:
         report = json.loads(previous or b"null")
         return bool(report["counts"] != counts or report.get("given_up"))
@@ -34,10 +34,10 @@ def is_stale(previous: bytes | None, counts: Mapping[str, int]) -> bool:
 
 
 def in_short(report: Mapping[str, Any]) -> dict[str, Any]:
-    """The figures of a report by which runs are compared.
+    """The figures of a report for a comparison of runs.
 
     Raises:
-        KeyError, TypeError: it is no report of the main job.
+        KeyError, TypeError: it is not a report of the main job.
     """
     config, machine = report["config"], report["machine"]
     return {

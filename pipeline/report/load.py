@@ -1,4 +1,4 @@
-"""The report of a dataset, whichever job wrote it: the main job, a night, or relabel."""
+"""Read the report of a dataset of the main job, of a night or of relabel."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pipeline.core.errors import StorageError
 from pipeline.storage.base import Storage
 
 REPORT, NIGHT = "_report.json", "_night.json"
-# What a report may lack that an older version, or another job, wrote.
+# Defaults for a report that an older version or another job wrote.
 _ABSENT: dict[str, Any] = {
     "images": 0, "images_per_second": 0.0, "steady_images_per_second": 0.0, "startup_seconds": 0.0, "stages": {},
     "resumed_rows": 0, "bound": "nothing", "advice": "", "prompts": {"labels": 0, "cached": True}, "parity": None,
@@ -20,12 +20,12 @@ _ABSENT: dict[str, Any] = {
 
 
 def report_of(storage: Storage, *, config: Mapping[str, Any], fingerprints: Mapping[str, Any]) -> dict[str, Any]:
-    """The report of the dataset at ``storage``, with every field of :class:`~pipeline.core.records.RunReport`.
+    """The report of the dataset at ``storage``, with every field of :class:`~pipeline.core.run_report.RunReport`.
 
-    ``config`` and ``fingerprints`` are those of its plan, for where the report holds none.
+    ``config`` and ``fingerprints`` are those of its plan, in case the report has none.
 
     Raises:
-        StorageError: it has none, or one that cannot be read.
+        StorageError: the report is missing or cannot be read.
     """
     for name in (NIGHT, REPORT):
         data = storage.read(name)
@@ -43,15 +43,15 @@ def report_of(storage: Storage, *, config: Mapping[str, Any], fingerprints: Mapp
                 raise KeyError(", ".join(sorted(missing)))  # noqa: TRY301
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise StorageError(
-                f"{storage.url}/{name}: not readable as a report ({type(error).__name__}: {error}); move it away, and "
-                "run the job again: it finds nothing to do, and writes it anew"
+                f"{storage.url}/{name}: not readable as a report ({type(error).__name__}: {error}); move it away and "
+                "run the job again, which has nothing left to do but writes a new report"
             ) from error
         return whole
-    raise StorageError(f"{storage.url}: has no {REPORT}; run the job again: it finds nothing to do, and writes it anew")
+    raise StorageError(f"{storage.url}: has no {REPORT}; run the job again, which writes a new one")
 
 
 def _of_night(night: Mapping[str, Any]) -> dict[str, Any]:
-    """A night's figures over those of the largest job that embedded for it."""
+    """The figures of a night on top of those of its largest embedding job."""
     jobs = night["jobs"]
     job = max(jobs, key=lambda one: one["rows"]) if jobs else {}
     kinds = night["kinds"]
@@ -77,7 +77,7 @@ def _of_night(night: Mapping[str, Any]) -> dict[str, Any]:
         "versions": night["versions"],
         "history": [],
         "night": {name: night[name] for name in ("date", "previous", "kinds", "embedded", "verdict")},
-        # When the job that embedded was started, from which its timeline counts.
+        # The start of the embedding job, which is the zero of its timeline.
         "timeline_began": job.get("started"),
         "timeline_wall": job.get("wall_seconds"),
     }

@@ -1,4 +1,4 @@
-"""The nights of a store, from its ``runs.parquet``: a table for a night's page, and a page of their own."""
+"""The nights of a store, from its ``runs.parquet``: a table for the page of a night, and a page of all nights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipeline.core.errors import NoDataset, StorageError
 from pipeline.report.page import environment
 from pipeline.report.plots import bare
 from pipeline.report.summary import in_words_of_time
-from pipeline.report.svg import INK, LINE, SERIES, SOFT, WAIT, new_figure, plot
+from pipeline.report.svg import INK, LINE, SERIES, SOFT, WAIT, WIDTH, plot
 from pipeline.storage.urls import explained, filesystem, open_arrow
 
 if TYPE_CHECKING:
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 RUNS = "runs.parquet"
-# Nights that a night's page lists before it.
+# Nights in the table of a night's page.
 RECENT = 8
-# Nights that the page of nights shows.
+# Nights on the page of all nights.
 SHOWN = 120
-# What became of the rows that were not carried from the night before, and its colour.
+# Kinds of the rows that were not carried from the night before, and their colours.
 KINDS = {"new": SERIES[0], "changed": SERIES[1], "retried": SERIES[2], "anew": SERIES[3], "duplicate": SERIES[4]}
 _COLUMNS = (
     "date", "started", "seconds", "rows", "carried", *KINDS, "dropped", "embedded", "images", "images_per_second",
@@ -50,7 +50,7 @@ def read_nights(path: str) -> list[dict[str, Any]]:
 
     Raises:
         NoDataset: there is no such file.
-        StorageError: it holds no nights.
+        StorageError: the file holds no nights.
     """
     path = path if path.endswith(".parquet") else f"{path.rstrip('/')}/{RUNS}"
     try:
@@ -107,15 +107,14 @@ def _headline(nights: Sequence[dict[str, Any]]) -> str:
 
 
 def _plot(nights: Sequence[dict[str, Any]]) -> Markup:
-    """Rows embedded, time, pace and failures, night by night, over one axis of dates."""
+    """Rows embedded, time, throughput and failures of each night, over one axis of dates."""
     first = nights[0]["date"]
     days = np.array([(night["date"] - first).days for night in nights])
     gaps = [(one, other) for one, other in pairwise(days.tolist()) if other - one > 1]
 
-    def draw(width: float) -> Figure:
-        figure = new_figure(width, 6.4)
+    def draw(figure: Figure) -> None:
         panels = figure.subplots(4, 1, sharex=True, height_ratios=(1.6, 1, 1, 1))
-        figure.subplots_adjust(left=0.95 / width, right=1 - 0.15 / width, top=0.98, bottom=0.07, hspace=0.22)
+        figure.subplots_adjust(left=0.95 / WIDTH, right=1 - 0.15 / WIDTH, top=0.98, bottom=0.07, hspace=0.22)
         base = np.zeros(len(nights))
         for kind, colour in KINDS.items():
             rows = np.array([night[kind] or 0 for night in nights], dtype=float)
@@ -137,14 +136,13 @@ def _plot(nights: Sequence[dict[str, Any]]) -> Markup:
                 if night["exit_code"]:
                     panel.axvspan(day - 0.5, day + 0.5, color=WAIT, alpha=0.25, linewidth=0)
         last = int(days[-1])
-        ticks = sorted({round(last * part) for part in np.linspace(0, 1, min(8 if width > 6 else 4, last + 1))})
+        ticks = sorted({round(last * part) for part in np.linspace(0, 1, min(5, last + 1))})
         panels[-1].set_xticks(ticks, [(first + timedelta(days=tick)).isoformat()[5:] for tick in ticks])
         panels[-1].set_xlim(-0.7, last + 0.7)
         for label in panels[-1].get_xticklabels():
             label.set_color(SOFT)
-        return figure
 
-    return plot("nights", "Rows embedded, time, throughput and failed rows of each night", draw)
+    return plot("nights", "Rows embedded, time, throughput and failed rows of each night", 6.4, draw)
 
 
 def _line(axes: Axes, days: np.ndarray, values: Sequence[float], colour: str) -> None:

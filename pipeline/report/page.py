@@ -1,4 +1,4 @@
-"""The report as one self-contained HTML page: no script, no network, light and dark, printable."""
+"""The report as one self-contained HTML page without scripts and network access, for light, dark and print."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pipeline.report import plots
 from pipeline.report.history import in_short
 from pipeline.report.scores import Row
 from pipeline.report.summary import HINTS, DatasetSummary, Failed, headline, in_words_of_time
-from pipeline.report.throughput import WAITS, in_words
+from pipeline.report.throughput import WAITS, in_words, share_of_limit
 
 MOST_LABELS = 25
 # Earlier runs that are listed.
@@ -31,7 +31,7 @@ MISSING = "—"
 
 @dataclass(frozen=True, slots=True)
 class StageRow:
-    """A line of the table of stages; ``width`` of the bar in percent, waiting is drawn in grey."""
+    """A line of the table of stages; ``width`` of the bar is in percent, ``waits`` marks waiting."""
 
     name: str
     seconds: float | None
@@ -44,7 +44,7 @@ class StageRow:
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """One row of the dataset with its picture, as base64 of JPEG bytes (None: there is none to show)."""
+    """One row of the dataset with its picture as base64 of JPEG bytes (None: no picture)."""
 
     id: str
     label: str | None = None
@@ -55,7 +55,7 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One key of the config; ``usual`` is its default where the run has another value."""
+    """One key of the config; ``usual`` is its default if the run has another value, else None."""
 
     key: str
     value: str
@@ -63,13 +63,13 @@ class Setting:
 
 
 def to_dict(report: RunReport) -> dict[str, Any]:
-    """The content of ``_report.json``, of plain types alone."""
+    """The content of ``_report.json`` as types that JSON has."""
     plain: dict[str, Any] = json.loads(json.dumps(asdict(report), ensure_ascii=False, default=str))
     return plain
 
 
 def to_json(report: RunReport) -> bytes:
-    """The same as bytes."""
+    """The bytes of ``_report.json``."""
     return (json.dumps(to_dict(report), indent=2, ensure_ascii=False) + "\n").encode()
 
 
@@ -85,14 +85,14 @@ def to_html(
 
     Args:
         report: the content of ``_report.json``.
-        content: what the dataset holds.
+        content: the summary of the dataset.
         examples: rows to show first.
-        pictures: JPEG bytes by the number of the row, for all rows that can be shown.
+        pictures: JPEG bytes by the number of the row, for all rows that have a picture.
         output: the address of the dataset.
     """
 
     def tiles(rows: Sequence[Row]) -> list[Tile]:
-        # A row that failed to be read again is no picture for a gallery.
+        # The gallery leaves out rows whose image could not be read again.
         return [_tile(row, pictures) for row in rows if row.number in pictures]
 
     most = max(content.labels.values(), default=1)
@@ -104,6 +104,7 @@ def to_html(
         model=report["config"]["model"]["name"],
         started=when(report["started"]),
         failed=failed,
+        share_of_limit=share_of_limit(report),
         stages=stage_rows(report),
         timeline=_timeline(report),
         gallery=tiles(examples),
@@ -130,17 +131,17 @@ def to_html(
 
 
 def environment() -> Environment:
-    """Where the templates of this room are, with the filters that they use."""
+    """The environment of the templates in this package, with their filters."""
     made = Environment(loader=PackageLoader("pipeline.report", "."), autoescape=True, trim_blocks=True)
     made.filters["rate"] = lambda value: in_words(value) if value else MISSING
-    # A key such as images.decoder=fast is written as it is typed.
+    # A key such as images.decoder=fast keeps its case.
     made.filters["capital"] = lambda text: text if re.match(r"\S*[.=]\S", text) else f"{text[:1].upper()}{text[1:]}"
     made.filters["score"] = lambda score: f"{score:.2f}" if score >= 0.01 or not score else f"{score:.1g}"
     return made
 
 
 def place_of(machine: Mapping[str, Any], bound: str) -> str:
-    """The part of a machine that a bound is about: its GPU, or so many cores; empty where it is about neither."""
+    """The part of a machine that is the bottleneck: its GPU, or its cores; empty for other bottlenecks."""
     if bound not in ("encoding", "decoding"):
         return ""
     if "gpu" in machine and bound == "encoding":
@@ -150,7 +151,7 @@ def place_of(machine: Mapping[str, Any], bound: str) -> str:
 
 
 def when(started: str) -> str:
-    """A time as people write it."""
+    """An ISO time as text for people."""
     try:
         return datetime.fromisoformat(started).strftime("%Y-%m-%d %H:%M:%S %Z").strip()
     except ValueError:
@@ -158,7 +159,7 @@ def when(started: str) -> str:
 
 
 def stage_rows(report: Mapping[str, Any]) -> list[StageRow]:
-    """The stages by their share of the core time, or of the seconds of work where that is not known; then the waits."""
+    """The stages by their share of the core time (of the seconds if that is unknown), then the waits."""
     stages = report["stages"]
     paces = report["pace"]["stages"] if report.get("pace") else {}
     work = sum(seconds for name, seconds in stages.items() if name not in WAITS)
@@ -183,7 +184,7 @@ def stage_rows(report: Mapping[str, Any]) -> list[StageRow]:
 
 
 def timeline_of(report: Mapping[str, Any]) -> Timeline | None:
-    """The slices of a report; None where it has none."""
+    """The timeline of a report; None if it has none."""
     found = report.get("timeline")
     if not found or not any(any(amounts) for amounts in found["amounts"].values()):
         return None
@@ -191,7 +192,7 @@ def timeline_of(report: Mapping[str, Any]) -> Timeline | None:
 
 
 def settings(config: Mapping[str, Any]) -> list[Setting]:
-    """Every key of a config, with its default where that is another."""
+    """Every key of a config, with its default if that is another."""
     usual = _flat(asdict(Config()))
     return [
         Setting(
@@ -211,7 +212,7 @@ def _timeline(report: Mapping[str, Any]) -> Any:
 
 
 def by_status(failed: Sequence[Failed]) -> dict[str, list[Failed]]:
-    """The rows of each status that are shown."""
+    """The rows of each status that the page shows."""
     rows: dict[str, list[Failed]] = {}
     for row in failed:
         rows.setdefault(row.status, []).append(row)
@@ -229,7 +230,7 @@ def _headline(report: Mapping[str, Any]) -> str:
             f"Night of {night['date']}: {night['embedded']:,} of {report['rows']:,} rows embedded, the others carried, "
             f"in {in_words_of_time(report['wall_seconds'])}"
         )
-    # A number is not parted from its unit.
+    # No line break between a number and its unit.
     return re.sub(r"(\d) (s|min)\b", "\\1\N{NO-BREAK SPACE}\\2", text)
 
 
@@ -242,7 +243,7 @@ def _tile(row: Row, pictures: Mapping[int, bytes]) -> Tile:
 def _statuses(
     counts: Mapping[str, int], content: DatasetSummary, pictures: Mapping[int, bytes]
 ) -> list[tuple[str, int, str, list[Tile]]]:
-    """Every status with its rows, what it means, and some of them."""
+    """Every status with its number of rows, its meaning, and some of its rows."""
     found, failed = [], by_status(content.failed)
     for status, count in counts.items():
         rows = failed.get(status, [])

@@ -1,4 +1,4 @@
-"""The plots of the report: what went on when, and what the scores look like."""
+"""The plots of the report: the timeline and the histogram of scores."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from markupsafe import Markup
 
 from pipeline.core.records import Stage, Timeline
-from pipeline.report.svg import INK, LINE, SERIES, SOFT, WAIT, new_figure, plot
+from pipeline.report.svg import INK, LINE, SERIES, SOFT, WAIT, WIDTH, plot
 from pipeline.telemetry.timeline import IMAGES
 
 if TYPE_CHECKING:
@@ -19,23 +19,23 @@ if TYPE_CHECKING:
 WORK = (Stage.READ, Stage.DECODE, Stage.COPY, Stage.ENCODE, Stage.LABEL, Stage.WRITE)
 WAITS = (Stage.WAIT_INPUT, Stage.WAIT_OUTPUT)
 COLOURS = dict(zip(WORK, SERIES, strict=False))
-# A last slice that is less than this full says nothing about the rate.
+# A last slice with a smaller share of its width has no meaningful rate.
 FULL = 0.3
 LANE_INCHES = 0.27
 
 
 def timeline_plot(timeline: Timeline, *, began: float, wall: float, startup: float) -> Markup:
-    """Images a second and what every stage did, over the time since the command.
+    """Images per second and the work of every stage, over the time since the command.
 
     ``began`` is in seconds since the epoch, ``wall`` and ``startup`` are seconds.
     """
     stages = [stage for stage in (*WORK, *WAITS) if any(timeline.amounts.get(stage, ()))]
 
-    def draw(width: float) -> Figure:
-        figure = new_figure(width, 1.9 + LANE_INCHES * len(stages) + 0.5)
+    def draw(figure: Figure) -> None:
         rates, lanes = figure.subplots(2, 1, sharex=True, height_ratios=(1.5, max(0.5, LANE_INCHES * len(stages))))
-        left = 1.12 / width
-        figure.subplots_adjust(left=left, right=1 - 0.55 / width, top=0.97, bottom=0.42 / figure.get_figheight())
+        figure.subplots_adjust(
+            left=1.12 / WIDTH, right=1 - 0.55 / WIDTH, top=0.97, bottom=0.42 / figure.get_figheight()
+        )
         for axes in (rates, lanes):
             bare(axes)
             axes.axvspan(0, startup, color=LINE, alpha=0.45, linewidth=0)
@@ -48,10 +48,10 @@ def timeline_plot(timeline: Timeline, *, began: float, wall: float, startup: flo
         lanes.set_xlim(0, max(wall, float(edges[-1])))
         lanes.set_xlabel("since the command")
         lanes.xaxis.set_major_formatter(lambda seconds, _: clock(seconds))
-        lanes.locator_params(axis="x", nbins=9 if width > 6 else 4)
-        return figure
+        lanes.locator_params(axis="x", nbins=5)
 
-    return plot("timeline", "Images per second and the work of each stage over the time of the run", draw)
+    title = "Images per second and the work of each stage over the time of the run"
+    return plot("timeline", title, 1.9 + LANE_INCHES * len(stages) + 0.5, draw)
 
 
 _SMALL = {"color": SOFT, "ha": "center", "va": "top", "fontsize": 8.5}
@@ -72,7 +72,7 @@ def _draw_rates(axes: Axes, timeline: Timeline, edges: np.ndarray) -> None:
 
 
 def _draw_lanes(axes: Axes, timeline: Timeline, edges: np.ndarray, stages: Sequence[Stage]) -> None:
-    """How many threads were at it on average, in a lane for each stage; the highest lane is its busiest slice."""
+    """Average number of threads at work, in a lane for each stage; the busiest slice has the height of the lane."""
     spans = np.maximum(np.diff(edges), FULL * timeline.width)
     for place, stage in enumerate(reversed(stages)):
         busy = np.array(timeline.amounts[stage]) / spans
@@ -93,10 +93,9 @@ def _draw_lanes(axes: Axes, timeline: Timeline, edges: np.ndarray, stages: Seque
 def score_plot(histogram: Sequence[int]) -> Markup:
     """Rows by the score of their best label."""
 
-    def draw(width: float) -> Figure:
-        figure = new_figure(width, 2.2)
+    def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        figure.subplots_adjust(left=0.75 / width, right=1 - 0.2 / width, top=0.96, bottom=0.2)
+        figure.subplots_adjust(left=0.75 / WIDTH, right=1 - 0.2 / WIDTH, top=0.96, bottom=0.2)
         bare(axes)
         edges = np.linspace(0, 1, len(histogram) + 1)
         axes.stairs(histogram, edges, fill=True, color=SERIES[0])
@@ -106,9 +105,8 @@ def score_plot(histogram: Sequence[int]) -> Markup:
         axes.yaxis.set_major_formatter("{x:,g}")
         axes.locator_params(axis="y", nbins=4, integer=True)
         axes.grid(axis="y", color=LINE, linewidth=0.6)
-        return figure
 
-    return plot("scores", "Rows by the score of their best label", draw)
+    return plot("scores", "Rows by the score of their best label", 2.2, draw)
 
 
 def bare(axes: Axes) -> None:
@@ -120,7 +118,7 @@ def bare(axes: Axes) -> None:
 
 
 def clock(seconds: float) -> str:
-    """Seconds as people write them on an axis: ``45 s``, ``2:05``, ``1:02:05``."""
+    """Seconds as the label of an axis: ``45 s``, ``2:05``, ``1:02:05``."""
     whole = round(seconds)
     if whole < 100:
         return f"{seconds:g} s"

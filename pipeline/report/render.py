@@ -1,4 +1,4 @@
-"""The page of a run, from its report, its dataset and its pictures."""
+"""Draw the page of a run from its report, its dataset and its pictures."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from pipeline.storage.base import Storage
 from pipeline.storage.urls import open_arrow
 
 PAGE = "_report.html"
-# The first parts, in one of which examples are found.
+# The first parts, which are searched for examples.
 LOOKED_AT = 4
 log = logging.getLogger(__name__)
 
@@ -47,12 +47,12 @@ def draw(
 
     Args:
         report: the content of ``_report.json``.
-        content: what the dataset holds.
+        content: the summary of the dataset.
         parts: names, and the number of the first row of each.
         output: the address of the dataset.
-        manifest: where the pictures are found; None shows none.
-        reader: that reads them.
-        examples: how many of the first rows are shown; 0 shows no pictures at all.
+        manifest: the source of the pictures; None shows none.
+        reader: of the pictures.
+        examples: number of the first rows to show; 0 shows no pictures at all.
     """
     some = _examples(output, parts[:LOOKED_AT], examples) if examples else []
     pictures: Mapping[int, bytes] = {}
@@ -65,7 +65,7 @@ def draw(
 
 
 def try_to_publish(storage: Storage, page: Callable[[], bytes]) -> bool:
-    """Write what ``page`` draws; where that fails it is logged: the rows are there, and not at fault."""
+    """Write the page that ``page`` draws. A failure is logged only, because the dataset is complete without it."""
     try:
         storage.write(PAGE, page())
     except Exception as error:
@@ -80,10 +80,10 @@ def try_to_publish(storage: Storage, page: Callable[[], bytes]) -> bool:
 
 
 def redraw(url: str, *, examples: int | None = None) -> bytes:
-    """The page of a finished dataset, from what lies there; the pictures come from where the job found them.
+    """The page of a finished dataset, with pictures from its manifest.
 
-    ``examples`` overrides how many rows are shown; with 0 no picture is read. Pictures that cannot be read any more are
-    left out, with a warning.
+    ``examples`` overrides the number of example rows; with 0 no picture is read. Pictures that cannot be read any more
+    are left out, with a warning.
 
     Raises:
         NoDataset, UnfinishedDataset, StorageError: there is nothing to draw.
@@ -103,13 +103,13 @@ def redraw(url: str, *, examples: int | None = None) -> bytes:
 
 
 def _manifest(config: Config, dataset: Dataset) -> Manifest | None:
-    """The manifest of a dataset, if it is still there and still the same."""
+    """The manifest of a dataset if it still exists unchanged, else None."""
     path = config.manifest.path
     try:
         if path is None:
             log.warning("%s: its plan names no manifest, so no pictures are shown", dataset.url)
             return None
-        # Kept columns are in the dataset; the manifest must only lead to the images.
+        # The kept columns are in the dataset; only the images are needed from the manifest.
         manifest = open_manifest(replace(config.manifest, keep=[]))
     except PipelineError as error:
         log.warning("no pictures are shown: %s", error)

@@ -1,4 +1,4 @@
-"""What a dataset's scores look like: a histogram, and the rows of each label that are most and least certain."""
+"""The scores of a dataset: a histogram, and the rows of each label with the highest and lowest scores."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 BINS = 40
-# Labels whose extreme rows are looked for; with more, those that come first in the dataset.
+# Labels whose extreme rows are kept: the first in the dataset.
 MOST_LABELS = 4096
 
 
@@ -37,10 +37,10 @@ class Extremes:
 
 
 class Scores:
-    """Takes in a dataset part by part, in order; equal scores are told apart by their place.
+    """Statistics of a dataset that is added part by part, in order; of equal scores the earlier row wins.
 
     Args:
-        keep: how many rows of each label, at either end.
+        keep: number of rows of each label at either end.
     """
 
     def __init__(self, *, keep: int) -> None:
@@ -48,15 +48,15 @@ class Scores:
         self._labels: Counter[str] = Counter()
         self._bins = np.zeros(BINS, dtype=np.int64)
         self._codes: dict[str, int] = {}
-        # Entries (score, -row, id) or (-score, -row, id): the first one is the next to give way.
+        # Heaps of (score, -row, id) or (-score, -row, id): the first entry is replaced next.
         self._most: list[list[tuple[float, int, str]]] = []
         self._least: list[list[tuple[float, int, str]]] = []
-        # What a score must be to get into a full list.
+        # The score that a row needs to enter a full list.
         self._above = np.empty(0, dtype=np.float64)
         self._below = np.empty(0, dtype=np.float64)
 
     def add(self, ids: pa.ChunkedArray, labels: pa.ChunkedArray, scores: pa.ChunkedArray, *, start: int) -> None:
-        """Take in the next rows; ``start`` is the number of the first."""
+        """Add the next rows; ``start`` is the number of the first."""
         encoded = labels.combine_chunks().dictionary_encode()
         names: Sequence[str] = encoded.dictionary.to_pylist()
         local = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)
@@ -73,7 +73,7 @@ class Scores:
         new = len(self._codes) - len(self._above)
         self._above = np.concatenate([self._above, np.full(new, -np.inf)])
         self._below = np.concatenate([self._below, np.full(new, np.inf)])
-        # The place beyond the end stands for rows without a label, and for labels that nothing is kept of.
+        # The last entry is for rows without a label; it has the code -1, as labels beyond the limit.
         to_code = np.array([*(self._codes.get(name, -1) for name in names), -1], dtype=np.int64)
         codes = to_code[local]
         known &= codes >= 0
@@ -120,7 +120,7 @@ class Scores:
             most = [_row(entry, label, 1) for entry in sorted(self._most[code], reverse=True)]
             taken = {row.number for row in most}
             least = [_row(entry, label, -1) for entry in sorted(self._least[code], reverse=True)]
-            # Of a label with few rows none is shown twice.
+            # A row of a rare label is not listed twice.
             least = [row for row in least if row.number not in taken]
             found.append(Extremes(label=label, count=self._labels[label], most=tuple(most), least=tuple(least)))
         return tuple(found)
@@ -132,7 +132,7 @@ class Scores:
 
 
 def _best(codes: NDArray[np.int64], values: NDArray[np.float64], among: NDArray[np.bool_]) -> list[int]:
-    """The places that are ``among`` the candidates, highest value first within each label."""
+    """The positions of the candidates ``among``, highest value first within each label."""
     places = np.flatnonzero(among)
     found: list[int] = places[np.lexsort((places, -values[places], codes[places]))].tolist()
     return found

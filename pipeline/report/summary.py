@@ -1,4 +1,4 @@
-"""From clocks and a finished dataset to a :class:`~pipeline.core.records.RunReport`."""
+"""Parts of a :class:`~pipeline.core.run_report.RunReport` from clocks and a finished dataset."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from pipeline.storage.factory import open_storage
 from pipeline.storage.urls import open_arrow
 
 PACKAGES = ("torch", "transformers", "tokenizers", "pillow", "pyarrow", "numpy", "hydra-core", "fsspec")
-# The encoder waits for images more than this share of its time: then the loader sets the pace.
+# With a larger share of its time spent waiting, the encoder is not the bottleneck.
 WAITING = 0.25
-# Labels of the contact sheet, and its pictures of each at either end of the scores.
+# Labels on the page, and rows of each at either end of the scores.
 SHEET_LABELS, EACH_END = 12, 4
-# What to do about the failed rows of each status, in one line of the page.
+# Advice for the failed rows of each status, one line of the page.
 HINTS = {
     "no_image": "the cell of manifest.image is null",
     "empty": "the file has 0 bytes; copy it again",
     "not_found": "no such file; does manifest.root point to the folder that relative paths start from?",
     "permission": "the file may not be read by the user of this job",
-    "unreadable": "the disk or the server gave no bytes; a rerun of the shard may get them",
+    "unreadable": "the disk or the server returned no bytes; a rerun of the shard may get them",
     "timeout": "reading took longer than loader.read_seconds",
     "too_many_bytes": "larger than images.max_bytes",
     "too_many_pixels": "larger than images.max_pixels",
-    "not_an_image": "the bytes are no picture, whatever the name says",
+    "not_an_image": "the bytes are not an image, whatever the name of the file",
     "format_not_allowed": "a format that images.formats does not list",
     "unsupported": "a variant of its format that is not decoded; convert it",
     "truncated": "the file ends early; copy or download it again",
@@ -63,7 +63,7 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class DatasetSummary:
-    """What the whole dataset holds: rows by label, the first failures of each status, and what the scores look like.
+    """The content of a dataset: rows by label, the first failures of each status, and its scores.
 
     ``scores`` are counts in equal steps from 0 to 1, ``odd`` the rows with the lowest scores of all.
     """
@@ -76,7 +76,7 @@ class DatasetSummary:
 
     @property
     def failures(self) -> tuple[Mapping[str, object], ...]:
-        """The failures as the report keeps them."""
+        """The failures for the report."""
         return tuple({"id": row.id, "status": row.status, "error": row.error} for row in self.failed)
 
 
@@ -103,7 +103,7 @@ def summarize(folder: str, parts: Sequence[tuple[str, int]], *, id: str, example
     for start, table in in_order(read, parts, threads=open_storage(folder).threads):
         scores.add(table[id], table["label"], table["score"], start=start)
         bad = pc.indices_nonzero(pc.not_equal(table["status"], OK))
-        # A few of each kind say more than many of one.
+        # A few of each status are more useful than many of one.
         for place, row in zip(
             bad.to_pylist(), table.select([id, "status", "error"]).take(bad).to_pylist(), strict=True
         ):
@@ -131,24 +131,27 @@ def find_bound(
     precision: str,
     cores: int,
 ) -> tuple[str, str]:
-    """What set the pace, and what to change about it, in words; ``startup`` and ``wall`` are seconds."""
+    """The bottleneck of a run and the advice against it, in words; ``startup`` and ``wall`` are seconds."""
     seconds = clocks.seconds
     wait_in, wait_out = seconds.get(Stage.WAIT_INPUT, 0.0), seconds.get(Stage.WAIT_OUTPUT, 0.0)
-    # Batches that are encoded side by side take their time together.
+    # Batches that are encoded in parallel share their wall time.
     encoding = (seconds.get(Stage.ENCODE, 0.0) + seconds.get(Stage.LABEL, 0.0)) / streams
     loop = wait_in + wait_out + encoding
     if loop == 0:
         return "nothing", "every shard was done already"
     if startup > wall / 2:
         return "start-up", (
-            f"{startup:.1f} of {wall:.1f} s went by before the first batch was done: importing, opening the model, "
-            "embedding the prompts; a longer job hardly notices"
+            f"start-up took {startup:.1f} of {wall:.1f} s (imports, opening the model, embedding the prompts); it does "
+            "not grow with the number of images"
         )
     if wait_out / loop > WAITING:
-        return "writing", "write to a faster disk, or raise manifest.shard_rows so that parts are fewer"
+        return "writing", "write to a faster disk, or raise manifest.shard_rows for fewer, larger parts"
     if wait_in / loop > WAITING:
         if seconds.get(Stage.READ, 0.0) > seconds.get(Stage.DECODE, 0.0):
-            return "reading", f"raise loader.workers (now {workers}): reading waits, so more threads than cores help"
+            return (
+                "reading",
+                f"raise loader.workers (now {workers}): reading waits for storage, so more threads help",
+            )
         if workers < cores:
             return "decoding", f"raise loader.workers from {workers} to {cores}, one for each core"
         if decoder == "exact":
@@ -156,12 +159,15 @@ def find_bound(
         return "decoding", f"all {cores} cores decode; smaller images or more cores would help"
     if device == "cpu" and precision == "fp32":
         return "encoding", (
-            "the model sets the pace: a GPU (backend.device=cuda), or backend.precision=bf16 on a processor with "
-            "AVX512_BF16 or AMX"
+            "the model is the slowest stage; use a GPU (backend.device=cuda), or backend.precision=bf16 on a processor "
+            "with AVX512_BF16 or AMX"
         )
     if device == "cpu":
-        return "encoding", "the model sets the pace: a GPU (backend.device=cuda) or more cores"
-    return "encoding", "the GPU sets the pace: it is well used; raise loader.batch_size until images/s stops rising"
+        return "encoding", "the model is the slowest stage; use a GPU (backend.device=cuda) or more cores"
+    return (
+        "encoding",
+        "the GPU is the slowest stage; raise loader.batch_size until images/s stops rising",
+    )
 
 
 def memory() -> dict[str, float]:
@@ -174,7 +180,7 @@ def memory() -> dict[str, float]:
 
 
 def _peak_rss() -> int:
-    """Bytes; getrusage would count what the process that started this one held at the time."""
+    """Bytes; getrusage would include the memory of the parent process at the fork."""
     try:
         with open("/proc/self/status", encoding="ascii") as file:
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))
@@ -184,7 +190,7 @@ def _peak_rss() -> int:
 
 
 def machine(device: str, cores: int) -> dict[str, object]:
-    """Where the run took place."""
+    """Facts about the machine of a run."""
     facts: dict[str, object] = {
         "processor": _processor(),
         "cores": cores,
@@ -198,7 +204,7 @@ def machine(device: str, cores: int) -> dict[str, object]:
 
 
 def versions(more: Sequence[str] = ()) -> dict[str, str]:
-    """Versions of Python, of the packages that decide numbers and speed, and of ``more`` where they are installed."""
+    """Versions of Python, of the packages that affect results and speed, and of ``more``, as far as installed."""
     found = {"python": platform.python_version()}
     for name in (*PACKAGES, *more):
         try:
@@ -209,9 +215,9 @@ def versions(more: Sequence[str] = ()) -> dict[str, str]:
 
 
 def headline(images: int, wall: float, rate: float, bound: str, *, where: str) -> str:
-    """The report in one sentence; ``where`` is what the bound is about, such as ``2 cores``."""
-    bound_by = f"{bound} on {where}" if where else bound
-    return f"{images:,} images in {in_words_of_time(wall)}: {rate:,.1f} images/s, bound by {bound_by}"
+    """The report in one sentence; ``where`` is the place of the bottleneck, such as ``2 cores``."""
+    bottleneck = f"{bound} on {where}" if where else bound
+    return f"{images:,} images in {in_words_of_time(wall)} ({rate:,.1f} images/s); bottleneck: {bottleneck}"
 
 
 def in_words_of_time(seconds: float) -> str:

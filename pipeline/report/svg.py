@@ -1,4 +1,4 @@
-"""Plots as inline SVG whose colours are the page's own, so that they follow light, dark and print."""
+"""Plots as inline SVG with the colours of the page, so that they follow light, dark and print."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from markupsafe import Markup
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Stand-ins, which the page's variables of these names replace in the SVG.
+# Placeholders that the CSS variables of these names replace in the SVG.
 INK, SOFT, LINE, PAPER, WAIT = "#010101", "#020202", "#030303", "#040404", "#050505"
 VARIABLES = {INK: "ink", SOFT: "soft", LINE: "line", PAPER: "paper", WAIT: "wait"}
 SERIES = tuple(f"#0606{number:02x}" for number in range(1, 8))
@@ -28,13 +28,13 @@ STYLE: Any = {
     "ytick.color": SOFT,
     "text.color": INK,
 }
-# Inches: across a screen, and across a phone, where the same text must not shrink.
-WIDE, NARROW = 9.6, 4.4
+# Inches. The text is about as large as that of the page at 40rem, where style.css ends, and can be read on a phone.
+WIDTH = 5.2
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """A figure that belongs to no window; sizes are inches."""
-    # What it says of its caches is no news of the run.
+    """A figure without a window; sizes are inches."""
+    # Its messages about its caches have nothing to do with the run.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -45,7 +45,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def to_svg(figure: Figure, name: str, title: str, *, variables: Mapping[str, str] = VARIABLES) -> str:
-    """The figure as an element for a page: ids of its own, colours by variable, the page's font."""
+    """The figure as an SVG element with unique ids, the CSS variables of the page as colours, and its font."""
     import matplotlib
 
     buffer = io.BytesIO()
@@ -63,11 +63,11 @@ def to_svg(figure: Figure, name: str, title: str, *, variables: Mapping[str, str
     return text.strip()
 
 
-def plot(name: str, title: str, draw: Callable[[float], Figure]) -> Markup:
-    """A plot that is drawn twice, of which the page shows the one that fits; ``draw`` is given the width in inches."""
+def plot(name: str, title: str, height: float, draw: Callable[[Figure], None]) -> Markup:
+    """A plot of the page's width; ``draw`` fills a figure that is :data:`WIDTH` by ``height`` inches."""
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
-        wide = to_svg(draw(WIDE), name, title)
-        narrow = to_svg(draw(NARROW), f"{name}-narrow", title)
-    return Markup(f'<div class="plot wide">{wide}</div><div class="plot narrow">{narrow}</div>')
+        figure = new_figure(WIDTH, height)
+        draw(figure)
+        return Markup(f'<div class="plot">{to_svg(figure, name, title)}</div>')

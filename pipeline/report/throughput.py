@@ -1,31 +1,32 @@
-"""How fast the stages would let a run be, and how near to that it came; pure functions."""
+"""The throughput that the stages of a run allow, compared with the throughput that it had; pure functions."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from pipeline.core.processes import Spent
 from pipeline.core.records import Clocks, Stage
 from pipeline.core.run_report import Pace, StagePace
 
-# What the process spent outside of every stage's clock.
+# Core time of the process outside of all stages.
 OTHER = "other"
 WAITS = (Stage.WAIT_INPUT, Stage.WAIT_OUTPUT)
 # Stages that wait for something besides the cores, so that their core seconds do not tell how fast they can be.
 _ELSEWHERE = (Stage.READ, Stage.WRITE)
-# Stages that a GPU does, though the core that starts them turns round meanwhile.
+# Stages that run on a GPU, although a core waits for them in a busy loop.
 _ON_GPU = (Stage.COPY, Stage.ENCODE, Stage.LABEL)
-# Below this share of the bound the run lost time that no stage explains.
+# A smaller share of the limit means time that no stage explains.
 NEAR = 0.95
-# Above this a run was too short for its figures.
+# Images that were decoded before the clock started lift the rate of a short run above its limit.
 OVER = 1.05
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What a stage takes: ``core_seconds`` of one image, and ``images_per_second`` of the stage alone, as parallel as
-    it is in the job (infinite where nobody waits for it)."""
+    """The cost of a stage: ``core_seconds`` for one image, and ``images_per_second`` of the stage alone with the
+    threads of the job (infinite where nothing waits for it)."""
 
     core_seconds: float
     images_per_second: float
@@ -33,7 +34,8 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """The bound in images/s, the stage ``by`` which it is set, and whether the ``cores`` together set it."""
+    """The highest possible rate in images/s, the stage ``by`` which it is set, and whether all ``cores`` together set
+    it."""
 
     images_per_second: float
     by: str
@@ -41,11 +43,11 @@ class Limit:
 
 
 def find_limit(costs: Mapping[str, Cost], *, cores: int, device: str) -> Limit:
-    """The bound of a run whose stages cost ``costs``.
+    """The highest rate of a run whose stages cost ``costs``.
 
-    The cores share all stages, so that together they do ``cores / sum of core seconds``; on a CPU ``by`` is then the
-    stage with the largest share. What a GPU does (decoding may be done by it, too), and what waits for disk or network,
-    binds by itself if it is slower.
+    The cores share all stages, so their limit is ``cores / sum of core seconds``; on a CPU ``by`` is then the stage
+    with the largest share. A stage on the GPU (also decoding, if it runs there), and a stage that waits for disk or
+    network, is the limit by itself if it is slower.
     """
     gpu = device != "cpu"
     work = {name: cost for name, cost in costs.items() if not (gpu and name in (*_ON_GPU, OTHER))}
@@ -68,17 +70,17 @@ def find_pace(
     device: str,
     threads: Mapping[str, int],
 ) -> Pace | None:
-    """The paces of a run's stages, and how near to their bound it ran; None where nothing was embedded.
+    """The rates of a run's stages and its share of their limit; None where nothing was embedded.
 
     Args:
         clocks: of all stages.
         spent: core seconds from the first read to the last write.
         images: how many were embedded.
-        steady: images/s once the run was under way; 0 where that is not known, and all of it counts.
+        steady: images/s after the start-up; 0 where the run was too short to tell, and the whole run counts.
         seconds: from the first read to the last write.
         cores: that the run may use.
         device: type of the encoder's device, such as ``cpu``.
-        threads: how many work side by side, by stage; one where a stage is not named.
+        threads: parallel threads by stage; one for a stage that is not named.
     """
     if images == 0:
         return None
@@ -86,7 +88,7 @@ def find_pace(
     rest = max(0.0, spent.own - sum(used.values()))
     if spent.children:
         used[Stage.DECODE] = used.get(Stage.DECODE, 0.0) + spent.children
-    # Where several threads work on a batch, the clocks see the first of them only.
+    # Of several threads that work on one batch, the clocks count only the first.
     shared = device == "cpu" and cores // threads.get(Stage.ENCODE, 1) > 1 and Stage.ENCODE in used
     where = Stage.ENCODE if shared else OTHER
     used[where] = used.get(where, 0.0) + rest
@@ -107,33 +109,42 @@ def find_pace(
         cores_busy=spent.total / seconds,
         bound=limit.images_per_second,
         ratio=rate / limit.images_per_second,
-        verdict=verdict(limit, {n: s.share for n, s in stages.items()}, rate=rate, cores=cores, device=device),
+        verdict=verdict(
+            limit, {n: s.share for n, s in stages.items()}, rate=steady or None, cores=cores, device=device
+        ),
     )
 
 
-def verdict(limit: Limit, shares: Mapping[str, float], *, rate: float, cores: int, device: str) -> str:
-    """What binds, what the stages take of the core time, and how near ``rate`` (images/s) comes, as one sentence."""
+def verdict(limit: Limit, shares: Mapping[str, float], *, rate: float | None, cores: int, device: str) -> str:
+    """Compare ``rate`` (images/s) with the limit, and list the stages by core time, as one sentence.
+
+    Without a rate, or with one above the limit, the run was too short for the comparison, which is left out.
+    """
     ranked = sorted(shares, key=lambda name: -shares[name])
     takers = [f"{name} {shares[name]:.0%}" for name in ranked if shares[name] >= 0.01]
-    core_time = f"of the core time {', '.join(takers)}" if takers else "no core time was measured"
-    places = "1 core" if cores == 1 else f"{cores} cores"
-    bound = in_words(limit.images_per_second)
-    if limit.cores:
-        binds = f"all stages together allow {bound} images/s on {places}"
-        if device != "cpu":
-            binds = f"the stages on the cores allow {bound} images/s on {places}, less than the GPU"
-    else:
-        who = "the GPU" if device != "cpu" and limit.by == Stage.ENCODE else "that stage alone"
-        binds = f"{limit.by} binds: {who} does {bound} images/s"
-    ratio = rate / limit.images_per_second
-    near = f"the whole ran at {in_words(rate)}, {ratio:.0%} of that"
-    if ratio > OVER:
-        near += "; more than all of it, since images that were decoded before the clock began count in a short run"
+    core_time = f"core time: {', '.join(takers)}" if takers else "no core time was measured"
+    if rate is None or rate > OVER * limit.images_per_second:
+        return core_time
+    what = "1 core allows" if cores == 1 else f"{cores} cores allow"
+    if not limit.cores:
+        what = "the GPU allows" if device != "cpu" and limit.by == Stage.ENCODE else f"the stage {limit.by} allows"
+    ratio = min(1.0, rate / limit.images_per_second)
+    compared = (
+        f"{what} at most {in_words(limit.images_per_second)} images/s; this run had {in_words(rate)} ({ratio:.0%})"
+    )
     if ratio < NEAR:
-        near += f"; the other {1 - ratio:.0%} went to waiting, to contention, or to other programs"
-    return f"{binds}; {near} ({core_time})"
+        compared += ", the rest went to waiting, contention or other programs"
+    return f"{compared}; {core_time}"
+
+
+def share_of_limit(report: Mapping[str, Any]) -> float | None:
+    """Steady throughput over the limit, at most 1; None where a report has neither or the run was too short."""
+    pace = report["pace"]
+    if not pace or not report["steady_images_per_second"] or pace["ratio"] > OVER:
+        return None
+    return min(1.0, float(pace["ratio"]))
 
 
 def in_words(rate: float) -> str:
-    """Images per second with the digits that mean something."""
+    """Images per second as text, with one decimal below 1,000."""
     return f"{rate:,.1f}" if rate < 1000 else f"{rate:,.0f}"

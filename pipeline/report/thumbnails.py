@@ -1,4 +1,4 @@
-"""Small pictures of chosen rows of a manifest, for people to look at."""
+"""Small pictures of chosen rows of a manifest."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from pipeline.images.reader import PixelReader
 from pipeline.manifest.manifest import Manifest
 from pipeline.manifest.shards import ShardReader, refs
 
-# The square in the middle, which is about what the model saw.
+# The square in the middle, which is about the input of the model.
 THUMBNAIL = PreprocessSpec(
     resize=160, crop=(160, 160), resample=Image.Resampling.BICUBIC, mean=(0, 0, 0), std=(1, 1, 1)
 )
-# The first rows, among which examples are spread: a bytes column is not read much further.
+# The first rows, from which examples are taken: reading further into a column of bytes is slow.
 REACH = 512
-# Pictures that are read at once.
+# Pictures that are read in parallel.
 AT_ONCE = 8
-# What reading one of them, or decoding it, may take.
+# Timeout for reading one of them, and for decoding it, in seconds.
 ONE_SECONDS = 5.0
 log = logging.getLogger(__name__)
 
 
 def spread(statuses: Sequence[str], count: int) -> list[int]:
-    """The places of up to ``count`` embedded rows, spread evenly over ``statuses``."""
+    """The positions of up to ``count`` embedded rows, evenly spaced over ``statuses``."""
     good = [place for place, status in enumerate(statuses) if status == OK]
     step = max(1, len(good) // count) if count else 1
     return good[::step][:count]
@@ -45,15 +45,15 @@ def spread(statuses: Sequence[str], count: int) -> list[int]:
 def thumbnails(
     manifest: Manifest, reader: PixelReader, ids: Mapping[int, str], *, seconds: float = 20.0
 ) -> dict[int, bytes]:
-    """JPEG bytes by the number of the row in the manifest; what cannot be shown is left out.
+    """JPEG bytes by the number of the row in the manifest, without those that cannot be read.
 
-    ``ids`` are those of the wanted rows: where the manifest has another one by now, it has another picture.
-    Of a damaged file whatever can be seen is shown, if decoders are processes of their own. After ``seconds`` the rest
-    is left out, too: to reach a late row of a large column of images takes long.
+    ``ids`` are those of the wanted rows: a row with another id by now has another picture and is left out. The
+    readable part of a damaged file is shown if decoders are separate processes. After ``seconds`` the rest is left
+    out, because a late row of a large column of images takes long to reach.
     """
-    # A decoder on the GPU makes pictures of the model's size alone.
+    # A decoder on the GPU makes only pictures of the model's size.
     lenient = reader.by(EXACT if reader.decoders is None else GLANCE, spec=THUMBNAIL)
-    # No single picture may take all of the time.
+    # No single picture may use up the time.
     lenient = replace(lenient, source=replace(reader.source, read_seconds=min(reader.source.read_seconds, ONE_SECONDS)))
     if lenient.decoders is not None:
         lenient.decoders.seconds = min(lenient.decoders.seconds, ONE_SECONDS)
@@ -74,7 +74,7 @@ def thumbnails(
 
 
 def find(manifest: Manifest, numbers: Sequence[int], *, seconds: float) -> Generator[tuple[int, ImageRef]]:
-    """The references of some rows, given in order, from one row group after the other; no more after ``seconds``.
+    """The references of the rows ``numbers`` (ascending), one row group after the other, until ``seconds`` are over.
 
     Raises:
         ManifestError: the manifest cannot be read any more.
@@ -85,7 +85,7 @@ def find(manifest: Manifest, numbers: Sequence[int], *, seconds: float) -> Gener
             for group, rows in enumerate(source.row_groups):
                 wanted = numbers[bisect_left(numbers, begin) : bisect_left(numbers, begin + rows)]
                 if wanted:
-                    # From its first row on, so that the way to a late one has a limit in time.
+                    # Read from the first row, so that the timeout also ends the search for a late one.
                     piece = Piece(file=file, row_group=group, start=0, stop=wanted[-1] + 1 - begin)
                     at = begin
                     for batch in reader.read(Shard(index=0, rows=piece.stop, pieces=(piece,))):

@@ -1,4 +1,4 @@
-"""Clocks that many threads may use at once; the sums by stage say where the time went."""
+"""Thread-safe sums of wall and core seconds by stage."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from pipeline.telemetry.timeline import IMAGES, Slices
 
 
 class StageClocks:
-    """Adds up seconds by stage, and the core seconds of the threads that tell of them.
+    """Sums of seconds by stage, and of the core seconds of the threads that report them.
 
-    What a thread's core did since it last told of a stage counts towards the stage that it tells of next.
+    The core time of a thread since its last report counts towards the stage that it reports next.
     """
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class StageClocks:
         self._cores: defaultdict[str, float] = defaultdict(float)
         self._slices = Slices()
         self._marks = threading.local()
-        # What this thread did before the run is no part of it.
+        # The time of this thread before the run does not count.
         self._marks.at = time.thread_time()
 
     @contextmanager
@@ -38,9 +38,9 @@ class StageClocks:
             self.add(stage, time.perf_counter() - started)
 
     def add(self, stage: str, seconds: float) -> None:
-        """Count ``seconds`` of wall time towards ``stage``, and what this thread's core did meanwhile."""
+        """Count ``seconds`` of wall time towards ``stage``, and the core time of this thread since its last report."""
         now = time.thread_time()
-        # A thread that has told of nothing yet works for the run since it was born.
+        # A thread without a report yet was started for the run.
         core = now - getattr(self._marks, "at", 0.0)
         self._marks.at = now
         with self._lock:
@@ -49,7 +49,7 @@ class StageClocks:
             self._slices.spend(stage, seconds, time.perf_counter())
 
     def count(self, images: int) -> None:
-        """Count images that were embedded just now."""
+        """Count images that were embedded at this moment."""
         with self._lock:
             self._slices.add(IMAGES, images, time.perf_counter())
 
@@ -59,6 +59,6 @@ class StageClocks:
             return Clocks(dict(self._seconds), dict(self._cores))
 
     def timeline(self) -> Timeline:
-        """The same by time."""
+        """The sums by slices of time."""
         with self._lock:
             return self._slices.total()

@@ -1,4 +1,4 @@
-"""The log: sentences on the terminal, and with times in ``_run.log`` beside the dataset; or both as JSON lines."""
+"""The log of a run: text or JSON lines on the terminal, and with times in ``_run.log`` beside the dataset."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _TIMES = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 class _Terminal(logging.Handler):
-    """Writes above a progress bar, if there is one."""
+    """A handler that writes above a progress bar, if there is one."""
 
     def __init__(self, form: LogConfig, run: str) -> None:
         super().__init__(form.level.upper())
@@ -34,13 +34,13 @@ class _Terminal(logging.Handler):
             self.setFormatter(JsonLines(run))
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one sentence; a terminal that has gone away does not end the job."""
+        """Write one message; a closed terminal does not end the job."""
         text = self.format(record)
         with suppress(OSError, ValueError, AttributeError):
             tqdm.write(text, file=sys.stderr)
 
     def format(self, record: logging.LogRecord) -> str:
-        """The sentence, with its level and its library where these are no matter of course."""
+        """The message, with its level above INFO, and with its logger outside of this package."""
         if self.formatter is not None:
             return self.formatter.format(record)
         level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
@@ -48,12 +48,12 @@ class _Terminal(logging.Handler):
         return f"{level}{record.getMessage()}" if ours else f"{level}{record.name}: {record.getMessage()}"
 
     def warn(self, text: str) -> None:
-        """Say what the log itself cannot hold."""
+        """Write a warning to the terminal only."""
         self.handle(_record(logging.WARNING, text))
 
 
 class _File(logging.FileHandler):
-    """Writes with times to a file; where that fails, as on a full disk, the terminal hears of it once."""
+    """A handler that writes with times to a file; a failure, such as a full disk, is one warning on the terminal."""
 
     _failed = False
 
@@ -63,39 +63,39 @@ class _File(logging.FileHandler):
         self.setFormatter(terminal.formatter or logging.Formatter(_TIMES))
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Say that the log is not whole."""
+        """Warn that the log is incomplete."""
         error = sys.exc_info()[1]
         if isinstance(error, OSError):
-            self._tell(error)
+            self._warn(error)
         else:
             super().handleError(record)
 
     def close(self) -> None:
-        """Close the file; what the disk has no room for is lost."""
+        """Close the file; lines that do not fit on the disk are lost."""
         try:
             super().close()
         except OSError as error:
-            self._tell(error)
+            self._warn(error)
 
-    def _tell(self, error: OSError) -> None:
+    def _warn(self, error: OSError) -> None:
         if not self._failed:
             self._failed = True
             self._terminal.warn(f"{self.baseFilename}: {error.strerror or error}; lines of the log are lost")
 
 
 class _Libraries(logging.Handler):
-    """Hands what libraries warn of to wherever the package's own log goes at that time."""
+    """A handler that passes the warnings of libraries to the current handlers of this package."""
 
     def __init__(self, terminal: _Terminal) -> None:
         super().__init__(logging.WARNING)
         self._terminal = terminal
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Hand one message on."""
+        """Pass one message on."""
         try:
             record.getMessage()
         except Exception:
-            # Other values than the sentence has places for; a library's slip must not end the job.
+            # The arguments do not fit the format; an error of a library must not end the job.
             record.msg, record.args = f"{record.msg!r} {record.args!r}", None
         for handler in [*logging.getLogger("pipeline").handlers] or [self._terminal]:
             if record.levelno >= handler.level:
@@ -104,9 +104,9 @@ class _Libraries(logging.Handler):
 
 @contextmanager
 def library_messages(form: LogConfig, run: str) -> Iterator[None]:
-    """Let warnings of libraries that are not silenced where they arise come as lines of the log, under their names.
+    """Log the warnings of libraries under their names.
 
-    For the door of a process: it concerns all of it.
+    For the entry point of a process, because it changes process-wide settings.
     """
 
     def show(
@@ -136,7 +136,7 @@ def library_messages(form: LogConfig, run: str) -> Iterator[None]:
 
 @contextmanager
 def log_to_terminal(form: LogConfig | None = None, run: str = "") -> Iterator[None]:
-    """Send the package's log to the terminal alone, for doors that make no dataset."""
+    """Send the package's log only to the terminal, for commands that make no dataset."""
     with _handlers(_Terminal(form or LogConfig(), run)):
         yield
 
@@ -158,13 +158,13 @@ def log_to(storage: Storage, name: str = NAME, *, form: LogConfig | None = None,
                 try:
                     yield
                 except BaseException as error:
-                    # The terminal hears of it from the door.
+                    # The command prints the error on the terminal.
                     file.handle(ending(error))
                     raise
         finally:
             file.close()
             if not isinstance(storage, LocalStorage):
-                # Nothing depends on the log: a store that is away hides neither the dataset nor the error.
+                # The log is not essential: an unreachable store must hide neither the dataset nor the error.
                 try:
                     storage.write(name, path.read_bytes())
                 except StorageError as error:
@@ -195,13 +195,13 @@ def _handlers(*handlers: logging.Handler) -> Iterator[None]:
 
 
 def _record(level: int, text: str, name: str = "pipeline") -> logging.LogRecord:
-    """A message that comes from no logger."""
+    """A message without a logger."""
     return logging.LogRecord(name, level, __file__, 0, "%s", (text,), None)
 
 
 @contextmanager
 def _path(storage: Storage, name: str) -> Iterator[Path]:
-    """Where the log is written while the run goes on."""
+    """The path of the log while the run is at work."""
     if isinstance(storage, LocalStorage):
         storage.make()
         path = storage.root / name

@@ -1,4 +1,4 @@
-"""The processes of a run and what each did, as the report shows them; they add up."""
+"""The processes of a run and the work of each, as the report shows them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pipeline.core.records import Clocks, Stage, Timeline
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """What one process did for a run; times are seconds, memory is MiB.
+    """The work of one process for a run; times are seconds, memory is MiB.
 
-    ``name`` stays when a cluster starts the process anew, ``pid`` does not. ``startup_seconds`` go from its first word
-    of the job to its opened model. ``own_core_seconds`` are those of all its threads, ``child_core_seconds`` of its
-    decoder processes. ``batch_sizes`` has more than one where the device had no memory for the first.
+    ``name`` stays when a cluster restarts the process, ``pid`` does not. ``startup_seconds`` go from its first message
+    about the job to its opened model. ``own_core_seconds`` are those of all its threads, ``child_core_seconds`` of its
+    decoder processes. ``batch_sizes`` has more than one entry where the device had no memory for the first.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Member:
     timeline: Timeline = field(default_factory=Timeline)
 
     def to_json(self) -> dict[str, Any]:
-        """As it travels and is kept: of plain types alone."""
+        """The member as types that JSON has."""
         clocks = {
             kind: {str(stage.value if isinstance(stage, Stage) else stage): value for stage, value in sums.items()}
             for kind, sums in asdict(self.clocks).items()
@@ -45,10 +45,10 @@ class Member:
 
 
 def from_json(values: Mapping[str, Any]) -> Member:
-    """What :meth:`Member.to_json` made.
+    """Return the member from the result of :meth:`Member.to_json`.
 
     Raises:
-        TypeError: it is no such thing.
+        KeyError, TypeError: ``values`` are something else.
     """
     clocks, sizes = Clocks(**values["clocks"]), tuple(values["batch_sizes"])
     timeline = Timeline(**values["timeline"])
@@ -56,17 +56,17 @@ def from_json(values: Mapping[str, Any]) -> Member:
 
 
 def total_clocks(members: Iterable[Member]) -> Clocks:
-    """The clocks of all."""
+    """The sum of the clocks of all processes."""
     return sum((member.clocks for member in members), Clocks())
 
 
 def total_cores(members: Iterable[Member]) -> int:
-    """Cores that worked; a process that was started anew has those of the one before it."""
+    """Cores that worked; a restarted process has those of its predecessor."""
     return sum({(member.host, member.name): member.cores for member in members}.values())
 
 
 def peak_memory(members: Iterable[Member]) -> dict[str, float]:
-    """The largest of every figure."""
+    """The largest value of every figure."""
     peaks: dict[str, float] = {}
     for member in members:
         for name, value in member.memory.items():

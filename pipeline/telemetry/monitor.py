@@ -1,4 +1,4 @@
-"""Tells monitors of a run while it works and when it ends, however it ends; what they answer never changes the run."""
+"""Report a run to monitors while it works and when it ends. A failure of a monitor never changes the run."""
 
 from __future__ import annotations
 
@@ -18,109 +18,102 @@ from pipeline.core.errors import ConfigError, OutputBusy, Problem, exit_code_of
 from pipeline.core.run_report import RunReport
 from pipeline.telemetry import prometheus, tracing
 from pipeline.telemetry.logs import log_to_terminal
-from pipeline.telemetry.run_metrics import PREFIX, SUCCESS, Figures
+from pipeline.telemetry.run_metrics import PREFIX, SUCCESS, RunState
 
-# How often the file is written anew, and how long a Pushgateway may take, in seconds.
+# Seconds between two writes of the file, and the timeout of a Pushgateway.
 REFRESH_SECONDS = 15.0
 PUSH_SECONDS = 5.0
 log = logging.getLogger(__name__)
 
 
 class Monitor:
-    """What a run tells as it goes; without ``metrics.textfile`` and ``metrics.pushgateway`` nobody listens."""
+    """The textfile and the Pushgateway of a run, as far as the config has them."""
 
     def __init__(self, config: Config, run: str, *, began: float) -> None:
-        self._config, self._wanted = config, config.metrics
+        self._job, self._url = config.metrics.job, config.metrics.pushgateway
+        self._path = None if config.metrics.textfile is None else Path(config.metrics.textfile).expanduser()
         self._group = {} if config.cluster.part is None else {"part": config.cluster.part}
-        self.labels = {
-            "job": config.metrics.job,
-            "model": config.model.name,
-            "backend": config.backend.name,
-            **self._group,
-        }
-        self.run, self._figures = run, Figures(run=run, began=began)
-        self._path = None if self._wanted.textfile is None else Path(self._wanted.textfile).expanduser()
-        self._url = self._wanted.pushgateway
+        self.labels = {"job": self._job, "model": config.model.name, "backend": config.backend.name, **self._group}
+        self.run, self._state = run, RunState(run=run, began=began)
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
-        self._failed = False
+        self._warned = False
         if self._path is not None:
-            own = {"job": self._wanted.job, **self._group}
-            self._figures.succeeded = prometheus.read_value(self._path, f"{PREFIX}_{SUCCESS}", own)
+            own = {"job": self._job, **self._group}
+            self._state.succeeded = prometheus.read_value(self._path, f"{PREFIX}_{SUCCESS}", own)
 
     def looping(self, progress: Callable[[], Mapping[str, float]], *, resumed: int) -> None:
-        """The loop begins: from now on the file follows it."""
-        self._figures.progress, self._figures.resumed = progress, resumed
+        """Begin to rewrite the file at intervals; the loop of the run starts now."""
+        self._state.progress, self._state.resumed = progress, resumed
         if self._path is not None:
             self._thread = threading.Thread(target=self._refresh, name="metrics", daemon=True)
             self._thread.start()
 
     def finished(self, report: RunReport, *, dataset_bytes: int) -> None:
-        """The report of the run is known; whether it ends well is not."""
-        self._figures.report, self._figures.dataset_bytes = report, dataset_bytes
+        """Add the report of the run; the exit code is not known yet."""
+        self._state.report, self._state.dataset_bytes = report, dataset_bytes
 
     def refused(self) -> None:
-        """Another run is at work: what it tells stays."""
+        """Leave the metrics to the other run that holds the output."""
         self._path, self._url = None, None
 
     def ended(self, code: int) -> None:
-        """Tell how the run ended."""
+        """Write and push the final metrics with the exit code."""
         self._ended.set()
         if self._thread is not None:
             self._thread.join(PUSH_SECONDS)
-        self._figures.exit_code = code
+        self._state.exit_code = code
         if code == 0:
-            self._figures.succeeded = time.time()
-        if self._path is not None:
-            self._write(self._path)
-        if self._url is not None:
-            self._push(self._url)
+            self._state.succeeded = time.time()
+        self._write()
+        self._push()
 
     def _refresh(self) -> None:
-        path = self._path
-        assert path is not None
-        while True:
-            self._write(path)
-            if self._ended.wait(REFRESH_SECONDS):
-                return
+        self._write()
+        while not self._ended.wait(REFRESH_SECONDS):
+            self._write()
 
-    def _write(self, path: Path) -> None:
+    def _write(self) -> None:
+        if self._path is None:
+            return
         try:
-            prometheus.write_file(path, prometheus.to_registry(PREFIX, self.labels, self._figures.metrics()))
+            prometheus.write_file(self._path, prometheus.to_registry(PREFIX, self.labels, self._state.metrics()))
         except (OSError, ValueError) as error:
-            if not self._failed:
-                self._failed = True
+            if not self._warned:
+                self._warned = True
                 reason = getattr(error, "strerror", None) or error
-                log.warning("metrics.textfile=%s cannot be written: %s", path, reason)
+                log.warning("metrics.textfile=%s cannot be written: %s", self._path, reason)
 
-    def _push(self, url: str) -> None:
-        registry = prometheus.to_registry(PREFIX, self.labels, self._figures.metrics())
-        host, job = urlsplit(url).netloc, self._wanted.job
+    def _push(self) -> None:
+        if self._url is None:
+            return
+        from prometheus_client import pushadd_to_gateway
 
-        def push() -> None:
-            prometheus.push(url, registry, job=job, group=self._group, seconds=PUSH_SECONDS)
-
+        registry = prometheus.to_registry(PREFIX, self.labels, self._state.metrics())
+        push = partial(
+            pushadd_to_gateway, self._url, self._job, registry, grouping_key=self._group, timeout=PUSH_SECONDS
+        )
         try:
-            # One that drips its answer would take longer than any single wait of the connection.
+            # The timeout of a connection is for a single wait: a slow answer in many pieces would take longer.
             aside(push, name="push").result(2 * PUSH_SECONDS)
         except (OSError, ValueError, LateError) as error:
             reason = str(error) or f"no answer in {2 * PUSH_SECONDS:g} s"
-            log.warning("metrics.pushgateway: %s was not told: %s", host, reason)
+            log.warning("metrics.pushgateway: %s did not receive the metrics: %s", urlsplit(self._url).netloc, reason)
 
 
 @contextmanager
 def monitored(config: Config, run: str, *, began: float) -> Iterator[Monitor]:
-    """Around all of a run. One that is refused since another works at the same output tells nothing: the file is its.
+    """Report the run in the body. A run that is refused because another holds the output reports nothing.
 
     Raises:
-        ConfigError: a package that the config wants is not installed; nothing was begun then.
+        ConfigError: a package that the config needs is not installed; nothing was started.
     """
     _check(config)
     monitor = Monitor(config, run, began=began)
-    # When the run has ended, the log of its output is closed.
+    # The log of the output is closed when the run has ended.
     terminal = partial(log_to_terminal, config.log, run)
     code = 0
-    with tracing.exported(run, monitor.labels, told=terminal) if config.metrics.opentelemetry else nullcontext():
+    with tracing.exported(run, monitor.labels, logged=terminal) if config.metrics.opentelemetry else nullcontext():
         try:
             yield monitor
         except BaseException as error:
@@ -134,12 +127,12 @@ def monitored(config: Config, run: str, *, began: float) -> Iterator[Monitor]:
 
 
 def _check(config: Config) -> None:
-    wanted, problems = config.metrics, []
-    given = {"metrics.textfile": wanted.textfile, "metrics.pushgateway": wanted.pushgateway}
-    for key, value in given.items():
-        hint = None if value is None else prometheus.missing()
-        problems += [] if hint is None else [Problem(key, value, hint)]
-    hint = tracing.missing() if wanted.opentelemetry else None
-    problems += [] if hint is None else [Problem("metrics.opentelemetry", True, hint)]
+    wanted = config.metrics
+    hints = [
+        ("metrics.textfile", wanted.textfile, prometheus.missing),
+        ("metrics.pushgateway", wanted.pushgateway, prometheus.missing),
+        ("metrics.opentelemetry", wanted.opentelemetry or None, tracing.missing),
+    ]
+    problems = [Problem(key, value, hint) for key, value, find in hints if value is not None and (hint := find())]
     if problems:
         raise ConfigError(problems)

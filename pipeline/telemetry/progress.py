@@ -1,4 +1,4 @@
-"""What a person sees while the job runs: a bar on a terminal, plain lines anywhere else."""
+"""The progress of a job: a bar on a terminal, plain lines anywhere else."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from types import TracebackType
 from tqdm import tqdm
 
 LINE_SECONDS = 10.0
-# In a shorter time the images that were decoded before the clock began would make most of a pace.
+# In a shorter time, images that were decoded before the clock started would distort the rate.
 STEADY_SECONDS = 1.0
 LINE = ("rows", "total", "images_per_second", "failed")
 log = logging.getLogger(__name__)
 
 
 class Progress:
-    """Counts rows towards a total; use it as a context manager.
+    """A counter of rows towards a total; use it as a context manager.
 
     ``mode`` is ``bar``, ``plain``, ``none``, or ``auto``: a bar if standard error is a terminal.
     ``steady`` throughput counts from the end of the first batches, as many as are embedded side by side (``streams``),
@@ -30,10 +30,10 @@ class Progress:
         self._total, self._rows, self._failed, self._images = total, done, 0, 0
         self._plain = mode == "plain" or (mode == "auto" and not _is_terminal())
         wanted = mode == "bar" or (mode == "auto" and not self._plain)
-        # A terminal that does not tell its size (a bare pty has 0 columns) would get no bar at all.
+        # Without a size, as a bare pty with 0 columns, tqdm draws no bar.
         size = {"dynamic_ncols": True} if _columns() else {"ncols": 80, "nrows": 24}
         self._bar = tqdm(total=total, initial=done, unit="img", smoothing=0.1, **size) if wanted else None
-        self._started = self._said = self._moved = time.perf_counter()
+        self._started = self._logged = self._moved = time.perf_counter()
         self._streams, self._batches = streams, 0
         self._first = self._last = self._started
         self._warm: tuple[float, int] | None = None
@@ -55,19 +55,19 @@ class Progress:
 
     @property
     def steady_images_per_second(self) -> float:
-        """Images a second after the first batches; 0 where there were no others."""
+        """Images per second after the first batches; 0 where there were no others."""
         if self._warm is None or self._last - self._warm[0] < STEADY_SECONDS:
             return 0.0
         return (self._images - self._warm[1]) / (self._last - self._warm[0])
 
     def figures(self) -> dict[str, float]:
-        """What there is to tell by now: ``rows`` that this run is through with, of ``total``, and so on.
+        """The counts so far: ``rows`` that this run has finished, the ``total``, and so on.
 
-        The rate is that up to the last of them.
+        The rate is that up to the last of these rows.
         """
         rate = self._images / max(self._moved - self._started, 1e-9)
-        told = {"rows": self._rows, "total": self._total, "images": self._images, "failed": self._failed}
-        return {**told, "images_per_second": round(rate, 2)}
+        counts = {"rows": self._rows, "total": self._total, "images": self._images, "failed": self._failed}
+        return {**counts, "images_per_second": round(rate, 2)}
 
     def embedded(self, images: int) -> None:
         """Count the images of one more batch."""
@@ -97,10 +97,10 @@ class Progress:
                 self._bar.set_postfix(failed=self._failed, refresh=False)
                 self._bar.update(rows)
         now = self._moved = time.perf_counter()
-        if self._plain and now - self._said >= LINE_SECONDS:
-            self._said = now
-            told = self.figures()
-            log.info("%d of %d rows, %.1f images/s, %d failed", *map(told.get, LINE), extra=told)
+        if self._plain and now - self._logged >= LINE_SECONDS:
+            self._logged = now
+            counts = self.figures()
+            log.info("%d of %d rows, %.1f images/s, %d failed", *map(counts.get, LINE), extra=counts)
 
 
 def _is_terminal() -> bool:

@@ -1,12 +1,10 @@
-"""Figures as Prometheus reads them: gauges, since a job that runs once and ends has no counters to go on with."""
+"""Gauges for Prometheus. A run ends, so it has no counters that continue."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline.core.errors import install_hint
 
@@ -14,27 +12,27 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
 
-@dataclass(frozen=True, slots=True)
-class Metric:
-    """A gauge: its name without the prefix, what it is, and its value for each set of labels of its own."""
+class Metric(NamedTuple):
+    """A gauge: its name without the prefix, its help text, and its value for each value of ``label`` (None: one)."""
 
     name: str
     help: str
-    values: tuple[tuple[Mapping[str, str], float], ...]
+    label: str | None
+    values: Mapping[str, float]
 
 
 def one(name: str, help: str, value: float) -> Metric:
     """A gauge with a single value."""
-    return Metric(name, help, (({}, value),))
+    return Metric(name, help, None, {"": value})
 
 
 def by(label: str, name: str, help: str, values: Mapping[str, float]) -> Metric:
     """A gauge with a value for each value of ``label``."""
-    return Metric(name, help, tuple(({label: each}, value) for each, value in values.items()))
+    return Metric(name, help, label, values)
 
 
 def missing() -> str | None:
-    """What to install before anything can be told; None if all is there."""
+    """Return a hint how to install prometheus_client; None if it is installed."""
     try:
         import prometheus_client  # noqa: F401
     except ImportError as error:
@@ -50,77 +48,39 @@ def to_registry(prefix: str, labels: Mapping[str, str], metrics: Iterable[Metric
     for metric in metrics:
         if not metric.values:
             continue
-        names = [*labels, *metric.values[0][0]]
-        gauge = Gauge(f"{prefix}_{metric.name}", metric.help, names, registry=registry)
-        for own, value in metric.values:
-            # A path may hold bytes that are no UTF-8, which no label can.
-            texts = (text.encode("utf-8", "replace").decode() for text in (*labels.values(), *own.values()))
-            gauge.labels(*texts).set(value)
+        own = [] if metric.label is None else [metric.label]
+        gauge = Gauge(f"{prefix}_{metric.name}", metric.help, [*labels, *own], registry=registry)
+        for name, value in metric.values.items():
+            # A path may hold bytes that are not UTF-8, which a label cannot.
+            texts = [text.encode("utf-8", "replace").decode() for text in (*labels.values(), name)]
+            gauge.labels(*texts[: len(labels) + len(own)]).set(value)
     return registry
 
 
 def write_file(path: Path, registry: CollectorRegistry) -> None:
-    """Write what node_exporter's textfile collector reads, under a temporary name, and rename it.
+    """Replace the file ``path`` for node_exporter's textfile collector.
 
     Raises:
         OSError: it cannot be written.
     """
-    from prometheus_client import generate_latest
+    from prometheus_client import write_to_textfile
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Names that do not end in .prom are not collected.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(generate_latest(registry))
-        # The collector runs as another user.
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_to_textfile(str(path), registry)
+    # The collector runs as another user.
+    path.chmod(0o644)
 
 
 def read_value(path: Path, name: str, labels: Mapping[str, str]) -> float | None:
-    """The value of a metric in such a file where all ``labels`` agree; None where there is none, or no such file."""
+    """The value of a metric in such a file with all of ``labels``; None if there is none, or no such file."""
     from prometheus_client.parser import text_string_to_metric_families
 
     try:
         families = list(text_string_to_metric_families(path.read_text()))
     except (OSError, ValueError, KeyError, IndexError):
-        # A file of somebody else's; it is written over.
+        # The file is of another program, and will be replaced.
         return None
-    for family in families:
-        for sample in family.samples:
-            if sample.name == name and all(sample.labels.get(key) == value for key, value in labels.items()):
-                return float(sample.value)
+    for sample in (sample for family in families for sample in family.samples):
+        if sample.name == name and labels.items() <= sample.labels.items():
+            return float(sample.value)
     return None
-
-
-def push(url: str, registry: CollectorRegistry, *, job: str, group: Mapping[str, str], seconds: float) -> None:
-    """Tell a Pushgateway; metrics of the same names in the group are replaced, others stay.
-
-    Raises:
-        OSError: it does not answer within ``seconds``, or refuses.
-    """
-    from prometheus_client import pushadd_to_gateway
-
-    pushadd_to_gateway(
-        url.rstrip("/"), job=job, registry=registry, grouping_key=dict(group), timeout=seconds, handler=_send
-    )
-
-
-def _send(
-    url: str, method: str, timeout: float | None, headers: list[tuple[str, str]], data: bytes
-) -> Callable[[], None]:
-    """How prometheus_client sends; its own way leaves the connection open where no answer comes."""
-    import urllib3
-
-    def send() -> None:
-        try:
-            with urllib3.PoolManager(timeout=urllib3.Timeout(total=timeout), retries=False) as pool:
-                response = pool.request(method, url, headers=dict(headers), body=data)
-        except urllib3.exceptions.HTTPError as error:
-            raise OSError(f"{type(error).__name__}: it does not answer") from error
-        if response.status >= 300:
-            raise OSError(f"answered with {response.status} {response.data[:200].decode(errors='replace')}".strip())
-
-    return send

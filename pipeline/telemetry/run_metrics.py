@@ -1,10 +1,10 @@
-"""What there is to tell of a run in figures, while it works and once it has ended."""
+"""The metrics of a run, while it works and after it has ended."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from pipeline.core.run_report import RunReport
 from pipeline.telemetry.prometheus import Metric, by, one
@@ -12,14 +12,22 @@ from pipeline.telemetry.prometheus import Metric, by, one
 PREFIX = "clip_pipeline"
 SUCCESS = "last_success_timestamp_seconds"
 MIB = 2**20
+# Metrics of the progress by its keys, see pipeline.telemetry.progress.
+_PROGRESS = {
+    "total": ("manifest_rows", "Rows of the manifest."),
+    "rows": ("processed_rows", "Rows that this run is through with."),
+    "failed": ("failed_rows", "Rows of this run that have a failure in the place of an embedding."),
+    "images": ("images", "Images that this run has embedded."),
+    "images_per_second": ("images_per_second", "Images embedded in a second, since the first shard began."),
+}
 
 
 @dataclass(slots=True)
-class Figures:
-    """All that is known of a run by now.
+class RunState:
+    """The state of a run so far; times are seconds since the epoch.
 
-    ``progress`` gives rows, images, failed, total and images_per_second of a run whose loop has begun. ``succeeded`` is
-    when a run of this job last ended with 0, in seconds since the epoch.
+    ``progress`` returns the counts of a run whose loop has begun, and nothing before. ``succeeded`` is the time when a
+    run of this job last ended with exit code 0.
     """
 
     run: str
@@ -30,15 +38,13 @@ class Figures:
     dataset_bytes: int | None = None
     exit_code: int | None = None
     succeeded: float | None = None
-    labels: Mapping[str, str] = field(default_factory=dict)
 
     def metrics(self) -> list[Metric]:
-        """As gauges; what is not known is left out."""
-        now, report, counted = time.time(), self.report, self.progress()
-        ended = self.exit_code is not None
+        """The state as gauges; what is not known is left out."""
+        now, counts = time.time(), self.progress()
         found = [
-            Metric("run_info", "The run that these metrics are of.", (({"run": self.run}, 1),)),
-            one("running", "Whether the run is at work; one that was killed stays 1.", not ended),
+            by("run", "run_info", "The run that these metrics are of.", {self.run: 1}),
+            one("running", "Whether the run is at work; one that was killed stays 1.", self.exit_code is None),
             one("start_timestamp_seconds", "When the run began.", self.began),
             one("last_update_timestamp_seconds", "When these metrics were written.", now),
             one("wall_seconds", "How long the run has taken.", now - self.began),
@@ -47,31 +53,23 @@ class Figures:
             found.append(one("exit_code", "Exit code of the run, once it has ended.", self.exit_code))
         if self.succeeded is not None:
             found.append(one(SUCCESS, "When a run of this job last ended with exit code 0.", self.succeeded))
-        if counted:
-            found += [
-                one("manifest_rows", "Rows of the manifest.", counted["total"]),
-                one("resumed_rows", "Rows that earlier runs had committed.", self.resumed),
-                one("processed_rows", "Rows that this run is through with.", counted["rows"]),
-                one("failed_rows", "Rows of this run that have a failure in the place of an embedding.",
-                    counted["failed"]),
-                one("images", "Images that this run has embedded.", counted["images"]),
-                one("images_per_second", "Images embedded in a second, since the first shard began.",
-                    counted["images_per_second"]),
-            ]  # fmt: skip
+        if counts:
+            found.append(one("resumed_rows", "Rows that earlier runs had committed.", self.resumed))
+            found += [one(*named, counts[key]) for key, named in _PROGRESS.items()]
         if self.dataset_bytes is not None:
             found.append(one("dataset_bytes", "Size of the committed parts.", self.dataset_bytes))
-        return found + ([] if report is None else _of_report(report))
+        return found + ([] if self.report is None else _of_report(self.report))
 
 
 def _of_report(report: RunReport) -> list[Metric]:
     memory = {name.removeprefix("peak_").removesuffix("_mib"): mib * MIB for name, mib in report.memory.items()}
+    steady = report.steady_images_per_second
     return [
         by("status", "rows", "Rows of the dataset by status.", report.counts),
         by("stage", "stage_seconds", "Seconds of the run by stage, summed over threads and processes.", report.stages),
         by("kind", "peak_memory_bytes", "The most memory that one process of the run took, by kind.", memory),
         one("startup_seconds", "From the command to the first shard's first batch.", report.startup_seconds),
-        one("steady_images_per_second", "Images embedded in a second, without the start-up.",
-            report.steady_images_per_second),
+        one("steady_images_per_second", "Images embedded in a second, without the start-up.", steady),
         one("repeated_rows", "Rows that share the embedding of an equal image.", report.repeats),
         one("given_up_shards", "Shards that ended every process that had them.", len(report.given_up)),
-    ]  # fmt: skip
+    ]

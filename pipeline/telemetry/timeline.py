@@ -1,4 +1,4 @@
-"""What went on when: the seconds of every stage in even slices of time, few enough for any length of run."""
+"""The seconds of every stage in equal slices of time, whose number is bounded for any length of run."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from collections.abc import Iterable, Mapping
 
 from pipeline.core.records import Timeline
 
-# A slice has this many seconds at first, and twice as many whenever there are more slices than these.
+# The first width of a slice in seconds, and the number of slices above which the width doubles.
 FINEST = 0.25
 MOST = 160
 IMAGES = "images"
 
 
 class Slices:
-    """Adds up in the slice that it is now; not for several threads at once.
+    """Sums in slices of time; not thread-safe.
 
-    Slices are counted from the epoch, so that those of several processes lie over one another.
+    Slices are numbered from the epoch, so that those of several processes coincide.
     """
 
     def __init__(self) -> None:
@@ -28,13 +28,13 @@ class Slices:
         self._number, self._end = -1, 0.0
 
     def add(self, name: str, amount: float, now: float) -> None:
-        """Count what ended at ``now``, as :func:`time.perf_counter` tells it."""
+        """Count ``amount`` in the slice of ``now``, a value of :func:`time.perf_counter`."""
         if now >= self._end:
             self._turn(now)
         self._now[name] += amount
 
     def spend(self, name: str, seconds: float, now: float) -> None:
-        """Count ``seconds`` that ended at ``now`` in every slice that they touched."""
+        """Count ``seconds`` that ended at ``now`` in every slice that they overlap."""
         if now >= self._end:
             self._turn(now)
         before = seconds - self._width + self._end - now
@@ -77,7 +77,7 @@ class Slices:
 
 
 def merge(lines: Iterable[Timeline]) -> Timeline | None:
-    """The slices of several processes, or of several parts of a job, in one; None for none."""
+    """The sum of the timelines of several processes or parts of a job; None if all are empty."""
     given = [line for line in lines if line.amounts]
     if not given:
         return None
@@ -94,7 +94,7 @@ def merge(lines: Iterable[Timeline]) -> Timeline | None:
 
 
 def _halved(sums: Mapping[int, Mapping[str, float]]) -> dict[int, defaultdict[str, float]]:
-    """Two neighbours become one."""
+    """Merge every two neighbours."""
     halved: dict[int, defaultdict[str, float]] = {}
     for number, amounts in sums.items():
         into = halved.setdefault(number // 2, defaultdict(float))

@@ -1,12 +1,13 @@
-"""Spans of a run by OpenTelemetry: the run, the pieces of its start-up, and every shard.
+"""OpenTelemetry spans of a run, its start-up and its shards.
 
-Nothing of OpenTelemetry is imported unless spans are wanted; where they go, the standard ``OTEL_*`` variables say.
+OpenTelemetry is imported only if spans are wanted; the standard ``OTEL_*`` variables configure where they go.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import TimeoutError as LateError
@@ -21,65 +22,52 @@ from pipeline.core.records import OK, ShardReport
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
 
-# How long the last spans may take on their way, in seconds.
+# Timeout for sending the last spans, in seconds.
 CLOSE_SECONDS = 5.0
-NAMESPACE = "clip_pipeline"
+PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
 Attributes: TypeAlias = Mapping[str, str | int | float | bool]
 log = logging.getLogger(__name__)
+# The tracer and the span of the run; None where no spans are wanted.
+_current: tuple[Any, Any] | None = None
 
 
-class Tracing:
-    """The spans of one run."""
+@contextmanager
+def span(name: str, attributes: Attributes | None = None) -> Iterator[None]:
+    """Trace the body within the current span of this thread, or else within the run, if spans are wanted."""
+    if _current is None:
+        yield
+        return
+    from opentelemetry import trace
 
-    def __init__(self, tracer: Any, run: Any) -> None:
-        self._tracer, self._run = tracer, run
-
-    @contextmanager
-    def span(self, name: str, attributes: Attributes) -> Iterator[None]:
-        """A span around the body, within the one that is open in this thread, or else the run's."""
-        from opentelemetry import trace
-
-        # A new thread knows of no span.
-        inside = trace.get_current_span().get_span_context().is_valid
-        parent = None if inside else trace.set_span_in_context(self._run)
-        with self._tracer.start_as_current_span(name, context=parent, attributes=_named(attributes)):
-            yield
-
-    def shard(self, report: ShardReport) -> None:
-        """The span of a shard, from when its rows were asked for until it was durable."""
-        from opentelemetry import trace
-
-        ended = report.ended or time.time()
-        failures = report.rows - report.counts.get(OK, 0)
-        attributes = {"shard": report.shard, "rows": report.rows, "failures": failures, "committed": report.committed}
-        self._tracer.start_span(
-            "shard",
-            context=trace.set_span_in_context(self._run),
-            attributes=_named(attributes),
-            start_time=_nanoseconds(report.began or ended),
-        ).end(_nanoseconds(ended))
-
-
-_current: Tracing | None = None
-
-
-def span(name: str, attributes: Attributes | None = None) -> AbstractContextManager[None]:
-    """A span around the body of ``with``, if spans are wanted; else nothing."""
-    return nullcontext() if _current is None else _current.span(name, attributes or {})
+    tracer, run = _current
+    # A new thread has no current span.
+    inside = trace.get_current_span().get_span_context().is_valid
+    parent = None if inside else trace.set_span_in_context(run)
+    with tracer.start_as_current_span(name, context=parent, attributes=_named(attributes or {})):
+        yield
 
 
 def shard(report: ShardReport) -> None:
-    """The span of a shard, if spans are wanted."""
-    if _current is not None:
-        _current.shard(report)
+    """Trace a shard, from the request for its rows until it was durable, if spans are wanted."""
+    if _current is None:
+        return
+    from opentelemetry import trace
+
+    tracer, run = _current
+    ended = report.ended or time.time()
+    failures = report.rows - report.counts.get(OK, 0)
+    attributes = {"shard": report.shard, "rows": report.rows, "failures": failures, "committed": report.committed}
+    parent, began = trace.set_span_in_context(run), int((report.began or ended) * 1e9)
+    made = tracer.start_span("shard", context=parent, attributes=_named(attributes), start_time=began)
+    made.end(int(ended * 1e9))
 
 
 def missing() -> str | None:
-    """What to install or to set before spans can be sent; None if all is there."""
-    for name in ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"):
+    """Return a hint what to install or to set before spans can be sent; None if all is there."""
+    for name in PROTOCOLS:
         protocol = os.environ.get(name, "http/protobuf")
         if protocol != "http/protobuf":
-            return f"sends http/protobuf alone, and {name}={protocol}"
+            return f"supports only http/protobuf, and {name}={protocol}"
     try:
         import opentelemetry.exporter.otlp.proto.http.trace_exporter
         import opentelemetry.sdk.trace  # noqa: F401
@@ -94,47 +82,46 @@ def exported(
     attributes: Attributes,
     *,
     exporter: SpanExporter | None = None,
-    told: Callable[[], AbstractContextManager[object]] = nullcontext,
+    logged: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Iterator[None]:
-    """A span around a whole run; within, :func:`span` and :func:`shard` add theirs to it.
+    """Trace a whole run; within, :func:`span` and :func:`shard` add their spans to it.
 
-    A collector that does not answer is told of once, takes no more than a few seconds, and changes nothing.
+    A collector that does not answer is one warning, costs a few seconds at most, and changes nothing.
 
     Args:
         run: its name.
-        attributes: of the span.
-        exporter: where spans go; without one, by OTLP to where the environment says.
-        told: what is open while the last spans are sent, when the run's own log is closed.
+        attributes: of its span.
+        exporter: for the spans; None is OTLP over HTTP, configured by the environment.
+        logged: a context for warnings at the end, when the log of the run is closed.
     """
     global _current
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-    from opentelemetry.sdk.resources import Resource
+    from opentelemetry.sdk.resources import OTELResourceDetector, Resource
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
     from opentelemetry.trace import Status, StatusCode
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-    named = "OTEL_SERVICE_NAME" in os.environ or "service.name" in os.environ.get("OTEL_RESOURCE_ATTRIBUTES", "")
-    resource = Resource.create({} if named else {"service.name": "clip-pipeline"})
-    provider = TracerProvider(resource=resource, shutdown_on_exit=False)
-    # It tells of every failure with a traceback; once is enough, and that is ours.
-    logger, level = logging.getLogger("opentelemetry"), logging.getLogger("opentelemetry").level
-    logger.setLevel(logging.CRITICAL + 1)
-    teller = _Teller()
-    provider.add_span_processor(BatchSpanProcessor(_telling(exporter or OTLPSpanExporter(), teller)))
+    # The environment may override the name of the service.
+    named = Resource({"service.name": "clip-pipeline"}).merge(OTELResourceDetector().detect())
+    provider = TracerProvider(resource=Resource.create(named.attributes), shutdown_on_exit=False)
+    # The library logs every failure with a traceback; our single warning replaces them.
+    library = logging.getLogger("opentelemetry")
+    level = library.level
+    library.setLevel(logging.CRITICAL + 1)
+    lost = _Lost()
+    provider.add_span_processor(BatchSpanProcessor(_checked(exporter or OTLPSpanExporter(), lost)))
+    # A scheduler that traces its tasks passes its own span by this variable.
+    context = TraceContextTextMapPropagator().extract({"traceparent": os.environ.get("TRACEPARENT", "")})
     tracer = provider.get_tracer("clip_pipeline")
-    # A scheduler that traces its tasks hands its own span on by this variable.
-    given = TraceContextTextMapPropagator().extract({"traceparent": os.environ.get("TRACEPARENT", "")})
-    top = tracer.start_span("run", context=given, attributes=_named({"run": run, **attributes}))
-    before, _current = _current, Tracing(tracer, top)
+    top = tracer.start_span("run", context=context, attributes=_named({"run": run, **attributes}))
+    before, _current = _current, (tracer, top)
     code = 0
     try:
         yield
     except BaseException as error:
-        code = exit_code_of(error)
-        number = shard_of(error)
-        if number is not None:
-            top.set_attributes(_named({"shard": number}))
+        code, number = exit_code_of(error), shard_of(error)
+        top.set_attributes(_named({} if number is None else {"shard": number}))
         top.record_exception(error)
         top.set_status(Status(StatusCode.ERROR, str(error)))
         raise
@@ -142,56 +129,48 @@ def exported(
         _current = before
         top.set_attributes(_named({"exit_code": code}))
         top.end()
-        with told():
+        with logged():
             try:
                 aside(provider.shutdown, name="spans").result(CLOSE_SECONDS)
-                logger.setLevel(level)
+                library.setLevel(level)
             except LateError:
-                # Its thread goes on trying until the process ends, and would tell of every try.
-                teller.tell(f"the collector did not answer in {CLOSE_SECONDS:g} s")
+                # The thread continues until the process ends, and would log every attempt: the level stays.
+                lost.warn(f"the collector did not answer in {CLOSE_SECONDS:g} s")
 
 
-class _Teller:
-    """Tells of a collector that is not well, once."""
+class _Lost:
+    """A warning about lost spans, given once."""
 
     def __init__(self) -> None:
-        self._told = False
+        self._given = threading.Event()
 
-    def tell(self, reason: str) -> None:
-        """Say why spans are lost."""
-        if not self._told:
-            self._told = True
+    def warn(self, reason: str) -> None:
+        """Log the first reason."""
+        if not self._given.is_set():
+            self._given.set()
             log.warning("metrics.opentelemetry: spans are lost: %s; see OTEL_EXPORTER_OTLP_ENDPOINT", reason)
 
 
-def _telling(exporter: SpanExporter, teller: _Teller) -> SpanExporter:
-    """The exporter, whose failures are told of."""
+def _checked(exporter: SpanExporter, lost: _Lost) -> SpanExporter:
+    """The exporter with a warning when it fails."""
     from opentelemetry.sdk.trace import ReadableSpan
     from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
-    class Telling(SpanExporter):
+    class Checked(SpanExporter):
+        shutdown = exporter.shutdown
+
         def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-            reason = "the collector does not answer, or refuses them"
             try:
                 result = exporter.export(spans)
             except Exception as error:
-                result, reason = SpanExportResult.FAILURE, f"{type(error).__name__}: {error}"
+                lost.warn(f"{type(error).__name__}: {error}")
+                return SpanExportResult.FAILURE
             if result is not SpanExportResult.SUCCESS:
-                teller.tell(reason)
+                lost.warn("the collector does not answer, or refuses them")
             return result
 
-        def shutdown(self) -> None:
-            exporter.shutdown()
-
-        def force_flush(self, timeout_millis: int = 30000) -> bool:
-            return exporter.force_flush(timeout_millis)
-
-    return Telling()
+    return Checked()
 
 
 def _named(attributes: Attributes) -> dict[str, str | int | float | bool]:
-    return {f"{NAMESPACE}.{name}": value for name, value in attributes.items()}
-
-
-def _nanoseconds(seconds: float) -> int:
-    return int(seconds * 1e9)
+    return {f"clip_pipeline.{name}": value for name, value in attributes.items()}
