@@ -51,7 +51,7 @@ def main() -> None:
     if options.shell_completion:
         # What completion is told to do looks like overrides; all else is checked as ever.
         options.overrides = [text for text in options.overrides if text.partition("=")[0] not in COMPLETION]
-    problems += check_overrides(options.overrides, conf_dir(), sweep=options.multirun)
+    problems += check_overrides(options.overrides, sweep=options.multirun)
     # Composed with overrides that are good, so only when these are.
     problems = problems or check_files(options)
     if problems:

@@ -6,7 +6,6 @@ import argparse
 import importlib
 
 from pipeline.config.compose import check_overrides, compose_config
-from pipeline.config.schema import conf_dir
 from pipeline.core.errors import ConfigError
 
 PARSERS = {
@@ -41,7 +40,7 @@ def prove(words: list[str]) -> None:
     """
     door, *rest = words
     if door == "pipeline.run":
-        if problems := check_overrides([word for word in rest if not word.startswith("-")], conf_dir()):
+        if problems := check_overrides([word for word in rest if not word.startswith("-")]):
             raise ConfigError(problems)
         return
     if door == "pipeline.bench" and rest[:1] in (["pipeline"], ["backends"]):

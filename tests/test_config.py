@@ -12,9 +12,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from pipeline.config.compose import groups, known_keys, read_config, register, to_config
-from pipeline.config.ranges import AUTOMATIC, CHOICES, PRECISIONS, RANGES
+from pipeline.config.ranges import PRECISIONS
 from pipeline.config.schema import FORMATS, OUTPUT_COLUMNS, Config, ManifestConfig, conf_dir, nearest, value_of
-from pipeline.config.validate import check
+from pipeline.config.validate import AUTOMATIC, CHOICES, RANGES, check
 from pipeline.core.errors import ConfigError, Problem
 
 OPTIONS = [(group, option) for group, options in groups(conf_dir()).items() for option in options]
@@ -243,7 +243,7 @@ def test_devices_that_exist_nowhere_are_refused(device: str) -> None:
         ("model.name", "", "must name a checkpoint"),
         ("output.dir", "", "must name a folder"),
         ("prompts.labels", ["cat", " "], "a label cannot be empty"),
-        ("prompts.labels", ["cat", "dog", "cat"], "'cat': stands there twice"),
+        ("prompts.labels", ["cat", "dog", "cat"], "'cat': is given twice"),
         ("prompts.templates", [], "must hold at least one template"),
         ("prompts.templates", ["a photo"], "must hold {} exactly once"),
         ("prompts.templates", ["{} and {}"], "must hold {} exactly once"),

@@ -15,7 +15,7 @@ MODELS = ", ".join(groups(conf_dir())["model"])
 
 
 def problems_of(*arguments: str, sweep: bool = False) -> list[Problem]:
-    return check_overrides(list(arguments), conf_dir(), sweep=sweep)
+    return check_overrides(list(arguments), sweep=sweep)
 
 
 def config_of(*arguments: str) -> Config:
@@ -68,11 +68,11 @@ WRONG = [
     ),
     ("manifest.keep=[a,b", "manifest.keep = '[a,b': its brackets do not close; "),
     ("loader.batch_size", "the argument = 'loader.batch_size': has no key or no =; write GROUP=OPTION"),
-    ("~loader.batch_size", "loader.batch_size = '~loader.batch_size': a key cannot be taken out"),
-    ("~model", "model = '~model': a key cannot be taken out"),
+    ("~loader.batch_size", "loader.batch_size = '~loader.batch_size': a key cannot be removed"),
+    ("~model", "model = '~model': a key cannot be removed"),
     (
         "+loader.batch_size=8",
-        "loader.batch_size = '+loader.batch_size=8': stands in the config already (leave out the +)",
+        "loader.batch_size = '+loader.batch_size=8': is in the config already (leave out the +)",
     ),
     ("+loader.extra=8", "loader.extra = '8': there is no such key"),
     ("loader={batch_size:8}", "loader = '{batch_size:8}': must be one of default"),

@@ -13,8 +13,8 @@ from pipeline.bench import cli
 from pipeline.bench.cli import answer, say, work_folder
 from pipeline.bench.pipeline_records import PipelineBench, Plan, merged, quoted
 from pipeline.config.compose import compose_config
-from pipeline.config.ranges import CHOICES
 from pipeline.config.schema import Config
+from pipeline.config.validate import CHOICES
 from pipeline.core.errors import ConfigError, Problem
 
 COMMAND = ("python", "-m", "pipeline.bench", "pipeline")
