@@ -119,7 +119,7 @@ def test_a_wrong_config_ends_with_code_2_and_a_plain_message(
     arguments: list[str],
     lines: list[str],
 ) -> None:
-    monkeypatch.setattr(door, "_on_signals", lambda handler: None)
+    monkeypatch.setattr(door, "on_signals", lambda handler: None)
     monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as caught:
@@ -149,7 +149,7 @@ def test_a_wrong_manifest_ends_with_code_2_before_any_model_is_opened(
 ) -> None:
     pq.write_table(pa.table({"id": ["a", "b", "a"], "path": ["1.jpg", "2.jpg", "3.jpg"]}), tmp_path / "m.parquet")
     # In this process, which has loaded torch already; it keeps its own handlers of signals.
-    monkeypatch.setattr(door, "_interrupt_within", lambda grace: None)
+    monkeypatch.setattr(door, "interrupt_within", lambda grace, leave: None)
     monkeypatch.chdir(tmp_path)
     register()
     with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"):

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from pipeline.core.concurrency import own_exit_code
+from pipeline.core.cli import own_exit_code
 
 # First word to the module whose ``main`` takes the rest; the first one where the word is missing.
 DOORS = {"backends": "pipeline.bench.backends", "pipeline": "pipeline.bench.pipeline"}

@@ -62,9 +62,3 @@ def _no_option(text: str, arguments: Sequence[str], names: Sequence[str]) -> Pro
     hint = f"write {meant[0]}={value or '...'}" if meant else nearest(name, names)
     allowed = "there is no such option; overrides have no dashes: GROUP=OPTION or KEY=VALUE"
     return Problem(flag, value or None, allowed, hint or f"{PROGRAM} --help lists them")
-
-
-def showable(text: str) -> str:
-    """Return the text with characters escaped that standard output cannot encode."""
-    encoding = sys.stdout.encoding or "utf-8"
-    return text.encode(encoding, "backslashreplace").decode(encoding)
