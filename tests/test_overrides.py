@@ -1,4 +1,4 @@
-"""Whatever is wrong on the command line is said at once, with what is allowed and what may be meant."""
+"""All problems of the command line are reported at once, with what is allowed and the nearest name."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_a_good_override_arrives_as_it_was_meant(argument: str, value: object) -
         ("manifest.path=/图/m.parquet", "write 'manifest.path=\"/图/m.parquet\"'"),
     ],
 )
-def test_a_text_that_hydra_cannot_read_bare_is_told_how_to_quote(argument: str, hint: str) -> None:
+def test_a_text_that_hydra_cannot_read_unquoted_has_a_hint_with_quotes(argument: str, hint: str) -> None:
     (problem,) = problems_of(argument)
     assert problem.hint == hint
 
@@ -173,7 +173,7 @@ def test_groups_are_the_folders_and_options_the_files(tmp_path: Path) -> None:
     assert groups(tmp_path) == {"model": ["a", "b"]}
 
 
-def test_other_doors_compose_the_same_config() -> None:
+def test_other_commands_compose_the_same_config() -> None:
     config = compose_config(["backend=onnx_int8", "parity.top1.int8=0.5", "parity.mean_cosine={int8:0.25,fp8:0.5}"])
     assert (config.backend.name, config.parity.top1["int8"]) == ("onnx_int8", 0.5)
     assert config.parity.mean_cosine == {**Config().parity.mean_cosine, "int8": 0.25, "fp8": 0.5}
