@@ -1,6 +1,6 @@
 """The nightly job: embed what is new or changed in a manifest, carry the rest, publish the dataset of a date."""
 
-from pipeline.core.concurrency import own_exit_code
+from pipeline.core.cli import own_exit_code
 from pipeline.nightly.cli import main
 
 if __name__ == "__main__":

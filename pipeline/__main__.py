@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from pipeline.config.schema import nearest
 
-# Every command and its module, which does what ``python -m MODULE`` does.
+# The module of every command, which runs like ``python -m MODULE``.
 COMMANDS: Mapping[str, str] = {
     "run": "pipeline.run",
     "manifest": "pipeline.manifest",
@@ -27,7 +27,7 @@ COMMANDS: Mapping[str, str] = {
 
 
 def main() -> None:
-    """Run the command that the first word names; without such a word, run the main job with what was typed."""
+    """Run the command that the first argument names, or the main job with all arguments."""
     word = sys.argv[1] if len(sys.argv) > 1 else ""
     if word in COMMANDS:
         del sys.argv[1]
@@ -35,12 +35,12 @@ def main() -> None:
             runpy.run_module(COMMANDS[word], run_name="__main__", alter_sys=True)
             return
     elif word.isalpha():
-        # What is told to the main job has an = or begins with a -.
+        # Arguments of the main job have an = or begin with a -.
         hint = nearest(word, COMMANDS)
         print(f"error: {word}: there is no such command{f'; {hint}' if hint else ''}", file=sys.stderr)
         print(f"there are {', '.join(COMMANDS)}; without one, the main job runs", file=sys.stderr)
         raise SystemExit(2)
-    # In this process's own module, so that shells complete its options.
+    # Within this module, so that shells complete the options of the main job.
     from pipeline.run import main as run
 
     run()

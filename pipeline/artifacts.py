@@ -9,9 +9,8 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config.options import showable
-from pipeline.core.concurrency import own_exit_code
-from pipeline.core.errors import PipelineError
+from pipeline.core.cli import command_parser, print_showable, run_command, run_process
+from pipeline.core.errors import ArtifactError, PipelineError
 
 if TYPE_CHECKING:
     from pipeline.backends.artifacts.store import Artifact, ArtifactStore
@@ -22,28 +21,32 @@ examples:
   python -m pipeline.artifacts show 3fa1          (the first digits of an id are enough)
   python -m pipeline.artifacts verify
   python -m pipeline.artifacts prune --older-than 90 --dry-run
-exit codes: 0 done, 1 verify found damage, 2 an error
+exit codes: 0 done, 1 verify found damage, 2 an error, 75 interrupted
 """
 HEADER = ("id", "kind", "model", "revision", "options", "size", "created", "last used", "pin")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse the command line, ask the store, print; returns the exit code."""
+    """Parse the command line, act on the store, print; return the exit code."""
     options = _parser().parse_args(arguments)
+    return run_command(lambda: _run(options), interrupted="interrupted; the same command goes on")
+
+
+def _run(options: argparse.Namespace) -> int:
     from pipeline.backends.artifacts.store import ArtifactStore
 
     try:
         return _act(ArtifactStore(options.store), options)
     except PipelineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        # Exit code 1 says that verify found damage.
+        raise ArtifactError(str(error)) from error
 
 
 def _act(store: ArtifactStore, options: argparse.Namespace) -> int:
     if options.action == "list":
         _list(store, as_json=options.json)
     elif options.action == "show":
-        _say(json.dumps(_described(store, store.choose(options.id)), indent=2))
+        print_showable(json.dumps(_described(store, store.choose(options.id)), indent=2))
     elif options.action == "verify":
         return _verify(store, options.ids)
     elif options.action == "pin":
@@ -53,7 +56,7 @@ def _act(store: ArtifactStore, options: argparse.Namespace) -> int:
     else:
         gone = store.prune(older_than=options.older_than, dry=options.dry_run)
         for artifact in gone:
-            _say("  ".join(_row(store, artifact)))
+            print_showable("  ".join(_row(store, artifact)))
         verb = "would be removed" if options.dry_run else "removed"
         print(f"{len(gone)} {verb}, {_size(sum(artifact.size for artifact in gone))}")
     return 0
@@ -62,12 +65,12 @@ def _act(store: ArtifactStore, options: argparse.Namespace) -> int:
 def _list(store: ArtifactStore, *, as_json: bool) -> None:
     artifacts = store.artifacts()
     if as_json:
-        _say(json.dumps([_described(store, artifact) for artifact in artifacts], indent=2))
+        print_showable(json.dumps([_described(store, artifact) for artifact in artifacts], indent=2))
     elif artifacts:
         rows = [HEADER, *(_row(store, artifact) for artifact in artifacts)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         for row in rows:
-            _say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+            print_showable("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     else:
         print(f"no artefacts in {store.root}")
     for artifact in store.unreadable():
@@ -80,9 +83,11 @@ def _verify(store: ArtifactStore, ids: Sequence[str]) -> int:
     for artifact in chosen:
         problems = store.problems(artifact)
         damaged += bool(problems)
-        _say(f"{'DAMAGED' if problems else 'ok'}  {artifact.fingerprint[:12]}  {artifact.card.get('kind', '?')}")
+        print_showable(
+            f"{'DAMAGED' if problems else 'ok'}  {artifact.fingerprint[:12]}  {artifact.card.get('kind', '?')}"
+        )
         for problem in problems:
-            _say(f"    {problem}")
+            print_showable(f"    {problem}")
     print(f"{len(chosen)} verified in {store.root}, {damaged} damaged")
     return 1 if damaged else 0
 
@@ -122,11 +127,6 @@ def _size(size: float) -> str:
     return f"{size:.1f} TB"
 
 
-def _say(text: str) -> None:
-    """Print text that names files; a name that the terminal cannot show is escaped."""
-    print(showable(text))
-
-
 def _days(text: str) -> timedelta:
     try:
         days = timedelta(days=float(text))
@@ -138,26 +138,26 @@ def _days(text: str) -> timedelta:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline.artifacts",
-        description="Look after the exported models that backends run, and the batch sizes that were measured.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = command_parser(
+        "python -m pipeline.artifacts",
+        "List, verify, pin and remove exported models and measured batch sizes.",
+        EXAMPLES,
     )
     parser.add_argument("--store", help="the store's folder (default: clip-pipeline/artifacts in the user's cache)")
     actions = parser.add_subparsers(dest="action", required=True)
-    listing = actions.add_parser("list", help="all artefacts, newest first; times are UTC")
-    listing.add_argument("--json", action="store_true", help="whole cards, for programs")
-    verify = actions.add_parser("verify", help="compute all digests anew; exit code 1 if something is damaged")
+    listing = actions.add_parser("list", help="all artefacts, newest first; times in UTC")
+    listing.add_argument("--json", action="store_true", help="all metadata as JSON, for programs")
+    verify = actions.add_parser("verify", help="compute all digests again; exit code 1 if something is damaged")
     verify.add_argument("ids", nargs="*", metavar="ID", help="the first digits of an id (default: all)")
-    for action, text in (("show", "one card"), ("pin", "never prune it"), ("unpin", "let it be pruned again")):
+    for action, text in (("show", "the metadata of one"), ("pin", "never prune it"), ("unpin", "allow pruning again")):
         actions.add_parser(action, help=text).add_argument("id", metavar="ID", help="the first digits of an id")
-    prune = actions.add_parser("prune", help="remove what is damaged, not used any more, or left by a dead writer")
-    prune.add_argument("--older-than", type=_days, default="30", metavar="DAYS", help="not used for so long (30)")
-    prune.add_argument("--dry-run", action="store_true", help="only say what would go")
+    prune = actions.add_parser("prune", help="remove what is damaged, unused, or left by a process that died")
+    prune.add_argument(
+        "--older-than", type=_days, default="30", metavar="DAYS", help="unused for this long (default: 30)"
+    )
+    prune.add_argument("--dry-run", action="store_true", help="only list what would be removed")
     return parser
 
 
 if __name__ == "__main__":
-    with own_exit_code():
-        raise SystemExit(main())
+    run_process(main)

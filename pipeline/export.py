@@ -1,16 +1,15 @@
-"""``python -m pipeline.export``: a model's towers into the artefact store, or as a repository for Triton."""
+"""``python -m pipeline.export``: export a model's towers into the artefact store or a repository for Triton."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from pipeline.config.compose import compose_config
 from pipeline.config.schema import Config
-from pipeline.core.concurrency import own_exit_code
-from pipeline.core.errors import ConfigError, Interrupted, PipelineError, Problem
+from pipeline.core.cli import command_parser, run_command, run_process
+from pipeline.core.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
     from pipeline.backends.artifacts.store import Artifact
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("onnx", "torchscript")
 TOWERS = ("image", "text")
-# The options that only a repository for Triton has.
+# Options of --to triton.
 TRITON = ("out", "tensorrt", "max_batch", "queue_microseconds", "instances", "engine_cache")
 PRECISIONS = {"onnx": ("fp32", "fp16", "int8"), "torchscript": ("fp32", "bf16")}
 EXAMPLES = """\
@@ -31,35 +30,31 @@ examples:
   python -m pipeline.export model=clip_vit_b32 --tower image --precision int8 --static manifest.path=photos.parquet
       calibrated on images of the manifest
   python -m pipeline.export --plain --precision fp16
-      standard operators alone, with fp32 norms: for TensorRT and other runtimes
+      standard operators only, with fp32 norms: for TensorRT and other runtimes
   python -m pipeline.export --to triton --out models model=clip_vit_b32
       a model repository for Triton Inference Server: tritonserver --model-repository=models
   python -m pipeline.export --to triton --out models --tensorrt --precision fp16 model=clip_vit_b32
-      the same on TensorRT; --max-batch, --queue-microseconds, --instances, --engine-cache say how it serves
+      the same on TensorRT; --max-batch, --queue-microseconds, --instances, --engine-cache set how it serves
 
-An export is published when onnx.checker accepts it, its inputs and outputs are as declared, and its embeddings
-are as near to fp32's as the group parity wants at batches of 1, 2, 7 and 64. python -m pipeline.artifacts lists
-what is there. A job exports what it needs by itself.
+An export is published once onnx.checker accepts it, its inputs and outputs are as declared, and its embeddings are
+within the limits of the group parity to those of fp32 at batches of 1, 2, 7 and 64. python -m pipeline.artifacts lists
+all exports. A job exports what it needs itself.
 exit codes: 0 done, 2 wrong config, or the export cannot be made here, 4 too far from fp32, 75 interrupted, 1 other
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse the command line, export, say what was made; returns the exit code."""
+    """Parse the command line, export, print a summary; return the exit code."""
     options = _parser().parse_intermixed_args(arguments)
-    try:
-        config = _read(options)
-        from pipeline.telemetry.logs import log_to_terminal
+    return run_command(lambda: _run(options), interrupted="interrupted; no partial export was kept")
 
-        with log_to_terminal():
-            _act(config, options)
-    except PipelineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("error: interrupted; no half of an export was kept", file=sys.stderr)
-        return Interrupted.exit_code
-    return 0
+
+def _run(options: argparse.Namespace) -> None:
+    config = _read(options)
+    from pipeline.telemetry.logs import log_to_terminal
+
+    with log_to_terminal():
+        _act(config, options)
 
 
 def _act(config: Config, options: argparse.Namespace) -> None:
@@ -75,11 +70,13 @@ def _act(config: Config, options: argparse.Namespace) -> None:
 
         towers = {artifact.card["options"]["tower"]: artifact for artifact in made}
         names = write_repository(options.out, checkpoint, towers, config.images, _serving(options))
-        print(f"{options.out}: a model repository for Triton with {', '.join(names)}; README.md there says how to ask")
+        print(
+            f"{options.out}: a model repository for Triton with {', '.join(names)}; its README.md has example requests"
+        )
 
 
 def describe(artifact: Artifact) -> str:
-    """What was exported, in a few lines: inputs and outputs, operators, distance from fp32, size and place."""
+    """Describe an export in a few lines: inputs and outputs, operators, distance from fp32, size and files."""
     card = artifact.card
     parity, facts, options = card["parity"], card["facts"], card["options"]
     kind = " ".join(str(v) for k, v in options.items() if k in ("precision", "quantization", "device"))
@@ -139,7 +136,7 @@ def _export(config: Config, options: argparse.Namespace, checkpoint: Checkpoint)
             GraphOptions(
                 tower=tower,
                 precision=options.precision,
-                # What Triton's ONNX Runtime knows, and what TensorRT takes whole; ONNX Runtime fuses it as it loads it.
+                # Triton and TensorRT take standard operators; ONNX Runtime fuses them when it loads them.
                 fused=not options.plain and options.to != "triton",
                 quantization=("static" if options.static else "dynamic") if options.precision == "int8" else None,
             ),
@@ -166,7 +163,7 @@ def _check(options: argparse.Namespace) -> list[Problem]:
     if options.precision not in able:
         problems.append(Problem("--precision", options.precision, f"{options.format} takes {', '.join(able)}"))
     if options.format == "torchscript" and options.tower == "text":
-        problems.append(Problem("--tower", "text", "TorchScript is exported for the image tower alone"))
+        problems.append(Problem("--tower", "text", "TorchScript is exported for the image tower only"))
     if options.static and (options.precision != "int8" or options.format != "onnx"):
         problems.append(Problem("--static", True, "goes with --precision int8 of ONNX"))
     if options.static and options.tower != "image":
@@ -175,8 +172,8 @@ def _check(options: argparse.Namespace) -> list[Problem]:
 
 
 def _check_triton(options: argparse.Namespace) -> list[Problem]:
-    asked = {name: getattr(options, name) for name in TRITON}
-    given = {name: value for name, value in asked.items() if value is not None and value is not False}
+    given = {name: getattr(options, name) for name in TRITON}
+    given = {name: value for name, value in given.items() if value is not None and value is not False}
     if options.to != "triton":
         return [Problem(_flag(name), value, "goes with --to triton") for name, value in given.items()]
     from pipeline.backends.triton.model_config import problem_of
@@ -216,31 +213,33 @@ def _flag(name: str) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline.export",
-        description="Export a model's towers as ONNX graphs, TorchScript, or for Triton, compared with fp32.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = command_parser(
+        "python -m pipeline.export",
+        "Export a model's towers as ONNX graphs, TorchScript, or for Triton, compared with fp32.",
+        EXAMPLES,
     )
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="GROUP=OPTION or KEY=VALUE, as for the job")
     parser.add_argument("--format", choices=FORMATS, default="onnx", help="default: onnx")
     parser.add_argument("--tower", choices=(*TOWERS, "both"), default="both", help="default: both")
     parser.add_argument("--precision", choices=("fp32", "fp16", "bf16", "int8"), default="fp32", help="default: fp32")
-    parser.add_argument("--static", action="store_true", help="int8 activations by fixed scales, calibrated on images")
-    parser.add_argument("--plain", action="store_true", help="ONNX's standard operators alone, nothing fused")
+    parser.add_argument(
+        "--static", action="store_true", help="int8 activations with fixed scales, calibrated on images"
+    )
+    parser.add_argument("--plain", action="store_true", help="ONNX's standard operators only, nothing fused")
     parser.add_argument("--to", choices=("store", "triton"), default="store", help="default: store")
     triton = parser.add_argument_group("with --to triton")
-    triton.add_argument("--out", metavar="FOLDER", help="the model repository, a local folder that is not there yet")
+    triton.add_argument("--out", metavar="FOLDER", help="the model repository, a local folder that does not exist yet")
     triton.add_argument("--tensorrt", action="store_true", help="run on TensorRT; --precision fp32 or fp16")
-    triton.add_argument("--engine-cache", metavar="FOLDER", help="where the server keeps TensorRT's engines (nowhere)")
-    triton.add_argument("--max-batch", type=int, metavar="ROWS", help="the largest batch (64)")
     triton.add_argument(
-        "--queue-microseconds", type=int, metavar="N", help="what a request waits at most for others (2000)"
+        "--engine-cache", metavar="FOLDER", help="where the server keeps TensorRT's engines (default: nowhere)"
     )
-    triton.add_argument("--instances", type=int, metavar="N", help="copies of a model on each GPU or CPU (1)")
+    triton.add_argument("--max-batch", type=int, metavar="ROWS", help="the largest batch (default: 64)")
+    triton.add_argument(
+        "--queue-microseconds", type=int, metavar="N", help="longest wait of a request for others (default: 2000)"
+    )
+    triton.add_argument("--instances", type=int, metavar="N", help="copies of a model on each GPU or CPU (default: 1)")
     return parser
 
 
 if __name__ == "__main__":
-    with own_exit_code():
-        raise SystemExit(main())
+    run_process(main)

@@ -1,20 +1,14 @@
-"""``python -m pipeline.relabel``: new prompts over a finished dataset, from its embeddings alone."""
+"""``python -m pipeline.relabel``: label a finished dataset with new prompts, from its embeddings."""
 
 from __future__ import annotations
 
 import argparse
-import signal
-import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from pipeline.config.compose import compose_config
-from pipeline.core.concurrency import own_exit_code
-from pipeline.core.errors import ConfigError, Interrupted, PipelineError, Problem
-
-if TYPE_CHECKING:
-    pass
+from pipeline.core.cli import command_parser, run_command, run_process
+from pipeline.core.errors import ConfigError, Problem
 
 EXAMPLES = """\
 examples:
@@ -23,11 +17,11 @@ examples:
   python -m pipeline.relabel outputs/photos output.dir=outputs/photos-things prompts.path=labels.csv labels.top_k=10
       labels from a file, ten for each row
   python -m pipeline.relabel outputs/photos output.dir=outputs/sure labels.threshold=0.5
-      the same labels, where the best one is likely enough
+      the same labels, only where the best one is likely enough
 
-What is not given is as in the source. Run the same command again to go on after an interruption.
-exit codes: 0 done, 2 wrong config or another model, 75 the source is not finished, or the run was interrupted or the
-output is held by another
+What is not given is as in the source. After an interruption the same command goes on.
+exit codes: 0 done, 2 wrong config or another model, 75 the source is not finished, the run was interrupted, or another
+run holds the output
 """
 # What may differ from the source: whole groups, and single keys.
 GROUPS = ("model", "prompts", "labels")
@@ -35,32 +29,29 @@ KEYS = ("output.dir", "output.lease_seconds", "report.progress")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse the command line, relabel; returns the exit code."""
+    """Parse the command line, relabel; return the exit code."""
     began = time.time()
     options = _parser().parse_args(arguments)
-    try:
-        typed = _check(options.overrides)
-        composed = compose_config(options.overrides)
-        from pipeline.dataset.dataset import open_dataset
-        from pipeline.engine.query import derive
-        from pipeline.job.relabel import relabel
+    interrupted = "interrupted; what was committed stays, and the same command goes on from there"
+    return run_command(lambda: _act(options, began), interrupted=interrupted)
 
-        source = open_dataset(options.source)
-        relabel(source, derive(source, composed, typed), began=began)
-    except PipelineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("error: interrupted; what was committed stays, and the same command goes on from there", file=sys.stderr)
-        return Interrupted.exit_code
-    return 0
+
+def _act(options: argparse.Namespace, began: float) -> None:
+    typed = _check(options.overrides)
+    composed = compose_config(options.overrides)
+    from pipeline.dataset.dataset import open_dataset
+    from pipeline.engine.query import derive
+    from pipeline.job.relabel import relabel
+
+    source = open_dataset(options.source)
+    relabel(source, derive(source, composed, typed), began=began)
 
 
 def _check(overrides: Sequence[str]) -> list[str]:
-    """The groups and keys that were typed.
+    """Return the groups and keys of the overrides.
 
     Raises:
-        ConfigError: some may not differ from the source, or no output was named.
+        ConfigError: one may not differ from the source, or output.dir is missing.
     """
     typed = [text.partition("=")[0].lstrip("+") for text in overrides]
     allowed = f"must be as in the source; {', '.join(GROUPS)} and {', '.join(KEYS)} may differ"
@@ -77,22 +68,15 @@ def _may_differ(key: str) -> bool:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline.relabel",
-        description="Label a finished dataset's rows with new prompts, into a new dataset; no image is read.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = command_parser(
+        "python -m pipeline.relabel",
+        "Label the rows of a finished dataset with new prompts, into a new dataset; no image is read.",
+        EXAMPLES,
     )
     parser.add_argument("source", metavar="SOURCE", help="the finished dataset: a folder or an fsspec address")
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="KEY=VALUE or GROUP=OPTION, as for the job")
     return parser
 
 
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _interrupt)
-    with own_exit_code():
-        raise SystemExit(main())
+    run_process(main)

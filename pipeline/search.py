@@ -1,21 +1,18 @@
-"""``python -m pipeline.search``: the rows of a dataset nearest to a text, a picture or one of its rows."""
+"""``python -m pipeline.search``: find the rows of a dataset nearest to a text, an image or one of its rows."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
-import signal
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config.options import showable
 from pipeline.config.schema import ModelConfig
-from pipeline.core.concurrency import own_exit_code
-from pipeline.core.errors import ConfigError, Interrupted, PipelineError, Problem
+from pipeline.core.cli import command_parser, run_command, run_process, showable
+from pipeline.core.errors import ConfigError, PipelineError, Problem
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,32 +24,25 @@ if TYPE_CHECKING:
 EXAMPLES = """\
 examples:
   python -m pipeline.search outputs/demo "a red circle"
-      the ten images nearest to a text, among all of them
+      the ten images nearest to a text
   python -m pipeline.search outputs/photos --image holiday.jpg --top 50 --json
-      those nearest to a picture, for programs
+      those nearest to an image, as JSON
   python -m pipeline.search outputs/demo --id scene-000000
       the neighbours of a row
   python -m pipeline.search outputs/photos --build-index && python -m pipeline.search outputs/photos "a cat" --index
       approximate, from an index (the extra search): for tens of millions of rows
 
-Every embedding is read once, a few parts at a time. Texts are embedded as they are, by the model that made the dataset.
-exit codes: 0 done, 2 nothing to search with, no dataset, another model, no index that fits, 75 the dataset is not
-finished
+Every embedding is read once, a few parts at a time. Texts are embedded without a template, by the dataset's own model.
+exit codes: 0 done, 2 no query, no dataset, another model or no index of it, 75 the dataset is not finished, or
+interrupted
 """
 WIDTH = 48
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse the command line, search or build the index, print; returns the exit code."""
+    """Parse the command line, search or build the index, print; return the exit code."""
     options = _parser().parse_args(arguments)
-    try:
-        return _act(options)
-    except PipelineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        return Interrupted.exit_code
+    return run_command(lambda: _act(options), interrupted="interrupted")
 
 
 def _act(options: argparse.Namespace) -> int:
@@ -69,7 +59,7 @@ def _act(options: argparse.Namespace) -> int:
         if options.index:
             from pipeline.dataset.index import search_index
         itself, query = _query(dataset, options)
-        # The row itself is found too.
+        # A row is its own nearest one.
         count = options.top + (itself is not None)
         found = search_index(dataset, query, count) if options.index else nearest(dataset, query[None], count)[0]
         hits = fetch(dataset, without(found, itself, options.top))
@@ -81,14 +71,14 @@ def _act(options: argparse.Namespace) -> int:
 
 
 def table(hits: Sequence[Hit], id: str, kept: Sequence[str]) -> list[str]:
-    """The lines of a table; nested columns are left out, long values cut, and nothing in it controls a terminal."""
+    """Return the lines of a table, without nested columns, long values and control characters."""
     plain = [name for name in kept if not any(isinstance(hit.kept[name], (dict, list, bytes)) for hit in hits)]
     head = ["rank", "score", id, "label", *plain]
     rows = [
         [
             str(hit.rank),
             f"{hit.score:.4f}",
-            # An id is there to be copied.
+            # Ids are copied, so they are never cut.
             _shown(hit.id, most=None),
             *(_shown(value) for value in (hit.label, *map(hit.kept.get, plain))),
         ]
@@ -103,12 +93,12 @@ def _shown(value: Any, *, most: int | None = WIDTH) -> str:
     text = "" if value is None else str(value)
     text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
     text = showable(text)
-    # The end of a path tells more than its beginning.
+    # The end of a path says more than its beginning.
     return text if most is None or len(text) <= most else f"...{text[3 - most :]}"
 
 
 def _query(dataset: Dataset, options: argparse.Namespace) -> tuple[int | None, NDArray[np.float32]]:
-    """The row that is searched with, if it is one, and the vector."""
+    """Return the row that is the query, if it is one, and the vector."""
     from pipeline.dataset.search import find_row
     from pipeline.engine.query import config_of_dataset, embed_image, embed_text, open_model
 
@@ -139,15 +129,15 @@ def _build(dataset: Dataset, options: argparse.Namespace) -> None:
         try:
             names = labels_of(config).names
         except PipelineError:
-            # The file of the labels may be gone by now.
+            # The file of the labels may no longer exist.
             names = ()
         return embed_text(open_model(dataset, config.model), list(names)) if names else None
 
-    card = build_index(dataset, texts)
-    recall = ", ".join(f"{value:.3f} for {kind}" for kind, value in card.recall.items())
+    made = build_index(dataset, texts)
+    recall = ", ".join(f"{value:.3f} for {kind}" for kind, value in made.recall.items())
     print(
-        f"{dataset.url}/{card.file}: {card.vectors:,} embeddings, {card.size / 1e6:,.1f} MB, in {card.seconds:.1f} s; "
-        f"{card.lists_read} of {card.lists} lists are read per query; recall of the 10 nearest against the exact "
+        f"{dataset.url}/{made.file}: {made.vectors:,} embeddings, {made.size / 1e6:,.1f} MB, in {made.seconds:.1f} s; "
+        f"{made.lists_read} of {made.lists} lists are read per query; recall of the 10 nearest against the exact "
         f"search: {recall} (wanted {RECALL})"
     )
 
@@ -156,9 +146,9 @@ def _check(options: argparse.Namespace) -> None:
     given = [name for name in ("text", "image", "id") if getattr(options, name) is not None]
     problems = []
     if options.build_index and given:
-        problems.append(Problem("--build-index", True, "stands alone", "search with a second command"))
+        problems.append(Problem("--build-index", True, "takes no query", "search with a second command"))
     elif not options.build_index and len(given) != 1:
-        problems.append(Problem("search", given, "wants one of a text, --image FILE and --id ID"))
+        problems.append(Problem("search", given, "needs one of a text, --image FILE and --id ID"))
     if options.text is not None and not options.text.strip():
         problems.append(Problem("text", options.text, "is empty"))
     if not 1 <= options.top <= 10_000:
@@ -168,29 +158,22 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline.search",
-        description="Find the rows of a finished dataset that are nearest to a text, a picture or a row.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = command_parser(
+        "python -m pipeline.search",
+        "Find the rows of a finished dataset that are nearest to a text, an image or a row.",
+        EXAMPLES,
     )
     parser.add_argument("dataset", metavar="DATASET", help="a folder or an fsspec address")
     parser.add_argument("text", metavar="TEXT", nargs="?", help="what the images should show")
-    parser.add_argument("--image", metavar="FILE", help="a picture to search with")
+    parser.add_argument("--image", metavar="FILE", help="an image to search with")
     parser.add_argument("--id", metavar="ID", help="a row of the dataset to search with")
     parser.add_argument("--top", type=int, default=10, metavar="N", help="how many rows; default: 10")
-    parser.add_argument("--index", action="store_true", help="approximate, from the index within the dataset")
+    parser.add_argument("--index", action="store_true", help="approximate, from the index of the dataset")
     parser.add_argument("--build-index", action="store_true", help="build that index, and measure its recall")
-    parser.add_argument("--model", metavar="NAME", help="where the dataset's model lies now, if it was moved")
+    parser.add_argument("--model", metavar="NAME", help="where the dataset's model is now, if it was moved")
     parser.add_argument("--json", action="store_true", help="one JSON list, for programs")
     return parser
 
 
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _interrupt)
-    with own_exit_code():
-        raise SystemExit(main())
+    run_process(main)

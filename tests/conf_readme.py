@@ -13,16 +13,16 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from pipeline.config.ranges import AUTO, AUTOMATIC, CHOICES, RANGES
+from pipeline.config.ranges import AUTO
 from pipeline.config.schema import Config, conf_dir
-from pipeline.config.validate import limits
+from pipeline.config.validate import AUTOMATIC, CHOICES, RANGES, limits
 
 README = Path(__file__).resolve().parent.parent / "conf" / "README.md"
 HEAD = """# The config
 
 What `python -m pipeline.run` can be told. A group is a folder, its options are the files in it: `GROUP=OPTION` chooses
 one, `KEY=VALUE` sets a value, `--cfg job` prints what comes of it. Everything is checked against the schemas in
-`pipeline/config/schema.py` and the limits in `pipeline/config/ranges.py` before any work begins; all mistakes come in
+`pipeline/config/schema.py` and the rules in `pipeline/config/validate.py` before any work begins; all mistakes come in
 one message.
 
 This page is made from them and from the comments in the YAML files by `python -m tests.conf_readme`; a test compares.

@@ -1,4 +1,4 @@
-"""The doors that people type, for tests of what is written about them: their parsers, and whether a command is good."""
+"""Parsers of the commands, and a check of command lines, for tests of what is documented."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import argparse
 import importlib
 
 from pipeline.config.compose import check_overrides, compose_config
-from pipeline.config.schema import conf_dir
 from pipeline.core.errors import ConfigError
 
 PARSERS = {
@@ -26,29 +25,29 @@ PARSERS = {
 }
 
 
-def parser_of(door: str) -> argparse.ArgumentParser:
-    """The parser of a door, by what follows ``python -m``, or by its script."""
-    parser: argparse.ArgumentParser = importlib.import_module(PARSERS[door])._parser()
+def parser_of(command: str) -> argparse.ArgumentParser:
+    """The parser of a command: what follows ``python -m``, or its script."""
+    parser: argparse.ArgumentParser = importlib.import_module(PARSERS[command])._parser()
     return parser
 
 
 def prove(words: list[str]) -> None:
-    """Pass if a command could begin: its options parse, and its overrides make a config. ``words`` begin with the door.
+    """Check that options parse and overrides make a config; ``words`` begin with the command.
 
     Raises:
-        SystemExit: an option that there is not.
-        ConfigError: a wrong override.
+        SystemExit: an option does not exist.
+        ConfigError: an override is wrong.
     """
-    door, *rest = words
-    if door == "pipeline.run":
-        if problems := check_overrides([word for word in rest if not word.startswith("-")], conf_dir()):
+    command, *rest = words
+    if command == "pipeline.run":
+        if problems := check_overrides([word for word in rest if not word.startswith("-")]):
             raise ConfigError(problems)
         return
-    if door == "pipeline.bench" and rest[:1] in (["pipeline"], ["backends"]):
-        door, rest = (door if rest[0] == "backends" else "pipeline.bench pipeline"), rest[1:]
-    parser = parser_of(door)
+    if command == "pipeline.bench" and rest[:1] in (["pipeline"], ["backends"]):
+        command, rest = (command if rest[0] == "backends" else "pipeline.bench pipeline"), rest[1:]
+    parser = parser_of(command)
     whole = any(isinstance(action, argparse._SubParsersAction) for action in parser._actions)
-    (parser.parse_args if whole or door == "pipeline.search" else parser.parse_intermixed_args)(rest)
+    (parser.parse_args if whole or command == "pipeline.search" else parser.parse_intermixed_args)(rest)
     # The nightly job puts the date in before the config is read.
     rest = [word.replace("{date}", "2026-11-22") for word in rest]
     compose_config(

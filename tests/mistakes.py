@@ -1,4 +1,4 @@
-"""The mistakes that new users make: what they type, and what they are told.
+"""Common mistakes of new users: the command, and its message.
 
 ``python -m tests.mistakes`` makes each of them and writes ``jobs/results/mistakes.md``, which a test compares.
 """
@@ -32,7 +32,7 @@ from tests.forks import Child, forks
 
 RESULT = ROOT / "jobs" / "results" / "mistakes.md"
 NOWHERE = {"AWS_EC2_METADATA_DISABLED": "true", "AWS_SHARED_CREDENTIALS_FILE": "/none", "AWS_CONFIG_FILE": "/none"}
-DOORS = {
+MODULES = {
     "pipeline.manifest": "pipeline.manifest.__main__",
     "pipeline.artifacts": "pipeline.artifacts",
     "pipeline.bench": "pipeline.bench.__main__",
@@ -45,9 +45,9 @@ JOB = f"{RUN} manifest.path=photos.parquet output.dir=out"
 
 @dataclass(frozen=True)
 class Mistake:
-    """What was done, the command, the exit code, and two things that the message must hold: the place, the way out.
+    """A mistake, its command and exit code, and two parts of its message: the place, the way out.
 
-    ``varies`` are messages that hold what only this machine says; of the table their wording is not compared.
+    With ``varies`` the message depends on the machine, and its wording is not compared with the table.
     """
 
     what: str
@@ -133,7 +133,7 @@ MISTAKES = (
 
 @contextmanager
 def home() -> Iterator[Path]:
-    """A folder as a new user has it: pictures, manifests good and bad, a finished dataset, a checkpoint."""
+    """A folder with pictures, good and bad manifests, a finished dataset and a checkpoint."""
     folder = Path(tempfile.mkdtemp(prefix="mistakes-"))
     try:
         furnish(folder)
@@ -174,7 +174,7 @@ def furnish(folder: Path) -> None:
 
 
 def begin(mistakes: Sequence[Mistake], folder: Path) -> Child:
-    """Make the mistakes in a process of their own, in that folder; the first one says what surrounds them."""
+    """Make the mistakes in a process of their own, in that folder, with the environment of the first one."""
     first = mistakes[0]
     cache = os.environ.get("XDG_CACHE_HOME", str(folder / "cache"))
     return forks().start(
@@ -188,7 +188,7 @@ def begin(mistakes: Sequence[Mistake], folder: Path) -> Child:
 def typed(folder: str, commands: Sequence[str], absent: Sequence[str]) -> int:
     """Commands that are typed in ``folder``, where the packages ``absent`` are not installed; runs in the fork.
 
-    The exit codes stand between what the commands say; the last one is that of the process.
+    The exit codes are printed between the output of the commands; the last one is that of the process.
     """
     os.chdir(folder)
     for known in [each for each in sys.modules if each.partition(".")[0] in absent]:
@@ -206,21 +206,21 @@ def typed(folder: str, commands: Sequence[str], absent: Sequence[str]) -> int:
     code = 0
     for command in commands:
         shutil.rmtree("out", ignore_errors=True)
-        # As a shell parts it: at spaces, whatever the brackets.
+        # Like a shell: at spaces, also within brackets.
         words = shlex.split(command)
         name = words[2] if words[1] == "-m" else "pipeline.nightly.cli"
         sys.argv = words[2:] if words[1] == "-m" else words[1:]
         try:
-            code = importlib.import_module(DOORS.get(name, name)).main() or 0
+            code = importlib.import_module(MODULES.get(name, name)).main() or 0
         except SystemExit as left:
             code = int(left.code or 0)
         print(f"{END} {code}", file=sys.stderr, flush=True)
     return code
 
 
-def message(said: str, folder: Path) -> str:
-    """What the user reads last, with the places and versions of this machine taken out."""
-    kept = said[said.index("error: ") :] if "error: " in said else "\n".join(said.splitlines()[-2:])
+def message(output: str, folder: Path) -> str:
+    """The last message, without paths and versions of this machine."""
+    kept = output[output.index("error: ") :] if "error: " in output else "\n".join(output.splitlines()[-2:])
     for place, name in ((folder.resolve(), "/home/you"), (folder, "/home/you"), (ROOT, "/clip-pipeline")):
         kept = kept.replace(str(place), name)
     kept = re.sub(r" \(failpoint [\w.]+\)", "", kept)
@@ -228,33 +228,33 @@ def message(said: str, folder: Path) -> str:
     return re.sub(r"\b[0-9a-f]{8}\.\.\.", "<digest>", kept).strip()
 
 
-def ask(folder: Path) -> dict[str, tuple[int, str]]:
-    """Make every mistake, and say what came of it: the exit code, and all that was said."""
+def make_all(folder: Path) -> dict[str, tuple[int, str]]:
+    """Make every mistake; return exit codes and output."""
     special = [each for each in MISTAKES if each.absent or each.failpoints or each.environment]
     found = {}
     for group in ([each for each in MISTAKES if each not in special], *([each] for each in special)):
         child = begin(group, folder)
         child.wait()
-        said = re.split(rf"^{END} (\d+)\n", child.said(), flags=re.MULTILINE)
-        for each, text, code in zip(group, said[::2], said[1::2], strict=False):
+        output = re.split(rf"^{END} (\d+)\n", child.said(), flags=re.MULTILINE)
+        for each, text, code in zip(group, output[::2], output[1::2], strict=False):
             found[each.what] = (int(code), text)
     return found
 
 
 def row(mistake: Mistake, code: int, text: str) -> str:
     """One line of the table."""
-    told = "<br>".join(f"`{line.strip()}`" for line in text.splitlines()).replace("|", "\\|")
+    shown = "<br>".join(f"`{line.strip()}`" for line in text.splitlines()).replace("|", "\\|")
     hidden = " ".join(word for word in mistake.command.replace("|", "\\|").split())
-    return f"| {mistake.what} | `{hidden}` | {told} | {code} |"
+    return f"| {mistake.what} | `{hidden}` | {shown} | {code} |"
 
 
 def write() -> None:
     """Make every mistake, and write the table."""
     with home() as folder:
-        found = ask(folder)
+        found = make_all(folder)
         rows = [row(each, found[each.what][0], message(found[each.what][1], folder)) for each in MISTAKES]
-    head = "# Mistakes\n\nWhat new users get wrong, what they type, and what they are told. "
-    head += "`python -m tests.mistakes` makes each one and\nwrites this; a test holds it to what is said.\n\n"
+    head = "# Mistakes\n\nCommon mistakes of new users, their commands and messages. "
+    head += "`python -m tests.mistakes` makes each one and\nwrites this page; a test compares it.\n\n"
     RESULT.write_text(
         head + "| mistake | command | message | exit code |\n| --- | --- | --- | ---: |\n" + "\n".join(rows) + "\n"
     )

@@ -1,4 +1,4 @@
-"""The artefact store among several processes, and its door."""
+"""The artefact store used by several processes, and its command."""
 
 from __future__ import annotations
 

@@ -14,7 +14,8 @@ from tests.conftest import ROOT
 BUSY = """
 import time
 import torch
-from pipeline.core.concurrency import aside, own_exit_code
+from pipeline.core.cli import own_exit_code
+from pipeline.core.concurrency import aside
 
 def work():
     torch.set_num_threads(1)
@@ -45,7 +46,7 @@ def test_a_process_ends_with_its_own_exit_code_though_torch_is_at_work_aside(cod
 
 SAYING = """
 import sys
-from pipeline.core.concurrency import own_exit_code
+from pipeline.core.cli import own_exit_code
 with own_exit_code():
     print("x" * SIZE)
     raise SystemExit(3)
@@ -66,7 +67,7 @@ def test_a_process_whose_reader_has_gone_ends_without_a_word(size: int, wanted: 
 
 def test_a_broken_pipe_that_is_not_standard_output_is_an_error() -> None:
     body = "with own_exit_code():\n    raise BrokenPipeError('a store')"
-    code = f"from pipeline.core.concurrency import own_exit_code\n{body}"
+    code = f"from pipeline.core.cli import own_exit_code\n{body}"
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 1
     assert "a store" in ended.stderr

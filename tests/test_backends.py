@@ -22,8 +22,9 @@ from pipeline.backends.onnx_session import PROVIDERS, normalise, open_session
 from pipeline.backends.tensorrt import engine_options, find_library, version_words
 from pipeline.backends.torch_int8 import multiplies_int8
 from pipeline.backends.torch_module import compiled
-from pipeline.config.ranges import CHOICES, PRECISIONS
+from pipeline.config.ranges import PRECISIONS
 from pipeline.config.schema import BackendConfig, ModelConfig, ParityConfig
+from pipeline.config.validate import CHOICES
 from pipeline.core.errors import BackendUnavailable, StorageError
 from pipeline.core.records import Sample
 from pipeline.engine.demo.folder import rendered_sample

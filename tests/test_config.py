@@ -1,4 +1,4 @@
-"""The YAML files and the schemas say the same, and whatever is wrong with a config is said at once."""
+"""The YAML files agree with the schemas, and all problems of a config are reported at once."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from pipeline.config.compose import groups, known_keys, read_config, register, to_config
-from pipeline.config.ranges import AUTOMATIC, CHOICES, PRECISIONS, RANGES
+from pipeline.config.ranges import PRECISIONS
 from pipeline.config.schema import FORMATS, OUTPUT_COLUMNS, Config, ManifestConfig, conf_dir, nearest, value_of
-from pipeline.config.validate import check
+from pipeline.config.validate import AUTOMATIC, CHOICES, RANGES, check
 from pipeline.core.errors import ConfigError, Problem
 
 OPTIONS = [(group, option) for group, options in groups(conf_dir()).items() for option in options]
-# What an option leaves open, and a value for it.
+# Keys without a default in an option, and a value for each.
 OPEN = {
     ("model", "hub"): ["model.name=openai/clip-vit-base-patch32"],
     ("cluster", "address"): ["cluster.address=tcp://10.0.0.5:8786"],
@@ -38,7 +38,7 @@ def config_of(*overrides: str) -> Config:
 
 
 def changed(key: str, value: Any) -> Config:
-    """A config with a manifest, and one value that is not the default, whatever its type."""
+    """A config with a manifest, and one value of any type that is not the default."""
     group, name = key.split(".")
     config = Config(manifest=ManifestConfig(path="m.parquet"))
     return dataclasses.replace(config, **{group: dataclasses.replace(getattr(config, group), **{name: value})})
@@ -73,11 +73,11 @@ def test_the_defaults_of_the_yaml_files_are_those_of_the_dataclasses() -> None:
 
 
 @pytest.mark.parametrize("key", known_keys())
-def test_every_key_stands_in_one_yaml_of_its_group(key: str) -> None:
+def test_every_key_is_in_one_yaml_of_its_group(key: str) -> None:
     group, name = key.split(".")
     holders = [option for option in groups(conf_dir())[group] if name in documented(group, option)]
     if key == "images.formats":
-        # The list is long, and stands in the schema with its reason.
+        # The list is long, and is in the schema with its reason.
         assert holders == []
     elif key in ("model.name", "backend.name", "images.decoder", "cluster.name"):
         assert holders == groups(conf_dir())[group]
@@ -91,11 +91,11 @@ def test_no_yaml_holds_a_key_that_the_schema_does_not_know(group: str, option: s
     assert {f"{group}.{name}" for name in documented(group, option)} <= set(known_keys())
 
 
-def test_choices_and_ranges_speak_of_keys_that_exist() -> None:
+def test_choices_and_ranges_are_of_keys_that_exist() -> None:
     assert {*CHOICES, *RANGES} <= set(known_keys())
 
 
-def test_hub_needs_a_name_and_says_so_with_everything_else() -> None:
+def test_hub_needs_a_name_which_is_reported_with_all_other_problems() -> None:
     with pytest.raises(ConfigError) as caught:
         config_of("model=hub", "loader.batch_size=0")
     assert caught.value.exit_code == 2
@@ -243,7 +243,7 @@ def test_devices_that_exist_nowhere_are_refused(device: str) -> None:
         ("model.name", "", "must name a checkpoint"),
         ("output.dir", "", "must name a folder"),
         ("prompts.labels", ["cat", " "], "a label cannot be empty"),
-        ("prompts.labels", ["cat", "dog", "cat"], "'cat': stands there twice"),
+        ("prompts.labels", ["cat", "dog", "cat"], "'cat': is given twice"),
         ("prompts.templates", [], "must hold at least one template"),
         ("prompts.templates", ["a photo"], "must hold {} exactly once"),
         ("prompts.templates", ["{} and {}"], "must hold {} exactly once"),

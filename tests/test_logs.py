@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from pipeline import run as door
 from pipeline.config.schema import Config, LogConfig
+from pipeline.core.cli import error_line
 from pipeline.core.errors import ConfigError, Interrupted, ManifestError, NumericalError, Problem
 from pipeline.core.log_format import SILENCED, JsonLines, ending, new_run, shard_of, silence, within
 from pipeline.job.cluster.dask_executor import DaskExecutor
@@ -310,11 +310,10 @@ def test_what_a_worker_says_is_passed_on_with_its_name_and_its_shard(
     assert second == "warning: worker 3 (process 9 on node): s3://b/x: try 2"
 
 
-def test_what_ends_a_run_is_said_as_the_config_wants_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_ends_a_run_is_said_as_the_config_wants_it() -> None:
     error = Interrupted("interrupted")
-    assert door._words(error) == "error: interrupted"
-    monkeypatch.setattr(door, "_formatter", JsonLines("r-1"))
-    found = json.loads(door._words(error))
+    assert error_line(error) == "error: interrupted"
+    found = json.loads(error_line(error, JsonLines("r-1")))
     assert (found["message"], found["run"], found["level"], found["exit_code"]) == ("interrupted", "r-1", "error", 75)
 
 

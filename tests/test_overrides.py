@@ -1,4 +1,4 @@
-"""Whatever is wrong on the command line is said at once, with what is allowed and what may be meant."""
+"""All problems of the command line are reported at once, with what is allowed and the nearest name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MODELS = ", ".join(groups(conf_dir())["model"])
 
 
 def problems_of(*arguments: str, sweep: bool = False) -> list[Problem]:
-    return check_overrides(list(arguments), conf_dir(), sweep=sweep)
+    return check_overrides(list(arguments), sweep=sweep)
 
 
 def config_of(*arguments: str) -> Config:
@@ -68,11 +68,11 @@ WRONG = [
     ),
     ("manifest.keep=[a,b", "manifest.keep = '[a,b': its brackets do not close; "),
     ("loader.batch_size", "the argument = 'loader.batch_size': has no key or no =; write GROUP=OPTION"),
-    ("~loader.batch_size", "loader.batch_size = '~loader.batch_size': a key cannot be taken out"),
-    ("~model", "model = '~model': a key cannot be taken out"),
+    ("~loader.batch_size", "loader.batch_size = '~loader.batch_size': a key cannot be removed"),
+    ("~model", "model = '~model': a key cannot be removed"),
     (
         "+loader.batch_size=8",
-        "loader.batch_size = '+loader.batch_size=8': stands in the config already (leave out the +)",
+        "loader.batch_size = '+loader.batch_size=8': is in the config already (leave out the +)",
     ),
     ("+loader.extra=8", "loader.extra = '8': there is no such key"),
     ("loader={batch_size:8}", "loader = '{batch_size:8}': must be one of default"),
@@ -151,7 +151,7 @@ def test_a_good_override_arrives_as_it_was_meant(argument: str, value: object) -
         ("manifest.path=/图/m.parquet", "write 'manifest.path=\"/图/m.parquet\"'"),
     ],
 )
-def test_a_text_that_hydra_cannot_read_bare_is_told_how_to_quote(argument: str, hint: str) -> None:
+def test_a_text_that_hydra_cannot_read_unquoted_has_a_hint_with_quotes(argument: str, hint: str) -> None:
     (problem,) = problems_of(argument)
     assert problem.hint == hint
 
@@ -173,7 +173,7 @@ def test_groups_are_the_folders_and_options_the_files(tmp_path: Path) -> None:
     assert groups(tmp_path) == {"model": ["a", "b"]}
 
 
-def test_other_doors_compose_the_same_config() -> None:
+def test_other_commands_compose_the_same_config() -> None:
     config = compose_config(["backend=onnx_int8", "parity.top1.int8=0.5", "parity.mean_cosine={int8:0.25,fp8:0.5}"])
     assert (config.backend.name, config.parity.top1["int8"]) == ("onnx_int8", 0.5)
     assert config.parity.mean_cosine == {**Config().parity.mean_cosine, "int8": 0.25, "fp8": 0.5}

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.compose import check_overrides
-from pipeline.config.schema import conf_dir
 from pipeline.engine.demo.folder import jpeg
 from pipeline.engine.demo.scenes import sample
 from tests.conftest import ROOT
@@ -142,7 +141,7 @@ def test_the_overrides_in_the_text_are_good_ones() -> None:
         told = [word for word in overrides if not re.search(r"=(\.\.\.|<)|=\S*\.\.\.$|[<{]", word)]
         if overrides != words or not told:
             continue
-        problems = check_overrides(told, conf_dir())
+        problems = check_overrides(told)
         if problems:
             wrong[span] = [str(problem) for problem in problems]
     assert wrong == {}

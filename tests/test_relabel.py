@@ -178,7 +178,7 @@ def test_another_model_is_refused(folder: Path, tmp_path: Path, capsys: pytest.C
         (["output.dir=SOURCE/../source", "prompts.labels=[a]"], "is the source itself"),
         (["output.dir=SOURCE/new", "prompts.labels=[a]"], "lies in the source"),
         (["output.dir=SOURCE/..", "prompts.labels=[a]"], "holds the source"),
-        (["output.dir=x", "prompts.labels=[a,a]"], "stands there twice"),
+        (["output.dir=x", "prompts.labels=[a,a]"], "is given twice"),
         (["output.dir=x", "labels.topk=3"], "top_k"),
     ],
 )

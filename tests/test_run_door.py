@@ -1,4 +1,4 @@
-"""The main door answers from a shell: quickly, plainly, with the right exit code, and leaves no files."""
+"""The main command from a shell: its speed, messages and exit codes; it leaves no files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 
-from pipeline import run as door
+from pipeline import run as command
 from pipeline.config.compose import groups, known_keys, register
 from pipeline.config.schema import conf_dir
 
@@ -37,7 +37,7 @@ def run(
 
 
 def cpu_seconds() -> float:
-    """Of all processes that were run and have ended."""
+    """CPU time of all child processes that have ended."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
@@ -119,18 +119,18 @@ def test_a_wrong_config_ends_with_code_2_and_a_plain_message(
     arguments: list[str],
     lines: list[str],
 ) -> None:
-    monkeypatch.setattr(door, "_on_signals", lambda handler: None)
+    monkeypatch.setattr(command, "on_signals", lambda handler: None)
     monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as caught:
-        door.main()
+        command.main()
     assert caught.value.code == 2
-    said = capsys.readouterr()
-    assert said.out == ""
+    output = capsys.readouterr()
+    assert output.out == ""
     for line in lines:
-        assert line in said.err
-    assert "Traceback" not in said.err
-    assert "HYDRA_FULL_ERROR" not in said.err
+        assert line in output.err
+    assert "Traceback" not in output.err
+    assert "HYDRA_FULL_ERROR" not in output.err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -149,18 +149,18 @@ def test_a_wrong_manifest_ends_with_code_2_before_any_model_is_opened(
 ) -> None:
     pq.write_table(pa.table({"id": ["a", "b", "a"], "path": ["1.jpg", "2.jpg", "3.jpg"]}), tmp_path / "m.parquet")
     # In this process, which has loaded torch already; it keeps its own handlers of signals.
-    monkeypatch.setattr(door, "_interrupt_within", lambda grace: None)
+    monkeypatch.setattr(command, "interrupt_within", lambda grace, leave: None)
     monkeypatch.chdir(tmp_path)
     register()
     with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"):
         arguments = ["manifest.path=m.parquet", "output.dir=out", "model=hub", "model.name=no/such-model"]
         composed = compose("config", overrides=arguments)
     with pytest.raises(SystemExit) as caught:
-        door._task(composed)
+        command._task(composed)
     assert caught.value.code == 2
-    said = capsys.readouterr().err
-    assert f"error: id 'a' stands twice: at {tmp_path}/m.parquet, row 0 and at {tmp_path}/m.parquet, row 2" in said
-    assert "Traceback" not in said
+    output = capsys.readouterr().err
+    assert f"error: id 'a' stands twice: at {tmp_path}/m.parquet, row 0 and at {tmp_path}/m.parquet, row 2" in output
+    assert "Traceback" not in output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.parquet", "out"]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["_run.log"]
 

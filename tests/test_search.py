@@ -146,11 +146,11 @@ def test_ids_beyond_every_number_and_texts_of_no_encoding_are_told(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "wants one of a text"),
-        (["a", "--id", "b"], "wants one of a text"),
+        ([], "needs one of a text"),
+        (["a", "--id", "b"], "needs one of a text"),
         ([" "], "is empty"),
         (["a", "--top", "0"], "from 1 to"),
-        (["a", "--build-index"], "stands alone"),
+        (["a", "--build-index"], "takes no query"),
         (["a", "--model", "/no/such/folder"], "no such folder"),
     ],
 )

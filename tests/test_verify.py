@@ -1,4 +1,4 @@
-"""The door that verifies: every damage is found by it and by a rerun, and repaired by doing only that shard again."""
+"""The command verify: it and a rerun find all damage, and a repair computes only the damaged shard again."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def change(path: Path, **values: Any) -> None:
 
 
 def forge(out: Path, shard: int, table: pa.Table) -> None:
-    """Replace a part by another file, and its commit by one that says so."""
+    """Replace a part by another file, and its commit by one of that file."""
     old = part(out, shard)
     pq.write_table(table, out / "forged")
     old.unlink()

@@ -94,7 +94,7 @@ def examples(text: str) -> list[list[str]]:
 
 
 def test_the_examples_of_the_main_help_are_good_configs(main_help: str) -> None:
-    found = examples(main_help.partition("Examples")[2].partition("Ten overrides")[0])
+    found = examples(main_help.partition("Examples")[2].partition("Ten common")[0])
     assert len(found) >= 5
     for words in found:
         assert words[0] == "pipeline.run"

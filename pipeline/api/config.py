@@ -1,68 +1,53 @@
-"""The config of a call: what the files under ``conf/`` choose and what the caller sets, checked as the command line is.
-
-Hydra composes the same for the command; it keeps one state for the whole process, which a notebook should not share.
-"""
+"""The config of a call of the Python API: options of groups and values of keys, checked like overrides."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from pipeline.config.compose import check_one, groups, read_config, schema
+from pipeline.config.compose import check_one, groups, joined, merge, read_config
 from pipeline.config.schema import Config, conf_dir, nearest
 from pipeline.config.validate import check
 from pipeline.core.errors import ConfigError, Problem
 
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
-
 
 def config_from(settings: Mapping[str, object], before: Sequence[Problem] = ()) -> Config:
-    """The config of ``{"GROUP": "OPTION", "GROUP.KEY": value}``: groups first, then keys, in the order given.
+    """Return the config of ``{"GROUP": "OPTION", "GROUP.KEY": value}``: first groups, then keys, in the order given.
 
-    Values are Python's own: numbers, texts, lists, dicts, None; a text means itself, ``"${...}"`` too. ``before`` are
-    problems that were found by now.
+    Values are Python's: numbers, texts, lists, dicts, None. A text is taken literally, ``"${...}"`` too. ``before`` are
+    problems that were found earlier.
 
     Raises:
-        ConfigError: with every problem, as the command line would say them.
+        ConfigError: with every problem, in the words of the command line.
     """
-    conf, known = conf_dir(), groups(conf_dir())
     problems = list(before)
-    chosen = _defaults(conf)
-    values: dict[str, object] = {}
+    accepted: list[tuple[str, object]] = []
     literal: dict[str, object] = {}
     for key, given in settings.items():
         given = _plain(given)
-        value = _harmless(given)
-        found = check_one(key, None if value is None else str(value), value, conf)
+        value = _without_interpolation(given)
+        found = check_one(key, None if value is None else str(value), value)
         problems += [replace(problem, value=given) if problem.key == key else problem for problem in found]
         if found:
             continue
-        if key in known:
-            chosen[key] = str(value)
-        else:
-            values[key] = value
-            if value != given:
-                literal[key] = given
-    config, others = read_config(_compose(conf, chosen, values))
+        accepted.append((key, value))
+        if value != given:
+            literal[key] = given
+    config, others = read_config(merge(accepted))
     if literal:
-        stood_in = check(config)
+        of_substitutes = check(config)
         for key, given in literal.items():
             group, name = key.split(".")
             config = replace(config, **{group: replace(getattr(config, group), **{name: given})})
-        others = [problem for problem in others if problem not in stood_in] + check(config)
-    named = {problem.key for problem in problems}
-    problems += [problem for problem in others if problem.key not in named]
-    if problems:
+        others = [problem for problem in others if problem not in of_substitutes] + check(config)
+    if problems := joined(problems, others):
         raise ConfigError(problems)
     return config
 
 
 def model_settings(model: str | os.PathLike[str]) -> dict[str, object]:
-    """A model by its name under ``conf/model``, its id on the Hugging Face hub, or its folder."""
+    """Return the settings of a model: a name under ``conf/model``, an id of the Hugging Face hub, or a folder."""
     name, options = os.fspath(model), groups(conf_dir())["model"]
     if name in options and name != "hub":
         return {"model": name}
@@ -70,7 +55,7 @@ def model_settings(model: str | os.PathLike[str]) -> dict[str, object]:
 
 
 def check_model(model: str | os.PathLike[str]) -> list[Problem]:
-    """A single word is neither an id of the hub nor a folder, and most often a typo."""
+    """Return a problem for a single word that is neither a known name nor a folder: most often a typo."""
     name, options = os.fspath(model), [name for name in groups(conf_dir())["model"] if name != "hub"]
     if name in options or "/" in name or os.sep in name or os.path.isdir(os.path.expanduser(name)):
         return []
@@ -81,7 +66,7 @@ def check_model(model: str | os.PathLike[str]) -> list[Problem]:
 def label_settings(
     labels: Sequence[str] | str | os.PathLike[str] | None, templates: Sequence[str] | str | None
 ) -> dict[str, object]:
-    """Labels as a list, or the file that holds them; None leaves the defaults."""
+    """Return the settings of labels, given as a list or as a file; None leaves the defaults."""
     found: dict[str, object] = {}
     if isinstance(labels, str | os.PathLike):
         found["prompts.path"] = os.fspath(labels)
@@ -92,17 +77,17 @@ def label_settings(
     return found
 
 
-def _harmless(value: object) -> object:
-    """What stands in while OmegaConf holds it: a text of Python's means nothing but itself, and has no escape there."""
+def _without_interpolation(value: object) -> object:
+    """Return a substitute without ``${`` or ``???``, which OmegaConf would interpret and has no escape for."""
     if isinstance(value, str):
         return "? ? ?" if value == "???" else value.replace("${", "$ {")
     if isinstance(value, Mapping):
-        return {name: _harmless(one) for name, one in value.items()}
-    return [_harmless(one) for one in value] if isinstance(value, list) else value
+        return {name: _without_interpolation(one) for name, one in value.items()}
+    return [_without_interpolation(one) for one in value] if isinstance(value, list) else value
 
 
 def _plain(value: object) -> object:
-    """Paths, tuples, numbers of NumPy and the like as a YAML file would have them."""
+    """Return a path, a tuple, a NumPy number and the like as the value that a YAML file would hold."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if hasattr(value, "tolist"):
@@ -114,29 +99,3 @@ def _plain(value: object) -> object:
     if isinstance(value, Sequence) and not isinstance(value, bytes):
         return [_plain(one) for one in value]
     return value
-
-
-def _defaults(conf: Path) -> dict[str, str]:
-    """The option of every group that ``conf/config.yaml`` takes."""
-    entries = _read(conf / "config.yaml")["defaults"]
-    pairs = (pair for entry in entries if isinstance(entry, dict) for pair in entry.items())
-    return {group: option for group, option in pairs if " " not in group and "/" not in group}
-
-
-def _compose(conf: Path, chosen: Mapping[str, str], values: Mapping[str, object]) -> DictConfig:
-    from omegaconf import OmegaConf
-
-    composed: Any = schema()
-    for group, option in chosen.items():
-        composed[group] = OmegaConf.merge(composed[group], _read(conf / group / f"{option}.yaml") or {})
-    for key, value in values.items():
-        # A dict changes the entries that it names; a list takes the place of the other.
-        OmegaConf.update(composed, key, value, merge=True)
-    plain: DictConfig = OmegaConf.create(OmegaConf.to_container(composed))  # type: ignore[assignment]
-    return plain
-
-
-def _read(path: Path) -> Any:
-    import yaml
-
-    return yaml.safe_load(path.read_text(encoding="utf-8"))

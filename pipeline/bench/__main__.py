@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from pipeline.core.concurrency import own_exit_code
+from pipeline.core.cli import own_exit_code
 
 # The benchmarks by the first argument; the first one is the default.
 COMMANDS = {"backends": "pipeline.bench.backends", "pipeline": "pipeline.bench.pipeline"}

@@ -12,8 +12,8 @@ from pipeline.bench import command
 from pipeline.bench.pipeline_records import PipelineBench
 from pipeline.bench.pipeline_run import Plan, merged, padding, quoted, run
 from pipeline.config.compose import compose_config
-from pipeline.config.ranges import CHOICES
 from pipeline.config.schema import Config
+from pipeline.config.validate import CHOICES
 from pipeline.core.errors import ConfigError, Problem
 
 SCENES, SIZE = 256, (512, 384)

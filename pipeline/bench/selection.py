@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from pipeline.bench.records import Row
-from pipeline.config.ranges import CHOICES, PRECISIONS
+from pipeline.config.ranges import PRECISIONS
 from pipeline.config.schema import nearest
+from pipeline.config.validate import CHOICES
 from pipeline.core.errors import Problem
 
 # The mode of torch.compile that suits the device, which ``for_device`` puts in its place.

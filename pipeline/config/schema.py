@@ -1,49 +1,72 @@
-"""The schemas of everything under ``conf/``; what their values may be is in :mod:`pipeline.config.ranges`.
+"""Schemas of the config groups under ``conf/``.
 
-A ``DictConfig`` enters :func:`~pipeline.config.compose.to_config` and goes no further: the rest of the package
-sees frozen dataclasses.
+An annotation holds the type of a key and the constraint on its value; OmegaConf reads the type, and
+:mod:`pipeline.config.validate` checks the constraint. Outside of :mod:`pipeline.config` a config is always an instance
+of these frozen dataclasses, never a ``DictConfig``.
 """
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pipeline.config.ranges import AUTO, PRECISIONS, OneOf, Range, Text, filled
 
 DEMO_MODEL = "demo"
 OUTPUT_COLUMNS = ("embedding", "label", "score", "top_labels", "top_scores", "status", "error")
 
-# Formats that Pillow decodes by itself, from bytes alone. Absent on purpose: those that start another
-# program or read other files (EPS, PDF, WMF, ...), and scientific stubs (FITS, HDF5, GRIB, BUFR). MPO, the
-# format of 3-D cameras and gain maps, opens as the JPEG that it begins with.
+# Formats that Pillow decodes from bytes alone. Formats that start another program or read other files (EPS, PDF, WMF,
+# ...) and scientific stubs (FITS, HDF5, GRIB, BUFR) are left out on purpose. MPO, the format of 3-D cameras and gain
+# maps, opens as the JPEG that it begins with.
 FORMATS = (
     "AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "QOI", "SGI",
     "TGA", "TIFF", "WEBP",
 )  # fmt: skip
 
 
+DEVICE = Text(
+    re.compile(r"auto|cpu|cuda(:[0-9]+)?").fullmatch, "must be auto, cpu, cuda, or cuda:N", ("auto", "cpu", "cuda")
+)
+SCHEME = Text(re.compile(r"[a-z][a-z0-9+.-]*").fullmatch, "must be a scheme in lower-case letters, such as https or s3")
+TEXTFILE = Text(lambda text: text.endswith(".prom"), "must end in .prom, as node_exporter reads no other files")
+PUSHGATEWAY = Text(
+    re.compile(r"https?://[^/?#@]+(/[^?#]*)?").fullmatch,
+    "must be http://HOST:PORT or https://HOST, without a password, which every report would show",
+)
+
+
+def _is_host(text: str) -> bool:
+    match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._-]+)(?::(\d{1,5}))?", text)
+    return match is not None and 0 < int(match[2] or 1) < 65536
+
+
+HOST = Text(_is_host, "must be a name or name:port, such as images.internal:8080 or 10.0.0.5; [::1]:8080 for IPv6")
+
+
 @dataclass(frozen=True)
 class ModelConfig:
-    """Group ``model``: which checkpoint, and which version of it."""
+    """Group ``model``: checkpoint and revision."""
 
-    name: str = DEMO_MODEL
+    name: Annotated[str, filled("must name a checkpoint")] = DEMO_MODEL
     revision: str | None = None
-    weights: str = "pretrained"
+    weights: Annotated[str, OneOf("pretrained", "random")] = "pretrained"
     seed: int = 0
 
 
 @dataclass(frozen=True)
 class BackendConfig:
-    """Group ``backend``: which runtime, in which precision, on which device."""
+    """Group ``backend``: runtime, precision and device."""
 
-    name: str = "torch"
-    precision: str = "auto"
-    device: str = "auto"
-    compile: str = "none"
-    quantization: str = "dynamic"
-    streams: int = 0
+    name: Annotated[str, OneOf(*PRECISIONS)] = "torch"
+    precision: Annotated[str, OneOf("auto", "fp32", "bf16", "fp16", "int8", "fp8")] = "auto"
+    device: Annotated[str, DEVICE] = "auto"
+    compile: Annotated[str, OneOf("none", "default", "reduce-overhead", "max-autotune")] = "none"
+    quantization: Annotated[str, OneOf("dynamic", "static")] = "dynamic"
+    streams: Annotated[int, Range(0, 1_024)] = 0
     artifacts: str | None = None
 
 
@@ -53,12 +76,12 @@ def _by_precision(fp32: float, fp16: float, bf16: float, int8: float, fp8: float
 
 @dataclass(frozen=True)
 class ParityConfig:
-    """Group ``parity``: how near to fp32 a backend must be before a job uses it, by its precision.
+    """Group ``parity``: limits of a backend's deviation from fp32, by precision, which a job checks at its start.
 
-    ``decoder`` is the lowest cosine by ``images.decoder``: how near its embeddings must be to those of ``exact``.
+    ``decoder`` has the lowest cosine of a decoder's embeddings to those of ``images.decoder=exact``.
     """
 
-    images: int = 64
+    images: Annotated[int, Range(1, 4_096)] = 64
     lowest_cosine: dict[str, float] = field(default_factory=lambda: _by_precision(0.9999, 0.999, 0.995, 0.98, 0.98))
     mean_cosine: dict[str, float] = field(default_factory=lambda: _by_precision(0.99999, 0.9995, 0.998, 0.99, 0.99))
     top1: dict[str, float] = field(default_factory=lambda: _by_precision(0.98, 0.95, 0.95, 0.9, 0.9))
@@ -67,52 +90,52 @@ class ParityConfig:
 
 @dataclass(frozen=True)
 class ManifestConfig:
-    """Group ``manifest``: where the rows are, and what their columns mean."""
+    """Group ``manifest``: location of the rows, and names of their columns."""
 
-    path: str | None = None
-    id: str = "id"
-    image: str = "path"
+    path: Annotated[str | None, filled("must name a file, a folder or a glob, or be null for demo scenes")] = None
+    id: Annotated[str, filled("must name a column")] = "id"
+    image: Annotated[str, filled("must name a column")] = "path"
     keep: list[str] = field(default_factory=list)
     root: str | None = None
-    shard_rows: int = 4096
-    demo_scenes: int = 1000
+    shard_rows: Annotated[int, Range(1, 1_000_000)] = 4096
+    demo_scenes: Annotated[int, Range(1)] = 1000
 
 
 @dataclass(frozen=True)
 class ImagesConfig:
-    """Group ``images``: how encoded bytes become pixels, and what is refused."""
+    """Group ``images``: decoding of images, and limits of what is decoded."""
 
-    decoder: str = "exact"
-    exif: str = "apply"
-    transparency: str = "white"
-    crop_corner: str = "floor"
-    repeats: str = "once"
-    max_pixels: int = 100_000_000
-    max_bytes: int = 268_435_456
+    decoder: Annotated[str, OneOf("exact", "fast", "scaled", "gpu")] = "exact"
+    exif: Annotated[str, OneOf("apply", "ignore")] = "apply"
+    transparency: Annotated[str, OneOf("white", "black", "drop")] = "white"
+    crop_corner: Annotated[str, OneOf("floor", "round")] = "floor"
+    repeats: Annotated[str, OneOf("once", "each")] = "once"
+    max_pixels: Annotated[int, Range(1, 2_000_000_000)] = 100_000_000
+    max_bytes: Annotated[int, Range(1, 2_147_483_647)] = 268_435_456
     formats: list[str] = field(default_factory=lambda: list(FORMATS))
-    schemes: list[str] = field(default_factory=lambda: ["file"])
-    private_hosts: list[str] = field(default_factory=list)
+    schemes: Annotated[list[str], SCHEME] = field(default_factory=lambda: ["file"])
+    private_hosts: Annotated[list[str], HOST] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class LoaderConfig:
-    """Group ``loader``: the batches, the threads that fill them, and what a single image may cost.
+    """Group ``loader``: batches, the threads that fill them, and limits for a single image.
 
-    A ``batch_size`` of 0 is what ``auto`` is kept as: see :mod:`pipeline.engine.batch_size`.
+    A ``batch_size`` of 0 stands for ``auto``: see :mod:`pipeline.engine.batch_size`.
     """
 
-    batch_size: int = 64
-    workers: int = 0
-    prefetch: int = 3
-    isolation: str = "process"
-    decode_seconds: float = 60.0
-    decode_memory: int = 2_147_483_648
-    read_seconds: float = 30.0
+    batch_size: Annotated[int, Range(0, 65_536, AUTO)] = 64
+    workers: Annotated[int, Range(0, 1_024)] = 0
+    prefetch: Annotated[int, Range(1, 64)] = 3
+    isolation: Annotated[str, OneOf("process", "none")] = "process"
+    decode_seconds: Annotated[float, Range(0.1)] = 60.0
+    decode_memory: Annotated[int, Range(67_108_864)] = 2_147_483_648
+    read_seconds: Annotated[float, Range(0.1)] = 30.0
 
 
 @dataclass(frozen=True)
 class PromptsConfig:
-    """Group ``prompts``: the label set and its templates."""
+    """Group ``prompts``: labels and templates."""
 
     labels: list[str] = field(default_factory=list)
     path: str | None = None
@@ -122,46 +145,46 @@ class PromptsConfig:
 
 @dataclass(frozen=True)
 class LabelsConfig:
-    """Group ``labels``: how embeddings are scored against the prompts."""
+    """Group ``labels``: scoring of embeddings against the prompts."""
 
-    top_k: int = 5
-    threshold: float | None = None
-    scoring: str = "auto"
+    top_k: Annotated[int, Range(1, 1_000)] = 5
+    threshold: Annotated[float | None, Range(0, 1, "null for none")] = None
+    scoring: Annotated[str, OneOf("auto", "softmax", "sigmoid")] = "auto"
 
 
 @dataclass(frozen=True)
 class OutputConfig:
-    """Group ``output``: where the dataset goes and how vectors are stored."""
+    """Group ``output``: location of the dataset, and storage of its vectors."""
 
-    dir: str = "outputs/demo"
-    dtype: str = "float32"
-    compression: str = "zstd"
-    lease_seconds: float = 60.0
+    dir: Annotated[str, filled("must name a folder or an fsspec address")] = "outputs/demo"
+    dtype: Annotated[str, OneOf("float32", "float16")] = "float32"
+    compression: Annotated[str, OneOf("zstd", "snappy", "none")] = "zstd"
+    lease_seconds: Annotated[float, Range(1)] = 60.0
 
 
 @dataclass(frozen=True)
 class ErrorsConfig:
-    """Group ``errors``: how many failed images a good run may have, and how long an interrupted one may take."""
+    """Group ``errors``: limits of failed images, and of the time that an interrupted run takes to end."""
 
-    max_fraction: float = 0.05
-    grace_seconds: float = 20.0
+    max_fraction: Annotated[float, Range(0, 1)] = 0.05
+    grace_seconds: Annotated[float, Range(0)] = 20.0
 
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """Group ``cluster``: where the shards run; see the YAML files for what each kind takes."""
+    """Group ``cluster``: executor of the shards; the YAML files say which keys each kind uses."""
 
-    name: str = "inline"
+    name: Annotated[str, OneOf("inline", "local", "cuda", "address", "slurm", "kubernetes")] = "inline"
     part: str | None = None
-    workers: int = 0
-    cores: int = 0
-    tries: int = 3
-    wait_seconds: float = 600.0
-    host: str = "127.0.0.1"
-    port: int = 0
+    workers: Annotated[int, Range(0, 100_000)] = 0
+    cores: Annotated[int, Range(0, 4_096)] = 0
+    tries: Annotated[int, Range(1, 100)] = 3
+    wait_seconds: Annotated[float, Range(1)] = 600.0
+    host: Annotated[str, filled("must be an address of this machine")] = "127.0.0.1"
+    port: Annotated[int, Range(0, 65_535)] = 0
     dashboard: bool = False
     dashboard_host: str = "127.0.0.1"
-    dashboard_port: int = 8787
+    dashboard_port: Annotated[int, Range(0, 65_535)] = 8787
     address: str | None = None
     tls_ca: str | None = None
     tls_cert: str | None = None
@@ -170,47 +193,49 @@ class ClusterConfig:
     slurm_account: str | None = None
     slurm_time: str = "04:00:00"
     slurm_memory: str = "32GiB"
-    slurm_gpus: int = 0
+    slurm_gpus: Annotated[int, Range(0, 64)] = 0
     slurm_directives: list[str] = field(default_factory=list)
     slurm_prologue: list[str] = field(default_factory=list)
     slurm_python: str | None = None
     kubernetes_image: str | None = None
     kubernetes_namespace: str = "default"
     kubernetes_memory: str = "32Gi"
-    kubernetes_gpus: int = 0
-    kubernetes_env: list[str] = field(default_factory=list)
+    kubernetes_gpus: Annotated[int, Range(0, 64)] = 0
+    kubernetes_env: Annotated[list[str], Text(re.compile(r"[A-Za-z_]\w*=.*").fullmatch, "must be NAME=VALUE")] = field(
+        default_factory=list
+    )
 
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Group ``report``: what a person sees during and after the run."""
+    """Group ``report``: progress display and report page."""
 
     html: bool = True
-    examples: int = 24
-    progress: str = "auto"
+    examples: Annotated[int, Range(0, 1_000)] = 24
+    progress: Annotated[str, OneOf("auto", "bar", "plain", "none")] = "auto"
 
 
 @dataclass(frozen=True)
 class LogConfig:
-    """Group ``log``: what lines of the log look like, and which of them the terminal shows."""
+    """Group ``log``: format of log lines, and level of those on the terminal."""
 
-    format: str = "text"
-    level: str = "info"
+    format: Annotated[str, OneOf("text", "json")] = "text"
+    level: Annotated[str, OneOf("info", "warning", "error")] = "info"
 
 
 @dataclass(frozen=True)
 class MetricsConfig:
-    """Group ``metrics``: who is told of the run besides people."""
+    """Group ``metrics``: exports of metrics and traces."""
 
-    textfile: str | None = None
-    pushgateway: str | None = None
-    job: str = "clip_pipeline"
+    textfile: Annotated[str | None, TEXTFILE] = None
+    pushgateway: Annotated[str | None, PUSHGATEWAY] = None
+    job: Annotated[str, filled("must name the job")] = "clip_pipeline"
     opentelemetry: bool = False
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Group ``run``: whether the job is done or only estimated; ``json`` writes the estimate to standard output."""
+    """Group ``run``: the job itself, or only an estimate of it; ``json`` writes the estimate to standard output."""
 
     dry: bool = False
     json: bool = False
@@ -218,29 +243,29 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class ServeConfig:
-    """Group ``serve``: where the service listens, how long requests wait for one another, and what they may cost."""
+    """Group ``serve``: address of the service, batching of requests, and their limits."""
 
-    host: str = "127.0.0.1"
-    port: int = 8000
-    wait_ms: float = 3.0
-    shapes: int = 4
-    queue: int = 1024
-    requests: int = 1024
-    client_requests: int = 256
-    max_images: int = 64
-    max_texts: int = 1000
-    max_text_chars: int = 2000
-    max_body_bytes: int = 67_108_864
-    held_bytes: int = 536_870_912
-    text_cache_bytes: int = 67_108_864
-    header_seconds: float = 10.0
-    timeout_seconds: float = 30.0
-    grace_seconds: float = 30.0
+    host: Annotated[str, filled("must be an address of this machine, such as 127.0.0.1")] = "127.0.0.1"
+    port: Annotated[int, Range(0, 65_535)] = 8000
+    wait_ms: Annotated[float, Range(0, 1_000)] = 3.0
+    shapes: Annotated[int, Range(1, 8)] = 4
+    queue: Annotated[int, Range(1, 1_000_000)] = 1024
+    requests: Annotated[int, Range(1, 1_000_000)] = 1024
+    client_requests: Annotated[int, Range(0, 1_000_000)] = 256
+    max_images: Annotated[int, Range(1, 65_536)] = 64
+    max_texts: Annotated[int, Range(1, 100_000)] = 1000
+    max_text_chars: Annotated[int, Range(1, 1_000_000)] = 2000
+    max_body_bytes: Annotated[int, Range(1, 2_147_483_647)] = 67_108_864
+    held_bytes: Annotated[int, Range(1)] = 536_870_912
+    text_cache_bytes: Annotated[int, Range(0)] = 67_108_864
+    header_seconds: Annotated[float, Range(0.1)] = 10.0
+    timeout_seconds: Annotated[float, Range(0.1)] = 30.0
+    grace_seconds: Annotated[float, Range(0)] = 30.0
 
 
 @dataclass(frozen=True)
 class Config:
-    """The whole config, one field for each group."""
+    """The whole config, with a field for each group."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     backend: BackendConfig = field(default_factory=BackendConfig)
@@ -261,18 +286,18 @@ class Config:
 
 
 def conf_dir() -> Path:
-    """The folder of YAML files that belongs to this package: within it in a wheel, beside it in a checkout."""
+    """Return the folder of YAML files: in a wheel within this package, in a checkout beside it."""
     package = Path(__file__).resolve().parents[1]
     return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """A hint for a typo, or an empty string when nothing is near."""
+    """Return a hint for a typo, or an empty string when no known word is near."""
     match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"did you mean {match[0]}?" if match else ""
 
 
 def value_of(config: Config, key: str) -> Any:
-    """The value at a dotted key such as ``loader.batch_size``."""
+    """Return the value at a dotted key such as ``loader.batch_size``."""
     group, name = key.split(".", 1)
     return getattr(getattr(config, group), name)

@@ -5,14 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
 
-from pipeline.config.options import showable
 from pipeline.config.schema import Config
-from pipeline.core.concurrency import own_exit_code
+from pipeline.core.cli import run_process, showable
 from pipeline.core.errors import ConfigError, Interrupted, PipelineError
 from pipeline.doctor.check import Check, Status
 from pipeline.doctor.format import count, lines, verdict
@@ -159,11 +157,5 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _interrupt)
-    with own_exit_code():
-        raise SystemExit(main())
+    run_process(main)

@@ -15,7 +15,7 @@ WIDTH, HEIGHT = 1024, 768
 
 def look(subject: Subject) -> Iterator[Check]:
     """Decode one picture by every decoder in this process, and by the job's own as the job does it."""
-    from pipeline.config.ranges import CHOICES
+    from pipeline.config.validate import CHOICES
     from pipeline.core.records import Failure, PreprocessSpec
     from pipeline.engine.demo.folder import jpeg
     from pipeline.engine.demo.scenes import sample

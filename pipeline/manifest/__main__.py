@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from pipeline.core.concurrency import own_exit_code
+from pipeline.core.cli import run_process
 from pipeline.core.errors import Interrupted, PipelineError
 
 EXAMPLES = """\
@@ -63,5 +63,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    with own_exit_code():
-        raise SystemExit(main())
+    run_process(main)

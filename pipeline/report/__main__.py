@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.concurrency import own_exit_code
+from pipeline.core.cli import run_process
 from pipeline.core.errors import Interrupted, PipelineError
 from pipeline.storage.urls import explained
 
@@ -121,5 +121,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    with own_exit_code():
-        raise SystemExit(main())
+    run_process(main)

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from pipeline.core.concurrency import own_exit_code
+from pipeline.core.cli import own_exit_code
 from pipeline.core.errors import Interrupted, PipelineError, exit_code_of
 from pipeline.core.log_format import JsonLines, ending, new_run
 from pipeline.serve.settings import need_packages, service_config

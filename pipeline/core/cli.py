@@ -1,0 +1,152 @@
+"""Shared parts of the commands: parser, error line, exit code, signals and the end of the process."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import NoReturn
+
+from pipeline.core.concurrency import unfinished
+from pipeline.core.errors import Interrupted, PipelineError, exit_code_of
+from pipeline.core.log_format import JsonLines, ending
+
+# The exit code that shells report for a program that SIGPIPE ended.
+BROKEN_PIPE = 141
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def command_parser(command: str, description: str, examples: str) -> argparse.ArgumentParser:
+    """Return a parser whose help ends with examples and exit codes.
+
+    Args:
+        command: the command as it is typed, such as ``python -m pipeline.verify``.
+    """
+    return argparse.ArgumentParser(
+        prog=command,
+        description=description,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def run_command(work: Callable[[], int | None], *, interrupted: str) -> int:
+    """Call ``work``; return its exit code, or print the line of the error that ends it and return that one's code.
+
+    Args:
+        interrupted: the message for an interruption.
+    """
+    try:
+        return work() or 0
+    except PipelineError as error:
+        ended: PipelineError = error
+    except KeyboardInterrupt:
+        ended = Interrupted(interrupted)
+    print(error_line(ended), file=sys.stderr)
+    return ended.exit_code
+
+
+def run_process(main: Callable[[], int]) -> NoReturn:
+    """Run a command as this process: SIGTERM interrupts it like Ctrl-C, and its return value is the exit code."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with own_exit_code():
+        raise SystemExit(main())
+
+
+def error_line(error: BaseException, formatter: JsonLines | None = None) -> str:
+    """Return the line for an error that ends a run, as text or in the format of the log."""
+    return f"error: {error}" if formatter is None else formatter.format(ending(error, exit_code_of(error)))
+
+
+def showable(text: str) -> str:
+    """Return the text with characters escaped that standard output cannot encode."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def print_showable(text: str) -> None:
+    """Print text with names of files, which may hold characters that standard output cannot encode."""
+    print(showable(text))
+
+
+@contextmanager
+def own_exit_code() -> Iterator[None]:
+    """End the process with the exit code of the body's SystemExit, even if background threads are still running.
+
+    Python stops such a thread when it returns from C++, and torch then aborts the process with exit code 134.
+    If the reader of standard output is gone, as behind ``| head``, the process ends without a message.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        if not _without_reader():
+            raise
+        raise SystemExit(BROKEN_PIPE) from None
+    except SystemExit as end:
+        _without_reader()
+        if unfinished():
+            for stream in (sys.stdout, sys.stderr):
+                with suppress(OSError, ValueError, AttributeError):
+                    stream.flush()
+            os._exit(end.code if isinstance(end.code, int) else int(end.code is not None))
+        raise
+
+
+def _without_reader() -> bool:
+    """Return true if the reader of standard output is gone, and discard further output then."""
+    try:
+        number = sys.stdout.fileno()
+        with suppress(BrokenPipeError):
+            sys.stdout.flush()
+        poll = select.poll()
+        poll.register(number, 0)
+        gone = any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+        if gone:
+            # Python flushes once more at its end, and would print an error.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+    except (OSError, ValueError, AttributeError):
+        return False
+    return gone
+
+
+def on_signals(handler: Callable[[int, FrameType | None], None]) -> None:
+    """Handle SIGINT and SIGTERM with ``handler``."""
+    for number in SIGNALS:
+        signal.signal(number, handler)
+
+
+def interrupt_within(grace: float, leave: Callable[[], None]) -> None:
+    """Raise KeyboardInterrupt at the first signal; call ``leave`` at the second one, or after ``grace`` seconds.
+
+    Python's own handlers wait for the main thread, which may be in a long call; so a thread measures the time.
+    """
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+    on_signals(_interrupt)
+    threading.Thread(target=_watch, args=(ours, theirs, grace, leave), name="signals", daemon=True).start()
+
+
+def _watch(signals: socket.socket, writer: socket.socket, grace: float, leave: Callable[[], None]) -> None:
+    """Wait for the first signal, then for a second one or for the end of the grace; ``writer`` is kept open."""
+    while signals.recv(1)[0] not in SIGNALS:
+        continue
+    end = time.monotonic() + grace
+    while (left := end - time.monotonic()) > 0:
+        if select.select([signals], [], [], left)[0] and signals.recv(1)[0] in SIGNALS:
+            break
+    leave()
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    # Later signals are left to the thread.
+    on_signals(lambda number, frame: None)
+    raise KeyboardInterrupt
