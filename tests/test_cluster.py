@@ -11,9 +11,12 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import psutil
 import pyarrow.parquet as pq
 import pytest
+
+pytest.importorskip("distributed", reason="needs the extra dask")
+
+import psutil
 from distributed import Client
 
 from pipeline.config.schema import ClusterConfig, Config, LoaderConfig

@@ -17,6 +17,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
+pytest.importorskip("distributed", reason="needs the extra dask")
+
 from distributed import Client, KilledWorker
 from distributed.security import Security
 

@@ -372,6 +372,7 @@ def test_a_full_disk_fails_and_a_slow_one_is_worth_a_warning(tmp_path: Path, mon
     assert "free some space" in check.way_out
 
 
+@pytest.mark.compat("moto")
 def test_a_store_is_written_read_and_cleared_again(tmp_path: Path) -> None:
     with moto_server(tmp_path / "log") as server, pointed_at(server):
         config = replace(Config(), output=replace(Config().output, dir=f"s3://{BUCKET}/photos"))

@@ -19,6 +19,7 @@ from tests.conftest import ROOT
 from tests.jobs import scenes_manifest
 from tests.test_run_door import HEAVY, imported
 
+pytestmark = pytest.mark.usefixtures("exported_once")
 ONNX = ("onnx", "onnxruntime", "onnxscript")
 
 

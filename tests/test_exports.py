@@ -6,16 +6,17 @@ import dataclasses
 import logging
 import multiprocessing
 import os
-import shutil
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 import torch
+
+pytest.importorskip("onnxruntime", reason="needs the extra onnx")
+
+import onnx
 
 from pipeline.backends.artifacts import exports, onnx_export, torchscript
 from pipeline.backends.artifacts.exports import BATCH_SIZES, GraphOptions, onnx_graph
@@ -32,6 +33,7 @@ from pipeline.models.towers import ImageTower, Normaliser
 from tests.conftest import ROOT
 from tests.families import CASES, CHINESE, ENGLISH
 
+pytestmark = pytest.mark.usefixtures("exported_once")
 LIMITS = ParityConfig()
 IMAGE, TEXT = GraphOptions("image"), GraphOptions("text")
 DYNAMIC = GraphOptions("image", "int8", quantization="dynamic")
@@ -45,26 +47,6 @@ FAMILIES = ["clip", "siglip", "chinese_clip"]
 def name_of(options: GraphOptions) -> str:
     kind = "fused" if options.fused else "plain"
     return "-".join(filter(None, [options.tower, options.precision, options.quantization, kind]))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _traced_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The same tower is exported once for this file; all that follows is done every time."""
-    folder = tmp_path_factory.mktemp("towers")
-    known: dict[Any, Path] = {}
-    export = onnx_export.export_tower
-
-    def export_once(checkpoint: Checkpoint, tower: str, path: Path) -> None:
-        key = (checkpoint.fingerprint["architecture"], str(checkpoint.fingerprint["weights"]), tower, onnx_export.LARGE)
-        if key not in known:
-            known[key] = folder / str(len(known))
-            known[key].mkdir()
-            export(checkpoint, tower, known[key] / path.name)
-        shutil.copytree(known[key], path.parent, dirs_exist_ok=True)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onnx_export, "export_tower", export_once)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -511,7 +493,7 @@ def test_torchscript_is_traced_loaded_and_compared(demo: Demo, tmp_path: Path) -
 
 def test_the_deprecated_api_is_called_in_one_module() -> None:
     users = [path for path in (ROOT / "pipeline").rglob("*.py") if "torch.jit" in path.read_text(encoding="utf-8")]
-    assert users == [ROOT / "pipeline" / "artifacts" / "torchscript.py"]
+    assert users == [ROOT / "pipeline" / "backends" / "artifacts" / "torchscript.py"]
 
 
 def test_quiet_restores_logs_and_warnings(caplog: pytest.LogCaptureFixture) -> None:

@@ -296,6 +296,7 @@ def test_decoder_processes_end_with_their_job_and_change_nothing(unbroken: Confi
     assert content(tmp_path / "out") == content(Path(unbroken.output.dir))
 
 
+@pytest.mark.compat("moto")
 def test_a_job_in_an_object_store_that_is_killed_and_run_again_is_the_unbroken_one(
     unbroken: Config, tmp_path: Path
 ) -> None:

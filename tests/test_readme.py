@@ -91,10 +91,11 @@ def test_the_shell_numbers_a_part(command: str) -> None:
     assert subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout == "3/16\n"
 
 
-def test_the_gate_runs_the_readme_s_own_line() -> None:
-    pattern = re.search(r"grep -m 1 '([^']+)' README\.md", (ROOT / ".ci" / "run").read_text())
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_the_gate_runs_a_line_of_the_page(page: str) -> None:
+    pattern = re.search(rf"grep -m 1 '([^']+)' {re.escape(page)}", (ROOT / ".ci" / "run").read_text())
     assert pattern is not None
-    assert len(re.findall(pattern[1], TEXT, re.MULTILINE)) == 1
+    assert len(re.findall(pattern[1], (ROOT / page).read_text(), re.MULTILINE)) == 1
 
 
 @pytest.mark.slow
