@@ -352,6 +352,7 @@ def test_an_engine_has_one_shape_and_a_folder_of_its_own(store: str, monkeypatch
     assert ArtifactStore(store).problems(artifact) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["torch", "torch_int8"])
 def test_a_compiled_tower_is_compiled_once(name: str, store: str) -> None:
     from torch._dynamo.utils import counters

@@ -132,6 +132,7 @@ def test_a_worker_that_would_make_other_rows_is_refused(client: Client, single: 
     assert caught.value.exit_code == 2
 
 
+@pytest.mark.slow
 def test_all_workers_die_and_the_next_ones_go_on(client: Client, single: Config, tmp_path: Path) -> None:
     output = tmp_path / "out"
     pids = set(client.run(os.getpid).values())
@@ -150,6 +151,7 @@ def test_all_workers_die_and_the_next_ones_go_on(client: Client, single: Config,
     assert report.rows == ROWS
 
 
+@pytest.mark.slow
 def test_a_shard_that_kills_every_worker_is_given_up_and_the_rest_is_done(
     client: Client, single: Config, tmp_path: Path
 ) -> None:
@@ -185,6 +187,7 @@ def test_parts_in_any_order_make_the_whole(single: Config, tmp_path: Path, order
     assert json.loads((tmp_path / "out" / "_report.json").read_text())["rows"] == ROWS
 
 
+@pytest.mark.slow
 def test_parts_side_by_side_make_the_whole(single: Config, tmp_path: Path) -> None:
     config = at(single, tmp_path / "out")
     parts = [replace(config, cluster=ClusterConfig(part=f"{number}/3")) for number in (1, 2, 3)]
@@ -197,6 +200,7 @@ def test_parts_side_by_side_make_the_whole(single: Config, tmp_path: Path) -> No
     same(single, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_no_process_outlives_a_cluster_that_was_told_to_end(single: Config, tmp_path: Path) -> None:
     overrides = [text for text in overrides_of(at(single, tmp_path / "out")) if "isolation" not in text]
     child = forks().start(

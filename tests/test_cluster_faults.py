@@ -54,6 +54,7 @@ def client() -> Iterator[Client]:
         yield client
 
 
+@pytest.mark.slow
 def test_no_shard_is_lost_while_there_is_no_worker(
     client: Client, single: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,6 +131,7 @@ def foreign(folder: Path, failpoints: str = "") -> Iterator[Foreign]:
         found.close()
 
 
+@pytest.mark.slow
 def test_a_worker_that_joins_late_gets_its_share(single: Config, tmp_path: Path) -> None:
     # Slow enough to be caught up with.
     with foreign(tmp_path, "part.build=delay:3") as cluster:
@@ -143,6 +145,7 @@ def test_a_worker_that_joins_late_gets_its_share(single: Config, tmp_path: Path)
     assert min(shards) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["while the model opens", "in mid-run"])
 def test_a_job_whose_scheduler_is_killed_goes_on_with_the_same_command(
     single: Config, tmp_path: Path, moment: str
@@ -184,6 +187,7 @@ def test_a_model_whose_job_ends_while_it_opens_is_closed_again(single: Config, m
     assert closed.wait(60)
 
 
+@pytest.mark.slow
 def test_a_run_that_misses_a_shard_of_its_own_does_not_end_well(single: Config, tmp_path: Path) -> None:
     output = tmp_path / "out"
     thread = when_committed(output, 3, (output / "_commits" / "00000.json").unlink)
@@ -222,6 +226,7 @@ def test_a_port_that_is_taken_is_said(single: Config, tmp_path: Path, capsys: py
     gc.collect()
 
 
+@pytest.mark.slow
 def test_what_parts_did_is_told_once(single: Config, tmp_path: Path) -> None:
     config = at(single, tmp_path / "out")
     # The second finds nothing left to do, and the others' rows come from no earlier run.
@@ -267,6 +272,7 @@ def test_parts_of_one_count_do_not_keep_one_another_out(tmp_path: Path) -> None:
         Share(2, 2, whole=False).refuse_others(storage)
 
 
+@pytest.mark.slow
 def test_over_tls_a_cluster_does_the_same_and_lets_nobody_else_in(single: Config, tmp_path: Path) -> None:
     own, other = (str(self_signed(tmp_path / f"{name}.pem", "localhost")) for name in ("own", "other"))
     cluster = ClusterConfig(name="local", workers=1, tls_ca=own, tls_cert=own, tls_key=own)

@@ -422,6 +422,7 @@ def test_decoders_decode_and_the_gpu_is_left_out() -> None:
 # One batch.
 
 
+@pytest.mark.slow
 def test_a_batch_of_the_job_is_embedded_and_no_export_stays(tmp_path: Path, manifest: Path) -> None:
     job = config_for(
         manifest,

@@ -315,6 +315,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return CASES[request.param](folder).checkpoint
 
 
+@pytest.mark.slow
 def test_every_family_exports_both_towers(family: Checkpoint, store: ArtifactStore) -> None:
     pictures = rendered_sample(family.spec, 16)
 
@@ -410,6 +411,7 @@ def test_two_processes_make_one_artefact(tmp_path: Path) -> None:
     assert sorted(os.listdir(artifact.path)) == ["card.json", "model.onnx"]
 
 
+@pytest.mark.slow
 def test_large_weights_lie_beside_the_graph(demo: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnx_export, "LARGE", 100_000)
     store = ArtifactStore(tmp_path / "store")
@@ -454,6 +456,7 @@ def test_check_graph_names_what_is_wrong(tmp_path: Path) -> None:
         check_graph(write(operator="Nonsense"), "image")
 
 
+@pytest.mark.slow
 def test_torchscript_is_traced_loaded_and_compared(demo: Demo, tmp_path: Path) -> None:
     store = ArtifactStore(tmp_path / "store")
     cpu = torch.device("cpu")

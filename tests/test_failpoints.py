@@ -173,6 +173,13 @@ def cases() -> Iterator[str]:
 CASES = list(cases())
 
 
+def is_fast(case: str) -> bool:
+    """Around the commits, the plan and the marker of completion: the places that the protocol rests on."""
+    return case.startswith(("part.published=kill@1", "storage.durable[_commits/]", "storage.durable[_plan.json]")) or (
+        "_SUCCESS" in case and len(case.split()) == 1
+    )
+
+
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Config:
     """A job that ran through, as the ones under siege should have."""
@@ -235,7 +242,9 @@ def check_outcome(rule: str, code: int, said: str, output: Path) -> None:
         assert code == 0, f"{rule}: {code}: {said}"
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [case if is_fast(case) else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+)
 def test_a_job_that_is_struck_and_run_again_is_the_unbroken_one(sieges: dict[str, Future[None]], case: str) -> None:
     sieges[case].result()
 
@@ -312,6 +321,7 @@ def test_a_job_in_an_object_store_that_is_killed_and_run_again_is_the_unbroken_o
     assert set(found) - set(whole) == {"_report.json", "_report.html", "_run.log"}
 
 
+@pytest.mark.slow
 def test_a_short_soak_ends_with_nothing_wrong(tmp_path: Path) -> None:
     options = parse(["--kills", "3", "--rows", "16", "--seed", "3", "--isolation", "none"])
     soak = Soak(options, tmp_path, forks())

@@ -17,6 +17,7 @@ def made() -> Iterator[tuple[Path, dict[str, tuple[int, str]]]]:
         yield folder, ask(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.what)
 def test_a_mistake_is_told_with_its_place_and_a_way_out(
     made: tuple[Path, dict[str, tuple[int, str]]], mistake: Mistake

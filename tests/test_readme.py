@@ -59,6 +59,7 @@ def test_every_command_has_a_row() -> None:
     assert len(ALL) > 15
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", RUNS)
 def test_a_command_does_what_it_says(ran: dict[str, tuple[int, str]], command: str) -> None:
     code, said = ran[command]
@@ -117,6 +118,7 @@ def test_a_command_that_takes_longer_does_what_it_says(tmp_path: Path, command: 
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", blocks("python"))
 def test_a_piece_of_python_runs(
     ran: dict[str, tuple[int, str]], home: Path, monkeypatch: pytest.MonkeyPatch, code: str
@@ -125,6 +127,7 @@ def test_a_piece_of_python_runs(
     exec(compile(substituted(code), "README.md", "exec"), {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", blocks("sql"))
 def test_a_piece_of_sql_answers(
     ran: dict[str, tuple[int, str]], home: Path, monkeypatch: pytest.MonkeyPatch, code: str

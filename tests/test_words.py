@@ -156,6 +156,7 @@ def test_the_page_of_the_jobs_names_every_script_folder_and_schedule() -> None:
     assert set(re.findall(r"^\| `(\w+)/`", JOBS, re.MULTILINE)) == folders
 
 
+@pytest.mark.slow
 def test_the_scripts_have_the_options_that_the_page_of_the_jobs_names() -> None:
     scripts = [path for path in SCRIPTS if path.name != "common.py"]
     processes = [
