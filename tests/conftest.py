@@ -1,22 +1,46 @@
-"""Fixtures that several test files share."""
+"""Fixtures that several test files share, and what decides where a test runs."""
 
 from __future__ import annotations
 
 import ctypes
+import fcntl
+import hashlib
 import os
+import shutil
+import signal
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from pipeline.models.checkpoint import Checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("PIPELINE_TEST_DATA", ROOT.parent / "shared" / "data"))
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Restore what a background job of a shell ignores, and spread the tests so that files stay together."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Each worker begins with half of the files and steals at the end: fixtures of a module are seldom made twice.
+    if config.getoption("dist", "no") == "load":
+        config.option.dist = "worksteal"
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what this machine cannot run, with the reason."""
+    """Skip what this machine cannot run, with the reason, and mark what needs the extra ``compat`` as slow."""
     for item in items:
+        if item.get_closest_marker("compat"):
+            item.add_marker(pytest.mark.slow)
+        for name in (name for kind in ("compat", "needs") for mark in item.iter_markers(kind) for name in mark.args):
+            if find_spec(name) is None:
+                item.add_marker(pytest.mark.skip(reason=f"{name} is not installed"))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
         if item.get_closest_marker("tensorrt") and torch.cuda.is_available() and not _has_tensorrt():
@@ -30,6 +54,35 @@ def _private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """No test reads or writes the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def exported_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Trace each tower to ONNX once for all workers of a run; everything after the trace is done every time."""
+    from pipeline.backends.artifacts import onnx_export
+
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "towers"
+    folder.mkdir(exist_ok=True)
+    export = onnx_export.export_tower
+
+    def export_once(checkpoint: Checkpoint, tower: str, path: Path) -> None:
+        prints = checkpoint.fingerprint
+        key = repr((prints["architecture"], prints["weights"], tower, path.name, onnx_export.LARGE))
+        made = folder / hashlib.sha256(key.encode()).hexdigest()
+        with made.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not made.exists():
+                unfinished = made.with_suffix(".unfinished")
+                shutil.rmtree(unfinished, ignore_errors=True)
+                unfinished.mkdir()
+                export(checkpoint, tower, unfinished / path.name)
+                unfinished.rename(made)
+        shutil.copytree(made, path.parent, dirs_exist_ok=True)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx_export, "export_tower", export_once)
         yield
 
 

@@ -260,7 +260,9 @@ def _serve() -> None:
 
     torch.set_num_threads(1)
     for name in WARM:
-        importlib.import_module(name)
+        # s3fs comes with an extra.
+        with suppress(ModuleNotFoundError):
+            importlib.import_module(name)
     import gc
 
     from PIL import Image

@@ -36,6 +36,7 @@ PASSING = ("500", "503", "cut", "lost", "half")
 @contextmanager
 def moto_server(log: Path) -> Iterator[str]:
     """The address of a server whose bucket is there."""
+    pytest.importorskip("moto", reason="needs the extra compat")
     with closing(socket.create_server(("127.0.0.1", 0))) as probe:
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]

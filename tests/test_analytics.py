@@ -156,12 +156,14 @@ def test_distances_of_distributions_are_those_of_their_definitions(load: Callabl
     assert squared > 2 * usual
 
 
-@pytest.mark.parametrize("options", [[], ["--block", "7"], ["--faiss", "--probe", "1000"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "options",
+    [[], ["--block", "7"], pytest.param(["--faiss", "--probe", "1000"], marks=pytest.mark.compat("faiss"))],
+    ids=" ".join,
+)
 def test_a_planted_near_duplicate_is_found(
     store: Path, load: Callable[[str], Any], options: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if "--faiss" in options:
-        pytest.importorskip("faiss")
     script = load("near_duplicates")
     found = script.main([night(store, 2), "--threshold", "0.999", *options])
     assert found["id"].tolist() == [COPY, ORIGINAL]

@@ -158,6 +158,7 @@ def test_rows_are_in_the_order_given_and_failures_are_nan(photos: list[Path], tm
     assert "embedding" not in made.frame()
 
 
+@pytest.mark.slow
 def test_the_same_images_in_any_form_have_the_same_embeddings(photos: list[Path], whole: Dataset) -> None:
     few = photos[:3]
     wanted = whole.embeddings[:3]

@@ -31,7 +31,9 @@ from pipeline.engine.demo.folder import rendered_sample
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline.models.towers import Normaliser
 
+pytestmark = pytest.mark.usefixtures("exported_once")
 BATCH = 8
+PACKAGES = {"onnx": "onnxruntime", "onnx_int8": "onnxruntime", "torch_int8": "torchao", "torch_fp8": "torchao"}
 # Lowest cosine to fp32 that a precision must keep on the demo model.
 COSINE = {"fp32": 0.99999, "bf16": 0.995, "fp16": 0.999, "int8": 0.99, "fp8": 0.98}
 
@@ -39,6 +41,7 @@ COSINE = {"fp32": 0.99999, "bf16": 0.995, "fp16": 0.999, "int8": 0.99, "fp8": 0.
 def _case(name: str, precision: str, device: str, **options: str) -> Any:
     words = [name, precision, device, *options.values()]
     marks: list[pytest.MarkDecorator] = [pytest.mark.gpu] if device == "cuda" else []
+    marks += [pytest.mark.needs(PACKAGES[name])] if name in PACKAGES else []
     if name == "tensorrt":
         marks.append(pytest.mark.tensorrt)
     if name == "torch_fp8":
@@ -350,6 +353,7 @@ def test_an_engine_has_one_shape_and_a_folder_of_its_own(store: str, monkeypatch
     assert ArtifactStore(store).problems(artifact) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["torch", "torch_int8"])
 def test_a_compiled_tower_is_compiled_once(name: str, store: str) -> None:
     from torch._dynamo.utils import counters

@@ -430,6 +430,7 @@ def test_a_number_arrives_as_a_number(typed: str, monkeypatch: pytest.MonkeyPatc
     assert compose_config([f"loader.batch_size={typed}"]).loader.batch_size == 48
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_the_demo_model_is_measured_and_remembered(
     tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

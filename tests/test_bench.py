@@ -292,6 +292,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_the_demo_model_is_measured_for_real(finished: subprocess.CompletedProcess[str], work: Path) -> None:
     assert finished.returncode == 0, finished.stderr
     assert sorted(path.name for path in (work / "out").iterdir()) == ["backends.html", "backends.json", "backends.md"]
@@ -322,6 +323,7 @@ def test_the_demo_model_is_measured_for_real(finished: subprocess.CompletedProce
     assert refused["at"] == []
 
 
+@pytest.mark.slow
 def test_progress_is_printed_to_standard_error(finished: subprocess.CompletedProcess[str]) -> None:
     lines = finished.stderr.splitlines()
     assert lines[0] == "opening the model, drawing the sample, embedding the labels"
@@ -331,6 +333,7 @@ def test_progress_is_printed_to_standard_error(finished: subprocess.CompletedPro
     assert "Traceback" not in finished.stderr
 
 
+@pytest.mark.slow
 def test_children_end_when_the_parent_is_killed_or_interrupted(tmp_path: Path) -> None:
     for how in (signal.SIGKILL, signal.SIGINT):
         command = [sys.executable, "-m", "pipeline.bench", "--only", "torch:bf16", "--out", str(tmp_path / how.name)]
@@ -425,6 +428,7 @@ def test_what_goes_by_row_cannot_be_set_for_all(tmp_path: Path) -> None:
     assert "--batches" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_device_that_is_not_there_ends_with_its_reason(tmp_path: Path) -> None:
     import torch
 

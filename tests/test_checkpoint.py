@@ -81,6 +81,7 @@ def test_random_weights_follow_from_the_seed_and_leave_the_global_one_alone() ->
     assert first.fingerprint == second.fingerprint != other.fingerprint
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "dim", "parameters"),
     [
@@ -207,6 +208,7 @@ def test_a_folder_that_is_no_checkpoint_is_explained(copy: Path, spoil, message:
         open_checkpoint(ModelConfig(name=str(copy)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "code",
     [

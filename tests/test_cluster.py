@@ -11,9 +11,12 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import psutil
 import pyarrow.parquet as pq
 import pytest
+
+pytest.importorskip("distributed", reason="needs the extra dask")
+
+import psutil
 from distributed import Client
 
 from pipeline.config.schema import ClusterConfig, Config, LoaderConfig
@@ -24,7 +27,7 @@ from pipeline.job.cluster import cuda, slurm
 from pipeline.job.cluster.affinity import shares
 from pipeline.job.cluster.dask_cluster import shards_at_once
 from pipeline.job.cluster.kubernetes import pod_settings
-from pipeline.job.cluster.part import Share
+from pipeline.job.cluster.part import Part
 from pipeline.job.main import run_job
 from tests.forks import forks
 from tests.grid import ROWS, SHARDS, at, failpoints, grid, nine_shards, on, same, when_committed
@@ -129,6 +132,7 @@ def test_a_worker_that_would_make_other_rows_is_refused(client: Client, single: 
     assert caught.value.exit_code == 2
 
 
+@pytest.mark.slow
 def test_all_workers_die_and_the_next_ones_go_on(client: Client, single: Config, tmp_path: Path) -> None:
     output = tmp_path / "out"
     pids = set(client.run(os.getpid).values())
@@ -147,6 +151,7 @@ def test_all_workers_die_and_the_next_ones_go_on(client: Client, single: Config,
     assert report.rows == ROWS
 
 
+@pytest.mark.slow
 def test_a_shard_that_kills_every_worker_is_given_up_and_the_rest_is_done(
     client: Client, single: Config, tmp_path: Path
 ) -> None:
@@ -182,6 +187,7 @@ def test_parts_in_any_order_make_the_whole(single: Config, tmp_path: Path, order
     assert json.loads((tmp_path / "out" / "_report.json").read_text())["rows"] == ROWS
 
 
+@pytest.mark.slow
 def test_parts_side_by_side_make_the_whole(single: Config, tmp_path: Path) -> None:
     config = at(single, tmp_path / "out")
     parts = [replace(config, cluster=ClusterConfig(part=f"{number}/3")) for number in (1, 2, 3)]
@@ -194,6 +200,7 @@ def test_parts_side_by_side_make_the_whole(single: Config, tmp_path: Path) -> No
     same(single, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_no_process_outlives_a_cluster_that_was_told_to_end(single: Config, tmp_path: Path) -> None:
     overrides = [text for text in overrides_of(at(single, tmp_path / "out")) if "isolation" not in text]
     child = forks().start(
@@ -261,10 +268,10 @@ def test_everything_wrong_with_a_cluster_is_said_at_once(
 
 
 def test_a_part_has_every_nth_shard() -> None:
-    share = Share.of(Config(cluster=ClusterConfig(part="3/16")))
+    share = Part.of(Config(cluster=ClusterConfig(part="3/16")))
     assert [shard for shard in range(40) if share.has(shard)] == [2, 18, 34]
     assert (share.lease, share.log) == ("_lease-3-of-16", "_parts/3-of-16.log")
-    assert all(Share().has(shard) for shard in range(5))
+    assert all(Part().has(shard) for shard in range(5))
     assert part_of("16/16") == (16, 16)
 
 

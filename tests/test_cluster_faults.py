@@ -17,6 +17,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
+pytest.importorskip("distributed", reason="needs the extra dask")
+
 from distributed import Client, KilledWorker
 from distributed.security import Security
 
@@ -31,7 +34,7 @@ from pipeline.engine.prepare import open_inputs
 from pipeline.job.cluster import dask_executor, dask_worker
 from pipeline.job.cluster.dask_cluster import open_cluster
 from pipeline.job.cluster.job_spec import Order
-from pipeline.job.cluster.part import Share
+from pipeline.job.cluster.part import Part
 from pipeline.job.main import run_job
 from pipeline.storage.factory import open_storage
 from tests.conftest import ROOT
@@ -51,6 +54,7 @@ def client() -> Iterator[Client]:
         yield client
 
 
+@pytest.mark.slow
 def test_no_shard_is_lost_while_there_is_no_worker(
     client: Client, single: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,6 +131,7 @@ def foreign(folder: Path, failpoints: str = "") -> Iterator[Foreign]:
         found.close()
 
 
+@pytest.mark.slow
 def test_a_worker_that_joins_late_gets_its_share(single: Config, tmp_path: Path) -> None:
     # Slow enough to be caught up with.
     with foreign(tmp_path, "part.build=delay:3") as cluster:
@@ -140,6 +145,7 @@ def test_a_worker_that_joins_late_gets_its_share(single: Config, tmp_path: Path)
     assert min(shards) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["while the model opens", "in mid-run"])
 def test_a_job_whose_scheduler_is_killed_goes_on_with_the_same_command(
     single: Config, tmp_path: Path, moment: str
@@ -181,6 +187,7 @@ def test_a_model_whose_job_ends_while_it_opens_is_closed_again(single: Config, m
     assert closed.wait(60)
 
 
+@pytest.mark.slow
 def test_a_run_that_misses_a_shard_of_its_own_does_not_end_well(single: Config, tmp_path: Path) -> None:
     output = tmp_path / "out"
     thread = when_committed(output, 3, (output / "_commits" / "00000.json").unlink)
@@ -219,6 +226,7 @@ def test_a_port_that_is_taken_is_said(single: Config, tmp_path: Path, capsys: py
     gc.collect()
 
 
+@pytest.mark.slow
 def test_what_parts_did_is_told_once(single: Config, tmp_path: Path) -> None:
     config = at(single, tmp_path / "out")
     # The second finds nothing left to do, and the others' rows come from no earlier run.
@@ -236,13 +244,13 @@ def test_runs_that_split_the_work_otherwise_keep_one_another_out(
     storage = open_storage(config.output.dir)
     first, second = (replace(config, cluster=ClusterConfig(part=part)) for part in (held, wanted))
     with (
-        lease.take(storage, seconds=60, folder=Share.of(first).lease),
+        lease.take(storage, seconds=60, folder=Part.of(first).lease),
         pytest.raises(OutputBusy, match="held by process") as caught,
     ):
         run_job(second)
     assert caught.value.exit_code == 75
     assert not (tmp_path / "out" / "_plan.json").exists()
-    Share.of(second).refuse_others(storage)
+    Part.of(second).refuse_others(storage)
 
 
 def test_verify_sees_a_part_at_work_and_collects_nothing(
@@ -251,7 +259,7 @@ def test_verify_sees_a_part_at_work_and_collects_nothing(
     output = tmp_path / "out"
     run_job(at(single, output))
     storage = open_storage(str(output))
-    with lease.take(storage, seconds=60, folder=Share(1, 2, whole=False).lease):
+    with lease.take(storage, seconds=60, folder=Part(1, 2, whole=False).lease):
         assert [(one.kind, one.damage) for one in verify(storage).findings] == [("lease", False)]
         assert verify_door.main([str(output), "--collect", "7d"]) == OutputBusy.exit_code
         assert "part 1/2 is held by process" in capsys.readouterr().err
@@ -260,10 +268,11 @@ def test_verify_sees_a_part_at_work_and_collects_nothing(
 
 def test_parts_of_one_count_do_not_keep_one_another_out(tmp_path: Path) -> None:
     storage = open_storage(str(tmp_path))
-    with lease.take(storage, seconds=60, folder=Share(1, 2, whole=False).lease):
-        Share(2, 2, whole=False).refuse_others(storage)
+    with lease.take(storage, seconds=60, folder=Part(1, 2, whole=False).lease):
+        Part(2, 2, whole=False).refuse_others(storage)
 
 
+@pytest.mark.slow
 def test_over_tls_a_cluster_does_the_same_and_lets_nobody_else_in(single: Config, tmp_path: Path) -> None:
     own, other = (str(self_signed(tmp_path / f"{name}.pem", "localhost")) for name in ("own", "other"))
     cluster = ClusterConfig(name="local", workers=1, tls_ca=own, tls_cert=own, tls_key=own)

@@ -81,6 +81,7 @@ def test_ids_that_are_numbers_stay_numbers(tmp_path: Path) -> None:
     assert (ids.dtype, ids.tolist()) == (np.int32, list(range(10)))
 
 
+@pytest.mark.compat("faiss")
 @pytest.mark.parametrize("more", [[], ["--ivf"]], ids=["flat", "ivf"])
 def test_a_faiss_index_finds_the_rows_of_the_metadata(dataset: Dataset, tmp_path: Path, more: list[str]) -> None:
     import faiss
@@ -95,6 +96,7 @@ def test_a_faiss_index_finds_the_rows_of_the_metadata(dataset: Dataset, tmp_path
     check_metadata(dataset, tmp_path / "out" / "metadata.parquet")
 
 
+@pytest.mark.compat("datasets")
 def test_hugging_face_s_datasets_load_it(dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     import datasets
@@ -110,6 +112,7 @@ def test_hugging_face_s_datasets_load_it(dataset: Dataset, tmp_path: Path, monke
     assert np.array_equal(np.asarray(rows.with_format("numpy")["embedding"][:]), matrix_of(wanted))
 
 
+@pytest.mark.compat("lance")
 def test_a_lance_table_has_the_rows_of_the_dataset(dataset: Dataset, tmp_path: Path) -> None:
     import lance
 
@@ -149,7 +152,9 @@ def test_a_disk_that_fills_up_is_an_error_that_says_so(folder: Path, tmp_path: P
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("to", ["numpy", "faiss", "datasets", "lance"])
+@pytest.mark.parametrize(
+    "to", ["numpy", "datasets", *(pytest.param(name, marks=pytest.mark.compat(name)) for name in ("faiss", "lance"))]
+)
 def test_a_conversion_that_fails_leaves_nothing(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str
 ) -> None:

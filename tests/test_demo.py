@@ -107,6 +107,7 @@ def test_the_demo_folder_is_rendered_once(tmp_path: Path) -> None:
     assert all((tmp_path / path).is_file() for path in table["path"].to_pylist())
 
 
+@pytest.mark.slow
 def test_training_repeats(tmp_path: Path) -> None:
     from tests.demo_training import train
 

@@ -382,6 +382,7 @@ def told(port: int, path: str = "/") -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_each_worker_has_a_gpu_and_a_port_which_its_successor_gets(tmp_path: Path) -> None:
     with stand_in(tmp_path) as (port, log, _):
         first, second = told(port + 1), told(port + 2)
@@ -404,6 +405,7 @@ def test_each_worker_has_a_gpu_and_a_port_which_its_successor_gets(tmp_path: Pat
     assert "the engine broke, so this worker ends: broken on purpose" in log.read_text()
 
 
+@pytest.mark.slow
 def test_a_successor_that_cannot_open_its_model_leaves_the_others_alone_and_is_tried_again(tmp_path: Path) -> None:
     with stand_in(tmp_path) as (port, log, _):
         first, second = told(port + 1), told(port + 2)
@@ -446,6 +448,7 @@ def test_settings_that_are_wrong_end_gunicorn_with_a_sentence(tmp_path: Path) ->
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_workers_that_are_replaced_one_by_one_lose_no_request(tmp_path: Path) -> None:
     with stand_in(tmp_path) as (port, log, _):
         with proxy(tmp_path, f"127.0.0.1:{port + 1}", f"127.0.0.1:{port + 2}") as url, ThreadPoolExecutor(5) as pool:
@@ -492,6 +495,7 @@ def test_what_does_not_come_up_is_told_with_its_log() -> None:
     assert "No module named 'no_such_module'" in done.stderr
 
 
+@pytest.mark.slow
 def test_all_comes_down_though_the_terminal_is_closed_and_ctrl_c_pressed_again(tmp_path: Path) -> None:
     program("nginx", NGINX_PACKAGE), program("prometheus", PROMETHEUS_PACKAGE)
     conf_of_gunicorn()

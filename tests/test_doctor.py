@@ -372,6 +372,7 @@ def test_a_full_disk_fails_and_a_slow_one_is_worth_a_warning(tmp_path: Path, mon
     assert "free some space" in check.way_out
 
 
+@pytest.mark.compat("moto")
 def test_a_store_is_written_read_and_cleared_again(tmp_path: Path) -> None:
     with moto_server(tmp_path / "log") as server, pointed_at(server):
         config = replace(Config(), output=replace(Config().output, dir=f"s3://{BUCKET}/photos"))
@@ -421,6 +422,7 @@ def test_decoders_decode_and_the_gpu_is_left_out() -> None:
 # One batch.
 
 
+@pytest.mark.slow
 def test_a_batch_of_the_job_is_embedded_and_no_export_stays(tmp_path: Path, manifest: Path) -> None:
     job = config_for(
         manifest,

@@ -19,6 +19,7 @@ from tests.conftest import ROOT
 from tests.jobs import scenes_manifest
 from tests.test_run_door import HEAVY, imported
 
+pytestmark = pytest.mark.usefixtures("exported_once")
 ONNX = ("onnx", "onnxruntime", "onnxscript")
 
 
@@ -72,6 +73,7 @@ def test_both_towers_are_exported_described_and_found_again(
     }
 
 
+@pytest.mark.slow
 def test_static_scales_follow_from_the_manifest(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     manifest = scenes_manifest(tmp_path / "scenes.parquet", 24, damaged={0: b"no picture"}, group=8)
     arguments = ("--tower", "image", "--precision", "int8", "--static")

@@ -6,16 +6,17 @@ import dataclasses
 import logging
 import multiprocessing
 import os
-import shutil
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 import torch
+
+pytest.importorskip("onnxruntime", reason="needs the extra onnx")
+
+import onnx
 
 from pipeline.backends.artifacts import exports, onnx_export, torchscript
 from pipeline.backends.artifacts.exports import BATCH_SIZES, GraphOptions, onnx_graph
@@ -32,6 +33,7 @@ from pipeline.models.towers import ImageTower, Normaliser
 from tests.conftest import ROOT
 from tests.families import CASES, CHINESE, ENGLISH
 
+pytestmark = pytest.mark.usefixtures("exported_once")
 LIMITS = ParityConfig()
 IMAGE, TEXT = GraphOptions("image"), GraphOptions("text")
 DYNAMIC = GraphOptions("image", "int8", quantization="dynamic")
@@ -45,26 +47,6 @@ FAMILIES = ["clip", "siglip", "chinese_clip"]
 def name_of(options: GraphOptions) -> str:
     kind = "fused" if options.fused else "plain"
     return "-".join(filter(None, [options.tower, options.precision, options.quantization, kind]))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _traced_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Export each tower once for this file; all later steps run every time."""
-    folder = tmp_path_factory.mktemp("towers")
-    known: dict[Any, Path] = {}
-    export = onnx_export.export_tower
-
-    def export_once(checkpoint: Checkpoint, tower: str, path: Path) -> None:
-        key = (checkpoint.fingerprint["architecture"], str(checkpoint.fingerprint["weights"]), tower, onnx_export.LARGE)
-        if key not in known:
-            known[key] = folder / str(len(known))
-            known[key].mkdir()
-            export(checkpoint, tower, known[key] / path.name)
-        shutil.copytree(known[key], path.parent, dirs_exist_ok=True)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onnx_export, "export_tower", export_once)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -326,6 +308,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return CASES[request.param](folder).checkpoint
 
 
+@pytest.mark.slow
 def test_every_family_exports_both_towers(family: Checkpoint, store: ArtifactStore) -> None:
     pictures = rendered_sample(family.spec, 16)
 
@@ -421,6 +404,7 @@ def test_two_processes_make_one_artefact(tmp_path: Path) -> None:
     assert sorted(os.listdir(artifact.path)) == ["card.json", "model.onnx"]
 
 
+@pytest.mark.slow
 def test_large_weights_lie_beside_the_graph(demo: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnx_export, "LARGE", 100_000)
     store = ArtifactStore(tmp_path / "store")
@@ -465,6 +449,7 @@ def test_check_graph_names_what_is_wrong(tmp_path: Path) -> None:
         check_graph(write(operator="Nonsense"), "image")
 
 
+@pytest.mark.slow
 def test_torchscript_is_traced_loaded_and_compared(demo: Demo, tmp_path: Path) -> None:
     store = ArtifactStore(tmp_path / "store")
     cpu = torch.device("cpu")

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 import torch
+
+pytest.importorskip("onnxruntime", reason="needs the extra onnx")
+
+import onnx
 from onnx import TensorProto, helper
 
 from pipeline.backends.artifacts.external_data import check_external

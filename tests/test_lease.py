@@ -234,6 +234,7 @@ except OutputBusy as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stale", [False, True])
 def test_of_many_processes_one_takes_it(tmp_path: Path, stale: bool) -> None:
     count = 20 if ROUNDS > 2 else 6

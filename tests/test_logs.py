@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
+pytest.importorskip("distributed", reason="needs the extra dask")
+
 from pipeline.config.schema import Config, LogConfig
 from pipeline.core.cli import error_line
 from pipeline.core.errors import ConfigError, Interrupted, ManifestError, NumericalError, Problem

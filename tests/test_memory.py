@@ -14,12 +14,14 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from PIL import Image
 
 from tests.conftest import ROOT, data_folder
 from tests.jobs import StubEncoder, config_for, stub_backend
 from tests.test_contained import children
 
+pytestmark = pytest.mark.slow
 # PIPELINE_TEST_ROWS=1000000 for the full size: about ten minutes.
 ROWS = int(os.environ.get("PIPELINE_TEST_ROWS", "30000"))
 FEW = 10_000

@@ -17,6 +17,7 @@ def made() -> Iterator[tuple[Path, dict[str, tuple[int, str]]]]:
         yield folder, make_all(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.what)
 def test_the_message_for_a_mistake_has_its_place_and_a_way_out(
     made: tuple[Path, dict[str, tuple[int, str]]], mistake: Mistake

@@ -472,6 +472,7 @@ def test_partitions_hold_what_was_embedded_and_who_left(photos: Collection, tmp_
     assert newest == {name: row["truth"] for name, row in photos.rows.items() if name < "0021"}
 
 
+@pytest.mark.compat("moto")
 def test_a_store_in_s3_shares_parts_by_copies_within_it(photos: Collection, tmp_path: Path, seen: list[str]) -> None:
     with moto_server(tmp_path / "log") as url, pointed_at(url):
         address, config = f"s3://{BUCKET}/nights", photos.config()

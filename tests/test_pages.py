@@ -23,7 +23,8 @@ GRAVE = ("serious", "critical")
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra browser")
+    from playwright import sync_api as playwright
+
     found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
     with playwright.sync_playwright() as started:
         path = Path(found or started.chromium.executable_path)
@@ -48,6 +49,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory, finished: Any) -> dict[str, 
     return {path.stem: path for path in (clean, failed, compared, night)}
 
 
+@pytest.mark.compat("playwright")
 @pytest.mark.parametrize("width", [1100, 390])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("name", ["clean", "failed", "compare", "nights"])

@@ -29,6 +29,7 @@ from pipeline.models.preprocessor import to_spec
 from pipeline.storage.base import sha256
 from tests.jobs import StubEncoder, config_for, content, scenes_manifest, start, stub_backend
 
+pytestmark = pytest.mark.usefixtures("exported_once")
 ROWS = 40
 
 

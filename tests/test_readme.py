@@ -58,6 +58,7 @@ def test_every_command_has_a_row() -> None:
     assert len(ALL) > 15
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", RUNS)
 def test_a_command_does_what_it_says(ran: dict[str, tuple[int, str]], command: str) -> None:
     code, said = ran[command]
@@ -90,10 +91,11 @@ def test_the_shell_numbers_a_part(command: str) -> None:
     assert subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout == "3/16\n"
 
 
-def test_the_gate_runs_the_readme_s_own_line() -> None:
-    pattern = re.search(r"grep -m 1 '([^']+)' README\.md", (ROOT / ".ci" / "run").read_text())
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_the_gate_runs_a_line_of_the_page(page: str) -> None:
+    pattern = re.search(rf"grep -m 1 '([^']+)' {re.escape(page)}", (ROOT / ".ci" / "run").read_text())
     assert pattern is not None
-    assert len(re.findall(pattern[1], TEXT, re.MULTILINE)) == 1
+    assert len(re.findall(pattern[1], (ROOT / page).read_text(), re.MULTILINE)) == 1
 
 
 @pytest.mark.slow
@@ -115,6 +117,7 @@ def test_a_command_that_takes_longer_does_what_it_says(tmp_path: Path, command: 
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", blocks("python"))
 def test_a_piece_of_python_runs(
     ran: dict[str, tuple[int, str]], home: Path, monkeypatch: pytest.MonkeyPatch, code: str
@@ -123,6 +126,7 @@ def test_a_piece_of_python_runs(
     exec(compile(substituted(code), "README.md", "exec"), {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", blocks("sql"))
 def test_a_piece_of_sql_answers(
     ran: dict[str, tuple[int, str]], home: Path, monkeypatch: pytest.MonkeyPatch, code: str

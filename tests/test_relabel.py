@@ -237,6 +237,7 @@ def test_vectors_are_those_of_the_rows_that_have_one() -> None:
     assert (stored.tolist(), rows.tolist()) == ([[3, 4]], [1])
 
 
+@pytest.mark.compat("moto")
 def test_in_s3_it_is_read_relabelled_searched_and_converted_as_on_a_disk(
     folder: Path, done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,6 +15,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
+pytest.importorskip("moto", reason="needs the extra compat")
+
 import s3fs
 
 from pipeline.config.schema import Config
@@ -33,6 +36,7 @@ from tests.forks import forks
 from tests.jobs import config_for, content, overrides_of, scenes_manifest
 from tests.s3 import BUCKET, PASSING, Proxy, environment, moto_server, objects, pointed_at, proxy_to
 
+pytestmark = pytest.mark.slow
 OWN = {"_report.json", "_report.html", "_run.log"}
 DATA = bytes(range(256)) * 100
 

@@ -164,6 +164,7 @@ def test_what_cannot_be_searched_for_is_told(
 # The index.
 
 
+@pytest.mark.compat("faiss")
 def test_an_index_is_measured_against_brute_force_when_it_is_built(indexed: Dataset) -> None:
     card = read_card(indexed)
     assert card.vectors == ROWS - len(FAILED)
@@ -179,16 +180,19 @@ def test_an_index_is_measured_against_brute_force_when_it_is_built(indexed: Data
     assert hits / (4 * NEIGHBOURS) >= 0.8
 
 
+@pytest.mark.compat("faiss")
 def test_the_index_answers_as_the_exact_search_does(indexed: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
     exact = found(capsys, indexed.url, "--id", "scene/0050.jpg", "--top", "3")
     assert found(capsys, indexed.url, "--id", "scene/0050.jpg", "--top", "3", "--index")[0] == exact[0]
 
 
+@pytest.mark.compat("faiss")
 def test_readers_and_verify_pass_over_the_index(indexed: Dataset) -> None:
     assert len(pd.read_parquet(indexed.url)) == ROWS
     assert verify.main([indexed.url]) == 0
 
 
+@pytest.mark.compat("faiss")
 def test_an_index_of_another_state_is_refused_with_the_way_out(
     indexed: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

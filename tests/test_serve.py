@@ -15,18 +15,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import hypothesis
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import schemathesis
+
+pytest.importorskip("uvicorn", reason="needs the extra serve")
+
 from prometheus_client.parser import text_string_to_metric_families
-from schemathesis.checks import not_a_server_error
-from schemathesis.specs.openapi.checks import (
-    content_type_conformance,
-    response_schema_conformance,
-    status_code_conformance,
-)
 
 from pipeline.config.schema import ModelConfig
 from pipeline.engine.demo.folder import jpeg
@@ -37,7 +32,6 @@ from pipeline.models.checkpoint import open_checkpoint
 from tests.jobs import config_for, scenes_manifest
 from tests.service import BOUNDARY, Answer, Served, form, send, start
 
-CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 ROWS = 70
 FORM = {"content-type": f"multipart/form-data; boundary={BOUNDARY}"}
 DAMAGED = {3: b"no picture at all", 20: b"", 33: jpeg(sample(11, 33), 64, 64)[:400]}
@@ -409,7 +403,19 @@ def test_one_client_cannot_have_everything(strict: Served) -> None:
 # The schema.
 
 
+@pytest.mark.compat("schemathesis")
 def test_requests_made_up_from_the_schema_meet_no_error_of_the_server(service: Served) -> None:
+    import hypothesis
+    import schemathesis
+    from schemathesis.checks import not_a_server_error
+    from schemathesis.specs.openapi import checks
+
+    wanted = [
+        not_a_server_error,
+        checks.status_code_conformance,
+        checks.content_type_conformance,
+        checks.response_schema_conformance,
+    ]
     base = f"http://127.0.0.1:{service.port}"
     schema = schemathesis.openapi.from_url(f"{base}/openapi.json")
     paths = []
@@ -421,7 +427,7 @@ def test_requests_made_up_from_the_schema_meet_no_error_of_the_server(service: S
         @hypothesis.given(case=operation.as_strategy())
         def run(case: schemathesis.Case) -> None:
             response = case.call(base_url=base, timeout=30)
-            case.validate_response(response, checks=CHECKS)
+            case.validate_response(response, checks=wanted)
 
         run()
     assert sorted(paths) == ["/embed", "/healthz", "/metrics", "/predict", "/readyz", "/version"]

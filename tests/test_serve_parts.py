@@ -18,6 +18,9 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+
+pytest.importorskip("uvicorn", reason="needs the extra serve")
+
 import uvicorn
 
 from pipeline.config.schema import Config, LoaderConfig, ServeConfig

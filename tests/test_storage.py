@@ -19,7 +19,6 @@ from pathlib import Path
 import fsspec
 import pyarrow as pa
 import pytest
-from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError, ReadTimeoutError
 
 from pipeline.core.errors import StorageError
 from pipeline.core.failpoints import armed
@@ -41,7 +40,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(params=["disk", "store", "s3"])
+@pytest.fixture(params=["disk", "store", pytest.param("s3", marks=pytest.mark.compat("moto"))])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Storage]:
     if request.param == "disk":
         yield open_storage(str(tmp_path / "out"))
@@ -388,10 +387,29 @@ def test_what_is_no_fault_of_a_store_stays_as_it_is() -> None:
         print(1 / 0)
 
 
+class Answered(Exception):
+    """As botocore's ClientError."""
+
+    def __init__(self, status: int, code: str) -> None:
+        self.response = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
+
+
 def answer(status: int, code: str) -> OSError:
     error = OSError(errno.EIO, code)
-    error.__cause__ = ClientError({"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}, "Put")
+    error.__cause__ = Answered(status, code)
     return error
+
+
+def tries_of(error: Exception) -> int:
+    tries = []
+
+    def fail() -> None:
+        tries.append(1)
+        raise error
+
+    with pytest.raises(type(error)):
+        retried("place", fail)
+    return len(tries)
 
 
 @pytest.mark.parametrize(
@@ -412,9 +430,6 @@ def answer(status: int, code: str) -> OSError:
         (TimeoutError(), True),
         (ConnectionResetError(), True),
         (OSError(errno.EBUSY, "busy"), True),
-        (EndpointConnectionError(endpoint_url="http://a"), True),
-        (ReadTimeoutError(endpoint_url="http://a"), True),
-        (NoCredentialsError(), False),
         (OSError(errno.ENOSPC, "full"), False),
         (FileNotFoundError(), False),
         (FileExistsError(), False),
@@ -426,15 +441,20 @@ def answer(status: int, code: str) -> OSError:
 def test_only_what_may_pass_is_tried_again(error: Exception, passes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retry, "FIRST_WAIT", 0.0)
     assert is_transient(error) == passes
-    tries = []
+    assert tries_of(error) == (retry.TRIES if passes else 1)
 
-    def fail() -> None:
-        tries.append(1)
-        raise error
 
-    with pytest.raises(type(error)):
-        retried("place", fail)
-    assert len(tries) == (retry.TRIES if passes else 1)
+@pytest.mark.compat("botocore")
+def test_faults_of_boto_that_may_pass_are_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError, ReadTimeoutError
+
+    monkeypatch.setattr(retry, "FIRST_WAIT", 0.0)
+    assert tries_of(EndpointConnectionError(endpoint_url="http://a")) == retry.TRIES
+    assert tries_of(ReadTimeoutError(endpoint_url="http://a")) == retry.TRIES
+    assert tries_of(NoCredentialsError()) == 1
+    said = Answered(503, "SlowDown")
+    assert tries_of(ClientError(said.response, "Put")) == retry.TRIES
+    assert tries_of(ClientError(Answered(403, "AccessDenied").response, "Put")) == 1
 
 
 def test_any_store_is_asked_again_and_knows_its_own_bytes(monkeypatch: pytest.MonkeyPatch) -> None:

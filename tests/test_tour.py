@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 
-import nbformat
 import pytest
+
+pytest.importorskip("nbclient", reason="needs the extra compat")
+
+import nbformat
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 
 from tests.conftest import ROOT
 
 TOUR = ROOT / "jobs" / "analytics" / "tour.ipynb"
+pytestmark = pytest.mark.slow
 # Cells whose outputs are the same everywhere.
 SAME = "same"
 
@@ -43,7 +47,6 @@ def texts(cell: NotebookNode) -> list[str]:
     return [output.text if "text" in output else output.data["text/plain"] for output in cell.outputs]
 
 
-@pytest.mark.slow
 def test_the_notebook_runs_and_shows_what_it_showed(executed: NotebookNode, committed: NotebookNode) -> None:
     pairs = [pair for pair in zip(executed.cells, committed.cells, strict=True) if pair[0].cell_type == "code"]
     steady = [pair for pair in pairs if SAME in pair[0].metadata.get("tags", [])]
@@ -56,7 +59,6 @@ def test_the_notebook_runs_and_shows_what_it_showed(executed: NotebookNode, comm
         assert not [text for text in texts(ours) if "warning" in text.lower()], ours.source
 
 
-@pytest.mark.slow
 def test_the_notebook_finds_what_it_looks_for(executed: NotebookNode) -> None:
     shown = {cell.source.splitlines()[0]: cell for cell in executed.cells if cell.cell_type == "code"}
     [hearts] = texts(shown['photos.search("a red heart", top=5)'])

@@ -16,14 +16,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import onnx
-import onnxruntime
 import pytest
 import torch
-from google.protobuf import text_format
 from PIL import Image
 from transformers import AutoTokenizer, CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+pytest.importorskip("onnxruntime", reason="needs the extra onnx")
+
+import onnx
+import onnxruntime
+from google.protobuf import text_format
 
 from pipeline import export
 from pipeline.backends.artifacts.onnx_export import GRAPH
@@ -40,6 +43,7 @@ from pipeline.models.hub import DEMO_FOLDER
 from pipeline.models.towers import Normaliser
 from tests.families import CASES
 
+pytestmark = [pytest.mark.compat("tritonclient"), pytest.mark.usefixtures("exported_once")]
 DTYPES = {"TYPE_FP32": np.float32, "TYPE_INT64": np.int64}
 ONNX_TYPES = {"tensor(float)": "TYPE_FP32", "tensor(int64)": "TYPE_INT64"}
 TEXTS = ["a red circle", "two blue stars", "", "a green square and a yellow triangle on a table"]

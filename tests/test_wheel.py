@@ -117,6 +117,7 @@ def test_the_wheel_says_what_it_needs_and_no_more(wheel: Path) -> None:
     assert wheel.stat().st_size < 20e6
 
 
+@pytest.mark.slow
 def test_a_wheel_of_the_source_archive_is_the_same(sources: Path, wheel: Path, tmp_path: Path) -> None:
     with tarfile.open(build(sources, "sdist")) as archive:
         archive.extractall(tmp_path, filter="data")
@@ -148,6 +149,7 @@ print((made.embeddings == open_dataset("out").embeddings).all(), made.search("a 
     assert say([elsewhere / "python", "-c", code, manifest.name], tmp_path) == "True 1\n"
 
 
+@pytest.mark.slow
 def test_the_command_opens_every_door_and_names_them(elsewhere: Path, tmp_path: Path) -> None:
     assert "GROUP=OPTION" in say([elsewhere / "clip-pipeline", "--help"], tmp_path)
     assert "is complete" in say([elsewhere / "clip-pipeline", "--cfg", "job", "output.dir=is complete"], tmp_path)

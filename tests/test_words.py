@@ -44,8 +44,9 @@ def test_every_extra_that_the_code_or_the_config_names_is_one_of_the_project() -
 
 
 def test_every_extra_is_in_the_readme() -> None:
-    # It links to the two others.
-    text = "".join((ROOT / name).read_text() for name in ("README.md", "jobs/README.md", "conf/README.md"))
+    # It links to the three others.
+    pages = ("README.md", "jobs/README.md", "conf/README.md", "CONTRIBUTING.md")
+    text = "".join((ROOT / name).read_text() for name in pages)
     missing = [extra for extra in EXTRAS if not re.search(rf"\[(\w+,)*{extra}(,\w+)*\]|`{extra}`", text)]
     assert missing == []
 
@@ -155,6 +156,7 @@ def test_the_page_of_the_jobs_names_every_script_folder_and_schedule() -> None:
     assert set(re.findall(r"^\| `(\w+)/`", JOBS, re.MULTILINE)) == folders
 
 
+@pytest.mark.slow
 def test_the_scripts_have_the_options_that_the_page_of_the_jobs_names() -> None:
     scripts = [path for path in SCRIPTS if path.name != "common.py"]
     processes = [

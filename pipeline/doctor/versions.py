@@ -89,7 +89,7 @@ def requirements() -> tuple[Needed, ...]:
         listed += [(text, extra) for extra, texts in project["optional-dependencies"].items() for text in texts]
     else:
         listed = [_with_extra(text) for text in metadata.requires(NAME) or []]
-    found = [Needed(text, extra) for text, extra in listed if extra != "test"]
+    found = [Needed(text, extra) for text, extra in listed if extra not in ("test", "compat")]
     return tuple(
         one
         for one in found
