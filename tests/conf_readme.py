@@ -22,10 +22,10 @@ from pipeline.config.validate import limits
 README = Path(__file__).resolve().parent.parent / "conf" / "README.md"
 HEAD = """# Configuration
 
-Every setting of `python -m pipeline.run`. A group is a folder, and its options are the files in it. `GROUP=OPTION` selects
-an option, `KEY=VALUE` sets a value, and `--cfg job` prints the complete config. All settings are checked against the
-schemas in `pipeline/config/schema.py` and the limits in `pipeline/config/ranges.py` before any work begins. One message
-lists all mistakes. Put text that is not plain ASCII in quotes: `'prompts.labels=["Käse","ein Hund"]'`.
+Every setting of `python -m pipeline.run`. A group is a folder, and its options are the files in it. `GROUP=OPTION`
+selects an option, `KEY=VALUE` sets a value, and `--cfg job` prints the complete config. All settings are checked
+against the schemas and limits in `pipeline/config/` before any work begins, and one message lists all mistakes. Put
+text that is not plain ASCII in quotes: `'prompts.labels=["Käse","ein Hund"]'`.
 
 `python -m tests.conf_readme` generates the sections of the groups from the schemas, the limits and the comments in the
 YAML files.

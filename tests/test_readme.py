@@ -139,10 +139,10 @@ def test_the_overrides_in_the_text_are_valid() -> None:
     for span in spans():
         words = shlex.split(span) if span.count("'") % 2 == 0 and span.count('"') % 2 == 0 else []
         overrides = [word for word in words if re.match(r"[a-z_]+(\.[a-z_0-9]+)*=", word)]
-        complete = [word for word in overrides if not re.search(r"=$|=(\.\.\.|<)|=\S*\.\.\.$|[<{]", word)]
-        if overrides != words or not complete:
+        told = [word for word in overrides if not re.search(r"=$|=(\.\.\.|<)|=\S*\.\.\.$|[<{]", word)]
+        if overrides != words or not told:
             continue
-        problems = check_overrides(complete, conf_dir())
+        problems = check_overrides(told, conf_dir())
         if problems:
             wrong[span] = [str(problem) for problem in problems]
     assert wrong == {}
