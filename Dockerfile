@@ -2,14 +2,14 @@
 #   docker build -t clip-pipeline .                        the job (the last stage)
 #   docker build -t clip-pipeline-service --target service .   the service
 # For NVIDIA GPUs add: --build-arg BASE=nvidia/cuda:13.0.2-base-ubuntu24.04 --build-arg TORCH_INDEX=
-# The base only brings the driver's settings: PyTorch's own packages carry the CUDA libraries.
+# The base sets only what the driver needs: PyTorch's packages contain the CUDA libraries.
 ARG BASE=debian:bookworm-slim
 
 FROM ${BASE} AS python
 ARG DEBIAN_FRONTEND=noninteractive
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1
-# Without a version: the index of the base names one, and a fixed one leaves it with the next security update.
+# Without versions: the base's index offers one version, and a pinned one disappears with the next security update.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends ca-certificates python3 \
@@ -23,11 +23,12 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/* \
     && python3 -m venv /opt/tools \
     && python3 -m venv --without-pip /opt/venv
-# PyTorch's CPU build is a fifth of the one on the package index; empty takes that one, which is for CUDA.
+# PyTorch's CPU build has a fifth of the size of the CUDA build on the package index; an empty value installs the
+# latter.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 ARG EXTRAS=onnx,int8,metrics,s3,deploy
 WORKDIR /src
-# What only compilers and PyTorch's own tests read goes, and without CUDA the library that needs it: 416 MB.
+# Remove files that only compilers and PyTorch's tests read and, without CUDA, a library that needs it: 416 MB.
 COPY pyproject.toml constraints.txt jobs/deploy/requirements.py ./
 RUN --mount=type=cache,target=/root/.cache/pip \
     python3 requirements.py pyproject.toml "${EXTRAS}" > requirements.txt \
@@ -54,7 +55,7 @@ RUN groupadd --gid 10001 clip \
     && install -d -o clip -g clip /cache /work
 COPY --from=dependencies /opt/venv /opt/venv
 COPY --from=package /opt/clip-pipeline /opt/clip-pipeline
-# Models, exports and text features are kept under /cache: mount a volume there.
+# Models, exports and text embeddings are stored under /cache: mount a volume there.
 ENV PYTHONPATH=/opt/clip-pipeline \
     XDG_CACHE_HOME=/cache \
     HF_HOME=/cache/huggingface \
@@ -64,12 +65,12 @@ WORKDIR /work
 
 FROM runtime AS service
 COPY jobs/deploy/gunicorn.conf.py /etc/clip-pipeline/gunicorn.conf.py
-# Within a container loopback reaches nobody: what is published, and where, is said when it is started.
+# Loopback of a container is not reachable from outside. Publish the port when you start the container.
 ENV SERVE_HOST=0.0.0.0 \
     SERVE_PORT=8000
 EXPOSE 8000
 STOPSIGNAL SIGTERM
-# The start opens the model and warms it up.
+# The start loads the model and warms it up.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=10m --retries=3 \
     CMD ["python", "-c", "import os, urllib.request as u; u.urlopen(f\"http://127.0.0.1:{int(os.environ['SERVE_PORT']) + 1}/readyz\", timeout=4)"]
 CMD ["gunicorn", "-c", "/etc/clip-pipeline/gunicorn.conf.py"]

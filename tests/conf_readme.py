@@ -1,7 +1,9 @@
 """``python -m tests.conf_readme`` writes ``conf/README.md`` from the schemas and from the comments of the YAML files.
 
-A new group, option or key is taken up by itself; what is said of it is the comment above it in its YAML file.
+New groups, options and keys are included automatically. The text of a key is the comment above it in its YAML file.
 """
+
+# ruff: noqa: E501 - a row of a table is one line
 
 from __future__ import annotations
 
@@ -18,23 +20,39 @@ from pipeline.config.schema import Config, conf_dir
 from pipeline.config.validate import AUTOMATIC, CHOICES, RANGES, limits
 
 README = Path(__file__).resolve().parent.parent / "conf" / "README.md"
-HEAD = """# The config
+HEAD = """# Configuration
 
-What `python -m pipeline.run` can be told. A group is a folder, its options are the files in it: `GROUP=OPTION` chooses
-one, `KEY=VALUE` sets a value, `--cfg job` prints what comes of it. Everything is checked against the schemas in
-`pipeline/config/schema.py` and the rules in `pipeline/config/validate.py` before any work begins; all mistakes come in
-one message.
+Every setting of `python -m pipeline.run`. A group is a folder, and its options are the files in it. `GROUP=OPTION`
+selects an option, `KEY=VALUE` sets a value, and `--cfg job` prints the complete config. All settings are checked
+against the schemas and limits in `pipeline/config/` before any work begins, and one message lists all mistakes. Put
+text that is not plain ASCII in quotes: `'prompts.labels=["Käse","ein Hund"]'`.
 
-This page is made from them and from the comments in the YAML files by `python -m tests.conf_readme`; a test compares.
+`python -m tests.conf_readme` generates the sections of the groups from the schemas, the limits and the comments in the
+YAML files.
+
+## Frequent settings
+
+| | |
+| --- | --- |
+| model | `model=demo`, `clip_vit_b32`, `clip_vit_b16`, `clip_vit_l14`, `siglip2_base`, `chinese_clip_base`, ..., or `model=hub model.name=<Hugging Face id or local folder>` for any CLIP, SigLIP (fixed resolution) or Chinese-CLIP checkpoint; `model.revision` pins a version; `model.weights=random` takes the full-size model without a download, for measurements |
+| backend | `backend=torch`, `torchscript`, `torch_int8`, `torch_fp8`, `onnx`, `onnx_int8`, `tensorrt`; see [Backends](../pipeline/backends/README.md) |
+| precision and device | `backend.precision=fp32`, `bf16`, `fp16` (CUDA), `auto`; `backend.device=cpu`, `cuda`, `cuda:1`, `auto`; `backend.compile=default` compiles `torch` |
+| manifest | `manifest.path` is a Parquet file, a folder or a glob at any fsspec address; `manifest.id`, `manifest.image` (paths or URLs, bytes, or `struct<bytes, path>`), `manifest.keep=[a,b]`, `manifest.root` |
+| labels | `prompts.labels=[cat,dog]` or `prompts.path=labels.csv` (YAML, CSV, Parquet), `prompts.templates`; `labels.top_k`, `labels.threshold` |
+| images | `images=exact`, `fast`, `scaled`, `gpu`; see [Decoders](../pipeline/images/README.md#decoders) |
+| batches | `loader.batch_size` (`auto` measures the best size once and stores it), `loader.workers`, `backend.streams` (batches encoded side by side on a CPU); `manifest.shard_rows` is the unit of commit and resume |
+| addresses | manifest, images and output may be in S3 (`output.dir=s3://bucket/photos`; `pip install -e '.[s3]'`, credentials and endpoint as for every AWS tool) or at any other fsspec address; `images.schemes=[file,https]` allows web addresses in rows |
 """
 WORDS = {int: "whole number", float: "number", bool: "true or false", str: "text", list[str]: "list of texts"}
-# Keys that stand in the schema alone.
-ELSEWHERE = {"images.formats": "formats that may be decoded, whatever a file is called; why these, says the schema"}
-SHARED, CHOSEN = "as the key above", "set by the option"
+# Keys that are in the schema only.
+ELSEWHERE = {
+    "images.formats": "Formats that may be decoded, whatever the name of the file; the schema explains the choice."
+}
+SHARED, CHOSEN = "See the key above.", "Set by the option."
 
 
 def comments(path: Path) -> dict[str, str]:
-    """What the comment above each key of a YAML file says; a key right below another one shares its comment."""
+    """Return the comment above each key of a YAML file; a key directly below another one shares its comment."""
     found: dict[str, str] = {}
     lines: list[str] = []
     for line in path.read_text().splitlines():
@@ -47,29 +65,29 @@ def comments(path: Path) -> dict[str, str]:
 
 
 def options_of(group: str) -> list[Path]:
-    """The files of a group, by name."""
+    """Return the files of a group, sorted by name."""
     return sorted((conf_dir() / group).glob("*.yaml"))
 
 
-def told(group: str) -> tuple[dict[str, str], dict[str, str]]:
-    """What the YAML files of a group say of its options, and of its keys.
+def descriptions(group: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the descriptions of a group's options and of its keys.
 
-    In a group with several options the comment at the top of a file is about the option, not about its first key.
+    In a group with several options the comment at the top of a file describes the option, not its first key.
     """
     options, keys = {}, {}
     files = options_of(group)
     for path in files:
-        said = comments(path)
+        found = comments(path)
         if len(files) > 1:
-            first = next(iter(said))
-            options[path.stem] = said.pop(first)
+            first = next(iter(found))
+            options[path.stem] = found.pop(first)
             keys.setdefault(first, CHOSEN)
-        keys |= {key: text for key, text in said.items() if keys.get(key, CHOSEN) in (CHOSEN, SHARED)}
+        keys |= {key: text for key, text in found.items() if keys.get(key, CHOSEN) in (CHOSEN, SHARED)}
     return options, keys
 
 
 def kind_of(hint: Any) -> str:
-    """A type in words."""
+    """Return a type in words."""
     for kind, text in WORDS.items():
         if hint == kind:
             return text
@@ -79,7 +97,7 @@ def kind_of(hint: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """A default as it is typed."""
+    """Return a default as a user types it."""
     if isinstance(value, dict):
         return "<br>".join(f"`{name}: {number}`" for name, number in value.items())
     text = yaml.safe_dump(value, default_flow_style=True, width=1000, allow_unicode=True).removesuffix("\n...\n")
@@ -87,15 +105,15 @@ def shown(value: Any) -> str:
 
 
 def values_of(key: str) -> str:
-    """What a value may be, besides its type."""
+    """Return the allowed values of a key, besides their type."""
     if key in CHOICES:
         return " ".join(f"`{choice}`" for choice in CHOICES[key])
     return limits(key).removeprefix("must be ") if key in RANGES else ""
 
 
 def section(group: str, kind: Any) -> Iterator[str]:
-    """The lines about one group."""
-    options, keys = told(group)
+    """Yield the lines about one group."""
+    options, keys = descriptions(group)
     about = str(kind.__doc__).split("\n")[0].partition(": ")[2]
     yield f"\n## {group}\n"
     yield f"{about[0].upper()}{about[1:]}\n"
@@ -119,12 +137,12 @@ def section(group: str, kind: Any) -> Iterator[str]:
 
 
 def cell(text: str) -> str:
-    """Text within a table."""
+    """Escape text for a table."""
     return text.replace("|", "\\|").replace("<", "&lt;")
 
 
 def page() -> str:
-    """The whole file."""
+    """Return the whole page."""
     lines = [line for group, kind in get_type_hints(Config).items() for line in section(group, kind)]
     return HEAD + "\n".join(lines) + "\n"
 

@@ -1,4 +1,4 @@
-"""``python -m tests.layout`` writes the levels of the packages into ``CONTRIBUTING.md``."""
+"""``python -m tests.layout`` writes the table of packages and levels into ``CONTRIBUTING.md``."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _TABLE = re.compile(re.escape(HEAD) + r"(?:\|[^\n]*\n)*")
 
 
 def contents(package: str) -> str:
-    """The first sentence of the docstring of a package."""
+    """Return the first line of the docstring of a package."""
     doc = ast.get_docstring(ast.parse((PACKAGE / package / "__init__.py").read_text())) or ""
     return doc.splitlines()[0].removesuffix(".")
 
 
 def table() -> str:
-    """The packages, lowest level first."""
+    """Return the table of packages, lowest level first."""
     lowest_first = sorted(LEVELS.items(), key=lambda item: item[::-1])
     rows = [f"| {level} | `{name}/` | {contents(name)} |\n" for name, level in lowest_first]
     commands = f"| {COMMANDS_LEVEL} | `*.py` | Commands: {', '.join(sorted(COMMANDS))} |\n"
@@ -28,7 +28,7 @@ def table() -> str:
 
 
 def page(text: str) -> str:
-    """The page with the table of today."""
+    """Return the page with the current table."""
     return _TABLE.sub(lambda _: table(), text)
 
 

@@ -1,4 +1,4 @@
-"""Every command of ``README.md``, and what becomes of it in :mod:`tests.test_readme`."""
+"""The commands of the README pages, and how :mod:`tests.test_readme` tests each of them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,18 @@ from dataclasses import dataclass
 
 from tests.conftest import ROOT
 
-TEXT = (ROOT / "README.md").read_text()
-# Words that begin a command in running text; what begins otherwise is a setting, a file, a column, ...
+# In the order in which their commands are run: the page at the root makes the datasets that the others use.
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text()
+    for path in (
+        ROOT / "README.md",
+        *sorted((ROOT / "pipeline").rglob("README.md")),
+        *(ROOT / folder / "README.md" for folder in ("conf", "jobs")),
+    )
+}
+# Words that begin a command in running text; other code is a setting, a file, a column, ...
 BEGINNINGS = r"(?:python3?|pip|pytest|dask worker|export|eval|source|clip-pipeline) "
-# What differs where the commands are tried: the hub, the user's folders, and how much is done.
+# Replaced before a command is tested: models of the hub and the user's folders.
 SUBSTITUTIONS = {
     "~/Pictures": "Pictures",
     "model=clip_vit_b32": "model=demo",
@@ -22,40 +30,41 @@ SUBSTITUTIONS = {
 
 @dataclass(frozen=True)
 class Run:
-    """The command is run, with further words at its end."""
+    """Run the command, with further arguments at its end."""
 
     more: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Slow:
-    """The command is run in a process of its own, with words replaced, by a test that takes longer."""
+    """Run the command with replaced arguments in a process of its own, in a test that is marked slow."""
 
     replaced: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
 class Prove:
-    """The command's options are parsed and its config is composed; it is not run, for a reason."""
+    """Parse the command's options and compose its config, but do not run it; ``why`` is the reason."""
 
     why: str
 
 
 @dataclass(frozen=True)
 class Elsewhere:
-    """Not run here; ``where`` is a file that holds ``text``, and does it or something that stands for it."""
+    """Do not run the command here; the file ``where`` contains ``text`` and runs the command or an equivalent."""
 
     where: str
     text: str
 
 
-PIP = Prove("needs the index of packages; the extra is looked up")
-# Begins with the command as the README has it; the longest beginning counts.
+PIP = Prove("needs the package index; the extra is looked up")
+# By the beginning of the command; the longest one that matches is used.
 ROWS: dict[str, Run | Slow | Prove | Elsewhere] = {
     "python3 -m venv .venv": Elsewhere(".ci/run", "python3 -m venv"),
     "source .venv/bin/activate": Elsewhere(".ci/run", "python3 -m venv"),
     "pip install": PIP,
     "python -m pytest -n 2": Elsewhere(".ci/run", "pytest -n 2"),
+    "pytest -m slow": Elsewhere("pyproject.toml", '"slow: '),
     "python -m pipeline.run": Run(("manifest.demo_scenes=24", "loader.batch_size=8", "report.progress=none")),
     "python -m pipeline.run manifest.path=": Run(("report.progress=none",)),
     "python -m pipeline.run run.dry=true": Run(("report.progress=none",)),
@@ -74,12 +83,17 @@ ROWS: dict[str, Run | Slow | Prove | Elsewhere] = {
     "python -m pipeline.report --compare": Prove("two runs of the same job: tests/test_report_door.py"),
     "python -m pipeline.report --history": Prove("a store of nights"),
     "python jobs/nightly.py": Run(),
-    "python -m pipeline.serve": Prove("serves until it is told to end; tests/test_serve.py runs it"),
+    "python -m pipeline.serve": Prove("runs until it is stopped; tests/test_serve.py runs it"),
     "python jobs/deploy/up.py": Elsewhere("tests/test_deploy.py", "up.py"),
     "curl ": Elsewhere("tests/test_serve.py", "/predict"),
     "python -m tests.soak": Slow(replaced=(("200", "1"),)),
     "python -m tests.fuzz": Slow(replaced=(("10000", "20"),)),
     "python -m tests.relabel_cost": Elsewhere("tests/relabel_cost.py", "python -m tests.relabel_cost"),
+    "python -m tests.conf_readme": Elsewhere("tests/test_words.py", "conf_readme.page()"),
+    "PIPELINE_SERVE_OVERRIDES=": Elsewhere("jobs/deploy/up.py", "PIPELINE_SERVE_OVERRIDES"),
+    "mkdir -p outputs/nginx": Elsewhere("tests/test_deploy.py", '"-p", str(folder)'),
+    "nginx -p": Elsewhere("tests/test_deploy.py", '"nginx.conf")'),
+    "prometheus --config.file=": Elsewhere("tests/test_deploy.py", "prometheus.yml"),
     "clip-pipeline": Elsewhere("tests/test_wheel.py", "clip-pipeline"),
     "eval ": Elsewhere("tests/test_run_door.py", "install=bash"),
     "dask worker ADDRESS": Elsewhere("tests/test_cluster.py", "--memory-limit"),
@@ -88,17 +102,19 @@ ROWS: dict[str, Run | Slow | Prove | Elsewhere] = {
 
 
 def blocks(language: str) -> list[str]:
-    """The fenced blocks of one language."""
-    return re.findall(rf"^```{language}\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+    """Return the fenced blocks of one language, of all pages, each once."""
+    pattern = re.compile(rf"^```{language}\n(.*?)^```", re.MULTILINE | re.DOTALL)
+    return list(dict.fromkeys(block for text in PAGES.values() for block in pattern.findall(text)))
 
 
 def spans() -> list[str]:
-    """Every piece of code in running text and tables."""
-    return re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", TEXT, flags=re.MULTILINE | re.DOTALL))
+    """Return every piece of code in running text and tables of all pages."""
+    fenced = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+    return [span for text in PAGES.values() for span in re.findall(r"`([^`\n]+)`", fenced.sub("", text))]
 
 
 def commands() -> list[str]:
-    """Every command, once, in the README's order; those that name a door without telling it anything are left out."""
+    """Return every command once, in the order of the pages, without bare names of commands in running text."""
     lines = [line for block in blocks("sh") for line in block.replace("\\\n", " ").splitlines()]
     lines += [text for text in spans() if re.match(BEGINNINGS, text)]
     parts = [part for line in lines for part in re.split(r" && ", line)]
@@ -107,19 +123,19 @@ def commands() -> list[str]:
 
 
 def row_of(command: str) -> Run | Slow | Prove | Elsewhere | None:
-    """What becomes of a command; None where no row begins as it does."""
+    """Return how a command is tested, or None if no row matches."""
     begins = [start for start in ROWS if command == start or command.startswith((f"{start} ", start))]
     exact = [start for start in begins if command == start or not command[len(start) :].startswith(".")]
     return ROWS[max(exact, key=len)] if exact else None
 
 
 def substituted(text: str) -> str:
-    """As it is tried."""
+    """Return a text with the substitutions."""
     for words, others in SUBSTITUTIONS.items():
         text = text.replace(words, others)
     return text
 
 
 def words_of(command: str, more: tuple[str, ...] = ()) -> list[str]:
-    """The words of a command after the substitutions, comments left out."""
+    """Return the arguments of a command after the substitutions, without comments."""
     return [*shlex.split(substituted(command), comments=True), *more]

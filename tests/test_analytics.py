@@ -341,5 +341,5 @@ def test_a_machine_without_a_package_is_told_what_to_install(script: str, packag
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr == (
-        f"{package} is not installed; all that these scripts need: pip install -c constraints.txt -e '.[analytics]'\n"
+        f"{package} is not installed; these scripts need: pip install -c constraints.txt -e '.[analytics]'\n"
     )

@@ -515,7 +515,7 @@ def test_all_comes_down_though_the_terminal_is_closed_and_ctrl_c_pressed_again(t
             assert process.wait(30) == 75
         finally:
             process.kill()
-        assert "error: interrupted; all is down again" in process.stdout.read()
+        assert "error: interrupted; everything has been stopped" in process.stdout.read()
     assert not any(Path("/proc", pid).exists() for pid in parts)
 
 

@@ -1,4 +1,4 @@
-"""Every command of the README is run, or proved to be one that could run; :mod:`tests.readme` says which and why."""
+"""Every command of the README pages runs, or is shown to be valid; :mod:`tests.readme` lists which and why."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.conftest import ROOT
 from tests.doors import PARSERS, prove
 from tests.forks import forks
 from tests.mistakes import END
-from tests.readme import TEXT, Elsewhere, Prove, Run, Slow, blocks, commands, row_of, spans, substituted, words_of
+from tests.readme import PAGES, Elsewhere, Prove, Run, Slow, blocks, commands, row_of, spans, substituted, words_of
 from tests.test_words import EXTRAS
 
 ALL = commands()
@@ -27,7 +27,7 @@ RUNS = [command for command in ALL if isinstance(row_of(command), Run)]
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A user's folder, with pictures."""
+    """Return a user's folder with pictures."""
     folder = tmp_path_factory.mktemp("readme")
     (folder / "Pictures").mkdir()
     for i in range(12):
@@ -37,7 +37,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ran(home: Path) -> dict[str, tuple[int, str]]:
-    """The commands that are run, in the README's order, in one process: their exit codes, and what they said."""
+    """Run the commands in the order of the pages in one process; return their exit codes and outputs."""
     texts = []
     for command in RUNS:
         row = row_of(command)
@@ -54,20 +54,20 @@ def ran(home: Path) -> dict[str, tuple[int, str]]:
 
 
 def test_every_command_has_a_row() -> None:
-    assert [command for command in ALL if row_of(command) is None] == [], "say in tests/readme.py what becomes of it"
+    assert [command for command in ALL if row_of(command) is None] == [], "add a row to tests/readme.py"
     assert len(ALL) > 15
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", RUNS)
-def test_a_command_does_what_it_says(ran: dict[str, tuple[int, str]], command: str) -> None:
+def test_a_command_succeeds(ran: dict[str, tuple[int, str]], command: str) -> None:
     code, said = ran[command]
     assert code == 0, said
     assert "Traceback" not in said
 
 
 @pytest.mark.parametrize("command", [each for each in ALL if isinstance(row_of(each), Prove)])
-def test_a_command_that_is_not_run_could_be(command: str) -> None:
+def test_a_command_that_is_not_run_is_valid(command: str) -> None:
     row, words = row_of(command), words_of(command)
     assert isinstance(row, Prove)
     if words[0] == "pip":
@@ -100,7 +100,7 @@ def test_the_gate_runs_a_line_of_the_page(page: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", [each for each in ALL if isinstance(row_of(each), Slow)])
-def test_a_command_that_takes_longer_does_what_it_says(tmp_path: Path, command: str) -> None:
+def test_a_slow_command_succeeds(tmp_path: Path, command: str) -> None:
     row = row_of(command)
     assert isinstance(row, Slow)
     words = words_of(command)
@@ -137,12 +137,12 @@ def test_a_piece_of_sql_answers(
         assert duckdb.sql(query).fetchall()
 
 
-def test_the_overrides_in_the_text_are_good_ones() -> None:
+def test_the_overrides_in_the_text_are_valid() -> None:
     wrong = {}
     for span in spans():
         words = shlex.split(span) if span.count("'") % 2 == 0 and span.count('"') % 2 == 0 else []
         overrides = [word for word in words if re.match(r"[a-z_]+(\.[a-z_0-9]+)*=", word)]
-        told = [word for word in overrides if not re.search(r"=(\.\.\.|<)|=\S*\.\.\.$|[<{]", word)]
+        told = [word for word in overrides if not re.search(r"=$|=(\.\.\.|<)|=\S*\.\.\.$|[<{]", word)]
         if overrides != words or not told:
             continue
         problems = check_overrides(told)
@@ -151,13 +151,28 @@ def test_the_overrides_in_the_text_are_good_ones() -> None:
     assert wrong == {}
 
 
-def test_the_doors_that_the_text_names_are_there() -> None:
-    named = {f"pipeline.{name}" for name in re.findall(r"python -m pipeline\.(\w+)", TEXT)}
+def test_the_commands_that_the_text_names_exist() -> None:
+    named = {f"pipeline.{name}" for text in PAGES.values() for name in re.findall(r"python -m pipeline\.(\w+)", text)}
     assert named <= {"pipeline.run", "pipeline.nightly", *(door.split()[0] for door in PARSERS)}
-    links = [link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", TEXT) if "://" not in link]
-    assert [link for link in links if not (ROOT / link).exists()] == []
 
 
-def test_the_anchors_of_the_text_are_headings_of_it() -> None:
-    headings = {re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-") for text in re.findall(r"^#+ (.*)$", TEXT, re.M)}
-    assert set(re.findall(r"\]\(#([^)]+)\)", TEXT)) <= headings
+@pytest.mark.parametrize("page", PAGES)
+def test_the_links_of_a_page_lead_to_files_and_headings(page: str) -> None:
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", PAGES[page]) if "://" not in link]
+    for link in links:
+        name, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / name if name else ROOT / page
+        assert target.exists(), link
+        assert not anchor or anchor in headings(target.read_text()), link
+
+
+def headings(text: str) -> set[str]:
+    """Return the anchors that GitHub gives to the headings of a page."""
+    return {
+        re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    }
+
+
+def test_the_readme_is_short_and_leads_to_every_other_page() -> None:
+    assert len(PAGES["README.md"].splitlines()) <= 220
+    assert [page for page in PAGES if page != "README.md" and f"]({page}" not in PAGES["README.md"]] == []

@@ -174,10 +174,11 @@ def test_words_of_the_page_are_as_they_are_typed_and_small_scores_are_told_apart
     assert [filters["score"](score) for score in (0.87, 0.0049, 0.001, 0.0)] == ["0.87", "0.005", "0.001", "0.00"]
 
 
-def test_every_status_of_the_readme_has_a_hint() -> None:
+def test_every_documented_status_has_a_hint() -> None:
     named = set(
         re.findall(
-            r"`([a-z_]+)`", (ROOT / "README.md").read_text().partition("| status | what")[2].partition("\n\n")[0]
+            r"`([a-z_]+)`",
+            (ROOT / "pipeline/job/README.md").read_text().partition("| status | what")[2].partition("\n\n")[0],
         )
     )
     assert set(HINTS) == {name for name in named if "." not in name}

@@ -1,4 +1,4 @@
-"""What people read besides messages: help, the pages about the config, the jobs and the house, what to install."""
+"""Help texts, the pages about the config, the jobs and the layout, and the extras that they name."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from tests import conf_readme, layout
 from tests.conf_readme import SHARED
 from tests.conftest import ROOT
 from tests.doors import PARSERS, parser_of, prove
+from tests.readme import PAGES
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = set(PROJECT["optional-dependencies"])
@@ -32,7 +33,7 @@ SCRIPTS = sorted((ROOT / "jobs" / "analytics").glob("*.py"))
 
 
 def test_every_extra_that_the_code_or_the_config_names_is_one_of_the_project() -> None:
-    texts = [*SOURCES, *conf_dir().rglob("*.yaml"), ROOT / "README.md", *(ROOT / "jobs").glob("*.md")]
+    texts = [*SOURCES, *conf_dir().rglob("*.yaml"), *(ROOT / page for page in PAGES)]
     named = {
         extra
         for path in texts
@@ -43,16 +44,14 @@ def test_every_extra_that_the_code_or_the_config_names_is_one_of_the_project() -
     assert {"onnx", "s3", "search", "lance", "nightly"} <= named
 
 
-def test_every_extra_is_in_the_readme() -> None:
-    # It links to the three others.
-    pages = ("README.md", "jobs/README.md", "conf/README.md", "CONTRIBUTING.md")
-    text = "".join((ROOT / name).read_text() for name in pages)
+def test_every_extra_is_on_a_page() -> None:
+    text = "".join(PAGES.values())
     missing = [extra for extra in EXTRAS if not re.search(rf"\[(\w+,)*{extra}(,\w+)*\]|`{extra}`", text)]
     assert missing == []
 
 
-def test_what_to_install_is_said_in_one_way() -> None:
-    # The scripts for analysis are copied elsewhere, and tell for themselves.
+def test_install_commands_come_from_one_function() -> None:
+    # The scripts for analysis may be copied elsewhere, so they have their own.
     ours = [
         path for path in SOURCES if ROOT / "jobs" not in path.parents and path.name not in ("errors.py", "versions.py")
     ]
@@ -127,7 +126,7 @@ def test_every_door_of_the_short_command_is_looked_at() -> None:
 
 
 def test_the_page_of_the_config_is_what_its_generator_writes() -> None:
-    assert conf_readme.README.read_text() == conf_readme.page(), "python -m tests.conf_readme writes it again"
+    assert conf_readme.README.read_text() == conf_readme.page(), "run python -m tests.conf_readme"
 
 
 def test_the_page_of_the_config_has_every_group_option_and_key() -> None:
@@ -168,7 +167,7 @@ def test_the_scripts_have_the_options_that_the_page_of_the_jobs_names() -> None:
         helps[path.name], errors = process.communicate()
         assert (process.returncode, errors) == (0, "")
     everything = "".join(helps.values()) + parser_of("jobs/nightly.py").format_help()
-    # Those of gunicorn, nginx and Prometheus are not ours.
+    # The options of gunicorn, nginx and Prometheus are not those of the scripts.
     ours = re.sub(r"## deploy\n.*?(?=\n## )", "", JOBS, flags=re.DOTALL)
     assert set(re.findall(r"--[a-z][a-z-]*", ours)) <= {*re.findall(r"--[a-z-]+", everything), "--help"}
     assert all("--picture" in text or name == "runs.py" for name, text in helps.items())
@@ -178,7 +177,7 @@ def test_the_scripts_have_the_options_that_the_page_of_the_jobs_names() -> None:
 
 
 def test_the_page_for_contributors_shows_every_package_and_its_level() -> None:
-    assert layout.table() in CONTRIBUTING, "python -m tests.layout writes it again"
+    assert layout.table() in CONTRIBUTING, "run python -m tests.layout"
     for path in re.findall(r"`((?:pipeline|conf|jobs|tests)/[\w./]*)`", CONTRIBUTING):
         assert (ROOT / path).exists()
 

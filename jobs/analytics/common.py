@@ -1,4 +1,4 @@
-"""The few lines that the scripts beside this file share: rows, embeddings, thumbnails, a contact sheet."""
+"""Functions that the scripts of this folder share: rows, embeddings, thumbnails, a contact sheet."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ try:
     from matplotlib.figure import Figure
 except ImportError as error:
     way_out = "pip install -c constraints.txt -e '.[analytics]'"
-    raise SystemExit(f"{error.name} is not installed; all that these scripts need: {way_out}") from None
+    raise SystemExit(f"{error.name} is not installed; these scripts need: {way_out}") from None
 
-# Okabe and Ito's colours, which colour-blind people tell apart too (jfly.uni-koeln.de/color), strongest first.
+# The colours of Okabe and Ito, which colour-blind people can distinguish (jfly.uni-koeln.de/color), strongest first.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F0E442", "#000000")
 BLUE, ORANGE, RED, GREY = COLOURS[0], COLOURS[1], COLOURS[3], "#B8B8B8"
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
@@ -48,9 +48,9 @@ rcParams.update(
 
 
 def parts(address: str, *, nights: bool = False) -> list[str]:
-    """The Parquet files of a dataset, or with ``nights`` of every night ``date=YYYY-MM-DD`` of a store.
+    """Return the Parquet files of a dataset, or with ``nights`` of every night ``date=YYYY-MM-DD`` of a store.
 
-    Without ``nights`` the newest night of a store is taken. A night that is not finished is left out; both are said.
+    Without ``nights`` the newest night of a store is used. An unfinished night is left out. Both cases print a message.
 
     Raises:
         SystemExit: nothing to read there.
@@ -78,7 +78,7 @@ def parts(address: str, *, nights: bool = False) -> list[str]:
 
 
 def database(**views: list[str]) -> duckdb.DuckDBPyConnection:
-    """DuckDB with one view for each list of Parquet files; column ``night`` is the date, or the folder's name."""
+    """Return DuckDB with a view for each list of Parquet files; column ``night`` is the date, or the folder's name."""
     connection = duckdb.connect()
     for name, files in views.items():
         if "://" in files[0]:
@@ -92,7 +92,7 @@ def database(**views: list[str]) -> duckdb.DuckDBPyConnection:
 
 
 def identifier(files: list[str]) -> str:
-    """The name of the id column: ``id``, or the first one, which is the manifest's."""
+    """Return the name of the id column: ``id``, or else the first column, which is the manifest's id."""
     names = _open(files).schema.names
     return "id" if "id" in names else names[0]
 
@@ -100,10 +100,10 @@ def identifier(files: list[str]) -> str:
 def vectors(
     files: list[str], columns: Sequence[str], *, dtype: Any = np.float32
 ) -> tuple[pd.DataFrame, np.ndarray, int]:
-    """``columns`` and embeddings [N, D] of the rows that have one, and how many have none.
+    """Return ``columns`` and embeddings [N, D] of the rows with an embedding, and the number of rows without one.
 
-    Needs N * D * 4 bytes, and as much again for a moment; with ``dtype`` None they stay as they are stored. Arrow's
-    fixed-size lists become NumPy without Python lists.
+    Takes N * D * 4 bytes, and temporarily twice as much. With ``dtype`` None embeddings keep their stored type.
+    Arrow's fixed-size lists are converted to NumPy without Python lists.
 
     Raises:
         SystemExit: no row has an embedding.
@@ -123,15 +123,15 @@ def vectors(
 
 
 def picture_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options that say where images lie."""
+    """Add options for the location of images."""
     group = parser.add_argument_group("images for the picture")
     group.add_argument("--manifest", help="the job's manifest (Parquet); default: the one that _plan.json names")
-    group.add_argument("--image", help="its column of paths, bytes or structs; default: as the job was told")
-    group.add_argument("--root", help="where relative paths start; default: as the job was told, or as the manifest")
+    group.add_argument("--image", help="its column of paths, bytes or structs; default: as in the job's config")
+    group.add_argument("--root", help="folder of relative paths; default: as in the job's config or in the manifest")
 
 
 def thumbnails(ids: Iterable[Hashable], files: list[str], args: argparse.Namespace, side: int = 160) -> dict[Any, Any]:
-    """Small pictures by id; an image that cannot be opened, or lies outside the root, is simply not among them."""
+    """Return small pictures by id, without images that cannot be opened or lie outside of the root."""
     job = {} if args.manifest else _job(files)
     manifest = args.manifest or job.get("path")
     try:
@@ -142,7 +142,7 @@ def thumbnails(ids: Iterable[Hashable], files: list[str], args: argparse.Namespa
     names, key = source.schema.names, identifier(files)
     column = args.image or job.get("image") or next((name for name in ("path", "image") if name in names), None)
     if column not in names or key not in names:
-        print(f"no images: wanted are columns {key} and {column or 'path'}; see --manifest, --image", file=sys.stderr)
+        print(f"no images: columns {key} and {column or 'path'} are needed; see --manifest, --image", file=sys.stderr)
         return {}
     root = args.root or job.get("root") or (source.schema.metadata or {}).get(b"pipeline.root", b"").decode()
     rows = source.to_table(columns=[key, column], filter=ds.field(key).isin(list(ids))).to_pylist()
@@ -160,9 +160,9 @@ def thumbnails(ids: Iterable[Hashable], files: list[str], args: argparse.Namespa
 
 
 def contact_sheet(title: str, blocks: list[tuple[str, list[tuple[str, Any]]]], path: str, width: int = 8) -> None:
-    """Blocks of pictures with captions, a heading above each; an absent picture (None) is a grey box.
+    """Draw blocks of pictures with captions and a heading; a missing picture (None) is a grey box.
 
-    Blocks stand side by side while they fit into ``width`` pictures, so none holds more.
+    Blocks are placed side by side as long as they fit into ``width`` pictures, so no block may have more.
     """
     places, column, line = [], 0.0, 0
     for _, cells in blocks:
@@ -190,29 +190,29 @@ def contact_sheet(title: str, blocks: list[tuple[str, list[tuple[str, Any]]]], p
 
 
 def save(figure: Figure, path: str) -> None:
-    """Write a PNG, SVG or PDF, as the name says."""
+    """Write a PNG, SVG or PDF file, by the extension of its name."""
     figure.savefig(path)
     print(f"picture: {path}")
 
 
 def start(main: Callable[[], object]) -> None:
-    """Run a script; where nobody reads what it prints any more, as behind ``| head``, it ends without a word."""
+    """Run a script; end silently if its output is closed, as with ``| head``."""
     try:
         try:
             main()
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        # Python flushes once more as it ends, and would complain.
+        # Python flushes again at exit and would print an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
 
 
 def show(heading: str, table: pd.DataFrame, rows: int = 15) -> None:
-    """Print the first rows of a table, and say what is left out."""
+    """Print the first rows of a table and the number of the others."""
     print(f"\n{heading}")
     text = table.head(rows).to_string(index=False, float_format="{:.4g}".format, na_rep="-") if len(table) else "none"
-    # Ids and columns come from strangers, and must not control a terminal.
+    # Ids and columns are untrusted input and must not control a terminal.
     print("".join(letter if letter.isprintable() or letter == "\n" else ascii(letter)[1:-1] for letter in text))
     if len(table) > rows:
         print(f"... {len(table) - rows:,} more")
@@ -227,7 +227,7 @@ def _open(files: list[str]) -> Any:
 
 
 def _job(files: list[str]) -> dict[str, Any]:
-    """What the dataset's plan says of its manifest: path, image column, root; empty where it has no plan."""
+    """Return the manifest's path, image column and root from the dataset's plan; empty without a plan."""
     try:
         with fsspec.open(f"{files[0].rpartition('/')[0]}/_plan.json") as file:
             return dict(json.load(file)["config"]["manifest"])
@@ -240,7 +240,7 @@ def _name(path: str) -> str:
 
 
 def _inside(root: str, path: str | None) -> str:
-    """The address of an image below its root; rows of a manifest come from strangers."""
+    """Return the address of an image below its root; rows of a manifest are untrusted input."""
     below = (path or "/").removeprefix(root.rstrip("/") + "/")
     if not root or "://" in below or below.startswith("/") or ".." in below.split("/"):
         raise ValueError(f"{path} does not lie below {root or 'a root'}")

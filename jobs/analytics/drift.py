@@ -1,4 +1,4 @@
-"""What changed between two nights: labels, scores, embeddings, and which labels moved.
+"""Changes between two nights: labels, scores, embeddings, and rows whose label changed.
 
 python jobs/analytics/drift.py nights/date=2026-01-04 nights/date=2026-01-05 --picture drift.png
 
@@ -6,10 +6,10 @@ python jobs/analytics/drift.py nights/date=2026-01-04 nights/date=2026-01-05 --p
     Endres and Schindelin 2003)
   Kolmogorov-Smirnov distance of the scores, in [0, 1]: the widest gap between the two cumulative curves
   1 - cosine of the mean embeddings, over all rows
-  ids in both whose own embedding moved: the image was replaced, or the model
+  ids in both nights whose embedding changed: the image or the model was replaced
   MMD^2 of the embeddings, over a sample: the squared distance of the two nights' means under a Gaussian kernel whose
     width is the median distance, with the 95 % quantile of shuffled nights beside it (Gretton et al. 2012, "A Kernel
-    Two-Sample Test", JMLR 13, equation 5 and section 8). Rows that both nights share make it cautious.
+    Two-Sample Test", JMLR 13, equation 5 and section 8). Rows that both nights share lower it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import pandas as pd
 from common import BLUE, GREY, ORANGE, database, identifier, parts, save, show, start, vectors
 from matplotlib.figure import Figure
 
-# Below this the image itself was replaced, or the model is another one.
+# Below this cosine, the image or the model was replaced.
 MOVED = 0.99
 SHARES = """
 select coalesce(a.label, b.label) as label, coalesce(a.rows, 0) as rows_a, coalesce(b.rows, 0) as rows_b,
@@ -46,7 +46,7 @@ from a full join b on a."KEY" = b."KEY"
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    """Print and draw; the figures are returned."""
+    """Print and draw the figures, and return them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("a", help="the earlier night's dataset")
     parser.add_argument("b", help="the later night's dataset")
@@ -90,7 +90,7 @@ def jensen_shannon(p: np.ndarray, q: np.ndarray) -> float:
 
 
 def kolmogorov_smirnov(x: np.ndarray, y: np.ndarray) -> float:
-    """The widest gap between the cumulative distributions of two samples."""
+    """Return the largest distance between the cumulative distributions of two samples."""
     if not len(x) or not len(y):
         return float("nan")
     at = np.concatenate([x, y])
@@ -99,14 +99,14 @@ def kolmogorov_smirnov(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def embedding_drift(a: list[str], b: list[str], key: str, sample: int) -> dict[str, float]:
-    """Distance of the means over all rows, ids whose own embedding moved, and MMD over a sample.
+    """Return the distance of the means of all rows, the ids whose embedding changed, and MMD of a sample.
 
-    The sample is the ids with the smallest hashes, so that both nights give the same ones.
+    The sample has the ids with the smallest hashes, so that it is the same in both nights.
     """
     (ids_a, x, _), (ids_b, y, _) = vectors(a, [key]), vectors(b, [key])
     if x.shape[1] != y.shape[1]:
         raise SystemExit(
-            f"embeddings of {x.shape[1]} and {y.shape[1]} numbers are of two models; compare nights of one"
+            f"embeddings of {x.shape[1]} and {y.shape[1]} numbers are of two models; compare nights of one model"
         )
     means = [matrix.mean(axis=0, dtype=np.float64) for matrix in (x, y)]
     cosine = means[0] @ means[1] / np.linalg.norm(means[0]) / np.linalg.norm(means[1])
@@ -147,7 +147,7 @@ def draw(
     scores: list[np.ndarray],
     names: tuple[str, str],
 ) -> Figure:
-    """Shares that changed, moves, score curves, and the figures as text."""
+    """Draw changed shares, changed labels, score curves, and the figures as text."""
     figure = Figure(figsize=(12, 8.5), layout="constrained", facecolor="white")
     figure.suptitle(f"A: {names[0]}\nB: {names[1]}", x=0.01, ha="left", fontsize=10)
     (changed, moved), (curves, text) = figure.subplots(2, 2, height_ratios=(1.2, 1))

@@ -1,4 +1,4 @@
-"""Label counts and confidence: of one dataset, or of every night of a store.
+"""Label counts and scores of one dataset, or of every night of a store.
 
 python jobs/analytics/label_counts.py nights --picture labels.png
 
@@ -28,7 +28,7 @@ from data group by all order by night
 
 
 def main(argv: list[str] | None = None) -> pd.DataFrame:
-    """Print and draw; the counts are returned."""
+    """Print and draw the counts, and return them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", help="a dataset's folder, or a store of nights")
     parser.add_argument("--top", type=int, default=7, help="labels with a colour of their own, at most 8 [7]")
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> pd.DataFrame:
 
 
 def over_nights(counts: pd.DataFrame, nights: pd.DataFrame, top: int) -> Figure:
-    """The most frequent labels stacked; all rows and those that failed; the score's median and middle 80 %."""
+    """Draw the most frequent labels, all rows and failed rows, and the median and middle 80 % of the score."""
     failed = counts["label"].str.startswith("failed: ")
     named = counts[~failed & (counts["label"] != "no label")]
     chosen = named.groupby("label")["rows"].sum().nlargest(top).index.tolist()
@@ -83,7 +83,7 @@ def _stack(axes: Any, table: pd.DataFrame, colours: dict[str, str]) -> None:
 
 
 def one_night(labels: pd.DataFrame, most: int = 25) -> Figure:
-    """The most frequent labels, and the score of each."""
+    """Draw the most frequent labels and their scores."""
     chosen = labels.head(most)[::-1]
     figure = Figure(figsize=(9, 1.2 + 0.26 * len(chosen)), layout="constrained", facecolor="white")
     left, right = figure.subplots(1, 2, sharey=True)

@@ -1,10 +1,10 @@
-"""A map of the embeddings: every dot is an image, and images that look alike to the model lie near each other.
+"""A map of the embeddings: every dot is an image, and images that are similar to the model are near each other.
 
 python jobs/analytics/map.py outputs/demo --picture map.png
 
-PCA gives the two directions in which the embeddings differ most; distances mean something everywhere. UMAP and t-SNE
-(pip install umap-learn, or openTSNE) start from 50 such directions and keep neighbours together: there, near means
-alike, but the sizes of islands and the distances between them mean little.
+PCA gives the two directions in which the embeddings differ most, and all distances are meaningful. UMAP and t-SNE (pip
+install umap-learn, or openTSNE) start from 50 such directions and keep neighbours together: near images are similar,
+but the sizes of groups and the distances between them mean little.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from matplotlib.figure import Figure
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 
 PACKAGES = {"umap": "umap", "tsne": "openTSNE"}
-# Colour and shape of a label's dots; twice through the colours.
+# Colour and shape of a label's dots; each colour is used with two shapes.
 MARKS = [*((colour, "o") for colour in COLOURS), *((colour, "^") for colour in COLOURS)]
 
 
 def main(argv: list[str] | None = None) -> pd.DataFrame:
-    """Print and draw; the places are returned."""
+    """Print and draw the positions, and return them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", help="a dataset's folder; of a store of nights, the newest is taken")
     parser.add_argument("--method", choices=("auto", "pca", *PACKAGES), default="auto", help="auto: the best installed")
-    parser.add_argument("--sample", type=int, default=10_000, help="at most so many rows, drawn by chance [10000]")
-    parser.add_argument("--top", type=int, default=12, help="labels with a mark of their own, at most 16 [12]")
+    parser.add_argument("--sample", type=int, default=10_000, help="largest number of rows, drawn at random [10000]")
+    parser.add_argument("--top", type=int, default=12, help="number of labels with their own mark, at most 16 [12]")
     parser.add_argument("--by", default="label", help="the column that colours the dots [label]")
-    parser.add_argument("--thumbnails", type=int, default=0, help="draw so many images into the map [0]")
-    parser.add_argument("--seed", type=int, default=0, help="of the sample and of the layout [0]")
-    parser.add_argument("--out", help="write the places here (Parquet): id, colour column, x, y")
+    parser.add_argument("--thumbnails", type=int, default=0, help="number of images drawn into the map [0]")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sample and of the layout [0]")
+    parser.add_argument("--out", help="write the positions here (Parquet): id, colour column, x, y")
     parser.add_argument("--picture", help="write the map here (.png, .svg, .pdf)")
     picture_arguments(parser)
     args = parser.parse_args(argv)
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> pd.DataFrame:
         rows.to_parquet(args.out, index=False)
     if args.picture:
         names = {"pca": "PCA", "umap": "UMAP", "tsne": "t-SNE"}
-        title = f"{len(rows):,} images by {names[method]}: near means alike to the model"
+        title = f"{len(rows):,} images by {names[method]}: near images are similar to the model"
         if method == "pca":
             title += f" (these two directions hold {explained[:2].sum():.0%} of the differences)"
         images = thumbnails(spread(rows, args.thumbnails)[key], files, args, side=48) if args.thumbnails else {}
@@ -65,18 +65,18 @@ def main(argv: list[str] | None = None) -> pd.DataFrame:
 
 
 def pca(matrix: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The rows [N, D] along the first ``count`` principal directions, and each one's share of the variance."""
+    """Return the rows [N, D] along the first ``count`` principal directions, and the share of variance of each."""
     centred = matrix - matrix.mean(axis=0)
     values, directions = np.linalg.eigh(centred.T @ centred)
     order = np.argsort(values)[::-1][:count]
     directions = directions[:, order]
-    # A direction's sign is free: the largest part is made positive, so that two runs give one picture.
+    # The sign of a direction is arbitrary: make the largest component positive, so that runs give the same picture.
     directions *= np.sign(directions[np.abs(directions).argmax(axis=0), np.arange(len(order))])
     return centred @ directions, values[order] / max(values.sum(), 1e-12)
 
 
 def laid_out(parted: np.ndarray, method: str, seed: int) -> np.ndarray:
-    """Two columns of places by UMAP or t-SNE, the same for the same seed."""
+    """Return two columns of positions by UMAP or t-SNE, equal for equal seeds."""
     if not _installed(PACKAGES[method]):
         package = {"umap": "umap-learn", "tsne": "openTSNE"}[method]
         raise SystemExit(f"--method {method}: {package} is not installed; pip install {package}, or --method pca")
@@ -90,7 +90,7 @@ def laid_out(parted: np.ndarray, method: str, seed: int) -> np.ndarray:
 
 
 def spread(rows: pd.DataFrame, count: int) -> pd.DataFrame:
-    """At most ``count`` rows that cover the map: those nearest to the middles of a grid's cells."""
+    """Return at most ``count`` rows that cover the map: those nearest to the centres of a grid's cells."""
     side = max(1, int(count**0.5))
     low, high = rows[["x", "y"]].min(), rows[["x", "y"]].max()
     place = (rows[["x", "y"]] - low) / (high - low).clip(lower=1e-12) * side
@@ -100,7 +100,7 @@ def spread(rows: pd.DataFrame, count: int) -> pd.DataFrame:
 
 
 def draw(rows: pd.DataFrame, by: str, key: str, title: str, top: int, images: dict[object, object]) -> Figure:
-    """Dots with a legend; images, if any, on top."""
+    """Draw dots with a legend, and images on top."""
     figure = Figure(figsize=(11, 8), layout="constrained", facecolor="white")
     axes = figure.add_subplot()
     counts = rows[by].value_counts()

@@ -2,12 +2,12 @@
 
 python jobs/analytics/near_duplicates.py outputs/demo --threshold 0.99 --picture pairs.png
 
-Exact: blocks of a matrix product, N^2 * D floating-point operations for N different embeddings of D numbers. A core
-that does 50 GFLOP/s takes about 2 minutes for 100,000 embeddings of 512, three hours for a million. Memory: the
-embeddings as they are stored, and --block^2 * 5 bytes. Past a million, --faiss (pip install faiss-cpu) looks only
-into the nearest --probe of 4 * sqrt(N) cells: a few pairs may be missed, none is made up.
-Embeddings that are equal to the last bit count as one until the groups are made. A group is a chain of pairs: its
-ends may be less alike than the threshold.
+The exact search takes N^2 * D floating-point operations for N different embeddings of D numbers. A core with 50 GFLOP/s
+takes about 2 minutes for 100,000 embeddings of 512, and three hours for a million. Memory: the embeddings as they are
+stored, and --block^2 * 5 bytes. For more than a million, --faiss (pip install faiss-cpu) searches only the nearest
+--probe of 4 * sqrt(N) cells: it may miss a few pairs but reports no wrong ones.
+Embeddings that are equal to the last bit count as one until the groups are made. A group is a chain of pairs: its ends
+may be less similar than the threshold.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MOST_PAIRS = 20_000_000
 
 
 def main(argv: list[str] | None = None) -> pd.DataFrame:
-    """Print and draw; one row for each grouped image is returned, the largest groups first."""
+    """Print and draw the groups, and return one row for each grouped image, the largest groups first."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", help="a dataset's folder; of a store of nights, the newest is taken")
     parser.add_argument("--threshold", type=float, default=0.98, help="lowest cosine of a pair [0.98]")
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> pd.DataFrame:
     files = parts(args.dataset)
     key = identifier(files)
     rows, matrix, left_out = vectors(files, [key, "label"], dtype=None)
-    # Bytes as one value, since NumPy sorts those faster than rows.
+    # The bytes of a row as one value, which NumPy sorts faster.
     whole = np.ascontiguousarray(matrix).view(np.dtype((np.void, matrix.dtype.itemsize * matrix.shape[1]))).ravel()
     _, first, same = np.unique(whole, return_index=True, return_inverse=True)
     different = matrix[first]
@@ -63,10 +63,10 @@ def main(argv: list[str] | None = None) -> pd.DataFrame:
 
 
 def exact(matrix: np.ndarray, threshold: float, block: int) -> Iterator[np.ndarray]:
-    """Pairs [P, 2], i < j, of every two rows at least as near as ``threshold``.
+    """Yield pairs [P, 2], i < j, of all rows with a cosine of at least ``threshold``.
 
     Raises:
-        SystemExit: more pairs than memory should hold.
+        SystemExit: there are more pairs than may be held in memory.
     """
     count = 0
     for i in range(0, len(matrix), block):
@@ -81,7 +81,7 @@ def exact(matrix: np.ndarray, threshold: float, block: int) -> Iterator[np.ndarr
 
 
 def approximate(matrix: np.ndarray, args: argparse.Namespace) -> Iterator[np.ndarray]:
-    """The same by FAISS's inverted lists: rows of the nearest cells alone are compared."""
+    """Yield such pairs by FAISS's inverted lists, which compare only rows of the nearest cells."""
     try:
         import faiss
     except ImportError:
@@ -99,7 +99,7 @@ def approximate(matrix: np.ndarray, args: argparse.Namespace) -> Iterator[np.nda
 
 
 def components(count: int, pairs: np.ndarray) -> np.ndarray:
-    """A group number for each of ``count`` rows: its connected component, by the lowest number handed on."""
+    """Return the connected component of each of ``count`` rows, by propagating the lowest number."""
     group = np.arange(count)
     while True:
         before = group.copy()
@@ -112,7 +112,7 @@ def components(count: int, pairs: np.ndarray) -> np.ndarray:
 
 
 def draw(rows: pd.DataFrame, key: str, files: list[str], args: argparse.Namespace, most: int = 8) -> None:
-    """A contact sheet: the largest groups, each with its first images."""
+    """Draw a contact sheet of the largest groups, each with its first images."""
     groups = [group.head(most) for _, group in rows[rows["group"] < 24].groupby("group")]
     images = thumbnails(pd.concat(groups)[key], files, args)
     blocks = []
@@ -127,7 +127,7 @@ def draw(rows: pd.DataFrame, key: str, files: list[str], args: argparse.Namespac
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:
-    """As float32, of length 1 again where float16 was stored."""
+    """Return rows as float32 of length 1, which stored float16 values have only approximately."""
     whole = rows.astype(np.float32)
     return whole / np.linalg.norm(whole, axis=1, keepdims=True)
 

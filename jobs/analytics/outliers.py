@@ -8,7 +8,7 @@ python jobs/analytics/outliers.py outputs/demo --picture outliers.png
                takes n^2 * D operations for a label of n rows
   mahalanobis  distance to the label's mean under the covariance that all labels share (Lee et al. 2018, "A Simple
                Unified Framework for Detecting Out-of-Distribution Samples", NeurIPS, equation 1)
-Each is divided by the label's median, so that wide and narrow labels compare: 3 is three times as far as usual.
+Each distance is divided by the label's median, so that labels can be compared: 3 is three times the usual distance.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from common import contact_sheet, identifier, parts, picture_arguments, show, st
 
 
 def main(argv: list[str] | None = None) -> pd.DataFrame:
-    """Print and draw; all judged rows are returned, the furthest first."""
+    """Print and draw, and return all rows with their distance, the furthest first."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", help="a dataset's folder; of a store of nights, the newest is taken")
     parser.add_argument("--method", choices=("centroid", "knn", "mahalanobis"), default="centroid", help="[centroid]")
     parser.add_argument("--k", type=int, default=5, help="neighbours for --method knn [5]")
-    parser.add_argument("--min-rows", type=int, default=5, help="labels with fewer rows are not judged [5]")
+    parser.add_argument("--min-rows", type=int, default=5, help="labels with fewer rows are left out [5]")
     parser.add_argument("--out", help="write every judged row with its distance here (Parquet)")
     parser.add_argument("--picture", help="write a contact sheet here (.png, .svg, .pdf)")
     picture_arguments(parser)
@@ -54,13 +54,13 @@ def main(argv: list[str] | None = None) -> pd.DataFrame:
 
 
 def distances(labels: pd.Series, matrix: np.ndarray, method: str, k: int) -> np.ndarray:
-    """How far each row [N, D] lies from the others of its label."""
+    """Return the distance of each row [N, D] from the others of its label."""
     result = np.zeros(len(matrix))
     groups = list(labels.groupby(labels, sort=False).indices.values())
     if method == "mahalanobis":
         centred = np.concatenate([matrix[at] - matrix[at].mean(axis=0) for at in groups])
         covariance = centred.T @ centred / len(matrix)
-        # Shrunk a little towards a sphere, since there may be fewer rows than dimensions.
+        # Shrink slightly towards a sphere, because there may be fewer rows than dimensions.
         sphere = np.eye(len(covariance)) * np.trace(covariance) / len(covariance)
         inverse = np.linalg.inv(0.9 * covariance + 0.1 * sphere)
     for at in groups:
@@ -79,13 +79,13 @@ def distances(labels: pd.Series, matrix: np.ndarray, method: str, k: int) -> np.
 
 
 def _nearest(some: np.ndarray, own: np.ndarray, k: int) -> np.ndarray:
-    """Mean of 1 - cosine to the ``k`` nearest rows besides the row itself, which is the nearest of all."""
+    """Return the mean of 1 - cosine to the ``k`` nearest rows, without the row itself, which is the nearest."""
     largest = -np.partition(-(some @ own.T), k, axis=1)[:, : k + 1]
     return 1 - (largest.sum(axis=1) - largest.max(axis=1)) / k
 
 
 def draw(rows: pd.DataFrame, lowest: pd.DataFrame, key: str, files: list[str], args: argparse.Namespace) -> None:
-    """A contact sheet: two lines of the furthest, two of the lowest scores."""
+    """Draw a contact sheet: two lines of the furthest rows, and two of the lowest scores."""
     furthest, lowest = rows.head(16), lowest.head(16)
     images = thumbnails([*furthest[key], *lowest[key]], files, args)
     blocks = []
@@ -103,7 +103,7 @@ def draw(rows: pd.DataFrame, lowest: pd.DataFrame, key: str, files: list[str], a
         )
         cells = [(caption, images.get(one)) for caption, one in zip(names, table[key], strict=True)]
         blocks += [(heading if i == 0 else "", cells[i : i + 8]) for i in range(0, len(cells), 8)]
-    contact_sheet("Rows to look at: id, label, and how odd", blocks, args.picture)
+    contact_sheet("Rows to check: id, label, and distance or score", blocks, args.picture)
 
 
 if __name__ == "__main__":

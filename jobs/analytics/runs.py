@@ -1,4 +1,4 @@
-"""How the nights went: rows, time and pace of every night in runs.parquet, which jobs/nightly.py writes.
+"""History of the nights: rows, time and throughput of every night in runs.parquet, which jobs/nightly.py writes.
 
 python jobs/analytics/runs.py nights --last 60 --picture runs.png
 """
@@ -14,7 +14,7 @@ import pandas as pd
 from common import BLUE, COLOURS, GREY, RED, save, show, start
 from matplotlib.figure import Figure
 
-# What became of a night's rows, and its colour; columns that a file does not have are passed over.
+# Kinds of rows of a night and their colours; columns that a file does not have are skipped.
 KINDS = {
     "carried": "#DDDDDD",
     "new": BLUE,
@@ -27,10 +27,10 @@ SHOWN = ("date", "rows", *KINDS, "dropped", "failed", "seconds", "images_per_sec
 
 
 def main(argv: list[str] | None = None) -> pd.DataFrame:
-    """Print and draw; the nights are returned, oldest first."""
+    """Print and draw the nights, and return them, oldest first."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("store", help="the store of nights, or its runs.parquet")
-    parser.add_argument("--last", type=int, default=90, help="so many of the newest nights [90]")
+    parser.add_argument("--last", type=int, default=90, help="number of newest nights [90]")
     parser.add_argument("--picture", help="write a picture here (.png, .svg, .pdf)")
     args = parser.parse_args(argv)
     path = args.store if args.store.endswith(".parquet") else f"{args.store.rstrip('/')}/runs.parquet"
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> pd.DataFrame:
         with fsspec.open(path) as file:
             runs = pd.read_parquet(file)
     except FileNotFoundError:
-        raise SystemExit(f"{path}: not there; jobs/nightly.py writes it after its first night") from None
+        raise SystemExit(f"{path}: no such file; jobs/nightly.py writes it after its first night") from None
     if runs.empty or "date" not in runs:
         raise SystemExit(f"{path}: no nights in it, or no column date; it has {', '.join(runs)}")
     runs = runs.assign(date=pd.to_datetime(runs["date"])).sort_values("date", kind="stable").tail(args.last)
@@ -54,16 +54,16 @@ def main(argv: list[str] | None = None) -> pd.DataFrame:
 
 
 def draw(runs: pd.DataFrame, missing: pd.DatetimeIndex) -> Figure:
-    """Work, all rows, time and failed rows by night; bad nights and missing dates are marked in every panel."""
+    """Draw new and changed rows, all rows, time and failed rows by night, with bad nights and missing dates marked."""
     figure = Figure(figsize=(11, 9), layout="constrained", facecolor="white")
     panels = figure.subplots(4, 1, sharex=True, height_ratios=(2, 1, 1, 1))
     worked = runs.reindex(columns=[kind for kind in KINDS if kind != "carried"]).fillna(0)
     for axes, title, columns, colours in (
-        (panels[0], "Rows that were new, changed, tried again, or made anew\n", worked, KINDS),
+        (panels[0], "Rows that were new, changed, retried or computed again\n", worked, KINDS),
         (
             panels[1],
             "All rows",
-            {"carried": _column(runs, "carried"), "worked on": worked.sum(axis=1)},
+            {"carried": _column(runs, "carried"), "embedded": worked.sum(axis=1)},
             {"carried": KINDS["carried"]},
         ),
         (panels[2], "Minutes", {"minutes": _column(runs, "seconds") / 60}, {"minutes": GREY}),
@@ -92,7 +92,7 @@ def draw(runs: pd.DataFrame, missing: pd.DatetimeIndex) -> Figure:
 
 
 def _limit(axes: Any, dates: pd.Series, heights: np.ndarray) -> None:
-    """Cut bars that would flatten all others, such as the first night's, and write their height into them."""
+    """Cut bars that would flatten all others, such as the first night's, and label them with their height."""
     top = 1.05 * heights.max() or 1
     usual = np.median(heights[heights > 0]) if heights.any() else top
     top = min(top, 4 * usual) if top > 8 * usual else top

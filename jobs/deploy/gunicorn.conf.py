@@ -1,20 +1,22 @@
 """One uvicorn worker per GPU: ``gunicorn -c jobs/deploy/gunicorn.conf.py``.
 
-The environment says what differs between machines; all of it may be left out.
+The environment holds the settings of a machine; all of them are optional.
 
 ============================ ====================================================================================
-``PIPELINE_SERVE_OVERRIDES`` what would follow ``python -m pipeline.serve``, but for serve.host and serve.port
-``SERVE_HOST``               the address to listen at, 127.0.0.1 by default
-``SERVE_PORT``               8000 by default; every worker answers here, and worker n alone n + 1 ports further
-``WEB_CONCURRENCY``          how many workers; one per visible GPU by default, one where there is none
-``FORWARDED_ALLOW_IPS``      whose X-Forwarded-For is believed, 127.0.0.1 by default
+``PIPELINE_SERVE_OVERRIDES`` arguments of ``python -m pipeline.serve``, without serve.host and serve.port
+``SERVE_HOST``               address of the service; default 127.0.0.1
+``SERVE_PORT``               port that all workers share; default 8000. Worker n also has port SERVE_PORT + n + 1
+``WEB_CONCURRENCY``          number of workers; default one for each visible GPU, or one without GPUs
+``FORWARDED_ALLOW_IPS``      proxies whose X-Forwarded-For is trusted; default 127.0.0.1
 ============================ ====================================================================================
 
-Behind the shared port the kernel picks the worker, mostly the one that slept last, and a scrape meets any of them.
-So each worker has a port of its own too: nginx spreads the load over these, and Prometheus scrapes each.
+The kernel chooses the worker of a connection to the shared port, often the one that was idle last, so a scrape reaches
+any of them. Therefore each worker has a port of its own too: nginx balances the load over these, and Prometheus scrapes
+each.
 
-SIGTERM to one worker answers what it has accepted, and starts another in its place, on its GPU and its port, while the
-others go on: one after the other, nothing is lost. SIGHUP ends all at once, and nobody answers until a model is warm.
+After SIGTERM a worker answers its accepted requests and ends, and gunicorn starts another one on the same GPU and port
+while the others continue. Replace workers one after the other, and no request is lost. SIGHUP ends all workers at once,
+and there are no answers until a model is warm.
 """
 
 import os
@@ -30,7 +32,7 @@ from uvicorn_worker import UvicornWorker
 
 
 def _visible_gpus() -> list[str]:
-    """What ``CUDA_VISIBLE_DEVICES`` may name, one entry a worker; this process itself never loads CUDA."""
+    """Return the GPUs for ``CUDA_VISIBLE_DEVICES``, one for each worker; this process never loads CUDA."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     if given is not None:
         return [name.strip() for name in given.split(",") if name.strip() not in ("", "-1")]
@@ -44,7 +46,7 @@ def _visible_gpus() -> list[str]:
 
 
 def uuids(listing: str) -> list[str]:
-    """The UUIDs that ``nvidia-smi -L`` prints; a GPU that MIG splits gives way to its parts, in the lines below it."""
+    """Return the UUIDs of ``nvidia-smi -L``; the MIG devices of a GPU replace the GPU itself."""
     found: list[str] = []
     for uuid in re.findall(r"\(UUID: ([^)]+)\)", listing):
         if uuid.startswith("MIG-") and found and found[-1].startswith("GPU-"):
@@ -61,7 +63,7 @@ def _number(name: str, default: int, lowest: int) -> int:
 
 
 class Worker(UvicornWorker):
-    """A worker that ends when its engine is broken, so that gunicorn starts another one in its place."""
+    """A worker that ends if its engine fails, so that gunicorn starts another one."""
 
     CONFIG_KWARGS: ClassVar[dict[str, Any]] = {
         **{"ws": "none", "lifespan": "on", "access_log": False, "server_header": False},
@@ -69,7 +71,7 @@ class Worker(UvicornWorker):
     }
 
     def load_wsgi(self) -> None:
-        """As the class above; what is wrong with the settings is a sentence."""
+        """Load the app; report wrong settings as one sentence."""
         from pipeline.core.errors import PipelineError
 
         try:
@@ -79,7 +81,7 @@ class Worker(UvicornWorker):
             raise SystemExit(Arbiter.WORKER_BOOT_ERROR) from error
 
     async def _serve(self) -> None:
-        """As the class above, with the server of ``python -m pipeline.serve``: its patience, and its end."""
+        """Run the server of ``python -m pipeline.serve``, with its timeouts and its shutdown."""
         from pipeline.serve.uvicorn_server import Server
 
         self.config.app = self.wsgi
@@ -90,7 +92,7 @@ class Worker(UvicornWorker):
             sys.exit(Arbiter.WORKER_BOOT_ERROR)
 
     async def callback_notify(self) -> None:
-        """Every few seconds: tell gunicorn that the event loop runs, and look at the engine."""
+        """Send gunicorn a heartbeat every few seconds, and check the engine."""
         await super().callback_notify()
         fault = self.wsgi.state.service.fault
         if fault is not None:
@@ -106,47 +108,47 @@ wsgi_app = "pipeline.serve.app:create()"
 bind = [f"[{_host}]:{_port}" if ":" in _host else f"{_host}:{_port}"]
 worker_class = Worker
 workers = _number("WEB_CONCURRENCY", len(_gpus) or 1, 1)
-# A forked CUDA context does not work: every worker opens the model itself.
+# CUDA contexts do not survive a fork: every worker loads the model itself.
 preload_app = False
-# A worker whose event loop says nothing for so long is killed. The model is opened beside the loop.
+# Seconds without a heartbeat after which a worker is killed. The model is loaded outside of the event loop.
 timeout = 120
-# Longer than serve.grace_seconds, after which workers are killed.
+# Seconds after which a worker that ends is killed; longer than serve.grace_seconds.
 graceful_timeout = 45
-# Longer than nginx keeps an idle connection (60 s), or it would send a request into one that is just closed.
+# Longer than nginx keeps an idle connection (60 s). Otherwise nginx could send a request to a closing connection.
 keepalive = 75
 backlog = 512
-# The heartbeat of a worker, where a slow disk cannot hold it up.
+# Heartbeat files in memory, so that a slow disk cannot delay them.
 worker_tmp_dir = "/dev/shm" if os.path.isdir("/dev/shm") else None
-# Whose X-Forwarded-For is believed, which tells clients apart: nginx.
+# The proxy whose X-Forwarded-For is trusted to identify clients: nginx.
 forwarded_allow_ips = os.environ.get("FORWARDED_ALLOW_IPS") or "127.0.0.1"
-# The service logs every request by itself, with its id.
+# The service logs every request with its id.
 accesslog = None
 control_socket_disable = True
 
 
 def pre_fork(server: Any, worker: Any) -> None:
-    """Give the worker the slot that has the fewest others, so that whoever replaces a worker gets its GPU and port."""
+    """Give the worker the least used slot, so that the successor of a worker gets its GPU and port."""
     taken = [other.slot for other in server.WORKERS.values()]
     worker.slot = min(range(server.num_workers), key=taken.count)
 
 
 def post_fork(server: Any, worker: Any) -> None:
-    """Show the worker one GPU, before anything loads CUDA, and give it a port of its own."""
+    """Restrict the worker to one GPU before CUDA is loaded, and give it a port of its own."""
     if _gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = _gpus[worker.slot % len(_gpus)]
     if worker.age > server.num_workers:
-        # Where the successor of a worker cannot open the model, as on a GPU without memory, the others go on, and it is
-        # tried again; at the first start gunicorn ends.
+        # If the successor of a worker cannot load the model, as on a GPU without memory, the others continue and
+        # gunicorn tries again. At the first start gunicorn ends.
         os.environ["PIPELINE_SERVE_BOOT_CODE"] = "1"
     worker.sockets = [*worker.sockets, _own_port(worker.slot)]
 
 
 def _own_port(slot: int) -> socket.socket:
-    """A socket that uvicorn listens at once the app has started: until then nginx is refused, and asks another."""
+    """Return a socket at which uvicorn listens once the app has started; until then nginx tries another worker."""
     family = socket.AF_INET6 if ":" in _host else socket.AF_INET
     opened = socket.socket(family, socket.SOCK_STREAM)
     opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    # While gunicorn reloads, the old worker and its successor are both there.
+    # During a reload the old worker and its successor use the port together.
     opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     try:
         opened.bind((_host, _port + 1 + slot))
@@ -156,7 +158,7 @@ def _own_port(slot: int) -> socket.socket:
             "set SERVE_PORT to a number with free ports after it",
             file=sys.stderr,
         )
-        # Without this code gunicorn would start the worker over and over.
+        # Without this code gunicorn would restart the worker endlessly.
         raise SystemExit(Arbiter.WORKER_BOOT_ERROR) from error
     opened.setblocking(False)
     return opened

@@ -1,7 +1,7 @@
-"""Print what a package and some of its extras need, one requirement a line: the Dockerfile's layer of dependencies.
+"""Print the requirements of a package and of some extras, one a line, for a layer of the Dockerfile.
 
-``python jobs/deploy/requirements.py pyproject.toml onnx,serve``. That layer then changes with ``pyproject.toml`` alone,
-and not with every line of code.
+``python jobs/deploy/requirements.py pyproject.toml onnx,serve``. The layer then changes only with ``pyproject.toml``,
+and not with the code.
 """
 
 import re
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def requirements(pyproject: str, extras: list[str]) -> list[str]:
-    """The requirements, in order; an extra that is made of others, ``name[a,b]``, is followed."""
+    """Return the requirements in order; an extra that consists of others, ``name[a,b]``, is expanded."""
     project = tomllib.loads(Path(pyproject).read_text(encoding="utf-8"))["project"]
     offered = project["optional-dependencies"]
     found, waiting, seen = list(project["dependencies"]), list(extras), set[str]()

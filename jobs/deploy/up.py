@@ -1,11 +1,10 @@
-"""Bring up gunicorn, the service, nginx and Prometheus on loopback, ask something through all of them, take them down.
+"""Start gunicorn, the service, nginx and Prometheus on loopback, send requests through all of them, and stop them.
 
 ``python jobs/deploy/up.py`` needs the extra ``deploy`` and Debian's packages ``nginx-light`` and ``prometheus``. The
-configs beside this file are used as they are, but for ports, which are free ones, and intervals. What follows on the
-command line is told to the service, such as ``model=clip_vit_b32 backend=onnx_int8``. ``--stay`` leaves all up until
-Ctrl-C.
+configs beside this file are used with free ports and short intervals. Arguments are passed to the service, such as
+``model=clip_vit_b32 backend=onnx_int8``. ``--stay`` keeps all of them running until Ctrl-C.
 
-Exit codes: 0 everything answered and ended as it should; 1 something did not, and the logs are printed; 2 a program is
+Exit codes: 0 everything answered and ended correctly; 1 something did not, and the logs are printed; 2 a program is
 missing; 75 interrupted.
 """
 
@@ -33,9 +32,9 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 PACKAGES = {"nginx": "nginx-light", "prometheus": "prometheus"}
-# Where Debian puts servers, which is not on everybody's PATH.
+# Debian's folders of servers may be missing from PATH.
 PLACES = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
-# Each address of a config, as it stands there, and whose port it is.
+# The addresses in each config, and the program that uses each port.
 ADDRESSES = {
     "nginx.conf": {"127.0.0.1:8080": "nginx", "127.0.0.1:8001": "worker"},
     "prometheus.yml": {"127.0.0.1:8001": "worker"},
@@ -48,13 +47,13 @@ REQUEST_ID = "up-and-down"
 LINES_OF_LOG = 40
 # Longer than gunicorn's graceful_timeout.
 STOP_SECONDS = 60.0
-# All are taken for Ctrl-C; SIGHUP comes when the terminal is closed.
+# All are handled as Ctrl-C; SIGHUP is sent when the terminal is closed.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass
 class Part:
-    """A program that was started, and how it is asked to end."""
+    """A started program, and the signal that ends it."""
 
     name: str
     process: subprocess.Popen[bytes]
@@ -63,7 +62,7 @@ class Part:
 
 
 class Failed(Exception):
-    """Something did not come up, did not answer, or did not end; ``part`` is the one whose log tells, if one does."""
+    """Something did not start, answer or end; ``part`` is the program whose log explains it, if known."""
 
     def __init__(self, message: str, part: Part | None = None) -> None:
         super().__init__(message)
@@ -71,15 +70,13 @@ class Failed(Exception):
 
 
 def main() -> int:
-    """Parse the command line, go up and down; returns the exit code."""
+    """Parse the command line, start and stop everything, and return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="GROUP=OPTION or KEY=VALUE, for the service")
-    parser.add_argument(
-        "--folder", type=Path, help="for configs, logs and data; by default a temporary one, removed after"
-    )
-    parser.add_argument("--timeout", type=float, default=300.0, metavar="S", help="for the start of the model (300)")
+    parser.add_argument("--folder", type=Path, help="folder of configs, logs and data; default: a temporary one")
+    parser.add_argument("--timeout", type=float, default=300.0, metavar="S", help="seconds for loading the model (300)")
     parser.add_argument("--app", default=APP, help=f"what gunicorn serves ({APP})")
-    parser.add_argument("--stay", action="store_true", help="stay up until Ctrl-C, after all has answered")
+    parser.add_argument("--stay", action="store_true", help="keep everything running until Ctrl-C")
     options = parser.parse_intermixed_args()
     for name, package in PACKAGES.items():
         if shutil.which(name, path=PLACES) is None:
@@ -89,7 +86,7 @@ def main() -> int:
         print("error: the extra deploy is missing: pip install -c constraints.txt -e '.[deploy]'", file=sys.stderr)
         return 2
     for number in SIGNALS:
-        # One that is ignored stays so, as nohup wants it.
+        # Ignored signals stay ignored, as nohup requires.
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler)
     try:
@@ -99,7 +96,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("error: interrupted; all is down again", file=sys.stderr)
+        print("error: interrupted; everything has been stopped", file=sys.stderr)
         return 75
     return 0
 
@@ -130,14 +127,14 @@ def _up_and_down(folder: Path, options: argparse.Namespace) -> None:
         logs = "".join(f"\n--- {part.name}\n{_tail(part.log)}" for part in ([error.part] if error.part else parts))
         raise Failed(f"{error}{logs}") from error
     finally:
-        # A second Ctrl-C would leave the rest running.
+        # A second Ctrl-C would leave some programs running.
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
-        # The proxy first: what it has accepted is still answered.
+        # The proxy ends first, so that accepted requests are answered.
         late = [part for part in sorted(parts, key=lambda part: part.name != "nginx") if not _stop(part)]
     if late:
-        told = "; ".join(f"{part.name} ended with {part.process.returncode}\n{_tail(part.log)}" for part in late)
-        raise Failed(f"not everything ended as it should: {told}")
+        endings = "; ".join(f"{part.name} ended with {part.process.returncode}\n{_tail(part.log)}" for part in late)
+        raise Failed(f"not everything ended correctly: {endings}")
     for name, port in ports.items():
         with contextlib.closing(socket.socket()) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -149,7 +146,7 @@ def _up_and_down(folder: Path, options: argparse.Namespace) -> None:
 
 
 def _free_ports() -> dict[str, int]:
-    """Ports of nginx and Prometheus, and two neighbours: gunicorn's, and that of its one worker."""
+    """Return free ports of nginx and Prometheus, and two adjacent ones of gunicorn and its worker."""
     for _ in range(100):
         with contextlib.ExitStack() as held:
             nginx, prometheus, gunicorn, worker = (held.enter_context(socket.socket()) for _ in range(4))
@@ -171,7 +168,7 @@ def _write_configs(folder: Path, ports: dict[str, int]) -> None:
             if text.count(address) != 1:
                 raise Failed(f"{HERE / name} has {address} {text.count(address)} times, and must have it once")
             text = text.replace(address, f"127.0.0.1:{ports[part]}")
-        # Nobody waits for a scrape here.
+        # Short intervals, so that this script need not wait for a scrape.
         text = text.replace("_interval: 15s", "_interval: 1s").replace("scrape_timeout: 5s", "scrape_timeout: 1s")
         (folder / name).write_text(text, encoding="utf-8")
 
@@ -180,7 +177,7 @@ def _start_all(parts: list[Part], folder: Path, ports: dict[str, int], options: 
     def start(name: str, command: list[str], stop: signal.Signals = signal.SIGTERM, **environment: str) -> None:
         log = folder / f"{name}.log"
         with log.open("ab") as file:
-            # A process group of its own: a Ctrl-C is for this program, which ends the others in their order.
+            # A separate process group: Ctrl-C goes to this program only, which stops the others in order.
             process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True,
                 env={**os.environ, **environment},
@@ -192,7 +189,7 @@ def _start_all(parts: list[Part], folder: Path, ports: dict[str, int], options: 
         SERVE_HOST="127.0.0.1", SERVE_PORT=str(ports["gunicorn"]), WEB_CONCURRENCY="1",
         PIPELINE_SERVE_OVERRIDES=shlex.join(options.overrides),
     )  # fmt: skip
-    # As root, nginx would leave root for its workers, to whom a temporary folder is closed.
+    # Under root, nginx starts its workers as another user, who cannot open the temporary folder.
     user = ["-g", "user root;"] if os.geteuid() == 0 else []
     start(
         "nginx", [_program("nginx"), "-p", str(folder), "-e", "stderr", "-c", str(folder / "nginx.conf"), *user],
@@ -209,7 +206,7 @@ def _start_all(parts: list[Part], folder: Path, ports: dict[str, int], options: 
 
 
 def _ask(parts: list[Part], ports: dict[str, int], timeout: float) -> None:
-    """Wait until the service is ready, ask it through the proxy, and read from Prometheus that it was asked."""
+    """Wait until the service is ready, send requests through the proxy, and find them in Prometheus."""
     proxy = f"http://127.0.0.1:{ports['nginx']}"
     began = time.monotonic()
     _wait(parts, timeout, lambda: _get(f"{proxy}/readyz")[0] == 200, "the service is not ready")
@@ -227,16 +224,16 @@ def _ask(parts: list[Part], ports: dict[str, int], timeout: float) -> None:
             raise Failed(f"POST {proxy}{path}: the request id came back as {headers.get('X-Request-ID')!r}")
         _say(f"POST {proxy}{path}: {status}, {len(answer):,} bytes")
     if (hidden := _get(f"{proxy}/metrics")[0]) != 404:
-        raise Failed(f"GET {proxy}/metrics: {hidden}, where the proxy must show nobody the metrics")
+        raise Failed(f"GET {proxy}/metrics: {hidden}, although the proxy must not serve the metrics")
 
     query = 'sum(clip_service_requests_total{route="/embed",code="200"})'
     page = f"http://127.0.0.1:{ports['prometheus']}/api/v1/query?{urllib.parse.urlencode({'query': query})}"
-    _wait(parts, 30, lambda: _value(page) == 1, f"Prometheus does not tell of one request ({query})")
+    _wait(parts, 30, lambda: _value(page) == 1, f"Prometheus does not report one request ({query})")
     _say(f"Prometheus: {query} = 1")
 
 
 def _get(url: str, body: object = None, headers: dict[str, str] | None = None) -> tuple[int, dict[str, str], bytes]:
-    """Status, headers and content; status 0 where nobody answers yet."""
+    """Return status, headers and content; status 0 if there is no answer yet."""
     data = None if body is None else json.dumps(body).encode()
     kind = {"Content-Type": "application/json"} if data else {}
     try:
@@ -268,12 +265,12 @@ def _wait(parts: list[Part], seconds: float, done: Callable[[], bool], otherwise
 
 
 def _stop(part: Part) -> bool:
-    """Ask a program to end and wait for it; False if it had to be killed, or ended with an error."""
+    """Stop a program and wait for it; return False if it had to be killed or ended with an error."""
     if part.process.poll() is None:
         part.process.send_signal(part.stop)
         with contextlib.suppress(subprocess.TimeoutExpired):
             part.process.wait(STOP_SECONDS)
-    # Its children too, whom a program that was killed leaves behind.
+    # Its child processes too, which a killed program leaves behind.
     with contextlib.suppress(ProcessLookupError):
         os.killpg(part.process.pid, signal.SIGKILL)
     return part.process.wait() == 0
