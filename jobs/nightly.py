@@ -1,4 +1,4 @@
-"""The nightly job: embed what is new or changed in a manifest, carry the rest, publish the dataset of a date."""
+"""The nightly job: embed new and changed rows of a manifest, carry the others, publish the dataset of a date."""
 
 from pipeline.core.cli import own_exit_code
 from pipeline.nightly.cli import main

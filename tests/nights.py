@@ -1,7 +1,7 @@
-"""Nights that can be looked at: a collection that grows, changes and shrinks, and what must hold after each night.
+"""A collection of images that grows, changes and shrinks, and checks of each night made from it.
 
 ``python -m tests.nights --nights 10`` simulates so many nights with the demo model, kills the job on three of them,
-compares each with a from-scratch run, and prints a table.
+compares each with a run from scratch, and prints a table.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pipeline.dataset import lease
 from pipeline.dataset.verify import verify
 from pipeline.engine.demo.folder import jpeg
 from pipeline.engine.demo.scenes import sample
-from pipeline.nightly.records import SNAPSHOT, Night, Wanted
+from pipeline.nightly.records import SNAPSHOT, Night, NightOptions
 from pipeline.nightly.run import run_night
 from pipeline.storage.factory import open_storage
 from tests.jobs import config_for
@@ -35,7 +35,7 @@ from tests.jobs import config_for
 
 @dataclass
 class Collection:
-    """Images in a folder, and the manifest of the moment; ``content`` counts how often an image was drawn again."""
+    """Images in a folder and their current manifest; ``content`` counts how often an image was drawn again."""
 
     folder: Path
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -46,7 +46,7 @@ class Collection:
         return self.folder / "manifest.parquet"
 
     def draw(self, number: int, *, version: int = 0, missing: bool = False, damaged: bool = False) -> None:
-        """Add an image, or draw it anew; a missing one stands in the manifest alone."""
+        """Add an image, or draw it anew; a missing one is in the manifest only."""
         name = f"{number:04d}"
         path = self.folder / f"{name}.jpg"
         self.content[name] = version
@@ -59,13 +59,13 @@ class Collection:
             "id": name,
             "path": path.name,
             "size": len(data),
-            # As a listing would tell it; files written within the same microsecond differ in it too.
+            # Stands in for a modification time; it differs for files written within the same microsecond.
             "modified": number * 10_000 + version,
             "truth": drawn.label,
         }
 
     def restore(self, number: int) -> None:
-        """Put a missing image where the manifest says it is."""
+        """Write the file of a missing image."""
         drawn = sample(7, number + 1000 * self.content[f"{number:04d}"])
         (self.folder / f"{number:04d}.jpg").write_bytes(jpeg(drawn, 64, 64))
 
@@ -96,7 +96,7 @@ def night(config: Config, store: Path | str, day: str, **wanted: Any) -> Night:
     """One night in this process."""
     storage = open_storage(str(store))
     with lease.take(storage, seconds=60) as held:
-        return run_night(config, Wanted(store=str(store), **wanted), storage, day, held)
+        return run_night(config, NightOptions(store=str(store), **wanted), storage, day, held)
 
 
 def night_in_fork(groups: dict[str, dict[str, Any]], store: str, day: str, layout: str) -> int:
@@ -111,7 +111,7 @@ def night_in_fork(groups: dict[str, dict[str, Any]], store: str, day: str, layou
 
 
 def from_scratch(config: Config, output: Path) -> pa.Table:
-    """What the main job makes of the same manifest."""
+    """Rows of the main job over the same manifest."""
     from pipeline.job.main import run_job
 
     shutil.rmtree(output, ignore_errors=True)
@@ -129,7 +129,7 @@ def read(output: Path) -> pa.Table:
 
 
 def differences(made: pa.Table, scratch: pa.Table) -> Iterator[str]:
-    """What two datasets of the same manifest differ in; embeddings and scores may by rounding."""
+    """Columns that differ between two datasets of the same manifest, beyond rounding of embeddings and scores."""
     if made.schema != scratch.schema:
         yield f"the schema: {made.schema} and {scratch.schema}"
         return
@@ -155,7 +155,7 @@ def healthy(output: Path) -> bool:
 
 
 def turn(collection: Collection, generator: random.Random, added: int) -> None:
-    """What a day does: some images come, some change, some go, one is late and comes a day later."""
+    """Change the collection by a day: images are added, changed and removed; one file arrives a day late."""
     known = sorted(map(int, collection.rows))
     for number in known:
         if not (collection.folder / f"{number:04d}.jpg").exists():
@@ -197,12 +197,12 @@ def main() -> int:
             turn(collection, generator, options.images if number == 0 else options.added)
             config, day = collection.config(), f"2026-11-{number + 1:02d}"
             began = time.monotonic()
-            struck = crashes.get(number, "")
-            if struck:
+            killed_at = crashes.get(number, "")
+            if killed_at:
                 arguments = (asdict(config), str(store), day, options.layout)
-                child = forks().start("tests.nights:night_in_fork", *arguments, failpoints=f"{struck}=kill@1")
+                child = forks().start("tests.nights:night_in_fork", *arguments, failpoints=f"{killed_at}=kill@1")
                 if child.wait() != -9:
-                    struck += " (not reached)"
+                    killed_at += " (not reached)"
             done = night(config, store, day, layout=options.layout)
             seconds = time.monotonic() - began
             scratch = from_scratch(config, Path(place) / "scratch")
@@ -214,10 +214,10 @@ def main() -> int:
             # A partition holds a part of the manifest.
             same = ", ".join(wrong) or ("yes" if options.layout == SNAPSHOT else "-")
             own = [kinds[name] for name in ("new", "changed", "retried", "dropped", "carried")]
-            cells = [day, done.rows, *own, done.embedded, done.shared, done.written, struck]
+            cells = [day, done.rows, *own, done.embedded, done.shared, done.written, killed_at]
             cells += [f"{seconds:.1f}", same, "healthy" if whole else "DAMAGED"]
             print("| " + " | ".join(map(str, cells)) + " |", flush=True)
-    print(f"{bad} things were wrong")
+    print(f"{bad} checks failed")
     return int(bad > 0)
 
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import verify as verify_door
+from pipeline import verify as verify_command
 from pipeline.config.schema import Config
 from pipeline.core.errors import OutputBusy, ShardsGivenUp, StorageError
 from pipeline.dataset import lease
@@ -25,9 +25,9 @@ from pipeline.images.sources.source import Source
 from pipeline.manifest.manifest import open_manifest
 from pipeline.nightly import cli
 from pipeline.nightly.content_keys import find_content
-from pipeline.nightly.notify import ping, write_textfile
+from pipeline.nightly.notify import Outcome, ping, write_textfile
 from pipeline.nightly.records import PARTITION, NightError
-from pipeline.nightly.rows import cut_out, rechunk
+from pipeline.nightly.rows import copy_rows, rechunk
 from pipeline.storage.factory import open_storage
 from tests.forks import forks
 from tests.jobs import overrides_of, scenes_manifest
@@ -50,7 +50,7 @@ def photos(tmp_path: Path) -> Collection:
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The ids of the images that were read, in no order."""
+    """The ids of the images that were read, unordered."""
     ids: list[str] = []
     before = Source.read
 
@@ -110,7 +110,7 @@ def test_a_night_without_changes_reads_no_image_and_shares_every_part(
     for part in (store / f"date={FIRST}").glob("part-*"):
         assert part.samefile(store / f"date={SECOND}" / part.name)
     same_as_from_scratch(config, store, SECOND)
-    # A part that is shared says of which manifest it was: the third night shares one of the first.
+    # A shared part keeps the manifest it was written for: the third night shares one of the first.
     photos.draw(20)
     photos.write()
     third = night(config, store, THIRD, keep=1)
@@ -158,7 +158,7 @@ def test_a_repair_keeps_shared_parts_and_makes_a_damaged_one_again(photos: Colle
     parts = sorted(output.glob("part-*"))
     parts[2].unlink()
     parts[2].write_bytes(b"torn")
-    assert verify_door.main([str(output), "--repair"]) == 0
+    assert verify_command.main([str(output), "--repair"]) == 0
     assert [part.samefile(store / f"date={FIRST}" / part.name) for part in parts[:2]] == [True, True]
     same_as_from_scratch(config, store, SECOND)
 
@@ -175,12 +175,12 @@ def test_the_same_date_again_does_nothing(photos: Collection, tmp_path: Path, se
     assert {path: path.stat().st_mtime_ns for path in store.rglob("*") if path.is_file()}.items() <= before.items()
 
 
-def test_equal_digests_are_embedded_once_and_a_twin_is_tried_where_the_first_is_missing(
+def test_equal_digests_are_embedded_once_and_a_duplicate_is_tried_if_the_first_is_missing(
     photos: Collection, tmp_path: Path, seen: list[str]
 ) -> None:
     store, config = tmp_path / "nights", photos.config()
-    for number, twin in ((7, 6), (9, 8), (5, 4), (10, 4)):
-        (photos.folder / f"{number:04d}.jpg").write_bytes((photos.folder / f"{twin:04d}.jpg").read_bytes())
+    for number, other in ((7, 6), (9, 8), (5, 4), (10, 4)):
+        (photos.folder / f"{number:04d}.jpg").write_bytes((photos.folder / f"{other:04d}.jpg").read_bytes())
     (photos.folder / "0008.jpg").unlink()
     same = {5: 4, 7: 6, 9: 8, 10: 4}
     digests = [f"d{same.get(number, number)}" for number in range(20)]
@@ -204,7 +204,7 @@ def test_equal_digests_are_embedded_once_and_a_twin_is_tried_where_the_first_is_
     same_as_from_scratch(config, store, SECOND)
 
 
-def test_images_within_the_manifest_are_told_apart_by_their_bytes(tmp_path: Path, seen: list[str]) -> None:
+def test_images_within_the_manifest_are_compared_by_their_bytes(tmp_path: Path, seen: list[str]) -> None:
     manifest, store = tmp_path / "scenes.parquet", tmp_path / "nights"
     scenes_manifest(manifest, 20)
     collection = Collection(tmp_path)
@@ -229,7 +229,7 @@ def test_another_model_or_prompt_embeds_everything_anew(photos: Collection, tmp_
     store = tmp_path / "nights"
     photos.restore(5)
     night(photos.config(), store, FIRST)
-    # Nothing changed in the manifest, so the config alone can tell.
+    # Nothing changed in the manifest; only the config differs.
     other = photos.config(prompts={"templates": ["a picture of a {}"]})
     second = night(other, store, SECOND)
     assert "prompts" in second.anew
@@ -261,7 +261,7 @@ def test_a_digest_without_text_is_no_digest(photos: Collection, tmp_path: Path) 
     photos.write({"sha256": [""] * 10 + [f"d{number}" for number in range(10, 20)]})
     assert night(config, store, FIRST).kinds["duplicate"] == 0
     second = night(config, store, SECOND)
-    # Of some rows nobody knows whether they are as they were; the missing and the damaged one are among them.
+    # The content of ten rows is unknown; the missing and the damaged image are among them.
     assert (second.kinds["carried"], second.kinds["changed"], second.kinds["retried"]) == (10, 8, 2)
     same_as_from_scratch(config, store, SECOND)
 
@@ -298,7 +298,7 @@ def test_rows_of_a_damaged_part_are_not_carried_into_a_sound_one(photos: Collect
         night(config, store, SECOND)
 
 
-def test_a_night_that_another_job_began_says_what_to_remove(
+def test_a_night_that_another_job_began_names_what_to_remove(
     photos: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, config = tmp_path / "nights", photos.config()
@@ -311,14 +311,14 @@ def test_a_night_that_another_job_began_says_what_to_remove(
     assert night(config, store, FIRST).embedded == 20
 
 
-def test_a_night_with_shards_given_up_is_not_told_as_published(
-    photos: Collection, tmp_path: Path, door: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+def test_a_night_with_shards_given_up_is_not_reported_as_published(
+    photos: Collection, tmp_path: Path, command: Callable[..., int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def given_up(config: Config, *, run: str) -> None:
         raise ShardsGivenUp("shard 1")
 
     monkeypatch.setattr("pipeline.nightly.embed.run_main_job", given_up)
-    assert door("--date", FIRST, "--store", str(tmp_path / "nights")) == 1
+    assert command("--date", FIRST, "--store", str(tmp_path / "nights")) == 1
 
 
 def test_a_night_that_was_killed_before_its_row_gets_it_on_a_later_date(photos: Collection, tmp_path: Path) -> None:
@@ -439,7 +439,9 @@ def test_a_manifest_that_changed_since_a_night_was_begun_begins_it_again(
     same_as_from_scratch(config, store, SECOND)
 
 
-def test_partitions_hold_what_was_embedded_and_who_left(photos: Collection, tmp_path: Path, seen: list[str]) -> None:
+def test_partitions_hold_the_embedded_rows_and_the_dropped_ids(
+    photos: Collection, tmp_path: Path, seen: list[str]
+) -> None:
     store, config = tmp_path / "nights", photos.config()
     night(config, store, FIRST, layout=PARTITION)
     photos.draw(1, version=1)
@@ -462,7 +464,7 @@ def test_partitions_hold_what_was_embedded_and_who_left(photos: Collection, tmp_
     digests = {"md5": ["d21" if name >= "0021" else f"d{name}" for name in sorted(photos.rows)]}
     photos.write(digests)
     fourth = night(config, store, "2026-11-04", layout=PARTITION, content="md5")
-    # Contents are told by another column now, so that nothing of before can be compared.
+    # Contents are compared by another column now, so nothing can be carried.
     assert (fourth.kinds["anew"], fourth.kinds["duplicate"], fourth.embedded) == (20, 1, 21)
     assert "md5" in fourth.anew
     same_as_from_scratch(config, store, "2026-11-04")
@@ -519,7 +521,7 @@ def test_nights_are_kept_and_an_older_date_carries_from_its_own_past(photos: Col
     assert (runs[0]["ok"], runs[0]["failed"], runs[0]["exit_code"]) == (19, 2, 0)
 
 
-def test_content_is_told_by_what_the_manifest_has_and_a_missing_column_by_name(photos: Collection) -> None:
+def test_content_is_compared_by_known_columns_and_a_missing_column_is_named(photos: Collection) -> None:
     def found(option: str = "auto") -> str:
         return str(find_content(open_manifest(photos.config().manifest), option))
 
@@ -540,7 +542,7 @@ def test_content_is_told_by_what_the_manifest_has_and_a_missing_column_by_name(p
         find_content(open_manifest(remote.manifest), "auto")
 
 
-def test_a_file_without_columns_that_tell_is_told_by_its_size_and_date(
+def test_a_file_without_content_columns_is_compared_by_size_and_date(
     photos: Collection, tmp_path: Path, seen: list[str]
 ) -> None:
     table = pq.read_table(photos.manifest)
@@ -555,12 +557,12 @@ def test_a_file_without_columns_that_tell_is_told_by_its_size_and_date(
     same_as_from_scratch(config, store, SECOND)
 
 
-def test_rows_are_cut_out_of_a_manifest_without_reading_other_row_groups(photos: Collection, tmp_path: Path) -> None:
+def test_rows_are_copied_from_a_manifest_without_reading_other_row_groups(photos: Collection, tmp_path: Path) -> None:
     import numpy as np
 
     manifest = open_manifest(photos.config().manifest)
     storage = open_storage(str(tmp_path / "out"))
-    cut_out(manifest, np.array([3, 12, 13, 19]), ["id", "path"], storage, "some.parquet")
+    copy_rows(manifest, np.array([3, 12, 13, 19]), ["id", "path"], storage, "some.parquet")
     table = pq.read_table(tmp_path / "out" / "some.parquet")
     assert table["id"].to_pylist() == ["0003", "0012", "0013", "0019"]
     batches = [pa.record_batch({"a": list(range(start, stop))}) for start, stop in ((0, 3), (3, 10), (10, 11))]
@@ -569,12 +571,12 @@ def test_rows_are_cut_out_of_a_manifest_without_reading_other_row_groups(photos:
 
 @contextmanager
 def health_check(status: int = 200) -> Iterator[tuple[str, list[str]]]:
-    """A server that notes what it is asked for."""
-    asked: list[str] = []
+    """A server that records the requested paths."""
+    requests: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            asked.append(self.path)
+            requests.append(self.path)
             self.send_response(status)
             self.send_header("Content-Length", "0")
             self.end_headers()
@@ -586,19 +588,19 @@ def health_check(status: int = 200) -> Iterator[tuple[str, list[str]]]:
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}/uuid", asked
+        yield f"http://127.0.0.1:{server.server_port}/uuid", requests
     finally:
         server.shutdown()
         server.server_close()
         thread.join()
 
 
-def test_a_health_check_that_is_away_is_a_warning_without_its_address(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_health_check_that_does_not_answer_is_a_warning_without_its_address(caplog: pytest.LogCaptureFixture) -> None:
     with health_check(301) as (url, _):
         assert not ping(url, "0")
-    with health_check(503) as (url, asked):
+    with health_check(503) as (url, requests):
         assert not ping(url, "0")
-        assert asked == ["/uuid/0"]
+        assert requests == ["/uuid/0"]
     assert not ping(url, "start")
     assert not ping("http://[", "start")
     assert "127.0.0.1" in caplog.text
@@ -622,7 +624,7 @@ def metrics(path: Path) -> dict[str, float]:
 
 def test_labels_of_the_textfile_are_escaped(tmp_path: Path) -> None:
     place = tmp_path / "sub" / "nightly.prom"
-    write_textfile(place, store='a"b\\c\nd', exit_code=75, seconds=1.5, night=None, succeeded=None)
+    write_textfile(place, Outcome('a"b\\c\nd', exit_code=75, seconds=1.5, night=None, succeeded=None))
     samples = metrics(place)
     assert samples['clip_pipeline_nightly_exit_code{store="a\\"b\\\\c\\nd"}'] == 75
     assert not any("last_success" in name for name in samples)
@@ -630,7 +632,7 @@ def test_labels_of_the_textfile_are_escaped(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def door(photos: Collection, tmp_path: Path) -> Callable[..., int]:
+def command(photos: Collection, tmp_path: Path) -> Callable[..., int]:
     """The command line, with the overrides of the collection."""
 
     def run(*arguments: str) -> int:
@@ -643,53 +645,53 @@ def door(photos: Collection, tmp_path: Path) -> Callable[..., int]:
     return run
 
 
-def test_the_command_tells_prometheus_and_the_health_check(
-    photos: Collection, tmp_path: Path, door: Callable[..., int], capsys: pytest.CaptureFixture[str]
+def test_the_command_notifies_prometheus_and_the_health_check(
+    photos: Collection, tmp_path: Path, command: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     store, place = tmp_path / "nights", tmp_path / "nightly.prom"
-    with health_check() as (url, asked):
-        told = ("--store", str(store), "--ping", url, "--textfile", str(place))
-        assert door("--date", FIRST, *told) == 0
-        assert asked == ["/uuid/start", "/uuid/0"]
+    with health_check() as (url, requests):
+        options = ("--store", str(store), "--ping", url, "--textfile", str(place))
+        assert command("--date", FIRST, *options) == 0
+        assert requests == ["/uuid/start", "/uuid/0"]
         samples = metrics(place)
         label = f'store="{store}"'
         assert samples[f"clip_pipeline_nightly_exit_code{{{label}}}"] == 0
         assert samples[f'clip_pipeline_nightly_rows{{status="ok",{label}}}'] == 18
         assert samples[f'clip_pipeline_nightly_changes{{kind="new",{label}}}'] == 20
         success = samples[f"clip_pipeline_nightly_last_success_timestamp_seconds{{{label}}}"]
-        assert door("--date", FIRST, *told) == 0
+        assert command("--date", FIRST, *options) == 0
         assert "published already" in capsys.readouterr().err
         for number in (20, 21):
             photos.draw(number, damaged=True)
         photos.write()
-        assert door("--date", SECOND, *told) == 3
+        assert command("--date", SECOND, *options) == 3
         assert "4 of 22 rows failed" in capsys.readouterr().err
         photos.manifest.unlink()
-        assert door("--date", THIRD, *told) == 2
-        assert asked[4:] == ["/uuid/start", "/uuid/3", "/uuid/start", "/uuid/2"]
+        assert command("--date", THIRD, *options) == 2
+        assert requests[4:] == ["/uuid/start", "/uuid/3", "/uuid/start", "/uuid/2"]
         samples = metrics(place)
         assert samples[f"clip_pipeline_nightly_exit_code{{{label}}}"] == 2
         assert samples[f"clip_pipeline_nightly_last_success_timestamp_seconds{{{label}}}"] == success
-        # A wrong command line never comes to the store, and an alarm waits for the last success all the same.
-        assert door("--date", "tomorrow", *told) == 2
+        # A wrong command line does not open the store, but the last success is still exported for alarms.
+        assert command("--date", "tomorrow", *options) == 2
         samples = metrics(place)
         assert samples[f"clip_pipeline_nightly_last_success_timestamp_seconds{{{label}}}"] == success
         runs = store / "runs.parquet"
         runs.write_bytes(runs.read_bytes()[:-9])
         capsys.readouterr()
-        assert door("--date", FIRST, *told) == 1
+        assert command("--date", FIRST, *options) == 1
         assert "runs.parquet: not readable" in capsys.readouterr().err
         assert metrics(place)[f"clip_pipeline_nightly_exit_code{{{label}}}"] == 1
-        assert asked[-1] == "/uuid/1"
+        assert requests[-1] == "/uuid/1"
         runs.unlink()
-        assert door("--date", FIRST, *told) == 0
+        assert command("--date", FIRST, *options) == 0
         assert len(pq.ParquetFile(runs).read()) == 2
     with lease.take(open_storage(str(store)), seconds=60):
-        assert door("--date", THIRD, "--store", str(store)) == 75
+        assert command("--date", THIRD, "--store", str(store)) == 75
 
 
 def test_a_range_of_dates_stops_at_the_first_night_that_fails(
-    photos: Collection, tmp_path: Path, door: Callable[..., int]
+    photos: Collection, tmp_path: Path, command: Callable[..., int]
 ) -> None:
     store = tmp_path / "nights"
     for day in (1, 2, 4):
@@ -714,7 +716,7 @@ def test_a_range_of_dates_stops_at_the_first_night_that_fails(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ([], "never guessed"),
         (["--date", "22.11.2026"], "2026-11-22, today or yesterday"),
@@ -730,11 +732,11 @@ def test_a_range_of_dates_stops_at_the_first_night_that_fails(
         (["--date", FIRST, "manifest.path=x.parquet", "loader.batch_sise=3"], "did you mean loader.batch_size"),
     ],
 )
-def test_a_wrong_command_line_is_refused_with_what_is_wrong(
-    arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_wrong_command_line_is_refused_with_a_message(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main([*arguments, "--store", str(tmp_path)]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
@@ -745,11 +747,11 @@ def test_static_quantization_is_refused(photos: Collection, tmp_path: Path) -> N
 
 
 def test_a_night_has_a_page_that_compares_it_with_those_before(
-    photos: Collection, tmp_path: Path, door: Callable[..., int], capsys: pytest.CaptureFixture[str]
+    photos: Collection, tmp_path: Path, command: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = tmp_path / "nights"
-    told = ("--store", str(store), "report.html=true", "log.format=json")
-    assert door("--date", FIRST, *told) == 0
+    options = ("--store", str(store), "report.html=true", "log.format=json")
+    assert command("--date", FIRST, *options) == 0
     lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     assert len({line["run"] for line in lines}) == 1, "the night and its jobs"
     page = store / f"date={FIRST}" / "_report.html"
@@ -760,24 +762,24 @@ def test_a_night_has_a_page_that_compares_it_with_those_before(
     assert "The run over time" in html
     photos.draw(20)
     photos.write()
-    assert door("--date", SECOND, *told) == 0
+    assert command("--date", SECOND, *options) == 0
     html = (store / f"date={SECOND}" / "_report.html").read_text()
     assert f"Night of {SECOND}: 2 of 21 rows embedded" in html
     assert f"<td>{FIRST}</td>" in html.partition("Compared with the nights before")[2]
     # The missing image is looked for each night; nothing else is new.
-    assert door("--date", THIRD, *told) == 0
+    assert command("--date", THIRD, *options) == 0
     assert "1 of 21 rows embedded" in (store / f"date={THIRD}" / "_report.html").read_text()
     assert healthy(store / f"date={SECOND}")
     photos.restore(5)
     photos.write()
     for day in ("2026-11-04", "2026-11-05"):
-        assert door("--date", day, *told) == 0
+        assert command("--date", day, *options) == 0
     # A night that embeds nothing has a page all the same.
     assert "0 of 21 rows embedded" in (store / "date=2026-11-05" / "_report.html").read_text()
-    assert door("--date", "2026-11-06", *told, "report.examples=0") == 0
+    assert command("--date", "2026-11-06", *options, "report.examples=0") == 0
     assert "base64" not in (store / "date=2026-11-06" / "_report.html").read_text()
     capsys.readouterr()
     photos.manifest.unlink()
-    assert door("--date", "2026-11-07", *told) == 2
+    assert command("--date", "2026-11-07", *options) == 2
     last = json.loads(capsys.readouterr().err.splitlines()[-1])
     assert (last["level"], last["exit_code"]) == ("error", 2)

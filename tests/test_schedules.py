@@ -1,4 +1,4 @@
-"""The schedules under jobs/schedules: read by the tools they are for, or run with a stand-in for the job."""
+"""The schedules under jobs/schedules: parsed by their own tools, or run with a stand-in for the job."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ CODES = (0, 1, 2, 3, 4, 75)
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    """A checkout whose Python writes down what it was asked for, and exits with the code in CODE."""
+    """A checkout whose Python records its arguments, and exits with the code in CODE."""
     for name, text in {
-        ".venv/bin/python": 'printf "%s\\n" "$*" >> asked; exit "${CODE:-0}"',
-        "bin/python": 'printf "%s\\n" "$*" >> asked',
+        ".venv/bin/python": 'printf "%s\\n" "$*" >> calls; exit "${CODE:-0}"',
+        "bin/python": 'printf "%s\\n" "$*" >> calls',
         "bin/scontrol": 'echo "$*" >> slurm',
     }.items():
         path = tmp_path / name
@@ -39,17 +39,17 @@ def home(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def asked(home: Path) -> list[str]:
-    """The command lines that the stand-in was given; those of the nightly job must be understood by it."""
-    lines = (home / "asked").read_text().splitlines()
+def calls(home: Path) -> list[str]:
+    """The command lines that the stand-in was given; those of the nightly job must parse."""
+    lines = (home / "calls").read_text().splitlines()
     for line in lines:
         words = line.split()
         if words[0] == "jobs/nightly.py":
             options = command._parser().parse_intermixed_args(words[1:])
-            days, configs, wanted = command._read(options)
+            days, configs, nights = command._read(options)
             assert len(days) == 1
             assert configs[0].manifest.path == "/data/photos.parquet"
-            assert wanted.store == "/data/nights"
+            assert nights.store == "/data/nights"
     return lines
 
 
@@ -88,7 +88,7 @@ def test_cron_mails_what_a_person_must_see_and_leaves_the_rest_to_the_next_line(
     done = subprocess.run([names["SHELL"], "-c", script], env=environment, capture_output=True, text=True, check=False)
     assert bool(done.stderr) == (code not in (0, 75))
     assert done.returncode == (0 if code == 75 else code)
-    assert len(asked(home)) == 1
+    assert len(calls(home)) == 1
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="no systemd-analyze")
@@ -114,7 +114,7 @@ def test_the_unit_tells_the_exit_codes_apart_and_its_command_is_understood(home:
     assert unit["RestartPreventExitStatus"] == "2 4"
     words = unit["ExecStart"].split()
     subprocess.run([str(home / ".venv/bin/python"), *words[1:]], cwd=home, check=True)
-    assert "--date yesterday" in asked(home)[0]
+    assert "--date yesterday" in calls(home)[0]
 
 
 def cronjob() -> Any:
@@ -145,7 +145,7 @@ def test_a_pod_that_starts_late_makes_the_night_that_its_job_was_due_for(home: P
         "PATH": f"{home}/bin:/usr/bin:/bin",
     }
     subprocess.run([*container["command"], *container["args"]], env=environment, cwd=home, check=True)
-    assert "--date 2026-11-22" in asked(home)[0]
+    assert "--date 2026-11-22" in calls(home)[0]
 
 
 @pytest.mark.parametrize("name", ["manual-1", "test", "clip-nightly-2026"])
@@ -156,7 +156,7 @@ def test_a_job_that_was_made_by_hand_makes_no_night_of_1969(home: Path, name: st
     done = subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "not named after a minute" in done.stderr
-    assert not (home / "asked").exists()
+    assert not (home / "calls").exists()
 
 
 @pytest.mark.skipif(not shutil.which("kubectl"), reason="no kubectl")
@@ -202,7 +202,7 @@ def test_slurm_queues_a_night_again_where_that_helps(home: Path, code: int) -> N
     process = sbatch(home, "slurm-nightly.sbatch", "2026-11-22", CODE=str(code))
     process.communicate(timeout=30)
     assert process.returncode == code
-    assert "--date 2026-11-22" in asked(home)[0]
+    assert "--date 2026-11-22" in calls(home)[0]
     again = (home / "slurm").read_text() if (home / "slurm").exists() else ""
     assert again == ("requeue 7\n" if code in (1, 75) else "")
 
@@ -211,26 +211,26 @@ def test_slurm_guesses_no_date_as_a_job_that_is_queued_again_would_guess_another
     process = sbatch(home, "slurm-nightly.sbatch")
     assert "give the date" in process.communicate(timeout=30)[1]
     assert process.returncode == 2
-    assert not (home / "asked").exists()
+    assert not (home / "calls").exists()
 
 
 def test_slurm_gives_up_after_some_restarts_and_takes_a_date(home: Path) -> None:
     process = sbatch(home, "slurm-nightly.sbatch", "2026-01-05", CODE="75", SLURM_RESTART_COUNT="5")
     process.communicate(timeout=30)
     assert process.returncode == 75
-    assert "--date 2026-01-05" in asked(home)[0]
+    assert "--date 2026-01-05" in calls(home)[0]
     assert not (home / "slurm").exists()
 
 
 def test_slurm_hands_its_signal_on_and_waits_for_the_job(home: Path) -> None:
-    trap = "#!/bin/sh\ntrap 'echo told > told; exit 75' TERM\ntouch ready\nwhile :; do sleep 0.05; done\n"
+    trap = "#!/bin/sh\ntrap 'echo stopped > stopped; exit 75' TERM\ntouch ready\nwhile :; do sleep 0.05; done\n"
     (home / ".venv/bin/python").write_text(trap)
     process = sbatch(home, "slurm-nightly.sbatch", "2026-01-05")
     while not (home / "ready").exists():
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=30)
-    assert (home / "told").exists()
+    assert (home / "stopped").exists()
     assert process.returncode == 75
 
 
@@ -238,8 +238,8 @@ def test_an_array_splits_the_manifest_into_parts_from_one_on(home: Path) -> None
     process = sbatch(home, "slurm-array.sbatch")
     process.communicate(timeout=30)
     assert process.returncode == 0
-    assert "cluster.part='3/16'" in asked(home)[0]
-    # Of 0-15:2 half the shards would be nobody's.
+    assert "cluster.part='3/16'" in calls(home)[0]
+    # With 0-15:2, half the shards would belong to no task.
     process = sbatch(home, "slurm-array.sbatch", SLURM_ARRAY_TASK_COUNT="8")
     assert "gaps" in process.communicate(timeout=30)[1]
     assert process.returncode == 2

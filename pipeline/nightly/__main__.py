@@ -1,4 +1,4 @@
-"""``python -m pipeline.nightly``: the nightly job where no checkout is, the same as ``jobs/nightly.py`` in one."""
+"""``python -m pipeline.nightly``: the nightly job, the same as ``jobs/nightly.py`` in a checkout."""
 
 from pipeline.core.cli import own_exit_code
 from pipeline.nightly.cli import main

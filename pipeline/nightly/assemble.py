@@ -1,4 +1,4 @@
-"""A night's dataset, put together: each row from what was embedded tonight or from the night before."""
+"""Assembly of a night's dataset from rows that were embedded tonight and rows of the previous night."""
 
 from __future__ import annotations
 
@@ -18,107 +18,148 @@ from pipeline.config.schema import OUTPUT_COLUMNS
 from pipeline.core.concurrency import in_order
 from pipeline.core.errors import StorageError
 from pipeline.dataset import commits, lease, plan
-from pipeline.dataset.parts import METADATA_KEY, PartFormat
+from pipeline.dataset.dataset import Dataset, open_dataset
+from pipeline.dataset.parts import METADATA_KEY, PartFormat, part_format
+from pipeline.dataset.saved_config import recipe_of
 from pipeline.manifest.manifest import Manifest
+from pipeline.manifest.shards import count_shards
+from pipeline.nightly.embed import EmbeddedRows
+from pipeline.nightly.prepare import PendingNight, Target
 from pipeline.nightly.records import Kind
-from pipeline.nightly.rows import Taken, read_rows, rechunk
-from pipeline.nightly.store import share
+from pipeline.nightly.rows import RowReader, in_order_of, read_rows, rechunk
+from pipeline.nightly.store import open_night, share_file
 from pipeline.storage.base import Storage
 from pipeline.storage.urls import explained, open_arrow
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """The rows of one shard, by position in it: id and kept columns, and where the rest comes from.
-
-    ``prev`` are rows of the night before; ``embedded`` holds, for each dataset of tonight, the rows in it; -1 is none.
-    """
+    """The rows of one shard: id and kept columns, and for each reader the rows to take from it, or -1 for none."""
 
     index: int
     table: pa.Table
-    prev: NDArray[np.int64]
-    embedded: tuple[NDArray[np.int64], ...]
+    sources: tuple[NDArray[np.int64], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Assembly:
-    """What a night is put together of; ``again`` are the positions, in tonight's manifest, of the second dataset."""
+    """Inputs of the assembly; ``readers`` read the previous night (None without one), then the embedded rows."""
 
-    target: Manifest
+    manifest: Manifest
     plan: plan.Plan
     form: PartFormat
     storage: Storage
-    previous: Taken | None
-    embedded: tuple[Taken, ...]
-    again: NDArray[np.int64]
+    readers: tuple[RowReader | None, ...]
 
 
-def assemble(work: Assembly, rows: Iterable[pa.RecordBatch], held: lease.Lease) -> tuple[int, int]:
-    """Write and share parts until every shard is committed, then ``_SUCCESS``; goes on where it stopped.
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Parts of a night: those that it shares with the previous night, and those that were written."""
 
-    Args:
-        work: what it is put together of.
-        rows: ``position`` (in tonight's manifest), ``kind``, ``prev`` and ``delta`` of every row of the target.
-        held: the lease on the store.
+    shared: int
+    written: int
 
-    Returns:
-        Parts that are shared with the night before, and parts that were written, as far as this run knows: those that
-        an earlier run committed count as shared if the night before has the same bytes.
+
+def assemble(pending: PendingNight, target: Target, embedded: EmbeddedRows, held: lease.Lease) -> Parts:
+    """Write or share parts until every shard is committed, then write ``_SUCCESS``; continue an earlier run.
+
+    Parts that an earlier run committed count as shared if the previous night has the same bytes.
     """
-    storage = work.storage
+    previous = None
+    if pending.snapshot and pending.carried_from is not None:
+        previous = open_dataset(open_night(pending.store, pending.carried_from.date).url)
+    work, storage = _assembly(pending, target, embedded, previous), pending.output
     plan.settle(storage, work.plan)
     done = commits.find_done(storage, work.plan, held.confirm)
 
     def step(shard: Shard) -> None:
         held.check()
-        if shard.index not in done and not _share(work, shard):
-            _write(work, shard)
+        if shard.index not in done and not (previous is not None and _share_part(work, previous, shard)):
+            _write_part(work, shard)
 
-    with closing(in_order(step, _shards(work, rows), threads=storage.threads)) as steps:
+    shards = _shards(work, _origins(pending), embedded.retried)
+    with closing(in_order(step, shards, threads=storage.threads)) as steps:
         for _ in steps:
             pass
     settled = commits.read_commits(storage, work.plan, known=done)
     commits.finalize(storage, work.plan, settled, held.confirm)
-    before = {commit.sha256 for commit in work.previous.dataset.commits} if work.previous is not None else set()
+    before = {commit.sha256 for commit in previous.commits} if previous is not None else set()
     shared = sum(commit.sha256 in before for commit in settled)
-    return shared, len(settled) - shared
+    return Parts(shared, len(settled) - shared)
 
 
-def _shards(work: Assembly, rows: Iterable[pa.RecordBatch]) -> Iterator[Shard]:
+def _assembly(pending: PendingNight, target: Target, embedded: EmbeddedRows, previous: Dataset | None) -> Assembly:
+    config, manifest = target.config, target.manifest
+    sample = next(dataset for dataset in (*embedded.datasets, previous) if dataset is not None)
+    shard_rows = config.manifest.shard_rows
+    # The batch size of the main job over the whole manifest; that over few rows is smaller.
+    size = config.loader.batch_size or int(sample.plan.fingerprints["batch_size"])
+    fingerprints = {
+        **sample.plan.fingerprints,
+        "manifest": manifest.fingerprint,
+        "batch_size": min(size, shard_rows, manifest.rows),
+    }
+    sources = set[str]()
+    if previous is not None and pending.previous is not None:
+        sources = {*pending.previous.sources, plan.source_of(previous.plan.fingerprints)}
+    return Assembly(
+        manifest=manifest,
+        plan=plan.Plan(
+            rows=manifest.rows,
+            shards=count_shards(manifest.rows, shard_rows),
+            shard_rows=shard_rows,
+            fingerprints=fingerprints,
+            about={"model": config.model.name, "manifest": config.manifest.path},
+            config=recipe_of(config),
+            sources=sorted(sources),
+        ),
+        form=part_format(
+            manifest.schema,
+            dim=sample.dim,
+            dtype=config.output.dtype,
+            compression=config.output.compression,
+            fingerprints=fingerprints,
+        ),
+        storage=pending.output,
+        readers=tuple(RowReader(each) if each is not None else None for each in (previous, *embedded.datasets)),
+    )
+
+
+def _origins(pending: PendingNight) -> Iterator[pa.RecordBatch]:
+    """The compared rows that the dataset holds."""
+    for batch in pending.compared("kind", "prev", "delta"):
+        own = np.ones(batch.num_rows, bool) if pending.snapshot else batch.column("kind").to_numpy() != Kind.CARRIED
+        yield batch.filter(pa.array(own))
+
+
+def _shards(work: Assembly, origins: Iterable[pa.RecordBatch], retried: NDArray[np.int64]) -> Iterator[Shard]:
     size = work.plan.shard_rows
-    pairs = zip(rechunk(read_rows(work.target), size), rechunk(rows, size), strict=True)
-    for index, (table, origins) in enumerate(pairs):
-        position = origins.column("position").to_numpy()
-        prev, delta = (_numbers(origins.column(name)) for name in ("prev", "delta"))
-        embedded: tuple[NDArray[np.int64], ...] = (delta,)
-        if len(work.again):
-            # Rows whose twin could not be read were tried on their own.
-            places = np.minimum(np.searchsorted(work.again, position), len(work.again) - 1)
-            second = np.where(work.again[places] == position, places, -1)
-            embedded = (np.where(second < 0, delta, -1), second)
-        yield Shard(index=index, table=table, prev=prev, embedded=embedded[: len(work.embedded)])
+    pairs = zip(rechunk(read_rows(work.manifest), size), rechunk(origins, size), strict=True)
+    for index, (table, origin) in enumerate(pairs):
+        previous, first = (origin.column(name).fill_null(-1).to_numpy() for name in ("prev", "delta"))
+        second = np.full(len(first), -1)
+        if len(retried):
+            # Duplicates of rows that could not be read have results of their own.
+            position = origin.column("position").to_numpy()
+            places = np.minimum(np.searchsorted(retried, position), len(retried) - 1)
+            second = np.where(retried[places] == position, places, -1)
+            first = np.where(second < 0, first, -1)
+        yield Shard(index, table, (previous, first, second)[: len(work.readers)])
 
 
-def _numbers(column: pa.ChunkedArray) -> NDArray[np.int64]:
-    numbers: NDArray[np.int64] = column.fill_null(-1).to_numpy()
-    return numbers
-
-
-def _share(work: Assembly, shard: Shard) -> bool:
-    """Commit a whole part of the night before, if this shard is one, id by id and kept column by kept column."""
-    if work.previous is None or shard.prev[0] < 0:
+def _share_part(work: Assembly, previous: Dataset, shard: Shard) -> bool:
+    """Commit a part of the previous night if it holds exactly this shard: the same ids and kept columns in order."""
+    rows = shard.sources[0]
+    part = int(np.searchsorted(previous.starts, rows[0]))
+    if rows[0] < 0 or part == len(previous.starts) or previous.starts[part] != rows[0]:
         return False
-    dataset, count = work.previous.dataset, len(shard.prev)
-    part = int(np.searchsorted(dataset.starts, shard.prev[0]))
-    if part == len(dataset.starts) or dataset.starts[part] != shard.prev[0]:
+    commit = previous.commits[part]
+    if commit.rows != len(rows) or not np.array_equal(rows, np.arange(rows[0], rows[0] + len(rows))):
         return False
-    commit = dataset.commits[part]
-    if commit.rows != count or not np.array_equal(shard.prev, np.arange(shard.prev[0], shard.prev[0] + count)):
-        return False
-    url = f"{dataset.url.rstrip('/')}/{commit.part}"
-    if dataset.storage.size(commit.part) != commit.size:
-        raise StorageError(f"{url}: missing or torn; python -m pipeline.verify {dataset.url} --repair does it again")
-    names = work.target.schema.names
+    url = f"{previous.url.rstrip('/')}/{commit.part}"
+    if previous.storage.size(commit.part) != commit.size:
+        raise StorageError(f"{url}: missing or torn; python -m pipeline.verify {previous.url} --repair does it again")
+    names = work.manifest.schema.names
     with explained(url), open_arrow(url) as file:
         parquet = pq.ParquetFile(file, pre_buffer=False)
         schema = parquet.schema_arrow
@@ -128,52 +169,39 @@ def _share(work: Assembly, shard: Shard) -> bool:
     if not there.replace_schema_metadata(None).equals(shard.table.replace_schema_metadata(None)):
         return False
     name = f"part-{shard.index:05d}-{commit.sha256[:16]}.parquet"
-    share(dataset.storage, commit.part, work.storage, name)
+    share_file(previous.storage, commit.part, work.storage, name)
     commits.commit_shared(work.storage, replace(commit, shard=shard.index, part=name))
     return True
 
 
 def _same_job(schema: pa.Schema, wanted: plan.Plan) -> bool:
-    """Whether a part may stand in the dataset, though it was written for another manifest."""
-    prints: dict[str, Any] = json.loads((schema.metadata or {})[METADATA_KEY])
+    """True if a part's fingerprints allow it in the dataset; its manifest may be a known earlier one."""
+    found: dict[str, Any] = json.loads((schema.metadata or {})[METADATA_KEY])
     ours = json.loads(json.dumps(wanted.fingerprints))
-    same = all(prints.get(name) == ours.get(name) for name in {*prints, *ours} - {"manifest"})
-    return same and (plan.source_of(prints) in wanted.sources or prints.get("manifest") == ours["manifest"])
+    same = all(found.get(name) == ours.get(name) for name in {*found, *ours} - {"manifest"})
+    return same and (plan.source_of(found) in wanted.sources or found.get("manifest") == ours["manifest"])
 
 
-def _write(work: Assembly, shard: Shard) -> None:
+def _write_part(work: Assembly, shard: Shard) -> None:
     pieces, places = [], []
-    for taken, rows in zip((work.previous, *work.embedded), (shard.prev, *shard.embedded), strict=True):
+    for reader, rows in zip(work.readers, shard.sources, strict=True):
         here = np.flatnonzero(rows >= 0)
-        if taken is not None and len(here):
-            pieces.append(taken.take(rows[here]))
+        if reader is not None and len(here):
+            pieces.append(reader.take(rows[here]))
             places.append(here)
-    order = np.concatenate(places)
-    if len(order) != len(shard.prev):
-        raise ValueError(f"shard {shard.index}: {len(shard.prev)} rows come from {len(order)} places")
-    made = pa.concat_tables(pieces).take(pa.array(np.argsort(order, kind="stable")))
+    found = sum(map(len, places))
+    if found != shard.table.num_rows:
+        raise ValueError(f"shard {shard.index}: {shard.table.num_rows} rows come from {found} places")
+    made = in_order_of(pieces, places)
     columns = {name: shard.table.column(name) for name in shard.table.column_names}
     columns |= {name: made.column(name) for name in OUTPUT_COLUMNS}
     schema = work.form.schema
-    arrays = [_as(columns[field.name], field.type) for field in schema]
-    table = pa.Table.from_arrays(arrays, schema=schema).combine_chunks()
-    found = Counter(table.column("status").to_pylist())
-    counts = {"ok": found.pop("ok", 0), **dict(sorted(found.items()))}
+    table = pa.Table.from_arrays([_as(columns[field.name], field.type) for field in schema], schema=schema)
+    table = table.combine_chunks()
+    statuses = Counter(table.column("status").to_pylist())
+    counts = {"ok": statuses.pop("ok", 0), **dict(sorted(statuses.items()))}
     commits.commit_part(work.storage, shard.index, table, work.form, counts)
 
 
 def _as(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
     return column if column.type == kind else column.cast(kind)
-
-
-def origins(rows: Iterable[pa.RecordBatch], *, changed: bool) -> Iterator[pa.RecordBatch]:
-    """``position``, ``kind``, ``prev`` and ``delta`` of the compared rows; with ``changed`` of those not carried."""
-    position = 0
-    for batch in rows:
-        numbers = pa.array(np.arange(position, position + batch.num_rows))
-        position += batch.num_rows
-        names = ["kind", "prev", "delta"]
-        made = pa.RecordBatch.from_arrays([numbers, *map(batch.column, names)], names=["position", *names])
-        if changed:
-            made = made.filter(pa.array(batch.column("kind").to_numpy() != Kind.CARRIED))
-        yield made

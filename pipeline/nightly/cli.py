@@ -18,13 +18,13 @@ from pipeline.config.compose import compose_config
 from pipeline.config.schema import Config, LogConfig
 from pipeline.core.errors import ConfigError, Interrupted, PipelineError, Problem, TooManyFailures
 from pipeline.core.log_format import JsonLines, ending, new_run
-from pipeline.nightly.notify import ping, write_textfile
-from pipeline.nightly.records import PARTITION, SNAPSHOT, Night, Wanted
+from pipeline.nightly.notify import Outcome, ping, write_textfile
+from pipeline.nightly.records import PARTITION, SNAPSHOT, Night, NightOptions
 
 if TYPE_CHECKING:
     from pipeline.storage.base import Storage
 
-# Snapshots share what did not change, so two weeks of them cost little more than one; partitions are all wanted.
+# Snapshots share unchanged parts, so two weeks of them cost little more than one; a partition has rows of its own.
 KEPT = {SNAPSHOT: 14, PARTITION: 0}
 EXAMPLES = """\
 examples:
@@ -32,27 +32,27 @@ examples:
   python jobs/nightly.py --date yesterday --timezone Europe/Berlin --store nights manifest.path=photos.parquet
   python jobs/nightly.py --from 2026-11-01 --to 2026-11-07 --store nights 'manifest.path=photos-{date}.parquet'
 
-Rows whose content is as it was in the night before are carried without being read. --content says what tells it:
-auto takes the column digest, sha256, md5 or etag, or size and modified, whichever is there first, else size and date
-of local files, and digests of images that lie in the manifest. All else is told as to python -m pipeline.run.
+Rows whose content is that of the previous night are carried without being read. --content selects how it is compared:
+auto takes the first of the columns digest, sha256, md5, etag, or size and modified; without them, size and date of
+local files, and digests of images within the manifest. Other arguments are those of python -m pipeline.run.
 
-exit codes: 0 done, also if the night was there; 3 published, but more failures than errors.max_fraction; 2 the config,
-the manifest or the store is wrong; 4 the backend missed its parity gate; 75 interrupted, or another night is at work
-(run it again); 1 anything else. A range stops at the first night that does not end with 0.
+exit codes: 0 done, also if the night was published before; 3 published, but more failures than errors.max_fraction;
+2 the config, the manifest or the store is wrong; 4 the backend missed its parity gate; 75 interrupted, or another run
+holds the store (run it again); 1 anything else. A range stops at the first night that does not end with 0.
 """
 
 
 @dataclass(slots=True)
 class _Run:
-    """What is known of a run so far, for those it is told to."""
+    """State of a run that its notifications and error messages need; filled in as it becomes known."""
 
     name: str = field(default_factory=new_run)
     log: LogConfig = field(default_factory=LogConfig)
     store: Storage | None = None
     night: Night | None = None
 
-    def say_error(self, error: PipelineError) -> None:
-        """As the log is written, once the config says how."""
+    def print_error(self, error: PipelineError) -> None:
+        """Print an error in the log's format."""
         if self.log.format == "json":
             print(JsonLines(self.name).format(ending(error, error.exit_code)), file=sys.stderr)
         else:
@@ -60,26 +60,26 @@ class _Run:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse the command line, make the nights, tell of them; returns the exit code."""
+    """Parse the command line, make the nights, send the notifications; return the exit code."""
     options = _parser().parse_intermixed_args(arguments)
     began, run, code = time.time(), _Run(), 1
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         ping(options.ping, "start")
-        code = _run(options, run)
+        code = _make_nights(options, run)
     except PipelineError as error:
-        run.say_error(error)
+        run.print_error(error)
         code = error.exit_code
     except KeyboardInterrupt:
-        run.say_error(Interrupted("interrupted; what was committed stays, and the same command goes on"))
+        run.print_error(Interrupted("interrupted; what was committed stays, and the same command continues"))
         code = Interrupted.exit_code
     finally:
-        _tell(options, run, code, time.time() - began)
+        _notify(options, run, code, time.time() - began)
         signal.signal(signal.SIGTERM, before)
     return code
 
 
-def _run(options: argparse.Namespace, run: _Run) -> int:
+def _make_nights(options: argparse.Namespace, run: _Run) -> int:
     days, configs, wanted = _read(options)
     wanted, run.log = replace(wanted, run=run.name), configs[0].log
     from pipeline.dataset import lease
@@ -94,16 +94,16 @@ def _run(options: argparse.Namespace, run: _Run) -> int:
         for day, config in zip(days, configs, strict=True):
             run.night = night = run_night(config, wanted, store, day, held)
             if night.exit_code:
-                run.say_error(TooManyFailures(night.verdict))
+                run.print_error(TooManyFailures(night.verdict))
                 return night.exit_code
     return 0
 
 
-def _read(options: argparse.Namespace) -> tuple[list[str], list[Config], Wanted]:
-    """The dates, the main job's config for each, and the rest.
+def _read(options: argparse.Namespace) -> tuple[list[str], list[Config], NightOptions]:
+    """The dates, the main job's config for each, and the other options.
 
     Raises:
-        ConfigError: with every problem.
+        ConfigError: lists every problem.
     """
     days, problems = _days(options)
     keep = KEPT[options.layout] if options.keep is None else options.keep
@@ -129,7 +129,7 @@ def _read(options: argparse.Namespace) -> tuple[list[str], list[Config], Wanted]
         problems.append(Problem("manifest.path", None, "must name the manifest; {date} in it stands for the night's"))
     if problems:
         raise ConfigError(problems)
-    return days, configs, Wanted(store=options.store, layout=options.layout, keep=keep, content=options.content)
+    return days, configs, NightOptions(options.store, options.layout, keep, options.content)
 
 
 def _days(options: argparse.Namespace) -> tuple[list[str], list[Problem]]:
@@ -138,14 +138,14 @@ def _days(options: argparse.Namespace) -> tuple[list[str], list[Problem]]:
     except (ZoneInfoNotFoundError, ValueError, OSError):
         # A region such as Europe is a folder.
         return [], [Problem("--timezone", options.timezone, "must be a time zone such as UTC or Europe/Berlin")]
-    words = {"today": today, "yesterday": today - timedelta(days=1)}
+    named = {"today": today, "yesterday": today - timedelta(days=1)}
     found, problems = dict[str, date](), list[Problem]()
     for name in ("date", "from", "to"):
         text = getattr(options, name)
         if text is None:
             continue
         try:
-            found[name] = words.get(text) or datetime.strptime(text, "%Y-%m-%d").date()
+            found[name] = named.get(text) or datetime.strptime(text, "%Y-%m-%d").date()
         except ValueError:
             problems.append(Problem(f"--{name}", text, "must be a date such as 2026-11-22, today or yesterday"))
     if problems:
@@ -159,7 +159,7 @@ def _days(options: argparse.Namespace) -> tuple[list[str], list[Problem]]:
     return [(first + timedelta(days=day)).isoformat() for day in range((last - first).days + 1)], []
 
 
-def _tell(options: argparse.Namespace, run: _Run, code: int, seconds: float) -> None:
+def _notify(options: argparse.Namespace, run: _Run, code: int, seconds: float) -> None:
     from pipeline.telemetry.logs import log_to_terminal
 
     with log_to_terminal(run.log, run.name):
@@ -167,17 +167,14 @@ def _tell(options: argparse.Namespace, run: _Run, code: int, seconds: float) -> 
             from pipeline.nightly.store import last_success
             from pipeline.storage.factory import open_storage
 
-            # Also of a run that never came to its store: an alarm waits for this figure to be too old, not to be gone.
+            # Also after a run that failed before it opened the store: an alarm compares the age of this figure.
             succeeded = None
             try:
                 succeeded = last_success(run.store or open_storage(options.store))
             except PipelineError as error:
                 print(f"warning: --textfile {options.textfile}: without the last success: {error}", file=sys.stderr)
             try:
-                write_textfile(
-                    options.textfile, store=options.store, exit_code=code, seconds=seconds, night=run.night,
-                    succeeded=succeeded,
-                )  # fmt: skip
+                write_textfile(options.textfile, Outcome(options.store, code, seconds, run.night, succeeded))
             except OSError as error:
                 print(f"warning: --textfile {options.textfile}: {error}", file=sys.stderr)
         ping(options.ping, str(code))
@@ -195,12 +192,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--date", metavar="DATE", help="the night to make: 2026-11-22, or today or yesterday in --timezone")
     add("--from", metavar="DATE", help="with --to: every night of a range, oldest first")
     add("--to", metavar="DATE", help="the last night of the range")
-    add("--timezone", default="UTC", metavar="ZONE", help="where today and yesterday are meant (UTC)")
+    add("--timezone", default="UTC", metavar="ZONE", help="time zone of today and yesterday (UTC)")
     add("--store", required=True, metavar="DIR", help="the folder or fsspec address that holds date=YYYY-MM-DD/")
     add("--layout", choices=(SNAPSHOT, PARTITION), default=SNAPSHOT,
-        help="snapshot: each night holds every row; partition: those that were embedded (snapshot)")  # fmt: skip
-    add("--content", default="auto", metavar="COLUMNS", help="what tells whether an image changed: auto, stat, bytes,"
-        " or columns; equal values of one called digest, sha256, ... are embedded once (auto)")  # fmt: skip
+        help="snapshot: each night holds every row; partition: the rows that were not carried (snapshot)")  # fmt: skip
+    add("--content", default="auto", metavar="COLUMNS", help="how changed images are found: auto, stat, bytes, or"
+        " columns; rows with equal values in one called digest, sha256, ... are embedded once (auto)")  # fmt: skip
     add("--keep", type=int, metavar="N", help="nights to keep, 0 for all (14; all of --layout partition)")
     add("--ping", metavar="URL", help="GET URL/start at the beginning, URL/EXITCODE at the end")
     add("--textfile", type=Path, metavar="FILE", help="metrics for Prometheus' textfile collector")

@@ -1,4 +1,4 @@
-"""What stands for the content of every row: a digest, a store's tag, size and date, or the bytes themselves."""
+"""Keys for the content of rows: a digest, an etag, size and date, or a digest of the image bytes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipeline.nightly.records import NightError
 from pipeline.storage.urls import is_local, local_path, open_arrow, scheme_of
 
 AUTO, STAT, BYTES = "auto", "stat", "bytes"
-# Columns that auto takes, the first that are there.
+# Columns that auto takes: the first of these that exist.
 KNOWN = (("digest",), ("sha256",), ("md5",), ("etag",), ("size", "modified"))
 # A column of such a name holds digests: rows with equal ones have the same bytes.
 _DIGESTS = ("digest", "sha1", "sha256", "sha512", "md5", "blake", "hash")
@@ -29,9 +29,9 @@ SCHEMA_KEY = pa.field("key", pa.string())
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """How a row's content is told: ``columns`` of the manifest, ``stat`` of local files, or ``bytes`` of the image.
+    """The source of a row's key: ``columns`` of the manifest, ``stat`` of local files, or ``bytes`` of the image.
 
-    ``digest`` says that equal keys mean equal bytes.
+    ``digest`` is True if equal keys mean equal bytes.
     """
 
     how: str
@@ -43,10 +43,10 @@ class Content:
 
 
 def find_content(manifest: Manifest, option: str) -> Content:
-    """What ``--content`` means for a manifest.
+    """Resolve ``--content`` for a manifest.
 
     Raises:
-        NightError: a column is missing, or nothing tells the content; the message lists the columns.
+        NightError: a column is missing, or there is no key for the content; the message lists the columns.
     """
     known = [(file.url, _schema(file)) for file in manifest.files]
     url, schema = known[0]
@@ -60,15 +60,17 @@ def find_content(manifest: Manifest, option: str) -> Content:
         if taken is None:
             wanted = ", or ".join(" and ".join(names) for names in KNOWN)
             raise NightError(
-                f"{url}: nothing tells whether an image has changed: there is no column {wanted}, and the images are "
-                f"no local files; its columns are: {listing}. Add one, or name yours with --content COLUMNS"
+                f"{url}: changed images cannot be found: there is no column {wanted}, and the images are "
+                f"not local files; its columns are: {listing}. Add one, or name yours with --content COLUMNS"
             )
     elif option in (STAT, BYTES):
         if (option == BYTES) == (manifest.image_kind == "path"):
             allowed = f"--content {option}: {manifest.image} holds {manifest.image_kind}"
             raise NightError(f"{url}: {allowed}; name columns of the manifest, or take auto")
         if option == STAT and not is_local(manifest.root):
-            raise NightError(f"--content stat: {manifest.root} is no local folder; name columns that tell the content")
+            raise NightError(
+                f"--content stat: {manifest.root} is not a local folder; name columns that change with the content"
+            )
         return Content(option, (), digest=option == BYTES)
     else:
         taken = tuple(name.strip() for name in option.split(",") if name.strip())
@@ -86,34 +88,34 @@ def find_content(manifest: Manifest, option: str) -> Content:
 
 
 def id_type(manifest: Manifest) -> pa.DataType:
-    """How the ids of a manifest are kept: whole numbers as they are, texts as plain texts."""
+    """The type in which the ids of a manifest are stored: their own for integers, else string."""
     kind = manifest.schema.field(manifest.id).type
     return kind if pa.types.is_integer(kind) else pa.string()
 
 
 def read_keys(manifest: Manifest, content: Content) -> Iterator[pa.RecordBatch]:
-    """``id`` and ``key`` of every row, in order; a null key means that nobody knows, and equals no other."""
-    # Where the columns say what the file was, not what it holds, another path is another file.
+    """``id`` and ``key`` of every row, in order; a null key is unknown, and equals no other."""
+    # Size, date and the like identify the content of one path only, so the path is part of the key.
     image = [] if content.how == "columns" and (content.digest or manifest.image_kind != "path") else [manifest.image]
     schema = pa.schema([("id", id_type(manifest)), SCHEMA_KEY])
     columns = list(dict.fromkeys([manifest.id, *content.columns, *image]))
 
-    def look(batch: pa.RecordBatch) -> pa.RecordBatch:
+    def keyed(batch: pa.RecordBatch) -> pa.RecordBatch:
         ids = batch.column(manifest.id)
         return pa.RecordBatch.from_arrays([ids.cast(schema.field("id").type), _keys(batch, manifest, content, image)],
                                           schema=schema)  # fmt: skip
 
     rows = FEW_ROWS if content.how == BYTES else MANY_ROWS
     batches = (batch for _, batch in scan(manifest, columns, rows=rows))
-    return in_order(look, batches, threads=cores())
+    return in_order(keyed, batches, threads=cores())
 
 
 def scan(
     manifest: Manifest, columns: Sequence[str], *, rows: int, wanted: Sequence[tuple[int, int]] | None = None
 ) -> Generator[tuple[int, pa.RecordBatch], None, None]:
-    """Some columns of a manifest, a few rows at a time, each with the position of its first row.
+    """Some columns of a manifest, up to ``rows`` rows at a time, each batch with the position of its first row.
 
-    Row groups without a row in ``wanted``, which holds ascending ranges of positions, are not read.
+    Row groups without a row in ``wanted``, ascending ranges of positions, are not read.
     """
     position, ranges = 0, iter(wanted or ())
     ahead = next(ranges, None)
@@ -139,7 +141,7 @@ def _schema(file: ManifestFile) -> pa.Schema:
 
 def _keys(batch: pa.RecordBatch, manifest: Manifest, content: Content, image: Sequence[str]) -> pa.Array:
     if content.how == "columns":
-        # A digest that nobody filled in is often written as no text.
+        # A missing digest is often an empty text.
         texts = [_filled(_texts(batch.column(name))) for name in content.columns]
         texts += [_texts(batch.column(name)) for name in image]
         return texts[0] if len(texts) == 1 else pc.binary_join_element_wise(*texts, "|")
@@ -148,7 +150,7 @@ def _keys(batch: pa.RecordBatch, manifest: Manifest, content: Content, image: Se
         return pa.array([_stat(path, manifest.root) for path in _texts(cells).to_pylist()], pa.string())
     if manifest.image_kind == "bytes":
         return pa.array([_digest(cell) for cell in cells.to_pylist()], pa.string())
-    # A struct may hold a path alone.
+    # A struct may hold a path only.
     found = [
         _digest(cell.get("bytes")) or _stat(cell.get("path"), manifest.root) if cell is not None else None
         for cell in cells.to_pylist()
@@ -180,7 +182,7 @@ def _digest(cell: bytes | None) -> str | None:
 
 
 def _stat(path: str | None, root: str) -> str | None:
-    """Size, date and address of a local file, of the whole one where a range of it is meant."""
+    """Size, date and address of a local file; of the whole file if the address has a byte range."""
     if not path or not is_local(path) or (scheme_of(root) and not is_local(root)):
         return None
     try:

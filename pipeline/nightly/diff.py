@@ -1,4 +1,4 @@
-"""Tonight's rows against those of the night before: joined by id, on disk where memory ends."""
+"""Comparison of tonight's rows with those of the previous night: an SQL join by id, on disk beyond the memory limit."""
 
 from __future__ import annotations
 
@@ -14,16 +14,19 @@ from pipeline.core.errors import install_hint
 from pipeline.core.processes import cores
 from pipeline.nightly.records import Kind, NightError
 
-# DuckDB holds so much, and writes the rest to its folder.
+# DuckDB spills to its folder beyond this.
 MEMORY = "2GB"
 GROUP_ROWS = 65_536
-# Failures of circumstances, which may be over: the file was not there, the disk did not answer.
+# Failures of circumstances, which may have passed: the file was missing, the disk did not answer.
 OF_READING = ("not_found", "permission", "unreadable", "timeout", "outside_root", "address_not_allowed")
 OF_DECODING = ("out_of_memory", "decoder_timeout", "decoder_crashed")
-# A file that was still being copied; its size and date would tell by now, its digest was known from the beginning.
+# A file that was still being copied; its size and date differ by now, its digest was known from the beginning.
 OF_COPYING = ("empty", "truncated")
 
-_MATCHED = """
+# Each statement makes a table for the next; of rows with equal bytes, the first is embedded unless the previous night
+# has a result (previous_keys).
+_STEPS = (
+    """
 create table matched as
 select t.position, t.id, t.key, b.position as prev, b.status as was,
   case when b.id is null then {NEW}
@@ -33,31 +36,31 @@ select t.position, t.id, t.key, b.position as prev, b.status as was,
        when t.key is null or b.key is null or t.key <> b.key then {CHANGED}
        else {CARRIED} end as kind
 from tonight t left join before b on t.id = b.id
-"""
-# Of rows with the same bytes the first is embedded, unless the night before has it.
-_KNOWN = """
-create table known as
+""",
+    """
+create table previous_keys as
 select b.key, min(b.position) as position from before b
 where {shared} and b.status = 'ok' and b.key in (select key from matched where kind in ({NEW}, {CHANGED}))
 group by b.key
-"""
-_PLACED = """
+""",
+    """
 create table placed as
 select m.position, m.id, m.key, m.was,
   case when k.key is not null or f.first <> m.position then {DUPLICATE} else m.kind end as kind,
   case when m.kind = {CARRIED} then m.prev else k.position end as prev, f.first
 from matched m
-left join known k on m.kind in ({NEW}, {CHANGED}) and m.key = k.key
+left join previous_keys k on m.kind in ({NEW}, {CHANGED}) and m.key = k.key
 left join (
   select key, min(position) as first from matched
   where {digest} and kind in ({NEW}, {CHANGED}, {ANEW}) and key is not null group by key
 ) f on m.kind in ({NEW}, {CHANGED}, {ANEW}) and m.key = f.key
-"""
-_EMBEDDED = """
+""",
+    """
 create table embedded as
 select position, row_number() over (order by position) - 1 as delta from placed
 where kind not in ({CARRIED}, {DUPLICATE})
-"""
+""",
+)
 _RESULT = """
 select p.id, p.key, cast(p.kind as tinyint) as kind, cast(p.prev as bigint) as prev,
   cast(coalesce(e.delta, d.delta) as bigint) as delta, p.was
@@ -71,42 +74,42 @@ _DROPPED = "select b.id from before b anti join tonight t on b.id = t.id order b
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """How rows are compared: ``digest`` embeds equal keys once, ``shared`` takes them from the night before too.
+    """Comparison settings.
 
-    ``retried`` are the statuses that are tried again, and ``anew`` carries nothing.
+    ``digest``: rows with equal keys are embedded once. ``shared``: the previous night's results count for that too.
+    ``retried``: statuses that are tried again. ``anew``: nothing is carried. ``id_type``: the type of the ids.
     """
 
     digest: bool
     shared: bool
     retried: tuple[str, ...]
     anew: bool
+    id_type: pa.DataType
 
 
-def compare(
-    tonight: Iterable[pa.RecordBatch],
-    before: Iterable[pa.RecordBatch],
-    rule: Rule,
-    *,
-    id_type: pa.DataType,
-    scratch: Path,
-    rows: Path,
-    dropped: Path,
-) -> dict[str, int]:
-    """Write what becomes of every row, and the ids that left.
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """Result of a comparison.
+
+    ``rows`` is a Parquet file with ``id``, ``key``, ``kind`` (:class:`Kind`), ``prev`` (the row of the previous night
+    that holds the result), ``delta`` (the row among the embedded ones, in order, that holds it) and ``was`` (the
+    previous status). ``dropped`` is a Parquet file with the ``id`` of the rows that left. ``counts`` is rows by kind,
+    in lower case, and ``dropped``.
+    """
+
+    rows: Path
+    dropped: Path
+    counts: dict[str, int]
+
+
+def compare(tonight: Iterable[pa.RecordBatch], before: Iterable[pa.RecordBatch], rule: Rule, scratch: Path) -> Compared:
+    """Compare two nights.
 
     Args:
         tonight: ``id`` and ``key`` of every row, in order.
-        before: ``id``, ``key`` and ``status`` of the night before; none for the first one.
-        rule: how they are compared.
-        id_type: of both ids.
-        scratch: an empty folder on a local disk.
-        rows: the Parquet file to write: ``id``, ``key``, ``kind`` (:class:`Kind`), ``prev`` (a row of the night before,
-            for what comes from there), ``delta`` (a row among those that are embedded, in order) and ``was`` (the
-            status of the night before).
-        dropped: the Parquet file to write: ``id``.
-
-    Returns:
-        Rows by kind, in small letters, and ``dropped`` ones.
+        before: ``id``, ``key`` and ``status`` of the previous night; empty for the first one.
+        rule: the settings.
+        scratch: an empty folder on a local disk, for the database and the result.
 
     Raises:
         NightError: DuckDB is not installed.
@@ -116,25 +119,25 @@ def compare(
     except ImportError as error:
         way_out = install_hint("nightly")
         raise NightError(f"nights are compared with DuckDB, which is not installed: {way_out}") from error
+    words = {kind.name: int(kind) for kind in Kind} | {
+        "anew": rule.anew,
+        "retried": "[" + ", ".join(f"'{status}'" for status in rule.retried) + "]::varchar[]",
+        "digest": rule.digest,
+        "shared": rule.digest and rule.shared and not rule.anew,
+    }
+    rows, dropped = scratch / "rows.parquet", scratch / "dropped.parquet"
     config: dict[str, Any] = {"memory_limit": MEMORY, "temp_directory": str(scratch), "threads": cores()}
     with duckdb.connect(str(scratch / "night.duckdb"), config=config) as database:
-        keyed = pa.schema([("position", pa.int64()), ("id", id_type), ("key", pa.string())])
+        keyed = pa.schema([("position", pa.int64()), ("id", rule.id_type), ("key", pa.string())])
         _load(database, "tonight", tonight, keyed)
         _load(database, "before", before, keyed.append(pa.field("status", pa.string())))
-        retried = "[" + ", ".join(f"'{status}'" for status in rule.retried) + "]::varchar[]"
-        words = {kind.name: int(kind) for kind in Kind} | {
-            "anew": rule.anew,
-            "retried": retried,
-            "digest": rule.digest,
-            "shared": rule.digest and rule.shared and not rule.anew,
-        }
-        for step in (_MATCHED, _KNOWN, _PLACED, _EMBEDDED):
+        for step in _STEPS:
             database.execute(step.format(**words))
         _write(database.sql(_RESULT.format(**words)), rows)
         _write(database.sql(_DROPPED), dropped)
         found = database.execute("select kind, count(*) from placed group by kind").fetchall()
     counts = {kind.name.lower(): 0 for kind in Kind} | {Kind(kind).name.lower(): count for kind, count in found}
-    return {**counts, "dropped": pq.read_metadata(dropped).num_rows}
+    return Compared(rows, dropped, {**counts, "dropped": pq.read_metadata(dropped).num_rows})
 
 
 def _load(database: Any, name: str, batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> None:

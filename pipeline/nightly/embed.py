@@ -1,10 +1,11 @@
-"""What has to be embedded tonight, given to the main job as a manifest of its own."""
+"""Runs of the main job over a night's rows, and the check that they are of the same job as the previous night."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,119 +14,108 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.config.schema import Config
+from pipeline.core.errors import TooManyFailures
+from pipeline.dataset import plan
 from pipeline.dataset.dataset import Dataset, open_dataset
 from pipeline.dataset.saved_config import recipe_of
-from pipeline.manifest.manifest import Manifest
 from pipeline.nightly.diff import OF_COPYING, OF_DECODING, OF_READING
-from pipeline.nightly.records import Kind
-from pipeline.nightly.rows import cut_out, read_footers
-from pipeline.nightly.store import open_below
-from pipeline.storage.base import Storage
+from pipeline.nightly.prepare import PendingNight, Target
+from pipeline.nightly.records import EMBEDDED, Kind
+from pipeline.nightly.rows import copy_rows, read_footers
+from pipeline.nightly.store import open_below, open_night
 from pipeline.storage.urls import open_file
 
-# Of a dataset's fingerprints those that two nights may differ in.
+# Fingerprints of a dataset that two nights may differ in.
 _OF_THE_NIGHT = ("manifest", "batch_size")
-# What becomes of rows that are read and embedded.
-OWN = (Kind.NEW, Kind.CHANGED, Kind.RETRIED, Kind.ANEW)
 
 
-class AnotherJob(Exception):
-    """No error: the night before was made by another model, backend, ..., and the night begins again without it.
+class OtherJob(Exception):
+    """The previous night was made by another model, backend, ...: the night begins again without it.
 
-    The text says what differs.
+    The text names what differs. It is caught by :mod:`pipeline.nightly.run` and never reaches the user.
     """
 
 
 @dataclass(frozen=True, slots=True)
-class Embedded:
-    """Tonight's datasets of embedded rows; ``again`` are the positions of the rows of the second, if there is one."""
+class EmbeddedRows:
+    """Tonight's datasets of embedded rows; ``retried`` are the manifest rows of the second one, if there is one."""
 
     datasets: tuple[Dataset, ...]
-    again: NDArray[np.int64]
+    retried: NDArray[np.int64]
 
 
-def embedded_rows(rows: Iterable[pa.RecordBatch]) -> NDArray[np.int64]:
-    """The positions of the rows that are read and embedded."""
-    return _where(rows, lambda kinds: np.isin(kinds, OWN))
+def embed_target(pending: PendingNight, target: Target) -> Dataset:
+    """Run the main job over every row of the night's dataset."""
+    config = target.config
+    if not pending.snapshot:
+        config = replace(config, errors=replace(config.errors, max_fraction=1.0))
+    # The dataset is complete then; failures are counted over the night when it is published.
+    with suppress(TooManyFailures):
+        run_main_job(config, run=pending.options.run)
+    return open_dataset(pending.output.url)
 
 
-def changed_rows(rows: Iterable[pa.RecordBatch]) -> NDArray[np.int64]:
-    """The positions of the rows that are not carried from the night before."""
-    return _where(rows, lambda kinds: kinds != Kind.CARRIED)
-
-
-def _where(rows: Iterable[pa.RecordBatch], choose: Any) -> NDArray[np.int64]:
-    found, start = [np.empty(0, dtype=np.int64)], 0
-    for batch in rows:
-        found.append(np.flatnonzero(choose(batch.column("kind").to_numpy())) + start)
-        start += batch.num_rows
-    return np.concatenate(found)
-
-
-def twins_of_unread(rows: Iterable[pa.RecordBatch], dataset: Dataset) -> NDArray[np.int64]:
-    """Rows that were to share the result of another one, which could not be read: theirs may be there."""
-    statuses = pa.chunked_array([footer.statuses for footer in read_footers(dataset)])
-    unread = np.isin(statuses.to_numpy(), [*OF_READING, *OF_COPYING, *OF_DECODING])
-    found, start = [np.empty(0, dtype=np.int64)], 0
-    for batch in rows:
-        delta = batch.column("delta").fill_null(-1).to_numpy()
-        twins = (batch.column("kind").to_numpy() == Kind.DUPLICATE) & (delta >= 0)
-        twins[twins] = unread[delta[twins]]
-        found.append(np.flatnonzero(twins) + start)
-        start += batch.num_rows
-    return np.concatenate(found)
-
-
-def run_rows(
-    config: Config, manifest: Manifest, positions: NDArray[np.int64], work: Storage, name: str, *, run: str
-) -> Dataset:
-    """Embed some rows of a manifest into ``work``/``name``; goes on where an earlier run stopped.
-
-    ``run`` is the name of the night's run in its log.
+def embed_changes(pending: PendingNight, counts: Mapping[str, int]) -> EmbeddedRows:
+    """Embed the rows that need it, then duplicates of those that could not be read.
 
     Raises:
-        PipelineError: as :func:`pipeline.job.main.run_job`, except for too many failures: the night is judged as a
-        whole.
+        OtherJob: see :func:`check_job`.
     """
-    file = f"{name}.parquet"
-    if work.size(file) is None:
-        cut_out(manifest, positions, [manifest.id, manifest.image], work, file)
-    run_main_job(
-        replace(
-            config,
-            manifest=replace(config.manifest, path=f"{work.url.rstrip('/')}/{file}", keep=[], root=manifest.root),
-            output=replace(config.output, dir=open_below(work, name).url),
-            errors=replace(config.errors, max_fraction=1.0),
-        ),
-        run=run,
-    )
-    return open_dataset(open_below(work, name).url)
+    rows = pending.positions(EMBEDDED)
+    none = np.empty(0, dtype=np.int64)
+    if not len(rows):
+        return EmbeddedRows((), none)
+    first = _embed_rows(pending, rows, "delta-0")
+    check_job(pending, first)
+    retried = _duplicates_of_unread(pending, first) if counts["duplicate"] else none
+    if not len(retried):
+        return EmbeddedRows((first,), none)
+    return EmbeddedRows((first, _embed_rows(pending, retried, "delta-1")), retried)
+
+
+def check_job(pending: PendingNight, dataset: Dataset) -> None:
+    """Compare the fingerprints of a dataset of tonight with the previous night's.
+
+    Raises:
+        OtherJob: they differ, so that nothing can be carried.
+    """
+    previous, now = pending.carried_from, dataset.plan.fingerprints
+    if previous is None or digest_of(now) == previous.fingerprints:
+        return
+    before = plan.read(open_night(pending.store, previous.date))
+    what = _differences(before.fingerprints if before is not None else None, now)
+    raise OtherJob(f"another {what} than on {previous.date}")
+
+
+def check_job_without_rows(pending: PendingNight) -> None:
+    """The same check for a night with no rows to embed: by config, versions and weights.
+
+    If one of them differs, a few images of the manifest are embedded to get the fingerprints.
+    """
+    from pipeline.models.checkpoint import open_checkpoint
+
+    previous, config = pending.carried_from, pending.config
+    if previous is not None and signs_of(config, open_checkpoint(config.model).fingerprint) != previous.signs:
+        rows = np.arange(min(config.parity.images, pending.manifest.rows))
+        check_job(pending, _embed_rows(pending, rows, "probe"))
 
 
 def run_main_job(config: Config, *, run: str) -> None:
-    """The main job; a door that only asks for help does without it."""
+    """Run the main job without its page and closing message, which the night has itself."""
+    # The command answers --help without this import.
     from pipeline.job.main import RunOptions, run_job
 
-    # The night has a page and an ending of its own, which its job would not know enough for.
     run_job(replace(config, report=replace(config.report, html=False)), RunOptions(run=run, summary=False))
 
 
 def digest_of(fingerprints: Mapping[str, Any]) -> str:
-    """What must be the same for rows of two nights to stand in one dataset."""
+    """A digest of everything that must be equal for rows of two nights to be in one dataset."""
     kept = {name: value for name, value in fingerprints.items() if name not in _OF_THE_NIGHT}
     return hashlib.sha256(json.dumps(kept, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
-def differing(old: Mapping[str, Any] | None, new: Mapping[str, Any]) -> str:
-    """In words, what differs in two jobs' fingerprints."""
-    now = json.loads(json.dumps(new))
-    names = sorted({*now, *(old or {})} - set(_OF_THE_NIGHT))
-    named = ", ".join(name for name in names if old is not None and old.get(name) != now.get(name))
-    return named or "the fingerprints"
-
-
 def signs_of(config: Config, model: Any) -> dict[str, Any]:
-    """What a night without a new image is believed by: if all this is as it was, so is the job.
+    """Config, versions and weights: if they are equal, so are the fingerprints of the job.
 
     ``model`` is the checkpoint's fingerprint.
     """
@@ -144,8 +134,40 @@ def signs_of(config: Config, model: Any) -> dict[str, Any]:
     return found
 
 
-def model_now(config: Config) -> Any:
-    """The fingerprint of the checkpoint as it lies there tonight; no image is read for it."""
-    from pipeline.models.checkpoint import open_checkpoint
+def _embed_rows(pending: PendingNight, positions: NDArray[np.int64], name: str) -> Dataset:
+    """Embed some rows of the manifest into ``work``/``name``, or continue an earlier run of it."""
+    config, manifest, work = pending.config, pending.manifest, pending.work
+    file = f"{name}.parquet"
+    if work.size(file) is None:
+        copy_rows(manifest, positions, [manifest.id, manifest.image], work, file)
+    output = open_below(work, name).url
+    config = replace(
+        config,
+        manifest=replace(config.manifest, path=f"{work.url.rstrip('/')}/{file}", keep=[], root=manifest.root),
+        output=replace(config.output, dir=output),
+        # Failures are counted over the night as a whole.
+        errors=replace(config.errors, max_fraction=1.0),
+    )
+    run_main_job(config, run=pending.options.run)
+    return open_dataset(output)
 
-    return open_checkpoint(config.model).fingerprint
+
+def _duplicates_of_unread(pending: PendingNight, dataset: Dataset) -> NDArray[np.int64]:
+    """Duplicates of rows that could not be read: their own file may be readable."""
+    statuses = pa.chunked_array([footer.statuses for footer in read_footers(dataset)])
+    unread = np.isin(statuses.to_numpy(), [*OF_READING, *OF_COPYING, *OF_DECODING])
+    found = [np.empty(0, dtype=np.int64)]
+    for batch in pending.compared("kind", "delta"):
+        delta = batch.column("delta").fill_null(-1).to_numpy()
+        duplicates = (batch.column("kind").to_numpy() == Kind.DUPLICATE) & (delta >= 0)
+        duplicates[duplicates] = unread[delta[duplicates]]
+        found.append(batch.column("position").to_numpy()[duplicates])
+    return np.concatenate(found)
+
+
+def _differences(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> str:
+    """The names of the fingerprints that differ."""
+    ours = json.loads(json.dumps(now))
+    names = sorted({*ours, *(before or {})} - set(_OF_THE_NIGHT))
+    named = ", ".join(name for name in names if before is not None and before.get(name) != ours.get(name))
+    return named or "the fingerprints"

@@ -1,4 +1,4 @@
-"""Before a night's first image: its manifest, the night before, and what becomes of every row."""
+"""The start of a night: its manifest, the previous night, and the comparison of the two."""
 
 from __future__ import annotations
 
@@ -11,47 +11,95 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from pipeline.config.schema import Config
+from pipeline.dataset import plan
 from pipeline.manifest.ids import check_ids
 from pipeline.manifest.manifest import Manifest, open_manifest
 from pipeline.manifest.overlap import check_places
 from pipeline.nightly.content_keys import BYTES, Content, find_content, id_type, read_keys
 from pipeline.nightly.diff import OF_COPYING, OF_DECODING, OF_READING, Rule, compare
-from pipeline.nightly.records import DROPPED, ROWS, SNAPSHOT, WORK, Night, NightError, Wanted
-from pipeline.nightly.rows import read_batches
+from pipeline.nightly.records import (
+    DROPPED,
+    MANIFESTS,
+    PREFIX,
+    ROWS,
+    SNAPSHOT,
+    WORK,
+    Kind,
+    Night,
+    NightError,
+    NightOptions,
+)
+from pipeline.nightly.rows import copy_rows, read_batches
 from pipeline.nightly.store import newest_before, open_below, open_night, remove_folder
 from pipeline.storage.base import Storage
 from pipeline.storage.local import LocalStorage
 from pipeline.storage.urls import explained, open_arrow
 
-BEGUN, COUNTS, COMPARED = "begun.json", "counts.json", "rows.parquet"
+BEGUN, COUNTS, COMPARED, COPIED = "begun.json", "counts.json", "rows.parquet", "changed.json"
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Tonight:
-    """A night that is being made: ``config`` writes to ``target``, ``work`` holds what is not published.
+class PendingNight:
+    """A night that is not published yet.
 
-    ``anew`` says why nothing is carried from ``previous``, and is empty where rows are.
+    ``config`` is the main job's, with ``output`` as its output. ``work`` holds intermediate files. ``anew`` is the
+    reason why nothing is carried from ``previous``; it is empty if rows are carried.
     """
 
     day: str
     config: Config
-    wanted: Wanted
+    options: NightOptions
     manifest: Manifest
     content: Content
     previous: Night | None
     anew: str
     store: Storage
     work: Storage
-    target: Storage
+    output: Storage
+
+    @property
+    def snapshot(self) -> bool:
+        """True if the night holds every row of the manifest, False if it holds those that are not carried."""
+        return self.options.layout == SNAPSHOT
+
+    @property
+    def carried_from(self) -> Night | None:
+        """The previous night, if rows are carried from it."""
+        return None if self.anew else self.previous
+
+    def compared(self, *columns: str) -> Iterator[pa.RecordBatch]:
+        """Columns of the comparison, a few rows at a time, after ``position``, the row of the manifest."""
+        start = 0
+        for batch in read_batches(self.work, COMPARED, columns):
+            numbers = pa.array(np.arange(start, start + batch.num_rows))
+            yield pa.RecordBatch.from_arrays([numbers, *map(batch.column, columns)], names=["position", *columns])
+            start += batch.num_rows
+
+    def positions(self, kinds: Iterable[Kind]) -> NDArray[np.int64]:
+        """The rows of the manifest of these kinds."""
+        found = [np.empty(0, dtype=np.int64)]
+        for batch in self.compared("kind"):
+            found.append(batch.column(0).to_numpy()[np.isin(batch.column(1).to_numpy(), [*kinds])])
+        return np.concatenate(found)
 
 
-def prepare(config: Config, wanted: Wanted, store: Storage, day: str) -> Tonight:
-    """Open the manifest, find the night before, and begin; or find that this very night was begun.
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The rows of a night's dataset as a manifest, and the config of a main job over it."""
+
+    config: Config
+    manifest: Manifest
+
+
+def prepare(config: Config, options: NightOptions, store: Storage, day: str) -> PendingNight:
+    """Open the manifest, find the previous night, and begin this one or find it begun.
 
     Raises:
         PipelineError: the manifest or the store does not allow this night.
@@ -61,16 +109,16 @@ def prepare(config: Config, wanted: Wanted, store: Storage, day: str) -> Tonight
             "backend.quantization=static calibrates the model on images of the manifest, so that every night would "
             "have another model; take backend.quantization=dynamic, or backend=torch_int8"
         )
-    target = open_night(store, day)
-    config = replace(config, output=replace(config.output, dir=target.url))
+    output = open_night(store, day)
+    config = replace(config, output=replace(config.output, dir=output.url))
     manifest = open_manifest(config.manifest)
     check_places(config, manifest)
     check_ids(manifest)
-    content = find_content(manifest, wanted.content)
+    content = find_content(manifest, options.content)
     previous = newest_before(store, day)
-    if previous is not None and previous.layout != wanted.layout:
+    if previous is not None and previous.layout != options.layout:
         raise NightError(
-            f"{store.url}: the nights before are of --layout {previous.layout}, and a store holds nights of one "
+            f"{store.url}: the previous nights have --layout {previous.layout}, and a store holds nights of one "
             f"layout; give --layout {previous.layout}, or another --store"
         )
     if previous is not None and config.loader.batch_size == 0:
@@ -78,65 +126,76 @@ def prepare(config: Config, wanted: Wanted, store: Storage, day: str) -> Tonight
         size = _batch_size(store, previous)
         config = replace(config, loader=replace(config.loader, batch_size=size))
     facts = {
-        "layout": wanted.layout,
+        "layout": options.layout,
         "manifest": manifest.fingerprint,
         "content": str(content),
         "previous": None if previous is None else [previous.date, previous.finished],
     }
-    anew = _begin(store, day, target, json.loads(json.dumps(facts)))
+    anew = _begin(store, day, json.loads(json.dumps(facts)))
     if not anew and previous is not None:
-        anew = _unlike(store, previous, manifest, content)
-    log.info("%s: %d rows, told apart by %s", config.manifest.path, manifest.rows, content)
+        anew = _incomparable(store, previous, manifest, content)
+    log.info("%s: %d rows, content compared by %s", config.manifest.path, manifest.rows, content)
     if previous is not None:
-        log.info("the night before is %s%s", previous.date, f"; nothing is carried: {anew}" if anew else "")
-    work = open_below(store, WORK, f"date={day}", "anew" if anew else "carry")
-    return Tonight(
-        day=day, config=config, wanted=wanted, manifest=manifest, content=content, previous=previous, anew=anew,
-        store=store, work=work, target=target,
-    )  # fmt: skip
+        log.info("previous night: %s%s", previous.date, f"; nothing is carried: {anew}" if anew else "")
+    work = open_below(store, WORK, f"{PREFIX}{day}", "anew" if anew else "carry")
+    return PendingNight(day, config, options, manifest, content, previous, anew, store, work, output)
 
 
-def begin_anew(tonight: Tonight, reason: str) -> Tonight:
-    """The same night without the one before; what was made with it is thrown away."""
-    log.warning("%s: everything is embedded anew, because of %s", tonight.day, reason)
-    outer = open_below(tonight.store, WORK, f"date={tonight.day}")
+def begin_anew(pending: PendingNight, reason: str) -> PendingNight:
+    """Begin the same night again without the previous one; remove what was made so far."""
+    log.warning("%s: everything is embedded anew, because of %s", pending.day, reason)
+    outer = open_below(pending.store, WORK, f"{PREFIX}{pending.day}")
     facts: dict[str, Any] = json.loads(outer.read(BEGUN) or b"{}")
-    remove_folder(tonight.store, f"date={tonight.day}")
+    remove_folder(pending.store, f"{PREFIX}{pending.day}")
     outer.write(BEGUN, json.dumps({**facts, "anew": reason}).encode())
-    return replace(tonight, anew=reason, work=open_below(outer, "anew"))
+    return replace(pending, anew=reason, work=open_below(outer, "anew"))
 
 
-def compare_rows(tonight: Tonight) -> dict[str, int]:
-    """Compare tonight's manifest with the night before, once; rows by kind. The files lie in ``work``."""
-    work = tonight.work
+def compare_rows(pending: PendingNight) -> dict[str, int]:
+    """Compare the manifest with the previous night, unless that is done; return rows by kind."""
+    work = pending.work
     data = work.read(COUNTS)
     if data is not None:
         counts: dict[str, int] = json.loads(data)
         return counts
-    kind, before = id_type(tonight.manifest), list[pa.RecordBatch]()
-    rows: Iterable[pa.RecordBatch] = before
-    if tonight.previous is not None and _ids_of(tonight.store, tonight.previous) == kind:
-        rows = read_batches(open_night(tonight.store, tonight.previous.date), ROWS)
     rule = Rule(
-        digest=tonight.content.digest,
-        shared=tonight.wanted.layout == SNAPSHOT,
-        retried=_retried(tonight.content, tonight.manifest),
-        anew=bool(tonight.anew),
+        digest=pending.content.digest,
+        shared=pending.snapshot,
+        retried=_retried(pending.content, pending.manifest),
+        anew=bool(pending.anew),
+        id_type=id_type(pending.manifest),
     )
-    with scratch_of(work) as scratch, work.staged() as compared, work.staged() as dropped:
-        keys = read_keys(tonight.manifest, tonight.content)
-        counts = compare(
-            keys, rows, rule, id_type=kind, scratch=scratch, rows=compared.path, dropped=dropped.path
-        )  # fmt: skip
-        compared.publish(COMPARED, replace=True)
-        dropped.publish(DROPPED, replace=True)
-    work.write(COUNTS, json.dumps(counts).encode())
-    return counts
+    before: Iterable[pa.RecordBatch] = ()
+    if pending.previous is not None and _id_type(pending.store, pending.previous) == rule.id_type:
+        before = read_batches(open_night(pending.store, pending.previous.date), ROWS)
+    with _scratch(work) as scratch:
+        found = compare(read_keys(pending.manifest, pending.content), before, rule, scratch)
+        work.adopt(found.rows, COMPARED, replace=True)
+        work.adopt(found.dropped, DROPPED, replace=True)
+    work.write(COUNTS, json.dumps(found.counts).encode())
+    return found.counts
+
+
+def open_target(pending: PendingNight) -> Target:
+    """The rows of the night's dataset: the whole manifest, or for a partition a copy of the rows not carried.
+
+    The copy stays in the store for repairs.
+    """
+    manifest, config = pending.manifest, pending.config
+    if pending.snapshot:
+        return Target(config, manifest)
+    folder, name = open_below(pending.store, MANIFESTS), f"{PREFIX}{pending.day}.parquet"
+    if pending.work.read(COPIED) is None or folder.size(name) is None:
+        columns = [manifest.id, manifest.image, *manifest.schema.names[1:]]
+        copy_rows(manifest, pending.positions({*Kind} - {Kind.CARRIED}), columns, folder, name)
+        pending.work.write(COPIED, b"{}\n")
+    own = replace(config.manifest, path=f"{folder.url.rstrip('/')}/{name}", root=manifest.root)
+    return Target(replace(config, manifest=own), open_manifest(own))
 
 
 @contextmanager
-def scratch_of(work: Storage) -> Iterator[Path]:
-    """A folder on a local disk for what memory does not hold: beside the work, or TMPDIR's for an object store."""
+def _scratch(work: Storage) -> Iterator[Path]:
+    """An empty folder on a local disk: in the work folder, or in TMPDIR for an object store."""
     place = None
     if isinstance(work, LocalStorage):
         work.make()
@@ -147,9 +206,9 @@ def scratch_of(work: Storage) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _begin(store: Storage, day: str, target: Storage, facts: dict[str, Any]) -> str:
-    """Begin a night, or find it begun; returns why it was begun anew, if it was."""
-    outer = open_below(store, WORK, f"date={day}")
+def _begin(store: Storage, day: str, facts: dict[str, Any]) -> str:
+    """Begin a night, or find it begun with the same facts; return why it was begun anew, if it was."""
+    outer = open_below(store, WORK, f"{PREFIX}{day}")
     data = outer.read(BEGUN)
     found: dict[str, Any] = json.loads(data) if data is not None else {}
     anew = str(found.pop("anew", ""))
@@ -158,39 +217,37 @@ def _begin(store: Storage, day: str, target: Storage, facts: dict[str, Any]) -> 
     if found:
         changed = ", ".join(sorted(name for name in facts if found.get(name) != facts[name]))
         log.warning("%s: was begun with another %s; it begins again", day, changed)
-        remove_folder(store, target.url.rstrip("/").rpartition("/")[2])
-    remove_folder(store, f"{WORK}/date={day}")
+        remove_folder(store, f"{PREFIX}{day}")
+    remove_folder(store, f"{WORK}/{PREFIX}{day}")
     outer.write(BEGUN, json.dumps(facts).encode())
     return ""
 
 
 def _batch_size(store: Storage, previous: Night) -> int:
-    from pipeline.dataset.plan import read
-
-    found = read(open_night(store, previous.date))
+    found = plan.read(open_night(store, previous.date))
     size = int(found.fingerprints["batch_size"]) if found is not None else 0
-    # Few rows have small batches, which are no measure for more.
+    # A dataset of few rows has a small batch size, which is no measure for more rows.
     return size if found is not None and size < found.rows else 0
 
 
-def _unlike(store: Storage, previous: Night, manifest: Manifest, content: Content) -> str:
-    """Why the rows of the night before tell nothing of tonight's."""
-    ids = _ids_of(store, previous)
+def _incomparable(store: Storage, previous: Night, manifest: Manifest, content: Content) -> str:
+    """The reason why rows cannot be compared with those of the previous night; empty if they can."""
+    ids = _id_type(store, previous)
     if ids != id_type(manifest):
         return f"ids of another type ({ids}, now {id_type(manifest)})"
     if previous.content != str(content):
-        return f"contents told by {previous.content} there, now by {content}"
+        return f"content compared by {previous.content} there, now by {content}"
     return ""
 
 
-def _ids_of(store: Storage, previous: Night) -> pa.DataType:
+def _id_type(store: Storage, previous: Night) -> pa.DataType:
     url = f"{open_night(store, previous.date).url.rstrip('/')}/{ROWS}"
     with explained(url), open_arrow(url) as file:
         return pq.read_schema(file).field("id").type
 
 
 def _retried(content: Content, manifest: Manifest) -> tuple[str, ...]:
-    """The failures that may be over by now."""
+    """The failures that may have passed."""
     if content.how == BYTES:
         return OF_DECODING if manifest.image_kind == "bytes" else (*OF_READING, *OF_DECODING)
     return (*OF_READING, *OF_DECODING, *(OF_COPYING if content.digest else ()))

@@ -1,4 +1,4 @@
-"""The frozen types of a night: what was asked for, what came of every row, and what is written down."""
+"""Names and records of the nightly job: options, row kinds, the published night."""
 
 from __future__ import annotations
 
@@ -9,40 +9,44 @@ from enum import IntEnum
 from pipeline.core.errors import PipelineError
 
 # Names within a store of nights.
-WORK, MANIFESTS, RUNS = "_work", "_manifests", "runs.parquet"
+WORK, MANIFESTS, RUNS, PREFIX = "_work", "_manifests", "runs.parquet", "date="
 # Names within a night.
 NIGHT, ROWS, DROPPED = "_night.json", "_rows.parquet", "_dropped.parquet"
 SNAPSHOT, PARTITION = "snapshot", "partition"
 
 
 class NightError(PipelineError):
-    """The store, or what the nightly job was told, does not allow this night."""
+    """The store, the manifest or an option does not allow this night."""
 
     exit_code = 2
 
 
 class NightUnfinished(PipelineError):
-    """The night is not published; the same command goes on with it."""
+    """The night is not published; the same command continues it."""
 
 
 class Kind(IntEnum):
-    """What becomes of a row, by the night before."""
+    """Source of a row's result, given the previous night."""
 
     CARRIED = 0
     NEW = 1
     CHANGED = 2
     RETRIED = 3
-    # Known to the night before, which was made by another model, backend, ...
+    # In the previous night, which was made by another model, backend, ...
     ANEW = 4
     # The result of another row with the same bytes.
     DUPLICATE = 5
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """What the nightly job was told besides the config of the main job; ``keep`` is 0 for all nights.
+# Kinds whose images are read and embedded.
+EMBEDDED = (Kind.NEW, Kind.CHANGED, Kind.RETRIED, Kind.ANEW)
 
-    ``run`` is the name of this run in its log, and in those of the jobs that it runs.
+
+@dataclass(frozen=True, slots=True)
+class NightOptions:
+    """Options of the nightly job besides the config of the main job.
+
+    ``keep`` is the number of nights that stay, 0 for all. ``run`` names this run in its log and in those of its jobs.
     """
 
     store: str
@@ -56,10 +60,10 @@ class Wanted:
 class Night:
     """One published night, as ``_night.json`` and a row of ``runs.parquet`` hold it; times are in UTC.
 
-    ``kinds`` counts rows by :class:`Kind` and those that left the manifest (``dropped``), ``counts`` the rows of the
-    manifest by status. ``embedded`` rows were read and decoded, ``images`` of them came out with an embedding.
-    ``shared`` parts are files of the night before, ``written`` ones were written. ``anew`` says why nothing was carried
-    though there was a night before; ``dataset`` is empty where a partition has no rows.
+    ``kinds`` counts rows by :class:`Kind` and the ids that left the manifest (``dropped``); ``counts`` is the rows of
+    the manifest by status. ``embedded`` rows were read and decoded, ``images`` of them have an embedding. ``shared``
+    parts are files of the previous night, ``written`` parts are new files. ``anew`` is the reason why nothing was
+    carried from an existing previous night. ``dataset`` is empty for a partition without rows.
     """
 
     date: str
@@ -83,7 +87,7 @@ class Night:
     verdict: str
     fingerprints: str
     versions: Mapping[str, str] = field(default_factory=dict)
-    # What must be the same for a night without new rows to be believed, see pipeline.nightly.embed.
+    # Facts that identify the job without running it, see pipeline.nightly.embed.signs_of.
     signs: Mapping[str, object] = field(default_factory=dict)
     # The manifests that parts of this dataset were written for, see pipeline.dataset.plan.source_of.
     sources: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""A store of nights: which are published, files that two nights share, and what is removed."""
+"""The store of nights: the published ones, files that two nights share, removal of old ones."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, fields
 from datetime import date, datetime
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -18,7 +19,7 @@ import pyarrow.parquet as pq
 
 from pipeline.core.errors import StorageError
 from pipeline.dataset.commits import SUCCESS
-from pipeline.nightly.records import MANIFESTS, NIGHT, RUNS, WORK, Night
+from pipeline.nightly.records import MANIFESTS, NIGHT, PREFIX, RUNS, WORK, Night
 from pipeline.storage.base import Storage
 from pipeline.storage.factory import open_storage
 from pipeline.storage.local import LocalStorage, sync
@@ -26,7 +27,6 @@ from pipeline.storage.retry import retried
 from pipeline.storage.s3 import ObjectStorage
 from pipeline.storage.urls import explained
 
-_PREFIX = "date="
 log = logging.getLogger(__name__)
 _TIME = pa.timestamp("ms", tz="UTC")
 RUN_SCHEMA = pa.schema([
@@ -46,36 +46,35 @@ def open_below(storage: Storage, *names: str) -> Storage:
 
 def open_night(store: Storage, day: str) -> Storage:
     """The folder of a night."""
-    return open_below(store, f"{_PREFIX}{day}")
+    return open_below(store, f"{PREFIX}{day}")
 
 
 def days(store: Storage) -> list[str]:
     """The dates that have a folder, oldest first."""
-    return sorted(day for name in store.folders() if is_day(day := name.removeprefix(_PREFIX)) and day != name)
+    return sorted(day for name in store.folders() if is_day(day := name.removeprefix(PREFIX)) and day != name)
 
 
 def is_day(text: str) -> bool:
-    """Whether a text is a date such as 2026-11-22."""
+    """True for a date such as 2026-11-22."""
     with suppress(ValueError):
         return date.fromisoformat(text).isoformat() == text
     return False
 
 
 def read_night(store: Storage, day: str) -> Night | None:
-    """A published night, or None.
+    """A published night, or None if it is not published.
 
     Raises:
-        StorageError: its book is torn.
+        StorageError: ``_night.json`` is torn.
     """
     storage = open_night(store, day)
     data = storage.read(NIGHT)
     if data is None:
         return None
+    known = {each.name for each in fields(Night)}
     try:
-        values: dict[str, Any] = json.loads(data)
-        known = {each.name for each in fields(Night)}
-        kept = {name: value for name, value in values.items() if name in known}
-        return Night(**{**kept, "sources": tuple(kept.get("sources", ()))})
+        values = {name: value for name, value in dict(json.loads(data)).items() if name in known}
+        return Night(**{**values, "sources": tuple(values.get("sources", ()))})
     except (ValueError, TypeError) as error:
         raise StorageError(
             f"{storage.url}/{NIGHT}: not readable ({error}); remove the night and run it again"
@@ -91,9 +90,9 @@ def newest_before(store: Storage, day: str) -> Night | None:
 
 
 def append_runs(store: Storage, night: Night) -> None:
-    """Have a night stand in ``runs.parquet``, and every published one that was killed before it got there.
+    """Add a night to ``runs.parquet``, and every published one whose run was killed before it did so.
 
-    A night that was removed and made again has its new row alone.
+    A night that was removed and made again keeps its new row only.
 
     Raises:
         StorageError: the file is damaged.
@@ -106,8 +105,9 @@ def append_runs(store: Storage, night: Night) -> None:
                 other = read_night(store, each)
             except StorageError as error:
                 log.warning("%s has no row in %s: %s", each, RUNS, error)
-            else:
-                added += [other] if other is not None else []
+                continue
+            if other is not None:
+                added.append(other)
     day = date.fromisoformat(night.date)
     if finished.get(day) != datetime.fromisoformat(night.finished):
         table = table.filter(pc.not_equal(table.column("date"), pa.scalar(day)))
@@ -146,12 +146,12 @@ def _read_runs(store: Storage) -> pa.Table:
     except (pa.ArrowException, OSError) as error:
         raise StorageError(
             f"{store.url}/{RUNS}: not readable ({error}); move it away, and the same command writes it again from the "
-            "nights that are there"
+            "published nights"
         ) from error
 
 
 def last_success(store: Storage) -> float | None:
-    """When the newest night with exit code 0 was finished, in seconds since the epoch.
+    """The time at which the newest night with exit code 0 was finished, in seconds since the epoch.
 
     Raises:
         StorageError: ``runs.parquet`` is damaged.
@@ -161,10 +161,10 @@ def last_success(store: Storage) -> float | None:
     return max(done).timestamp() if done else None
 
 
-def forget(store: Storage, day: str, *, keep: int) -> Iterator[str]:
-    """Remove what is older than the ``keep`` newest published nights up to ``day``; the dates that are gone.
+def remove_old(store: Storage, day: str, *, keep: int) -> Iterator[str]:
+    """Remove nights older than the ``keep`` newest published ones up to ``day``; yield their dates.
 
-    Nights that were begun and never published do not count, and go with those around them.
+    Nights that were never published do not count, and are removed with older ones.
     """
     older = [one for one in days(store) if one < day]
     published = [one for one in older if is_published(store, one)]
@@ -172,30 +172,30 @@ def forget(store: Storage, day: str, *, keep: int) -> Iterator[str]:
         return
     oldest = [*published, day][-keep]
     for each in [one for one in older if one < oldest]:
-        # Its marks first, so that a night that is half gone is taken for none.
+        # The marks first, so that a night that is half removed does not count.
         night = open_night(store, each)
         night.remove(NIGHT)
         night.remove(SUCCESS)
-        remove_folder(store, f"{_PREFIX}{each}")
-        remove_folder(store, f"{WORK}/{_PREFIX}{each}")
-        open_below(store, MANIFESTS).remove(f"{_PREFIX}{each}.parquet")
+        remove_folder(store, f"{PREFIX}{each}")
+        remove_folder(store, f"{WORK}/{PREFIX}{each}")
+        open_below(store, MANIFESTS).remove(f"{PREFIX}{each}.parquet")
         yield each
 
 
 def is_published(store: Storage, day: str) -> bool:
-    """Whether a night counts."""
+    """True if the night has a ``_night.json``."""
     return open_night(store, day).size(NIGHT) is not None
 
 
 def clear_work(store: Storage) -> None:
-    """Remove what nights needed that are published; one that was killed at its end may have left it."""
+    """Remove the work folders of published nights; a run that was killed at its end leaves one."""
     for name in open_below(store, WORK).folders():
-        if is_day(day := name.removeprefix(_PREFIX)) and is_published(store, day):
+        if is_day(day := name.removeprefix(PREFIX)) and is_published(store, day):
             remove_folder(store, f"{WORK}/{name}")
 
 
 def remove_folder(storage: Storage, name: str) -> None:
-    """Remove a folder with all that is in it; nothing happens if it is not there."""
+    """Remove a folder with its content, if it exists."""
     place = f"{storage.url}/{name}"
     with explained(place):
         if isinstance(storage, LocalStorage):
@@ -212,32 +212,31 @@ def remove_folder(storage: Storage, name: str) -> None:
             retried(place, remove)
 
 
-def share(source: Storage, name: str, target: Storage, new: str) -> None:
-    """Let ``target`` have a file of ``source``: by a hard link, or by a copy that the object store makes.
+def share_file(source: Storage, name: str, target: Storage, new: str) -> None:
+    """Give ``target`` a file of ``source`` under the name ``new``: a hard link, or a copy within the object store.
 
-    A file that is there already is replaced: it may be torn.
+    An existing file is replaced, as it may be torn.
     """
     place = f"{target.url}/{new}"
     with explained(place):
         if isinstance(source, LocalStorage) and isinstance(target, LocalStorage):
             target.make()
-            _link(source, name, target, new)
+            _link(source.root / name, target, new)
         elif isinstance(source, ObjectStorage) and isinstance(target, ObjectStorage):
             fs, old, path = target.fs, f"{source.root}/{name}", f"{target.root}/{new}"
             retried(place, lambda: fs.cp_file(old, path))
 
 
-def _link(source: LocalStorage, name: str, target: LocalStorage, new: str) -> None:
-    old, path = source.root / name, target.root / new
+def _link(old: Path, target: LocalStorage, new: str) -> None:
     with target.staged() as staged:
         try:
             os.link(old, staged.path)
-        except OSError as error:
-            if isinstance(error, FileNotFoundError):
-                raise
-            # Another disk, or one without links: a copy of its own then.
+        except FileNotFoundError:
+            raise
+        except OSError:
+            # Another disk, or one without hard links.
             shutil.copyfile(old, staged.path)
             sync(staged.path)
-        # A link over another one to the same file does nothing.
-        staged.path.replace(path)
-        sync(path.parent)
+        # If the target is a link to the same file already, this does nothing.
+        staged.path.replace(target.root / new)
+        sync(target.root)
