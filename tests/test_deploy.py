@@ -336,7 +336,7 @@ class App:
 
     def __init__(self):
         limits = SimpleNamespace(header_seconds=1.0, timeout_seconds=30.0, grace_seconds=10.0)
-        config, admission = SimpleNamespace(serve=limits), SimpleNamespace(requests=0)
+        config, admission = SimpleNamespace(serve=limits), SimpleNamespace(request_count=0)
         service = SimpleNamespace(fault=None, config=config, admission=admission)
         service.drain = lambda: print("it ends", file=sys.stderr, flush=True)
         self.state = SimpleNamespace(service=service)
