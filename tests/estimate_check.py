@@ -1,8 +1,8 @@
-"""How near estimates are to what jobs then take: ``python -m tests.estimate_check [--rounds 3] [CASE ...]``.
+"""Comparison of estimates with the jobs themselves: ``python -m tests.estimate_check [--rounds 3] [CASE ...]``.
 
 Each round estimates a case and then runs it, so that both meet the machine in the same state; the table shows medians.
-``--overrides`` takes a job of your own instead: ``--overrides manifest.path=photos.parquet model=clip_vit_b32``. The
-photos lie beside the checkout (see tests/conftest.py); cases that need them are left out where they are not.
+``--overrides`` runs a job of your own instead: ``--overrides manifest.path=photos.parquet model=clip_vit_b32``. The
+photos lie beside the checkout (see tests/conftest.py); without them, cases that need them are left out.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LABELS = "prompts.labels=[dress,hat,shirt,shoes,skirt]"
 
 
 def cases(folder: Path) -> dict[str, list[str]]:
-    """The overrides of every case; the names of those that are killed half-way begin with ``half``."""
+    """Return the overrides of every case; the names of cases that are killed half-way begin with ``half``."""
     found = {
         "demo": [f"manifest.demo_scenes={SCENES}"],
         "half of demo": [f"manifest.demo_scenes={SCENES}", "manifest.shard_rows=1024"],
@@ -53,7 +53,7 @@ def cases(folder: Path) -> dict[str, list[str]]:
 
 
 def _photos(folder: Path, photos: Path, times: int) -> Path:
-    """A manifest that lists every photo so often."""
+    """Write a manifest that lists every photo ``times`` times."""
     paths = sorted(str(path) for path in photos.rglob("*.jpg")) * times
     manifest = folder / f"photos-{times}.parquet"
     pq.write_table(pa.table({"id": [f"{n}" for n in range(len(paths))], "path": paths}), manifest)
@@ -61,7 +61,7 @@ def _photos(folder: Path, photos: Path, times: int) -> Path:
 
 
 def measured(overrides: Sequence[str], output: Path, half: Path | None) -> dict[str, Any]:
-    """One estimate and one run: seconds, bytes and MiB of both."""
+    """Return seconds, bytes and MiB of one estimate and of one run."""
     shutil.rmtree(output, ignore_errors=True)
     if half is not None:
         shutil.copytree(half, output)
@@ -88,7 +88,7 @@ def measured(overrides: Sequence[str], output: Path, half: Path | None) -> dict[
         "real start": report["startup_seconds"],
         "estimated img/s": estimate["images_per_second"],
         "real img/s": report["steady_images_per_second"],
-        # What a busy machine changes least: the core seconds of an image.
+        # The core seconds of an image depend least on the load of the machine.
         "ratio of core s": estimate["cores_busy"] / estimate["images_per_second"] / _core_seconds(report),
         "estimated MB": estimate["output_bytes"] / 1e6,
         "real MB": (_bytes(output) - before) / 1e6,
@@ -99,15 +99,15 @@ def measured(overrides: Sequence[str], output: Path, half: Path | None) -> dict[
 
 def _estimate(given: Sequence[str]) -> dict[str, Any]:
     command = _command("run.dry=true", "run.json=true", *given)
-    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if told.returncode:
-        raise SystemExit(f"the estimate ended with {told.returncode}:\n{told.stderr}")
-    found: dict[str, Any] = json.loads(told.stdout)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"the estimate ended with {done.returncode}:\n{done.stderr}")
+    found: dict[str, Any] = json.loads(done.stdout)
     return found
 
 
 def _core_seconds(report: dict[str, Any]) -> float:
-    """Of one image, in the processes that embedded and those that decoded."""
+    """Return the core seconds of an image, in the processes that embed and those that decode."""
     spent = sum(each["own_core_seconds"] + each["child_core_seconds"] for each in report["workers"])
     return float(spent / report["images"])
 
@@ -121,7 +121,7 @@ def _bytes(output: Path) -> int:
 
 
 def half_done(overrides: Sequence[str], output: Path, kept: Path) -> Path:
-    """What a run leaves behind that is killed when half of its shards are committed."""
+    """Return the output of a run that is killed when half of its shards are committed."""
     shutil.rmtree(output, ignore_errors=True)
     command = _command(*overrides, f"output.dir={output}", "report.progress=none")
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True) as process:
@@ -154,7 +154,7 @@ def main() -> None:
         for name, overrides in chosen.items():
             if options.cases and name not in options.cases:
                 continue
-            # Scenes, text features and exported models are made once; neither side is to pay for them.
+            # Scenes, text features and exported models are made once, before anything is measured.
             if "demo" in name:
                 render_folder(folder / "scenes", SCENES)
             shutil.rmtree(output, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""``run.dry=true``: a few batches are measured, the rest is told, and nothing is left behind."""
+"""``run.dry=true``: a few batches are measured, the rest is extrapolated, and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from pipeline.core.records import Piece
 from pipeline.dataset import lease
 from pipeline.dataset.saved_config import config_of, recipe_of
 from pipeline.engine.demo import folder as demo
-from pipeline.job.estimate import extrapolate, trial
+from pipeline.job.estimate import extrapolate
 from pipeline.job.estimate.estimate import estimate_job
-from pipeline.job.estimate.format import lines, span
-from pipeline.job.estimate.record import Estimate
-from pipeline.job.estimate.sampling import DEPTH, in_shards, spread
+from pipeline.job.estimate.record import Estimate, lines, span
+from pipeline.job.estimate.sample import DEPTH, in_shards, spread
 from pipeline.job.estimate.scaling import Processes, processes_of
+from pipeline.job.estimate.trial import Limits
 from pipeline.job.main import run_job
 from pipeline.manifest.manifest import Manifest, ManifestFile
 from pipeline.manifest.shards import cut
@@ -59,7 +59,7 @@ def everything(folder: Path) -> dict[str, tuple[int, bytes]]:
 
 
 def undo(output: Path, shards: int) -> None:
-    """Take the last commits away, as if the run had been killed before them."""
+    """Remove the last commits, as if the run had been killed before them."""
     (output / "_SUCCESS").unlink()
     for path in sorted(output.glob("_commits/*.json"))[-shards:]:
         (output / json.loads(path.read_text())["part"]).unlink()
@@ -77,17 +77,17 @@ def test_an_estimate_of_a_new_job_writes_nothing_to_its_output(scenes: Path, tmp
     assert (estimate.problems, estimate.exit_code) == ((), 0)
 
 
-def test_the_size_that_is_told_is_that_of_the_parts_of_the_run(scenes: Path, tmp_path: Path) -> None:
+def test_the_estimated_size_is_that_of_the_parts_of_the_run(scenes: Path, tmp_path: Path) -> None:
     for dtype in ("float32", "float16"):
         output = {"dir": str(tmp_path / dtype), "dtype": dtype}
         config = job(scenes, tmp_path / dtype, output=output)
-        told = estimate_job(config).output_bytes
+        expected = estimate_job(config).output_bytes
         run_job(config)
         written = sum(path.stat().st_size for path in (tmp_path / dtype).glob("*.parquet"))
-        assert told == pytest.approx(written, rel=0.15)
+        assert expected == pytest.approx(written, rel=0.15)
 
 
-def test_a_half_done_dataset_is_left_as_it_is_and_only_the_rest_is_told(scenes: Path, tmp_path: Path) -> None:
+def test_a_half_done_dataset_is_left_as_it_is_and_only_the_rest_is_estimated(scenes: Path, tmp_path: Path) -> None:
     config = job(scenes, tmp_path / "out")
     run_job(config)
     undo(tmp_path / "out", 2)
@@ -127,13 +127,13 @@ def test_of_a_finished_dataset_nothing_is_left_to_do(
     assert "nothing to do" in capfd.readouterr().err
 
 
-def test_a_store_gets_nothing_and_does_not_tell_its_free_space(scenes: Path) -> None:
+def test_a_store_gets_nothing_and_its_free_space_is_unknown(scenes: Path) -> None:
     fs = fsspec.filesystem("memory")
     estimate = estimate_job(job(scenes, Path("unused"), output={"dir": "memory://estimate/out"}))
     assert fs.find("/estimate") == []
     assert estimate.free_bytes is None
     assert estimate.left_rows == ROWS
-    assert any("the store does not tell what is free" in line for line in lines(estimate))
+    assert any("free space of the store is not known" in line for line in lines(estimate))
 
 
 def test_an_output_of_another_dataset_is_refused_as_a_run_is(scenes: Path, tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_an_output_of_another_dataset_is_refused_as_a_run_is(scenes: Path, tmp_p
     assert everything(tmp_path) == before
 
 
-def test_one_part_of_a_job_is_told_alone(scenes: Path, tmp_path: Path) -> None:
+def test_one_part_of_a_job_is_estimated_alone(scenes: Path, tmp_path: Path) -> None:
     estimate = estimate_job(job(scenes, tmp_path / "out", cluster={"part": "2/3"}))
     # Shards 1 and 4 of five.
     assert (estimate.rows, estimate.left_shards, estimate.left_rows) == (ROWS, 2, 48)
@@ -165,14 +165,14 @@ def test_bad_images_are_counted_and_too_many_of_them_end_with_3(tmp_path: Path) 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_manifest_of_bad_images_alone_is_told_too(tmp_path: Path) -> None:
+def test_a_manifest_of_bad_images_alone_is_estimated_too(tmp_path: Path) -> None:
     manifest = scenes_manifest(tmp_path / "m.parquet", 48, damaged=dict.fromkeys(range(48), b"no picture"))
     estimate = estimate_job(job(manifest, tmp_path / "out", errors={"max_fraction": 1.0}))
     assert (estimate.failed, estimate.images, estimate.bound) == (1.0, 0, "nothing")
     assert list(lines(estimate))
 
 
-def test_a_disk_that_is_too_small_is_said_with_both_sizes(
+def test_a_disk_that_is_too_small_is_reported_with_both_sizes(
     scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(extrapolate, "free_bytes", lambda place: 1000)
@@ -181,7 +181,7 @@ def test_a_disk_that_is_too_small_is_said_with_both_sizes(
     assert "MB are to be written and 0.0 MB are free; free some space" in estimate.problems[0]
 
 
-def test_an_output_that_another_run_holds_is_said_and_can_be_told(scenes: Path, tmp_path: Path) -> None:
+def test_an_output_that_another_run_holds_is_reported_and_estimated(scenes: Path, tmp_path: Path) -> None:
     storage = open_storage(str(tmp_path / "out"))
     with lease.take(storage, seconds=60):
         estimate = estimate_job(job(scenes, tmp_path / "out"))
@@ -191,8 +191,8 @@ def test_an_output_that_another_run_holds_is_said_and_can_be_told(scenes: Path, 
 
 
 def test_the_demo_renders_nothing_where_its_scenes_would_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.job.estimate.scenes.TRIAL", 16)
-    monkeypatch.setattr("pipeline.job.estimate.scenes.GATES", 4)
+    monkeypatch.setattr("pipeline.job.estimate.sample.TRIAL", 16)
+    monkeypatch.setattr("pipeline.job.estimate.sample.GATES", 4)
     config = job(Path("unused"), tmp_path / "work" / "out")
     manifest = replace(Config().manifest, demo_scenes=40)
     estimate = estimate_job(replace(config, manifest=manifest))
@@ -212,12 +212,10 @@ def test_scenes_that_are_gone_are_not_rendered_for_an_estimate(tmp_path: Path) -
         estimate_job(config)
 
 
-def test_a_trial_ends_when_enough_is_known(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial, "WARM_SECONDS", 0.0)
-    monkeypatch.setattr(trial, "SECONDS", 0.0)
+def test_a_trial_ends_at_its_limits(scenes: Path, tmp_path: Path) -> None:
     manifest = scenes_manifest(tmp_path / "m.parquet", 600, damaged={})
     config = job(manifest, tmp_path / "out", backend={"device": "cpu", "streams": 1}, loader={"batch_size": 4})
-    estimate = estimate_job(config)
+    estimate = estimate_job(config, limits=Limits(warm_seconds=0, seconds=0))
     assert 4 <= estimate.sample["batches"] < 40
     assert estimate.images == 600
     assert estimate.low < estimate.seconds < estimate.high
@@ -234,15 +232,12 @@ class SlowEncoder(StubEncoder):
 
 
 @pytest.mark.parametrize("shard_rows", [20, 400])
-def test_the_time_follows_from_the_batches_of_which_some_are_padded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard_rows: int
-) -> None:
-    monkeypatch.setattr(trial, "WARM_SECONDS", 0.2)
-    monkeypatch.setattr(trial, "SECONDS", 0.5)
+def test_the_time_follows_from_the_batches_of_which_some_are_padded(tmp_path: Path, shard_rows: int) -> None:
     manifest = scenes_manifest(tmp_path / "m.parquet", 400, damaged={})
     groups = {"manifest": {"shard_rows": shard_rows}, "backend": {"streams": 1}}
     with stub_backend(SlowEncoder):
-        estimate = estimate_job(job(manifest, tmp_path / "out", **groups))
+        config = job(manifest, tmp_path / "out", **groups)
+        estimate = estimate_job(config, limits=Limits(warm_seconds=0.2, seconds=0.5))
     batches = 400 // shard_rows * -(-shard_rows // 8)
     assert estimate.sample["batches"] < batches
     # A busy machine only makes it longer.
@@ -250,15 +245,15 @@ def test_the_time_follows_from_the_batches_of_which_some_are_padded(
     assert estimate.bound == "encoding" or estimate.startup_seconds > estimate.seconds / 2
 
 
-def test_the_door_tells_programs_in_json_and_ends_with_the_code_of_the_run(scenes: Path, tmp_path: Path) -> None:
+def test_the_command_prints_json_and_exits_with_the_code_of_the_run(scenes: Path, tmp_path: Path) -> None:
     config = job(scenes, tmp_path / "out")
     given = [*overrides_of(config), "run.dry=true", "loader.isolation=none"]
     child = forks().start("tests.forks:door", *given, "run.json=true")
     assert child.wait() == 0, child.said()
     text = child.said()
-    told = json.loads(text[text.index("{\n") :])
-    assert told["left_rows"] == ROWS
-    assert {*told} == {*asdict(Estimate("", 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0))}
+    printed = json.loads(text[text.index("{\n") :])
+    assert printed["left_rows"] == ROWS
+    assert {*printed} == {*asdict(Estimate("", 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0))}
     child = forks().start("tests.forks:door", *given, "errors.max_fraction=0")
     assert child.wait() == 3, child.said()
     assert "time      about" in child.said()
@@ -294,7 +289,7 @@ def test_json_without_dry_is_refused() -> None:
     assert [problem.key for problem in problems] == ["run.json"]
 
 
-def test_other_doors_than_the_jobs_refuse_to_be_dry() -> None:
+def test_other_commands_than_the_job_refuse_run_dry() -> None:
     with pytest.raises(ConfigError, match=r"run\.dry = True: is for python -m pipeline\.run alone"):
         compose_config(["run.dry=true"])
 
@@ -352,7 +347,7 @@ def test_processes_on_the_same_cores_gain_no_more_than_the_cores_have(monkeypatc
     assert Processes(8, gain=8, shared=False).rate(1000, core_seconds=0.016) == 8000
 
 
-def test_every_cluster_says_what_one_process_stands_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_cluster_has_its_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     def of(name: str, **values: Any) -> Processes:
         return processes_of(replace(Config(), cluster=replace(Config().cluster, name=name, **values)))
 
@@ -370,7 +365,7 @@ def test_every_cluster_says_what_one_process_stands_for(monkeypatch: pytest.Monk
     ("seconds", "text"),
     [(3.21, "3.2 s"), (64, "64 s"), (192, "3 min 12 s"), (1500, "25 min"), (9000, "2.5 h"), (400_000, "4.6 days")],
 )
-def test_times_are_told_as_people_say_them(seconds: float, text: str) -> None:
+def test_times_are_written_with_their_units(seconds: float, text: str) -> None:
     assert span(seconds) == text
 
 

@@ -1,4 +1,4 @@
-"""``run.dry=true``: what a job would take, from a few batches of it; nothing is written to its output."""
+"""``run.dry=true``: an estimate of a job from a few of its batches; nothing is written to its output."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from pipeline.config.schema import Config
 from pipeline.core.errors import OutputBusy
-from pipeline.core.records import Shard
+from pipeline.core.records import Piece
 from pipeline.dataset import commits, lease
 from pipeline.dataset.parts import part_format
 from pipeline.engine.loop import Job
@@ -22,21 +22,29 @@ from pipeline.images.pool.pool import Decoders
 from pipeline.job.cluster.executor import executor_of
 from pipeline.job.cluster.inline import Inline
 from pipeline.job.cluster.part import Part
-from pipeline.job.estimate.extrapolate import figures
-from pipeline.job.estimate.format import lines
-from pipeline.job.estimate.record import Estimate
-from pipeline.job.estimate.sampling import in_shards, spread
+from pipeline.job.estimate.extrapolate import Work, figures
+from pipeline.job.estimate.record import Estimate, lines
+from pipeline.job.estimate.sample import Scenes, in_shards, spread
 from pipeline.job.estimate.scaling import processes_of
-from pipeline.job.estimate.scenes import Scenes
-from pipeline.job.estimate.trial import BATCHES, Trial, try_out
+from pipeline.job.estimate.trial import BATCHES, Limits, Sample, Trial, measure
+from pipeline.manifest.manifest import Manifest
 from pipeline.manifest.shards import cut
 from pipeline.storage.base import Storage
 from pipeline.storage.factory import open_storage
-from pipeline.storage.local import LocalStorage
 from pipeline.storage.urls import explained
 from pipeline.telemetry.logs import log_to_terminal
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Rehearsal:
+    """Manifest and engine of a job, trial of it (None where no shard is left), and the estimate that follows."""
+
+    manifest: Manifest
+    prepared: Prepared
+    trial: Trial | None
+    estimate: Estimate
 
 
 def estimate_job(
@@ -44,50 +52,28 @@ def estimate_job(
     *,
     began: float | None = None,
     decoders: Decoders | None = None,
-    every_byte: bool = False,
     run: str = "",
+    limits: Limits | None = None,
 ) -> Estimate:
-    """Measure a few batches of what is left of a job, and tell what all of it would take.
+    """Measure a few batches of a job, and log and return an estimate of all of it.
 
-    The arguments are those of :func:`pipeline.job.main.run_job`. Text features, exported models and a measured batch
-    size go to their caches, where the job will find them; a trial's parts go to a temporary folder.
+    Text features, exported models and a measured batch size go to their caches, where the job finds them.
+
+    Args:
+        config: config of the job.
+        began: time of the command, in seconds since the epoch; now by default.
+        decoders: decoder processes that were started before.
+        run: id of the run in the lines of the log.
+        limits: length of the trial.
 
     Raises:
-        PipelineError: what refuses the job refuses its estimate.
+        PipelineError: the errors of the job itself.
     """
-    began = began or time.time()
-    storage = open_storage(config.output.dir)
-    config = replace(config, output=replace(config.output, dir=storage.url))
     with ExitStack() as opened:
         if decoders is not None:
             opened.callback(decoders.close)
         opened.enter_context(log_to_terminal(config.log, run))
-        # Refuses a cluster for which something is not installed, and opens none.
-        executor_of(config, storage, lambda: None, None)
-        processes = processes_of(config)
-        with explained("a temporary folder for the trial (TMPDIR)"):
-            scratch = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="clip-pipeline-")))
-        scenes = Scenes(config, storage, scratch / "scenes")
-        inputs = open_inputs(scenes.config)
-        # Closed before the folder goes.
-        crew = opened.enter_context(Inline(scenes.config, storage, decoders))
-        prepared = crew.prepare(inputs)
-        done, bad = commits.look(storage, prepared.plan, every_byte=every_byte)
-        part = Part.of(config)
-        shards = cut(inputs.manifest, config.manifest.shard_rows)
-        left = [shard for shard in shards if part.has(shard.index) and shard.index not in done]
-        startup = time.time() - began - scenes.seconds
-        estimate = figures(
-            _trial(crew, inputs, prepared, left, scenes, scratch / "trial") if left else None,
-            left,
-            done,
-            prepared,
-            processes,
-            startup=startup,
-            scenes=scenes.to_render,
-            damaged=len(bad),
-            busy=_busy(storage, part),
-        )
+        estimate = rehearse(config, began or time.time(), limits or Limits(), decoders).estimate
         for line in lines(estimate):
             log.info("%s", line)
         for problem in estimate.problems:
@@ -97,44 +83,84 @@ def estimate_job(
     return estimate
 
 
-def _trial(
-    crew: Inline, inputs: Inputs, prepared: Prepared, left: Sequence[Shard], scenes: Scenes, folder: Path
-) -> Trial:
-    config, manifest, streams = prepared.config, inputs.manifest, prepared.streams
-    size, most = config.loader.batch_size, config.manifest.shard_rows
+def rehearse(config: Config, began: float, limits: Limits, decoders: Decoders | None = None) -> Rehearsal:
+    """Prepare a job, embed a sample of it into a temporary folder, and extrapolate.
+
+    The caller closes ``decoders``.
+
+    Raises:
+        PipelineError: the errors of the job itself.
+    """
+    storage = open_storage(config.output.dir)
+    config = replace(config, output=replace(config.output, dir=storage.url))
+    # Refuses a cluster for which something is not installed, and starts none.
+    executor_of(config, storage, lambda: None, None)
+    processes = processes_of(config)
+    with ExitStack() as opened:
+        with explained("a temporary folder for the trial (TMPDIR)"):
+            scratch = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="clip-pipeline-")))
+        scenes = Scenes(config, storage, scratch / "scenes")
+        inputs = open_inputs(scenes.config)
+        # Closed before the folder is removed.
+        crew = opened.enter_context(Inline(scenes.config, storage, decoders))
+        prepared = crew.prepare(inputs)
+        done, damaged = commits.look(storage, prepared.plan, every_byte=False)
+        part = Part.of(config)
+        shards = cut(inputs.manifest, config.manifest.shard_rows)
+        left = [shard for shard in shards if part.has(shard.index) and shard.index not in done]
+        startup = time.time() - began - scenes.seconds
+        trial = None
+        if left:
+            log.info("measuring a few batches; nothing is written to %s", config.output.dir)
+            runs = spread(inputs.manifest, left, rows=prepared.config.loader.batch_size)
+            job = _job(inputs, prepared, scratch / "trial")
+            crew.rehearse(job)
+            trial = measure(crew, _sample(prepared, scenes.sample(runs)), job, limits)
+        work = Work(
+            left=left,
+            done=done,
+            damaged=len(damaged),
+            startup_seconds=startup,
+            scenes_seconds=scenes.seconds_to_render,
+            processes=processes,
+            busy=_busy(storage, part),
+        )
+        return Rehearsal(inputs.manifest, prepared, trial, figures(trial, work, prepared))
+
+
+def _job(inputs: Inputs, prepared: Prepared, folder: Path) -> Job:
+    """Return the job with its output in ``folder``."""
+    config = prepared.config
     form = part_format(
-        manifest.schema,
+        inputs.manifest.schema,
         dim=prepared.dim,
         dtype=config.output.dtype,
         compression=config.output.compression,
         fingerprints=prepared.plan.fingerprints,
     )
-    storage = LocalStorage(str(folder))
-    crew.rehearse(
-        Job(
-            config=replace(config, output=replace(config.output, dir=storage.url)),
-            manifest=manifest,
-            spec=spec_of(config, inputs.checkpoint),
-            form=form,
-            bank=inputs.bank(),
-        )
-    )
-    log.info("measuring a few batches; nothing is written to %s", config.output.dir)
-    # The first is soon a part, of which the size is known; a batch of a large model may take a minute.
-    first, others = min(most, streams * size), min(most, BATCHES * streams * size)
-    return try_out(
-        crew,
-        in_shards(scenes.sample(spread(manifest, left, rows=size)), first=first, rows=others),
-        least=-(-first // size),
-        storage=storage,
+    return Job(
+        config=replace(config, output=replace(config.output, dir=str(folder))),
+        manifest=inputs.manifest,
+        spec=spec_of(config, inputs.checkpoint),
         form=form,
-        streams=streams,
-        ahead=config.loader.prefetch + streams + 3,
+        bank=inputs.bank(),
     )
+
+
+def _sample(prepared: Prepared, runs: Sequence[Piece]) -> Sample:
+    """Return the shards of a trial.
+
+    The first is small, so that it is soon a part whose size is known: a batch of a large model may take a minute.
+    """
+    loader, streams = prepared.config.loader, prepared.streams
+    batch, most = loader.batch_size, prepared.config.manifest.shard_rows
+    first, others = min(most, streams * batch), min(most, BATCHES * streams * batch)
+    shards = in_shards(runs, first=first, rows=others)
+    return Sample(shards, least=-(-first // batch), streams=streams, ahead=loader.prefetch + streams + 3)
 
 
 def _busy(storage: Storage, part: Part) -> str:
-    """Who keeps a run out just now; empty if nobody does."""
+    """Return a message about the run that holds the output now, or an empty string."""
     for folder, _, holder in lease.holders(storage):
         if folder == part.lease and holder is not None and holder.lives():
             return f"{storage.url} is held by {holder}"

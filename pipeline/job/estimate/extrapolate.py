@@ -1,4 +1,4 @@
-"""From a trial of a job to what all of it takes; nothing here is measured."""
+"""Extrapolation from a trial to the whole job; nothing is measured here."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import sqrt
 
-from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError, OutputBusy, TooManyFailures
 from pipeline.core.processes import cores
 from pipeline.core.records import OK, Clocks, Shard, Stage
@@ -21,16 +20,44 @@ from pipeline.job.estimate.trial import Mark, Trial
 from pipeline.storage.urls import free_bytes, is_local
 from pipeline.telemetry.members import Member
 
-# No machine runs more evenly than this from one run to the next, as a share of the time.
+# Smallest error of a time, as a share of it: the same run on the same machine differs by as much.
 LEAST_ERROR = 0.05
-# While one shard is being filled, another is being written: as a table, and as the pages of its file.
+# A shard is held as rows while the one before it is held as a table and as the pages of its file.
 COPIES = 3
 _ON_GPU = (Stage.COPY, Stage.ENCODE, Stage.LABEL)
 
 
 @dataclass(frozen=True, slots=True)
+class Work:
+    """Work that an output still needs.
+
+    Attributes:
+        left: shards that a run would embed.
+        done: commits that it would keep.
+        damaged: commits that it would replace.
+        startup_seconds: time from the command to the first shard.
+        scenes_seconds: time to render the demo's scenes.
+        processes: processes that would embed.
+        busy: message about another run that holds the output, or an empty string.
+    """
+
+    left: Sequence[Shard]
+    done: Mapping[int, Commit]
+    damaged: int
+    startup_seconds: float
+    scenes_seconds: float
+    processes: Processes
+    busy: str
+
+    @property
+    def rows(self) -> int:
+        """Rows of the shards that are left."""
+        return sum(shard.rows for shard in self.left)
+
+
+@dataclass(frozen=True, slots=True)
 class Pacing:
-    """What the loop takes: ``seconds`` of it, give or take the share ``error``; ``images`` that it embeds."""
+    """Duration of the loop in ``seconds``, with a relative ``error``, for so many ``images``."""
 
     seconds: float
     error: float
@@ -40,37 +67,37 @@ class Pacing:
     window: Member | None
 
 
-def pacing(trial: Trial, left: Sequence[Shard], config: Config, prepared: Prepared, processes: Processes) -> Pacing:
-    """The time of the loop over the shards that are ``left``.
+def pacing(trial: Trial, work: Work, prepared: Prepared) -> Pacing:
+    """Return the duration of the loop over the shards that are left.
 
-    The first batch takes as long as in the trial, all others come at its pace. That is in images; where encoding takes
-    the time it is in batches, of which the last of a shard may be full of padding.
+    The first batch takes as long as in the trial, all others follow at the measured throughput. That counts images;
+    where encoding is the bottleneck it counts batches, because the last batch of a shard may be mostly padding.
     """
-    rows = sum(shard.rows for shard in left)
+    rows = work.rows
     good = trial.counts[OK] / trial.rows if trial.rows else 1.0
     share = good * (1 - trial.repeats)
     covered = trial.whole and trial.rows == rows
     images = sum(trial.images) if covered else round(rows * share)
     one = trial.images_per_second
     if trial.begin is None or trial.end is None or not one:
-        # Nothing could be embedded, or all of it at once.
+        # No image could be embedded, or all of them fitted into the first batches.
         seconds = trial.seconds * rows / trial.rows if trial.rows and not covered else trial.seconds
         return Pacing(seconds, trial.error, images, 0.0, None, None)
+    config, counted = prepared.config, trial.counted_images
     window = _between(trial.member, trial.begin, trial.end)
-    counted, seconds = trial.end.images - trial.begin.images, trial.end.at - trial.begin.at
-    pace = finish.pace_of((window,), prepared, images=counted, steady=one, seconds=seconds)
+    pace = finish.pace_of((window,), prepared, images=counted, steady=one, seconds=trial.counted_seconds)
     gpu = not prepared.device.startswith("cpu")
     encoding = pace.stages[Stage.ENCODE].share if pace is not None and Stage.ENCODE in pace.stages else 0.0
     if gpu:
         encoding = 1.0 if pace is not None and pace.ratio and _by_gpu(pace) else 0.0
-    size = prepared.config.loader.batch_size
+    size = config.loader.batch_size
     filled = counted / ((trial.end.batches - trial.begin.batches) * size)
-    batches = sum(-(-round(shard.rows * share) // size) for shard in left)
+    batches = sum(-(-round(shard.rows * share) // size) for shard in work.left)
     padded = batches * size * filled / images if images else 1.0
-    rate = processes.rate(one, _core_seconds(pace, counted, gpu=gpu)) / (1 + encoding * (padded - 1))
+    rate = work.processes.rate(one, _core_seconds(pace, counted, gpu=gpu)) / (1 + encoding * (padded - 1))
     rest = max(0, images - trial.images[0])
-    loop = trial.seconds if covered and processes.gain == 1 else trial.first + rest / rate
-    return Pacing(loop, max(LEAST_ERROR, trial.error if not covered else 0.0), images, rate, pace, window)
+    seconds = trial.seconds if covered and work.processes.gain == 1 else trial.first + rest / rate
+    return Pacing(seconds, max(LEAST_ERROR, trial.error if not covered else 0.0), images, rate, pace, window)
 
 
 def _by_gpu(pace: Pace) -> bool:
@@ -79,14 +106,14 @@ def _by_gpu(pace: Pace) -> bool:
 
 
 def _core_seconds(pace: Pace | None, images: int, *, gpu: bool) -> float:
-    """Of the machine's cores, for one image; the core that starts a GPU's work only waits for it."""
+    """Return the core seconds of an image, without those of the thread that waits for a GPU."""
     if pace is None or not images:
         return 0.0
     return sum(s.core_seconds for name, s in pace.stages.items() if not (gpu and name in _ON_GPU)) / images
 
 
 def _between(member: Member, begin: Mark, end: Mark) -> Member:
-    """What a process did between two marks."""
+    """Return the resources that a process used between two marks."""
     clocks = Clocks(_less(end.clocks.seconds, begin.clocks.seconds), _less(end.clocks.cores, begin.clocks.cores))
     used = end.spent - begin.spent
     return replace(member, clocks=clocks, own_core_seconds=used.own, child_core_seconds=used.children)
@@ -97,7 +124,7 @@ def _less(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, flo
 
 
 def failing(failed: int, rows: int) -> tuple[float, float]:
-    """The likely range of a share of which ``failed`` of ``rows`` were seen: Wilson's interval at two sigmas."""
+    """Return the likely range of a share, from ``failed`` of ``rows``: Wilson's score interval with z = 2."""
     if not rows:
         return 0.0, 1.0
     share, z = failed / rows, 2.0
@@ -106,80 +133,53 @@ def failing(failed: int, rows: int) -> tuple[float, float]:
     return max(0.0, (middle - width) / scale), min(1.0, (middle + width) / scale)
 
 
-def figures(
-    trial: Trial | None,
-    left: Sequence[Shard],
-    done: Mapping[int, Commit],
-    prepared: Prepared,
-    processes: Processes,
-    *,
-    startup: float,
-    scenes: float,
-    damaged: int,
-    busy: str,
-) -> Estimate:
-    """All that is told of a job; without a ``trial`` nothing is left of it.
-
-    Args:
-        trial: what was measured.
-        left: the shards that a run would embed.
-        done: the commits that it would keep.
-        prepared: its plan and its engine.
-        processes: those that would embed.
-        startup: seconds from the command to the first shard.
-        scenes: seconds to render those of the demo.
-        damaged: commits that it would do again.
-        busy: who keeps a run out just now.
-    """
+def figures(trial: Trial | None, work: Work, prepared: Prepared) -> Estimate:
+    """Return the estimate; without a ``trial`` no shard is left."""
     config, wanted = prepared.config, prepared.plan
+    startup = round(work.startup_seconds, 3)
     estimate = Estimate(
         output=config.output.dir,
         rows=wanted.rows,
         shards=wanted.shards,
-        done_rows=sum(commit.rows for commit in done.values()),
-        done_shards=len(done),
-        damaged_shards=damaged,
-        left_rows=sum(shard.rows for shard in left),
-        left_shards=len(left),
-        startup_seconds=round(startup, 3),
-        seconds=round(startup, 3),
-        low=round(startup, 3),
-        high=round(startup, 3),
-        scenes_seconds=round(scenes, 3),
-        done_bytes=sum(commit.size for commit in done.values()),
+        done_rows=sum(commit.rows for commit in work.done.values()),
+        done_shards=len(work.done),
+        damaged_shards=work.damaged,
+        left_rows=work.rows,
+        left_shards=len(work.left),
+        startup_seconds=startup,
+        seconds=startup,
+        low=startup,
+        high=startup,
+        scenes_seconds=round(work.scenes_seconds, 3),
+        done_bytes=sum(commit.size for commit in work.done.values()),
         free_bytes=free_bytes(config.output.dir) if is_local(config.output.dir) else None,
         stored=f"{config.output.dtype}, {config.output.compression}",
         batch_size=config.loader.batch_size,
-        processes=processes.count,
-        about_processes=processes.words,
+        processes=work.processes.count,
+        about_processes=work.processes.words,
     )
     if trial is not None:
-        estimate = _measured(estimate, trial, left, prepared, processes)
-    problems, code = _problems(estimate, done, config.errors.max_fraction, busy)
+        estimate = _measured(estimate, trial, work, prepared)
+    problems, code = _problems(estimate, work, config.errors.max_fraction)
     return replace(estimate, problems=problems, exit_code=code)
 
 
-def _measured(
-    estimate: Estimate, trial: Trial, left: Sequence[Shard], prepared: Prepared, processes: Processes
-) -> Estimate:
-    config, startup = prepared.config, estimate.startup_seconds
-    loop = pacing(trial, left, config, prepared, processes)
+def _measured(estimate: Estimate, trial: Trial, work: Work, prepared: Prepared) -> Estimate:
+    """Return the estimate with what follows from the trial."""
+    config, startup = prepared.config, work.startup_seconds
+    loop = pacing(trial, work, prepared)
     seconds = startup + loop.seconds
-    bound, advice = "nothing", "no image could be embedded"
-    if trial.images:
-        advice = "too few images to tell"
+    bound, advice = "nothing", "too few images to tell" if trial.images else "no image could be embedded"
     if loop.window is not None:
-        # As if the window were all of the loop: what binds is told by shares.
+        # The stages of the measured batches stand for those of the whole loop.
         bound, advice = finish.bound_of((loop.window,), prepared, startup=startup, wall=seconds)
     failed = trial.rows - trial.counts[OK]
-    low, high = failing(failed, trial.rows)
-    whole = trial.whole and trial.rows == estimate.left_rows
     share = failed / trial.rows if trial.rows else 0.0
-    extra = COPIES * max(0, max(shard.rows for shard in left) - trial.largest) * trial.memory_per_row / 2**20
+    covered = trial.whole and trial.rows == work.rows
+    low, high = (share, share) if covered else failing(failed, trial.rows)
+    extra = COPIES * max(0, max(shard.rows for shard in work.left) - trial.largest) * trial.memory_per_row / 2**20
     memory = dict(trial.member.memory)
     memory["peak_rss_mib"] = round(memory["peak_rss_mib"] + extra, 1)
-    begin, end = trial.begin, trial.end
-    counted = begin is not None and end is not None
     return replace(
         estimate,
         seconds=round(seconds, 3),
@@ -193,16 +193,16 @@ def _measured(
             "images": sum(trial.images),
             "batches": len(trial.images),
             "seconds": round(trial.seconds, 3),
-            "counted_images": end.images - begin.images if counted and begin and end else 0,
-            "counted_seconds": round(end.at - begin.at, 3) if counted and begin and end else 0.0,
+            "counted_images": trial.counted_images,
+            "counted_seconds": round(trial.counted_seconds, 3),
         },
-        output_bytes=round(estimate.left_rows * trial.bytes_per_row + len(left) * trial.bytes_per_part),
+        output_bytes=round(work.rows * trial.bytes_per_row + len(work.left) * trial.bytes_per_part),
         memory=memory,
         shard_mib=round(extra, 1),
         decoders=min(worker_threads(config), cores()) if config.loader.isolation == "process" else 0,
         failed=share,
-        failed_low=share if whole else low,
-        failed_high=share if whole else high,
+        failed_low=low,
+        failed_high=high,
         counts=trial.counts,
         error_example=trial.error_example,
         repeats=trial.repeats,
@@ -212,13 +212,11 @@ def _measured(
     )
 
 
-def _problems(
-    estimate: Estimate, done: Mapping[int, Commit], max_fraction: float, busy: str
-) -> tuple[tuple[str, ...], int]:
-    """Why a run would not end well, worst first, and the exit code that it would end with."""
+def _problems(estimate: Estimate, work: Work, max_fraction: float) -> tuple[tuple[str, ...], int]:
+    """Return the reasons why a run would fail, worst first, and its exit code."""
     found: list[tuple[str, int]] = []
-    if busy:
-        found.append((f"{busy}: a run would be refused", OutputBusy.exit_code))
+    if work.busy:
+        found.append((f"{work.busy}: a run would be refused", OutputBusy.exit_code))
     free = estimate.free_bytes
     if free is not None and estimate.output_bytes > free:
         text = (
@@ -226,16 +224,13 @@ def _problems(
             "free; free some space, or choose another output.dir; output.dtype=float16 takes half"
         )
         found.append((text, ConfigError.exit_code))
-    there = sum(commit.rows - commit.counts.get(OK, 0) for commit in done.values())
-    failing_rows = there + estimate.failed * estimate.left_rows
-    if failing_rows > max_fraction * estimate.rows:
+    failed_before = sum(commit.rows - commit.counts.get(OK, 0) for commit in work.done.values())
+    failed = failed_before + estimate.failed * estimate.left_rows
+    if failed > max_fraction * estimate.rows:
+        counts = ", ".join(f"{name} {count}" for name, count in estimate.counts.items())
         text = (
-            f"about {failing_rows / estimate.rows:.1%} of the rows are expected to fail, more than "
-            f"errors.max_fraction={max_fraction}: {_in_words(estimate.counts)} in the sample"
+            f"about {failed / estimate.rows:.1%} of the rows are expected to fail, more than "
+            f"errors.max_fraction={max_fraction}: {counts} in the sample"
         )
         found.append((text, TooManyFailures.exit_code))
     return tuple(text for text, _ in found), found[0][1] if found else 0
-
-
-def _in_words(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{name} {count}" for name, count in counts.items())

@@ -1,23 +1,29 @@
-"""What an estimate comes to."""
+"""Estimate of a job: the record, and its lines in the log."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+
+from pipeline.core.records import OK
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What a job would still take; seconds, bytes, and memory in MiB.
+    """Time, space and memory that a job still needs: seconds, bytes, and MiB of memory.
 
-    ``seconds`` are from the command to the last commit, with ``startup_seconds``, and lie between ``low`` and ``high``
-    if the machine has no more and no less to do than while it was measured; ``scenes_seconds`` for rendering the demo's
-    scenes come on top. ``cores_busy`` is how many cores the sample had. ``output_bytes`` are still to be written,
-    ``done_bytes`` are there; ``free_bytes`` is None for a store, which does not tell. ``memory`` has peaks by kind, as
-    the report of a run has, and ``shard_mib`` are in it: what whole shards take beyond those of the sample. ``failed``
-    is the expected share of rows, ``failed_low`` to ``failed_high`` its likely range. ``processes`` is None where only
-    those of one are known. ``exit_code`` is the one that the run is expected to end with, and ``problems`` say why
-    where that is not 0.
+    Attributes:
+        seconds: from the command to the last commit, ``startup_seconds`` included; between ``low`` and ``high`` if the
+            machine stays as busy as it was during the measurement.
+        scenes_seconds: rendering of the demo's scenes, on top of ``seconds``.
+        cores_busy: cores that the sample used on average.
+        output_bytes: bytes still to be written; ``done_bytes`` exist already.
+        free_bytes: free bytes of the disk; None for an object store.
+        memory: peaks by kind, as in the report of a run.
+        shard_mib: part of ``memory`` by which whole shards exceed those of the sample.
+        failed: expected share of failed rows, likely between ``failed_low`` and ``failed_high``.
+        processes: processes that embed; None where the scheduler decides.
+        exit_code: expected exit code of the run; ``problems`` explain one that is not 0.
     """
 
     output: str
@@ -58,3 +64,101 @@ class Estimate:
     about_processes: str = ""
     problems: tuple[str, ...] = ()
     exit_code: int = 0
+
+
+def lines(estimate: Estimate) -> Iterator[str]:
+    """Return the lines of the log, each with its name."""
+    e = estimate
+    yield _line("rows", f"{e.rows:,} in {_count(e.shards, 'shard')}; {_done(e)}")
+    if not e.left_rows:
+        yield _line("time", f"nothing to do: a run would start and end within {span(e.seconds)}")
+        return
+    yield _line("time", _time(e))
+    if e.scenes_seconds:
+        yield _line("", f"the scenes must be rendered before that, once: about {span(e.scenes_seconds)}")
+    if e.about_processes:
+        yield _line("processes", e.about_processes)
+    yield _line("output", _output(e))
+    yield _line("memory", _memory(e))
+    yield _line("failures", _failures(e))
+    if e.repeats:
+        yield _line("repeats", f"{e.repeats:.1%} of the sample are images with the bytes of another one")
+    yield _line("bound", f"{e.bound}: {e.advice}")
+    if e.pace:
+        yield _line("", e.pace)
+    yield _line("sample", _sample(e))
+
+
+def span(seconds: float) -> str:
+    """Return a time with its unit, to two or three digits."""
+    if seconds < 100:
+        return f"{seconds:.1f} s" if seconds < 20 else f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 5:
+        return f"{int(seconds // 60)} min {int(seconds % 60)} s"
+    if minutes < 120:
+        return f"{minutes} min"
+    hours = round(minutes / 60, 1)
+    return f"{hours:g} h" if hours < 72 else f"{hours / 24:.1f} days"
+
+
+def _line(name: str, text: str) -> str:
+    return f"  {name:<10}{text}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _done(e: Estimate) -> str:
+    text = f"{e.done_rows:,} in {_count(e.done_shards, 'shard')} are done already, {e.left_rows:,} are left"
+    if not e.done_shards:
+        text = "none are done" if e.left_rows == e.rows else f"none are done, {e.left_rows:,} belong to this part"
+    if e.damaged_shards:
+        text += f"; {_count(e.damaged_shards, 'shard')} must be done again, because their parts are missing or damaged"
+    return text
+
+
+def _time(e: Estimate) -> str:
+    rate = f", then {e.images_per_second:,.1f} images/s" if e.images_per_second else ""
+    return f"about {span(e.seconds)} ({span(e.low)} to {span(e.high)}): {e.startup_seconds:.1f} s to start{rate}"
+
+
+def _output(e: Estimate) -> str:
+    text = f"{_mb(e.output_bytes)} to be written ({e.stored}; {e.output_bytes / e.left_rows:,.0f} bytes a row)"
+    if e.done_bytes:
+        text += f", {_mb(e.done_bytes + e.output_bytes)} in all"
+    free = "free space of the store is not known" if e.free_bytes is None else f"{_mb(e.free_bytes)} free"
+    return f"{text}; {free}"
+
+
+def _memory(e: Estimate) -> str:
+    text = f"{e.memory.get('peak_rss_mib', 0):,.0f} MiB at most in a process"
+    if e.shard_mib >= 1:
+        text += f" ({e.shard_mib:,.0f} of them for a whole shard)"
+    if decoder := e.memory.get("peak_decoder_mib"):
+        text += f", {decoder:,.0f} MiB in each of its {_count(e.decoders, 'decoder')}"
+    if gpu := e.memory.get("peak_gpu_mib"):
+        text += f", {gpu:,.0f} MiB on the GPU"
+    return text
+
+
+def _failures(e: Estimate) -> str:
+    seen = {name: count for name, count in e.counts.items() if name != OK}
+    rows = f"{int(e.sample['rows']):,} rows"
+    if not seen:
+        return f"none in {rows}; fewer than {e.failed_high:.1%} are expected" if e.failed_high else "none"
+    kinds = ", ".join(f"{name} {count}" for name, count in seen.items())
+    likely = f" ({e.failed_low:.1%} to {e.failed_high:.1%})" if e.failed_low < e.failed_high else ""
+    example = f"; such as: {e.error_example}" if e.error_example else ""
+    return f"{e.failed:.1%}{likely}: {kinds} of {rows}{example}"
+
+
+def _sample(e: Estimate) -> str:
+    s = e.sample
+    text = f"{s['images']:,.0f} images in {s['batches']:,.0f} batches of {e.batch_size}, {s['seconds']:.1f} s"
+    return f"{text}; throughput measured over {s['counted_images']:,.0f} images in {s['counted_seconds']:.1f} s"
+
+
+def _mb(count: int) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"

@@ -1,4 +1,4 @@
-"""How one measured process stands for those of a cluster."""
+"""Throughput of the processes of a cluster, from that of the one that was measured."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from pipeline.core.processes import cores
 
 @dataclass(frozen=True, slots=True)
 class Processes:
-    """``count`` of them, None where nobody knows before the job runs; ``words`` say what is taken for granted.
+    """Processes that embed.
 
-    ``gain`` is how many times as fast as one they are at most, ``shared`` whether the cores of this machine are all
-    that they have.
+    Attributes:
+        count: their number; None where the scheduler decides.
+        gain: the most by which they are faster than one.
+        shared: True if they all share the cores of this machine.
+        words: assumptions of the estimate, for people.
     """
 
     count: int | None
@@ -23,17 +26,17 @@ class Processes:
     words: str = ""
 
     def rate(self, one: float, core_seconds: float) -> float:
-        """Images/s of all, from those of ``one``, in which an image takes ``core_seconds`` of this machine's cores."""
+        """Return images/s of all, from those of ``one``, which spends ``core_seconds`` of this machine on an image."""
         if not self.shared or core_seconds <= 0:
             return one * self.gain
         return max(one, min(one * self.gain, cores() / core_seconds))
 
 
 def processes_of(config: Config) -> Processes:
-    """Those that ``cluster`` asks for.
+    """Return the processes that ``cluster`` asks for.
 
     Raises:
-        ClusterUnavailable: there are not so many GPUs.
+        ClusterUnavailable: this machine has fewer GPUs.
     """
     cluster = config.cluster
     if cluster.name == "inline":
@@ -53,11 +56,11 @@ def processes_of(config: Config) -> Processes:
                 f"cluster=cuda: {count or 'some'} GPUs are asked for, and {found} can be seen; "
                 "lower cluster.workers, or take cluster=local"
             )
-        words = f"one GPU was measured; {count} are taken for as many times that, as far as the cores keep up"
+        words = f"one GPU was measured; {count} are assumed to be {count} times as fast, as far as the cores keep up"
         return Processes(count, gain=count, words=words)
     if cluster.name == "address":
         words = "one process was measured here, and the time is for one: divide it by the workers of the scheduler"
         return Processes(None, shared=False, words=words)
     count = cluster.workers or 1
-    words = f"one process was measured here; {count} are taken for as many times that, each on a machine like this one"
+    words = f"one process was measured here; {count} like it, each on a machine like this one, are assumed"
     return Processes(count, gain=count, shared=False, words=words)

@@ -1,4 +1,4 @@
-"""A few seconds of a job's own loop, over rows from all over it, into a folder that is thrown away."""
+"""Trial of a job: its own loop over a sample of its rows, into a temporary folder."""
 
 from __future__ import annotations
 
@@ -17,22 +17,37 @@ from pipeline.core.processes import Spent, spent
 from pipeline.core.records import OK, Clocks, Shard
 from pipeline.dataset import commits
 from pipeline.dataset.parts import PartFormat, write_part
+from pipeline.engine.loop import Job
 from pipeline.job.cluster.inline import Inline
 from pipeline.storage.base import Storage
+from pipeline.storage.factory import open_storage
 from pipeline.telemetry.members import Member
 
-# Counting begins when the loader's buffers are full, or after so many seconds; then so many seconds, and so many
-# batches of every stream, are counted; and a trial takes no longer than that.
-WARM_SECONDS, SECONDS, BATCHES, LONGEST = 2.0, 5.0, 4, 25.0
-# Rows by which the size of the others is told.
+# Batches of every stream that are measured at least.
+BATCHES = 4
+# Rows from which the size of the others is extrapolated.
 SIZED_ROWS = 8192
-# The counted time in as many groups of batches tells how even the pace is.
+# Groups of batches whose speeds are compared for the error of the throughput.
 GROUPS = 8
 
 
 @dataclass(frozen=True, slots=True)
+class Limits:
+    """Length of a trial.
+
+    Measuring begins when the buffers of the loader are full, or after ``warm_seconds``. It lasts ``seconds`` and
+    ``batches`` of every stream; the whole trial ends after ``longest`` seconds.
+    """
+
+    warm_seconds: float = 2.0
+    seconds: float = 5.0
+    batches: int = BATCHES
+    longest: float = 25.0
+
+
+@dataclass(frozen=True, slots=True)
 class Mark:
-    """How far the trial had come: ``at`` in seconds since its loop began, images and batches that were embedded."""
+    """State of a trial ``at`` so many seconds since its loop began: embedded images and batches, time spent."""
 
     at: float
     images: int
@@ -43,13 +58,19 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """What was measured.
+    """Measurements of a trial.
 
-    ``seconds`` are those of the whole loop, ``first`` those to the end of the first batch. ``begin`` and ``end`` are
-    where counting began and ended, None where nothing was embedded; ``times`` are when each batch was done. ``whole``
-    says that no row was left over. ``rows``, ``counts`` (by status), and the share of ``repeats`` are of the shards
-    that were finished, ``largest`` the rows of the largest shard. A part has ``bytes_per_row`` and ``bytes_per_part``,
-    and a row takes ``memory_per_row`` bytes; ``error_example`` is what the first row that failed says.
+    Attributes:
+        seconds: duration of the loop; ``first`` is that of the first batch.
+        begin: start of the measured batches, and ``end`` their end; None where nothing was embedded.
+        times: end of each batch, in seconds since the loop began; ``images`` are the images in each.
+        whole: True if the loop reached the end of the sample.
+        member: resources of this process.
+        rows: rows of the finished shards; so are ``counts`` (by status) and ``repeats`` (share of the rows).
+        largest: rows of the largest finished shard.
+        bytes_per_row: size of a row in a part; ``bytes_per_part`` is that of a part without rows.
+        memory_per_row: bytes of a row in memory.
+        error_example: error of the first failed row.
     """
 
     seconds: float
@@ -70,40 +91,49 @@ class Trial:
     error_example: str = ""
 
     @property
+    def counted_images(self) -> int:
+        """Images between ``begin`` and ``end``."""
+        return self.end.images - self.begin.images if self.begin and self.end else 0
+
+    @property
+    def counted_seconds(self) -> float:
+        """Seconds between ``begin`` and ``end``."""
+        return self.end.at - self.begin.at if self.begin and self.end else 0.0
+
+    @property
     def images_per_second(self) -> float:
-        """Between ``begin`` and ``end``; 0 where that is not known."""
-        if self.begin is None or self.end is None or self.end.at <= self.begin.at:
-            return 0.0
-        return (self.end.images - self.begin.images) / (self.end.at - self.begin.at)
+        """Throughput between ``begin`` and ``end``; 0 where nothing was measured."""
+        return self.counted_images / self.counted_seconds if self.counted_seconds > 0 else 0.0
 
     @property
     def error(self) -> float:
-        """Twice the standard error of the pace, as a share of it, from how even groups of batches were."""
+        """Two standard errors of the time for an image, as a share of it, from groups of the measured batches."""
         if self.begin is None or self.end is None:
             return 1.0
         times, images = self.times[self.begin.batches - 1 :], self.images[self.begin.batches :]
         groups = min(GROUPS, len(images) // 2)
         if groups < 2:
             return 0.5
-        at = [number * len(images) // groups for number in range(groups + 1)]
-        paces = [(times[b] - times[a]) / max(1, sum(images[a:b])) for a, b in pairwise(at)]
+        edges = [number * len(images) // groups for number in range(groups + 1)]
+        paces = [(times[b] - times[a]) / max(1, sum(images[a:b])) for a, b in pairwise(edges)]
         mean = sum(paces) / groups
-        spread = (sum((pace - mean) ** 2 for pace in paces) / (groups - 1)) ** 0.5
-        return float(2 * spread / groups**0.5 / mean)
+        deviation = (sum((pace - mean) ** 2 for pace in paces) / (groups - 1)) ** 0.5
+        return float(2 * deviation / groups**0.5 / mean)
 
 
 class _Enough(Exception):
-    """The trial has lasted long enough."""
+    """The trial has reached its limits."""
 
 
 @dataclass(slots=True)
-class _Watch:
-    """Looks at every batch, and ends the trial."""
+class _Stopwatch:
+    """Record the end of every batch, and stop the loop when the limits are reached."""
 
     crew: Inline
     streams: int
     ahead: int
     least: int
+    limits: Limits
     began: float = field(default_factory=time.perf_counter)
     times: list[float] = field(default_factory=list)
     images: list[int] = field(default_factory=list)
@@ -111,7 +141,7 @@ class _Watch:
     warm: Mark | None = None
     end: Mark | None = None
 
-    def embedded(self, images: int) -> None:
+    def on_batch(self, images: int) -> None:
         now = time.perf_counter() - self.began
         self.times.append(now)
         self.images.append(images)
@@ -120,17 +150,20 @@ class _Watch:
             self.early = self._mark(now)
         if count < self.streams:
             return
+        limits = self.limits
         if self.warm is None:
-            if now >= WARM_SECONDS or count >= self.streams + self.ahead:
+            if now >= limits.warm_seconds or count >= self.streams + self.ahead:
                 self.warm = self._mark(now)
             return
-        measured = now - self.warm.at >= SECONDS and count - self.warm.batches >= BATCHES * self.streams
-        if count > self.least and (measured or now >= LONGEST):
+        measured = now - self.warm.at >= limits.seconds and count - self.warm.batches >= limits.batches * self.streams
+        if count > self.least and (measured or now >= limits.longest):
             self.end = self._mark(now)
             raise _Enough
 
     def finish(self) -> float:
-        """The seconds of the loop, when it has ended by itself."""
+        """Return the duration of the loop."""
+        if self.end is not None:
+            return self.end.at
         now = time.perf_counter() - self.began
         if self.times:
             self.end = self._mark(self.times[-1])
@@ -140,43 +173,49 @@ class _Watch:
         return Mark(now, sum(self.images), len(self.times), self.crew.members[0].clocks, spent())
 
 
-def try_out(
-    crew: Inline, shards: Iterable[Shard], *, least: int, storage: Storage, form: PartFormat, streams: int, ahead: int
-) -> Trial:
-    """Run the loop over ``shards`` until enough is known, or nothing is left of them.
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Shards of a trial.
 
-    Args:
-        crew: begun, with a job whose output is ``storage``.
-        shards: what may be sampled.
-        least: batches of the first of them, which must be finished.
-        storage: a folder that is thrown away.
-        form: of the parts.
-        streams: batches that are encoded side by side.
-        ahead: batches that the loader may have ready.
+    ``least`` batches are in the first one, which is always finished; ``streams`` are encoded at the same time, and the
+    loader may have ``ahead`` ready.
     """
-    watch = _Watch(crew=crew, streams=streams, ahead=ahead, least=least)
+
+    shards: Iterable[Shard]
+    least: int
+    streams: int
+    ahead: int
+
+
+def measure(crew: Inline, sample: Sample, job: Job, limits: Limits) -> Trial:
+    """Run the loop over the sample until the limits are reached or the sample ends.
+
+    ``crew`` is this process with an opened engine; the output of ``job`` is a temporary folder.
+    """
+    storage = open_storage(job.config.output.dir)
+    watch = _Stopwatch(crew, sample.streams, sample.ahead, sample.least, limits)
     whole, repeats, reported = True, 0, 0
     try:
-        with closing(crew.run(shards, watch.embedded)) as reports:
+        with closing(crew.run(sample.shards, watch.on_batch)) as reports:
             for report in reports:
                 repeats += report.repeats
                 reported += report.rows
-                # Where no image can be read no batch ends the trial.
-                if not watch.times and time.perf_counter() - watch.began >= SECONDS:
+                # Without a readable image there is no batch that could end the trial.
+                if not watch.times and time.perf_counter() - watch.began >= limits.seconds:
                     whole = False
                     break
     except _Enough:
         whole = False
-    seconds = watch.finish() if watch.end is None else watch.end.at
+    seconds = watch.finish()
     found = [commits.read_commit(storage, name) for name in sorted(storage.sizes(commits.FOLDER))]
     done = [commit for commit in found if commit is not None]
     counts: Counter[str] = Counter()
     for commit in done:
         counts.update(commit.counts)
-    # Before the parts are read, which is no part of the job's memory.
+    # The peak of memory is taken before the parts are read, which a job does not do.
     member = crew.members[0]
     table = _rows(storage, done)
-    per_row, per_part = _sizes(storage, table, form) if table is not None else (0.0, 0.0)
+    per_row, per_part = _sizes(storage, table, job.form) if table is not None else (0.0, 0.0)
     errors = table["error"].drop_null().to_pylist() if table is not None else []
     return Trial(
         seconds=seconds,
@@ -199,7 +238,7 @@ def try_out(
 
 
 def _rows(storage: Storage, done: Sequence[commits.Commit]) -> pa.Table | None:
-    """Rows of the finished shards, as many as tell the size of the others; None where there are none."""
+    """Return rows of the finished shards, about ``SIZED_ROWS`` of them; None where there are none."""
     tables, rows = list[pa.Table](), 0
     for commit in done:
         if rows >= SIZED_ROWS:
@@ -210,7 +249,7 @@ def _rows(storage: Storage, done: Sequence[commits.Commit]) -> pa.Table | None:
 
 
 def _sizes(storage: Storage, table: pa.Table, form: PartFormat) -> tuple[float, float]:
-    """Bytes of a row, and of a part without rows, as they are written."""
+    """Return the bytes of a row, and of a part without rows, from a whole and a half table as they are written."""
     with storage.staged() as staged:
 
         def size(rows: int) -> int:
