@@ -1,4 +1,4 @@
-"""What every backend promises: uint8 pixels in, L2-normalised float32 embeddings out."""
+"""The interface of every backend: uint8 pixels in, L2-normalised float32 embeddings out."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ class ImageEncoder(ABC):
     @property
     @abstractmethod
     def fingerprint(self) -> dict[str, str]:
-        """What decides the numbers besides the model: runtime and version, precision, kind of device."""
+        """Facts that decide the numbers besides the model: runtime and version, precision, kind of device."""
 
 
 class BackendFactory(Protocol):
-    """How a backend is opened."""
+    """The function that opens a backend."""
 
     def __call__(
         self,

@@ -1,4 +1,4 @@
-"""How near embeddings are to fp32's, and whether that is near enough; pure functions."""
+"""Comparison of embeddings with those of fp32, and their limits; pure functions."""
 
 from __future__ import annotations
 

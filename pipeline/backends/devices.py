@@ -15,7 +15,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error of a runtime says that the device's memory is full."""
+    """True if an error of a runtime means that the device's memory is full."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
     # ONNX Runtime's errors are Exceptions without a common base.

@@ -158,7 +158,7 @@ class SessionEncoder(ImageEncoder):
 
 
 def normalise(pixels: np.ndarray, spec: PreprocessSpec) -> np.ndarray:
-    """What :class:`~pipeline.models.towers.Normaliser` computes, bit for bit, without torch.
+    """The computation of :class:`~pipeline.models.towers.Normaliser`, bit for bit, without torch.
 
     torch's threads go on spinning for a while after they are done, on the cores that ONNX Runtime's threads want:
     a small model lost more than half of its speed to that.

@@ -59,7 +59,7 @@ class HalvingEncoder(ImageEncoder):
         return vectors
 
     def _try(self, work: Callable[[], _T], size: int) -> _T | None:
-        """What ``work`` returns; None if the memory was too small for ``size``, and the batch is now half of that."""
+        """Result of ``work``; None if the memory was too small for ``size``, and the batch is now half of that."""
         try:
             return work()
         except Exception as error:

@@ -51,7 +51,7 @@ def measure(
 
 
 def exact_rows(encoder: ImageEncoder, checkpoint: Checkpoint, sample: Sample) -> torch.Tensor:
-    """What eager fp32 on the encoder's device makes of the images that it is compared on, float32 ``[N, D]``."""
+    """Embeddings of the compared images by eager fp32 on the encoder's device, float32 ``[N, D]``."""
     sample = _compared(encoder, sample)
     batch_size = min(len(sample.ids), REFERENCE_BATCH)
     exact = reference(checkpoint, encoder.device, batch_size=batch_size, sample=lambda: sample)
@@ -145,7 +145,7 @@ def record(
 
 
 def is_reference(encoder: ImageEncoder) -> bool:
-    """Whether this is eager fp32 in PyTorch, with which all others are compared."""
+    """True for eager fp32 in PyTorch, with which all others are compared."""
     return encoder.name == "torch" and encoder.precision == "fp32" and "compile" not in encoder.fingerprint
 
 

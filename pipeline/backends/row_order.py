@@ -31,7 +31,7 @@ def _shuffled(size: int, device: torch.device) -> torch.Tensor:
 
 
 def in_order(vectors: torch.Tensor, again: torch.Tensor, origin: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
-    """Whether pictures that were embedded twice are nearest to themselves; a bool on the device, not waited for.
+    """True if images that were embedded twice are nearest to themselves; a bool on the device, not waited for.
 
     Args:
         vectors: embeddings of a batch, float32 ``[N, D]``, of length 1.

@@ -28,7 +28,7 @@ _T = TypeVar("_T")
 
 
 def count_streams(wanted: int, device: torch.device) -> int:
-    """How many batches are encoded side by side; ``wanted`` is the config's number, 0 for as many as pay.
+    """Number of batches that are encoded at the same time; ``wanted`` is the config's number, 0 is automatic.
 
     A GPU takes one after the other: it fills itself with each.
     """

@@ -1,4 +1,4 @@
-"""How fast an opened encoder is, embedding as many batches side by side as a job does."""
+"""Throughput of an opened encoder, with as many batches at the same time as in a job."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the backends share that run a torch module: pixels to tensors, the compiler, the encoder itself."""
+"""Shared code of the backends that run a torch module: pixels to tensors, the compiler, the encoder."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def compiled(module: torch.nn.Module, *, mode: str, pixels: torch.Tensor) -> For
 
 
 def in_a_layer(module: torch.nn.Module, name: str) -> bool:
-    """Whether this is a linear layer of the transformer: the ones that are quantized.
+    """True for a linear layer of the transformer: these are quantized.
 
     What comes after the pooling has one row for each picture, of which int8 products on CUDA want more than 16; it
     costs nearly nothing either way.

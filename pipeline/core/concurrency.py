@@ -47,7 +47,7 @@ _Result = TypeVar("_Result")
 def in_order(
     work: Callable[[_Item], _Result], items: Iterable[_Item], *, threads: int
 ) -> Generator[_Result, None, None]:
-    """What ``work`` returns for every item, in the items' order, done by so many threads.
+    """Results of ``work`` for every item, in the items' order, computed by ``threads`` threads.
 
     Raises:
         Exception: the first of ``work``'s, in order; what was not begun by then is not done.

@@ -47,7 +47,7 @@ def this_process() -> Process:
 
 
 def has_process(pid: int) -> bool:
-    """Whether this machine, or this container, has a process of that number."""
+    """True if this machine, or this container, has a process of that number."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
@@ -59,7 +59,7 @@ def has_process(pid: int) -> bool:
 
 
 def is_gone(process: Process) -> bool:
-    """Whether it is certain that a process is no more; False where that cannot be known from here."""
+    """True if a process has certainly ended; False if that cannot be known from here."""
     here = this_process()
     if (process.host, process.boot, process.space) != (here.host, here.boot, here.space):
         return False
@@ -110,13 +110,13 @@ class Spent:
 
 
 def spent() -> Spent:
-    """What was spent so far. Children that live are counted on Linux alone, elsewhere only those that have ended."""
+    """Core seconds used so far. Living children are counted on Linux only, elsewhere only those that have ended."""
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
     return Spent(own=time.process_time(), children=ended.ru_utime + ended.ru_stime + _living_children())
 
 
 def _living_children() -> float:
-    """What the living children of this process, and those that they waited for, have spent."""
+    """Core seconds of the living children of this process, and of those that they waited for."""
     try:
         names = [name for name in os.listdir("/proc") if name.isdecimal()]
     except OSError:

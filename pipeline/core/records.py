@@ -18,7 +18,7 @@ OK = "ok"
 
 
 class Stage(StrEnum):
-    """Where time goes: the work of each stage, then what the encoder's thread waits for."""
+    """Stages of a job: work first, then the waits of the encoder's thread."""
 
     READ = "read"
     DECODE = "decode"
@@ -32,7 +32,7 @@ class Stage(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ImageRef:
-    """Where one image of the manifest is: encoded bytes, or a path or URL; neither for a null cell."""
+    """Reference to one image of the manifest: encoded bytes, or a path or URL; neither for a null cell."""
 
     id: str | int
     path: str | None = None
@@ -75,7 +75,7 @@ class Pixels:
 
 @dataclass(frozen=True, slots=True)
 class PreprocessSpec:
-    """How a checkpoint wants its pixels; sizes are pixels, ``mean`` and ``std`` refer to [0, 1].
+    """Preprocessing of a checkpoint; sizes are pixels, ``mean`` and ``std`` refer to [0, 1].
 
     ``resize`` is the length of the shorter edge (the longer one keeps the aspect ratio, rounded down)
     or an exact (height, width); ``crop`` is a centre crop (height, width), or None, and ``corner`` how the
@@ -134,7 +134,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Parity:
-    """How near a backend is to fp32: cosines over ``images`` pictures, and the share with the same best label.
+    """Comparison of a backend with fp32: cosines over ``images`` images, and the share with the same best label.
 
     ``top1`` is None where there are no labels; ``worst`` holds ids and cosines, lowest first.
     """
@@ -225,7 +225,7 @@ def _sum(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, floa
 
 @dataclass(frozen=True, slots=True)
 class ShardReport:
-    """What came of one shard: its part, its rows by status, and whether this run won the commit.
+    """Result of one shard: its part, its rows by status, and whether the commit is this run's.
 
     ``repeats`` counts the rows that share the embedding of an earlier row with the same bytes. ``began``, when its rows
     were asked for, and ``ended``, when it was durable, are seconds since the epoch; 0 where nobody has looked.

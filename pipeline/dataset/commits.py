@@ -263,17 +263,17 @@ def check(
 
 
 def read_commit(storage: Storage, name: str) -> Commit | None:
-    """What a commit file holds; None if it is torn or gone."""
+    """Content of a commit file; None if it is torn or missing."""
     return _parse(storage.read(f"{FOLDER}/{name}"))
 
 
 def is_part(name: str) -> bool:
-    """Whether a file of the output is named like a part."""
+    """True if a file of the output is named like a part."""
     return _PART.fullmatch(name) is not None
 
 
 def _is_decided(storage: Storage, plan: Plan, part: str) -> bool:
-    """Whether the shard that a part is named after is none of the plan, or has a commit, now, for another part.
+    """True if the shard in the name of a part is not in the plan, or now has a commit for another part.
 
     Another run may have taken the output over, and published what it has not committed yet.
     """

@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """Who holds a lease: ``since`` and ``renewed`` are in ISO 8601, UTC; ``seconds`` is how long it may be silent."""
+    """Holder of a lease: ``since`` and ``renewed`` are in ISO 8601, UTC; it must renew within ``seconds``."""
 
     token: str
     process: Process
@@ -50,7 +50,7 @@ class Holder:
         return (json.dumps(asdict(self), sort_keys=True) + "\n").encode()
 
     def silent(self) -> bool:
-        """Whether it did not renew in time, by the clock; a date in the future tells as little as an old one."""
+        """True if it did not renew in time, by the clock; a date in the future counts as none."""
         try:
             age = (datetime.now(UTC) - datetime.fromisoformat(self.renewed)).total_seconds()
         except (ValueError, TypeError):
@@ -58,7 +58,7 @@ class Holder:
         return abs(age) > self.seconds
 
     def lives(self) -> bool:
-        """Whether it renewed in time, and its process is not known to be gone."""
+        """True if it renewed in time, and its process is not known to have ended."""
         return not self.silent() and not is_gone(self.process)
 
 

@@ -84,7 +84,7 @@ def new_plan(
 
 
 def source_of(fingerprints: Mapping[str, Any]) -> str:
-    """What stands for the manifest of a dataset among the ``sources`` of another one's plan."""
+    """Digest of a dataset's manifest for the ``sources`` of another dataset's plan."""
     text = json.dumps(fingerprints.get("manifest"), sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 

@@ -1,4 +1,4 @@
-"""Whether a dataset is whole: every part against its commit, every count against the plan, every file accounted for."""
+"""Verification of a dataset: every part against its commit, every count against the plan, every file accounted for."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """What is known of a dataset after every byte of it was read; ``done`` shards are committed and whole."""
+    """Findings about a dataset after every byte of it was read; ``done`` shards are committed and whole."""
 
     output: str
     finished: bool

@@ -138,7 +138,7 @@ def _planned(storage: Storage) -> int | None:
 
 
 def _compiles(config: BackendConfig) -> bool:
-    """Whether opening takes long at every size, since that is compiled in."""
+    """True if opening takes long at every size, because the size is compiled in."""
     return config.compile != "none" or config.name in ("torch_int8", "torch_fp8", "tensorrt")
 
 
@@ -176,7 +176,7 @@ def _recipe(
 
 
 def _remembered(store: ArtifactStore, about: Recipe, measured: Callable[[], Measured]) -> tuple[Measured, str]:
-    """What the store has, or else what ``measured`` returns; and where it is kept, in words."""
+    """The stored batch size, or else the one that ``measured`` returns; and its place, in words."""
 
     def build(folder: Path) -> dict[str, Any]:
         found = measured()

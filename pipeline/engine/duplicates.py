@@ -12,7 +12,7 @@ _SEED = secrets.randbits(64)
 
 
 class Repeats:
-    """What is known of one shard's bytes; told by many threads, about rows in any order.
+    """Duplicate images of one shard; reported by many threads, in any order of rows.
 
     Bytes are the same if their 128-bit XXH3 digests are.
     """
@@ -23,7 +23,7 @@ class Repeats:
         self._lock = threading.Lock()
 
     def known(self, start: int, index: int, data: bytes) -> bool:
-        """Whether a row before ``start + index`` is known to hold these bytes: they need not be decoded again."""
+        """True if a row before ``start + index`` is known to have these bytes: they are not decoded again."""
         position = start + index
         digest = xxhash.xxh3_128_digest(data, seed=_SEED)
         with self._lock:

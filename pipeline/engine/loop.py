@@ -59,7 +59,7 @@ def open_encoder(config: Config, checkpoint: Checkpoint, sample: Draw) -> ImageE
 def open_reader(
     config: Config, manifest: Manifest, spec: PreprocessSpec, decoders: Decoders | None = None
 ) -> PixelReader:
-    """As :func:`~pipeline.images.factory.pixel_reader`, with the GPU's decoder where the config asks for it.
+    """Open the reader of the job's images, with the GPU's decoder if the config names it.
 
     Raises:
         BackendUnavailable: this machine has none.
@@ -81,7 +81,7 @@ def open_reader(
 
 
 def open_at(config: Config, checkpoint: Checkpoint, sample: Draw, size: int) -> ImageEncoder:
-    """As :func:`open_encoder`, for batches of ``size``, in a thread like those that it will work in.
+    """Open the backend for batches of ``size``, in a thread like those that it will run in.
 
     What is compiled or opened there is made for their share of the cores.
     """
@@ -97,7 +97,7 @@ def open_at(config: Config, checkpoint: Checkpoint, sample: Draw, size: int) -> 
 def open_for_job(
     config: Config, checkpoint: Checkpoint, sample: Draw, bank: Callable[[], TextBank | None]
 ) -> HalvingEncoder:
-    """As :func:`open_at`, and open it again for smaller batches where the device has no memory for these.
+    """Open the backend; it is opened again for smaller batches if the device runs out of memory.
 
     ``bank`` is asked for the labels only when a smaller one is compared with fp32.
     """

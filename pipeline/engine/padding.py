@@ -1,4 +1,4 @@
-"""What stands in the free places of a batch that is not full."""
+"""Padding of a batch that is not full."""
 
 from __future__ import annotations
 

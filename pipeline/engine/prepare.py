@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """What needs no accelerator: opened once for a job, wherever its shards run.
+    """Inputs of a job that need no accelerator: opened once, wherever its shards run.
 
     ``bank`` waits for the embedded labels, ``unique`` for the end of the check of the ids; both raise what went wrong.
     """
@@ -61,7 +61,7 @@ class Inputs:
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """What embeds: opened once in every process that does. ``config`` has a batch size by now."""
+    """The opened reader and encoder, once per process that embeds. The batch size of ``config`` is settled."""
 
     config: Config
     checkpoint: Checkpoint
@@ -73,7 +73,7 @@ class Engine:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """What is known of a job once an engine has passed its gates; of all this nothing is written down by now."""
+    """The plan and the figures of an engine that passed its gates; nothing of it is written yet."""
 
     config: Config
     plan: plan.Plan
@@ -108,7 +108,7 @@ def open_inputs(config: Config) -> Inputs:
 
 
 def spec_of(config: Config, checkpoint: Checkpoint) -> PreprocessSpec:
-    """How the job wants its pixels."""
+    """Preprocessing of the job's images."""
     return dataclasses.replace(checkpoint.spec, corner=config.images.crop_corner)
 
 
@@ -268,7 +268,7 @@ def _draw_exact(config: Config, manifest: Manifest, reader: PixelReader) -> Samp
 
 
 def _or_scenes(drawn: Callable[[], Sample | None], config: Config, spec: PreprocessSpec) -> Sample:
-    """What was drawn, or rendered scenes, on which backends can be compared too; decoders cannot."""
+    """The drawn images, or else rendered scenes: backends can be compared on those, decoders cannot."""
     sample = drawn()
     if sample is None:
         log.warning("none of the images that were tried can be read; the backend is compared on rendered scenes")

@@ -46,7 +46,7 @@ def unidentified(data: bytes, formats: Sequence[str]) -> Failure:
 
 
 def _ends_early(data: bytes) -> bool:
-    """Whether a PNG, WebP, TIFF, AVIF or JPEG 2000 file is shorter than it says; Pillow does not tell."""
+    """True if a PNG, WebP, TIFF, AVIF or JPEG 2000 file is shorter than its header says; Pillow does not check this."""
     if data[:4] == b"\x89PNG":
         return b"IEND" not in data
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":

@@ -125,7 +125,7 @@ def resize(
 
 
 def _vertical_first(size: tuple[int, int], wanted: tuple[int, int]) -> bool:
-    """Whether Pillow 13 begins with the columns; torch always begins with the rows.
+    """True if Pillow 13 begins with the columns; torch always begins with the rows.
 
     Each pass rounds and cuts off what is darker than black, so that the order shows where there are sharp edges.
     """
@@ -160,7 +160,7 @@ def _takes(size: tuple[int, int], spec: PreprocessSpec) -> bool:
 
 
 def _lies_on_its_side(image: Image.Image) -> bool:
-    """Whether turning ``image`` swaps its width and height, found out on a picture of two pixels."""
+    """True if the orientation of ``image`` swaps width and height; tried on an image of two pixels."""
     if _orientation(image) == 1:
         return False
     probe = Image.new("L", (2, 1))

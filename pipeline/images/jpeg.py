@@ -26,7 +26,7 @@ _SCALES = (8, 4, 2)
 
 
 def takes(data: bytes, image: Image.Image) -> bool:
-    """Whether a file is a JPEG of the ordinary kind; ``image`` is the same, opened by Pillow and not loaded yet."""
+    """True if a file is an ordinary JPEG; ``image`` is the same file, opened by Pillow and not loaded yet."""
     if not isinstance(image, JpegImageFile) or image.mode not in ("RGB", "L"):
         return False
     return [tile.offset for tile in image.tile] == [0] and _frame(data) in _ORDINARY

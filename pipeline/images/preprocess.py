@@ -45,12 +45,12 @@ def resized_size(size: tuple[int, int], spec: PreprocessSpec) -> tuple[int, int]
 
 
 def is_strip(size: tuple[int, int], spec: PreprocessSpec) -> bool:
-    """Whether an image of ``size`` is so long that only what the crop shows of it is resized."""
+    """True if an image of ``size`` is so long that only its cropped section is resized."""
     return not isinstance(spec.resize, tuple) and spec.crop is not None and max(size) > LONGEST * min(size)
 
 
 def _corner(margin: int, rule: str) -> int:
-    """Where a crop begins that leaves ``margin`` pixels on both sides together."""
+    """First pixel of a crop that leaves ``margin`` pixels on both sides together."""
     return round(margin / 2) if rule == "round" else margin // 2
 
 
@@ -76,7 +76,7 @@ def _resize_strip(
 
 
 def centre_crop(rgb: np.ndarray, spec: PreprocessSpec) -> Pixels:
-    """What the model sees of a resized picture, uint8 ``[H, W, 3]``; black where there is nothing."""
+    """Centre crop of a resized image, uint8 ``[H, W, 3]``; black outside of the image."""
     for axis, wanted in enumerate(spec.size):
         have = rgb.shape[axis]
         if have >= wanted:

@@ -53,7 +53,7 @@ class PixelReader:
 
     @property
     def chunk(self) -> int:
-        """How many images are best read together."""
+        """Number of images that are read together."""
         return CHUNK if self.gpu is None else self.gpu.chunk
 
     def exact(self) -> PixelReader:

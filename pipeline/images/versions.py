@@ -1,4 +1,4 @@
-"""What decides the pixels besides the config: the libraries that decode and resize, for the fingerprint."""
+"""Versions of the libraries that decode and resize, for the fingerprint."""
 
 from __future__ import annotations
 

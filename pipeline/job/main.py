@@ -164,7 +164,7 @@ def _open_output(config: Config, options: RunOptions, opened: ExitStack) -> tupl
 
 
 def _job(inputs: Inputs, prepared: Prepared) -> Job:
-    """What workers embed with."""
+    """The job as workers get it."""
     config, manifest = prepared.config, inputs.manifest
     form = format_of(prepared.plan, manifest.schema, prepared.dim)
     spec = spec_of(config, inputs.checkpoint)

@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """What every shard needs."""
+    """Inputs of every shard."""
 
     source: Dataset
     storage: Storage
@@ -250,7 +250,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class RelabelReport:
-    """What ``_report.json`` says of a relabelled dataset; times are seconds, ``stages`` those of the threads' cores.
+    """Content of the ``_report.json`` of a relabelled dataset; times are seconds, ``stages`` are core seconds.
 
     ``rows`` counts what this run committed, ``vectors`` those of them that have an embedding, ``changed`` those whose
     label is another than in the source. ``core_seconds`` are of the whole loop, ``rows_per_core_second`` follows.

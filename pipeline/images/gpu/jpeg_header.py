@@ -95,7 +95,7 @@ def baseline(data: bytes, *, exif: str) -> Baseline | None:
 
 
 def _collect(segment: bytes, metadata: dict[str, bytes]) -> None:
-    """As Pillow's JPEG plugin does it: EXIF in several segments is one, of XMP the last counts."""
+    """Join metadata as Pillow's JPEG plugin does: EXIF segments are joined, and the last XMP segment counts."""
     if segment.startswith(b"Exif\0\0"):
         metadata["exif"] = metadata["exif"] + segment[6:] if "exif" in metadata else segment
     elif segment.startswith(b"http://ns.adobe.com/xap/1.0/\0"):
@@ -129,7 +129,7 @@ def _units(frame: bytes, height: int, width: int) -> int:
 
 
 def _undisturbed(data: bytes, start: int, stretches: int) -> bool:
-    """Whether a scan from ``start`` on holds no marker but the restarts between its ``stretches`` (0: none)."""
+    """True if a scan from ``start`` on has no marker but the restarts between its ``stretches`` (0: none)."""
     if start >= len(data) - 2:
         return False
     scan = np.frombuffer(data, dtype=np.uint8, offset=start)
@@ -142,7 +142,7 @@ def _undisturbed(data: bytes, start: int, stretches: int) -> bool:
 
 
 def _orientation(metadata: dict[str, bytes]) -> int:
-    """What the rule for images of all formats makes of this metadata: it turns a picture of four pixels."""
+    """Apply the orientation rule of all formats to this metadata, on an image of four pixels."""
     exif, xmp = metadata.get("exif", b""), metadata.get("xmp", b"")
     if not any(tag in exif for tag in _TAGS) and b"tiff:Orientation" not in xmp:
         return 1

@@ -43,7 +43,7 @@ CODEC_THREADS = 4
 
 
 class Codec(Protocol):
-    """What decodes whole files on a device, from one thread at a time."""
+    """Interface of a decoder of whole files on a device, used by one thread at a time."""
 
     def active(self) -> AbstractContextManager[Any]:
         """Its stream and device are current within."""
@@ -206,7 +206,7 @@ class Nvimgcodec:
 
 
 def parameters(module: Any) -> Any:
-    """How nvImageCodec is to decode: RGB by rows, as it is stored."""
+    """Parameters of nvImageCodec: RGB by rows, in the stored orientation."""
     return module.DecodeParams(
         apply_exif_orientation=False, color_spec=module.ColorSpec.SRGB, sample_format=module.SampleFormat.I_RGB
     )

@@ -127,7 +127,7 @@ def _group(
 
 
 def _rounded(levels: torch.Tensor) -> torch.Tensor:
-    """As Pillow rounds to 8 bits: halves up."""
+    """Round to 8 bits as Pillow does: halves up."""
     return levels.add_(0.5).floor_().clamp_(0, 255)
 
 

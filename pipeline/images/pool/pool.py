@@ -96,7 +96,7 @@ class Decoders:
 
     @property
     def turns(self) -> int:
-        """How often ``seconds`` a giant waits for the others, at most."""
+        """Multiple of ``seconds`` that a large image waits for other large images, at most."""
         return self.processes + 1
 
     def peak_rss(self) -> int:
@@ -195,7 +195,7 @@ class _Seat:
     def _ask(
         self, pieces: Sequence[tuple[int, int]], spec: PreprocessSpec, abandoned: Callable[[], bool]
     ) -> tuple[list[Pixels | Failure], Failure | None]:
-        """What the process finished, and what kept it from the next image."""
+        """Results that the process finished, and the failure that kept it from the next image."""
         child = self.start(abandoned)
         if self._answer is None or self._answer.spec != spec:
             self._answer = Answer(self._outbox.fileno(), spec)
@@ -242,7 +242,7 @@ class _Seat:
         return Failure(TIMEOUT, f"not decoded in {limit}")
 
     def _listen(self, child: Child, answer: Answer, count: int, abandoned: Callable[[], bool]) -> bytes:
-        """What the process says, nothing if it has gone.
+        """Byte that the process sends at its end; empty if the process has ended.
 
         A machine that sleeps, or a job that is stopped, does not count. An image that was finished stays finished,
         so that no process can set its clock back for ever.

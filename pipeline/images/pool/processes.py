@@ -62,7 +62,7 @@ class Child:
 
 
 class Ending(NamedTuple):
-    """How a process ended, and whether somebody else killed it: most often a system without memory."""
+    """End of a process; ``killed_by_others`` is most often a system without memory."""
 
     how: str
     killed_by_others: bool
@@ -177,7 +177,7 @@ class Children:
             raise RuntimeError("the decoders are closed")
 
     def check_wanted(self, abandoned: Callable[[], bool]) -> None:
-        """As :meth:`check_open`, and raise Abandoned if ``abandoned`` says so."""
+        """Call :meth:`check_open`, and raise Abandoned if ``abandoned()`` is true."""
         self.check_open()
         if abandoned():
             raise Abandoned
@@ -222,7 +222,7 @@ def nameless_file(*, lasting: bool = False) -> IO[bytes]:
 
 
 def environment(ours: Mapping[str, str]) -> dict[str, str]:
-    """What a process gets to know of the environment ``ours``."""
+    """Variables of the environment ``ours`` that a process gets."""
     known = {name: value for name, value in ours.items() if name in _KNOWN or name.startswith(_KNOWN_BEGINNINGS)}
     path = os.pathsep.join([str(ROOT), *filter(None, [ours.get("PYTHONPATH")])])
     return {**known, **_ENVIRONMENT, "PYTHONPATH": path}

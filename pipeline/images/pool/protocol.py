@@ -1,4 +1,4 @@
-"""What goes between a reader and a decoder process: requests as JSON, answers in a file of a fixed layout.
+"""Protocol between a reader and a decoder process: requests as JSON, answers in a file of a fixed layout.
 
 The process decodes files of strangers, so that nothing it says is trusted: an answer is states, numbers of a known
 size and short texts, each checked as it is read, and never an object that could run code.
@@ -45,7 +45,7 @@ STATUSES = frozenset(
 
 
 class State(IntEnum):
-    """How far an image is; ``QUEUED`` waits for its turn among the giants."""
+    """State of an image; ``QUEUED`` waits for its turn among the large images."""
 
     TODO = 0
     DECODING = 1

@@ -52,7 +52,7 @@ def seal(fd: int) -> None:
 
 
 def cannot_shrink(fd: int) -> bool:
-    """Whether a file was sealed, so that what is mapped of it stays there."""
+    """True if a file is sealed, so that its mapped pages stay."""
     try:
         return _SEALS and bool(fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK)
     except OSError:

@@ -99,7 +99,7 @@ def _is_late() -> bool:
 
 
 def is_public(text: str) -> bool:
-    """Whether an IP address belongs to the internet: not private, link-local, loopback, multicast, reserved, ...
+    """True for a public IP address: not private, link-local, loopback, multicast, reserved, ...
 
     IPv6 addresses that carry an IPv4 address (mapped, 6to4, NAT64) are as public as that one.
     """
@@ -115,7 +115,7 @@ def is_public(text: str) -> bool:
 
 
 def is_internal(text: str) -> bool:
-    """Whether an IP address is one that ``images.private_hosts`` may open: private or loopback, nothing else."""
+    """True for an IP address that ``images.private_hosts`` may allow: private or loopback only."""
     ip = _parse(text)
     if ip in _METADATA:
         return False
@@ -175,12 +175,12 @@ def connect(host: str, port: int, private: frozenset[str]) -> socket.socket:
 
 
 def is_internal_or_public(text: str) -> bool:
-    """Whether an IP address is one that a host of ``images.private_hosts`` may have."""
+    """True for an IP address that a host of ``images.private_hosts`` may have."""
     return is_internal(text) or is_public(text)
 
 
 def is_listed(host: str, port: int, private: frozenset[str]) -> bool:
-    """Whether ``private`` names the host, or the host with this port."""
+    """True if ``private`` names the host, or the host with this port."""
     name = host.rstrip(".").lower()
     return not private.isdisjoint({name, f"{name}:{port}", f"[{name}]", f"[{name}]:{port}"})
 

@@ -1,4 +1,4 @@
-"""Whether it is the hosts or the network: one is a matter of rows, the other ends the run."""
+"""Detection of a network outage: a failed host costs its rows, a failed network ends the run."""
 
 from __future__ import annotations
 

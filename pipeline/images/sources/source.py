@@ -34,7 +34,7 @@ _DESCRIPTORS = "/proc/self/fd"
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where images are read from, and what is refused; safe to use from many threads."""
+    """Source of image bytes, with its limits; safe to use from many threads."""
 
     root: str
     max_bytes: int
@@ -180,7 +180,7 @@ def _open_exactly(path: str, flags: int) -> int:
 
 
 def _name_of(descriptor: int, opened: str) -> str:
-    """Where an open file really lies; as good as can be told where the system does not say."""
+    """Real path of an open file; its resolved name where the system does not report one."""
     try:
         return os.readlink(f"{_DESCRIPTORS}/{descriptor}")
     except OSError:
@@ -188,12 +188,12 @@ def _name_of(descriptor: int, opened: str) -> str:
 
 
 def _climbs(name: str) -> bool:
-    """Whether ``..`` is among the parts of a name, however it is written: some stores take %2e for a dot."""
+    """True if ``..`` is a part of a name in any encoding: some stores read %2e as a dot."""
     return ".." in re.split(r"[/\\]", unquote(unquote(name)))
 
 
 def _server(url: str) -> str:
-    """What stands between the scheme and the first slash."""
+    """The part between the scheme and the first slash."""
     return url.split("://", 1)[1].split("/", 1)[0].split("::", 1)[0]
 
 

@@ -1,1 +1,1 @@
-"""Where shards run: in this process, in a part of a job, or on Dask workers."""
+"""Executors of shards: this process, parts of a job, Dask workers."""

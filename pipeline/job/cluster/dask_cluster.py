@@ -94,7 +94,7 @@ def security(cluster: ClusterConfig) -> Security | None:
 
 
 def scheduler_options(cluster: ClusterConfig) -> dict[str, Any]:
-    """Where and how a scheduler of one's own listens."""
+    """Address and protocol of a scheduler that this job starts."""
     dashboard = f"{cluster.dashboard_host}:{cluster.dashboard_port if cluster.dashboard else 0}"
     return {
         "host": cluster.host,

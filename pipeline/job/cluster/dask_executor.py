@@ -210,7 +210,7 @@ class DaskExecutor:
 
     @property
     def members(self) -> tuple[Member, ...]:
-        """What every worker process has done, as far as it was told."""
+        """Statistics of every worker process, as far as they were reported."""
         return tuple(sorted(self._members.values(), key=lambda member: (member.host, member.name, member.pid)))
 
     @reached(OSError)
@@ -249,7 +249,7 @@ class DaskExecutor:
         return sum(self._slots.values()) + AHEAD * len(self._slots)
 
     def _messages(self) -> Iterator[dict[str, Any]]:
-        """What was told by now; waits a moment where nothing was."""
+        """Events received by now; waits a moment if there are none."""
         with suppress(queue.Empty):
             yield self._told.get(timeout=TICK)
             while True:
@@ -294,7 +294,7 @@ class DaskExecutor:
             )
 
     def _committed(self, shard: Shard) -> ShardReport | None:
-        """What a worker did just before it died, and could not tell."""
+        """Commits of a worker that died before it could report them."""
         commit = read_commit(self._storage, f"{shard.index:05d}.json")
         if commit is None or not self._storage.size(f"{FOLDER}/{shard.index:05d}.json"):
             return None

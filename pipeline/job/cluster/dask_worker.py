@@ -1,4 +1,4 @@
-"""What lives in a worker process: the model, opened once, and one loop in a thread of its own that embeds the shards
+"""State of a worker process: the model, opened once, and one loop in a thread of its own that embeds the shards
 of all tasks.
 
 A task puts its shard in and waits. Several are under way at a time, so that the loop goes from one shard to the next

@@ -1,4 +1,4 @@
-"""What a worker tells the driver: batches, reports, and its log."""
+"""Events from a worker to the driver: batches, reports, log lines."""
 
 from __future__ import annotations
 

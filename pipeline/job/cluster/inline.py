@@ -61,7 +61,7 @@ class Inline:
         note(self._engine, self._prepared, self._storage)
 
     def rehearse(self, job: Job) -> None:
-        """As :meth:`begin`, where no plan is settled and nothing is written to the output."""
+        """Take the job without a written plan: nothing is written to the output."""
         self._job = job
 
     def run(self, shards: Iterable[Shard], on_batch: Callable[[int], None]) -> Generator[ShardReport]:
@@ -89,7 +89,7 @@ class Inline:
 
     @property
     def members(self) -> tuple[Member, ...]:
-        """What this process has done."""
+        """Statistics of this process."""
         engine = self._engine
         return (
             Member(

@@ -1,4 +1,4 @@
-"""What a worker must know of a job: sent to each once, to those that join later too."""
+"""Specification of a job, sent once to each worker, also to those that join later."""
 
 from __future__ import annotations
 

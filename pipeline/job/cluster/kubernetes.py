@@ -14,7 +14,7 @@ from pipeline.job.cluster.dask_cluster import shards_at_once
 
 
 def pod_settings(config: Config) -> dict[str, Any]:
-    """What the operator is asked for, as ``KubeCluster`` takes it."""
+    """Settings of the operator, as ``KubeCluster`` takes them."""
     cluster = config.cluster
     limits = {"memory": cluster.kubernetes_memory}
     if cluster.cores:

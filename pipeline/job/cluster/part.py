@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """What a run did: ``began`` and ``ended`` in seconds since the epoch, and its processes."""
+    """Record of a run: ``began`` and ``ended`` in seconds since the epoch, counts, and its processes."""
 
     began: float
     ended: float
@@ -46,18 +46,18 @@ class Part:
 
     @classmethod
     def of(cls, config: Config) -> Part:
-        """What the config says."""
+        """The part that the config names."""
         part = part_of(config.cluster.part) if config.cluster.part is not None else None
         return cls(*part, whole=False) if part is not None else cls()
 
     @property
     def name(self) -> str:
-        """As it stands in names of files."""
+        """The name in file names."""
         return f"{self.number}-of-{self.count}"
 
     @property
     def text(self) -> str:
-        """As people say it."""
+        """The name in messages."""
         return "the whole" if self.whole else f"part {self.number}/{self.count}"
 
     @property
@@ -71,7 +71,7 @@ class Part:
         return logs.NAME if self.whole else f"{FOLDER}/{self.name}.log"
 
     def has(self, shard: int) -> bool:
-        """Whether a shard belongs to it."""
+        """True if a shard belongs to this part."""
         return shard % self.count == self.number - 1
 
     def refuse_others(self, storage: Storage) -> None:

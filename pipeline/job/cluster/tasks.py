@@ -1,4 +1,4 @@
-"""What a driver has done on a worker; the arguments are all that travels."""
+"""Tasks that a driver runs on a worker; only their arguments are sent."""
 
 from __future__ import annotations
 
