@@ -1,4 +1,4 @@
-"""The health check: every kind of trouble is brought about, and must be named with its way out."""
+"""The doctor: every kind of problem is caused, and must be reported with advice."""
 
 from __future__ import annotations
 
@@ -25,11 +25,10 @@ from pipeline.config.compose import compose_config
 from pipeline.config.schema import BackendConfig, Config, ModelConfig, PromptsConfig
 from pipeline.core.errors import BackendUnavailable
 from pipeline.doctor import __main__ as doctor
-from pipeline.doctor import backends, batch, decoders, disk, extras, golden, hub, output, versions
+from pipeline.doctor import backends, batch, decoders, disk, extras, hub, output, versions
 from pipeline.doctor.check import Check, Status, Subject
 from pipeline.doctor.format import lines, verdict
-from pipeline.doctor.probes import entry
-from pipeline.doctor.supervisor import examine
+from pipeline.doctor.probes import PROBES, Probe, examine
 from pipeline.engine.demo.folder import rendered_sample
 from pipeline.engine.loop import open_at
 from pipeline.models.checkpoint import open_checkpoint
@@ -49,7 +48,7 @@ def manifest(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def look(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Any]:
-    """Runs the door with --quick, and hands out its exit code and its JSON; nothing may be left behind."""
+    """Run the command with --quick, and return its exit code and its JSON; nothing may be left behind."""
     before = set(tempfile.gettempdir() and os.listdir(tempfile.gettempdir()))
 
     def run(*arguments: str) -> tuple[int, dict[str, Any]]:
@@ -82,7 +81,7 @@ def found(checks: Iterator[Check], name: str) -> Check:
     return next(check for check in checks if check.name == name)
 
 
-# The door.
+# The command.
 
 
 def test_a_good_machine_is_ready_and_nothing_is_left_behind(look: Any, tmp_path: Path, manifest: Path) -> None:
@@ -98,7 +97,7 @@ def test_a_good_machine_is_ready_and_nothing_is_left_behind(look: Any, tmp_path:
     assert os.listdir(tmp_path) == ["m.parquet"]
 
 
-def test_a_config_with_mistakes_is_told_line_by_line_beside_what_needs_no_config(look: Any) -> None:
+def test_the_problems_of_a_config_are_reported_beside_the_checks_that_need_no_config(look: Any) -> None:
     code, content = look("backend=onxx", "loader.bach_size=3")
     assert (code, failed(content)) == (2, ["backend", "loader.bach_size"])
     assert named(content, "backend")["way_out"] == "did you mean onnx?"
@@ -106,7 +105,7 @@ def test_a_config_with_mistakes_is_told_line_by_line_beside_what_needs_no_config
     assert "output" in named(content, "left out")["fact"]
 
 
-def test_a_wrong_place_for_everything_is_one_line_each(look: Any, tmp_path: Path) -> None:
+def test_every_wrong_place_has_its_line(look: Any, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     pq.write_table(pa.table({"id": ["a"], "file": ["a.jpg"]}), tmp_path / "m.parquet")
     code, content = look(
@@ -124,51 +123,94 @@ def test_a_wrong_place_for_everything_is_one_line_each(look: Any, tmp_path: Path
         assert "backend.device=cuda" in named(content, "GPU")["fact"]
 
 
-def test_a_probe_that_hangs_is_ended_and_named_and_the_others_go_on(look: Any, tmp_path: Path) -> None:
+def test_a_probe_that_hangs_is_reported_and_the_others_go_on(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "m.parquet")
     began = time.monotonic()
-    code, content = look(f"manifest.path={tmp_path}/m.parquet", "--timeout", "3")
-    assert (code, failed(content)) == (2, ["manifest"])
+    places = (f"manifest.path={tmp_path}/m.parquet", f"output.dir={tmp_path}/out")
+    done = command("--quick", "--json", "--timeout", "3", *places)
+    content = json.loads(done.stdout)
+    assert (done.returncode, failed(content)) == (2, ["manifest"])
     assert "no answer within 3 s" in named(content, "manifest")["fact"]
     assert named(content, "write access")["status"] == "ok"
     assert time.monotonic() - began < 60
 
 
-def test_a_config_that_no_pipe_holds_reaches_the_probes() -> None:
-    config = replace(Config(), prompts=PromptsConfig(labels=[f"label {number}" for number in range(20_000)]))
-    checks = list(examine(config, [entry("limits")], quick=True, limit=None))
-    assert "open files" in [check.name for check in checks]
-
-
-def test_a_library_that_crashes_costs_its_probe_alone(
-    look: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_process_that_hangs_is_ended_with_all_that_it_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "huggingface_hub.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n")
-    (tmp_path / "pyarrow.py").write_text("raise ImportError('libarrow.so is broken')\n")
+    started = tmp_path / "pid"
+    lines = ("import subprocess, time, pathlib", "child = subprocess.Popen(['sleep', '600'])")
+    (tmp_path / "torch.py").write_text(
+        "\n".join((*lines, f"pathlib.Path({str(started)!r}).write_text(str(child.pid))", "time.sleep(600)"))
+    )
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
-    code, content = look(f"manifest.path={tmp_path}/m.parquet")
-    assert (code, failed(content)) == (2, ["hub", "manifest"])
-    assert "SIGSEGV" in named(content, "hub")["fact"]
+    [check] = examine([probe("backends")], Subject(Config(), False, "", None), limit=5)
+    assert (check.name, check.status) == ("backends", Status.FAIL)
+    assert "no answer within 5 s" in check.fact
+    end = time.monotonic() + 10
+    while alive(int(started.read_text())) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not alive(int(started.read_text()))
+
+
+def alive(pid: int) -> bool:
+    """Return True if a process runs and has not ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def probe(module: str) -> Probe:
+    return next(one for one in PROBES if one.module == module)
+
+
+def test_a_large_config_is_handed_to_the_process_of_a_probe(tmp_path: Path) -> None:
+    labels = [f"label {number}" for number in range(20_000)]
+    config = replace(Config(), prompts=PromptsConfig(labels=labels), backend=BackendConfig(device="cpu"))
+    checks = list(examine([probe("decoders")], subject(config, tmp_path / "scratch")))
+    assert "exact" in [check.name for check in checks]
+
+
+def test_a_library_that_crashes_fails_its_probe_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    crash = (
+        "import os, signal, sys\nprint('broken', file=sys.stderr, flush=True)\nos.kill(os.getpid(), signal.SIGSEGV)\n"
+    )
+    (tmp_path / "torch.py").write_text(crash)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    config = config_for(tmp_path / "m", tmp_path / "out")
+    checks = list(examine([probe("backends"), probe("disk")], subject(config, tmp_path / "scratch")))
+    [check] = [check for check in checks if check.status is Status.FAIL]
+    assert check.group == "backends"
+    assert "SIGSEGV; last message: broken" in check.fact
+    assert found(iter(checks), "output.dir").status is Status.OK
+
+
+def test_a_package_that_cannot_be_imported_fails_its_probe_alone(tmp_path: Path) -> None:
+    (tmp_path / "pyarrow.py").write_text("raise ImportError('libarrow.so is broken')\n")
+    places = (f"manifest.path={tmp_path}/m.parquet", f"output.dir={tmp_path}/out")
+    done = command("--quick", "--json", *places, PYTHONPATH=f"{tmp_path}:{ROOT}")
+    content = json.loads(done.stdout)
+    assert (done.returncode, failed(content)) == (2, ["manifest"])
     assert "libarrow.so is broken" in named(content, "manifest")["fact"]
     assert "pip install" in named(content, "manifest")["way_out"]
 
 
 def test_without_hydra_the_other_lines_are_there(tmp_path: Path) -> None:
     (tmp_path / "hydra.py").write_text("raise ImportError('no hydra')\n")
-    done = door("--quick", "--json", PYTHONPATH=f"{tmp_path}:{ROOT}")
+    done = command("--quick", "--json", PYTHONPATH=f"{tmp_path}:{ROOT}")
     content = json.loads(done.stdout)
     assert done.returncode == 2
     assert "no hydra" in named(content, "config")["fact"]
     assert named(content, "packages")["status"] == "ok"
 
 
-def test_a_limit_on_files_is_met_by_the_output_and_told_among_the_limits(tmp_path: Path) -> None:
+def test_a_limit_on_the_size_of_files_is_reported_by_the_output(tmp_path: Path) -> None:
     command = f"ulimit -f 64; exec {sys.executable} -m pipeline.doctor --quick --json output.dir={tmp_path}/out"
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
     content = json.loads(done.stdout)
     assert (done.returncode, failed(content)) == (2, ["write access"])
     assert "ulimit -f" in named(content, "write access")["fact"]
-    assert named(content, "file size")["status"] == "warn"
     assert not list(tmp_path.iterdir())
 
 
@@ -187,7 +229,7 @@ def test_an_output_that_may_not_be_written_and_caches_beside_it(tmp_path: Path) 
     assert "cannot be written" in named(content, "prompts.cache")["fact"]
 
 
-def test_a_full_disk_is_told_with_what_is_free(look: Any, tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_with_its_free_space(look: Any, tmp_path: Path) -> None:
     (tmp_path / "small").mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=320k", "tmpfs", str(tmp_path / "small")]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
@@ -219,7 +261,7 @@ def test_sigterm_ends_it_with_all_that_it_started(tmp_path: Path) -> None:
 
 
 def test_a_person_reads_headings_arrows_and_a_verdict(tmp_path: Path) -> None:
-    done = door("--quick", f"output.dir={tmp_path}/out", "model=hub", "model.name=./nowhere", COLUMNS="80")
+    done = command("--quick", f"output.dir={tmp_path}/out", "model=hub", "model.name=./nowhere", COLUMNS="80")
     assert done.returncode == 2
     assert "\nhub and model\n" in done.stdout
     assert "->" in done.stdout
@@ -228,7 +270,7 @@ def test_a_person_reads_headings_arrows_and_a_verdict(tmp_path: Path) -> None:
     assert done.stderr == ""
 
 
-def door(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "pipeline.doctor", *arguments],
         cwd=ROOT,
@@ -324,7 +366,7 @@ def test_both_builds_of_onnx_runtime_are_a_conflict(monkeypatch: pytest.MonkeyPa
     assert check.way_out.startswith("pip uninstall -y onnxruntime onnxruntime-gpu")
 
 
-def test_an_untested_version_is_worth_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_untested_version_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(versions.tested(), "numpy", "2.0.1")
     check = found(versions.look(Subject(None, True, "", None)), "tested versions")
     assert check.status is Status.WARN
@@ -345,28 +387,24 @@ def test_an_extra_fails_where_the_job_needs_it_alone(monkeypatch: pytest.MonkeyP
         versions.requirements.cache_clear()
 
 
-def test_every_use_in_words_is_of_an_extra_that_is_there() -> None:
-    assert {*extras.USES} <= {one.extras_wanted for one in versions.requirements()}
+def test_every_described_extra_exists() -> None:
+    assert {*extras.USES} <= {one.extra for one in versions.requirements()}
 
 
 # Places.
 
 
-def test_a_disk_is_measured_and_another_place_on_it_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(disk, "MEASURED_BYTES", 8 * 2**20)
+def test_a_full_disk_fails_and_one_with_little_space_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = config_for(tmp_path / "m", tmp_path / "out")
     checks = list(disk.look(Subject(config, False, str(tmp_path), None)))
     assert [check.name for check in checks][:2] == ["output.dir", "temporary files"]
-    assert checks[0].figures["write_bytes_per_second"] > 0
     assert "the disk of output.dir" in checks[1].fact
     assert not list(tmp_path.iterdir())
-
-
-def test_a_full_disk_fails_and_a_slow_one_is_worth_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = config_for(tmp_path / "m", tmp_path / "out")
-    monkeypatch.setattr(disk, "measure", lambda folder: (1e6, 1e9))
+    monkeypatch.setattr(disk, "LITTLE", 2**60)
     assert found(disk.look(Subject(config, False, str(tmp_path), None)), "output.dir").status is Status.WARN
-    monkeypatch.setattr(disk, "NONE", 2**60)
+    monkeypatch.setattr(disk, "TOO_LITTLE", 2**60)
     check = found(disk.look(Subject(config, False, str(tmp_path), None)), "output.dir")
     assert check.status is Status.FAIL
     assert "free some space" in check.way_out
@@ -388,7 +426,7 @@ def test_a_store_is_written_read_and_cleared_again(tmp_path: Path) -> None:
 # Backends and decoders.
 
 
-def test_a_backend_says_itself_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backend_reports_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     backends.can_run(BackendConfig(name="onnx", device="cpu"))
     backends.can_run(BackendConfig(name="torch", device="cpu", precision="bf16"))
     monkeypatch.setitem(sys.modules, "onnxscript", None)
@@ -432,8 +470,9 @@ def test_a_batch_of_the_job_is_embedded_and_no_export_stays(tmp_path: Path, mani
         prompts={"cache": str(tmp_path / "cache")},
     )
     checks = {check.name: check for check in batch.look(subject(job, tmp_path / "scratch"))}
-    assert [*checks] == ["golden figures", "images", "embeddings", "speed", "parity", "decoder"]
-    # One of the sixteen is no picture.
+    assert [*checks] == ["images", "embeddings", "speed", "parity", "decoder"]
+    # Two of the 24 are no images.
+    assert "22 of 24 rows can be read" in checks["images"].fact
     assert checks.pop("images").status is Status.WARN
     assert {check.status for check in checks.values()} == {Status.OK}
     assert checks["speed"].figures["images_per_second"] > 0
@@ -442,7 +481,7 @@ def test_a_batch_of_the_job_is_embedded_and_no_export_stays(tmp_path: Path, mani
 
 
 @pytest.mark.slow
-def test_an_export_of_the_store_is_used_and_a_damaged_one_is_told_and_left_alone(tmp_path: Path) -> None:
+def test_an_export_of_the_store_is_used_and_a_damaged_one_is_reported_and_left_alone(tmp_path: Path) -> None:
     backend = {"name": "torchscript", "artifacts": str(tmp_path / "store")}
     job = config_for(tmp_path / "m", tmp_path / "o", backend=backend, manifest={"path": None}, loader=INLINE)
     checkpoint = open_checkpoint(job.model)
@@ -467,29 +506,8 @@ def test_images_that_are_not_where_the_manifest_says_fail(tmp_path: Path) -> Non
     job = config_for(tmp_path / "m.parquet", tmp_path / "out", manifest={"image": "path", "keep": []}, loader=INLINE)
     check = found(batch.look(subject(job, tmp_path / "scratch")), "images")
     assert check.status is Status.FAIL
-    assert "0 of the first 2 rows can be read; a: not_found" in check.fact
+    assert "0 of 2 rows can be read; not_found 2; such as: x.jpg: no such file" in check.fact
     assert f"paths start from {tmp_path}" in check.way_out
-
-
-def test_a_wrong_golden_figure_and_a_wrong_label_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint = open_checkpoint(ModelConfig())
-    known = json.loads(golden.FILE.read_text())
-    for spoiled in (
-        {**known, "labels": ["pink dog", *known["labels"][1:]]},
-        {**known, "embeddings": [known["embeddings"][1], *known["embeddings"][1:]]},
-        {**known, "embeddings": [[float("nan")] * 128, *known["embeddings"][1:]]},
-    ):
-        (tmp_path / "golden.json").write_text(json.dumps(spoiled))
-        monkeypatch.setattr(golden, "FILE", tmp_path / "golden.json")
-        [check] = golden.look(checkpoint)
-        assert check.status is Status.FAIL
-        assert "pip install" in check.way_out
-
-
-def test_the_golden_figures_are_those_of_today() -> None:
-    found, known = golden.figures(open_checkpoint(ModelConfig())), json.loads(golden.FILE.read_text())
-    assert (found["ids"], found["labels"]) == (known["ids"], known["labels"])
-    assert torch.allclose(torch.tensor(found["embeddings"]), torch.tensor(known["embeddings"]), atol=2e-4)
 
 
 def test_embeddings_that_are_none_and_backends_that_are_far_from_fp32_fail(tmp_path: Path, manifest: Path) -> None:
@@ -511,7 +529,7 @@ def test_embeddings_that_are_none_and_backends_that_are_far_from_fp32_fail(tmp_p
     assert "parity.lowest_cosine.bf16 wants 1.0" in check.fact
 
 
-def test_a_model_and_labels_that_cannot_be_opened_are_told(tmp_path: Path, manifest: Path) -> None:
+def test_a_model_and_labels_that_cannot_be_opened_are_reported(tmp_path: Path, manifest: Path) -> None:
     job = replace(config_for(manifest, tmp_path / "o", loader=INLINE), model=ModelConfig(name=str(tmp_path)))
     check = found(batch.look(subject(job, tmp_path / "1")), "model")
     assert "no config.json" in check.fact
@@ -525,8 +543,8 @@ def test_a_model_that_is_not_here_is_not_downloaded(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.slow
-def test_the_whole_examination_of_the_demo_job_passes(tmp_path: Path) -> None:
-    done = door("--json", f"output.dir={tmp_path}/out", TMPDIR=str(tmp_path))
+def test_all_checks_of_the_demo_job_pass(tmp_path: Path) -> None:
+    done = command("--json", f"output.dir={tmp_path}/out", TMPDIR=str(tmp_path))
     content = json.loads(done.stdout)
     assert (done.returncode, failed(content)) == (0, [])
     assert named(content, "speed")["figures"]["images_per_second"] > 0
@@ -540,7 +558,7 @@ def test_a_gpu_is_found_with_its_memory(tmp_path: Path) -> None:
     assert "fp16" in found(iter(checks), "torch").fact
 
 
-# The page.
+# The report.
 
 
 def test_lines_fit_a_terminal_and_control_nothing() -> None:

@@ -1,22 +1,23 @@
-"""``python -m pipeline.doctor``: whether this machine, this installation and a job's places are what it needs."""
+"""``python -m pipeline.doctor``: check this machine, this installation and the places of a job."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
+import shutil
 import sys
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 
 from pipeline.config.schema import Config
 from pipeline.core.cli import run_process, showable
 from pipeline.core.errors import ConfigError, Interrupted, PipelineError
-from pipeline.doctor.check import Check, Status
+from pipeline.doctor.check import Check, Status, Subject
 from pipeline.doctor.format import count, lines, verdict
-from pipeline.doctor.probe_process import to_json
-from pipeline.doctor.probes import PROBES
-from pipeline.doctor.supervisor import examine
+from pipeline.doctor.probes import PROBES, examine
 
 EXAMPLES = """\
 examples:
@@ -28,53 +29,50 @@ examples:
       a few seconds, for monitors; in a Dockerfile: HEALTHCHECK CMD ["python", "-m", "pipeline.doctor", "--quick"]
 
 Each line is ok, warn (the job runs, but look at it), fail (the job cannot run as it is) or skip (not needed, or left
-out); an arrow leads to what to do. Nothing that is written for a check stays, and nothing is downloaded.
+out); an arrow shows what to do. All files of a check are removed, and nothing is downloaded.
 exit codes: 0 the job can run, warnings or not; 2 something fails; 75 interrupted
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse the command line, look at everything, print; returns the exit code."""
+    """Parse the command line, run all checks, print their results, and return the exit code."""
     options = _parser().parse_intermixed_args(arguments)
     if sys.stdout is None:
-        # Started without one, for the exit code alone.
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for what is left of the process
+        # Started without standard output, for the exit code alone.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the rest of the process
     try:
-        return _act(options)
+        return _report(options)
     except KeyboardInterrupt:
         print("error: interrupted; nothing was left behind", file=sys.stderr)
         return Interrupted.exit_code
 
 
-def _act(options: argparse.Namespace) -> int:
+def _report(options: argparse.Namespace) -> int:
     began = time.monotonic()
     checks: list[Check] = []
     heading = ""
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    for check in _look(options):
-        checks.append(check)
-        if options.json:
-            continue
-        if check.group != heading:
-            _say(f"{'' if not heading else chr(10)}{check.group}")
-            heading = check.group
-        _say(lines(check, colour=colour))
+    with _scratch() as scratch, closing(_checks(options, scratch)) as found:
+        for check in found:
+            checks.append(check)
+            if options.json:
+                continue
+            if check.group != heading:
+                _say(f"{'' if not heading else chr(10)}{check.group}")
+                heading = check.group
+            _say(lines(check, colour=colour))
     seconds = time.monotonic() - began
-    failed = any(check.status is Status.FAIL for check in checks)
-    code = ConfigError.exit_code if failed else 0
+    counts = count(checks)
+    code = ConfigError.exit_code if counts[Status.FAIL] else 0
     if options.json:
-        worst = next(
-            (status for status in (Status.FAIL, Status.WARN) if any(check.status is status for check in checks)),
-            Status.OK,
-        )
         content = {
-            "status": worst,
+            "status": next((status for status in (Status.FAIL, Status.WARN) if counts[status]), Status.OK),
             "exit_code": code,
             "seconds": round(seconds, 1),
             "overrides": options.overrides,
             "quick": options.quick,
-            "counts": count(checks),
-            "checks": [to_json(check) for check in checks],
+            "counts": counts,
+            "checks": [check.to_json() for check in checks],
         }
         print(json.dumps(content, indent=2))
     else:
@@ -82,27 +80,25 @@ def _act(options: argparse.Namespace) -> int:
     return code
 
 
-def _look(options: argparse.Namespace) -> Iterator[Check]:
-    """The config, then every probe that is wanted and can be had."""
+def _checks(options: argparse.Namespace, scratch: str | None) -> Generator[Check]:
+    """Check the config, then run every probe that applies."""
     config, problems = _compose(options.overrides)
     yield from problems
     probes = [probe for probe in PROBES if not (probe.slow and options.quick)]
-    yield from examine(
-        config,
-        [probe for probe in probes if config is not None or probe.general],
-        quick=options.quick,
-        limit=options.timeout,
-    )
+    subject = Subject(config=config, quick=options.quick, temporary=_temporary(), scratch=scratch)
+    chosen = [probe for probe in probes if config is not None or probe.general]
+    with closing(examine(chosen, subject, limit=options.timeout)) as found:
+        yield from found
     if config is None:
         left = ", ".join(probe.group for probe in probes if not probe.general)
-        yield Check("the job", "left out", Status.SKIP, f"{left}: the config must be mended first")
+        yield Check("the job", "left out", Status.SKIP, f"{left}: correct the config first")
     elif options.quick:
         left = ", ".join(probe.group for probe in PROBES if probe.slow)
-        yield Check("left out", "--quick", Status.SKIP, f"{left}, the speed of disks")
+        yield Check("left out", "--quick", Status.SKIP, left)
 
 
 def _compose(overrides: Sequence[str]) -> tuple[Config | None, list[Check]]:
-    """The job's config; None where it has problems, with a line for each."""
+    """Return the config of the job, or None and a check for each of its problems."""
     group = "config"
     try:
         from pipeline.config.compose import compose_config
@@ -116,15 +112,38 @@ def _compose(overrides: Sequence[str]) -> tuple[Config | None, list[Check]]:
     except PipelineError as error:
         return None, [Check(group, "config", Status.FAIL, str(error))]
     except Exception as error:
-        # Without Hydra, or with a broken one, the other lines are all the more wanted.
+        # Without Hydra, or with a broken one, the other checks are all the more useful.
         fact = f"cannot be read: {type(error).__name__}: {error}"
         return None, [Check(group, "config", Status.FAIL, fact, "install the packages that the lines below name")]
     job = f"model {config.model.name}, backend {config.backend.name}, output {config.output.dir}"
     return config, [Check(group, "config", Status.OK, job)]
 
 
+@contextmanager
+def _scratch() -> Iterator[str | None]:
+    """Make a folder for the files of the checks, and remove it; None where there can be none: see the disks' probe."""
+    try:
+        folder = tempfile.mkdtemp(prefix="clip-pipeline-doctor-")
+    except OSError:
+        yield None
+        return
+    try:
+        yield folder
+    finally:
+        # Its store of exports has links to those of the job; the files themselves stay.
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _temporary() -> str:
+    """Return the folder for temporary files, or the one that is configured where none is writable."""
+    try:
+        return tempfile.gettempdir()
+    except OSError:
+        return os.environ.get("TMPDIR") or "/tmp"
+
+
 def _say(text: str) -> None:
-    """Print text that names files; a name that the terminal cannot show is escaped."""
+    """Print text that names files; characters that the terminal cannot show are escaped."""
     print(showable(text), flush=True)
 
 
@@ -141,18 +160,18 @@ def _seconds(text: str) -> float:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.doctor",
-        description="Check this machine, this installation and the places of a job, and say what to do about each.",
+        description="Check this machine, this installation and the places of a job, with advice for each problem.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="GROUP=OPTION or KEY=VALUE, as for the job")
-    parser.add_argument("--quick", action="store_true", help="without backends, decoders, disk speed and the batch")
+    parser.add_argument("--quick", action="store_true", help="without decoders, backends and the batch")
     parser.add_argument("--json", action="store_true", help="one JSON object, for programs")
     parser.add_argument(
         "--timeout",
         type=_seconds,
         metavar="S",
-        help="longest wait for each group of checks (default: its own, 20 to 1800)",
+        help="time limit for each group of checks (default: its own, 20 to 1800 s)",
     )
     return parser
 

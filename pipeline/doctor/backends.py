@@ -1,7 +1,7 @@
-"""Which backends this machine can run, in which precisions; the others' own errors say what they need.
+"""Checks of the backends that this machine can run, with their precisions.
 
-Every backend proves its device, precision and packages before it touches the checkpoint. So it is opened with a
-checkpoint that nobody has: what gets as far as that can run.
+A backend checks its device, precision and packages before it reads the checkpoint. It is opened with a checkpoint that
+stops it at that point, so that nothing is loaded or exported.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from pipeline.core.errors import BackendUnavailable
 from pipeline.doctor.check import Check, Status, Subject
 
 GROUP = "backends"
-# What compiles always, whatever backend.compile says.
+# Backends that compile the model whatever backend.compile is.
 COMPILED = ("torch_int8", "torch_fp8")
 
 
-class Reached(BaseException):
-    """All that a backend wants of the machine is there. No Exception: none of its own handlers may take it."""
+class _RequirementsMet(BaseException):
+    """A backend reads its checkpoint. No Exception, so that handlers of the backend do not catch it."""
 
 
-class Nobody:
-    """A checkpoint that is not there."""
+class _NoCheckpoint:
+    """Checkpoint that raises when it is read."""
 
     def __getattr__(self, name: str) -> NoReturn:
-        raise Reached
+        raise _RequirementsMet
 
 
 def look(subject: Subject) -> Iterator[Check]:
-    """CUDA as torch sees it, the compiler, then every backend."""
+    """Check CUDA in torch, the compiler, then every backend."""
     config = subject.job.backend
     yield from _cuda()
     problem = compiler_problem()
@@ -46,22 +46,22 @@ def look(subject: Subject) -> Iterator[Check]:
 
 
 def can_run(config: BackendConfig) -> None:
-    """Pass if the backend of ``config`` can run here as it asks.
+    """Pass if this machine meets the requirements of a backend.
 
     Raises:
-        BackendUnavailable: what is missing, in the backend's own words.
+        BackendUnavailable: something is missing.
     """
     from pipeline.backends import factory
 
-    nobody: Any = Nobody()
+    checkpoint: Any = _NoCheckpoint()
     try:
-        factory(config.name)(nobody, config, batch_size=1, sample=_no_sample, limits=ParityConfig())
-    except Reached:
+        factory(config.name)(checkpoint, config, batch_size=1, sample=_no_sample, limits=ParityConfig())
+    except _RequirementsMet:
         return
 
 
 def compiler_problem() -> str:
-    """Why torch.compile cannot compile here, or an empty text; something small is compiled to know."""
+    """Compile a small module, and return the reason why torch.compile cannot, or an empty string."""
     import torch
 
     from pipeline.backends.devices import choose_device
@@ -77,7 +77,7 @@ def compiler_problem() -> str:
 
 
 def _no_sample() -> NoReturn:
-    raise Reached
+    raise _RequirementsMet
 
 
 def _cuda() -> Iterator[Check]:
@@ -88,38 +88,35 @@ def _cuda() -> Iterator[Check]:
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
         major, minor = torch.cuda.get_device_capability(index)
-        room = f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
-        fact = f"{torch.cuda.get_device_name(index)}, {room}, compute capability {major}.{minor}"
+        memory = f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+        fact = f"{torch.cuda.get_device_name(index)}, {memory}, compute capability {major}.{minor}"
         figures = {"free_bytes": float(free), "memory_bytes": float(total)}
         yield Check(GROUP, f"cuda:{index}", Status.OK, fact, figures=figures)
 
 
 def _backend(name: str, precisions: tuple[str, ...], config: BackendConfig, compiler: str) -> Check:
     own = name == config.name
-    # The others are asked for the device of the job, so that all lines are about one device.
+    if own and (problem := _problem(config)):
+        return Check(GROUP, name, Status.FAIL, problem)
+    # The device of the job, so that all lines are about one device.
     device = config.device if own or not config.device.startswith("cuda") else "auto"
-    runs, reasons = [], []
-    for precision in precisions:
-        # With one alone, what is missing is the backend's, not the precision's.
-        asked = precision if len(precisions) > 1 else "auto"
-        plain = replace(BackendConfig(), name=name, precision=asked, device=device, artifacts=config.artifacts)
-        try:
-            can_run(plain)
-        except BackendUnavailable as error:
-            reasons.append((precision, str(error)))
-        else:
-            runs.append(precision)
+    plain = replace(BackendConfig(), name=name, device=device, artifacts=config.artifacts)
+    # Of a single precision "auto" is asked for, so that the message is about the backend.
+    asked = {one: one if len(precisions) > 1 else "auto" for one in precisions}
+    problems = {one: _problem(replace(plain, precision=precision)) for one, precision in asked.items()}
+    runs = [one for one, problem in problems.items() if not problem]
     if name in COMPILED and runs and compiler:
-        runs, reasons = [], [(precisions[0], compiler)]
-    wanted = ""
-    if own:
-        try:
-            can_run(config)
-        except BackendUnavailable as error:
-            wanted = str(error)
-    if wanted:
-        return Check(GROUP, name, Status.FAIL, wanted)
-    if runs:
-        without = f" (not {', '.join(precision for precision, _ in reasons)})" if reasons else ""
-        return Check(GROUP, name, Status.OK, f"{', '.join(runs)}{without}{', of this job' if own else ''}")
-    return Check(GROUP, name, Status.FAIL if own else Status.SKIP, reasons[0][1])
+        return Check(GROUP, name, Status.FAIL if own else Status.SKIP, compiler)
+    if not runs:
+        return Check(GROUP, name, Status.FAIL if own else Status.SKIP, problems[precisions[0]])
+    others = [one for one in precisions if one not in runs]
+    without = f" (not {', '.join(others)})" if others else ""
+    return Check(GROUP, name, Status.OK, f"{', '.join(runs)}{without}{', of this job' if own else ''}")
+
+
+def _problem(config: BackendConfig) -> str:
+    try:
+        can_run(config)
+    except BackendUnavailable as error:
+        return str(error)
+    return ""

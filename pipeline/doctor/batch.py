@@ -1,159 +1,114 @@
-"""One batch of the job's model on the job's backend, with images of the job; nothing of it stays.
+"""Check of one batch: a short dry run of the job (``run.dry=true``), of which nothing stays.
 
-Exported models come from the store where they lie there; others are made in the scratch folder.
+Exported models are taken from the job's store if they exist there; others are made in the scratch folder.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.config.schema import DEMO_MODEL, Config, LoaderConfig
-from pipeline.core.errors import ManifestError, ModelError, ParityError, PipelineError, PromptsError
-from pipeline.doctor import golden
+from pipeline.config.schema import ClusterConfig, Config, LoaderConfig, PromptsConfig
+from pipeline.core.errors import ManifestError, ModelError, NumericalError, ParityError, PipelineError, PromptsError
+from pipeline.core.records import OK
 from pipeline.doctor.check import Check, Status, Subject
 from pipeline.doctor.hub import as_cached
 from pipeline.doctor.manifest import first_file
 
 if TYPE_CHECKING:
-    from pipeline.backends.base import ImageEncoder
-    from pipeline.core.records import Sample, TextBank
-    from pipeline.doctor.sample import Drawn
-    from pipeline.manifest.manifest import Manifest
-    from pipeline.models.checkpoint import Checkpoint
+    from pipeline.job.estimate.estimate import Rehearsal
+    from pipeline.job.estimate.trial import Trial
 
-GROUP = golden.GROUP
-# Images that are drawn of the manifest, and labels that are embedded: enough to see that they can be.
-IMAGES, LABELS = 16, 64
-# On a CPU a larger batch shows nothing more, and takes a while with a large model.
+GROUP = "one batch"
+# Images that a backend is compared on, scenes of the demo, and labels: enough to see that they work.
+IMAGES, SCENES, LABELS = 16, 64, 64
+# A larger batch of a large model takes long on a CPU.
 CPU_BATCH = 16
-# What a line about an error is called.
-NAMES = {ParityError: "parity", ModelError: "model", PromptsError: "prompts", ManifestError: "manifest"}
+# The check that an error is about.
+NAMES = {
+    ParityError: "parity",
+    ModelError: "model",
+    PromptsError: "prompts",
+    ManifestError: "manifest",
+    NumericalError: "embeddings",
+}
 
 
 def look(subject: Subject) -> Iterator[Check]:
-    """The golden figures, images of the manifest, the embeddings of one batch, its speed, its distance from fp32."""
-    from pipeline.models.checkpoint import open_checkpoint
+    """Check images of the manifest, the embeddings of a few batches, their throughput, and the parity gates."""
+    from pipeline.job.estimate.estimate import rehearse
+    from pipeline.job.estimate.trial import Limits
 
-    config = subject.job
     if subject.scratch is None:
         yield Check(GROUP, "batch", Status.SKIP, "there is no folder for temporary files")
         return
-    demo = open_checkpoint(dataclasses.replace(config.model, name=DEMO_MODEL, weights="pretrained", revision=None))
-    yield from golden.look(demo)
-    model = as_cached(config.model)
+    model = as_cached(subject.job.model)
     if model is None:
-        fact = f"{config.model.name} is not on this machine, and nothing is downloaded here"
-        yield Check(GROUP, "batch", Status.SKIP, fact, "once a job has downloaded it, this runs a batch of it")
+        fact = f"{subject.job.model.name} is not on this machine, and nothing is downloaded here"
+        yield Check(GROUP, "batch", Status.SKIP, fact, "run this again after a job has downloaded the model")
         return
-    own = model.name == DEMO_MODEL and model.weights == "pretrained"
     try:
-        checkpoint = demo if own else open_checkpoint(model)
-        with ExitStack() as opened:
-            config, damaged = _kept_apart(config, checkpoint, Path(subject.scratch))
-            if damaged:
-                way_out = "the next job makes them anew; python -m pipeline.artifacts verify looks at all"
-                yield Check(GROUP, "exports", Status.WARN, f"damaged: {'; '.join(damaged)}", way_out)
-            yield from _run(config, checkpoint, subject.scratch, opened)
+        config = _shortened(replace(subject.job, model=model), Path(subject.scratch))
+        if damaged := _link_exports(subject.job, config):
+            way_out = "the next job makes them again; python -m pipeline.artifacts verify checks all of them"
+            yield Check(GROUP, "exports", Status.WARN, f"damaged: {'; '.join(damaged)}", way_out)
+        # Two batches of every stream: one to warm up, one that is measured.
+        limits = Limits(warm_seconds=0, seconds=0, batches=1)
+        yield from _checks(subject.job, config, rehearse(config, time.time(), limits))
     except PipelineError as error:
         yield Check(GROUP, NAMES.get(type(error), "batch"), Status.FAIL, str(error))
 
 
-def _run(config: Config, checkpoint: Checkpoint, scratch: str, opened: ExitStack) -> Iterator[Check]:
-    from pipeline.backends import decoder_parity
-    from pipeline.backends.compare import in_words
+def _shortened(config: Config, scratch: Path) -> Config:
+    """Return the config of a short job that writes to the scratch folder alone: one file, one process, few labels."""
     from pipeline.backends.devices import choose_device
-    from pipeline.backends.parity import embed_sample, pass_gate
-    from pipeline.doctor.sample import draw, repeated
-    from pipeline.engine.demo.folder import rendered_sample
-    from pipeline.engine.forward import UNIT_TOLERANCE
-    from pipeline.engine.loop import open_for_job, open_reader
-    from pipeline.manifest.manifest import open_manifest
-    from pipeline.storage.local import LocalStorage
 
-    spec = dataclasses.replace(checkpoint.spec, corner=config.images.crop_corner)
-    drawn, reader = None, None
-    if config.manifest.path is not None:
-        manifest = open_manifest(first_file(config)[0])
-        reader = opened.enter_context(open_reader(config, manifest, spec))
-        drawn = draw(manifest, reader, IMAGES)
-        yield _images(drawn, manifest, config)
-    sample = (drawn and drawn.sample) or rendered_sample(spec, IMAGES)
-    bank = _bank(config, checkpoint)
-    device = choose_device(config.backend.device)
+    manifest = config.manifest
+    if manifest.path is None:
+        manifest = replace(manifest, demo_scenes=min(manifest.demo_scenes, SCENES))
+    else:
+        manifest = first_file(config)[0]
     size = config.loader.batch_size or LoaderConfig().batch_size
-    size = min(size, CPU_BATCH) if device.type == "cpu" else size
-    config = dataclasses.replace(config, loader=dataclasses.replace(config.loader, batch_size=size))
-    began = time.perf_counter()
-    encoder = open_for_job(config, checkpoint, lambda: sample, lambda: bank)
-    opening = time.perf_counter() - began
-    batch = repeated(sample, size * encoder.streams)
-    vectors = embed_sample(encoder, batch)
-    rate = _rate(encoder, batch)
-    lengths = vectors.norm(dim=1)
-    # NaN is within no tolerance.
-    healthy = bool(((lengths - 1).abs() < UNIT_TOLERANCE).all())
-    where = f"{checkpoint.family} on backend={encoder.name} {encoder.precision}, {encoder.device}"
-    if tuple(vectors.shape) != (len(batch.ids), checkpoint.dim) or not healthy:
-        fact = f"{where}: NaN, infinity or vectors that are not of length 1"
-        yield Check(GROUP, "embeddings", Status.FAIL, fact, "take backend.precision=fp32; check the checkpoint's files")
-        return
-    fact = f"{where}: {len(vectors)} vectors of {checkpoint.dim} numbers, finite and of length 1"
-    yield Check(GROUP, "embeddings", Status.OK, fact, figures={"dim": float(checkpoint.dim)})
-    pace = f"{rate:,.1f} images/s, encoding alone, batches of {size}; opened in {opening:.1f} s"
-    said = {"images_per_second": rate, "opening_seconds": opening}
-    halved = encoder.batch_sizes[-1]
-    if halved != size:
-        pace += f"; the device has no memory for {size} at a time, and takes {halved}"
-        yield Check(GROUP, "speed", Status.WARN, pace, f"take loader.batch_size={halved}", said)
-    else:
-        yield Check(GROUP, "speed", Status.OK, pace, figures=said)
-    books = LocalStorage(scratch)
-    gate = partial(pass_gate, encoder, checkpoint, bank=bank, limits=config.parity, fingerprints={}, storage=books)
-    parity = gate(lambda: sample)
-    if parity is None:
-        yield Check(GROUP, "parity", Status.OK, "this is fp32 itself, with which the other backends are compared")
-    else:
-        said = {"lowest_cosine": parity.lowest_cosine, "mean_cosine": parity.mean_cosine}
-        yield Check(GROUP, "parity", Status.OK, in_words(parity), figures=said)
-    if reader is None or drawn is None or drawn.sample is None:
-        return
-    with reader.exact() as exact:
-        decoded = decoder_parity.pass_gate(
-            encoder,
-            config.images.decoder,
-            lambda: drawn.sample,
-            lambda: draw(manifest, exact, IMAGES).sample,
-            bank=bank,
-            limits=config.parity,
-            fingerprints={},
-            storage=books,
-        )
-    if decoded is not None:
-        said = {"lowest_cosine": decoded.lowest_cosine}
-        yield Check(GROUP, "decoder", Status.OK, in_words(decoded, than="exact"), figures=said)
+    if choose_device(config.backend.device).type == "cpu":
+        size = min(size, CPU_BATCH)
+    return replace(
+        config,
+        manifest=manifest,
+        loader=replace(config.loader, batch_size=size),
+        prompts=replace(_few_labels(config), cache=str(scratch / "text")),
+        parity=replace(config.parity, images=min(config.parity.images, IMAGES)),
+        backend=replace(config.backend, artifacts=str(scratch / "artifacts")),
+        cluster=ClusterConfig(),
+        output=replace(config.output, dir=str(scratch / "output")),
+    )
 
 
-def _kept_apart(config: Config, checkpoint: Checkpoint, scratch: Path) -> tuple[Config, list[str]]:
-    """The config with a store of exports in the scratch folder, which holds what the real one has of this model.
+def _few_labels(config: Config) -> PromptsConfig:
+    from pipeline.engine.demo.folder import prompts_of
+    from pipeline.models.text import read_labels
 
-    And what of that is damaged, in words.
-    """
+    prompts = prompts_of(config)
+    names = list(read_labels(prompts).names)
+    return replace(prompts, labels=names[:LABELS], path=None) if len(names) > LABELS else prompts
+
+
+def _link_exports(config: Config, short: Config) -> list[str]:
+    """Link the exports of the model into the store of the short job, and return messages about damaged ones."""
     from pipeline.backends.artifacts.metadata import plain
     from pipeline.backends.artifacts.store import ArtifactStore
     from pipeline.backends.tensorrt import ENGINES
+    from pipeline.models.checkpoint import open_checkpoint
 
-    store, copy = ArtifactStore(config.backend.artifacts), scratch / "artifacts"
+    store, copy = ArtifactStore(config.backend.artifacts), Path(str(short.backend.artifacts))
     copy.mkdir()
-    wanted, damaged = plain(checkpoint.fingerprint, "the model"), []
-    for artifact in store.artifacts():
+    artifacts, damaged = store.artifacts(), list[str]()
+    wanted = plain(open_checkpoint(short.model).fingerprint, "the model") if artifacts else None
+    for artifact in artifacts:
         if artifact.card.get("model", {}).get("fingerprint") != wanted:
             continue
         if problems := store.problems(artifact):
@@ -162,59 +117,73 @@ def _kept_apart(config: Config, checkpoint: Checkpoint, scratch: Path) -> tuple[
         shutil.copytree(artifact.path, copy / artifact.fingerprint, copy_function=_link)
         for engines in (store.root / ENGINES / artifact.fingerprint).glob("*/"):
             shutil.copytree(engines, copy / ENGINES / artifact.fingerprint / engines.name)
-    backend = dataclasses.replace(config.backend, artifacts=str(copy))
-    return dataclasses.replace(config, backend=backend), damaged
+    return damaged
 
 
 def _link(source: str, target: str) -> None:
-    """A second name for a file that nobody writes to; a copy where it lies on another disk."""
+    """Link a file that is never changed; copy it where it lies on another disk."""
     try:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
 
 
-def _images(drawn: Drawn, manifest: Manifest, config: Config) -> Check:
-    """Whether the images of the manifest's first rows can be read."""
-    said = {"tried": float(drawn.tried), "failed": float(len(drawn.failures))}
-    good = f"{drawn.tried - len(drawn.failures)} of the first {drawn.tried} rows can be read"
-    if not drawn.failures:
-        return Check(GROUP, "images", Status.OK, good, figures=said)
-    id, failure = drawn.failures[0]
-    fact = f"{good}; {id}: {failure.status}: {failure.error}"
-    if drawn.sample is None and config.errors.max_fraction < 1:
+def _checks(job: Config, config: Config, rehearsal: Rehearsal) -> Iterator[Check]:
+    from pipeline.backends.compare import in_words
+
+    trial, prepared = rehearsal.trial, rehearsal.prepared
+    if trial is None:
+        yield Check(GROUP, "batch", Status.SKIP, "the manifest has no rows")
+        return
+    if job.manifest.path is not None:
+        yield _images(job, rehearsal, trial)
+    if trial.images:
+        yield _embeddings(job, rehearsal, trial)
+        yield _speed(config, rehearsal, trial)
+    if prepared.parity is None:
+        yield Check(GROUP, "parity", Status.OK, "this is fp32 itself, with which the other backends are compared")
+    else:
+        figures = {"lowest_cosine": prepared.parity.lowest_cosine, "mean_cosine": prepared.parity.mean_cosine}
+        yield Check(GROUP, "parity", Status.OK, in_words(prepared.parity), figures=figures)
+    if prepared.decoder_parity is not None:
+        figures = {"lowest_cosine": prepared.decoder_parity.lowest_cosine}
+        yield Check(GROUP, "decoder", Status.OK, in_words(prepared.decoder_parity, than="exact"), figures=figures)
+
+
+def _images(job: Config, rehearsal: Rehearsal, trial: Trial) -> Check:
+    """Report the share of the rows whose image can be read."""
+    failed = trial.rows - trial.counts[OK]
+    figures = {"tried": float(trial.rows), "failed": float(failed)}
+    fact = f"{trial.counts[OK]} of {trial.rows} rows can be read"
+    if not failed:
+        return Check(GROUP, "images", Status.OK, fact, figures=figures)
+    kinds = ", ".join(f"{name} {count}" for name, count in trial.counts.items() if name != OK)
+    fact = f"{fact}; {kinds}; such as: {trial.error_example}"
+    if not trial.images and job.errors.max_fraction < 1:
+        manifest = rehearsal.manifest
         way_out = f"paths start from {manifest.root}: set manifest.root to another folder, or look at the files"
         way_out = "look at these images" if manifest.image_kind == "bytes" else way_out
-        return Check(GROUP, "images", Status.FAIL, fact, way_out, said)
+        return Check(GROUP, "images", Status.FAIL, fact, way_out, figures)
     way_out = "such rows get a status; too many end the job with exit code 3 (errors.max_fraction)"
-    return Check(GROUP, "images", Status.WARN, fact, way_out, said)
+    return Check(GROUP, "images", Status.WARN, fact, way_out, figures)
 
 
-def _bank(config: Config, checkpoint: Checkpoint) -> TextBank | None:
-    """Some of the labels, embedded; no cache is asked and none is written."""
-    from pipeline.core.records import TextBank
-    from pipeline.engine.demo.folder import prompts_of
-    from pipeline.models.text import embed_prompts, read_labels
-
-    labels = read_labels(prompts_of(config))
-    if not labels.names:
-        return None
-    features = embed_prompts(checkpoint, labels.prompts[:LABELS])
-    return TextBank(
-        names=labels.names[:LABELS],
-        features=features,
-        scoring=checkpoint.scoring,
-        scale=checkpoint.scale,
-        bias=checkpoint.bias,
-        fingerprint="",
-    )
+def _embeddings(job: Config, rehearsal: Rehearsal, trial: Trial) -> Check:
+    """Report the embeddings, which the job itself has checked for NaN, infinity and their length."""
+    prepared = rehearsal.prepared
+    engine = f"{job.model.name} on backend={job.backend.name} {prepared.precision}, {prepared.device}"
+    fact = f"{engine}: {sum(trial.images)} vectors of {prepared.dim} numbers, finite and of length 1"
+    return Check(GROUP, "embeddings", Status.OK, fact, figures={"dim": float(prepared.dim)})
 
 
-def _rate(encoder: ImageEncoder, sample: Sample) -> float:
-    """Images a second, once warm."""
-    from pipeline.backends.parity import embed_sample
-
-    embed_sample(encoder, sample)
-    began = time.perf_counter()
-    embed_sample(encoder, sample)
-    return len(sample.ids) / (time.perf_counter() - began)
+def _speed(config: Config, rehearsal: Rehearsal, trial: Trial) -> Check:
+    # A sample of one batch has no second one to be measured.
+    rate = trial.images_per_second or sum(trial.images) / trial.seconds
+    opening, size = rehearsal.estimate.startup_seconds, config.loader.batch_size
+    fact = f"{rate:,.1f} images/s in {len(trial.images)} batches of {size}; opened in {opening:.1f} s"
+    figures = {"images_per_second": rate, "opening_seconds": opening}
+    halved = trial.member.batch_sizes[-1]
+    if halved != size:
+        fact += f"; the device has no memory for {size} at a time, and takes {halved}"
+        return Check(GROUP, "speed", Status.WARN, fact, f"take loader.batch_size={halved}", figures)
+    return Check(GROUP, "speed", Status.OK, fact, figures=figures)

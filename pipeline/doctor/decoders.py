@@ -1,84 +1,93 @@
-"""Which decoders can turn a JPEG into pixels here, and whether the processes start that the job's images go to."""
+"""Checks of the decoders on this machine, and of the processes that decode the images of the job."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from pipeline.core.errors import PipelineError
+from pipeline.core.errors import BackendUnavailable, PipelineError
 from pipeline.doctor.check import Check, Status, Subject
 
+if TYPE_CHECKING:
+    from pipeline.config.schema import Config
+    from pipeline.core.records import PreprocessSpec
+
 GROUP = "decoders"
-# A picture of half a megapixel and more, so that the decoder scaled does what it is there for.
+# Larger than a model's input, so that the decoder "scaled" has something to scale.
 WIDTH, HEIGHT = 1024, 768
 
 
 def look(subject: Subject) -> Iterator[Check]:
-    """Decode one picture by every decoder in this process, and by the job's own as the job does it."""
+    """Decode a JPEG file with every decoder in this process, and in the processes that the job starts."""
     from pipeline.config.validate import CHOICES
-    from pipeline.core.records import Failure, PreprocessSpec
+    from pipeline.core.records import PreprocessSpec
     from pipeline.engine.demo.folder import jpeg
     from pipeline.engine.demo.scenes import sample
-    from pipeline.images.factory import decoder_of, open_decoders
-    from pipeline.images.versions import library
     from pipeline.models.architectures import OPENAI_MEAN, OPENAI_STD
 
     config = subject.job
     data = jpeg(sample(11, 0), WIDTH, HEIGHT)
     spec = PreprocessSpec(resize=224, crop=(224, 224), resample=3, mean=OPENAI_MEAN, std=OPENAI_STD)
     for kind in CHOICES["images.decoder"]:
-        wanted = kind == config.images.decoder
-        if kind == "gpu":
-            yield _gpu(subject, spec, wanted=wanted)
-            continue
-        decoder = decoder_of(replace(config, images=replace(config.images, decoder=kind, max_pixels=2**30)))
-        try:
-            if "JPEG" not in decoder.formats:
-                yield Check(GROUP, kind, Status.SKIP, "images.formats is without JPEG")
-                continue
-            result = decoder.pixels(data, spec)
-            words = library(kind)
-        except Exception as error:
-            # Libraries that do not fit together raise errors of many kinds.
-            status = Status.FAIL if wanted else Status.SKIP
-            way_out = "install the packages again: pip install --force-reinstall pillow simplejpeg"
-            yield Check(GROUP, kind, status, f"{type(error).__name__}: {error}", way_out)
-            continue
-        if isinstance(result, Failure):
-            status = Status.FAIL if wanted else Status.WARN
-            yield Check(GROUP, kind, status, f"a good picture was refused: {result.error}", "install Pillow again")
-        else:
-            yield Check(GROUP, kind, Status.OK, f"{words}{' (of this job)' if wanted else ''}")
-    decoders = open_decoders(config)
-    if decoders is None:
-        yield Check(GROUP, "isolation", Status.SKIP, "loader.isolation=none: the job decodes in its own process")
-        return
+        yield _gpu(config, spec) if kind == "gpu" else _in_process(config, kind, data, spec)
+    yield _isolated(config, data, spec)
+
+
+def _in_process(config: Config, kind: str, data: bytes, spec: PreprocessSpec) -> Check:
+    from pipeline.core.records import Failure
+    from pipeline.images.factory import decoder_of
+    from pipeline.images.versions import library
+
+    wanted = kind == config.images.decoder
     try:
-        results = decoders.decode([data], spec)
-    except PipelineError as error:
-        yield Check(GROUP, "isolation", Status.FAIL, str(error), "or take loader.isolation=none for images you trust")
-        return
-    finally:
-        decoders.close()
-    failed = [result for result in results if isinstance(result, Failure)]
-    if failed and failed[0].status not in ("unsupported_format", "too_many_pixels"):
-        way_out = "raise loader.decode_memory or loader.decode_seconds"
-        yield Check(GROUP, "isolation", Status.FAIL, f"a good picture was refused: {failed[0].error}", way_out)
-    else:
-        yield Check(GROUP, "isolation", Status.OK, f"{decoders.processes} processes of their own can start")
+        decoder = decoder_of(replace(config, images=replace(config.images, decoder=kind, max_pixels=2**30)))
+        if "JPEG" not in decoder.formats:
+            return Check(GROUP, kind, Status.SKIP, "images.formats is without JPEG")
+        result = decoder.pixels(data, spec)
+        words = library(kind)
+    except Exception as error:
+        # Versions of libraries that do not fit together raise errors of many types.
+        way_out = "install the packages again: pip install --force-reinstall pillow simplejpeg"
+        return Check(GROUP, kind, _missing(wanted), f"{type(error).__name__}: {error}", way_out)
+    if isinstance(result, Failure):
+        status = Status.FAIL if wanted else Status.WARN
+        return Check(GROUP, kind, status, f"a good image was refused: {result.error}", "install Pillow again")
+    return Check(GROUP, kind, Status.OK, f"{words}{' (of this job)' if wanted else ''}")
 
 
-def _gpu(subject: Subject, spec: object, *, wanted: bool) -> Check:
+def _gpu(config: Config, spec: PreprocessSpec) -> Check:
     from pipeline.backends.devices import choose_device
-    from pipeline.core.errors import BackendUnavailable
-    from pipeline.core.records import PreprocessSpec
     from pipeline.images.gpu.nvimgcodec import NvidiaDecoder
 
-    assert isinstance(spec, PreprocessSpec)
-    images = subject.job.images
+    images = config.images
+    wanted = images.decoder == "gpu"
     try:
-        device = choose_device(subject.job.backend.device)
+        device = choose_device(config.backend.device)
         NvidiaDecoder(spec, device, formats=images.formats, exif=images.exif, max_pixels=images.max_pixels)
     except BackendUnavailable as error:
-        return Check(GROUP, "gpu", Status.FAIL if wanted else Status.SKIP, str(error))
+        return Check(GROUP, "gpu", _missing(wanted), str(error))
     return Check(GROUP, "gpu", Status.OK, f"nvImageCodec on {device}{' (of this job)' if wanted else ''}")
+
+
+def _isolated(config: Config, data: bytes, spec: PreprocessSpec) -> Check:
+    from pipeline.core.records import Failure
+    from pipeline.images.factory import open_decoders
+
+    decoders = open_decoders(config)
+    if decoders is None:
+        return Check(GROUP, "isolation", Status.SKIP, "loader.isolation=none: the job decodes in its own process")
+    try:
+        [result] = decoders.decode([data], spec)
+    except PipelineError as error:
+        return Check(GROUP, "isolation", Status.FAIL, str(error), "or take loader.isolation=none for images you trust")
+    finally:
+        decoders.close()
+    if isinstance(result, Failure) and result.status not in ("unsupported_format", "too_many_pixels"):
+        way_out = "raise loader.decode_memory or loader.decode_seconds"
+        return Check(GROUP, "isolation", Status.FAIL, f"a good image was refused: {result.error}", way_out)
+    return Check(GROUP, "isolation", Status.OK, f"{decoders.processes} decoder processes can start")
+
+
+def _missing(wanted: bool) -> Status:
+    return Status.FAIL if wanted else Status.SKIP

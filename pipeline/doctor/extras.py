@@ -1,16 +1,17 @@
-"""Which extras are installed, and which of them this job cannot do without."""
+"""Checks of the package's extras: installed, and needed by this job."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from pipeline.config.schema import Config
+from pipeline.core.errors import install_hint
 from pipeline.doctor.check import Check, Status, Subject
-from pipeline.doctor.versions import NAME, install, requirements
+from pipeline.doctor.versions import NAME, requirements
 from pipeline.storage.urls import is_s3
 
 GROUP = "extras"
-# What each is for; one that is not named here is still looked at.
+# Purpose of each extra; one that is not listed here is still checked.
 USES = {
     "onnx": "backend=onnx, onnx_int8, tensorrt",
     "int8": "backend=torch_int8, torch_fp8",
@@ -35,14 +36,14 @@ OF_CLUSTER = {
 
 
 def look(subject: Subject) -> Iterator[Check]:
-    """Every extra of the package."""
+    """Check every extra of the package."""
     needed = needed_by(subject.job)
-    for extra in dict.fromkeys(one.extras_wanted for one in requirements()):
+    for extra in dict.fromkeys(one.extra for one in requirements()):
         if not extra:
             continue
-        # Some include another one, which is looked at by itself.
-        parts = [one for one in requirements() if one.extras_wanted == extra and one.name != NAME]
-        broken = [one.problem() for one in parts if one.problem()]
+        # Some include another extra, which has a line of its own.
+        parts = [one for one in requirements() if one.extra == extra and one.name != NAME]
+        broken = [problem for one in parts if (problem := one.problem())]
         if not broken:
             fact = ", ".join(f"{one.name} {one.version}" for one in parts)
             yield Check(GROUP, extra, Status.OK, fact)
@@ -53,14 +54,14 @@ def look(subject: Subject) -> Iterator[Check]:
         if extra in needed:
             status, fact = Status.FAIL, f"{needed[extra]} needs it; {fact}"
         else:
-            # What is there and of a wrong version may be met by chance.
+            # A package of a wrong version may be imported by another one.
             status = Status.SKIP if len(missing) == len(broken) else Status.WARN
             fact = f"{fact} (for {use})" if use else fact
-        yield Check(GROUP, extra, status, fact, install(extra))
+        yield Check(GROUP, extra, status, fact, install_hint(extra))
 
 
 def needed_by(config: Config) -> dict[str, str]:
-    """The extras that a job needs, each with the setting that wants it."""
+    """Return the extras that a job needs, each with the setting that needs it."""
     needed = {}
     if config.backend.name in OF_BACKEND:
         needed[OF_BACKEND[config.backend.name]] = f"backend={config.backend.name}"

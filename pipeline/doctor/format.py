@@ -1,4 +1,4 @@
-"""The findings as a person reads them in a terminal, and as one JSON object."""
+"""Lines of the report in a terminal."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ NAME = 18
 
 
 def lines(check: Check, *, colour: bool, columns: int | None = None) -> str:
-    """One finding: status, name and fact, and below it what to do."""
+    """Return a check as lines: status, name and fact, and advice below them."""
     width = min(columns or shutil.get_terminal_size((80, 24)).columns, WIDEST) - 1
     status = f"{check.status:<4}"
     if colour:
         status = f"\x1b[{COLOURS[check.status]}m{status}\x1b[0m"
     indent = " " * (8 + NAME)
     name = plain(check.name)
-    # A long name has its line.
+    # A long name has a line of its own.
     head = f"  {status}  {name:<{NAME}}" if len(name) < NAME else f"  {status}  {name}\n{indent}"
     fact = _wrapped(plain(check.fact), width=width, indent=indent)
     text = f"{head}{fact}"
@@ -33,7 +33,7 @@ def lines(check: Check, *, colour: bool, columns: int | None = None) -> str:
 
 
 def verdict(checks: Sequence[Check], seconds: float) -> str:
-    """The last line: whether the job can run, and how many findings there are of each kind."""
+    """Return the last line: the result, and the number of checks by status."""
     counts = count(checks)
     failed = [plain(check.name) for check in checks if check.status is Status.FAIL]
     kinds = [f"{counts['ok']} ok"]
@@ -41,23 +41,23 @@ def verdict(checks: Sequence[Check], seconds: float) -> str:
         kinds.append(f"{counts['warn']} to look at (warn)")
     if counts["skip"]:
         kinds.append(f"{counts['skip']} not needed or left out (skip)")
-    said = ", ".join(kinds)
+    others = ", ".join(kinds)
     if failed:
         names = ", ".join(dict.fromkeys(failed))
-        text = f"not ready: {len(failed)} {'thing fails' if len(failed) == 1 else 'things fail'}: {names}; {said}"
+        text = f"not ready: {len(failed)} {'thing fails' if len(failed) == 1 else 'things fail'}: {names}; {others}"
     else:
-        text = f"ready: nothing fails; {said}"
+        text = f"ready: nothing fails; {others}"
     return "\n".join(textwrap.wrap(f"{text} ({seconds:.0f} s)", 79, break_on_hyphens=False))
 
 
 def count(checks: Sequence[Check]) -> Mapping[str, int]:
-    """Findings of each status."""
+    """Return the number of checks by status."""
     found = Counter(check.status for check in checks)
     return {status.value: found[status] for status in Status}
 
 
 def plain(text: str) -> str:
-    """The text on one line, with nothing in it that controls a terminal."""
+    """Return the text on one line, without control characters."""
     text = " ".join(text.split())
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 

@@ -1,4 +1,4 @@
-"""GPUs as the driver tells of them, and whether this torch could use them; torch itself is not imported."""
+"""Checks of the GPUs that the driver lists, and of the build of torch, which is not imported as that takes seconds."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NO_TOOL = "nvidia-smi is not on the PATH (in a container: NVIDIA_DRIVER_CAPABILI
 
 
 def look(subject: Subject) -> Iterator[Check]:
-    """Every GPU, and the build of torch."""
+    """Check every GPU, and the build of torch."""
     wanted = _wanted(subject)
     gpus, problem = _gpus()
     for index, name, driver, total, free, capability in gpus:
@@ -32,23 +32,23 @@ def look(subject: Subject) -> Iterator[Check]:
         yield Check(GROUP, f"GPU {index}", Status.OK, fact, figures=figures)
     if not gpus:
         if wanted:
-            way_out = "install NVIDIA's driver, start the container with --gpus all, or take backend.device=cpu"
-            yield Check(GROUP, "GPU", Status.FAIL, f"{wanted}, and there is none that answers: {problem}", way_out)
+            way_out = "install the NVIDIA driver, start the container with --gpus all, or take backend.device=cpu"
+            yield Check(GROUP, "GPU", Status.FAIL, f"{wanted}, and no GPU answers: {problem}", way_out)
         elif has_driver():
-            way_out = "python -m pipeline.doctor without --quick asks torch"
-            yield Check(GROUP, "GPU", Status.WARN, f"there is a driver, and {problem}", way_out)
+            way_out = "python -m pipeline.doctor without --quick opens it with torch"
+            yield Check(GROUP, "GPU", Status.WARN, f"a driver is loaded, and {problem}", way_out)
         else:
             yield Check(GROUP, "GPU", Status.SKIP, f"none: {problem}")
     yield _build(wanted, bool(gpus))
 
 
 def has_driver() -> bool:
-    """Whether a driver of NVIDIA's is loaded."""
+    """Return True if the NVIDIA driver is loaded."""
     return DRIVER.exists() or any(path.exists() for path in DEVICES)
 
 
 def _wanted(subject: Subject) -> str:
-    """The setting that asks for a GPU, or an empty text."""
+    """Return the setting that asks for a GPU, or an empty string."""
     config = subject.config
     if config is None:
         return ""
@@ -62,10 +62,10 @@ def _wanted(subject: Subject) -> str:
 
 
 def _gpus() -> tuple[list[list[str]], str]:
-    """The fields of each GPU, or why there are none."""
+    """Return the fields of each GPU, and the reason where there are none."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
-        return [], NO_TOOL if has_driver() else "no driver of NVIDIA's is loaded"
+        return [], NO_TOOL if has_driver() else "the NVIDIA driver is not loaded"
     command = [tool, f"--query-gpu={','.join(FIELDS)}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=QUERY_SECONDS, check=False)
@@ -76,7 +76,7 @@ def _gpus() -> tuple[list[list[str]], str]:
     rows = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines()]
     rows = [row for row in rows if len(row) == len(FIELDS)]
     if done.returncode or not rows:
-        said = (done.stdout + done.stderr).strip().splitlines() or ["it says nothing"]
+        said = (done.stdout + done.stderr).strip().splitlines() or ["no output"]
         return [], f"nvidia-smi: {said[-1]}"
     return rows, ""
 
@@ -91,7 +91,7 @@ def _build(wanted: str, gpus: bool) -> Check:
         way_out = "install the CUDA build of the same version: see https://pytorch.org/get-started/locally"
         if wanted:
             return Check(GROUP, "torch", Status.FAIL, f"{wanted}, and {fact}", way_out)
-        # Nobody asked for it, but a GPU that is there is worth a word.
+        # The job asks for no GPU, but could use the one of this machine.
         return Check(GROUP, "torch", Status.WARN, fact, way_out) if gpus else Check(GROUP, "torch", Status.OK, fact)
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     if wanted and hidden in ("", "-1"):
@@ -101,7 +101,7 @@ def _build(wanted: str, gpus: bool) -> Check:
 
 
 def _torch() -> tuple[str, str | None] | None:
-    """Version of torch, and of the CUDA that it was built with; importing torch itself would take seconds."""
+    """Return the versions of torch and of its CUDA, None for a build without; and None if torch is not installed."""
     found = importlib.util.find_spec("torch")
     if found is None or found.origin is None:
         return None

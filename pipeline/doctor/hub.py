@@ -1,4 +1,4 @@
-"""The configured model: in the package, in a folder, in the hub's cache or on the hub; nothing is downloaded."""
+"""Checks of the model (in the package, a folder, the hub's cache or on the hub) and of the hub, without a download."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ from pipeline.models.hub import DEMO_FOLDER, WANTED_FILES, find_folder
 
 GROUP = "hub and model"
 HUB_SECONDS = 5.0
-OFFLINE = "copy the checkpoint here and give its folder as model.name"
+OFFLINE = "copy the checkpoint here and set model.name to its folder"
 
 
 @dataclass(frozen=True, slots=True)
 class Cached:
-    """Where a model lies in the hub's cache; ``conversion`` is the pull request that its safetensors are from."""
+    """Folder of a model in the hub's cache; ``conversion`` is the pull request that its safetensors are from."""
 
     folder: Path
     conversion: str | None
 
 
 def look(subject: Subject) -> Iterator[Check]:
-    """Whether the hub answers, and whether the model can be opened without it."""
+    """Check that the hub answers, and that the model can be opened."""
     from huggingface_hub import constants
 
     config = subject.job.model
     where, offline = constants.ENDPOINT, bool(constants.HF_HUB_OFFLINE)
     if is_local(config):
         if subject.quick or offline:
-            yield Check(GROUP, "hub", Status.SKIP, "not asked: this job does not need it")
-        elif problem := reach(None):
+            yield Check(GROUP, "hub", Status.SKIP, "not checked: this job does not need it")
+        elif problem := hub_problem(None):
             yield Check(GROUP, "hub", Status.SKIP, f"{problem}; this job does not need it")
         else:
             yield Check(GROUP, "hub", Status.OK, f"{where} answers")
         yield _opened(config, None)
         return
-    problem = "HF_HUB_OFFLINE is set, so that it is not asked" if offline else reach(config.name)
+    problem = "not checked: HF_HUB_OFFLINE is set" if offline else hub_problem(config.name)
     cached = find_cached(config)
     if not problem:
         yield Check(GROUP, "hub", Status.OK, f"{where} answers, and has {config.name}")
@@ -56,35 +56,33 @@ def look(subject: Subject) -> Iterator[Check]:
 
 
 def _from_hub(config: ModelConfig, cached: Cached | None, problem: str, cache: str) -> Check:
-    """Whether a job gets the model: from the cache, or from a hub that answers."""
+    """Check that a job gets the model: from the cache, or from a hub that answers."""
     if cached is not None and problem and cached.conversion is not None:
-        # A job asks the hub which pull request that is.
-        fact = (
-            f"{config.name}: main has no safetensors, and its conversion is looked for on the hub, which is not there"
-        )
+        # A job looks up the number of the pull request on the hub.
+        fact = f"{config.name}: main has no safetensors, and the hub, which has their conversion, does not answer"
         way_out = f"the conversion is in the cache: model.revision={cached.conversion}"
         return Check(GROUP, "model", Status.FAIL, fact, way_out)
     if cached is not None:
         return _opened(config, cached.folder)
     fact = f"{config.name}, revision {config.revision or 'main'}, is not in {cache}"
     if problem:
-        way_out = f"let this machine reach the hub once, or {OFFLINE}"
-        return Check(GROUP, "model", Status.FAIL, f"{fact}, and the hub does not give it", way_out)
+        way_out = f"connect this machine to the hub once, or {OFFLINE}"
+        return Check(GROUP, "model", Status.FAIL, f"{fact}, and cannot be downloaded from the hub", way_out)
     patterns = " ".join(f"'{pattern}'" for pattern in WANTED_FILES)
     way_out = f"the first run downloads it; ahead of time: hf download {config.name} --include {patterns}"
     return Check(GROUP, "model", Status.WARN, fact, way_out)
 
 
 def is_local(config: ModelConfig) -> bool:
-    """Whether the hub has nothing to do with the model."""
+    """Return True if the model does not come from the hub."""
     folder = config.name == DEMO_MODEL or Path(config.name).expanduser().is_dir()
-    # What can only be a folder is no question for the hub.
+    # Such a name can only be a folder.
     path = config.name.startswith((".", "/", "~")) or config.name.count("/") > 1
     return folder or path or (config.weights == "random" and config.name in ARCHITECTURES)
 
 
 def as_cached(config: ModelConfig) -> ModelConfig | None:
-    """The same model as it lies on this machine, so that opening it asks nobody; None where it does not."""
+    """Return the same model as a folder of this machine, which opens without the hub; None where it is not cached."""
     if is_local(config):
         return config
     cached = find_cached(config)
@@ -92,7 +90,7 @@ def as_cached(config: ModelConfig) -> ModelConfig | None:
 
 
 def find_cached(config: ModelConfig) -> Cached | None:
-    """What a job would take from the hub's cache; None where it would have to download."""
+    """Return what a job would take from the hub's cache; None where it would have to download."""
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
     from huggingface_hub.file_download import repo_folder_name
@@ -115,8 +113,8 @@ def find_cached(config: ModelConfig) -> Cached | None:
     return None
 
 
-def reach(name: str | None) -> str:
-    """Why the hub, or the model ``name`` on it, cannot be had; an empty text where it can."""
+def hub_problem(name: str | None) -> str:
+    """Return the reason why the hub, or the model ``name`` on it, is not available, or an empty string."""
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
@@ -128,16 +126,16 @@ def reach(name: str | None) -> str:
             with urllib.request.urlopen(urllib.request.Request(where, method="HEAD"), timeout=HUB_SECONDS):
                 pass
     except urllib.error.HTTPError as error:
-        # A mirror may have no front page; but it answers.
+        # A mirror may have no front page.
         return f"{where} answers with HTTP {error.code}" if error.code >= 500 else ""
     except RepositoryNotFoundError:
-        return f"{where} has no model {name}, or not for you (HF_TOKEN)"
+        return f"{where} has no model {name}, or it is private (HF_TOKEN)"
     except HFValidationError as error:
-        return f"{name} is no name of the hub: {error}"
+        return f"{name} is no valid name on the hub: {error}"
     except (HfHubHTTPError, OSError) as error:
         return f"{where} does not answer ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
     except Exception as error:
-        # Its HTTP client raises classes of its own, and others with each version.
+        # The types that its HTTP client raises change with its version.
         if not type(error).__module__.startswith("http"):
             raise
         return f"{where} does not answer ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
@@ -145,20 +143,26 @@ def reach(name: str | None) -> str:
 
 
 def _opened(config: ModelConfig, cached: Path | None) -> Check:
-    """What a job would find in the folder, as far as that shows without opening it."""
+    """Check the files of the model's folder, without opening them."""
     if config.weights == "random" and config.name in ARCHITECTURES:
         return Check(GROUP, "model", Status.OK, f"{config.name} with random weights, which need no download")
     try:
         folder = cached or find_folder(config)
     except ModelError as error:
-        return Check(GROUP, "model", Status.FAIL, str(error), "name a folder with a checkpoint, or a model of the hub")
+        return Check(
+            GROUP,
+            "model",
+            Status.FAIL,
+            str(error),
+            "set model.name to a folder with a checkpoint, or to a model of the hub",
+        )
     if not (folder / "config.json").is_file():
         return Check(
             GROUP,
             "model",
             Status.FAIL,
             f"{folder}: no config.json, so this is not a Hugging Face checkpoint",
-            "give the folder that holds config.json and model.safetensors as model.name",
+            "set model.name to the folder that holds config.json and model.safetensors",
         )
     size = sum(os.path.getsize(path) for path in folder.glob("*.safetensors"))
     if not size and config.weights != "random":

@@ -1,4 +1,4 @@
-"""Whether the manifest opens, with its columns."""
+"""Check of the manifest and its columns."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import replace
 
 from pipeline.config.schema import Config, ManifestConfig
 from pipeline.core.errors import PipelineError
-from pipeline.doctor.check import Check, Status, Subject, unless_said
+from pipeline.doctor.check import Check, Status, Subject, unless_in
 
 GROUP = "manifest"
 
 
 def look(subject: Subject) -> Iterator[Check]:
-    """The files, and the columns of the first one; no row is read."""
+    """Check the files, and the columns of the first one; no row is read."""
     config = subject.job
     if config.manifest.path is None:
         fact = f"{config.manifest.demo_scenes:,} rendered scenes (manifest.path=null)"
@@ -27,7 +27,7 @@ def look(subject: Subject) -> Iterator[Check]:
         manifest = open_manifest(first)
         check_places(config, manifest)
     except PipelineError as error:
-        way_out = unless_said(error, "correct manifest.path, or the names of the columns")
+        way_out = unless_in(error, "correct manifest.path, or the names of the columns")
         yield Check(GROUP, "manifest", Status.FAIL, str(error), way_out)
         return
     files = "1 file" if count == 1 else f"the first of {count:,} files"
@@ -37,10 +37,10 @@ def look(subject: Subject) -> Iterator[Check]:
 
 
 def first_file(config: Config) -> tuple[ManifestConfig, int]:
-    """The manifest as if it were its first file alone, with the root of the whole; and how many files there are.
+    """Return the manifest reduced to its first file, with the root of the whole; and the number of files.
 
     Raises:
-        ManifestError: there is none.
+        ManifestError: no file exists.
     """
     import pyarrow.parquet as pq
 
@@ -58,7 +58,7 @@ def first_file(config: Config) -> tuple[ManifestConfig, int]:
             with open_arrow(urls[0]) as file:
                 built = ROOT_KEY in (pq.read_schema(file).metadata or {})
         except (ValueError, OSError):
-            # Why it cannot be read is told where it is opened.
+            # The error is raised again where the file is opened.
             built = True
         if not built:
             # Relative paths start in the folder that all files have in common.

@@ -1,4 +1,4 @@
-"""Whether the output can be written as a job writes it; what is written for that is taken away again."""
+"""Check that the output can be written as a job writes it; the file that this takes is removed again."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pipeline.core.errors import StorageError
-from pipeline.doctor.check import Check, Status, Subject, unless_said
+from pipeline.doctor.check import Check, Status, Subject, unless_in
 from pipeline.storage.base import TEMPORARY, Storage
 from pipeline.storage.urls import explained, is_local, local_path
 
 GROUP = "output"
-# Within a dataset, what a dead writer left under such a name is cleared away by the next run.
+# The next run removes files of such a name that an interrupted check leaves in a dataset.
 PROBE = f"{TEMPORARY}doctor-"
 SENT_BYTES = 1 << 20
 NO_CREATE = (
@@ -25,16 +25,16 @@ NO_CREATE = (
 
 
 def look(subject: Subject) -> Iterator[Check]:
-    """Create a file once, read it back, be refused a second time, and remove it."""
+    """Create a file once, read it, try to create it again, which must be refused, and remove it."""
     url = subject.job.output.dir
     try:
         with _place(url) as (storage, where):
             seconds, exclusive = _exchange(storage)
     except StorageError as error:
-        way_out = unless_said(error, "choose another output.dir, or mend this one")
-        # The names of what is gone again would only puzzle.
-        told = re.sub(rf"/{PROBE}[0-9a-f]{{32}}", "", str(error))
-        yield Check(GROUP, "write access", Status.FAIL, told, way_out)
+        way_out = unless_in(error, "choose another output.dir, or repair this one")
+        # The name of the removed file would not help.
+        text = re.sub(rf"/{PROBE}[0-9a-f]{{32}}", "", str(error))
+        yield Check(GROUP, "write access", Status.FAIL, text, way_out)
         return
     figures = {f"{name}_seconds": value for name, value in seconds.items()}
     times = ", ".join(f"{name} {value * 1000:,.1f} ms" for name, value in seconds.items())
@@ -45,10 +45,10 @@ def look(subject: Subject) -> Iterator[Check]:
 
 
 def nearest_folder(path: Path) -> Path:
-    """``path``, or the first folder above it that is there.
+    """Return ``path``, or the nearest folder above it that exists.
 
     Raises:
-        StorageError: something else is in its place, or it cannot be looked at.
+        StorageError: something else is in its place, or it cannot be read.
     """
     for folder in (path, *path.parents):
         with explained(str(folder)), suppress(FileNotFoundError):
@@ -60,7 +60,7 @@ def nearest_folder(path: Path) -> Path:
 
 @contextmanager
 def _place(url: str) -> Iterator[tuple[Storage, str]]:
-    """The storage to try, and what that says of the output, in words; a folder that is not there is not made."""
+    """Return the storage to try, and a sentence about the output; a missing output folder is not created."""
     from pipeline.storage.factory import open_storage
     from pipeline.storage.local import LocalStorage
 
@@ -71,21 +71,21 @@ def _place(url: str) -> Iterator[tuple[Storage, str]]:
     wanted = Path(local_path(url)).expanduser().absolute()
     folder = nearest_folder(wanted)
     if folder == wanted:
-        yield LocalStorage(str(folder)), f"{wanted} is there and can be written"
+        yield LocalStorage(str(folder)), f"{wanted} exists and can be written"
         return
-    # The job itself may begin meanwhile, so nothing is done under the output's own name.
+    # The job itself may begin meanwhile, so the output's own name is not used.
     made = folder / f"{PROBE}{uuid.uuid4().hex}"
     try:
         with explained(str(folder)):
             made.mkdir()
-        yield LocalStorage(str(made)), f"{wanted} is not there yet, and can be made"
+        yield LocalStorage(str(made)), f"{wanted} does not exist yet, and can be created"
     finally:
         with suppress(OSError):
             made.rmdir()
 
 
 def _exchange(storage: Storage) -> tuple[dict[str, float], bool]:
-    """Seconds of each step, and whether a second writer was refused."""
+    """Return the seconds of each step, and True if a second writer was refused."""
     name, data = f"{PROBE}{uuid.uuid4().hex}", os.urandom(SENT_BYTES)
     seconds: dict[str, float] = {}
     try:
@@ -96,7 +96,7 @@ def _exchange(storage: Storage) -> tuple[dict[str, float], bool]:
         back = storage.read(name)
         seconds["read"] = time.perf_counter() - began
         if back != data:
-            raise StorageError(f"{storage.url}/{name}: other bytes were read than were written")
+            raise StorageError(f"{storage.url}/{name}: the bytes that were read differ from those that were written")
         exclusive = not storage.create_once(name, data)
     finally:
         began = time.perf_counter()
