@@ -243,7 +243,7 @@ class Stages:
         storage = open_storage(str(self._work / "parts"))
 
         def unit(number: int) -> int:
-            # Another name each time, as a part that is there already would not be written.
+            # A new name each time, as an existing part would not be written again.
             commit_part(storage, next(self._parts), build_table(result, form), form, {"ok": count})
             return count
 
