@@ -25,9 +25,9 @@ examples:
   python -m pipeline.bench backends --only torch:bf16,onnx_int8 --batches 1,32 manifest.path=photos.parquet
   python -m pipeline.bench backends --only torch:fp16:compiled,tensorrt backend.device=cuda:1
 
-torch:fp32, uncompiled, is always measured: all others are compared with it. Each start of a row exports and
-compiles anew, unless backend.artifacts names a folder to keep. Large models may need temporary files of several
-GiB, within --out until the end. For the whole job and its stages, see python -m pipeline.bench pipeline --help.
+torch:fp32, uncompiled, is always measured: all others are compared with it. Each start of a row exports and compiles
+anew, unless backend.artifacts names a folder to keep. Large models may need temporary files of several GiB, which are
+within --out until the end. For the whole job and its stages, see python -m pipeline.bench pipeline --help.
 exit codes: 0 done, 2 wrong config, manifest or machine, 1 interrupted or anything else
 """
 

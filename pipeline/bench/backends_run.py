@@ -43,7 +43,9 @@ class _Entry:
     def __init__(self, row: Row, child: Child, timeout: float) -> None:
         self.row, self._child, self._timeout = row, child, timeout
         self.error: PipelineError | None = None
+        # The answers to opening the row and to each round, at one batch size.
         self.facts: dict[str, Any] = {}
+        self.rounds: list[dict[str, Any]] = []
         self.done: list[Measurement] = []
 
     def send(self, request: Mapping[str, object]) -> None:
@@ -115,9 +117,8 @@ def run(
         progress("opening the model, drawing the sample, embedding the labels")
         reference = enter(REFERENCE)
         reference.receive()
-        facts = reference.ask({"do": "prepare"})
-        if facts is None:
-            raise _no_reference(reference)
+        facts = reference.ask({"do": "prepare"}) or {}
+        _require(reference)
         # The others load their libraries side by side; from then on only one child works at a time.
         rows = for_device(plan.rows, facts["device"])[1:]
         progress(f"starting {len(rows)} more processes")
@@ -127,76 +128,57 @@ def run(
         batches = plan.batches or BATCHES[facts["device"]]
         for number, batch in enumerate(batches, start=1):
             place = f"batch {batch} ({number} of {len(batches)})"
-            opened = _open(entries, batch, plan, work, place)
-            if opened:
-                _measure(entries, opened, plan, place)
-            _collect(entries, opened, batch, plan, work)
-            if not reference.done:
-                raise _no_reference(reference)
+            for entry in entries:
+                _open(entry, batch, plan, work, place)
+                _require(reference)
+            _measure(entries, plan, place)
+            _collect(entries, batch, work)
+            _require(reference)
         return [entry.result() for entry in entries], facts
 
 
-@dataclass(slots=True)
-class _Opened:
-    """The answers of one row at one batch size: of opening it, and of each round."""
-
-    facts: dict[str, Any]
-    rounds: list[dict[str, Any]]
-
-
-def _open(entries: Sequence[_Entry], batch: int, plan: Plan, work: Path, place: str) -> dict[Row, _Opened]:
-    """Open the rows that have not failed; empty where the reference fails at its first batch size."""
-    opened = {}
-    for entry in entries:
-        if entry.error is not None:
-            continue
+def _open(entry: _Entry, batch: int, plan: Plan, work: Path, place: str) -> None:
+    """Open a row at one batch size, unless it has failed."""
+    if entry.error is None:
         vectors = str(_vectors(work, entry.row, batch))
         facts = entry.ask({"do": "open", "batch": batch, "vectors": vectors, "seconds": plan.seconds})
-        if facts is not None:
-            opened[entry.row], entry.facts = _Opened(facts, []), facts
-            progress(f"{place}: {entry.result().title} opened in {facts['startup_seconds']:.1f} s")
-        else:
-            progress(f"{place}: {entry.result().title} cannot run: {entry.error}")
-            if entry is entries[0] and not entry.done:
-                return {}
-    return opened
+        entry.facts, entry.rounds = facts or entry.facts, []
+        words = f"opened in {facts['startup_seconds']:.1f} s" if facts else f"cannot run: {entry.error}"
+        progress(f"{place}: {entry.result().title} {words}")
 
 
-def _measure(entries: Sequence[_Entry], opened: Mapping[Row, _Opened], plan: Plan, place: str) -> None:
-    """Measure the opened rows in turn, round by round."""
+def _measure(entries: Sequence[_Entry], plan: Plan, place: str) -> None:
+    """Measure the rows that have not failed in turn, round by round."""
     for number in range(plan.repeats):
         # Each round begins with another row, so that none always follows the same one.
         turn, words = number % len(entries), []
         for entry in [*entries[turn:], *entries[:turn]]:
-            # A row that failed in an earlier round is out.
-            if entry.row not in opened or len(opened[entry.row].rounds) < number:
-                continue
-            answer = entry.ask({"do": "measure", "seconds": plan.seconds})
-            if answer is not None:
-                opened[entry.row].rounds.append(answer)
-            words.append(f"{entry.result().title} {answer['images_per_second']:.1f}" if answer else _failed(entry))
+            if entry.error is None:
+                answer = entry.ask({"do": "measure", "seconds": plan.seconds})
+                entry.rounds += [answer] if answer else []
+                rate = f"{answer['images_per_second']:.1f}" if answer else "failed"
+                words.append(f"{entry.result().title} {rate}")
         progress(f"{place}, round {number + 1} of {plan.repeats}, images/s: {', '.join(words)}")
 
 
-def _collect(entries: Sequence[_Entry], opened: Mapping[Row, _Opened], batch: int, plan: Plan, work: Path) -> None:
-    """Add a measurement to every row that has finished all rounds."""
+def _collect(entries: Sequence[_Entry], batch: int, work: Path) -> None:
+    """Add a measurement to every row that has not failed."""
     origin = entries[0].done[0].batch if entries[0].done else batch
     for entry in entries:
-        found = opened.get(entry.row)
-        if found is not None and len(found.rounds) == plan.repeats:
+        if entry.error is None:
             parity = _parity(work, _vectors(work, entry.row, batch), _vectors(work, REFERENCE, origin))
-            entry.done.append(_measurement(batch, found, parity))
+            entry.done.append(_measurement(batch, entry, parity))
 
 
-def _measurement(batch: int, opened: _Opened, parity: Parity) -> Measurement:
+def _measurement(batch: int, entry: _Entry, parity: Parity) -> Measurement:
     return Measurement(
         batch=batch,
-        startup_seconds=opened.facts["startup_seconds"],
-        images_per_second=tuple(answer["images_per_second"] for answer in opened.rounds),
-        latencies=tuple(seconds for answer in opened.rounds for seconds in answer["latencies"]),
-        start_rss=opened.facts["start_rss"],
-        rss=max(answer["rss"] for answer in opened.rounds),
-        device=max(answer["device"] for answer in opened.rounds),
+        startup_seconds=entry.facts["startup_seconds"],
+        images_per_second=tuple(answer["images_per_second"] for answer in entry.rounds),
+        latencies=tuple(seconds for answer in entry.rounds for seconds in answer["latencies"]),
+        start_rss=entry.facts["start_rss"],
+        rss=max(answer["rss"] for answer in entry.rounds),
+        device=max(answer["device"] for answer in entry.rounds),
         lowest_cosine=parity.lowest_cosine,
         mean_cosine=parity.mean_cosine,
         top1=1.0 if parity.top1 is None else parity.top1,
@@ -234,10 +216,7 @@ def _vectors(work: Path, row: Row, batch: int) -> Path:
     return work / f"{row.file_name}-{batch}.npy"
 
 
-def _failed(entry: _Entry) -> str:
-    return f"{entry.result().title} failed"
-
-
-def _no_reference(entry: _Entry) -> PipelineError:
-    """The reference's own error, with its exit code."""
-    return entry.error or PipelineError("torch fp32, which all rows are compared with, could not be measured")
+def _require(reference: _Entry) -> None:
+    """Raise the reference's own error, with its exit code, unless it was measured at a batch size before."""
+    if reference.error is not None and not reference.done:
+        raise reference.error

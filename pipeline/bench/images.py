@@ -94,23 +94,25 @@ def take_images(given: Manifest, reader: PixelReader, work: Path, *, count: int 
     )
 
 
+def image_refs(manifest: Manifest) -> Iterator[ImageRef]:
+    """The image references of all rows, in order."""
+    with ShardReader(manifest) as reader:
+        for shard in cut(manifest, 4096):
+            for rows in reader.read(shard):
+                yield from refs(manifest, rows)
+
+
 def _decoded(given: Manifest, reader: PixelReader, threads: int) -> Iterator[tuple[ImageRef, Pixels | Failure]]:
     limit_pixels(reader.decoder.max_pixels)
-    chunks = _chunks(given)
+    every = image_refs(given)
     with ThreadPoolExecutor(threads) as pool:
         # A few chunks at a time: a manifest may be much longer than the sample.
-        while some := list(islice(chunks, AT_ONCE)):
-            decoded = pool.map(lambda chunk: reader.read_all(chunk, lambda stage, seconds: None), some)
-            for ref, result in zip(chain(*some), chain.from_iterable(decoded), strict=True):
+        while some := list(islice(every, AT_ONCE * CHUNK)):
+            chunks = [some[start : start + CHUNK] for start in range(0, len(some), CHUNK)]
+            decoded = pool.map(lambda chunk: reader.read_all(chunk, lambda stage, seconds: None), chunks)
+            for ref, result in zip(some, chain.from_iterable(decoded), strict=True):
                 assert result is not None
                 yield ref, result
-
-
-def _chunks(manifest: Manifest) -> Iterator[list[ImageRef]]:
-    with ShardReader(manifest) as reader:
-        every = (ref for shard in cut(manifest, 4096) for rows in reader.read(shard) for ref in refs(manifest, rows))
-        while chunk := list(islice(every, CHUNK)):
-            yield chunk
 
 
 def _write_manifest(given: Manifest, taken: Sequence[ImageRef], work: Path) -> dict[str, Any]:

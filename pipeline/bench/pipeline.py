@@ -1,4 +1,4 @@
-"""``python -m pipeline.bench pipeline``: each stage of the job alone, and the whole job beside their bound."""
+"""``python -m pipeline.bench pipeline``: each stage of the job alone, their bound, and the whole job."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ examples:
   python -m pipeline.bench pipeline model=clip_vit_b32 model.weights=random --images 256 --size 4000x3000
   python -m pipeline.bench pipeline model=clip_vit_b32 manifest.path=photos.parquet --decoders exact,fast,scaled
 
-Images that cannot be decoded are left out. The manifest of the others lies within --out until the end.
+Images that cannot be decoded are left out. Temporary files are within --out until the end.
 exit codes: 0 done, 2 wrong config, manifest or machine, 1 interrupted or anything else
 """
 
@@ -148,11 +148,14 @@ def write(bench: PipelineBench, out: Path) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = command.new_parser(
         "python -m pipeline.bench pipeline",
-        description="Measure the stages of the job alone, and the whole job beside their bound, on the same images.",
+        description="Measure each stage of the job alone, and the whole job against their bound, on the same images.",
         epilog=EXAMPLES,
     )
     parser.add_argument(
-        "--images", type=int, metavar="N", help="number of images, repeated where the manifest is shorter (up to 1000)"
+        "--images",
+        type=int,
+        metavar="N",
+        help="number of images, repeated where the manifest is shorter (default: its rows, up to 1000)",
     )
     parser.add_argument(
         "--size", metavar="WxH", help=f"of rendered scenes, where manifest.path is not set ({SIZE[0]}x{SIZE[1]})"

@@ -30,9 +30,9 @@ STAGES = ("rows", Stage.READ, Stage.DECODE, Stage.COPY, Stage.ENCODE, Stage.LABE
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to measure.
+    """The options of a measurement.
 
-    ``images`` of the manifest, or scenes of ``size`` (width, height) where there is none; ``decoders`` besides the
+    ``images`` of the manifest, or scenes of ``size`` (width, height) without one; ``decoders`` besides the
     config's own; ``seconds`` of one stage in one round.
     """
 

@@ -123,7 +123,7 @@ def spread(heights: Sequence[float], space: float, low: float, high: float) -> l
     space = min(space, (high - low) / max(1, len(order) - 1))
     result, lowest = list(heights), low
     for number, i in enumerate(order):
-        # The heights above this one keep their room.
+        # Leave space for the heights above this one.
         result[i] = min(max(heights[i], lowest), high - (len(order) - 1 - number) * space)
         lowest = result[i] + space
     return result

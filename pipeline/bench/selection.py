@@ -36,7 +36,7 @@ BATCHES = {"cpu": (1, 8, 32, 64), "cuda": (1, 8, 32, 64, 128, 256)}
 def read_only(text: str) -> tuple[list[Row], list[Problem]]:
     """The rows of ``--only``, and its problems.
 
-    A backend alone stands for all its rows; words behind it, in any order, choose one:
+    A backend alone stands for all its rows; words after it, in any order, choose one:
     ``torch:bf16:compiled``, ``torch:fp16:max-autotune``, ``onnx_int8:static``.
     """
     rows: list[Row] = []

@@ -22,7 +22,7 @@ import torch
 from pipeline.backends.devices import choose_device
 from pipeline.backends.streams import Streams, count_streams
 from pipeline.bench.backend_worker import config_from
-from pipeline.bench.images import take_images
+from pipeline.bench.images import image_refs, take_images
 from pipeline.bench.timing import measure
 from pipeline.core.processes import cores
 from pipeline.core.records import Embeddings, ImageRef, Pixels, Sample, ShardRows, Stage
@@ -148,18 +148,9 @@ class Stages:
 
         return unit
 
-    def _refs(self) -> list[ImageRef]:
-        with ShardReader(self._manifest) as reader:
-            found = [
-                ref
-                for shard in cut(self._manifest, self._config.manifest.shard_rows)
-                for rows in reader.read(shard)
-                for ref in refs(self._manifest, rows)
-            ]
-        return found[: len(self._images.encoded)]
-
     def _read(self) -> Unit:
-        source, every = self._readers[self._config.images.decoder].source, self._refs()
+        source = self._readers[self._config.images.decoder].source
+        every = list(itertools.islice(image_refs(self._manifest), len(self._images.encoded)))
 
         def unit(number: int) -> int:
             source.read(every[number % len(every)])
@@ -252,7 +243,7 @@ class Stages:
         storage = open_storage(str(self._work / "parts"))
 
         def unit(number: int) -> int:
-            # Another name each time, as a part that is there already would not be written.
+            # A new name each time, as an existing part would not be written again.
             commit_part(storage, next(self._parts), build_table(result, form), form, {"ok": count})
             return count
 

@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     kinds = parser.add_subparsers(dest="kind", required=True)
     folder = kinds.add_parser("folder", help="every image below a folder; ids are relative paths")
-    folder.add_argument("folder", help="where the images lie, however deep")
+    folder.add_argument("folder", help="the folder of the images, at any depth")
     csv = kinds.add_parser("csv", help="a CSV with a header; all columns are kept")
     csv.add_argument("csv", help="the file, or a TSV; its columns travel with manifest.keep")
     csv.add_argument("--image", default="path", help="the column of image paths (default: path)")

@@ -122,10 +122,10 @@ def _hash_texts(ids: pa.Array) -> NDArray[np.uint64]:
     bounds = np.frombuffer(offsets, dtype=kind)[ids.offset : ids.offset + len(ids) + 1].astype(np.int64)
     first, last = int(bounds[0]), int(bounds[-1])
     # Padding after the last text, as words are read whole; bytes of the next text are masked.
-    room = np.zeros(last - first + _WORD, dtype=np.uint8)
+    padded = np.zeros(last - first + _WORD, dtype=np.uint8)
     if data is not None:
-        room[: last - first] = np.frombuffer(data, dtype=np.uint8)[first:last]
-    words = np.ndarray(last - first + 1, dtype="<u8", buffer=room, strides=(1,))
+        padded[: last - first] = np.frombuffer(data, dtype=np.uint8)[first:last]
+    words = np.ndarray(last - first + 1, dtype="<u8", buffer=padded, strides=(1,))
     starts, lengths = bounds[:-1] - first, np.diff(bounds)
     hashes = (lengths.astype(np.uint64) + np.uint64(1)) * _FACTOR
     shortest, longest = int(lengths.min()), int(lengths.max())

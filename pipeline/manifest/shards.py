@@ -28,20 +28,20 @@ def count_shards(rows: int, shard_rows: int) -> int:
 
 def cut(manifest: Manifest, shard_rows: int) -> Iterator[Shard]:
     """Every shard in order; a pure function of the manifest's row groups and ``shard_rows``."""
-    index, room, pieces = 0, shard_rows, list[Piece]()
+    index, left, pieces = 0, shard_rows, list[Piece]()
     for number, file in enumerate(manifest.files):
         for group, rows in enumerate(file.row_groups):
             start = 0
             while start < rows:
-                stop = min(rows, start + room)
+                stop = min(rows, start + left)
                 pieces.append(Piece(file=number, row_group=group, start=start, stop=stop))
-                room -= stop - start
+                left -= stop - start
                 start = stop
-                if room == 0:
+                if left == 0:
                     yield Shard(index=index, rows=shard_rows, pieces=tuple(pieces))
-                    index, room, pieces = index + 1, shard_rows, []
+                    index, left, pieces = index + 1, shard_rows, []
     if pieces:
-        yield Shard(index=index, rows=shard_rows - room, pieces=tuple(pieces))
+        yield Shard(index=index, rows=shard_rows - left, pieces=tuple(pieces))
 
 
 @dataclass(slots=True)
