@@ -76,15 +76,14 @@ class Backend:
             memory_order, ids = torch.from_numpy(file["pixels"]), tuple(map(str, file["ids"]))
         sample = Sample(ids=ids, pixels=memory_order.permute(0, 3, 1, 2))
         checkpoint = self._checkpoint or open_checkpoint(self._config.model)
-        config = dataclasses.replace(self._config, loader=dataclasses.replace(self._config.loader, batch_size=batch))
-        device = choose_device(config.backend.device)
+        device = choose_device(self._config.backend.device)
         if device.type == "cuda":
             # Every process has a context of the same size; its memory is not counted.
             torch.cuda.set_device(device)
             torch.cuda.init()
         free = _free_gpu_mib()
         began = time.perf_counter()
-        encoder = self._encoder = open_encoder(config, checkpoint, lambda: sample)
+        encoder = self._encoder = open_encoder(self._config, checkpoint, lambda: sample, batch)
         self._pixels = _batch(memory_order, 0, batch).to(encoder.device)
         self._encode(1)
         startup = time.perf_counter() - began

@@ -49,11 +49,10 @@ class Job:
     bank: TextBank | None
 
 
-def open_encoder(config: Config, checkpoint: Checkpoint, sample: Draw) -> ImageEncoder:
-    """Open the backend of the config; once per process. See :class:`~pipeline.backends.base.BackendFactory`."""
-    return factory(config.backend.name)(
-        checkpoint, config.backend, batch_size=config.loader.batch_size, sample=sample, limits=config.parity
-    )
+def open_encoder(config: Config, checkpoint: Checkpoint, sample: Draw, size: int) -> ImageEncoder:
+    """Open the backend of the config for batches of ``size``; see :class:`~pipeline.backends.base.BackendFactory`."""
+    opener = factory(config.backend.name)
+    return opener(checkpoint, config.backend, batch_size=size, sample=sample, limits=config.parity)
 
 
 def open_reader(
@@ -85,17 +84,16 @@ def open_at(config: Config, checkpoint: Checkpoint, sample: Draw, size: int) -> 
 
     What is compiled or opened there is made for their share of the cores.
     """
-    sized = replace(config, loader=replace(config.loader, batch_size=size))
     device = choose_device(config.backend.device)
     streams = count_streams(config.backend.streams, device)
     with Streams(device, streams) as threads:
-        encoder = threads.submit(lambda: open_encoder(sized, checkpoint, sample)).result()
+        encoder = threads.submit(lambda: open_encoder(config, checkpoint, sample, size)).result()
     encoder.streams = streams
     return encoder
 
 
 def open_for_job(
-    config: Config, checkpoint: Checkpoint, sample: Draw, bank: Callable[[], TextBank | None]
+    config: Config, checkpoint: Checkpoint, sample: Draw, bank: Callable[[], TextBank | None], size: int
 ) -> HalvingEncoder:
     """Open the backend; it is opened again for smaller batches if the device runs out of memory.
 
@@ -105,7 +103,7 @@ def open_for_job(
     def judge(encoder: ImageEncoder) -> None:
         check(encoder, checkpoint, sample, bank=bank(), limits=config.parity)
 
-    return HalvingEncoder(partial(open_at, config, checkpoint, sample), judge, batch_size=config.loader.batch_size)
+    return HalvingEncoder(partial(open_at, config, checkpoint, sample), judge, batch_size=size)
 
 
 def embed(

@@ -143,7 +143,7 @@ def open_engine(
     )
     config = dataclasses.replace(config, loader=dataclasses.replace(config.loader, batch_size=size))
     with span("backend", {"name": config.backend.name}):
-        encoder = open_for_job(config, checkpoint, sample, inputs.bank)
+        encoder = open_for_job(config, checkpoint, sample, inputs.bank, size)
     return Engine(config=config, checkpoint=checkpoint, reader=reader, encoder=encoder, drawn=drawn, sample=sample)
 
 

@@ -174,8 +174,7 @@ def _open_shapes(
     wanted: torch.Tensor | None = None
     for size in shapes(config):
         with memory_explained(size):
-            sized = dataclasses.replace(config, loader=dataclasses.replace(config.loader, batch_size=size))
-            encoder = encoding.submit(open_for_job, sized, checkpoint, sample, lambda: bank).result()
+            encoder = encoding.submit(open_for_job, config, checkpoint, sample, lambda: bank, size).result()
             encoders.append(encoder)
             if wanted is None and not is_reference(encoder):
                 wanted = encoding.submit(exact_rows, encoder, checkpoint, sample()).result()
