@@ -96,7 +96,6 @@ def describe(artifact: Artifact) -> str:
 
 
 def _export(config: Config, options: argparse.Namespace, checkpoint: Checkpoint) -> Iterator[Artifact]:
-    import dataclasses
     from functools import cache
 
     import torch
@@ -107,13 +106,14 @@ def _export(config: Config, options: argparse.Namespace, checkpoint: Checkpoint)
     from pipeline.core.errors import ManifestError
     from pipeline.core.records import Sample
     from pipeline.engine.demo.folder import rendered_sample
+    from pipeline.engine.prepare import spec_of
     from pipeline.engine.sample import draw_sample
     from pipeline.images.factory import pixel_reader
     from pipeline.manifest.manifest import open_manifest
 
     @cache
     def sample() -> Sample:
-        spec = dataclasses.replace(checkpoint.spec, corner=config.images.crop_corner)
+        spec = spec_of(config, checkpoint)
         # One half is for calibration, the other for the comparison.
         count = config.parity.images * (2 if options.static else 1)
         if config.manifest.path is None:

@@ -47,7 +47,8 @@ def measure_open(manifest: str) -> dict[str, Any]:
 def measure_plan(manifest: str) -> dict[str, Any]:
     """Cut every shard and compare the plan with the one that is there."""
     from pipeline.dataset import plan
-    from pipeline.manifest.shards import count_shards, cut
+    from pipeline.dataset.plan import count_shards
+    from pipeline.manifest.shards import cut
     from pipeline.storage.factory import open_storage
 
     opened = _opened(manifest)

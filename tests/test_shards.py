@@ -13,8 +13,9 @@ import pytest
 from pipeline.config.schema import ManifestConfig
 from pipeline.core.errors import ManifestError
 from pipeline.core.records import ImageRef, Piece, Shard
+from pipeline.dataset.plan import count_shards
 from pipeline.manifest.manifest import Manifest, ManifestFile, open_manifest
-from pipeline.manifest.shards import BYTES_ROWS, PATH_ROWS, ShardReader, count_shards, cut, refs
+from pipeline.manifest.shards import BYTES_ROWS, PATH_ROWS, ShardReader, cut, refs
 
 MEGABYTE = 1 << 20
 

@@ -26,6 +26,7 @@ from pipeline.core.processes import cores
 from pipeline.core.records import Sample, TextBank
 from pipeline.engine.demo import folder as demo
 from pipeline.engine.loop import open_encoder
+from pipeline.engine.prepare import spec_of
 from pipeline.engine.sample import draw_sample
 from pipeline.images.factory import pixel_reader
 from pipeline.manifest.manifest import open_manifest
@@ -162,8 +163,7 @@ def _draw(config: Config, checkpoint: Checkpoint) -> tuple[Sample, str]:
     if config.manifest.path is None:
         return demo.rendered_sample(checkpoint.spec, count), "rendered scenes"
     manifest = open_manifest(config.manifest)
-    spec = dataclasses.replace(checkpoint.spec, corner=config.images.crop_corner)
-    with pixel_reader(config, manifest.root, spec) as reader:
+    with pixel_reader(config, manifest.root, spec_of(config, checkpoint)) as reader:
         sample = draw_sample(manifest, reader, count)
     if sample is None:
         raise ManifestError(f"manifest.path={config.manifest.path}: none of the images that were tried can be decoded")

@@ -59,6 +59,11 @@ class Plan:
         return (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
+def count_shards(rows: int, shard_rows: int) -> int:
+    """Shards of ``shard_rows`` rows that cover ``rows``; the last may be shorter."""
+    return -(-rows // shard_rows)
+
+
 def new_plan(
     config: Config,
     fingerprints: Mapping[str, Any],
@@ -74,7 +79,7 @@ def new_plan(
     shard_rows = config.manifest.shard_rows
     return Plan(
         rows=rows,
-        shards=-(-rows // shard_rows),
+        shards=count_shards(rows, shard_rows),
         shard_rows=shard_rows,
         fingerprints=fingerprints,
         about={"model": config.model.name, "manifest": config.manifest.path} if about is None else about,

@@ -27,7 +27,7 @@ from pipeline.core.records import Parity, PreprocessSpec, Sample, TextBank
 from pipeline.dataset import lease, parts, plan
 from pipeline.engine.batch_size import settle_batch_size
 from pipeline.engine.demo import folder as demo
-from pipeline.engine.loop import open_at, open_for_job, open_reader
+from pipeline.engine.loop import Job, open_at, open_for_job, open_reader
 from pipeline.engine.sample import draw_sample
 from pipeline.images.pool.pool import Decoders
 from pipeline.images.reader import PixelReader
@@ -187,6 +187,17 @@ def prepare(engine: Engine, inputs: Inputs, storage: Storage) -> Prepared:
         precision=encoder.precision,
         streams=encoder.streams,
         machine=machine(str(encoder.device), cores()),
+    )
+
+
+def job_of(inputs: Inputs, prepared: Prepared) -> Job:
+    """The job as the processes that embed get it."""
+    return Job(
+        config=prepared.config,
+        manifest=inputs.manifest,
+        spec=spec_of(prepared.config, inputs.checkpoint),
+        form=parts.format_of(prepared.plan, inputs.manifest.schema, prepared.dim),
+        bank=inputs.bank(),
     )
 
 

@@ -92,14 +92,14 @@ def embed_image(checkpoint: Checkpoint, config: Config, path: Path) -> NDArray[n
     import torch
 
     from pipeline.core.records import Failure, ImageRef
+    from pipeline.engine.prepare import spec_of
     from pipeline.images.factory import decoder_of, open_decoders
     from pipeline.images.reader import PixelReader
     from pipeline.images.sources.source import Source
     from pipeline.models.towers import ImageTower, Normaliser
 
     images, loader = config.images, dataclasses.replace(config.loader, workers=1)
-    spec = dataclasses.replace(checkpoint.spec, corner=images.crop_corner)
-    place = path.resolve()
+    place, spec = path.resolve(), spec_of(config, checkpoint)
     with PixelReader(
         source=Source(root=str(place.parent), max_bytes=images.max_bytes, read_seconds=loader.read_seconds),
         decoder=decoder_of(config),

@@ -15,10 +15,8 @@ from pipeline.core.log_format import new_run
 from pipeline.core.records import OK
 from pipeline.core.run_report import RunReport
 from pipeline.dataset import commits, lease
-from pipeline.dataset.parts import format_of
 from pipeline.engine.demo import folder as demo
-from pipeline.engine.loop import Job
-from pipeline.engine.prepare import Inputs, Prepared, open_inputs, settle, spec_of
+from pipeline.engine.prepare import Prepared, job_of, open_inputs, settle
 from pipeline.images.pool.pool import Decoders
 from pipeline.job import finish
 from pipeline.job.cluster.executor import Executor, executor_of
@@ -90,7 +88,7 @@ def run_job(config: Config, options: RunOptions | None = None) -> RunReport:
             prepared = executor.prepare(inputs)
         settle(prepared, output.storage, output.held)
         finish.log_labels(inputs.bank())
-        executor.begin(_job(inputs, prepared))
+        executor.begin(job_of(inputs, prepared))
         done = commits.find_done(output.storage, prepared.plan, output.held.confirm, every_byte=options.every_byte)
 
         embedded = _embed(output, executor, inputs.manifest, prepared, done)
@@ -161,14 +159,6 @@ def _open_output(config: Config, options: RunOptions, opened: ExitStack) -> tupl
     if held.taken_over:
         log.warning("took over from %s", held.taken_over)
     return config, _Output(storage=storage, held=held, part=part, monitor=monitor)
-
-
-def _job(inputs: Inputs, prepared: Prepared) -> Job:
-    """The job as workers get it."""
-    config, manifest = prepared.config, inputs.manifest
-    form = format_of(prepared.plan, manifest.schema, prepared.dim)
-    spec = spec_of(config, inputs.checkpoint)
-    return Job(config=config, manifest=manifest, spec=spec, form=form, bank=inputs.bank())
 
 
 def _embed(

@@ -21,11 +21,6 @@ PATH_ROWS = 512
 BYTES_ROWS = 32
 
 
-def count_shards(rows: int, shard_rows: int) -> int:
-    """Shards of ``shard_rows`` rows that cover ``rows``; the last may be shorter."""
-    return -(-rows // shard_rows)
-
-
 def cut(manifest: Manifest, shard_rows: int) -> Iterator[Shard]:
     """Every shard in order; a pure function of the manifest's row groups and ``shard_rows``."""
     index, left, pieces = 0, shard_rows, list[Piece]()

@@ -19,10 +19,8 @@ from pipeline.core.concurrency import in_order
 from pipeline.core.errors import StorageError
 from pipeline.dataset import commits, lease, plan
 from pipeline.dataset.dataset import Dataset, open_dataset
-from pipeline.dataset.parts import METADATA_KEY, PartFormat, part_format
-from pipeline.dataset.saved_config import recipe_of
+from pipeline.dataset.parts import METADATA_KEY, PartFormat, format_of
 from pipeline.manifest.manifest import Manifest
-from pipeline.manifest.shards import count_shards
 from pipeline.nightly.embed import EmbeddedRows
 from pipeline.nightly.prepare import PendingNight, Target
 from pipeline.nightly.records import Kind
@@ -91,35 +89,21 @@ def assemble(pending: PendingNight, target: Target, embedded: EmbeddedRows, held
 def _assembly(pending: PendingNight, target: Target, embedded: EmbeddedRows, previous: Dataset | None) -> Assembly:
     config, manifest = target.config, target.manifest
     sample = next(dataset for dataset in (*embedded.datasets, previous) if dataset is not None)
-    shard_rows = config.manifest.shard_rows
     # The batch size of the main job over the whole manifest; that over few rows is smaller.
     size = config.loader.batch_size or int(sample.plan.fingerprints["batch_size"])
     fingerprints = {
         **sample.plan.fingerprints,
         "manifest": manifest.fingerprint,
-        "batch_size": min(size, shard_rows, manifest.rows),
+        "batch_size": min(size, config.manifest.shard_rows, manifest.rows),
     }
     sources = set[str]()
     if previous is not None and pending.previous is not None:
         sources = {*pending.previous.sources, plan.source_of(previous.plan.fingerprints)}
+    wanted = plan.new_plan(config, fingerprints, rows=manifest.rows, sources=sorted(sources))
     return Assembly(
         manifest=manifest,
-        plan=plan.Plan(
-            rows=manifest.rows,
-            shards=count_shards(manifest.rows, shard_rows),
-            shard_rows=shard_rows,
-            fingerprints=fingerprints,
-            about={"model": config.model.name, "manifest": config.manifest.path},
-            config=recipe_of(config),
-            sources=sorted(sources),
-        ),
-        form=part_format(
-            manifest.schema,
-            dim=sample.dim,
-            dtype=config.output.dtype,
-            compression=config.output.compression,
-            fingerprints=fingerprints,
-        ),
+        plan=wanted,
+        form=format_of(wanted, manifest.schema, sample.dim),
         storage=pending.output,
         readers=tuple(RowReader(each) if each is not None else None for each in (previous, *embedded.datasets)),
     )

@@ -15,9 +15,8 @@ from pipeline.config.schema import Config
 from pipeline.core.errors import OutputBusy
 from pipeline.core.records import Piece
 from pipeline.dataset import commits, lease
-from pipeline.dataset.parts import part_format
 from pipeline.engine.loop import Job
-from pipeline.engine.prepare import Inputs, Prepared, open_inputs, spec_of
+from pipeline.engine.prepare import Inputs, Prepared, job_of, open_inputs
 from pipeline.images.pool.pool import Decoders
 from pipeline.job.cluster.executor import executor_of
 from pipeline.job.cluster.inline import Inline
@@ -130,21 +129,8 @@ def rehearse(config: Config, began: float, limits: Limits, decoders: Decoders | 
 
 def _job(inputs: Inputs, prepared: Prepared, folder: Path) -> Job:
     """Return the job with its output in ``folder``."""
-    config = prepared.config
-    form = part_format(
-        inputs.manifest.schema,
-        dim=prepared.dim,
-        dtype=config.output.dtype,
-        compression=config.output.compression,
-        fingerprints=prepared.plan.fingerprints,
-    )
-    return Job(
-        config=replace(config, output=replace(config.output, dir=str(folder))),
-        manifest=inputs.manifest,
-        spec=spec_of(config, inputs.checkpoint),
-        form=form,
-        bank=inputs.bank(),
-    )
+    job = job_of(inputs, prepared)
+    return replace(job, config=replace(job.config, output=replace(job.config.output, dir=str(folder))))
 
 
 def _sample(prepared: Prepared, runs: Sequence[Piece]) -> Sample:
