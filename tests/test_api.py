@@ -1,4 +1,4 @@
-"""From a program or a notebook: the rows of the command, the errors of the command, and nothing left behind."""
+"""The Python API: rows and errors are those of the command, and no temporary file is left."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ ROUNDING = 1e-5
 
 @pytest.fixture(autouse=True)
 def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where temporary folders are made, to see what is left of them."""
+    """The folder of temporary files, to check that they are removed."""
     folder = tmp_path / "scratch"
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
@@ -111,7 +111,7 @@ def test_defaults_are_those_of_conf() -> None:
     assert {name: defaults[name] for name in keys} == {name: value_of(config, key) for name, key in keys.items()}
 
 
-def test_all_mistakes_come_at_once_as_from_the_command(photos: list[Path], scratch: Path) -> None:
+def test_all_mistakes_are_reported_at_once_as_by_the_command(photos: list[Path], scratch: Path) -> None:
     wrong = {
         "loader.batch_siz": 8,
         "labels.top_k": 0,
@@ -178,11 +178,11 @@ def test_the_same_images_in_any_form_have_the_same_embeddings(photos: list[Path]
         (pa.table({"image": data}), {}, [0, 1, 2]),
         ([path.name for path in few], {"root": few[0].parent}, [path.name for path in few]),
     ]
-    for images, told, ids in forms:
-        with embed(images, **told, **QUICK) as made:
+    for images, arguments, ids in forms:
+        with embed(images, **arguments, **QUICK) as made:
             assert made.ids == ids
-            assert np.abs(made.embeddings - wanted).max() < ROUNDING, told
-            if "keep" in told:
+            assert np.abs(made.embeddings - wanted).max() < ROUNDING, arguments
+            if "keep" in arguments:
                 assert made.frame(["n"])["n"].tolist() == [7, 8, 9]
 
 
@@ -201,7 +201,7 @@ def test_a_picture_in_memory_keeps_its_mode_and_pixels(mode: str) -> None:
     assert again.tobytes() == source.tobytes()
 
 
-def test_damage_that_a_picture_shows_late_is_said() -> None:
+def test_damage_that_pillow_finds_late_is_an_error() -> None:
     picture = Image.new("RGB", (4, 4))
     picture.info["exif"] = b"Exif\0\0nothing of the kind"
     with pytest.raises(ManifestError, match=r"images\[3\]"):
@@ -218,10 +218,10 @@ def test_a_picture_in_memory_is_turned_as_its_file_is() -> None:
 
 
 @pytest.mark.parametrize(
-    ("images", "told", "says"),
+    ("images", "arguments", "message"),
     [
         ([], {}, "empty"),
-        ([1, 2], {}, "int is no image"),
+        ([1, 2], {}, "int is not an image"),
         ([np.zeros((4, 4, 3))], {}, "wanted uint8"),
         ([np.zeros((3, 8, 8), np.uint8)], {}, "the colours last"),
         (["a.jpg", "a.jpg"], {}, "twice"),
@@ -239,12 +239,12 @@ def test_a_picture_in_memory_is_turned_as_its_file_is() -> None:
         (np.zeros((4, 4, 3), np.uint8), {}, "a single image"),
         (np.zeros((4, 4), np.uint8), {}, "a single image"),
         (["a.jpg", "b\udcff.jpg"], {}, r"images\[1\]"),
-        (["a.jpg", "b\udcff.jpg"], {"ids": [1, 2]}, r"path\[1\].*no UTF-8"),
-        (["a.jpg"], {"root": "/b\udcff"}, "root: .*no UTF-8"),
+        (["a.jpg", "b\udcff.jpg"], {"ids": [1, 2]}, r"path\[1\].*not UTF-8"),
+        (["a.jpg"], {"root": "/b\udcff"}, "root: .*not UTF-8"),
         (["a.jpg", None], {}, r"images\[1\].*ids=\[...\]"),
         (["a.jpg", "b.jpg"], {"ids": [1, 2**63]}, r"ids\[1\]"),
         (["a.jpg", "b.jpg"], {"ids": [1, "2"]}, "all texts or all whole numbers"),
-        ([b"x", b"y"], {"ids": [1, 1]}, r"ids\[1\]: 1 stands there twice"),
+        ([b"x", b"y"], {"ids": [1, 1]}, r"ids\[1\]: 1 occurs twice"),
         ([b"x", b"y"], {"ids": [1]}, "1 of them for more images"),
         (pd.DataFrame({"path": ["a.jpg", "b.jpg"]}, index=[7, 7]), {}, r"index\[1\].*reset_index"),
         (pd.DataFrame([["a.jpg", 1, 2]], columns=["path", "n", "n"]), {"keep": ["n"]}, "two columns 'n'"),
@@ -252,13 +252,15 @@ def test_a_picture_in_memory_is_turned_as_its_file_is() -> None:
         (pd.DataFrame({"path": ["a.jpg"]}), {"image": 0}, "no column 0"),
     ],
 )
-def test_what_is_no_image_is_said(images: Any, told: dict[str, Any], says: str, scratch: Path) -> None:
-    with pytest.raises((ManifestError, ConfigError), match=says):
-        embed(images, **told, **QUICK)
+def test_an_input_that_is_not_an_image_is_refused(
+    images: Any, arguments: dict[str, Any], message: str, scratch: Path
+) -> None:
+    with pytest.raises((ManifestError, ConfigError), match=message):
+        embed(images, **arguments, **QUICK)
     assert not [*scratch.iterdir()]
 
 
-def test_a_dataset_without_a_place_goes_with_the_object(photos: list[Path], scratch: Path) -> None:
+def test_a_dataset_without_output_is_removed_with_the_object(photos: list[Path], scratch: Path) -> None:
     made = embed(photos[:2], **QUICK)
     assert Path(made.url).parent.parent == scratch
     other = made.relabel(["a", "b"])
@@ -269,7 +271,7 @@ def test_a_dataset_without_a_place_goes_with_the_object(photos: list[Path], scra
     assert not [*scratch.iterdir()]
 
 
-def test_a_dataset_with_a_place_stays_and_the_same_call_finds_it(
+def test_a_dataset_with_output_stays_and_the_same_call_resumes_it(
     photos: list[Path], tmp_path: Path, scratch: Path
 ) -> None:
     place = tmp_path / "out" / "photos"
@@ -288,10 +290,10 @@ def test_a_dataset_with_a_place_stays_and_the_same_call_finds_it(
         open_dataset(tmp_path)
 
 
-def test_an_interrupted_call_goes_on(tmp_path: Path) -> None:
+def test_an_interrupted_call_is_resumed(tmp_path: Path) -> None:
     manifest = scenes_manifest(tmp_path / "m.parquet", 160, damaged={})
-    told: dict[str, Any] = {**QUICK, "image": "image", "batch_size": 8}
-    told["settings"] = {"loader.isolation": "none", "manifest.shard_rows": 8}
+    arguments: dict[str, Any] = {**QUICK, "image": "image", "batch_size": 8}
+    arguments["settings"] = {"loader.isolation": "none", "manifest.shard_rows": 8}
     place, stopped = tmp_path / "out", threading.Event()
 
     def interrupt() -> None:
@@ -303,31 +305,31 @@ def test_an_interrupted_call_goes_on(tmp_path: Path) -> None:
     watcher.start()
     try:
         with pytest.raises(KeyboardInterrupt):
-            embed(manifest, output=place, **told)
+            embed(manifest, output=place, **arguments)
     finally:
         stopped.set()
         watcher.join()
     with pytest.raises(UnfinishedDataset):
         open_dataset(place)
-    embed(manifest, output=place, **told)
-    embed(manifest, output=tmp_path / "unbroken", **told)
+    embed(manifest, output=place, **arguments)
+    embed(manifest, output=tmp_path / "unbroken", **arguments)
     assert content(place) == content(tmp_path / "unbroken")
 
 
 def test_a_thread_and_a_running_event_loop_may_call(photos: list[Path], whole: Dataset) -> None:
-    told = {**QUICK, "settings": {}}
+    arguments = {**QUICK, "settings": {}}
 
     async def call() -> Dataset:
-        return embed(photos[:2], **told)
+        return embed(photos[:2], **arguments)
 
     async def call_aside() -> Dataset:
-        return await asyncio.to_thread(embed, photos[:2], **told)
+        return await asyncio.to_thread(embed, photos[:2], **arguments)
 
     for made in (asyncio.run(call()), asyncio.run(call_aside())):
         assert np.abs(made.embeddings - whole.embeddings[:2]).max() < ROUNDING
 
 
-def test_what_is_set_for_the_whole_process_is_set_back(photos: list[Path]) -> None:
+def test_settings_of_the_process_are_restored(photos: list[Path]) -> None:
     def now() -> tuple[int, str, bool, int | None]:
         return (torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32,
                 Image.MAX_IMAGE_PIXELS)  # fmt: skip
@@ -364,7 +366,7 @@ def test_search_finds_by_text_image_id_and_vector(photos: list[Path], whole: Dat
         whole.search(id="nobody")
 
 
-def test_texts_and_images_meet_in_one_space(whole: Dataset) -> None:
+def test_texts_and_images_share_one_space(whole: Dataset) -> None:
     frame = whole.frame()
     texts = embed_texts(frame["label"].to_list(), templates="a photo of a {}")
     assert texts.dtype == np.float32
@@ -389,7 +391,7 @@ def test_other_labels_need_no_images(whole: Dataset, tmp_path: Path) -> None:
         whole.relabel(["a"], output=Path(whole.url) / "inside")
 
 
-def test_a_notebook_sees_pictures_and_no_foreign_html(tmp_path: Path) -> None:
+def test_a_notebook_shows_thumbnails_and_escapes_texts(tmp_path: Path) -> None:
     scene = jpeg(sample(11, 0), 64, 64)
     with embed([scene, b"bad"], ids=["<script>alert(1)</script>", "b'\""], labels=["<b>x"], **QUICK) as made:
         page, found = made._repr_html_(), made.search("x")._repr_html_()
@@ -427,7 +429,7 @@ def test_importing_the_package_imports_nothing_yet() -> None:
     assert json.loads(done.stdout) == [["pipeline"], []]
 
 
-def test_the_package_hands_on_what_it_names() -> None:
+def test_the_package_exports_the_names_it_lists() -> None:
     assert all(getattr(pipeline, name) is not None for name in pipeline.__all__)
     assert {*pipeline.__all__} <= {*dir(pipeline)}
     assert issubclass(ConfigError, PipelineError)
@@ -462,7 +464,7 @@ def test_columns_may_have_numbers_for_names(photos: list[Path]) -> None:
         assert made.frame(["2"])["2"].tolist() == [5, 6]
 
 
-def test_a_relative_place_is_good_from_anywhere(
+def test_a_relative_output_is_resolved_once(
     photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -485,28 +487,30 @@ def test_an_output_lies_beside_the_images(photos: list[Path], tmp_path: Path) ->
     for output in (folder / "out", folder):
         with pytest.raises(ConfigError, match="lies in the folder of images"):
             embed(folder, output=output, **QUICK)
-    # A list says which images it means.
+    # A list names its images.
     embed([folder / photos[0].name], output=folder / "out", **QUICK)
     assert len([*folder.glob("out.*.parquet")]) == 1
     with embed(folder, **QUICK) as made:
         assert made.ids == [photo.name for photo in photos[:2]]
 
 
-def test_what_was_written_beside_an_output_goes_when_nothing_came_of_it(photos: list[Path], tmp_path: Path) -> None:
+def test_a_manifest_beside_an_output_is_removed_if_no_dataset_was_begun(photos: list[Path], tmp_path: Path) -> None:
     calls: list[dict[str, Any]] = [
         {"ids": [1, 1]},
         {"model": tmp_path},
         {"keep": ["status"]},
         {"settings": {"prompts.path": str(tmp_path / "gone.csv")}},
     ]
-    for told in calls:
-        images: Any = pd.DataFrame({"path": photos[:2], "status": [1, 2]}) if "keep" in told else photos[:2]
+    for arguments in calls:
+        images: Any = pd.DataFrame({"path": photos[:2], "status": [1, 2]}) if "keep" in arguments else photos[:2]
         with pytest.raises(PipelineError):
-            embed(images, output=tmp_path / "out", **{**QUICK, **told})
-        assert not [*tmp_path.glob("*.parquet")], told
+            embed(images, output=tmp_path / "out", **{**QUICK, **arguments})
+        assert not [*tmp_path.glob("*.parquet")], arguments
 
 
-def test_a_place_in_memory_stays_there(photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_output_in_memory_writes_no_file(
+    photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     made = embed(photos[:2], output="memory://ds1", **QUICK)
     assert made.counts == {"ok": 2}
@@ -528,7 +532,7 @@ def test_a_child_that_was_forked_leaves_the_folder(tmp_path: Path) -> None:
     assert not place.path.exists()
 
 
-def test_a_text_of_python_means_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_texts_of_settings_are_not_interpolated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET", "x")
     labels = ["${oc.env:SECRET}", "???", "${", "\\${a}"]
     config = config_from({"prompts.labels": labels, "prompts.templates": ["${a} {}"], "model.name": "a/${b}"})
@@ -553,7 +557,7 @@ def test_text_that_is_no_utf_8_is_refused_everywhere(photos: list[Path], tmp_pat
         embed(photos[:1], output=tmp_path / "o\udcff", **QUICK)
 
 
-def test_what_the_caller_raises_is_the_callers(tmp_path: Path) -> None:
+def test_an_error_of_the_callers_iterator_is_raised_unchanged(tmp_path: Path) -> None:
     def images() -> Iterator[bytes]:
         yield b"x"
         raise FileNotFoundError("mine")
@@ -575,22 +579,22 @@ def test_images_of_a_folder_that_is_not_there_are_rows() -> None:
         assert made.counts == {"ok": 0, "not_found": 1}
 
 
-def test_a_closed_dataset_says_so(photos: list[Path]) -> None:
+def test_a_closed_dataset_raises(photos: list[Path]) -> None:
     made = embed(photos[:1], **QUICK)
     assert len(made.embeddings) == 1
     made.close()
-    asked: list[Callable[[], object]] = [
+    calls: list[Callable[[], object]] = [
         *(partial(getattr, made, name) for name in ("url", "embeddings", "ids", "counts", "report", "failures")),
         *(made.matrix, made.frame, lambda: len(made), lambda: made.search("a"), lambda: made.relabel(["a"])),
     ]
-    for ask in asked:
+    for call in calls:
         with pytest.raises(NoDataset, match="was closed"):
-            ask()
+            call()
     assert "closed" in repr(made)
     assert "closed" in made._repr_html_()
 
 
-def test_calls_in_several_threads_take_turns(photos: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_in_several_threads_run_one_after_another(photos: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     running, most = 0, 0
 
     def job(config: Config) -> None:

@@ -1,4 +1,4 @@
-"""Conversion: what other tools load is what the dataset holds, and it appears whole or not at all."""
+"""Conversion: other tools load the rows of the dataset, and the folder is written completely or not at all."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from pipeline import convert
 from pipeline.config.schema import OUTPUT_COLUMNS
-from pipeline.dataset import convert as room
+from pipeline.dataset import convert as conversion
 from pipeline.dataset.dataset import Dataset, open_dataset
 from pipeline.engine.demo.folder import jpeg
 from pipeline.engine.demo.scenes import sample
@@ -76,7 +76,7 @@ def test_ids_that_are_numbers_stay_numbers(tmp_path: Path) -> None:
     pictures = [jpeg(sample(5, row), 64, 64) for row in range(10)]
     pq.write_table(pa.table({"id": pa.array(range(10), pa.int32()), "image": pictures}), tmp_path / "m.parquet")
     run_scenes(tmp_path, "numbers", tmp_path / "m.parquet", manifest={"keep": [], "shard_rows": 4})
-    room.convert(open_dataset(str(tmp_path / "numbers")), "numpy", tmp_path / "out")
+    conversion.convert(open_dataset(str(tmp_path / "numbers")), "numpy", tmp_path / "out")
     ids = np.load(tmp_path / "out" / "ids.npy")
     assert (ids.dtype, ids.tolist()) == (np.int32, list(range(10)))
 
@@ -122,7 +122,9 @@ def test_a_lance_table_has_the_rows_of_the_dataset(dataset: Dataset, tmp_path: P
     assert table.equals(good(dataset).select(names))
 
 
-def test_a_place_that_is_taken_stays_as_it_is(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_is_not_empty_is_left_unchanged(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     for taken in (tmp_path, tmp_path / "mine.txt"):
         assert convert.main([str(folder / "dataset"), "--to", "numpy", "--out", str(taken)]) == 2
@@ -139,7 +141,7 @@ def test_a_conversion_does_not_lie_in_the_dataset(
     assert not (folder / "dataset" / "numpy").exists()
 
 
-def test_a_disk_that_fills_up_is_an_error_that_says_so(folder: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_an_error_with_a_hint(folder: Path, tmp_path: Path) -> None:
     code = (
         "import resource, signal, sys; from pipeline import convert; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); sys.exit(convert.main(sys.argv[1:]))"
@@ -167,7 +169,7 @@ def test_a_conversion_that_fails_leaves_nothing(
 
     monkeypatch.setattr(Dataset, "read", torn)
     with pytest.raises(KeyboardInterrupt):
-        room.convert(dataset, to, tmp_path / "out")
+        conversion.convert(dataset, to, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
@@ -193,11 +195,11 @@ def test_options_that_do_not_go_together_and_datasets_that_are_not_there_are_tol
 
 
 def test_the_door_offers_what_the_room_can() -> None:
-    assert tuple(room.FORMATS) == convert.FORMATS
+    assert tuple(conversion.FORMATS) == convert.FORMATS
     assert OUTPUT_COLUMNS[0] == "embedding"
 
 
-def test_the_doors_open_without_torch() -> None:
+def test_the_commands_start_without_torch() -> None:
     code = "import sys, pipeline.convert, pipeline.relabel, pipeline.search; "
     code += "sys.exit('torch' in sys.modules or 'pyarrow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -1,4 +1,4 @@
-"""Search: the right scene first, exactly as brute force finds it, and an index that knows what it is of."""
+"""Search: results equal brute force, and an index is valid for one state of its dataset."""
 
 from __future__ import annotations
 
@@ -94,12 +94,12 @@ def test_a_row_s_neighbours_leave_itself_out(dataset: Dataset, capsys: pytest.Ca
     wanted = fetch(dataset, nearest(dataset, query[None], 5)[0])
     assert (row, wanted[0].id) == (50, "scene/0050.jpg")
     assert [hit["id"] for hit in hits] == [hit.id for hit in wanted[1:]]
-    for id, said in (("scene/9999.jpg", "no row of .* has this id"), ("scene/0003.jpg", "not_an_image")):
-        with pytest.raises(ConfigError, match=said):
+    for id, message in (("scene/9999.jpg", "no row of .* has this id"), ("scene/0003.jpg", "not_an_image")):
+        with pytest.raises(ConfigError, match=message):
             find_row(dataset, id)
 
 
-def test_a_picture_finds_itself(folder: Path, dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_image_finds_itself(folder: Path, dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
     picture = folder / "one of them.jpg"
     picture.write_bytes(pq.read_table(folder / "m.parquet")["image"][77].as_py())
     hits = found(capsys, dataset.url, "--image", str(picture), "--top", "2")
@@ -126,7 +126,7 @@ def test_nothing_in_a_row_controls_the_terminal() -> None:
     assert len(search._shown("x" * 100)) == search.WIDTH
 
 
-def test_ids_beyond_every_number_and_texts_of_no_encoding_are_told(
+def test_ids_out_of_range_and_texts_that_are_not_utf_8_are_refused(
     tmp_path: Path, dataset: Dataset, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = pq.read_table(dataset.url.replace("dataset", "m.parquet")).slice(0, 3)
@@ -144,7 +144,7 @@ def test_ids_beyond_every_number_and_texts_of_no_encoding_are_told(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ([], "needs one of a text"),
         (["a", "--id", "b"], "needs one of a text"),
@@ -154,11 +154,11 @@ def test_ids_beyond_every_number_and_texts_of_no_encoding_are_told(
         (["a", "--model", "/no/such/folder"], "no such folder"),
     ],
 )
-def test_what_cannot_be_searched_for_is_told(
-    dataset: Dataset, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+def test_a_wrong_query_is_refused(
+    dataset: Dataset, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     assert search.main([dataset.url, *arguments]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 # The index.
@@ -187,21 +187,21 @@ def test_the_index_answers_as_the_exact_search_does(indexed: Dataset, capsys: py
 
 
 @pytest.mark.compat("faiss")
-def test_readers_and_verify_pass_over_the_index(indexed: Dataset) -> None:
+def test_readers_and_verify_ignore_the_index(indexed: Dataset) -> None:
     assert len(pd.read_parquet(indexed.url)) == ROWS
     assert verify.main([indexed.url]) == 0
 
 
 @pytest.mark.compat("faiss")
-def test_an_index_of_another_state_is_refused_with_the_way_out(
+def test_an_index_of_another_state_is_refused_with_a_hint(
     indexed: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(indexed.url, copy)
     (copy / "_SUCCESS").write_bytes((copy / "_SUCCESS").read_bytes() + b" ")
     assert search.main([str(copy), "a star", "--index"]) == 2
-    assert "of another state" in (said := capsys.readouterr().err)
-    assert f"python -m pipeline.search {copy} --build-index" in said
+    assert "of another state" in (message := capsys.readouterr().err)
+    assert f"python -m pipeline.search {copy} --build-index" in message
     assert build_index(open_dataset(str(copy)), lambda: None).recall.keys() == {"rows"}
     assert len(list((copy / "_index").glob("*.faiss"))) == 1
     assert search.main([str(copy), "a star", "--index"]) == 0
@@ -214,7 +214,7 @@ def test_an_index_of_another_state_is_refused_with_the_way_out(
         read_card(open_dataset(str(copy)))
 
 
-def test_without_an_index_or_its_library_the_way_out_is_told(
+def test_without_an_index_or_its_library_the_message_has_a_hint(
     dataset: Dataset, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert search.main([dataset.url, "a star", "--index"]) == 2

@@ -1,4 +1,4 @@
-"""Cells and ids of what a caller hands over, as Arrow has them; an error names the place of the one that is wrong."""
+"""Arrow columns from Python values; an error names the position of the wrong value."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ import pyarrow as pa
 
 from pipeline.core.errors import ConfigError, ManifestError, Problem
 
-# What Arrow raises for a value that a column cannot hold: of another kind, too large, or no UTF-8.
-_REFUSALS = (pa.ArrowException, TypeError, OverflowError, UnicodeEncodeError)
+# Errors of Arrow for a value that a column cannot hold: of another type, too large, or not UTF-8.
+_ERRORS = (pa.ArrowException, TypeError, OverflowError, UnicodeEncodeError)
 _IDS = "give one for each image, unique, all texts or all whole numbers"
 
 
 def cell(value: Any) -> Any:
-    """None for what pandas puts where a value is missing."""
+    """The value, or None for a missing value of pandas."""
     return None if value is pd.NA or value is pd.NaT or (isinstance(value, float) and value != value) else value
 
 
-def plain(values: Any) -> Any:
-    """A list of what is a column: a pandas or polars Series, an Arrow array; anything else as it is."""
+def to_list(values: Any) -> Any:
+    """A list of a pandas or polars Series or an Arrow array; any other value is returned unchanged."""
     if isinstance(values, pa.Array | pa.ChunkedArray):
         return values.to_pylist()
     # Tables have no such method.
     return [cell(value) for value in values.to_list()] if hasattr(values, "to_list") else values
 
 
-def listed(ids: object) -> Sequence[object] | None:
-    """The ids of a call, which may be a column of pandas or an array.
+def id_list(ids: object) -> Sequence[object] | None:
+    """The argument ``ids`` as a list; it may be a column of pandas or an array.
 
     Raises:
-        ConfigError: they are no list.
+        ConfigError: it is not a list.
     """
-    ids = plain(ids)
+    ids = to_list(ids)
     if ids is None:
         return None
     if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
@@ -43,30 +43,30 @@ def listed(ids: object) -> Sequence[object] | None:
 
 
 def id_column(ids: Sequence[object], rows: int, name: str = "ids", way_out: str = _IDS) -> pa.Array:
-    """Ids as a column; ``name`` says where they come from, ``way_out`` what to do where they are not good.
+    """Ids as a column; messages call them ``name`` and end with ``way_out``.
 
     Raises:
-        ManifestError: not as many as rows, more than one kind, one is missing or stands there twice.
+        ManifestError: another number of ids than rows, ids of several types, a missing or repeated id.
     """
     check_count(len(ids), rows)
     try:
         column = pa.array(ids)
-    except _REFUSALS as error:
-        raise ManifestError(f"{name}{_place(ids, None)}: no id ({error}); {way_out}") from error
+    except _ERRORS as error:
+        raise ManifestError(f"{name}{_position(ids, None)}: not an id ({error}); {way_out}") from error
     if column.null_count:
         missing = column.is_null().to_pylist().index(True)
-        raise ManifestError(f"{name}[{missing}]: there is none, and every row needs an id; {way_out}")
+        raise ManifestError(f"{name}[{missing}]: is missing, and every row needs an id; {way_out}")
     if pa.types.is_string(column.type) or pa.types.is_integer(column.type):
         seen: set[object] = set()
-        for place, id in enumerate(ids):
+        for position, id in enumerate(ids):
             if id in seen:
-                raise ManifestError(f"{name}[{place}]: {id!r} stands there twice, and ids must be unique; {way_out}")
+                raise ManifestError(f"{name}[{position}]: {id!r} occurs twice, and ids must be unique; {way_out}")
             seen.add(id)
     return column
 
 
 def check_count(ids: int, rows: int) -> None:
-    """Refuse fewer or more ids than rows.
+    """Refuse another number of ids than rows.
 
     Raises:
         ManifestError: with both numbers.
@@ -75,40 +75,40 @@ def check_count(ids: int, rows: int) -> None:
         raise ManifestError(f"ids: {ids:,} of them for {rows:,} images; give one for each, in their order")
 
 
-def array(cells: Sequence[Any], kind: pa.DataType, name: str) -> pa.Array:
-    """The cells of one column.
+def to_column(cells: Sequence[Any], kind: pa.DataType, name: str) -> pa.Array:
+    """The cells as a column of a type.
 
     Raises:
-        ManifestError: one is not of that kind.
+        ManifestError: a cell is not of the type.
     """
     try:
         return pa.array(cells, kind)
     except UnicodeEncodeError as error:
-        place = _place(cells, kind)
+        position = _position(cells, kind)
         raise ManifestError(
-            f"{name}{place}: holds bytes that are no UTF-8; rename the file, or hand over its bytes"
+            f"{name}{position}: holds bytes that are not UTF-8; rename the file, or pass its content"
         ) from error
-    except _REFUSALS as error:
-        raise ManifestError(f"{name}{_place(cells, kind)}: not of the kind of the others ({error})") from error
+    except _ERRORS as error:
+        raise ManifestError(f"{name}{_position(cells, kind)}: not of the type of the others ({error})") from error
 
 
 def utf8(text: str, name: str) -> bytes:
     """The bytes of a text.
 
     Raises:
-        ManifestError: it is no UTF-8, as names of files may be.
+        ManifestError: it is not UTF-8, as names of files may be.
     """
     try:
         return text.encode()
     except UnicodeEncodeError as error:
-        raise ManifestError(f"{name}: {text!r} holds bytes that are no UTF-8; rename the folder") from error
+        raise ManifestError(f"{name}: {text!r} holds bytes that are not UTF-8; rename the folder") from error
 
 
-def _place(values: Sequence[Any], kind: pa.DataType | None) -> str:
-    """Where the first stands that no column could hold; nothing where only together they cannot be one."""
-    for place, value in enumerate(values):
+def _position(values: Sequence[Any], kind: pa.DataType | None) -> str:
+    """The index of the first value that Arrow refuses, as ``[3]``; empty if it refuses only their combination."""
+    for position, value in enumerate(values):
         try:
             pa.array([value], kind)
-        except _REFUSALS:
-            return f"[{place}]"
+        except _ERRORS:
+            return f"[{position}]"
     return ""

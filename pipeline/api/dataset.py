@@ -1,4 +1,4 @@
-"""A finished dataset in a notebook: its rows as arrays and tables, searched and labelled anew."""
+"""``Dataset``: the rows of a finished dataset as arrays and tables, search, and relabelling."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ import pandas as pd
 import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
 
-from pipeline.api import thumbnails
 from pipeline.api.config import config_from, label_settings
 from pipeline.api.encode import encode
-from pipeline.api.hits import Hits
+from pipeline.api.notebook import Hits, Tile, heading, sheet
 from pipeline.api.paths import absolute
-from pipeline.api.process_state import settings_kept
+from pipeline.api.process_state import settings_restored
 from pipeline.api.scratch import Scratch
 from pipeline.core.errors import ConfigError, NoDataset, Problem
 from pipeline.core.records import OK
@@ -34,19 +33,18 @@ from pipeline.engine.query import derive
 if TYPE_CHECKING:
     from pipeline.models.checkpoint import Checkpoint
 
-# Of a failure, and of a row that a sheet shows.
 _FAILURE = ("status", "error")
-_TILES = 12
-_MOST = 10_000
-# What is read once and kept.
-_KEPT = ("counts", "report", "ids", "embeddings", "_model")
+# Rows of a sheet in a notebook, and of a search result at most.
+_TILES, _MOST = 12, 10_000
+# Cached attributes, which are cleared when a temporary dataset is closed.
+_CACHED = ("counts", "report", "ids", "embeddings", "_model")
 
 
 class Dataset:
-    """What :func:`~pipeline.embed` returns, and :func:`~pipeline.open_dataset`: one row for each image, in its order.
+    """A finished dataset, from :func:`~pipeline.embed` or :func:`~pipeline.open_dataset`: one row for each image.
 
-    A dataset that was given no place lies in a temporary folder, and goes with this object; as a context manager, or
-    with :meth:`close`, it goes at once.
+    Rows are in the order of the images. A dataset in a temporary folder is removed with this object, or earlier by
+    :meth:`close` or at the end of a ``with`` block.
     """
 
     def __init__(self, stored: dataset.Dataset, scratch: Scratch | None = None) -> None:
@@ -59,22 +57,22 @@ class Dataset:
         self.close()
 
     def close(self) -> None:
-        """Remove a dataset that lies in a temporary folder; any other stays, and can be asked on."""
+        """Remove a dataset in a temporary folder; any other stays and can still be used."""
         if self._scratch is not None:
             self._scratch.close()
             self._closed = True
-            for name in _KEPT:
+            for name in _CACHED:
                 self.__dict__.pop(name, None)
 
     @property
     def _stored(self) -> dataset.Dataset:
         if self._closed:
-            raise NoDataset("the dataset was closed, and went with its temporary folder; output='...' keeps one")
+            raise NoDataset("the dataset was closed, and its temporary folder was removed; output='...' keeps one")
         return self._opened
 
     @property
     def url(self) -> str:
-        """Where it lies: ``pandas.read_parquet(dataset.url)`` reads all of it."""
+        """Its folder or address; ``pandas.read_parquet(dataset.url)`` reads all of it."""
         return self._stored.url
 
     def __len__(self) -> int:
@@ -82,7 +80,7 @@ class Dataset:
 
     @property
     def dim(self) -> int:
-        """Numbers in an embedding."""
+        """The length of an embedding."""
         return self._stored.dim
 
     @cached_property
@@ -102,12 +100,12 @@ class Dataset:
 
     @cached_property
     def ids(self) -> list[Any]:
-        """The id of every row, as it was given."""
+        """The id of every row, unchanged."""
         return list(self.table([self._stored.id])[self._stored.id].to_pylist())
 
     @cached_property
     def embeddings(self) -> NDArray[np.float32]:
-        """One row of length 1 for every image, float32 ``[N, D]`` and read-only; NaN where the image failed."""
+        """One row of length 1 for every image, float32 ``[N, D]``, read-only; NaN if the image failed."""
         matrix = np.full((len(self), self.dim), np.nan, np.float32)
         for commit, (vectors, rows) in zip(self._stored.commits, self._vectors(), strict=True):
             matrix[rows + self._stored.starts[commit.shard]] = vectors
@@ -120,7 +118,7 @@ class Dataset:
         return [id for id, known in zip(self.ids, good.tolist(), strict=True) if known], self.embeddings[good]
 
     def table(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """Every row in order, as an Arrow table; ``columns`` are some of them, in that order.
+        """Every row in order, as an Arrow table; ``columns`` selects and orders columns.
 
         Raises:
             ConfigError: there is no such column.
@@ -128,12 +126,12 @@ class Dataset:
         names = self._stored.schema.names
         wrong = [name for name in columns or () if name not in names]
         if wrong:
-            allowed = f"is no column of {self.url}; there are {', '.join(names)}"
+            allowed = f"is not a column of {self.url}; there are {', '.join(names)}"
             raise ConfigError([Problem("columns", name, allowed) for name in wrong])
         return pa.concat_tables(self._stored.stream(list(names if columns is None else columns)))
 
     def frame(self, columns: Sequence[str] | None = None) -> pd.DataFrame:
-        """Every row in order; without ``columns``, all but the embeddings, which ``embeddings`` has as one array."""
+        """Every row in order; the default is all columns but ``embedding``, see :attr:`embeddings`."""
         names = [name for name in self._stored.schema.names if name != "embedding"]
         frame: pd.DataFrame = self.table(names if columns is None else columns).to_pandas()
         return frame
@@ -153,34 +151,34 @@ class Dataset:
         vector: ArrayLike | None = None,
         top: int = 10,
     ) -> Hits:
-        """The images nearest to a text, an image (path, bytes, PIL, array), a row's id or a vector; exact.
+        """Find the images nearest to a text, an image (path, bytes, PIL, array), a row's id or a vector, exactly.
 
-        A text is embedded as it is, an image as the dataset's own were. The row of ``id`` is not among its hits.
+        A text is embedded without a template, an image with the dataset's own settings. The row of ``id`` is not a hit.
 
         Raises:
-            ConfigError: not one of the four, an image that cannot be read, an id that is not there.
-            ModelError: the model that made the dataset is not to be had any more.
+            ConfigError: not exactly one of the four is given, the image cannot be read, or there is no such id.
+            ModelError: the model that made the dataset cannot be opened.
         """
         given = {"text": text, "image": image, "id": id, "vector": vector}
-        asked = [name for name, value in given.items() if value is not None]
+        names = [name for name, value in given.items() if value is not None]
         problems = []
-        if len(asked) != 1:
-            problems.append(Problem("search", ", ".join(asked), f"wants one of {', '.join(given)}"))
+        if len(names) != 1:
+            problems.append(Problem("search", ", ".join(names), f"must be one of {', '.join(given)}"))
         if not isinstance(top, int | np.integer) or not 1 <= top <= _MOST:
             problems.append(Problem("top", top, f"must be from 1 to {_MOST}"))
         if problems:
             raise ConfigError(problems)
         top, stored = int(top), self._stored
-        itself, shown = None, asked[0] if asked[0] in ("image", "vector") else repr(given[asked[0]])
+        itself, shown = None, names[0] if names[0] in ("image", "vector") else repr(given[names[0]])
         if text is not None:
             from pipeline.engine.query import embed_text
 
             query = embed_text(self._model, [text])[0]
         elif image is not None:
-            with _arguments(), settings_kept():
+            with _argument_names(), settings_restored():
                 query = self._embed(image)
         elif id is not None:
-            with _arguments():
+            with _argument_names():
                 itself, query = exact.find_row(stored, str(id))
         else:
             query = _unit(vector, self.dim)
@@ -198,12 +196,13 @@ class Dataset:
         output: str | os.PathLike[str] | None = None,
         progress: bool = False,
     ) -> Dataset:
-        """The same embeddings with other labels, as a new dataset; no image is read.
+        """Make a dataset of the same embeddings with other labels; no image is read.
 
-        What is not given is as here. ``output`` is as for :func:`~pipeline.embed`. Calls in several threads take turns.
+        Arguments that are None keep this dataset's settings. ``output`` is that of :func:`~pipeline.embed`. Calls in
+        several threads run one after another.
 
         Raises:
-            PipelineError: a setting is wrong, or the model that made the dataset is not to be had any more.
+            PipelineError: a setting is wrong, or the model that made the dataset cannot be opened.
         """
         from pipeline.job.relabel import relabel
 
@@ -218,7 +217,7 @@ class Dataset:
             "log.level": "warning",
         }
         try:
-            with settings_kept():
+            with settings_restored():
                 relabel(stored, derive(stored, config_from(settings), list(settings)))
             return Dataset(dataset.open_dataset(place), scratch)
         except BaseException:
@@ -257,7 +256,7 @@ class Dataset:
 
     def _repr_html_(self) -> str:
         if self._closed:
-            return thumbnails.sheet(["a dataset that was closed"], [], {})
+            return f"<div>{heading(['a dataset that was closed'])}</div>"
         commit = self._stored.commits[0]
         head = self._stored.read(commit, [self._stored.id, "label", "score", *_FAILURE]).slice(0, _TILES).to_pylist()
         tiles = []
@@ -265,18 +264,15 @@ class Dataset:
             text = values["status"]
             if values["status"] == OK:
                 text = "" if values["label"] is None else f"{values['score']:.2f}  {values['label']}"
-            tiles.append(thumbnails.Tile(row, str(values[self._stored.id]), text))
-        found = thumbnails.thumbnails(self._stored, tiles)
+            tiles.append(Tile(row, str(values[self._stored.id]), text))
         place = "in a temporary folder" if self._scratch is not None else self.url
-        return thumbnails.sheet([self._summary(), f"model {self._model_name()}; {place}"], tiles, found)
-
-    def _model_name(self) -> str:
-        return str(self._stored.plan.about.get("model", ""))
+        model = self._stored.plan.about.get("model", "")
+        return sheet(self._stored, [self._summary(), f"model {model}; {place}"], tiles)
 
 
 @contextmanager
-def _arguments() -> Iterator[None]:
-    """Let problems name an argument, and not an option of the command line."""
+def _argument_names() -> Iterator[None]:
+    """Name problems by argument, not by command-line option."""
     try:
         yield
     except ConfigError as error:

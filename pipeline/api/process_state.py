@@ -1,4 +1,4 @@
-"""The process belongs to the caller: what a job sets for all of it is set back."""
+"""Save and restore process-wide settings that a job changes."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# An iterator of images may itself call a job.
-_TURN = threading.RLock()
+# Reentrant, as an iterator of images may call the API itself.
+_LOCK = threading.RLock()
 
 
 @contextmanager
-def settings_kept() -> Iterator[None]:
-    """Leave PyTorch's threads and precision, and Pillow's limit on pixels, as they were.
+def settings_restored() -> Iterator[None]:
+    """Restore PyTorch's threads and precision and Pillow's pixel limit afterwards.
 
-    They and the log's handlers are those of the process, so that calls in several threads take turns.
+    These and the log's handlers belong to the process, so calls in several threads run one after another.
     """
     import torch
     from PIL import Image
 
-    with _TURN:
+    with _LOCK:
         threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
         tf32, pixels = torch.backends.cudnn.allow_tf32, Image.MAX_IMAGE_PIXELS
         try:

@@ -1,4 +1,4 @@
-"""Where what a call makes lies: in a temporary folder that goes with the object, or where the caller says."""
+"""Files of a call: a temporary folder that is removed with its dataset, and a manifest kept beside an output."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import os
 import shutil
 import tempfile
 import weakref
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pipeline.api.inputs import Given
 from pipeline.core.errors import ConfigError, PipelineError, PlanMismatch, Problem
 from pipeline.dataset import plan
 from pipeline.storage.base import sha256
@@ -30,48 +30,44 @@ class Scratch:
         self._remove()
 
 
-class Beside:
-    """The manifest that was written for an output, under a name that holds its digest: the same call finds it again.
+@contextmanager
+def manifest_beside(written: Path, output: str) -> Iterator[str]:
+    """Copy a manifest beside an output and yield its address; its name holds its digest, so the same call finds it.
 
-    It stays, as what the dataset was made of: a repair, and pictures of the rows, read it.
+    It stays with the dataset, for repairs and thumbnails. After an error it is removed if this call wrote it and no
+    dataset was begun with it.
     """
-
-    def __init__(self, given: Given, output: str) -> None:
-        parent, name = _parent(output)
-        assert given.written is not None
-        self._storage, self._output = open_storage(parent), output
-        self._name = f"{name}.{sha256(given.written)[:16]}.parquet"
-        self.url = f"{parent}{self._name}" if parent.endswith("/") else f"{parent}/{self._name}"
-        self._ours = self._storage.size(self._name) is None
-        if self._ours:
-            with self._storage.staged() as staged:
-                shutil.copyfile(given.written, staged.path)
-                staged.publish(self._name)
-
-    def failed(self, error: BaseException) -> None:
-        """Remove it, if it was not there before and no dataset was made of it."""
-        if not self._ours:
-            return
-        # What went wrong is told; that this cannot be looked at or removed would only hide it.
+    parent, name = _parent(output)
+    storage, name = open_storage(parent), f"{name}.{sha256(written)[:16]}.parquet"
+    new = storage.size(name) is None
+    if new:
+        with storage.staged() as staged:
+            shutil.copyfile(written, staged.path)
+            staged.publish(name)
+    try:
+        yield f"{parent}{name}" if parent.endswith("/") else f"{parent}/{name}"
+    except BaseException as error:
+        # An error of the storage here would hide the first one.
         with suppress(PipelineError):
-            if isinstance(error, PlanMismatch) or open_storage(self._output).size(plan.NAME) is None:
-                self._storage.remove(self._name)
+            if new and (isinstance(error, PlanMismatch) or open_storage(output).size(plan.NAME) is None):
+                storage.remove(name)
+        raise
 
 
 def _remove(folder: str, process: int) -> None:
-    # A child that was forked has a copy of the object, and the folder is not its own.
+    # A forked child has a copy of the object, and must not remove the parent's folder.
     if os.getpid() == process:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _parent(output: str) -> tuple[str, str]:
-    """The folder that an absolute output lies in, and its name there."""
+    """The folder of an absolute output, and its name there."""
     if is_local(output):
         return os.path.dirname(output), os.path.basename(output)
     scheme, _, rest = output.partition("://")
     parent, _, name = rest.rstrip("/").rpartition("/")
-    # Memory has a root; elsewhere what comes first is a bucket or a host, beside which nothing can lie.
+    # The memory file system has a root; elsewhere the first part is a bucket or a host, which has no siblings.
     if not parent and scheme.lower() != "memory":
-        allowed = "is a whole store, and a manifest of what is no file yet lies beside the output"
+        allowed = "is a whole store, but the manifest of these images is written beside the output"
         raise ConfigError([Problem("output", output, allowed, f"name a folder in it: {output.rstrip('/')}/dataset")])
     return f"{scheme}://{parent}", name

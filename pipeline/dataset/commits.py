@@ -25,7 +25,7 @@ from pipeline.core.records import ShardReport
 from pipeline.dataset.parts import PartFormat, write_part
 from pipeline.dataset.plan import Plan
 from pipeline.dataset.plan import read as read_plan
-from pipeline.dataset.problems import audit, prefix_of
+from pipeline.dataset.problems import PartRecord, audit, prefix_of
 from pipeline.storage.base import Storage, sha256
 from pipeline.storage.urls import explained
 
@@ -256,7 +256,7 @@ def check(
         return Checked(name, None, "torn commit", "the commit is torn", data)
     if not 0 <= commit.shard < plan.shards or f"{FOLDER}/{name}" != _name(commit.shard):
         return Checked(name, None, "foreign commit", f"the commit is of a foreign shard ({commit.shard})", data)
-    problem = audit(storage, plan, size_of, every_byte=every_byte, **asdict(commit))
+    problem = audit(storage, plan, size_of, PartRecord(**asdict(commit)), every_byte=every_byte)
     if problem is None:
         return Checked(name, commit)
     return Checked(name, commit, problem.kind, problem.text, data)

@@ -1,7 +1,6 @@
-"""A finished dataset in the formats that other tools load: NumPy, FAISS, Hugging Face ``datasets``, Lance.
+"""Conversion of a finished dataset to NumPy, FAISS, Hugging Face ``datasets`` or Lance.
 
-Rows without an embedding are left out of all of them, and counted. A conversion is a folder that appears whole: it is
-written beside its place under a temporary name, flushed and renamed.
+Rows without an embedding are left out and counted. The folder is written under a temporary name, flushed and renamed.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 
 from pipeline.core.errors import ConfigError, Problem, install_hint
 from pipeline.dataset.dataset import Dataset, vectors_of
-from pipeline.dataset.index import LEAST, LISTS, TRAINED, faiss_or_told, spread
+from pipeline.dataset.index import TRAINED, import_faiss, lists_for, spread
 from pipeline.storage.local import appearing
 from pipeline.storage.urls import explained, within
 
@@ -31,7 +30,7 @@ NOTE = "conversion.json"
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """What was written: ``rows`` have an embedding, ``left_out`` have none; ``source`` are the dataset's digests."""
+    """Metadata of a conversion; ``left_out`` rows have no embedding, ``source`` is the dataset's digests."""
 
     format: str
     dataset: str
@@ -44,22 +43,22 @@ class Conversion:
 
 
 def convert(dataset: Dataset, to: str, out: Path, *, ivf: bool = False) -> Conversion:
-    """Write the dataset's embeddings and what is known of them into the folder ``out``.
+    """Write the dataset's embeddings and columns into the folder ``out``.
 
     Args:
-        dataset: what to convert.
+        dataset: the dataset to convert.
         to: one of :data:`FORMATS`.
-        out: a local folder that is not there yet, or empty.
-        ivf: for FAISS an inverted file instead of the exact flat index.
+        out: a local folder that does not exist or is empty.
+        ivf: for FAISS, an inverted file instead of the exact flat index.
 
     Raises:
-        ConfigError: the place is taken, the format's package is not installed, or no row has an embedding.
+        ConfigError: the folder is not empty, the format's package is not installed, or no row has an embedding.
         StorageError: it cannot be written.
     """
     out = Path(os.path.expanduser(out)).resolve()
     problems = []
     if within(str(out), dataset.address):
-        problems.append(Problem("--out", str(out), "lies in the dataset, whose readers would take it for rows of it"))
+        problems.append(Problem("--out", str(out), "lies in the dataset, whose readers would read it as rows"))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         problems.append(Problem("--out", str(out), "must be a folder that is not there yet", "name another one"))
     if not dataset.vectors:
@@ -102,10 +101,9 @@ def _to_numpy(dataset: Dataset, folder: Path, ivf: bool) -> None:
 
 def _to_faiss(dataset: Dataset, folder: Path, ivf: bool) -> None:
     """``vectors.faiss``, whose row i is row i of ``metadata.parquet``; the index is in memory until it is written."""
-    faiss = faiss_or_told("--to")
-    lists = max(1, min(LISTS, int(4 * dataset.vectors**0.5), dataset.vectors // LEAST))
-    factory = f"IVF{lists},Flat" if ivf else "Flat"
-    index = faiss.index_factory(dataset.dim, factory, faiss.METRIC_INNER_PRODUCT)
+    faiss = import_faiss("--to")
+    lists = lists_for(dataset.vectors)
+    index = faiss.index_factory(dataset.dim, f"IVF{lists},Flat" if ivf else "Flat", faiss.METRIC_INNER_PRODUCT)
     if ivf:
         index.train(spread(dataset, min(dataset.vectors, TRAINED * lists))[0])
     with closing(_rows(dataset)) as tables, _metadata(dataset, folder) as metadata:
@@ -116,13 +114,13 @@ def _to_faiss(dataset: Dataset, folder: Path, ivf: bool) -> None:
 
 
 def _to_datasets(dataset: Dataset, folder: Path, ivf: bool) -> None:
-    """Parquet files and a card, as ``datasets.load_dataset(folder)`` and the hub read them."""
+    """Parquet files and a dataset card for ``datasets.load_dataset(folder)`` and the hub."""
     data = folder / "data"
     data.mkdir()
     total = len(dataset.commits)
     with closing(_rows(dataset)) as tables:
         for number, table in enumerate(tables):
-            # Some parts may have no row at all; readers want every file of a split to have the same columns.
+            # A part without rows is written too: every file of a split needs the same columns.
             pq.write_table(
                 table.drop_columns(["status", "error"]),
                 data / f"train-{number:05d}-of-{total:05d}.parquet",
@@ -157,7 +155,7 @@ def _to_lance(dataset: Dataset, folder: Path, ivf: bool) -> None:
         try:
             lance.write_dataset(reader, str(folder / "vectors.lance"))
         except Exception:
-            # Lance knows an error of the reader's as a text alone.
+            # Lance passes on only the text of an error of the reader.
             if failed:
                 raise failed[0] from None
             raise
@@ -179,7 +177,7 @@ def _rows(dataset: Dataset) -> Generator[pa.Table, None, None]:
 
 
 def _id_type(dataset: Dataset) -> np.dtype[Any]:
-    """NumPy's type for the ids: a number's own, or text as wide as the longest; reads the ids."""
+    """NumPy's type for the ids: the integer type, or text of the longest id's width; reads the ids."""
     kind = dataset.schema.field(dataset.id).type
     if pa.types.is_integer(kind):
         integer: np.dtype[Any] = np.dtype(str(kind))
@@ -193,9 +191,9 @@ def _id_type(dataset: Dataset) -> np.dtype[Any]:
 
 @contextmanager
 def _array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Iterator[Callable[[NDArray[Any]], object]]:
-    """Takes the rows of an array in order, and writes them to a ``.npy`` file.
+    """Write a ``.npy`` file by a function that takes the next rows.
 
-    Not through memory that is mapped: to write there on a full disk kills the process.
+    A memory-mapped file is not used: a write to it on a full disk kills the process.
     """
     described = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     with path.open("wb") as file:
@@ -205,7 +203,7 @@ def _array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Iterator
 
 @contextmanager
 def _metadata(dataset: Dataset, folder: Path) -> Iterator[Callable[[pa.Table], None]]:
-    """Takes tables, and writes all but their embeddings to ``metadata.parquet``."""
+    """Write ``metadata.parquet``, all columns but the embeddings, by a function that takes the next table."""
     left = [name for name in dataset.schema.names if name not in ("embedding", "status", "error")]
     schema = pa.schema([dataset.schema.field(name) for name in left], metadata=dataset.schema.metadata)
     with pq.ParquetWriter(folder / "metadata.parquet", schema, compression="zstd") as writer:
@@ -213,7 +211,7 @@ def _metadata(dataset: Dataset, folder: Path) -> Iterator[Callable[[pa.Table], N
 
 
 def _card(dataset: Dataset) -> str:
-    """A dataset card of the hub: where the files are, and what the rows are."""
+    """The text of a dataset card for the hub."""
     about = dataset.plan.about
     return f"""\
 ---

@@ -1,4 +1,4 @@
-"""A finished dataset to read from: its plan, and its parts in order, a few at a time, with the columns asked for."""
+"""Read access to a finished dataset: its plan, and columns of its parts in order, a few parts at a time."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from pipeline.storage.local import LocalStorage
 from pipeline.storage.retry import retried
 from pipeline.storage.urls import explained, open_arrow
 
-# About so many bytes of parts are in memory at a time, however large the dataset is; one part always is.
+# Limit in bytes on the parts in memory at a time; one part is always read.
 HELD = 1 << 30
 _Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """A finished dataset; ``marker`` is the content of its ``_SUCCESS``, which names every part by its digest.
+    """A finished dataset; ``marker`` is the content of ``_SUCCESS``, which names every part by its digest.
 
-    ``schema`` is that of its parts, ``starts`` the number of the first row of each part.
+    ``schema`` is the schema of its parts, ``starts`` the row number at which each part begins.
     """
 
     storage: Storage
@@ -47,22 +47,22 @@ class Dataset:
 
     @property
     def url(self) -> str:
-        """Where it lies."""
+        """Its folder or address."""
         return self.storage.url
 
     @property
     def address(self) -> str:
-        """The same, from wherever a command is given."""
+        """The same, absolute if it is local."""
         return str(self.storage.root) if isinstance(self.storage, LocalStorage) else self.storage.url
 
     @property
     def id(self) -> str:
-        """The column of ids."""
+        """The name of the id column."""
         return str(self.schema.names[0])
 
     @property
     def kept(self) -> list[str]:
-        """The columns that travelled from the manifest."""
+        """The names of the columns kept from the manifest."""
         return list(self.schema.names[1 : -len(OUTPUT_COLUMNS)])
 
     @property
@@ -72,7 +72,7 @@ class Dataset:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """How embeddings are stored: float32 or float16."""
+        """The type of stored embeddings: float32 or float16."""
         return np.dtype(str(self.plan.fingerprints["output"]["dtype"]))
 
     @property
@@ -82,21 +82,21 @@ class Dataset:
 
     @property
     def fingerprint(self) -> dict[str, str]:
-        """Two digests that stand for the whole dataset: of what it follows from, and of its ``_SUCCESS``."""
-        prints = json.dumps(self.plan.fingerprints, sort_keys=True, ensure_ascii=False)
+        """Digests of the dataset's fingerprints and of its ``_SUCCESS``."""
+        fingerprints = json.dumps(self.plan.fingerprints, sort_keys=True, ensure_ascii=False)
         return {
-            "fingerprints": hashlib.sha256(prints.encode()).hexdigest(),
+            "fingerprints": hashlib.sha256(fingerprints.encode()).hexdigest(),
             "success": hashlib.sha256(self.marker).hexdigest(),
         }
 
     @property
     def threads(self) -> int:
-        """How many parts are read at a time: those that the storage is quick with, and memory has room for."""
+        """Number of parts to read at a time, limited by the storage and by memory."""
         largest = max(commit.size for commit in self.commits)
         return max(1, min(self.storage.threads, HELD // (largest * (AHEAD + 1))))
 
     def read(self, commit: Commit, columns: Sequence[str], *, proven: bool = False) -> pa.Table:
-        """Some columns of one part; ``proven`` reads every byte and holds it against the commit's digest.
+        """Some columns of one part; ``proven`` reads every byte and checks the commit's digest.
 
         Raises:
             StorageError: the part is missing or damaged.
@@ -125,9 +125,9 @@ class Dataset:
         *,
         parts: Iterable[Commit] | None = None,
     ) -> Generator[_Result, None, None]:
-        """What ``work`` makes of each part, in order; it runs in threads, several parts at a time.
+        """The results of ``work`` for each part, in order; it runs in threads, several parts at a time.
 
-        ``parts`` are some of the commits; without them all.
+        ``parts`` are some of the commits; the default is all.
         """
 
         def step(commit: Commit) -> _Result:
@@ -151,7 +151,7 @@ def open_dataset(url: str) -> Dataset:
     Raises:
         NoDataset: there is none.
         UnfinishedDataset: its job has not ended.
-        StorageError: its books contradict one another.
+        StorageError: its metadata is inconsistent.
     """
     storage = open_storage(url)
     marker = storage.read(commits.SUCCESS)
@@ -171,7 +171,7 @@ def open_dataset(url: str) -> Dataset:
     if parts != [commit.part for commit in read]:
         raise StorageError(
             f"{storage.url}/{commits.SUCCESS}: does not name the parts of the commits; "
-            f"python -m pipeline.verify {storage.url} tells what is wrong"
+            f"python -m pipeline.verify {storage.url} lists the problems"
         )
     first = f"{storage.url.rstrip('/')}/{read[0].part}"
     try:

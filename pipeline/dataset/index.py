@@ -1,7 +1,7 @@
-"""An index for approximate search, kept within the dataset and good for exactly its ``_SUCCESS``.
+"""A FAISS index for approximate search, stored in the dataset and valid for its current ``_SUCCESS`` only.
 
-FAISS, as it is kept up and comes as wheels for every Python here: an inverted file (Jegou et al. 2011) with vectors in
-16 bits. How many of its lists are read per query is measured when it is built: as few as give the recall wanted.
+It is an inverted file (Jegou et al. 2011) with vectors in 16 bits. The number of lists to read per query is measured
+when it is built: the smallest that gives the wanted recall.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from pipeline.storage.urls import explained
 FOLDER = "_index"
 CARD = f"{FOLDER}/index.json"
 VERSION = 1
-# Lists: 4 * sqrt(rows) is FAISS's own advice, and 39 rows to train each are the least that it takes without a warning.
+# Lists: FAISS advises 4 * sqrt(rows), and warns below 39 training rows for each list.
 LISTS, LEAST, TRAINED = 16_384, 39, 64
-# Recall is measured on so many queries, at so many neighbours, and is to be at least this.
+# Recall is measured on this many queries and neighbours, and must be at least RECALL.
 QUERIES, NEIGHBOURS, RECALL = 200, 10, 0.95
-# Candidates for each place; their order is that of the stored embeddings.
+# Candidates per result row; they are ranked by the stored embeddings.
 WIDER = 4
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class IndexCard:
-    """What an index is: of which dataset, its settings, its file, and its recall against the exact search.
+    """Metadata of an index: the dataset, the settings, the file, and the recall against the exact search.
 
     ``recall`` is the share of the exact 10 nearest rows that were found, by kind of query: ``rows`` are embeddings of
-    the dataset (each without itself), ``texts`` its labels. ``lists_read`` (of ``lists``) is what gave it.
+    the dataset (each without itself), ``texts`` its labels. It was measured with ``lists_read`` of ``lists``.
     """
 
     version: int
@@ -55,8 +55,12 @@ class IndexCard:
     seconds: float
 
 
-def faiss_or_told(option: str) -> Any:
-    """The module, or an error that says how to get it; ``option`` is what asked for it."""
+def import_faiss(option: str) -> Any:
+    """Import FAISS.
+
+    Raises:
+        ConfigError: it is not installed; the message names ``option``, which needs it.
+    """
     try:
         import faiss
     except ImportError as error:
@@ -71,36 +75,24 @@ def build_index(dataset: Dataset, texts: Callable[[], NDArray[np.float32] | None
     Reads every embedding twice. The index is in memory while it is built: 2 bytes for every number of an embedding.
 
     Args:
-        dataset: of which rows.
-        texts: asked for embeddings of texts, ``[N, D]``, to measure with as well; None where there are none.
+        dataset: the dataset to index.
+        texts: returns embeddings of texts, ``[N, D]``, to measure recall with as well, or None.
 
     Raises:
         ConfigError: FAISS is not installed.
         ArtifactError: no row has an embedding.
     """
-    faiss, began, count = faiss_or_told("--build-index"), time.time(), dataset.vectors
+    faiss, began, count = import_faiss("--build-index"), time.time(), dataset.vectors
     if not count:
         raise ArtifactError(f"{dataset.url}: no row has an embedding, so there is nothing to index")
-    lists = max(1, min(LISTS, int(4 * count**0.5), count // LEAST))
+    lists = lists_for(count)
     index = faiss.index_factory(dataset.dim, f"IVF{lists},SQfp16", faiss.METRIC_INNER_PRODUCT)
     log.info("%s: %d embeddings in %d lists", dataset.url, count, lists)
     index.train(spread(dataset, min(count, TRAINED * lists))[0])
     for numbers, vectors in _vectors(dataset):
         index.add_with_ids(vectors, numbers)
-    own, numbers = spread(dataset, min(count, QUERIES))
-    queries = {"rows": own}
-    try:
-        worded = texts()
-    except ModelError as error:
-        log.warning("recall is measured for rows alone: %s", error)
-        worded = None
-    if worded is not None and len(worded):
-        queries["texts"] = worded[:: max(1, len(worded) // QUERIES)][:QUERIES]
-    truths = {"rows": [without(found, row, NEIGHBOURS) for found, row in
-                       zip(nearest(dataset, own, NEIGHBOURS + 1), numbers.tolist(), strict=True)]}  # fmt: skip
-    if "texts" in queries:
-        truths["texts"] = nearest(dataset, queries["texts"], NEIGHBOURS)
-    read, recall = _fewest(index, lists, queries, truths, numbers)
+    queries, truths = _queries(dataset, texts)
+    read, recall = _fewest_lists(index, lists, queries, truths)
     storage = dataset.storage
     with storage.staged() as staged:
         with explained(str(staged.path), needed=count * dataset.dim * 2):
@@ -128,36 +120,41 @@ def build_index(dataset: Dataset, texts: Callable[[], NDArray[np.float32] | None
     return card
 
 
+def lists_for(vectors: int) -> int:
+    """The number of lists of an inverted file over this many vectors."""
+    return max(1, min(LISTS, int(4 * vectors**0.5), vectors // LEAST))
+
+
 def read_card(dataset: Dataset) -> IndexCard:
-    """The card of the dataset's index.
+    """Read the metadata of the dataset's index.
 
     Raises:
-        ArtifactError: there is none, or it is of another state of the dataset.
+        ArtifactError: there is no index, or it was built for another state of the dataset.
     """
     build = f"python -m pipeline.search {dataset.url} --build-index"
     data = dataset.storage.read(CARD)
     if data is None:
-        raise ArtifactError(f"{dataset.url}: has no index; {build} makes one, and without --index the search is exact")
+        raise ArtifactError(f"{dataset.url}: has no index; {build} builds one; without --index the search is exact")
     try:
         card = IndexCard(**json.loads(data))
         fits = card.version == VERSION and dict(card.dataset) == dataset.fingerprint
     except (ValueError, TypeError) as error:
-        raise ArtifactError(f"{dataset.url}/{CARD}: not readable ({error}); {build} makes it anew") from error
+        raise ArtifactError(f"{dataset.url}/{CARD}: not readable ({error}); {build} rebuilds it") from error
     if not fits:
-        raise ArtifactError(f"{dataset.url}: its index is of another state of the dataset; {build} makes it anew")
+        raise ArtifactError(f"{dataset.url}: its index is of another state of the dataset; {build} rebuilds it")
     if dataset.storage.size(card.file) != card.size:
-        raise ArtifactError(f"{dataset.url}/{card.file}: missing or torn; {build} makes it anew")
+        raise ArtifactError(f"{dataset.url}/{card.file}: missing or torn; {build} rebuilds it")
     return card
 
 
 def search_index(dataset: Dataset, query: NDArray[np.float32], count: int) -> Found:
-    """About the ``count`` nearest rows; scores and order are those of the stored embeddings.
+    """The ``count`` nearest rows, approximately; scores and order are those of the stored embeddings.
 
     Raises:
-        ArtifactError: there is no index that fits.
+        ArtifactError: there is no valid index.
         ConfigError: FAISS is not installed.
     """
-    faiss, card = faiss_or_told("--index"), read_card(dataset)
+    faiss, card = import_faiss("--index"), read_card(dataset)
     index = _open(faiss, dataset, card)
     index.nprobe = card.lists_read
     rows = index.search(query[None], min(card.vectors, WIDER * count))[1][0]
@@ -168,7 +165,7 @@ def _open(faiss: Any, dataset: Dataset, card: IndexCard) -> Any:
     storage = dataset.storage
     try:
         if isinstance(storage, LocalStorage):
-            # Mapped: only the lists that are looked at are read.
+            # Memory-mapped: only the lists that a query needs are read.
             return faiss.read_index(str(storage.root / card.file), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
         data = storage.read(card.file)
         if data is None:
@@ -177,18 +174,33 @@ def _open(faiss: Any, dataset: Dataset, card: IndexCard) -> Any:
     except (RuntimeError, MemoryError) as error:
         build = f"python -m pipeline.search {dataset.url} --build-index"
         raise ArtifactError(
-            f"{storage.url}/{card.file}: FAISS cannot read it ({error}); {build} makes it anew"
+            f"{storage.url}/{card.file}: FAISS cannot read it ({error}); {build} rebuilds it"
         ) from error
 
 
-def _fewest(
-    index: Any,
-    lists: int,
-    queries: Mapping[str, NDArray[np.float32]],
-    truths: Mapping[str, list[Found]],
-    numbers: NDArray[np.int64],
+def _queries(
+    dataset: Dataset, texts: Callable[[], NDArray[np.float32] | None]
+) -> tuple[dict[str, NDArray[np.float32]], dict[str, list[Found]]]:
+    """Queries to measure recall with, by kind, and their exact results."""
+    rows, numbers = spread(dataset, min(dataset.vectors, QUERIES))
+    queries = {"rows": rows}
+    exact = nearest(dataset, rows, NEIGHBOURS + 1)
+    truths = {"rows": [without(found, row, NEIGHBOURS) for found, row in zip(exact, numbers.tolist(), strict=True)]}
+    try:
+        vectors = texts()
+    except ModelError as error:
+        log.warning("recall is measured for rows alone: %s", error)
+        vectors = None
+    if vectors is not None and len(vectors):
+        queries["texts"] = vectors[:: max(1, len(vectors) // QUERIES)][:QUERIES]
+        truths["texts"] = nearest(dataset, queries["texts"], NEIGHBOURS)
+    return queries, truths
+
+
+def _fewest_lists(
+    index: Any, lists: int, queries: Mapping[str, NDArray[np.float32]], truths: Mapping[str, list[Found]]
 ) -> tuple[int, dict[str, float]]:
-    """As few lists as give the recall wanted for every kind of query, and that recall."""
+    """The fewest lists, by powers of two, that give the wanted recall for every kind of query, and that recall."""
     read = 1
     while True:
         index.nprobe = read

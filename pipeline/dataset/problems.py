@@ -1,4 +1,4 @@
-"""What is wrong with a part: its place, size and digest, its rows and counts, and the job that it says it is of."""
+"""Checks of a part against its commit and the plan: name, size, digest, rows, counts, fingerprints."""
 
 from __future__ import annotations
 
@@ -20,99 +20,96 @@ from pipeline.storage.base import Storage
 from pipeline.storage.retry import retried
 from pipeline.storage.urls import explained, open_arrow
 
-# Parts of a store up to this many bytes are held whole by the threads that look at them.
+# Parts of an object store up to this many bytes are read into memory for the check.
 WHOLE_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Something wrong with a part: a short name of it, and a sentence."""
+    """A problem of a part: its kind in two words, and a sentence."""
 
     kind: str
     text: str
 
 
+@dataclass(frozen=True, slots=True)
+class PartRecord:
+    """The fields of a commit: shard, name of the part, rows, bytes, SHA-256 in hex, rows by status."""
+
+    shard: int
+    part: str
+    rows: int
+    size: int
+    sha256: str
+    counts: Mapping[str, int]
+
+
 def prefix_of(shard: int) -> str:
-    """What the name of every part of a shard begins with."""
+    """The beginning of the name of every part of a shard."""
     return f"part-{shard:05d}-"
 
 
 def audit(
-    storage: Storage,
-    plan: Plan,
-    size_of: Callable[[str], int | None],
-    *,
-    every_byte: bool,
-    shard: int,
-    part: str,
-    rows: int,
-    size: int,
-    sha256: str,
-    counts: Mapping[str, int],
+    storage: Storage, plan: Plan, size_of: Callable[[str], int | None], record: PartRecord, *, every_byte: bool
 ) -> Problem | None:
-    """The first thing wrong with a part, or with what its commit says of it.
+    """The first problem of a part or of what its commit records, or None.
 
     Args:
         storage: the dataset.
-        plan: what it is.
-        size_of: the bytes of a file of the output, or None if it is not there.
-        every_byte: read the part, whatever the storage can prove of it. Else a digest that the storage itself keeps
-            with the bytes is enough, if it is that of the commit.
-        shard: of the commit, as all that follows.
-        part: its name.
-        rows: its rows.
-        size: its bytes.
-        sha256: its digest.
-        counts: its rows by status.
+        plan: its plan.
+        size_of: returns the bytes of a file of the dataset, or None if it is missing.
+        record: the content of the commit.
+        every_byte: read the part even if the storage keeps its digest with the bytes, which is enough otherwise.
 
     Raises:
-        StorageError: the storage does not answer, which says nothing about the part.
+        StorageError: the storage does not answer, which is not a problem of the part.
     """
-    wanted = min(plan.shard_rows, plan.rows - shard * plan.shard_rows)
-    if not part.startswith(prefix_of(shard)):
-        return Problem("wrong part", f"the commit names {part}, which is no part of shard {shard}")
+    part, size, sha256 = record.part, record.size, record.sha256
+    wanted = min(plan.shard_rows, plan.rows - record.shard * plan.shard_rows)
+    if not part.startswith(prefix_of(record.shard)):
+        return Problem("wrong part", f"the commit names {part}, which is no part of shard {record.shard}")
     there = size_of(part)
     if there is None:
         return Problem("missing part", f"its part {part} is missing")
     if there != size:
         return Problem("wrong size", f"its part {part} has {there} bytes, not {size}")
-    if rows != wanted:
-        return Problem("wrong rows", f"the commit says {rows} rows; the plan gives the shard {wanted}")
-    if sum(counts.values()) != rows:
-        return Problem("wrong counts", f"the counts of the commit add up to {sum(counts.values())}, not {rows} rows")
+    if record.rows != wanted:
+        return Problem("wrong rows", f"the commit says {record.rows} rows; the plan gives the shard {wanted}")
+    total = sum(record.counts.values())
+    if total != record.rows:
+        return Problem("wrong counts", f"the counts of the commit add up to {total}, not {record.rows} rows")
     if not every_byte and storage.proven(part) == sha256:
         return None
-    # A part in a store is read once, where it fits into memory beside those of the other threads.
+    # A part in an object store is downloaded once, if it fits into memory beside those of the other threads.
     data = storage.read(part) if size <= WHOLE_BYTES and storage.remote else None
     found = storage.digest(part) if data is None else hashlib.sha256(data).hexdigest()
+    if found is None:
+        return Problem("missing part", f"its part {part} is missing")
     if found != sha256:
-        if found is None:
-            return Problem("missing part", f"its part {part} is missing")
         return Problem("wrong digest", f"its part {part} has another digest: {found[:16]}..., not {sha256[:16]}...")
     url = f"{storage.url}/{part}"
-    # A fault that may pass is no damage.
+    # A transient error of the storage is retried; it is not damage.
     with explained(url):
-        return retried(url, lambda: _look_into(url, data, plan, part, rows, counts))
+        return retried(url, lambda: _audit_content(url, data, plan, record))
 
 
-def _look_into(
-    url: str, data: bytes | None, plan: Plan, part: str, rows: int, counts: Mapping[str, int]
-) -> Problem | None:
+def _audit_content(url: str, data: bytes | None, plan: Plan, record: PartRecord) -> Problem | None:
+    part = record.part
     try:
-        with _opened(url, data) as parquet:
+        with _open(url, data) as parquet:
             there = parquet.metadata.num_rows
-            if there != rows:
-                return Problem("wrong rows", f"its part {part} has {there} rows, not {rows}")
+            if there != record.rows:
+                return Problem("wrong rows", f"its part {part} has {there} rows, not {record.rows}")
             if problem := _audit_schema(parquet.schema_arrow, plan, part):
                 return problem
-            statuses = _count(parquet)
+            found = _count(parquet)
     except pa.ArrowMemoryError:
         raise
     except pa.ArrowException as error:
         return Problem("unreadable part", f"its part {part} is not readable as Parquet: {error}")
-    told = {name: count for name, count in counts.items() if count}
-    if statuses != told:
-        return Problem("wrong counts", f"its part {part} holds {_listed(statuses)}; the commit says {_listed(told)}")
+    wanted = {name: count for name, count in record.counts.items() if count}
+    if found != wanted:
+        return Problem("wrong counts", f"its part {part} holds {_listed(found)}; the commit says {_listed(wanted)}")
     return None
 
 
@@ -120,18 +117,18 @@ def _audit_schema(schema: pa.Schema, plan: Plan, part: str) -> Problem | None:
     if tuple(schema.names[-len(OUTPUT_COLUMNS) :]) != OUTPUT_COLUMNS:
         return Problem("wrong schema", f"its part {part} has the columns {', '.join(schema.names)}")
     try:
-        prints = json.loads((schema.metadata or {}).get(METADATA_KEY, b""))
+        found = json.loads((schema.metadata or {}).get(METADATA_KEY, b""))
     except ValueError:
-        prints = None
-    if not isinstance(prints, dict):
+        found = None
+    if not isinstance(found, dict):
         return Problem("wrong fingerprints", f"its part {part} has no fingerprints in its metadata")
     wanted = json.loads(json.dumps(plan.fingerprints))
-    differing = sorted(name for name in {*prints, *wanted} if prints.get(name) != wanted.get(name))
-    # A part that was shared says of which manifest it was when it was written.
-    shared = differing == ["manifest"] and source_of(prints) in plan.sources
+    differing = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
+    # A shared part has the manifest that it was written for.
+    shared = differing == ["manifest"] and source_of(found) in plan.sources
     if differing and not shared:
         return Problem("wrong fingerprints", f"its part {part} is of another job; what differs: {', '.join(differing)}")
-    # The id and the kept columns; the image's own stands second in the fingerprint, and not in the output.
+    # The id and the kept columns; the image column is second in the fingerprint, and not in the output.
     wanted_names = [name for place, name in enumerate(wanted["manifest"]["columns"]) if place != 1]
     kind, dtype = schema.field("embedding").type, str(wanted["output"]["dtype"])
     stored = pa.types.is_fixed_size_list(kind) and kind.value_type == pa.type_for_alias(dtype)
@@ -149,13 +146,12 @@ def _count(parquet: pq.ParquetFile) -> dict[str, int]:
 
 
 @contextmanager
-def _opened(url: str, data: bytes | None) -> Iterator[Any]:
+def _open(url: str, data: bytes | None) -> Iterator[Any]:
     with open_arrow(url) if data is None else pa.BufferReader(data) as file:
         try:
             yield pq.ParquetFile(file, pre_buffer=False)
         except OSError as error:
-            # Arrow tells of a damaged file so too, then without a number of the system's; drivers of stores raise
-            # classes of their own.
+            # Arrow raises this for a damaged file too, then without errno; drivers of stores raise subclasses.
             if type(error) is OSError and error.errno is None:
                 raise pa.ArrowInvalid(str(error)) from error
             raise

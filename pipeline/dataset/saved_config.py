@@ -1,4 +1,4 @@
-"""The config of a dataset as its plan keeps it: what the rows follow from, without what is this run's alone."""
+"""The config of a dataset in its plan: every setting that the rows depend on, without settings of a single run."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from pipeline.config.validate import check
 from pipeline.core.errors import ConfigError, PlanMismatch
 from pipeline.storage.urls import is_local, local_path
 
-# A run may change these at will: the rows are the same, and so must be the plan.
+# Settings that do not change the rows, and must not change the plan.
 _OF_THE_RUN = {
     "cluster", "report", "run", "log", "metrics", "serve", "loader.workers", "loader.prefetch", "loader.isolation",
     "prompts.cache", "backend.artifacts", "backend.streams", "output.dir", "output.lease_seconds",
     "errors.grace_seconds",
 }  # fmt: skip
-# Addresses that may be relative to where the command was given.
+# Addresses that may be relative to the current folder.
 _PLACES = ("manifest.path", "manifest.root", "prompts.path")
 
 
 def recipe_of(config: Config) -> dict[str, Any]:
-    """What the plan keeps of a config, by group; local places are absolute."""
+    """The settings that a plan keeps, by group; local paths are absolute."""
     recipe: dict[str, Any] = {}
     for group, values in asdict(config).items():
         kept = {name: value for name, value in values.items() if not {group, f"{group}.{name}"} & _OF_THE_RUN}
@@ -34,17 +34,17 @@ def recipe_of(config: Config) -> dict[str, Any]:
         address = value_of(config, key)
         if address is not None and is_local(address):
             recipe[group][name] = _absolute(address)
-    # A model is a name on the hub, unless a folder is there.
+    # A model is a name on the hub, unless it is a folder.
     if config.model.name != DEMO_MODEL and (Path(config.model.name).expanduser() / "config.json").is_file():
         recipe["model"]["name"] = _absolute(config.model.name)
     return recipe
 
 
 def config_of(recipe: Mapping[str, Any], output: str) -> Config:
-    """The config that makes the same rows at ``output``; what the plan does not keep has its default.
+    """The config that makes the same rows at ``output``; settings that the plan does not keep have defaults.
 
     Raises:
-        PlanMismatch: the plan keeps no config, or one that this version does not know.
+        PlanMismatch: the plan keeps no config, or one of another version.
     """
     if not recipe:
         raise PlanMismatch(f"{output}/_plan.json: keeps no config to repair with; run the command that began it")

@@ -1,4 +1,4 @@
-"""The rows nearest to a vector, exactly, by reading every embedding once; memory does not grow with the dataset."""
+"""Exact search for the rows nearest to a vector: every embedding is read once, a few parts at a time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipeline.core.errors import ConfigError, NumericalError, Problem
 from pipeline.dataset.commits import Commit
 from pipeline.dataset.dataset import Dataset, vectors_of
 
-# float32 products of vectors of length 1 are off by less; what comes as near to the last place is computed again.
+# The error of a float32 product of unit vectors is smaller; candidates this close to the last one are recomputed.
 MARGIN = 1e-4
 
 
@@ -33,7 +33,7 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """One row that was found; ``kept`` are its columns from the manifest."""
+    """One row of a result; ``kept`` are its columns from the manifest."""
 
     rank: int
     score: float
@@ -45,7 +45,7 @@ class Hit:
 def nearest(dataset: Dataset, queries: NDArray[np.float32], count: int) -> list[Found]:
     """The ``count`` rows with the largest inner product with each query, float32 ``[Q, D]`` of length 1.
 
-    Rows and queries have length 1, so that this is the cosine; of embeddings stored in float16, up to 0.001 beside it.
+    Rows and queries have length 1, so this is the cosine. With float16 embeddings the error is up to 0.001.
     """
     _check(dataset, queries)
 
@@ -64,7 +64,7 @@ def nearest(dataset: Dataset, queries: NDArray[np.float32], count: int) -> list[
 
 
 def merge(found: Sequence[Found], count: int) -> Found:
-    """The best of several."""
+    """The best ``count`` rows of several results."""
     rows = np.concatenate([each.rows for each in found])
     scores = np.concatenate([each.scores for each in found])
     order = np.lexsort((rows, -scores))[:count]
@@ -72,13 +72,13 @@ def merge(found: Sequence[Found], count: int) -> Found:
 
 
 def score(stored: NDArray[Any], query: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Inner products in float64, each row's by itself: equal rows have equal scores, wherever they stand."""
+    """Inner products in float64, computed row by row: equal rows have equal scores at any position."""
     products: NDArray[np.float64] = (stored.astype(np.float64) * query.astype(np.float64)).sum(axis=1)
     return products
 
 
 def rescore(dataset: Dataset, rows: NDArray[np.int64], query: NDArray[np.float32], count: int) -> Found:
-    """The best of some rows; reads their parts."""
+    """The best ``count`` of some rows; reads their parts."""
     none = Found(np.zeros(0, np.int64), np.zeros(0))
 
     def of_part(commit: Commit, table: pa.Table) -> Found:
@@ -92,9 +92,8 @@ def rescore(dataset: Dataset, rows: NDArray[np.int64], query: NDArray[np.float32
 
 
 def fetch(dataset: Dataset, found: Found) -> list[Hit]:
-    """The rows that were found, with what is known of them; reads their parts, without the embeddings."""
+    """The rows of a result with id, label and kept columns; reads their parts, without the embeddings."""
     columns = [dataset.id, *dataset.kept, "label"]
-    known: dict[int, dict[str, Any]] = {}
 
     def take(commit: Commit, table: pa.Table) -> dict[int, dict[str, Any]]:
         start = int(dataset.starts[commit.shard])
@@ -102,14 +101,19 @@ def fetch(dataset: Dataset, found: Found) -> list[Hit]:
         taken = table.take(pa.array([row - start for row in wanted], pa.int64())).to_pylist()
         return dict(zip(wanted, taken, strict=True))
 
+    content: dict[int, dict[str, Any]] = {}
     for part in dataset.each(take, columns, parts=_parts(dataset, found.rows)):
-        known |= part
-    hits = []
-    for rank, (row, value) in enumerate(zip(found.rows.tolist(), found.scores.tolist(), strict=True), 1):
-        content = known[row]
-        kept = {name: content[name] for name in dataset.kept}
-        hits.append(Hit(rank=rank, score=value, id=content[dataset.id], label=content["label"], kept=kept))
-    return hits
+        content |= part
+    return [
+        Hit(
+            rank=rank,
+            score=value,
+            id=content[row][dataset.id],
+            label=content[row]["label"],
+            kept={name: content[row][name] for name in dataset.kept},
+        )
+        for rank, (row, value) in enumerate(zip(found.rows.tolist(), found.scores.tolist(), strict=True), 1)
+    ]
 
 
 def find_row(dataset: Dataset, id: str) -> tuple[int, NDArray[np.float32]]:
@@ -134,13 +138,13 @@ def find_row(dataset: Dataset, id: str) -> tuple[int, NDArray[np.float32]]:
     row = dataset.read(commit, ["embedding", "status", "error"]).slice(place, 1)
     stored, _ = vectors_of(row["embedding"])
     if not len(stored):
-        told = row.select(["status", "error"]).to_pylist()[0]
-        raise ConfigError([Problem("--id", id, f"has no embedding ({told['status']}: {told['error']})")])
+        values = row.select(["status", "error"]).to_pylist()[0]
+        raise ConfigError([Problem("--id", id, f"has no embedding ({values['status']}: {values['error']})")])
     return int(dataset.starts[commit.shard]) + place, stored[0].astype(np.float32)
 
 
 def without(found: Found, row: int | None, count: int) -> Found:
-    """The best ``count`` but for one row."""
+    """The best ``count`` rows without one of them."""
     others = found.rows != row
     return Found(found.rows[others][:count], found.scores[others][:count])
 

@@ -143,7 +143,7 @@ def prepare(config: Config, options: NightOptions, store: Storage, day: str) -> 
 
 def begin_anew(pending: PendingNight, reason: str) -> PendingNight:
     """Begin the same night again without the previous one; remove what was made so far."""
-    log.warning("%s: everything is embedded anew, because of %s", pending.day, reason)
+    log.warning("%s: every row is embedded again: %s", pending.day, reason)
     outer = open_below(pending.store, WORK, f"{PREFIX}{pending.day}")
     facts: dict[str, Any] = json.loads(outer.read(BEGUN) or b"{}")
     remove_folder(pending.store, f"{PREFIX}{pending.day}")

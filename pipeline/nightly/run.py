@@ -89,7 +89,7 @@ def _make_dataset(pending: PendingNight, held: lease.Lease) -> NightDataset:
         kinds = compare_rows(pending)
         log.info("%s: %s", pending.day, ", ".join(f"{count:,} {kind}" for kind, count in kinds.items()))
     if not any(kinds[kind.name.lower()] for kind in EMBEDDED):
-        # Rows may be new all the same: those whose bytes the previous night has under another id.
+        # Rows may still be new: those whose bytes the previous night has under another id.
         check_job_without_rows(pending)
         if not pending.snapshot:
             return NightDataset(kinds)
