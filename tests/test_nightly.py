@@ -643,6 +643,7 @@ def door(photos: Collection, tmp_path: Path) -> Callable[..., int]:
     return run
 
 
+@pytest.mark.slow
 def test_the_command_tells_prometheus_and_the_health_check(
     photos: Collection, tmp_path: Path, door: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -688,6 +689,7 @@ def test_the_command_tells_prometheus_and_the_health_check(
         assert door("--date", THIRD, "--store", str(store)) == 75
 
 
+@pytest.mark.slow
 def test_a_range_of_dates_stops_at_the_first_night_that_fails(
     photos: Collection, tmp_path: Path, door: Callable[..., int]
 ) -> None:
