@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.get_closest_marker("compat"):
             item.add_marker(pytest.mark.slow)
         for name in (name for kind in ("compat", "needs") for mark in item.iter_markers(kind) for name in mark.args):
-            if find_spec(name) is None:
+            if not _is_installed(name):
                 item.add_marker(pytest.mark.skip(reason=f"{name} is not installed"))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
@@ -84,6 +84,13 @@ def exported_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(onnx_export, "export_tower", export_once)
         yield
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def _has_tensorrt() -> bool:

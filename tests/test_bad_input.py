@@ -210,10 +210,10 @@ def test_too_many_failures_end_with_3_and_a_whole_dataset(tmp_path: Path) -> Non
     ("rule", "status", "said"),
     [
         ("kill:SIGSEGV", "decoder_crashed", "SIGSEGV"),
-        ("kill:SIGABRT", "decoder_crashed", "SIGABRT"),
+        pytest.param("kill:SIGABRT", "decoder_crashed", "SIGABRT", marks=pytest.mark.slow),
         ("delay:600", "decoder_timeout", "loader.decode_seconds"),
         ("grow:1e12", "out_of_memory", "memory"),
-        ("raise:EIO", "decoder_crashed", "failpoint"),
+        pytest.param("raise:EIO", "decoder_crashed", "failpoint", marks=pytest.mark.slow),
     ],
 )
 def test_a_decoder_that_dies_hangs_or_grows_costs_one_row(tmp_path: Path, rule: str, status: str, said: str) -> None:

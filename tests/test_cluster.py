@@ -50,6 +50,7 @@ def ids_of(config: Config) -> list[str]:
     return pq.read_table(config.manifest.path)["id"].to_pylist()
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_same_bytes_as_one(client: Client, single: Config, tmp_path: Path) -> None:
     report = run_job(on(client, at(single, tmp_path / "out")))
     same(single, tmp_path / "out")
@@ -65,6 +66,7 @@ def test_two_processes_write_the_same_bytes_as_one(client: Client, single: Confi
         assert "Processes</h2>" in (tmp_path / "out" / "_report.html").read_text()
 
 
+@pytest.mark.slow
 def test_the_same_job_again_embeds_nothing(client: Client, single: Config, tmp_path: Path) -> None:
     config = on(client, at(single, tmp_path / "out"))
     run_job(config)
@@ -87,6 +89,7 @@ def test_all_ports_are_bound_to_loopback(client: Client) -> None:
     assert found == {"127.0.0.1"}
 
 
+@pytest.mark.slow
 def test_an_error_of_a_worker_ends_the_job_as_it_is(client: Client, single: Config, tmp_path: Path) -> None:
     config = on(client, at(single, tmp_path / "out"))
     with (
@@ -115,6 +118,7 @@ def mend() -> None:
     prepare.library = library
 
 
+@pytest.mark.slow
 def test_a_worker_that_would_make_other_rows_is_refused(client: Client, single: Config, tmp_path: Path) -> None:
     config = on(client, at(single, tmp_path / "out"))
     run_job(config)

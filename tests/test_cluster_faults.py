@@ -70,6 +70,7 @@ def test_no_shard_is_lost_while_there_is_no_worker(
     assert (report.rows, report.images) == (ROWS, ROWS - 2)
 
 
+@pytest.mark.slow
 def test_the_next_job_takes_back_what_a_killed_driver_left(client: Client, single: Config, tmp_path: Path) -> None:
     client.wait_for_workers(1, timeout=300)
     config = on(client, at(single, tmp_path / "killed"))

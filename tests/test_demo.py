@@ -43,10 +43,12 @@ def top1(chosen: list[scenes.Scene], side: int) -> float:
     return hits / len(chosen)
 
 
+@pytest.mark.slow
 def test_the_demo_model_labels_unseen_scenes() -> None:
     assert top1(list(scenes.scenes(UNSEEN_SEED, 1000)), side=128) >= 0.95
 
 
+@pytest.mark.slow
 def test_the_demo_model_composes_what_it_never_saw_together() -> None:
     assert top1(list(scenes.scenes(UNSEEN_SEED + 1, 1000, only=scenes.HELD_OUT)), side=128) >= 0.70
 

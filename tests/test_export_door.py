@@ -44,6 +44,7 @@ def shell(*arguments: str, options: tuple[str, ...] = ()) -> subprocess.Complete
     )
 
 
+@pytest.mark.slow
 def test_both_towers_are_exported_described_and_found_again(
     root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

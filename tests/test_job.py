@@ -467,6 +467,7 @@ def test_errors_know_their_exit_codes() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_batch_size_that_was_found_is_in_the_plan_and_kept(tmp_path: Path) -> None:
     config = config_for(
         scenes_manifest(tmp_path / "m.parquet", 60),
@@ -487,6 +488,7 @@ def test_a_batch_size_that_was_found_is_in_the_plan_and_kept(tmp_path: Path) -> 
     assert commit.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_decoder_is_compared_with_the_exact_one_and_part_of_the_dataset(tmp_path: Path) -> None:
     config = config_for(scenes_manifest(tmp_path / "m.parquet", 30), tmp_path / "out", images={"decoder": "fast"})
     report = run_job(config)

@@ -645,6 +645,7 @@ def command(photos: Collection, tmp_path: Path) -> Callable[..., int]:
     return run
 
 
+@pytest.mark.slow
 def test_the_command_notifies_prometheus_and_the_health_check(
     photos: Collection, tmp_path: Path, command: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -690,6 +691,7 @@ def test_the_command_notifies_prometheus_and_the_health_check(
         assert command("--date", THIRD, "--store", str(store)) == 75
 
 
+@pytest.mark.slow
 def test_a_range_of_dates_stops_at_the_first_night_that_fails(
     photos: Collection, tmp_path: Path, command: Callable[..., int]
 ) -> None:
