@@ -10,7 +10,7 @@ import numpy as np
 from markupsafe import Markup
 
 from pipeline.core.records import OK
-from pipeline.report.page import environment, place_of, settings, timeline_of, when
+from pipeline.report.page import environment, place_of, settings, throughput_of, timeline_of, when
 from pipeline.report.plots import bare, clock
 from pipeline.report.svg import LINE, SERIES, WIDTH, plot
 from pipeline.report.throughput import WAITS, in_words, share_of_limit
@@ -72,7 +72,7 @@ def compare_page(a: Mapping[str, Any], b: Mapping[str, Any], *, names: tuple[str
 
 def headline(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
     """The comparison in one sentence."""
-    one, other = _pace(a), _pace(b)
+    one, other = throughput_of(a), throughput_of(b)
     if not one or not other:
         idle = (
             "Neither run embedded anything" if one == other else f"The {'second' if one else 'first'} embedded nothing"
@@ -85,10 +85,6 @@ def headline(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
     if ratio > 1:
         return f"The second was {ratio:.2f} times as fast as the first: {rates}"
     return f"The second had {ratio:.0%} of the first's throughput: {rates}"
-
-
-def _pace(report: Mapping[str, Any]) -> float:
-    return float(report["steady_images_per_second"] or report["images_per_second"] or 0.0)
 
 
 def _lines(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Line]:
@@ -105,7 +101,7 @@ def _lines(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Line]:
 
     parity = "{:.6f}"
     lines = [
-        number("images/s after start-up", _pace),
+        number("images/s after start-up", throughput_of),
         number("images/s including start-up", lambda report: report["images_per_second"]),
         number("seconds", lambda report: report["wall_seconds"]),
         number("seconds to the first batch", lambda report: report["startup_seconds"]),

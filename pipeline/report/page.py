@@ -264,12 +264,15 @@ def _runs(report: Mapping[str, Any]) -> list[tuple[dict[str, Any], float]]:
     runs = [*report.get("history", ())[-SHOWN_RUNS:], in_short(report)]
     if len(runs) == 1:
         return []
-    fastest = max(_pace(run) for run in runs) or 1.0
-    return [({**run, "when": when(run["started"]), "pace": _pace(run)}, 100 * _pace(run) / fastest) for run in runs]
+    rates = [throughput_of(run) for run in runs]
+    fastest = max(rates) or 1.0
+    shown = [{**run, "when": when(run["started"]), "pace": rate} for run, rate in zip(runs, rates, strict=True)]
+    return [(run, 100 * rate / fastest) for run, rate in zip(shown, rates, strict=True)]
 
 
-def _pace(run: Mapping[str, Any]) -> float:
-    return float(run["steady_images_per_second"] or run["images_per_second"])
+def throughput_of(run: Mapping[str, Any]) -> float:
+    """Images per second of a run or its summary, after the start-up if that is known."""
+    return float(run["steady_images_per_second"] or run["images_per_second"] or 0.0)
 
 
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -36,24 +36,59 @@ class Extremes:
     least: tuple[Row, ...]
 
 
+class _End:
+    """The rows of each label with the highest scores, or with the lowest (``sign`` -1); labels are codes from 0.
+
+    Of equal scores the earlier row wins.
+    """
+
+    def __init__(self, keep: int, sign: int) -> None:
+        self._keep, self._sign = keep, sign
+        # Heaps of (sign * score, -row, id): the first entry is replaced next.
+        self._heaps: list[list[tuple[float, int, str]]] = []
+        # The sign * score that a row has to exceed, by code; the last one is for rows without a code.
+        self._limits = np.array([np.inf])
+
+    def add(self, codes: NDArray[np.int64], scores: NDArray[np.float64], ids: pa.ChunkedArray, *, start: int) -> None:
+        """Add rows with their codes (-1: none), scores and ids; ``start`` is the number of the first."""
+        new = int(codes.max(initial=-1)) + 1 - len(self._heaps)
+        if new > 0:
+            self._heaps += [[] for _ in range(new)]
+            self._limits = np.concatenate([self._limits[:-1], np.full(new, -np.inf), [np.inf]])
+        values = self._sign * scores
+        places = np.flatnonzero(values > self._limits[codes])
+        # The best first, so that few others enter a heap only to leave it again.
+        for place in places[np.lexsort((places, -values[places]))].tolist():
+            code, value = codes[place], float(values[place])
+            heap = self._heaps[code]
+            if value <= self._limits[code]:
+                continue
+            entry = (value, -(start + place), str(ids[place].as_py()))
+            if len(heap) < self._keep:
+                heapq.heappush(heap, entry)
+            else:
+                heapq.heappushpop(heap, entry)
+            if len(heap) == self._keep:
+                self._limits[code] = heap[0][0]
+
+    def rows(self, code: int, label: str) -> list[Row]:
+        """The rows of a label, the outermost first."""
+        entries = sorted(self._heaps[code], reverse=True) if code < len(self._heaps) else []
+        return [Row(number=-number, id=id, label=label, score=self._sign * value) for value, number, id in entries]
+
+
 class Scores:
-    """Statistics of a dataset that is added part by part, in order; of equal scores the earlier row wins.
+    """Statistics of a dataset that is added part by part, in order.
 
     Args:
         keep: number of rows of each label at either end.
     """
 
     def __init__(self, *, keep: int) -> None:
-        self._keep = keep
         self._labels: Counter[str] = Counter()
         self._bins = np.zeros(BINS, dtype=np.int64)
         self._codes: dict[str, int] = {}
-        # Heaps of (score, -row, id) or (-score, -row, id): the first entry is replaced next.
-        self._most: list[list[tuple[float, int, str]]] = []
-        self._least: list[list[tuple[float, int, str]]] = []
-        # The score that a row needs to enter a full list.
-        self._above = np.empty(0, dtype=np.float64)
-        self._below = np.empty(0, dtype=np.float64)
+        self._most, self._least = _End(keep, 1), _End(keep, -1)
 
     def add(self, ids: pa.ChunkedArray, labels: pa.ChunkedArray, scores: pa.ChunkedArray, *, start: int) -> None:
         """Add the next rows; ``start`` is the number of the first."""
@@ -61,46 +96,17 @@ class Scores:
         names: Sequence[str] = encoded.dictionary.to_pylist()
         local = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)
         values = scores.combine_chunks().fill_null(float("nan")).to_numpy(zero_copy_only=False).astype(np.float64)
-        known = np.isfinite(values)
-        self._bins += np.histogram(np.clip(values[known], 0, 1), bins=BINS, range=(0, 1))[0]
+        self._bins += np.histogram(np.clip(values[np.isfinite(values)], 0, 1), bins=BINS, range=(0, 1))[0]
         counts = np.bincount(local[local >= 0], minlength=len(names))
         for name, count in zip(names, counts.tolist(), strict=True):
             self._labels[name] += count
-            if name not in self._codes and len(self._codes) < MOST_LABELS:
-                self._codes[name] = len(self._codes)
-                self._most.append([])
-                self._least.append([])
-        new = len(self._codes) - len(self._above)
-        self._above = np.concatenate([self._above, np.full(new, -np.inf)])
-        self._below = np.concatenate([self._below, np.full(new, np.inf)])
+            if len(self._codes) < MOST_LABELS:
+                self._codes.setdefault(name, len(self._codes))
         # The last entry is for rows without a label; it has the code -1, as labels beyond the limit.
-        to_code = np.array([*(self._codes.get(name, -1) for name in names), -1], dtype=np.int64)
-        codes = to_code[local]
-        known &= codes >= 0
-        for place in _best(codes, values, known & (values > np.append(self._above, np.inf)[codes])):
-            self._keep_in(self._most, self._above, int(codes[place]), values[place], start + place, ids, place, 1)
-        for place in _best(codes, -values, known & (values < np.append(self._below, -np.inf)[codes])):
-            self._keep_in(self._least, self._below, int(codes[place]), values[place], start + place, ids, place, -1)
-
-    def _keep_in(
-        self,
-        kept: list[list[tuple[float, int, str]]],
-        limits: NDArray[np.float64],
-        code: int,
-        value: float,
-        number: int,
-        ids: pa.ChunkedArray,
-        place: int,
-        sign: int,
-    ) -> None:
-        heap = kept[code]
-        entry = (sign * float(value), -number, str(ids[place].as_py()))
-        if len(heap) < self._keep:
-            heapq.heappush(heap, entry)
-        else:
-            heapq.heappushpop(heap, entry)
-        if len(heap) == self._keep:
-            limits[code] = sign * heap[0][0]
+        codes = np.array([*(self._codes.get(name, -1) for name in names), -1], dtype=np.int64)[local]
+        values[np.isinf(values)] = np.nan
+        for end in (self._most, self._least):
+            end.add(codes, values, ids, start=start)
 
     @property
     def labels(self) -> dict[str, int]:
@@ -116,28 +122,13 @@ class Scores:
         """The extreme rows of the most frequent labels."""
         found = []
         for label in [name for name in self.labels if name in self._codes][:most_labels]:
-            code = self._codes[label]
-            most = [_row(entry, label, 1) for entry in sorted(self._most[code], reverse=True)]
-            taken = {row.number for row in most}
-            least = [_row(entry, label, -1) for entry in sorted(self._least[code], reverse=True)]
+            most = self._most.rows(self._codes[label], label)
             # A row of a rare label is not listed twice.
-            least = [row for row in least if row.number not in taken]
+            least = [row for row in self._least.rows(self._codes[label], label) if row not in most]
             found.append(Extremes(label=label, count=self._labels[label], most=tuple(most), least=tuple(least)))
         return tuple(found)
 
     def least_certain(self, count: int) -> tuple[Row, ...]:
         """The rows with the lowest scores of all labels, lowest first."""
-        rows = [_row(entry, label, -1) for label, code in self._codes.items() for entry in self._least[code]]
+        rows = [row for label, code in self._codes.items() for row in self._least.rows(code, label)]
         return tuple(sorted(rows, key=lambda row: (row.score, row.number))[:count])
-
-
-def _best(codes: NDArray[np.int64], values: NDArray[np.float64], among: NDArray[np.bool_]) -> list[int]:
-    """The positions of the candidates ``among``, highest value first within each label."""
-    places = np.flatnonzero(among)
-    found: list[int] = places[np.lexsort((places, -values[places], codes[places]))].tolist()
-    return found
-
-
-def _row(entry: tuple[float, int, str], label: str, sign: int) -> Row:
-    score, number, id = entry
-    return Row(number=-number, id=id, label=label, score=sign * score)

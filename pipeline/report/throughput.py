@@ -13,7 +13,7 @@ from pipeline.core.run_report import Pace, StagePace
 # Core time of the process outside of all stages.
 OTHER = "other"
 WAITS = (Stage.WAIT_INPUT, Stage.WAIT_OUTPUT)
-# Stages that wait for something besides the cores, so that their core seconds do not tell how fast they can be.
+# Stages that also wait for storage, so that core seconds alone do not give their rate.
 _ELSEWHERE = (Stage.READ, Stage.WRITE)
 # Stages that run on a GPU, although a core waits for them in a busy loop.
 _ON_GPU = (Stage.COPY, Stage.ENCODE, Stage.LABEL)

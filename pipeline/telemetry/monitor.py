@@ -87,12 +87,8 @@ class Monitor:
     def _push(self) -> None:
         if self._url is None:
             return
-        from prometheus_client import pushadd_to_gateway
-
         registry = prometheus.to_registry(PREFIX, self.labels, self._state.metrics())
-        push = partial(
-            pushadd_to_gateway, self._url, self._job, registry, grouping_key=self._group, timeout=PUSH_SECONDS
-        )
+        push = partial(prometheus.push, self._url, self._job, registry, group=self._group, seconds=PUSH_SECONDS)
         try:
             # The timeout of a connection is for a single wait: a slow answer in many pieces would take longer.
             aside(push, name="push").result(2 * PUSH_SECONDS)

@@ -84,3 +84,21 @@ def read_value(path: Path, name: str, labels: Mapping[str, str]) -> float | None
         if sample.name == name and labels.items() <= sample.labels.items():
             return float(sample.value)
     return None
+
+
+def push(url: str, job: str, registry: CollectorRegistry, *, group: Mapping[str, str], seconds: float) -> None:
+    """Send the metrics to a Pushgateway; those of the same names in the group are replaced, others stay.
+
+    Raises:
+        OSError: it does not answer within ``seconds``, or refuses.
+    """
+    from urllib.error import HTTPError
+
+    from prometheus_client import pushadd_to_gateway
+
+    try:
+        pushadd_to_gateway(url, job, registry, grouping_key=dict(group), timeout=seconds)
+    except HTTPError as error:
+        # It holds the connection open.
+        error.close()
+        raise
