@@ -29,7 +29,7 @@ from pipeline.core.records import TextBank
 from pipeline.engine.forward import Labelling
 from pipeline.serve import __main__ as serve
 from pipeline.serve.app import build
-from pipeline.serve.batching import Batcher, next_batch_size
+from pipeline.serve.batching import Batcher, BatchLimits, next_batch_size
 from pipeline.serve.engine import shapes
 from pipeline.serve.errors import Refused
 from pipeline.serve.forward import Forward, Picture
@@ -68,7 +68,7 @@ def test_answers_of_shared_batches_never_go_to_another() -> None:
         return [each * each for each in given]
 
     async def main() -> None:
-        batcher = Batcher(squares, shapes=[8], streams=3, wait=0.001)
+        batcher = Batcher(squares, BatchLimits([8], streams=3, wait=0.001))
 
         async def ask(number: int) -> None:
             await asyncio.sleep(random.random() / 20)
@@ -90,7 +90,7 @@ def test_a_full_batch_does_not_wait_and_another_one_waits_its_time() -> None:
     async def main() -> list[list[float]]:
         waited: list[list[float]] = []
         batcher = Batcher(
-            squares, shapes=[4], streams=1, wait=0.2, on_start=lambda seconds: waited.append(list(seconds))
+            squares, BatchLimits([4], streams=1, wait=0.2), on_start=lambda seconds: waited.append(list(seconds))
         )
         await asyncio.gather(*(batcher.submit(number) for number in range(6)))
         return waited
@@ -105,7 +105,7 @@ def test_a_full_batch_does_not_wait_and_another_one_waits_its_time() -> None:
 
 def test_what_waits_while_every_lane_works_goes_together() -> None:
     async def main() -> None:
-        batcher = Batcher(squares, shapes=[100], streams=1, wait=0)
+        batcher = Batcher(squares, BatchLimits([100], streams=1, wait=0))
         await asyncio.gather(*(batcher.submit(number) for number in range(50)))
 
     with ThreadPoolExecutor(1) as pool:
@@ -116,7 +116,7 @@ def test_what_waits_while_every_lane_works_goes_together() -> None:
 
 def test_a_cancelled_request_drops_out_of_the_queue() -> None:
     async def main() -> None:
-        batcher = Batcher(squares, shapes=[4], streams=1, wait=0.05)
+        batcher = Batcher(squares, BatchLimits([4], streams=1, wait=0.05))
         answers = [batcher.submit(number) for number in range(3)]
         answers[0].cancel()
         answers[2].cancel()
@@ -135,7 +135,7 @@ def test_an_error_of_a_batch_goes_to_all_of_it_and_ends_there() -> None:
         return list(given)
 
     async def main() -> list[Any]:
-        batcher = Batcher(squares, shapes=[2], streams=1, wait=0)
+        batcher = Batcher(squares, BatchLimits([2], streams=1, wait=0))
         return await asyncio.gather(*(batcher.submit(number) for number in (0, 1, 2, 3)), return_exceptions=True)
 
     with ThreadPoolExecutor(1) as pool:

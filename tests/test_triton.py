@@ -193,7 +193,7 @@ def test_a_configuration_has_every_field_that_was_asked_for(configs: dict[str, A
 
 def test_the_graphs_hold_what_every_onnx_runtime_since_1_18_knows(repository: Path, store: Path) -> None:
     for name in ("demo_image", "demo_text"):
-        graph = read_graph(repository / name / "1" / "model.onnx")
+        graph = read_graph(repository / name / "1" / "model.onnx", "fp32", 77)
         assert graph.ir <= 10
         assert graph.opset <= 21
     for artifact in ArtifactStore(store).artifacts():
@@ -353,9 +353,9 @@ def test_the_client_asks_and_reads_the_answer(
 @pytest.mark.parametrize("tower", ["image", "text"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_tensorrt_is_asked_for_one_engine_of_all_shapes(repository: Path, tower: str, precision: str) -> None:
-    graph = read_graph(repository / f"demo_{tower}" / "1" / "model.onnx")
+    graph = read_graph(repository / f"demo_{tower}" / "1" / "model.onnx", precision, 77)
     serving = Serving(max_batch_size=32, instances=2, tensorrt=True, engine_cache='/srv/"Käse" \\ engines')
-    config = parsed(to_text(model_config("m", graph, serving, precision=precision, tokens=77, about={})))
+    config = parsed(to_text(model_config("m", graph, serving, about={})))
     kind = schema().ModelInstanceGroup.KIND_GPU
     assert [(one.kind, one.count) for one in config.instance_group] == [(kind, 2)]
     (accelerator,) = config.optimization.execution_accelerators.gpu_execution_accelerator
@@ -375,10 +375,10 @@ def test_tensorrt_is_asked_for_one_engine_of_all_shapes(repository: Path, tower:
 
 
 def test_int8_stays_on_the_cpu_and_fp16_on_gpus(repository: Path) -> None:
-    graph = read_graph(repository / "demo_image" / "1" / "model.onnx")
+    path = repository / "demo_image" / "1" / "model.onnx"
     kinds = schema().ModelInstanceGroup.Kind
     for precision, kind in (("int8", "KIND_CPU"), ("fp16", "KIND_GPU")):
-        text = to_text(model_config("m", graph, Serving(), precision=precision, tokens=32, about={}))
+        text = to_text(model_config("m", read_graph(path, precision, 32), Serving(), about={}))
         config = parsed(text)
         assert config.instance_group[0].kind == kinds.Value(kind)
         assert not config.HasField("optimization")
@@ -442,7 +442,7 @@ def test_texts_of_one_length_have_a_fixed_axis_and_no_mask(tmp_path: Path) -> No
     graph = onnx.helper.make_graph([node], "text", [ends[0]], [ends[1]])
     onnx.save(onnx.helper.make_model(graph), tmp_path / GRAPH)
     serving = Serving(max_batch_size=4, tensorrt=True)
-    text = to_text(model_config("m", read_graph(tmp_path / GRAPH), serving, precision="fp32", tokens=64, about={}))
+    text = to_text(model_config("m", read_graph(tmp_path / GRAPH, "fp32", 64), serving, about={}))
     config = parsed(text)
     assert [list(one.dims) for one in config.input] == [[64]]
     (accelerator,) = config.optimization.execution_accelerators.gpu_execution_accelerator

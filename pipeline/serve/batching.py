@@ -42,14 +42,21 @@ def next_batch_size(count: int, shapes: Sequence[int]) -> int:
     return count if 2 * count > larger or not smaller else smaller
 
 
+@dataclass(frozen=True, slots=True)
+class BatchLimits:
+    """Batch sizes of the encoders, batches that run at the same time, and seconds to wait while a stream is free."""
+
+    shapes: Sequence[int]
+    streams: int
+    wait: float
+
+
 class Batcher(Generic[_Input, _Output]):
-    """Queue that forms batches and runs up to ``streams`` of them at a time.
+    """Queue that forms batches and runs several of them at a time.
 
     Args:
         start: starts a batch in another thread; its result has one entry for each item, in order.
-        shapes: batch sizes of the encoders, see :func:`next_batch_size`.
-        streams: batches that run at the same time.
-        wait: seconds that an item waits for others while a stream is free.
+        limits: sizes, number and waiting time of the batches.
         on_start: called with the seconds that each item of a batch has waited.
         on_end: called with the seconds that a batch took.
     """
@@ -57,15 +64,13 @@ class Batcher(Generic[_Input, _Output]):
     def __init__(
         self,
         start: Callable[[Sequence[_Input]], Future[Sequence[_Output]]],
+        limits: BatchLimits,
         *,
-        shapes: Sequence[int],
-        streams: int,
-        wait: float,
         on_start: Callable[[Sequence[float]], None] = lambda waited: None,
         on_end: Callable[[float], None] = lambda seconds: None,
     ) -> None:
-        self._start, self._free, self._wait = start, streams, wait
-        self._shapes = sorted(shapes)
+        self._start, self._free, self._wait = start, limits.streams, limits.wait
+        self._shapes = sorted(limits.shapes)
         self._on_start, self._on_end = on_start, on_end
         self._waiting: deque[Item[_Input, _Output]] = deque()
         self._timer: asyncio.TimerHandle | None = None

@@ -19,7 +19,7 @@ from pipeline.core.concurrency import aside
 from pipeline.core.errors import DecoderUnavailable
 from pipeline.core.records import OK, Failure, Pixels
 from pipeline.engine.forward import Labelling
-from pipeline.serve.batching import Batcher
+from pipeline.serve.batching import Batcher, BatchLimits
 from pipeline.serve.engine import Engine, open_engine, shapes
 from pipeline.serve.errors import Refused, invalid
 from pipeline.serve.forward import Picture, Row
@@ -74,9 +74,7 @@ class Service:
             return
         batcher: Batcher[Picture, Row] = Batcher(
             engine.encode,
-            shapes=shapes(self.config),
-            streams=engine.streams,
-            wait=self.config.serve.wait_ms / 1000,
+            BatchLimits(shapes(self.config), engine.streams, wait=self.config.serve.wait_ms / 1000),
             on_start=self._batch_started,
             on_end=self._batch_ended,
         )

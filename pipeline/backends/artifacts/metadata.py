@@ -123,9 +123,9 @@ def read_card(folder: Path) -> tuple[dict[str, Any], list[str]]:
         if path.is_symlink() or (path.exists() and not path.is_file()):
             return {}, [f"{CARD}: not a plain file"]
         card = json.loads(path.read_bytes())
-        if wrong := _misshapen(card):
+        if wrong := _schema_problem(card):
             return {}, [f"{CARD}: {wrong}"]
-        return card, _contradictions(folder, card)
+        return card, _recipe_problems(folder, card)
     except FileNotFoundError:
         return {}, [f"{CARD}: missing"]
     except OSError as error:
@@ -145,7 +145,7 @@ def inspect(folder: Path) -> tuple[dict[str, Any], list[str]]:
         return card, [*problems, f"{error.filename}: {error.strerror or error}"]
     problems += odd
     for name, entry in card["files"].items():
-        if wrong := _wrong(folder, name, entry, sizes):
+        if wrong := _file_problem(folder, name, entry, sizes):
             problems.append(f"{name}: {wrong}")
     problems += [f"{name}: the card names no such file" for name in sorted(sizes.keys() - card["files"] - {CARD})]
     return card, problems
@@ -157,7 +157,7 @@ def is_inside(name: str) -> bool:
     return name == str(path) and not path.is_absolute() and ".." not in path.parts and name not in (".", CARD)
 
 
-def _wrong(folder: Path, name: str, entry: Mapping[str, Any], sizes: Mapping[str, int]) -> str:
+def _file_problem(folder: Path, name: str, entry: Mapping[str, Any], sizes: Mapping[str, int]) -> str:
     if not is_inside(name):
         return "a name that leaves the folder"
     # Only files that were listed without following links are opened.
@@ -171,7 +171,7 @@ def _wrong(folder: Path, name: str, entry: Mapping[str, Any], sizes: Mapping[str
         return error.strerror or str(error)
 
 
-def _misshapen(card: Any) -> str:
+def _schema_problem(card: Any) -> str:
     if not isinstance(card, dict):
         return "not a JSON object"
     for key, kind in SHAPE.items():
@@ -184,7 +184,7 @@ def _misshapen(card: Any) -> str:
     return ""
 
 
-def _contradictions(folder: Path, card: Mapping[str, Any]) -> list[str]:
+def _recipe_problems(folder: Path, card: Mapping[str, Any]) -> list[str]:
     problems = []
     try:
         fingerprint = fingerprint_of(**{key: card[key] for key in ("kind", "model", "options", "versions")})

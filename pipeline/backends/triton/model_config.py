@@ -54,12 +54,17 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Graph:
-    """Inputs and outputs of a graph, and its ONNX IR and operator set versions."""
+    """Inputs, outputs and versions of ONNX's IR and operator set of a graph.
+
+    ``precision`` is fp32, fp16 or int8, ``tokens`` the length of the longest text.
+    """
 
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     ir: int
     opset: int
+    precision: str
+    tokens: int
 
 
 def place_of(out: str) -> Path:
@@ -76,7 +81,7 @@ def problem_of(out: str) -> Problem | None:
     return None
 
 
-def read_graph(path: Path) -> Graph:
+def read_graph(path: Path, precision: str, tokens: int) -> Graph:
     """Read a graph's inputs and outputs; its weights are not loaded.
 
     Raises:
@@ -88,7 +93,7 @@ def read_graph(path: Path) -> Graph:
     opset = next(one.version for one in model.opset_import if one.domain in ("", "ai.onnx"))
     inputs = tuple(_tensor(value, path) for value in model.graph.input)
     outputs = tuple(_tensor(value, path) for value in model.graph.output)
-    return Graph(inputs, outputs, ir=model.ir_version, opset=opset)
+    return Graph(inputs, outputs, ir=model.ir_version, opset=opset, precision=precision, tokens=tokens)
 
 
 def _tensor(value: Any, path: Path) -> Tensor:
@@ -103,17 +108,13 @@ def _tensor(value: Any, path: Path) -> Tensor:
     return Tensor(value.name, Name(TYPES[kind.elem_type]), dims)
 
 
-def model_config(
-    name: str, graph: Graph, serving: Serving, *, precision: str, tokens: int, about: Mapping[str, str]
-) -> dict[str, Any]:
+def model_config(name: str, graph: Graph, serving: Serving, about: Mapping[str, str]) -> dict[str, Any]:
     """Return the fields of Triton's ``ModelConfig`` (triton-inference-server/common, ``model_config.proto``).
 
     Args:
         name: the model's folder.
         graph: its inputs and outputs.
         serving: the serving settings.
-        precision: precision of the graph: fp32, fp16 or int8.
-        tokens: length of the longest text, for the shapes of warm-up and engines.
         about: parameters that the server returns with the model's configuration.
     """
     return {
@@ -123,14 +124,14 @@ def model_config(
         "max_batch_size": serving.max_batch_size,
         "input": [_described(tensor) for tensor in graph.inputs],
         "output": [_described(tensor) for tensor in graph.outputs],
-        "instance_group": [{"kind": _kind(serving, precision), "count": serving.instances}],
+        "instance_group": [{"kind": _kind(graph, serving), "count": serving.instances}],
         "dynamic_batching": {
             "preferred_batch_size": preferred(serving.max_batch_size),
             "max_queue_delay_microseconds": serving.queue_microseconds,
         },
-        "optimization": _optimization(graph, serving, precision, tokens),
+        "optimization": _optimization(graph, serving),
         "parameters": [{"key": key, "value": {"string_value": value}} for key, value in about.items() if value],
-        "model_warmup": [_warmup(graph, size, tokens) for size in sorted({1, serving.max_batch_size})],
+        "model_warmup": [_warmup(graph, size) for size in sorted({1, serving.max_batch_size})],
     }
 
 
@@ -149,17 +150,17 @@ def _described(tensor: Tensor) -> dict[str, Any]:
     return {"name": tensor.name, "data_type": tensor.type, "dims": list(tensor.dims)}
 
 
-def _kind(serving: Serving, precision: str) -> Name:
+def _kind(graph: Graph, serving: Serving) -> Name:
     # TensorRT and fp16 need a GPU; the integer products of a dynamically quantized graph run on the CPU only.
-    if serving.tensorrt or precision == "fp16":
+    if serving.tensorrt or graph.precision == "fp16":
         return Name("KIND_GPU")
-    return Name("KIND_CPU" if precision == "int8" else "KIND_AUTO")
+    return Name("KIND_CPU" if graph.precision == "int8" else "KIND_AUTO")
 
 
-def _optimization(graph: Graph, serving: Serving, precision: str, tokens: int) -> dict[str, Any] | None:
+def _optimization(graph: Graph, serving: Serving) -> dict[str, Any] | None:
     if serving.tensorrt:
-        name, options = "tensorrt", _engine(graph, serving, precision, tokens)
-    elif precision == "fp32":
+        name, options = "tensorrt", _engine(graph, serving)
+    elif graph.precision == "fp32":
         # By default ONNX Runtime computes fp32 on CUDA in TF32, which is not fp32. Ignored without a GPU.
         name, options = "cuda", {"use_tf32": "0"}
     else:
@@ -168,17 +169,17 @@ def _optimization(graph: Graph, serving: Serving, precision: str, tokens: int) -
     return {"execution_accelerators": {"gpu_execution_accelerator": [{"name": name, "parameters": parameters}]}}
 
 
-def _engine(graph: Graph, serving: Serving, precision: str, tokens: int) -> dict[str, str]:
+def _engine(graph: Graph, serving: Serving) -> dict[str, str]:
     """Return the options of one engine for all shapes: building one per shape would delay requests."""
     least = _shapes(graph, 1, FEWEST_TOKENS)
-    most = _shapes(graph, serving.max_batch_size, tokens)
+    most = _shapes(graph, serving.max_batch_size, graph.tokens)
     options = {
-        "precision_mode": precision.upper(),
+        "precision_mode": graph.precision.upper(),
         "trt_profile_min_shapes": least,
         "trt_profile_opt_shapes": most,
         "trt_profile_max_shapes": most,
     }
-    if precision == "fp16":
+    if graph.precision == "fp16":
         options["trt_layer_norm_fp32_fallback"] = "1"
     if serving.engine_cache is not None:
         options |= {"trt_engine_cache_enable": "1", "trt_engine_cache_path": serving.engine_cache}
@@ -191,11 +192,11 @@ def _shapes(graph: Graph, batch: int, tokens: int) -> str:
     )
 
 
-def _warmup(graph: Graph, size: int, tokens: int) -> dict[str, Any]:
+def _warmup(graph: Graph, size: int) -> dict[str, Any]:
     """Return the warm-up request of an instance: black images, or a text from a file."""
     inputs = []
     for tensor in graph.inputs:
-        shape = filled(tensor, tokens)
+        shape = filled(tensor, graph.tokens)
         data = {"input_data_file": tensor.name} if len(shape) == 1 else {"zero_data": True}
         inputs.append({"key": tensor.name, "value": {"data_type": tensor.type, "dims": list(shape), **data}})
     return {"name": f"batch of {size}", "batch_size": size, "inputs": inputs}

@@ -93,13 +93,11 @@ def _model(folder: Path, checkpoint: Checkpoint, artifact: Artifact, serving: Se
         target = version / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(artifact.file(name), target)
-    graph, precision = read_graph(version / GRAPH), artifact.card["options"]["precision"]
+    graph = read_graph(version / GRAPH, artifact.card["options"]["precision"], checkpoint.max_tokens)
     config = model_config(
         folder.name,
         graph,
         serving,
-        precision=precision,
-        tokens=checkpoint.max_tokens,
         about={
             "model": checkpoint.name,
             "revision": checkpoint.revision or "",
@@ -111,7 +109,7 @@ def _model(folder: Path, checkpoint: Checkpoint, artifact: Artifact, serving: Se
     tensors = {side: [dataclasses.asdict(one) for one in getattr(graph, side)] for side in ("inputs", "outputs")}
     for one in (*tensors["inputs"], *tensors["outputs"]):
         one["data_type"] = one.pop("type")
-    facts = {"precision": precision, "ir": graph.ir, "opset": graph.opset, "artifact": artifact.fingerprint}
+    facts = {"precision": graph.precision, "ir": graph.ir, "opset": graph.opset, "artifact": artifact.fingerprint}
     return {"name": folder.name, **tensors, **facts, "parity": dict(artifact.card["parity"])}
 
 
