@@ -22,11 +22,11 @@ import dask
 
 from pipeline.config.schema import Config
 from pipeline.core.records import Clocks, Piece, Shard, Stage
-from pipeline.job.cluster import dask_worker as resident
+from pipeline.job.cluster import dask_worker as worker_module
 from pipeline.job.cluster.affinity import VARIABLE, shares
 from pipeline.job.cluster.dask_cluster import SETTINGS, open_processes
 from pipeline.job.cluster.dask_executor import DaskExecutor
-from pipeline.job.cluster.events import Teller
+from pipeline.job.cluster.events import EventSender
 from pipeline.storage.factory import open_storage
 from pipeline.telemetry.members import Member
 
@@ -40,7 +40,7 @@ class Stub:
 
     def __init__(self, worker: Any) -> None:
         clocks = Clocks({stage: 1.0 for stage in Stage}, {stage: 1.0 for stage in Stage})
-        self._teller = Teller(worker, f"pipeline-{TOKEN}")
+        self._events = EventSender(worker, f"pipeline-{TOKEN}")
         self._member = Member(str(worker.name), "host", id(self) % 100_000, "cpu", 1, 1.0, clocks=clocks)
 
     def put(self, shard: Shard) -> Future[None]:
@@ -52,15 +52,16 @@ class Stub:
             "committed": True,
         }
         for _ in range(8):
-            self._teller.tell({"images": 512})
-        self._teller.tell({"report": report, "member": self._member.to_json()})
+            self._events.send({"images": 512})
+        self._events.send({"report": report, "member": self._member.to_json()})
         done: Future[None] = Future()
         done.set_result(None)
         return done
 
 
 def plant(dask_worker: Any) -> None:
-    resident._RESIDENTS[TOKEN] = Stub(dask_worker)  # type: ignore[assignment]
+    # Dask passes the worker by this name.
+    worker_module._STATES[TOKEN] = Stub(dask_worker)  # type: ignore[assignment]
 
 
 def measure(shards: int, workers: int) -> dict[str, float]:

@@ -33,7 +33,7 @@ from pipeline.engine import prepare
 from pipeline.engine.prepare import open_inputs
 from pipeline.job.cluster import dask_executor, dask_worker
 from pipeline.job.cluster.dask_cluster import open_cluster
-from pipeline.job.cluster.job_spec import Order
+from pipeline.job.cluster.job_spec import JobSpec
 from pipeline.job.cluster.part import Part
 from pipeline.job.main import run_job
 from pipeline.storage.factory import open_storage
@@ -89,7 +89,7 @@ def test_the_next_job_takes_back_what_a_killed_driver_left(client: Client, singl
 def residents() -> int:
     from pipeline.job.cluster import dask_worker
 
-    return len(dask_worker._RESIDENTS)
+    return len(dask_worker._STATES)
 
 
 class Foreign:
@@ -174,7 +174,7 @@ def test_workers_that_another_scheduler_lost_with_a_shard_are_counted() -> None:
 
 def test_a_model_whose_job_ends_while_it_opens_is_closed_again(single: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = open_inputs(single)
-    order = Order("token", single, inputs.manifest, inputs.checkpoint.fingerprint)
+    spec = JobSpec("token", single, inputs.manifest, inputs.checkpoint.fingerprint)
     go, closed = threading.Event(), threading.Event()
 
     def open_engine(config: Any, inputs: Any, storage: Any, opened: Any) -> None:
@@ -182,7 +182,7 @@ def test_a_model_whose_job_ends_while_it_opens_is_closed_again(single: Config, m
         opened.callback(closed.set)
 
     monkeypatch.setattr(prepare, "open_engine", open_engine)
-    found = dask_worker.Resident(SimpleNamespace(name="w", address="", log_event=lambda *_: None), order)
+    found = dask_worker.WorkerState(SimpleNamespace(name="w", address="", log_event=lambda *_: None), spec)
     found.close()
     go.set()
     assert closed.wait(60)

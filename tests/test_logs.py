@@ -23,7 +23,7 @@ from pipeline.core.cli import error_line
 from pipeline.core.errors import ConfigError, Interrupted, ManifestError, NumericalError, Problem
 from pipeline.core.log_format import SILENCED, JsonLines, ending, new_run, shard_of, silence, within
 from pipeline.job.cluster.dask_executor import DaskExecutor
-from pipeline.job.cluster.events import Forward, Teller
+from pipeline.job.cluster.events import EventSender, Forward
 from pipeline.storage.factory import open_storage
 from pipeline.telemetry.logs import library_messages, log_to, log_to_terminal, progress_mode
 from pipeline.telemetry.progress import Progress
@@ -298,7 +298,7 @@ def test_what_a_worker_says_is_passed_on_with_its_name_and_its_shard(
             messages.append(json.loads(json.dumps(message)))
 
     messages: list[dict[str, Any]] = []
-    forward = Forward(Teller(Worker(), "topic"), "worker 3 (process 9 on node)", logging.INFO)
+    forward = Forward(EventSender(Worker(), "topic"), "worker 3 (process 9 on node)", logging.INFO)
     with within(7):
         forward.emit(record_of("%s: try %d", "s3://b/x", 2, tries=2))
     fleet = DaskExecutor(Config(), open_storage(str(tmp_path)), lambda: None)

@@ -170,7 +170,7 @@ class Loader:
             yield item
 
     def fail(self, error: BaseException) -> None:
-        """End the stream with an error of whoever encodes its batches, so that nobody waits for more of them."""
+        """End the stream with an error of the encoder, so that no thread waits for more batches."""
         self._ready.put(error)
 
     def release(self, batch: ImageBatch) -> None:

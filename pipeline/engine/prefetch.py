@@ -1,4 +1,4 @@
-"""An iterator that runs in a thread of its own, some way ahead of whoever asks for its items."""
+"""An iterator that runs in a thread of its own, ahead of its consumer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Ahead(Generic[Item]):
         count: items that may wait to be asked for.
         size: what they may weigh together; one may wait whatever it weighs.
         weigh: the weight of an item.
-        abandoned: asked often; says that nobody wants the items any more.
+        abandoned: called often; true once the items are not needed any more.
         name: of the thread.
     """
 
@@ -65,7 +65,7 @@ class Ahead(Generic[Item]):
         """The items.
 
         Raises:
-            Abandoned: nobody wants them any more.
+            Abandoned: the items are not needed any more.
         """
         while True:
             with self._changed:

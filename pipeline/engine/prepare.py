@@ -97,7 +97,7 @@ def open_inputs(config: Config) -> Inputs:
         check_places(config, manifest)
         unique = aside(partial(check_ids, manifest), name="ids")
         with suppress(TimeoutError):
-            # A wrong manifest of ordinary size is told before a model is opened.
+            # A wrong manifest of ordinary size is reported before a model is opened.
             unique.result(IDS_SECONDS)
     log.info("%s: %d rows in %d files", config.manifest.path, manifest.rows, len(manifest.files))
 
@@ -160,7 +160,7 @@ def prepare(engine: Engine, inputs: Inputs, storage: Storage) -> Prepared:
 
     prints = fingerprints(config, manifest, engine.checkpoint, encoder, bank)
     wanted = plan.new_plan(config, prints, rows=manifest.rows)
-    # A wrong output.dir is told at once, a backend that misses leaves no plan behind.
+    # A wrong output.dir is reported at once; a backend that misses the gate leaves no plan.
     plan.compare(storage, wanted)
     limits = config.parity
     with span("gates"):

@@ -54,7 +54,7 @@ def read(data: bytes, image: Image.Image, spec: PreprocessSpec, *, scaled: bool,
     """
     if not (_takes(image.size, spec) and jpeg.takes(data, image)):
         return None
-    # Not before: to read the metadata of a damaged PNG loads it, and the damage is told once.
+    # Not before: to read the metadata of a damaged PNG loads it, and the damage is reported once.
     size = resized_size(image.size, spec)
     on_its_side = turned and _lies_on_its_side(image)
     if on_its_side:

@@ -61,7 +61,7 @@ class PixelReader:
         return self.by(EXACT)
 
     def by(self, kind: str, *, spec: PreprocessSpec | None = None) -> PixelReader:
-        """The same by another decoder of the CPU, for pixels of another size if told so; close it too."""
+        """The same by another decoder of the CPU, for pixels of another size if ``spec`` is given; close it too."""
         decoder = replace(self.decoder, kind=kind)
         decoders = None if self.decoders is None else self.decoders.like(decoder)
         return replace(self, decoder=decoder, decoders=decoders, gpu=None, spec=spec or self.spec)
@@ -81,13 +81,13 @@ class PixelReader:
     ) -> list[Pixels | Failure | None]:
         """The same for several images, one result for each; never raises for a bad image.
 
-        ``timer`` is told how long reading and decoding took, the wait for a decoder included. ``known`` may say of an
+        ``timer`` gets the seconds of reading and of decoding, the wait for a decoder included. ``known`` may say of an
         image's bytes, by its place in ``refs``, that they need not be decoded; its result is None.
 
         Raises:
             StorageError: images cannot be read, and it is no fault of theirs.
             DecoderUnavailable: no decoder process can be started, or the machine kills them.
-            Abandoned: ``abandoned``, which is asked often, says that nobody waits for the pixels.
+            Abandoned: ``abandoned``, which is called often, became true.
         """
         results: list[Pixels | Failure | None] = [None] * len(refs)
         positions: list[int] = []

@@ -94,8 +94,8 @@ def open_engine(config: Config, opened: ExitStack, *, timer: Timer, texts: Calla
     Args:
         config: checked by :func:`~pipeline.serve.settings.check_service`.
         opened: closes the engine.
-        timer: told how long ``encode`` and ``label`` took, from any thread.
-        texts: told where text features came from.
+        timer: called with the seconds of ``encode`` and ``label``, from any thread.
+        texts: called with the origin of text features.
 
     Raises:
         PipelineError: one of :mod:`pipeline.core.errors`; a missed parity is a ParityError.
@@ -105,7 +105,7 @@ def open_engine(config: Config, opened: ExitStack, *, timer: Timer, texts: Calla
     config = dataclasses.replace(
         config,
         loader=dataclasses.replace(config.loader, decode_seconds=seconds),
-        # A job wants many pictures an hour, who asks wants one soon: a batch has all cores, if nobody says otherwise.
+        # Latency comes before throughput here: a batch gets all cores, unless the config says otherwise.
         backend=dataclasses.replace(config.backend, streams=config.backend.streams or 1),
     )
     decoders = open_decoders(config)
@@ -125,8 +125,8 @@ def open_engine(config: Config, opened: ExitStack, *, timer: Timer, texts: Calla
     encoders, parity = _open_shapes(config, checkpoint, sample, bank, encoding)
     largest = encoders[0]
     log.info("model %s with %s on %s in %s", config.model.name, largest.name, largest.device, largest.precision)
-    told = Texts(checkpoint, config, device=largest.device, threads=threads, on_lookup=texts)
-    opened.callback(told.close)
+    embedder = Texts(checkpoint, config, device=largest.device, threads=threads, on_lookup=texts)
+    opened.callback(embedder.close)
     reader = PixelReader(
         # No request names a file; only bytes come here.
         source=Source(root=os.devnull, max_bytes=config.images.max_bytes),
@@ -139,8 +139,8 @@ def open_engine(config: Config, opened: ExitStack, *, timer: Timer, texts: Calla
     engine = Engine(
         config=config,
         checkpoint=checkpoint,
-        texts=told,
-        labelling=None if bank is None else told.with_bank(bank, config.labels.top_k),
+        texts=embedder,
+        labelling=None if bank is None else embedder.with_bank(bank, config.labels.top_k),
         batch_size=largest.batch_size,
         streams=streams,
         device=str(largest.device),

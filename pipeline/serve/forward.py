@@ -45,7 +45,7 @@ class Forward:
     Args:
         encoders: of different batch sizes; a batch takes the smallest that holds it.
         size: height and width of the pictures.
-        timer: told how long ``encode`` and ``label`` took.
+        timer: called with the seconds of ``encode`` and ``label``.
     """
 
     def __init__(

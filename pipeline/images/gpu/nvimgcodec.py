@@ -99,7 +99,7 @@ class NvidiaDecoder:
         """uint8 ``[H, W, 3]`` at ``spec.size`` for each image, on the device and finished; None: the CPU's turn.
 
         None stands for all that is not a baseline JPEG without a fault in its structure, so that an image that
-        fails is met, and told of, by the CPU's decoder.
+        fails is decoded, and reported, by the CPU's decoder.
 
         Raises:
             BackendUnavailable: the device's memory is full.

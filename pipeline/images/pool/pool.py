@@ -53,7 +53,7 @@ class Decoders:
         self.processes = processes
 
     def start(self) -> None:
-        """Start every process and do not wait for them; what goes wrong is told when one is needed."""
+        """Start every process and do not wait for them; errors are raised when one is needed."""
         for seat in [self._seats.get() for _ in range(self.processes)]:
             threading.Thread(target=self._start, args=(seat,), name="start", daemon=True).start()
 
@@ -76,7 +76,7 @@ class Decoders:
 
         Raises:
             DecoderUnavailable: a process cannot be started, or the machine kills them.
-            Abandoned: ``abandoned`` says, before all is done, that nobody waits for it.
+            Abandoned: ``abandoned`` became true before all was done.
         """
         seat = self._seats.get()
         try:
@@ -111,7 +111,7 @@ class Decoders:
             seat = self._seats.get()
             if seat is not None:
                 seat.close()
-        # Whoever comes now is told.
+        # A later call raises.
         self._seats.put(None)
         self.children.close()
 
@@ -249,7 +249,7 @@ class _Seat:
 
         Raises:
             _Overdue: one image takes too long.
-            Abandoned: nobody waits for it.
+            Abandoned: the results are not needed any more.
         """
         limit = self._decoders.seconds
         tick = min(TICK, limit / 4)

@@ -1,4 +1,4 @@
-"""A file as memory, which this process shares with whoever else has the file."""
+"""A file as memory, shared with other processes that have the file."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def shared(fd: int, size: int) -> NDArray[np.uint8]:
 
 
 def seal(fd: int) -> None:
-    """Keep a file of memory from being shortened by whoever has it, where the system can do that."""
+    """Keep a file of memory from being shortened by any process, where the system can do that."""
     if _SEALS:
         with suppress(OSError):
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)

@@ -34,7 +34,7 @@ _INTERNAL = tuple(
     ipaddress.ip_network(text)
     for text in ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "127.0.0.0/8", "::1/128", "fc00::/7")
 )
-# Where clouds tell a machine its secrets: never reached, whatever is allowed. Link-local ones go without saying.
+# Metadata services of clouds, which hold secrets: never opened, whatever is allowed. Link-local ones go without saying.
 _METADATA = tuple(
     ipaddress.ip_address(text) for text in ("100.100.100.200", "168.63.129.16", "192.0.0.192", "fd00:ec2::254")
 )
@@ -43,7 +43,7 @@ _NO_NAME = (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME))
 
 
 class AddressNotAllowed(Exception):
-    """A host has no address that may be reached."""
+    """A host has no address that may be opened."""
 
 
 # Nobody said anything; or: the host said no, this machine said no, the name server knows no such name.
@@ -55,7 +55,7 @@ class NoConnection(Exception):
 
     Args:
         place: the host and the port.
-        text: what is told of it.
+        text: the sentence of the failure.
         said: what the network said, see :class:`~pipeline.images.sources.outage.Network`.
         passing: a second try may help.
         late: the deadline of the thread came first.

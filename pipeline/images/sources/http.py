@@ -1,6 +1,6 @@
 """Images over http and https: bytes, or a failure that says why not.
 
-What a row names is a stranger's choice, so every step has a limit: addresses (see
+The addresses in a manifest are untrusted, so every step has a limit: addresses (see
 :mod:`pipeline.images.sources.allowlist`), redirects, bytes, time, and tries. Nothing is sent but the request: no
 cookies, no passwords, no referrer.
 """

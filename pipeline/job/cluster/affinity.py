@@ -1,7 +1,7 @@
 """A process's share of the machine's cores; a worker process loads this first, before torch counts them.
 
 The share is an affinity, not a number in the environment: torch, ONNX Runtime, Arrow and the decoder processes all
-keep to it without being told, and :func:`pipeline.core.processes.cores` says it.
+keep to it, and :func:`pipeline.core.processes.cores` says it.
 """
 
 from __future__ import annotations

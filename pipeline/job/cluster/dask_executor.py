@@ -1,7 +1,7 @@
-"""Shards on the workers of a Dask cluster: as many under way as the workers have room for, whoever joins or leaves.
+"""Shards on the workers of a Dask cluster: as many at a time as the workers take, while workers join and leave.
 
-What a worker tells of its work comes by events, in order and over the connection that exists anyway: nothing is
-fetched from a worker, so that one that dies takes nothing along that was told. A shard whose worker dies runs again;
+Workers report by events, in order and over the connection that exists anyway: nothing is
+fetched from a worker, so that nothing reported is lost with a worker that dies. A shard whose worker dies runs again;
 one to which that happens twice waits until the rest is through, and then has a worker to itself, so that no other is
 blamed.
 """
@@ -31,7 +31,7 @@ from pipeline.images.factory import pixel_reader
 from pipeline.images.reader import PixelReader
 from pipeline.job.cluster import dask_worker, tasks
 from pipeline.job.cluster.dask_cluster import open_cluster
-from pipeline.job.cluster.job_spec import Order
+from pipeline.job.cluster.job_spec import JobSpec
 from pipeline.storage.base import Storage
 from pipeline.telemetry.members import Member, from_json
 
@@ -39,11 +39,11 @@ LOST = "the scheduler of the cluster is gone; what was committed stays, and the 
 
 
 @contextmanager
-def reached(*more: type[Exception]) -> Iterator[None]:
+def connected(*more: type[Exception]) -> Iterator[None]:
     """Around what needs the scheduler.
 
     Args:
-        more: what else can mean nothing but that it cannot be reached.
+        more: further exceptions that mean a lost connection.
 
     Raises:
         ClusterLost: it is gone.
@@ -55,7 +55,7 @@ def reached(*more: type[Exception]) -> Iterator[None]:
         raise ClusterLost(LOST) from error
 
 
-# How often the driver looks after workers and tasks when nothing is told, and how often it counts the room, in seconds;
+# How often the driver checks workers and tasks without events, and how often it counts free places, in seconds;
 # and the shards that are sent ahead of the room, so that a worker need not wait for the driver.
 TICK, COUNTED, AHEAD = 0.1, 1.0, 2
 log = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ class DaskExecutor:
         self._told: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._members: dict[tuple[str, int], Member] = {}
         self._client: Client
-        self._order: Order
+        self._spec: JobSpec
         self._slots: dict[str, int] = {}
         self._counted, self._seen = 0.0, time.monotonic()
         self._inputs: Inputs
@@ -90,7 +90,7 @@ class DaskExecutor:
     def __exit__(self, *_: object) -> None:
         self._opened.close()
 
-    @reached()
+    @connected()
     def prepare(self, inputs: Inputs) -> Prepared:
         """Open the cluster, and let its first worker open the model and pass the gates.
 
@@ -101,11 +101,11 @@ class DaskExecutor:
         self._inputs = inputs
         self._client = self._opened.enter_context(open_cluster(self._config))
         self._client.subscribe_topic(f"pipeline-{self._token}", lambda event: self._told.put(event[1]))
-        self._order = Order(
+        self._spec = JobSpec(
             token=self._token, config=self._config, manifest=inputs.manifest, model=inputs.checkpoint.fingerprint
         )
         self._clear()
-        self._deliver("order", self._order, closes=True)
+        self._deliver("order", self._spec, closes=True)
         deaths = 0
         while True:
             bank = inputs.bank()
@@ -128,13 +128,13 @@ class DaskExecutor:
         found: Prepared = prepared
         return found
 
-    @reached()
+    @connected()
     def begin(self, job: Job) -> None:
         """Tell all workers that the plan is settled."""
         # The worker that measured may be gone by now; then the next one measures again.
         with suppress(OSError, ValueError, KeyError):
             self._client.run(tasks.note, self._token, workers=[self._first], on_error="ignore")
-        self._deliver("job", self._order.with_job(job), closes=False)
+        self._deliver("job", self._spec.with_job(job), closes=False)
 
     def run(self, shards: Iterable[Shard], on_batch: Callable[[int], None]) -> Generator[ShardReport]:
         """A report of every shard once it is durable, in any order; ``given_up`` names the others afterwards.
@@ -177,7 +177,7 @@ class DaskExecutor:
                     raise ClusterLost(LOST)
                 error = future.exception() if future.status == "error" else None
                 if error is None:
-                    # Its report is among what was told; it was told before the task was over.
+                    # Its report was received: it is sent before the task ends.
                     continue
                 if not isinstance(error, KilledWorker):
                     raise self._explained(error, "")
@@ -203,9 +203,9 @@ class DaskExecutor:
     def reader(self) -> PixelReader:
         """Reads pictures of the job in this process."""
         if self._reader is None:
-            order = self._order
-            spec = spec_of(order.config, self._inputs.checkpoint)
-            self._reader = self._opened.enter_context(pixel_reader(order.config, order.manifest.root, spec))
+            config, root = self._spec.config, self._spec.manifest.root
+            spec = spec_of(config, self._inputs.checkpoint)
+            self._reader = self._opened.enter_context(pixel_reader(config, root, spec))
         return self._reader
 
     @property
@@ -213,10 +213,10 @@ class DaskExecutor:
         """Statistics of every worker process, as far as they were reported."""
         return tuple(sorted(self._members.values(), key=lambda member: (member.host, member.name, member.pid)))
 
-    @reached(OSError)
-    def _deliver(self, kind: str, order: Order, *, closes: bool) -> None:
+    @connected(OSError)
+    def _deliver(self, kind: str, spec: JobSpec, *, closes: bool) -> None:
         name = f"pipeline-{kind}-{self._token}/{self._client.id}"
-        self._client.register_plugin(Delivery(order, closes=closes), name=name)
+        self._client.register_plugin(Delivery(spec, closes=closes), name=name)
         self._opened.callback(self._take_back, name)
 
     def _take_back(self, name: str) -> None:
@@ -239,7 +239,7 @@ class DaskExecutor:
             for name in left:
                 self._take_back(name)
 
-    @reached()
+    @connected()
     def _submit(self, shard: Shard, deaths: int) -> Future[None]:
         key = f"shard-{self._token}-{shard.index}-{deaths}"
         return self._client.submit(tasks.embed, self._token, shard, key=key, pure=False, retries=0)
@@ -257,9 +257,9 @@ class DaskExecutor:
 
     def _hear(self, message: dict[str, Any], on_batch: Callable[[int], None] = lambda _: None) -> ShardReport | None:
         if "log" in message:
-            told = {**message["fields"], "plain": message["log"]}
+            known = {**message["fields"], "plain": message["log"]}
             logger = logging.getLogger(message["logger"])
-            logger.log(message["level"], "%s: %s", message["from"], message["log"], extra=told)
+            logger.log(message["level"], "%s: %s", message["from"], message["log"], extra=known)
         if "images" in message:
             on_batch(message["images"])
         if "member" in message:
@@ -315,16 +315,16 @@ def _deaths(error: BaseException) -> int:
 
 
 class Delivery(WorkerPlugin):
-    """Brings an order, and takes it back, with the model that was opened for it, where ``closes`` says so."""
+    """Worker plugin: sends a job, and closes its state and model at the end if ``closes``."""
 
-    def __init__(self, order: Order, *, closes: bool) -> None:
-        self.order, self.closes = order, closes
+    def __init__(self, spec: JobSpec, *, closes: bool) -> None:
+        self.spec, self.closes = spec, closes
 
     def setup(self, worker: Worker) -> None:
         """Begin to open the model; returns at once."""
-        dask_worker.receive(worker, self.order)
+        dask_worker.receive(worker, self.spec)
 
     def teardown(self, worker: Worker) -> None:
         """The worker ends, or the job does."""
         if self.closes:
-            dask_worker.leave(self.order)
+            dask_worker.leave(self.spec)

@@ -26,8 +26,8 @@ from pipeline.core.concurrency import aside
 from pipeline.core.errors import Interrupted, PlanMismatch, WorkerMismatch
 from pipeline.core.processes import cores
 from pipeline.core.records import OK, Shard, ShardReport, TextBank
-from pipeline.job.cluster.events import Forward, Teller
-from pipeline.job.cluster.job_spec import Order
+from pipeline.job.cluster.events import EventSender, Forward
+from pipeline.job.cluster.job_spec import JobSpec
 from pipeline.storage.factory import open_storage
 from pipeline.telemetry.members import Member
 
@@ -40,40 +40,40 @@ if TYPE_CHECKING:
 # A stream that brings no shard ends, so that rows which wait for more are embedded: after so many seconds, at least,
 # without a batch, or twice what batches take here.
 PATIENCE, LONGEST, TICK = 0.25, 5.0, 0.02
-_RESIDENTS: dict[str, Resident] = {}
+_STATES: dict[str, WorkerState] = {}
 _GUARD = threading.Lock()
 
 
-def receive(worker: Any, order: Order) -> Resident:
-    """The resident of an order in this process; the first call begins to open its model."""
+def receive(worker: Any, spec: JobSpec) -> WorkerState:
+    """The state of a job in this process; the first call begins to open its model."""
     with _GUARD:
-        found = _RESIDENTS.get(order.token)
+        found = _STATES.get(spec.token)
         if found is None:
-            found = _RESIDENTS[order.token] = Resident(worker, order)
-    job = order.exact_job
+            found = _STATES[spec.token] = WorkerState(worker, spec)
+    job = spec.exact_job
     if job is not None:
         found.settled(job)
     return found
 
 
-def of(token: str) -> Resident:
-    """The resident of a job in this process."""
-    return _RESIDENTS[token]
+def of(token: str) -> WorkerState:
+    """The state of a job in this process."""
+    return _STATES[token]
 
 
-def leave(order: Order) -> None:
-    """End what was begun for an order."""
+def leave(spec: JobSpec) -> None:
+    """Close the state of a job."""
     with _GUARD:
-        found = _RESIDENTS.pop(order.token, None)
+        found = _STATES.pop(spec.token, None)
     if found is not None:
         found.close()
 
 
-class Resident:
+class WorkerState:
     """One process's part in a job."""
 
-    def __init__(self, worker: Any, order: Order) -> None:
-        self._worker, self._order = worker, order
+    def __init__(self, worker: Any, spec: JobSpec) -> None:
+        self._worker, self._spec = worker, spec
         self._began, self._startup = time.time(), 0.0
         self._opened = ExitStack()
         self._bank: Future[TextBank | None] = Future()
@@ -88,14 +88,14 @@ class Resident:
         self._thread: threading.Thread | None = None
         self._closed = self.drained = False
         self._alive, self._gap = time.monotonic(), 0.0
-        self._teller = Teller(worker, order.topic)
-        self._log = Forward(self._teller, self.name, logging.WARNING)
+        self._events = EventSender(worker, spec.topic)
+        self._log = Forward(self._events, self.name, logging.WARNING)
         logging.getLogger("pipeline").addHandler(self._log)
         logging.getLogger("pipeline").setLevel(logging.INFO)
         self._member: Member | None = None
         self._clocks: StageClocks
         self._spent: Spent
-        if order.config.loader.batch_size:
+        if spec.config.loader.batch_size:
             self._open()
         else:
             # One worker measures the batch size, and the others wait for it; they can import meanwhile.
@@ -114,7 +114,7 @@ class Resident:
 
         if not self._bank.done():
             self._bank.set_result(bank)
-        # Of this worker all is told; of the others only what is wrong.
+        # Everything is logged for this worker; warnings only for the others.
         self._log.setLevel(logging.INFO)
         engine = self._open().result()
         self._prepared = setup.prepare(engine, self._inputs(engine.checkpoint), self._storage())
@@ -153,13 +153,13 @@ class Resident:
             engine.add_done_callback(lambda _: self._opened.close())
 
     def _storage(self) -> Any:
-        return open_storage(self._order.config.output.dir)
+        return open_storage(self._spec.config.output.dir)
 
     def _inputs(self, checkpoint: Any) -> Inputs:
         from pipeline.engine.prepare import Inputs
 
         # The driver has checked the ids.
-        return Inputs(self._order.manifest, checkpoint, bank=self._bank.result, unique=lambda: None)
+        return Inputs(self._spec.manifest, checkpoint, bank=self._bank.result, unique=lambda: None)
 
     def _open(self) -> Future[Engine]:
         with self._lock:
@@ -172,12 +172,12 @@ class Resident:
         from pipeline.models.checkpoint import open_checkpoint
 
         # Unless this one measures it, the batch size is that of the job.
-        config = self._job.result().config if self._job.done() else self._order.config
+        config = self._job.result().config if self._job.done() else self._spec.config
         checkpoint = open_checkpoint(config.model)
-        if checkpoint.fingerprint != self._order.model:
+        if checkpoint.fingerprint != self._spec.model:
             raise WorkerMismatch(
                 f"{self.name}: {config.model.name} is another model there than where the job was started; give all the "
-                f"same files (there {checkpoint.fingerprint}, here {dict(self._order.model)})"
+                f"same files (there {checkpoint.fingerprint}, here {dict(self._spec.model)})"
             )
         engine = open_engine(config, self._inputs(checkpoint), self._storage(), self._opened)
         self._startup = time.time() - self._began
@@ -269,7 +269,7 @@ class Resident:
             raise Interrupted(f"{self.name} is ending")
         now = time.monotonic()
         self._gap, self._alive = max(self._gap, now - self._alive), now
-        self._teller.count(images)
+        self._events.count(images)
 
     def _report(self, report: ShardReport, engine: Engine, spent: Spent) -> None:
         from pipeline.report import summary
@@ -289,9 +289,9 @@ class Resident:
             batch_sizes=tuple(engine.encoder.batch_sizes),
             timeline=self._clocks.timeline(),
         )
-        # In this order: what is told of a shard arrives before its task is over.
-        self._teller.flush()
-        self._teller.tell(
+        # In this order: the events of a shard arrive before its task ends.
+        self._events.flush()
+        self._events.send(
             {"report": {**asdict(report), "counts": dict(report.counts)}, "member": self._member.to_json()}
         )
         with self._lock:

@@ -10,11 +10,11 @@ from typing import Any
 
 from pipeline.core.log_format import fields_of
 
-# Batches are told of together, at most so often in seconds.
+# Batches are reported together, at most once in so many seconds.
 TOLD = 0.5
 
 
-class Teller:
+class EventSender:
     """Sends messages under a topic, from any thread; they arrive in order, and before the end of the task."""
 
     def __init__(self, worker: Any, topic: str) -> None:
@@ -23,12 +23,12 @@ class Teller:
         # The process in whose name a line stands.
         self.who = {"worker": str(worker.name), "worker_host": socket.gethostname(), "worker_process": os.getpid()}
 
-    def tell(self, message: dict[str, Any]) -> None:
+    def send(self, message: dict[str, Any]) -> None:
         """Send a message."""
         self._worker.log_event(self._topic, message)
 
     def count(self, images: int) -> None:
-        """Count the images of a batch; told soon."""
+        """Count the images of a batch; sent soon."""
         self._images += images
         if time.monotonic() - self._told > TOLD:
             self.flush()
@@ -37,18 +37,18 @@ class Teller:
         """Tell what was counted."""
         images, self._images, self._told = self._images, 0, time.monotonic()
         if images:
-            self.tell({"images": images})
+            self.send({"images": images})
 
 
 class Forward(logging.Handler):
     """Tells the driver every sentence of the log from ``level`` on, with the name of the worker."""
 
-    def __init__(self, teller: Teller, name: str, level: int) -> None:
+    def __init__(self, events: EventSender, name: str, level: int) -> None:
         super().__init__(level)
-        self._teller, self._from = teller, name
+        self._events, self._from = events, name
 
     def emit(self, record: logging.LogRecord) -> None:
         """Tell one sentence."""
-        fields = {**fields_of(record), **self._teller.who}
-        told = {"log": record.getMessage(), "logger": record.name, "level": record.levelno}
-        self._teller.tell({**told, "from": self._from, "fields": fields})
+        fields = {**fields_of(record), **self._events.who}
+        known = {"log": record.getMessage(), "logger": record.name, "level": record.levelno}
+        self._events.send({**known, "from": self._from, "fields": fields})

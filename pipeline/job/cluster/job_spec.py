@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class JobSpec:
     """A job as workers get it: no model, no pixels.
 
     ``token`` tells jobs of one cluster apart. ``model`` is the fingerprint of the checkpoint as the driver found it.
     ``job`` is there once the plan is settled, with the ``schema`` of its parts as Arrow writes it; its config has a
-    batch size, which that of the order may leave open.
+    batch size, which that of the spec may leave open.
     """
 
     token: str
@@ -31,8 +31,8 @@ class Order:
     job: Job | None = None
     schema: bytes = b""
 
-    def with_job(self, job: Job) -> Order:
-        """The same order once the plan is settled."""
+    def with_job(self, job: Job) -> JobSpec:
+        """The same with the job, once the plan is settled."""
         return replace(self, job=job, schema=job.form.schema.serialize().to_pybytes())
 
     @property
@@ -49,5 +49,5 @@ class Order:
 
     @property
     def topic(self) -> str:
-        """Under which its workers tell of their work."""
+        """Topic of the events of its workers."""
         return f"pipeline-{self.token}"

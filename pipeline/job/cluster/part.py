@@ -95,7 +95,7 @@ class Part:
         """Leave what this part did, and return what all parts of the same count did, as far as they have ended."""
         if self.whole:
             return done
-        # One that finds nothing left to do leaves what its first run told.
+        # A run that finds nothing left to do keeps the record of the first one.
         if done.rows or self._read(storage, self.number) is None:
             self._write(storage, done)
         return _added([each for each in map(self._read, [storage] * self.count, range(1, self.count + 1)) if each])

@@ -22,10 +22,10 @@ def note(token: str) -> None:
 
 
 def embed(token: str, shard: Shard) -> None:
-    """Embed a shard; its report is told under the order's topic."""
+    """Embed a shard; its report is sent under the topic of the job."""
     dask_worker.of(token).put(shard).result()
 
 
 async def drain(token: str) -> None:
-    """No more shards are to come for now: nobody need wait for them; a coroutine, so that Dask does not wait either."""
+    """Stop waiting for more shards for now; a coroutine, so that Dask does not wait either."""
     dask_worker.of(token).drained = True

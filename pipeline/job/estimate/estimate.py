@@ -101,8 +101,8 @@ def rehearse(config: Config, began: float, limits: Limits, decoders: Decoders | 
         scenes = Scenes(config, storage, scratch / "scenes")
         inputs = open_inputs(scenes.config)
         # Closed before the folder is removed.
-        crew = opened.enter_context(Inline(scenes.config, storage, decoders))
-        prepared = crew.prepare(inputs)
+        executor = opened.enter_context(Inline(scenes.config, storage, decoders))
+        prepared = executor.prepare(inputs)
         done, damaged = commits.look(storage, prepared.plan, every_byte=False)
         part = Part.of(config)
         shards = cut(inputs.manifest, config.manifest.shard_rows)
@@ -113,8 +113,8 @@ def rehearse(config: Config, began: float, limits: Limits, decoders: Decoders | 
             log.info("measuring a few batches; nothing is written to %s", config.output.dir)
             runs = spread(inputs.manifest, left, rows=prepared.config.loader.batch_size)
             job = _job(inputs, prepared, scratch / "trial")
-            crew.rehearse(job)
-            trial = measure(crew, _sample(prepared, scenes.sample(runs)), job, limits)
+            executor.rehearse(job)
+            trial = measure(executor, _sample(prepared, scenes.sample(runs)), job, limits)
         work = Work(
             left=left,
             done=done,

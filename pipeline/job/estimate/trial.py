@@ -129,7 +129,7 @@ class _Enough(Exception):
 class _Stopwatch:
     """Record the end of every batch, and stop the loop when the limits are reached."""
 
-    crew: Inline
+    executor: Inline
     streams: int
     ahead: int
     least: int
@@ -170,7 +170,7 @@ class _Stopwatch:
         return now
 
     def _mark(self, now: float) -> Mark:
-        return Mark(now, sum(self.images), len(self.times), self.crew.members[0].clocks, spent())
+        return Mark(now, sum(self.images), len(self.times), self.executor.members[0].clocks, spent())
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,16 +187,16 @@ class Sample:
     ahead: int
 
 
-def measure(crew: Inline, sample: Sample, job: Job, limits: Limits) -> Trial:
+def measure(executor: Inline, sample: Sample, job: Job, limits: Limits) -> Trial:
     """Run the loop over the sample until the limits are reached or the sample ends.
 
-    ``crew`` is this process with an opened engine; the output of ``job`` is a temporary folder.
+    ``executor`` is this process with an opened engine; the output of ``job`` is a temporary folder.
     """
     storage = open_storage(job.config.output.dir)
-    watch = _Stopwatch(crew, sample.streams, sample.ahead, sample.least, limits)
+    watch = _Stopwatch(executor, sample.streams, sample.ahead, sample.least, limits)
     whole, repeats, reported = True, 0, 0
     try:
-        with closing(crew.run(sample.shards, watch.on_batch)) as reports:
+        with closing(executor.run(sample.shards, watch.on_batch)) as reports:
             for report in reports:
                 repeats += report.repeats
                 reported += report.rows
@@ -213,7 +213,7 @@ def measure(crew: Inline, sample: Sample, job: Job, limits: Limits) -> Trial:
     for commit in done:
         counts.update(commit.counts)
     # The peak of memory is taken before the parts are read, which a job does not do.
-    member = crew.members[0]
+    member = executor.members[0]
     table = _rows(storage, done)
     per_row, per_part = _sizes(storage, table, job.form) if table is not None else (0.0, 0.0)
     errors = table["error"].drop_null().to_pylist() if table is not None else []
