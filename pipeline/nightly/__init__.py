@@ -1,1 +1,1 @@
-"""The nightly job: embed new and changed rows, carry the others from the previous night."""
+"""The nightly job: embed new and changed rows, carry the others from the night before."""
