@@ -44,6 +44,10 @@ FP16 = [GraphOptions(tower, "fp16", fused=fused) for tower in ("image", "text") 
 FAMILIES = ["clip", "siglip", "chinese_clip"]
 
 
+# Instructions for sums of 8-bit products (x86: AVX-512 VNNI, AVX-VNNI).
+VNNI = "vnni" in Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else False
+
+
 def name_of(options: GraphOptions) -> str:
     kind = "fused" if options.fused else "plain"
     return "-".join(filter(None, [options.tower, options.precision, options.quantization, kind]))
@@ -341,11 +345,18 @@ def test_every_family_exports_both_towers(family: Checkpoint, store: ArtifactSto
     exported: Any = Exported(family, make(TEXT)[0].file(onnx_export.GRAPH))
     np.testing.assert_allclose(embed_prompts(exported, prompts), bank, atol=1e-5)
 
-    for options in (STATIC, TEXT_INT8):
-        artifact, counts = make(options)
-        # A few images for the calibration, and others for the comparison.
-        assert artifact.card["parity"]["lowest_cosine"] > (0.995 if options is STATIC else 0.999)
-        assert not {"QAttention", "Attention"} & counts.keys()
+
+@pytest.mark.slow
+@pytest.mark.skipif(not VNNI, reason="without VNNI, sums of 8-bit products saturate, which costs small towers more")
+@pytest.mark.parametrize(("options", "lowest"), [(STATIC, 0.995), (TEXT_INT8, 0.999)])
+def test_every_family_quantizes_both_towers(
+    family: Checkpoint, store: ArtifactStore, options: GraphOptions, lowest: float
+) -> None:
+    # A few images for the calibration, and others for the comparison.
+    pictures = rendered_sample(family.spec, 16)
+    artifact = onnx_graph(family, options, store, sample=lambda: pictures, limits=LIMITS)
+    assert artifact.card["parity"]["lowest_cosine"] > lowest
+    assert not {"QAttention", "Attention"} & artifact.card["facts"]["operators"].keys()
 
 
 def test_another_origin_is_never_found(
