@@ -260,7 +260,7 @@ def test_short_shards_are_under_way_in_larger_numbers() -> None:
         ({"name": "address", "address": "tls://a:1"}, {}, ["cluster.address"]),
         ({"name": "local", "tls_ca": "a.pem"}, {}, ["cluster.tls_cert", "cluster.tls_key"]),
         ({"name": "slurm"}, {}, ["cluster.host"]),
-        ({"name": "kubernetes", "kubernetes_env": ["A"]}, {}, ["cluster.kubernetes_image", "cluster.kubernetes_env"]),
+        ({"name": "kubernetes", "kubernetes_env": ["A"]}, {}, ["cluster.kubernetes_env", "cluster.kubernetes_image"]),
         ({"name": "local", "tries": 0, "workers": -1}, {}, ["cluster.workers", "cluster.tries"]),
     ],
 )

@@ -290,7 +290,7 @@ def test_json_without_dry_is_refused() -> None:
 
 
 def test_other_commands_than_the_job_refuse_run_dry() -> None:
-    with pytest.raises(ConfigError, match=r"run\.dry = True: is for python -m pipeline\.run alone"):
+    with pytest.raises(ConfigError, match=r"run\.dry = True: is for python -m pipeline\.run only"):
         compose_config(["run.dry=true"])
 
 

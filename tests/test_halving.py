@@ -182,5 +182,8 @@ def test_a_job_goes_on_with_smaller_batches_and_says_so(tmp_path: Path) -> None:
         assert report.batch_sizes == ((8,) if kind is StubEncoder else (8, 4, 2))
     assert np.array_equal(outputs[StubEncoder], outputs[Small])
     assert json.loads((tmp_path / "Small" / "_report.json").read_text())["batch_sizes"] == [8, 4, 2]
-    assert "batches of 8 images at first, then 4, then 2" in (tmp_path / "Small" / "_report.html").read_text()
+    assert (
+        "too small for batches of 8 images; continued with 4, then 2"
+        in (tmp_path / "Small" / "_report.html").read_text()
+    )
     assert "no memory for batches of 8 pictures; going on with 4" in (tmp_path / "Small" / "_run.log").read_text()

@@ -214,11 +214,15 @@ def test_an_index_of_another_state_is_refused_with_a_hint(
         read_card(open_dataset(str(copy)))
 
 
-def test_without_an_index_or_its_library_the_message_has_a_hint(
-    dataset: Dataset, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.needs("faiss")
+def test_without_an_index_the_message_has_a_hint(dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
     assert search.main([dataset.url, "a star", "--index"]) == 2
     assert "has no index; python -m pipeline.search" in capsys.readouterr().err
+
+
+def test_without_the_library_of_indexes_the_message_has_a_hint(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setitem(sys.modules, "faiss", None)
     assert search.main([dataset.url, "a star", "--index"]) == 2
     assert ".[search]" in capsys.readouterr().err

@@ -18,7 +18,7 @@ from pipeline.config.schema import Config
 from pipeline.core.errors import NumericalError
 from pipeline.core.processes import cores
 from pipeline.core.records import ShardRows
-from pipeline.engine.loop import _in_order
+from pipeline.engine.loop import _in_order, _Step
 from pipeline.job.main import run_job
 from pipeline.models.hub import DEMO_FOLDER
 from tests.jobs import StubEncoder, config_for, content, scenes_manifest, stub_backend
@@ -114,13 +114,14 @@ def taken(kinds: str, ahead: int) -> list[str]:
     """What is handed out and asked for, in order, of batches (b) and ends of shards (e)."""
     events: list[str] = []
 
-    def submitted() -> Iterator[tuple[Any, Any]]:
+    def submitted() -> Iterator[_Step]:
         for number, kind in enumerate(kinds):
             events.append(f"+{kind}{number}")
-            yield f"{kind}{number}", Future() if kind == "b" else rows()
+            name: Any = f"{kind}{number}"
+            yield _Step(name, batch=Future()) if kind == "b" else _Step(name, rows=rows())
 
-    for name, _ in _in_order(submitted(), ahead):
-        events.append(f"-{name}")
+    for step in _in_order(submitted(), ahead):
+        events.append(f"-{step.results}")
     return events
 
 
