@@ -285,6 +285,6 @@ def test_the_demo_model_is_measured_from_scenes_to_the_report(tmp_path: Path) ->
     assert whole["core_seconds"][0] > 0
     assert whole["peak_mib"] > 100
     assert bench["images"].startswith("48 rendered scenes (median 0.01 megapixels")
-    assert "images/s on" in done.stdout
+    assert "images/s, " in done.stdout
     assert (tmp_path / "pipeline.md").read_text() == done.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pipeline.html", "pipeline.json", "pipeline.md"]
