@@ -125,7 +125,7 @@ def render(work: Path, plan: Plan) -> list[str]:
 
 def defaults(config: Config) -> list[str]:
     """Overrides for labels and a batch size, where the config has none, and for embedding every image."""
-    # Where the manifest is too short, its images are repeated.
+    # Images of a manifest that is too short are repeated.
     more = ["images.repeats=each"]
     if not config.prompts.labels and config.prompts.path is None:
         from pipeline.engine.demo.folder import label_names

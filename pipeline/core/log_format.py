@@ -139,7 +139,7 @@ def _text(value: Any) -> str:
         return object.__repr__(value)
 
 
-# Where torchao is installed, transformers imports it to load any model.
+# transformers imports torchao, if it is installed, to load any model.
 SILENCED: tuple[tuple[str, str], ...] = (
     # Kernels that were built for another machine; it has others.
     ("torchao", "Failed to load "),

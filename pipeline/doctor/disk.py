@@ -16,7 +16,7 @@ GROUP = "disks"
 TEMPORARY_FILES = "temporary files"
 OUTPUT = "output.dir"
 MIB, GIB = 2**20, 2**30
-# What a job loses without each cache.
+# The cost of a job without each cache.
 LOST = {
     "backend.artifacts": ": backends that export a model can only use existing exports",
     "prompts.cache": ": labels are embedded again at every start",

@@ -131,7 +131,7 @@ def launch(
         NumericalError: the encoder returned another shape.
     """
     count, size = len(batch.rows), len(batch.pixels)
-    # Where a shard has no padding, one in PROVED_SHARDS has its first batch encoded twice.
+    # Of the shards without padding, one in PROVED_SHARDS has its first batch encoded twice.
     twice = number == 0 and batch.shard.rows % size == 0 and batch.shard.index % PROVED_SHARDS == 0
     with clocks.time(Stage.ENCODE), memory_explained(size):
         failpoint("encode")

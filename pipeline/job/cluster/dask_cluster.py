@@ -22,7 +22,7 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 _CHUNK = 8
 MOST_SHARDS = 32
 SETTINGS = {
-    # Who is to blame for the death of a worker is found out by :mod:`pipeline.job.cluster.dask_executor`.
+    # :mod:`pipeline.job.cluster.dask_executor` finds the shard that ended a worker.
     "distributed.scheduler.allowed-failures": 0,
     # A worker that is just being started when this is over, since it was lost, would not be started again ever after.
     "distributed.deploy.lost-worker-timeout": "1000 days",
