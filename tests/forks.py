@@ -167,7 +167,7 @@ def door(*overrides: str) -> int:
 
 
 def config_from(groups: dict[str, dict[str, Any]]) -> Config:
-    """The config that :func:`tests.siege.at` took apart."""
+    """The config that :func:`tests.crashes.at` took apart."""
     from dataclasses import replace
 
     from pipeline.config.schema import Config

@@ -42,7 +42,7 @@ def opened(out: Path | str, **options: str) -> Manifest:
 
 
 def images_of(manifest: Manifest) -> dict[str | int, object]:
-    """What the job would read for every id."""
+    """The images that the job would read, by id."""
     source = Source(root=manifest.root, max_bytes=1 << 20)
     with ShardReader(manifest) as reader:
         found = [ref for shard in cut(manifest, 3) for batch in reader.read(shard) for ref in refs(manifest, batch)]

@@ -1,4 +1,4 @@
-"""All problems of the command line are reported at once, with what is allowed and the nearest name."""
+"""Problems of the command line are reported all at once, with what is allowed and the nearest name."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ import pytest
 from pipeline.report.__main__ import main
 from pipeline.report.nights import history_page
 from tests.test_report import CONTENT, FIRST, REPORT, jpeg, render
-from tests.test_report_door import finished, nights  # noqa: F401 - a fixture
+from tests.test_report_command import finished, nights  # noqa: F401 - a fixture
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 GRAVE = ("serious", "critical")

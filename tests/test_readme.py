@@ -1,4 +1,4 @@
-"""Every command of the README pages runs, or is shown to be valid; :mod:`tests.readme` lists which and why."""
+"""Commands of the README pages: each runs, or is shown to be valid; :mod:`tests.readme` lists which and why."""
 
 from __future__ import annotations
 

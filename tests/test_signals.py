@@ -40,7 +40,7 @@ def begin(config: Config, output: Path, failpoints: str, grace: float) -> Child:
 
 
 def is_at_a_part(output: Path) -> bool:
-    """Whether there is a temporary file of Parquet, not only those of the lease and the plan."""
+    """Return true if there is a temporary file of Parquet, not only those of the lease and the plan."""
     for path in output.glob("_tmp-*"):
         with suppress(FileNotFoundError):
             if path.read_bytes().startswith(b"PAR1"):

@@ -103,7 +103,7 @@ def test_a_stage_that_was_never_written_is_no_error(storage: Storage) -> None:
 
 @pytest.mark.parametrize("replace", [False, True])
 def test_a_file_of_other_content_is_replaced(storage: Storage, replace: bool) -> None:
-    """Also where names hold digests: what stands there under the name of this content is damaged."""
+    """Names may hold digests: other content under such a name is damage."""
     publish(storage, "part.bin", b"damaged", replace=replace)
     publish(storage, "part.bin", b"sound", replace=replace)
     assert storage.read("part.bin") == b"sound"
@@ -157,7 +157,7 @@ def test_a_name_is_created_once(storage: Storage) -> None:
 
 
 def race(count: int, work: Callable[[int], bool]) -> list[bool]:
-    """What each of ``count`` threads got that began at the same moment."""
+    """The results of ``count`` threads that begin at the same moment."""
     gate = threading.Barrier(count)
 
     def run(number: int) -> bool:
@@ -388,7 +388,7 @@ def test_what_is_no_fault_of_a_store_stays_as_it_is() -> None:
 
 
 class Answered(Exception):
-    """As botocore's ClientError."""
+    """A stand-in for ClientError of botocore."""
 
     def __init__(self, status: int, code: str) -> None:
         self.response = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
