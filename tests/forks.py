@@ -157,7 +157,7 @@ def forks() -> Forks:
     return made
 
 
-def door(*overrides: str) -> int:
+def run_command(*overrides: str) -> int:
     """``python -m pipeline.run OVERRIDES`` in this process."""
     from pipeline import run
 
@@ -179,7 +179,7 @@ def config_from(groups: dict[str, dict[str, Any]]) -> Config:
 
 
 def job(groups: dict[str, dict[str, Any]], stub: bool = False) -> int:
-    """A job by its config, without Hydra: a third of a second less; ends as the door does."""
+    """A job by its config, without Hydra: a third of a second less; ends as the command does."""
     from contextlib import nullcontext
 
     from pipeline.core.errors import PipelineError

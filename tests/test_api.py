@@ -74,7 +74,7 @@ def whole(photos: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Datas
 def test_the_rows_are_those_of_the_command_byte_for_byte(tmp_path: Path) -> None:
     manifest = scenes_manifest(tmp_path / "m.parquet", 60)
     config = config_for(manifest, tmp_path / "command")
-    assert forks().start("tests.forks:door", *overrides_of(config)).wait() == 0
+    assert forks().start("tests.forks:run_command", *overrides_of(config)).wait() == 0
     settings = {"manifest.shard_rows": 24, "loader.workers": 2, "errors.max_fraction": 0.5}
     made = embed(manifest, image="image", keep=["truth", "meta"], batch_size=8, device="cpu", progress=False,
                  output=tmp_path / "called", settings=settings)  # fmt: skip

@@ -21,7 +21,7 @@ from pipeline.config.schema import Config
 from pipeline.core.errors import PipelineError
 from tests.conftest import ROOT
 from tests.jobs import scenes_manifest
-from tests.test_bench_page import measured, plausible
+from tests.test_bench_report import measured, plausible
 
 HEAVY = ("torch", "transformers", "pyarrow", "PIL", "matplotlib", "onnxruntime")
 # Answers requests without computing anything; the name of the backend chooses its failure.

@@ -208,7 +208,7 @@ def test_parts_side_by_side_make_the_whole(single: Config, tmp_path: Path) -> No
 def test_no_process_outlives_a_cluster_that_was_told_to_end(single: Config, tmp_path: Path) -> None:
     overrides = [text for text in overrides_of(at(single, tmp_path / "out")) if "isolation" not in text]
     child = forks().start(
-        "tests.forks:door",
+        "tests.forks:run_command",
         *overrides,
         *("cluster=local", "cluster.workers=1", f"prompts.cache={single.prompts.cache}"),
         failpoints="part.build=delay:0.3",

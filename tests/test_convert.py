@@ -194,7 +194,7 @@ def test_options_that_do_not_go_together_and_datasets_that_are_not_there_are_tol
     assert "no dataset is here" in capsys.readouterr().err
 
 
-def test_the_door_offers_what_the_room_can() -> None:
+def test_the_command_offers_every_format() -> None:
     assert tuple(conversion.FORMATS) == convert.FORMATS
     assert OUTPUT_COLUMNS[0] == "embedding"
 

@@ -262,10 +262,10 @@ def test_a_job_that_waits_at_every_place_is_the_unbroken_one(unbroken: Config, t
 
 
 @pytest.mark.parametrize("place", ["storage.synced[part-]", "storage.linked[_commits/]", "storage.replaced[_SUCCESS]"])
-def test_a_full_disk_is_said_by_the_door_in_one_line(unbroken: Config, tmp_path: Path, place: str) -> None:
+def test_the_command_reports_a_full_disk_in_one_line(unbroken: Config, tmp_path: Path, place: str) -> None:
     command = [*overrides_of(unbroken)[:-1], f"output.dir={tmp_path / 'out'}", "backend.device=cpu"]
     command = [word for word in command if not word.startswith(f"output.dir={unbroken.output.dir}")]
-    child = forks().start("tests.forks:door", *command, failpoints=f"{place}=raise:ENOSPC@1")
+    child = forks().start("tests.forks:run_command", *command, failpoints=f"{place}=raise:ENOSPC@1")
     assert child.wait() == 1
     assert "Traceback" not in child.said()
     last = child.said().strip().splitlines()[-1]

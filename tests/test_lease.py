@@ -282,7 +282,7 @@ def test_of_two_runs_at_once_one_works_and_one_says_who_holds_it(unbroken: Confi
     config = other_output(unbroken, tmp_path / "out")
     # Both are there before the first is done.
     delay = "lease.taken=delay:2"
-    processes = [forks().start("tests.forks:door", *overrides(config), failpoints=delay) for _ in range(2)]
+    processes = [forks().start("tests.forks:run_command", *overrides(config), failpoints=delay) for _ in range(2)]
     codes = [process.wait() for process in processes]
     errors = [process.said() for process in processes]
     assert sorted(codes) == [0, 75], errors
@@ -361,7 +361,7 @@ def test_a_shard_that_two_runs_do_at_once_has_one_commit(unbroken: Config, tmp_p
 def test_a_paused_run_that_was_taken_over_replaces_no_commit(unbroken: Config, tmp_path: Path, turn: int) -> None:
     config = other_output(unbroken, tmp_path / "out")
     commits = tmp_path / "out" / "_commits"
-    paused = forks().start("tests.forks:door", *overrides(config), "output.lease_seconds=1")
+    paused = forks().start("tests.forks:run_command", *overrides(config), "output.lease_seconds=1")
     try:
         wait_for(lambda: len(list(commits.glob("*.json"))) >= 3 + turn)
         paused.send(signal.SIGSTOP)

@@ -19,7 +19,7 @@ from PIL import Image
 
 from tests.conftest import ROOT, data_folder
 from tests.jobs import StubEncoder, config_for, stub_backend
-from tests.test_contained import children
+from tests.test_decoder_pool import children
 
 pytestmark = pytest.mark.slow
 # PIPELINE_TEST_ROWS=1000000 for the full size: about ten minutes.

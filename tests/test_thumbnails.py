@@ -18,7 +18,7 @@ from pipeline.core.run_report import Pace, StagePace
 from pipeline.images.factory import pixel_reader
 from pipeline.images.sources.source import Source
 from pipeline.manifest.manifest import Manifest, open_manifest
-from pipeline.report import thumbnails as gallery
+from pipeline.report import thumbnails as module
 from pipeline.report.faster_decoder import Faster, faster_decoder
 from pipeline.report.thumbnails import THUMBNAIL, find, spread, thumbnails
 
@@ -78,7 +78,7 @@ def test_examples_are_spread_over_the_rows_that_were_embedded() -> None:
     assert spread(["ok"] * 10, 5) == [0, 2, 4, 6, 8]
     assert spread(["ok", "empty", "ok"], 8) == [0, 2]
     assert spread(["empty"], 3) == spread(["ok"], 0) == []
-    assert gallery.REACH > 100
+    assert module.REACH > 100
 
 
 def pace(decode: float) -> Pace:
