@@ -37,6 +37,8 @@ WARM = (
     "hydra.core.utils",
     "hydra._internal.core_plugins.basic_launcher",
     "jinja2",
+    "matplotlib.backends.backend_svg",
+    "matplotlib.figure",
     "pandas",
     "fsspec.implementations.local",
     "pyarrow.acero",
@@ -51,6 +53,8 @@ WARM = (
     "transformers.models.clip.image_processing_pil_clip",
     "pipeline.backends.torch",
     "pipeline.job.main",
+    "pipeline.report.page",
+    "pipeline.report.plots",
     "pipeline.run",
     "tests.jobs",
 )

@@ -34,6 +34,7 @@ from pipeline.engine.loop import open_at
 from pipeline.models.checkpoint import open_checkpoint
 from tests.conftest import ROOT
 from tests.jobs import StubEncoder, config_for, scenes_manifest, stub_backend
+from tests.processes import is_running, run_python, wait_until
 from tests.s3 import BUCKET, moto_server, objects, pointed_at
 from tests.servers import answer, serve
 
@@ -147,18 +148,7 @@ def test_a_process_that_hangs_is_ended_with_all_that_it_started(
     [check] = examine([probe("backends")], Subject(Config(), False, "", None), limit=5)
     assert (check.name, check.status) == ("backends", Status.FAIL)
     assert "no answer within 5 s" in check.fact
-    end = time.monotonic() + 10
-    while alive(int(started.read_text())) and time.monotonic() < end:
-        time.sleep(0.05)
-    assert not alive(int(started.read_text()))
-
-
-def alive(pid: int) -> bool:
-    """Return True if a process runs and has not ended."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+    wait_until(lambda: not is_running(int(started.read_text())), 10)
 
 
 def probe(module: str) -> Probe:
@@ -271,15 +261,7 @@ def test_a_person_reads_headings_arrows_and_a_verdict(tmp_path: Path) -> None:
 
 
 def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "pipeline.doctor", *arguments],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
+    return run_python("-m", "pipeline.doctor", *arguments, **environment)
 
 
 # The hub.

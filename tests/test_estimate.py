@@ -46,8 +46,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def job(scenes: Path, output: Path, /, **groups: dict[str, Any]) -> Config:
     """Five shards of 24 rows, in this process."""
-    loader = {"batch_size": 8, "isolation": "none", **groups.pop("loader", {})}
-    return config_for(scenes, output, loader=loader, **groups)
+    return config_for(scenes, output, **groups)
 
 
 def everything(folder: Path) -> dict[str, tuple[int, bytes]]:

@@ -102,8 +102,8 @@ def _child(manifest: Path, output: Path) -> None:
         manifest,
         output,
         manifest={"shard_rows": 4096, "keep": []},
-        loader={"batch_size": 256, "workers": 4},
-        report={"progress": "plain", "examples": 4},
+        loader={"batch_size": 256, "workers": 4, "isolation": "process"},
+        report={"progress": "plain", "html": True},
         errors={"max_fraction": 1.0},
         model={"name": str(DEMO_FOLDER)},
     )

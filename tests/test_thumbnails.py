@@ -21,13 +21,12 @@ from pipeline.manifest.manifest import Manifest, open_manifest
 from pipeline.report import thumbnails as module
 from pipeline.report.faster_decoder import Faster, faster_decoder
 from pipeline.report.thumbnails import THUMBNAIL, find, spread, thumbnails
+from tests.pictures import saved
 
 
 def photo(shade: int, *, size: tuple[int, int] = (300, 200)) -> bytes:
     noise = np.random.default_rng(shade).integers(0, 60, (*size[::-1], 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(noise + np.uint8(shade)).save(buffer, "JPEG")
-    return buffer.getvalue()
+    return saved(Image.fromarray(noise + np.uint8(shade)), "JPEG")
 
 
 def manifest_of(folder: Path, images: list[bytes | None], group: int = 5) -> tuple[Manifest, Config]:
