@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import ctypes
-import io
 import json
 import os
 import socket
@@ -23,6 +22,7 @@ from PIL import Image
 from pipeline.models.hub import DEMO_FOLDER
 from tests.conftest import data_folder
 from tests.forks import forks, job
+from tests.pictures import saved
 from tests.test_decode import ODD
 
 MAX_PIXELS, MAX_BYTES = 1_000_000, 400_000
@@ -33,15 +33,11 @@ def photo(kind: str = "JPEG", size: tuple[int, int] = (90, 70), mode: str = "RGB
     width, height = size
     y, x = np.mgrid[:height, :width]
     planes = np.stack([x * 2 % 256, y * 3 % 256, (x ^ y) % 256], axis=2).astype(np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(planes).convert(mode).save(buffer, kind, **options)
-    return buffer.getvalue()
+    return saved(Image.fromarray(planes).convert(mode), kind, **options)
 
 
 def flat(size: int, mode: str = "L", kind: str = "PNG", **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    Image.new(mode, (size, size)).save(buffer, kind, **options)
-    return buffer.getvalue()
+    return saved(Image.new(mode, (size, size)), kind, **options)
 
 
 def damaged(data: bytes, at: int, piece: bytes) -> bytes:

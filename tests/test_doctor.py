@@ -29,11 +29,10 @@ from pipeline.doctor import backends, batch, decoders, disk, extras, hub, output
 from pipeline.doctor.check import Check, Status, Subject
 from pipeline.doctor.format import lines, verdict
 from pipeline.doctor.probes import PROBES, Probe, examine
-from pipeline.engine.demo.folder import rendered_sample
-from pipeline.engine.loop import open_at
-from pipeline.models.checkpoint import open_checkpoint
+from pipeline.engine.engine import Engine
 from tests.conftest import ROOT
 from tests.jobs import StubEncoder, config_for, scenes_manifest, stub_backend
+from tests.processes import is_running, run_python, wait_until
 from tests.s3 import BUCKET, moto_server, objects, pointed_at
 from tests.servers import answer, serve
 
@@ -147,18 +146,7 @@ def test_a_process_that_hangs_is_ended_with_all_that_it_started(
     [check] = examine([probe("backends")], Subject(Config(), False, "", None), limit=5)
     assert (check.name, check.status) == ("backends", Status.FAIL)
     assert "no answer within 5 s" in check.fact
-    end = time.monotonic() + 10
-    while alive(int(started.read_text())) and time.monotonic() < end:
-        time.sleep(0.05)
-    assert not alive(int(started.read_text()))
-
-
-def alive(pid: int) -> bool:
-    """Return True if a process runs and has not ended."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+    wait_until(lambda: not is_running(int(started.read_text())), 10)
 
 
 def probe(module: str) -> Probe:
@@ -271,15 +259,7 @@ def test_a_person_reads_headings_arrows_and_a_verdict(tmp_path: Path) -> None:
 
 
 def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "pipeline.doctor", *arguments],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
+    return run_python("-m", "pipeline.doctor", *arguments, **environment)
 
 
 # The hub.
@@ -484,8 +464,8 @@ def test_a_batch_of_the_job_is_embedded_and_no_export_stays(tmp_path: Path, mani
 def test_an_export_of_the_store_is_used_and_a_damaged_one_is_reported_and_left_alone(tmp_path: Path) -> None:
     backend = {"name": "torchscript", "artifacts": str(tmp_path / "store")}
     job = config_for(tmp_path / "m", tmp_path / "o", backend=backend, manifest={"path": None}, loader=INLINE)
-    checkpoint = open_checkpoint(job.model)
-    open_at(job, checkpoint, lambda: rendered_sample(checkpoint.spec, 8), 16)
+    with Engine(job) as engine:
+        engine.open_at(16)
     [file] = (tmp_path / "store").glob("*/model.pt")
     before = file.stat().st_mtime_ns, file.stat().st_size
     with pytest.MonkeyPatch.context() as patch:

@@ -21,17 +21,11 @@ from pipeline.backends.timing import settle
 from pipeline.bench.backends_run import BANK, SAMPLE
 from pipeline.bench.records import Row
 from pipeline.config.schema import Config
-from pipeline.core.errors import ManifestError
 from pipeline.core.processes import cores
-from pipeline.core.records import Sample, TextBank
+from pipeline.core.records import Sample
 from pipeline.engine.demo import folder as demo
-from pipeline.engine.loop import open_encoder
-from pipeline.engine.prepare import spec_of
-from pipeline.engine.sample import draw_sample
-from pipeline.images.factory import pixel_reader
-from pipeline.manifest.manifest import open_manifest
+from pipeline.engine.engine import Engine, open_backend
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
-from pipeline.models.text import build_bank, read_labels
 from pipeline.report.summary import machine, memory
 
 # The longest warm-up, in multiples of one measurement.
@@ -54,12 +48,14 @@ class Backend:
     def prepare(self) -> dict[str, Any]:
         """Draw the sample and embed the labels, once for all children; return the facts of the machine."""
         device = choose_device(self._config.backend.device)
-        checkpoint = self._checkpoint = open_checkpoint(self._config.model)
-        sample, words = _draw(self._config, checkpoint)
+        with Engine(_of_all_rows(self._config)) as engine:
+            self._checkpoint, bank = engine.checkpoint, engine.bank()
+            sample, path = engine.cpu_sample(), engine.config.manifest.path
+        words = "rendered scenes" if path is None else f"images of {path}"
+        assert bank is not None
         # In the loader's layout of memory: [N, H, W, 3].
         pictures = sample.pixels.permute(0, 2, 3, 1).contiguous().numpy()
         np.savez(self._work / SAMPLE, pixels=pictures, ids=np.array(sample.ids))
-        bank = _bank(self._config, checkpoint)
         np.savez(self._work / BANK, names=np.array(bank.names), features=bank.features)
         facts = machine(str(device), cores())
         return {
@@ -84,7 +80,7 @@ class Backend:
             torch.cuda.init()
         free = _free_gpu_mib()
         began = time.perf_counter()
-        encoder = self._encoder = open_encoder(self._config, checkpoint, lambda: sample, batch)
+        encoder = self._encoder = open_backend(self._config, checkpoint, lambda: sample, batch)
         self._pixels = _batch(memory_order, 0, batch).to(encoder.device)
         self._encode(1)
         startup = time.perf_counter() - began
@@ -158,23 +154,13 @@ def _batch(memory_order: torch.Tensor, start: int, size: int) -> torch.Tensor:
     return memory_order[(torch.arange(size) + start) % len(memory_order)].permute(0, 3, 1, 2)
 
 
-def _draw(config: Config, checkpoint: Checkpoint) -> tuple[Sample, str]:
-    count = config.parity.images
-    if config.manifest.path is None:
-        return demo.rendered_sample(checkpoint.spec, count), "rendered scenes"
-    manifest = open_manifest(config.manifest)
-    with pixel_reader(config, manifest.root, spec_of(config, checkpoint)) as reader:
-        sample = draw_sample(manifest, reader, count)
-    if sample is None:
-        raise ManifestError(f"manifest.path={config.manifest.path}: none of the images that were tried can be decoded")
-    return sample, f"images of {config.manifest.path}"
-
-
-def _bank(config: Config, checkpoint: Checkpoint) -> TextBank:
-    prompts = config.prompts
-    if not prompts.labels and prompts.path is None:
-        prompts = dataclasses.replace(prompts, labels=demo.label_names())
-    return build_bank(checkpoint, read_labels(prompts), prompts, config.labels)
+def _of_all_rows(config: Config) -> Config:
+    """The config that the sample and the labels of all backends come from."""
+    # With static quantization, twice as many images would be drawn.
+    config = config.changed({"backend.quantization": "dynamic"})
+    if config.prompts.labels or config.prompts.path is not None:
+        return config
+    return config.changed({"prompts.labels": demo.label_names()})
 
 
 def _reset_peak() -> None:

@@ -25,19 +25,14 @@ from pipeline.bench.backend_worker import config_from
 from pipeline.bench.images import image_refs, take_images
 from pipeline.bench.timing import measure
 from pipeline.core.processes import cores
-from pipeline.core.records import Embeddings, ImageRef, Pixels, Sample, ShardRows, Stage
+from pipeline.core.records import Embeddings, ImageRef, Pixels, ShardRows, Stage
 from pipeline.dataset.commits import commit_part
 from pipeline.dataset.parts import ShardResult, build_table, part_format
-from pipeline.engine.loop import open_at, open_reader
-from pipeline.engine.prepare import images_compared, spec_of
-from pipeline.engine.sample import draw_sample
+from pipeline.engine.engine import Engine
 from pipeline.images.factory import worker_threads
 from pipeline.images.reader import PixelReader
-from pipeline.manifest.manifest import open_manifest
 from pipeline.manifest.shards import ShardReader, cut, refs
-from pipeline.models.checkpoint import open_checkpoint
 from pipeline.models.labels import label
-from pipeline.models.text import build_bank, read_labels
 from pipeline.report.summary import machine
 from pipeline.storage.factory import open_storage
 
@@ -66,17 +61,18 @@ class Stages:
         self._numbers: dict[str, Iterator[int]] = {}
         self._parts = itertools.count()
         self._device = choose_device(given.backend.device)
-        self._checkpoint = open_checkpoint(given.model)
-        self._spec = spec_of(given, self._checkpoint)
-        manifest = open_manifest(given.manifest)
-        with open_reader(given, manifest, self._spec) as reader:
-            self._images = take_images(manifest, reader, self._work, count=images, threads=worker_threads(given))
-        self._config = dataclasses.replace(given, manifest=dataclasses.replace(given.manifest, **self._images.manifest))
-        self._manifest = open_manifest(self._config.manifest)
+        with Engine(given) as whole:
+            threads = worker_threads(given)
+            self._images = take_images(whole.manifest, whole.reader, self._work, count=images, threads=threads)
+        self._config = given.changed({f"manifest.{name}": value for name, value in self._images.manifest.items()})
+        engine = self._engine = self._opened.enter_context(Engine(self._config))
+        self._manifest, self._dim = engine.manifest, engine.checkpoint.dim
         self._batch = min(given.loader.batch_size, self._manifest.rows, given.manifest.shard_rows)
-        self._bank = build_bank(self._checkpoint, read_labels(given.prompts), given.prompts, given.labels)
+        bank = engine.bank()
+        assert bank is not None, "the command gives labels"
+        self._bank = bank
         self._features = torch.from_numpy(self._bank.features).to(self._device)
-        self._encoder = open_at(self._config, self._checkpoint, self._sample, self._batch)
+        self._encoder = engine.open_at(self._batch)
         self._threads = count_streams(given.backend.streams, self._device)
         self._streams = self._opened.enter_context(Streams(self._device, self._threads))
         self._readers = {name: self._reader(name) for name in dict.fromkeys([given.images.decoder, *decoders])}
@@ -112,17 +108,11 @@ class Stages:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
-    def _sample(self) -> Sample:
-        with open_reader(self._config, self._manifest, self._spec) as reader:
-            found = draw_sample(self._manifest, reader, images_compared(self._config))
-        if found is None:
-            raise RuntimeError("images that could be decoded before cannot be decoded now")
-        return found
-
     def _reader(self, decoder: str) -> PixelReader:
-        images = dataclasses.replace(self._config.images, decoder=decoder)
-        config = dataclasses.replace(self._config, images=images)
-        return self._opened.enter_context(open_reader(config, self._manifest, self._spec))
+        if decoder == self._config.images.decoder:
+            return self._engine.reader
+        engine = Engine(self._config.changed({"images.decoder": decoder}), manifest=self._manifest)
+        return self._opened.enter_context(engine).reader
 
     def _unit(self, stage: str, decoder: str | None) -> tuple[Unit, int]:
         """The work of a stage in pieces, and the number of its threads."""
@@ -209,7 +199,7 @@ class Stages:
         return unit
 
     def _label(self) -> Unit:
-        vectors = torch.nn.functional.normalize(torch.randn(self._batch, self._checkpoint.dim), dim=1).to(self._device)
+        vectors = torch.nn.functional.normalize(torch.randn(self._batch, self._dim), dim=1).to(self._device)
 
         def unit(number: int) -> int:
             label(Embeddings(vectors), self._bank, self._features, top_k=self._config.labels.top_k)
@@ -221,7 +211,7 @@ class Stages:
         config, names = self._config, self._bank.names
         form = part_format(
             self._manifest.schema,
-            dim=self._checkpoint.dim,
+            dim=self._dim,
             dtype=config.output.dtype,
             compression=config.output.compression,
             fingerprints={},
@@ -234,7 +224,7 @@ class Stages:
         generator = np.random.default_rng(0)
         result = ShardResult(
             rows=ShardRows(shard=shards[0], table=table, failures={}),
-            vectors=generator.standard_normal((count, self._checkpoint.dim)).astype(config.output.dtype),
+            vectors=generator.standard_normal((count, self._dim)).astype(config.output.dtype),
             top=generator.integers(0, len(names), (count, k)),
             scores=generator.random((count, k), dtype=np.float32),
             names=names,

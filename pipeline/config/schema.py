@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -283,6 +283,14 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
+
+    def changed(self, values: Mapping[str, Any]) -> Config:
+        """Return a config with other values of some keys, such as ``loader.batch_size``, or of whole groups."""
+        config = self
+        for key, value in values.items():
+            group, _, name = key.partition(".")
+            config = replace(config, **{group: replace(getattr(config, group), **{name: value}) if name else value})
+        return config
 
 
 def conf_dir() -> Path:

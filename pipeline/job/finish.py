@@ -19,8 +19,8 @@ from pipeline.core.processes import Spent, cores
 from pipeline.core.records import OK, Stage, TextBank, Timeline
 from pipeline.core.run_report import Pace, RunReport
 from pipeline.dataset.commits import Commit
-from pipeline.engine.prepare import Inputs, Prepared
-from pipeline.images.reader import PixelReader
+from pipeline.engine.engine import Engine
+from pipeline.engine.prepare import Prepared
 from pipeline.job.cluster.part import Done, Part
 from pipeline.report import summary
 from pipeline.report.faster_decoder import faster_decoder
@@ -61,7 +61,7 @@ class Outcome:
     """A run after its last commit; ``began`` and ``ended`` are seconds since the epoch."""
 
     prepared: Prepared
-    inputs: Inputs
+    engine: Engine
     storage: Storage
     part: Part
     run: str
@@ -88,7 +88,7 @@ class Outcome:
     @property
     def too_many_failed(self) -> bool:
         """True if more rows failed than the config allows."""
-        return self.failed > self.prepared.config.errors.max_fraction * self.inputs.manifest.rows
+        return self.failed > self.prepared.config.errors.max_fraction * self.engine.manifest.rows
 
     @property
     def missing(self) -> int:
@@ -117,25 +117,25 @@ class ReportDraft:
     previous: bytes | None
 
 
-def report_of(outcome: Outcome, reader: PixelReader) -> ReportDraft:
+def report_of(outcome: Outcome) -> ReportDraft:
     """Summarise the dataset and make the report of a run.
 
-    ``reader`` reads the job's images; some may be decoded again, to estimate the gain of another decoder.
+    Some images may be decoded again, to estimate the gain of another decoder.
     """
     config = outcome.prepared.config
     content = summary.summarize(
-        config.output.dir, outcome.parts, id=outcome.inputs.manifest.id, examples=config.report.examples
+        config.output.dir, outcome.parts, id=outcome.engine.manifest.id, examples=config.report.examples
     )
     own = outcome.done()
     ran = outcome.part.merged(outcome.storage, own)
     previous = outcome.storage.read(REPORT)
-    report = _report(outcome, ran, content, reader)
+    report = _report(outcome, ran, content)
     return ReportDraft(
         report=dataclasses.replace(report, history=earlier_runs(previous)), content=content, previous=previous
     )
 
 
-def publish(outcome: Outcome, draft: ReportDraft, reader: PixelReader) -> None:
+def publish(outcome: Outcome, draft: ReportDraft) -> None:
     """Write the report and its page, unless this run did nothing and those of an earlier one are there."""
     storage, config, report = outcome.storage, outcome.prepared.config, draft.report
     content = to_dict(report)
@@ -154,8 +154,8 @@ def publish(outcome: Outcome, draft: ReportDraft, reader: PixelReader) -> None:
             draft.content,
             outcome.parts,
             output=config.output.dir,
-            manifest=outcome.inputs.manifest,
-            reader=reader,
+            manifest=outcome.engine.manifest,
+            reader=outcome.engine.cpu_reader,
             examples=config.report.examples,
         )
         try_to_publish(storage, page)
@@ -168,7 +168,7 @@ def check(outcome: Outcome) -> None:
         ShardsGivenUp: shards ended every worker that had them.
         TooManyFailures: more rows failed than ``errors.max_fraction``.
     """
-    config, wanted, manifest = outcome.prepared.config, outcome.prepared.plan, outcome.inputs.manifest
+    config, wanted, manifest = outcome.prepared.config, outcome.prepared.plan, outcome.engine.manifest
     given_up = outcome.given_up
     if given_up:
         raise ShardsGivenUp(
@@ -186,9 +186,9 @@ def check(outcome: Outcome) -> None:
         )
 
 
-def _report(outcome: Outcome, ran: Done, content: DatasetSummary, reader: PixelReader) -> RunReport:
+def _report(outcome: Outcome, ran: Done, content: DatasetSummary) -> RunReport:
     """The report; ``ran`` is the work of all parts of the job."""
-    prepared, embedded, bank = outcome.prepared, outcome.embedded, outcome.inputs.bank()
+    prepared, embedded, bank = outcome.prepared, outcome.embedded, outcome.engine.bank()
     config, wanted, whole = prepared.config, prepared.plan, outcome.part.whole
     available = (total_cores(ran.members) if whole else _cores_of_hosts(ran.members)) or cores()
     # The clock of the machine may have been set back during the run.
@@ -207,8 +207,8 @@ def _report(outcome: Outcome, ran: Done, content: DatasetSummary, reader: PixelR
         )
     if bound == "decoding":
         faster = faster_decoder(
-            outcome.inputs.manifest,
-            reader,
+            outcome.engine.manifest,
+            outcome.engine.cpu_reader,
             pace,
             images=embedded.images,
             wall=wall,
@@ -222,7 +222,7 @@ def _report(outcome: Outcome, ran: Done, content: DatasetSummary, reader: PixelR
         rows=ran.rows,
         images=ran.images,
         resumed_rows=embedded.resumed_rows if whole else max(0, committed - ran.rows),
-        total_rows=outcome.inputs.manifest.rows,
+        total_rows=outcome.engine.manifest.rows,
         wall_seconds=round(wall, 3),
         startup_seconds=round(startup, 3),
         images_per_second=round(ran.images / wall, 2),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import time
@@ -70,7 +69,7 @@ def relabel(source: Dataset, config: Config, *, began: float | None = None) -> R
         PipelineError: one of :mod:`pipeline.core.errors`, each with its exit code.
     """
     storage = open_storage(config.output.dir)
-    config = dataclasses.replace(config, output=dataclasses.replace(config.output, dir=storage.url))
+    config = config.changed({"output.dir": storage.url})
     began = began or time.time()
     with ExitStack() as opened:
         with log_to_terminal(config.log):

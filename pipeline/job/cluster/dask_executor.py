@@ -25,10 +25,9 @@ from pipeline.config.schema import Config
 from pipeline.core.errors import ClusterLost, ClusterUnavailable
 from pipeline.core.records import Shard, ShardReport
 from pipeline.dataset.commits import FOLDER, read_commit
+from pipeline.engine.engine import Engine
 from pipeline.engine.loop import Job
-from pipeline.engine.prepare import Inputs, Prepared, spec_of
-from pipeline.images.factory import pixel_reader
-from pipeline.images.reader import PixelReader
+from pipeline.engine.prepare import Prepared
 from pipeline.job.cluster import dask_worker, tasks
 from pipeline.job.cluster.dask_cluster import open_cluster
 from pipeline.job.cluster.job_spec import JobSpec
@@ -80,8 +79,6 @@ class DaskExecutor:
         self._spec: JobSpec
         self._slots: dict[str, int] = {}
         self._counted, self._seen = 0.0, time.monotonic()
-        self._inputs: Inputs
-        self._reader: PixelReader | None = None
         self.given_up: tuple[int, ...] = ()
 
     def __enter__(self) -> DaskExecutor:
@@ -91,24 +88,23 @@ class DaskExecutor:
         self._opened.close()
 
     @connected()
-    def prepare(self, inputs: Inputs) -> Prepared:
+    def prepare(self, engine: Engine) -> Prepared:
         """Open the cluster, and let its first worker open the model and pass the gates.
 
         Raises:
             ClusterUnavailable: it cannot be opened, or has no worker.
             PipelineError: what the worker found.
         """
-        self._inputs = inputs
         self._client = self._opened.enter_context(open_cluster(self._config))
         self._client.subscribe_topic(f"pipeline-{self._token}", lambda event: self._told.put(event[1]))
         self._spec = JobSpec(
-            token=self._token, config=self._config, manifest=inputs.manifest, model=inputs.checkpoint.fingerprint
+            token=self._token, config=self._config, manifest=engine.manifest, model=engine.checkpoint.fingerprint
         )
         self._clear()
         self._deliver("order", self._spec, closes=True)
         deaths = 0
         while True:
-            bank = inputs.bank()
+            bank = engine.bank()
             future = self._client.submit(
                 tasks.prepare, self._token, bank, key=f"prepare-{self._token}-{deaths}", pure=False
             )
@@ -198,15 +194,6 @@ class DaskExecutor:
                 else:
                     (again if count == 1 else alone).append(shard)
         self.given_up = tuple(sorted(given_up))
-
-    @property
-    def reader(self) -> PixelReader:
-        """Reads pictures of the job in this process."""
-        if self._reader is None:
-            config, root = self._spec.config, self._spec.manifest.root
-            spec = spec_of(config, self._inputs.checkpoint)
-            self._reader = self._opened.enter_context(pixel_reader(config, root, spec))
-        return self._reader
 
     @property
     def members(self) -> tuple[Member, ...]:

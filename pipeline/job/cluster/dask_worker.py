@@ -16,7 +16,6 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
 from importlib import import_module
@@ -33,8 +32,9 @@ from pipeline.telemetry.members import Member
 
 if TYPE_CHECKING:
     from pipeline.core.processes import Spent
+    from pipeline.engine.engine import Engine
     from pipeline.engine.loop import Job
-    from pipeline.engine.prepare import Engine, Inputs, Prepared
+    from pipeline.engine.prepare import Prepared
     from pipeline.telemetry.clocks import StageClocks
 
 # A stream that brings no shard ends, so that rows which wait for more are embedded: after so many seconds, at least,
@@ -75,7 +75,6 @@ class WorkerState:
     def __init__(self, worker: Any, spec: JobSpec) -> None:
         self._worker, self._spec = worker, spec
         self._began, self._startup = time.time(), 0.0
-        self._opened = ExitStack()
         self._bank: Future[TextBank | None] = Future()
         self._job: Future[Job] = Future()
         self._lock = threading.Lock()
@@ -117,7 +116,7 @@ class WorkerState:
         # Everything is logged for this worker; warnings only for the others.
         self._log.setLevel(logging.INFO)
         engine = self._open().result()
-        self._prepared = setup.prepare(engine, self._inputs(engine.checkpoint), self._storage())
+        self._prepared = setup.prepare(engine, self._storage())
         self._log.setLevel(logging.WARNING)
         self._passed = True
         return self._worker.address, self._prepared
@@ -150,16 +149,10 @@ class WorkerState:
         logging.getLogger("pipeline").removeHandler(self._log)
         # A loop closes when it ends; what is just being opened can only be closed afterwards.
         if self._thread is None and engine is not None:
-            engine.add_done_callback(lambda _: self._opened.close())
+            engine.add_done_callback(_close)
 
     def _storage(self) -> Any:
         return open_storage(self._spec.config.output.dir)
-
-    def _inputs(self, checkpoint: Any) -> Inputs:
-        from pipeline.engine.prepare import Inputs
-
-        # The driver has checked the ids.
-        return Inputs(self._spec.manifest, checkpoint, bank=self._bank.result, unique=lambda: None)
 
     def _open(self) -> Future[Engine]:
         with self._lock:
@@ -168,18 +161,23 @@ class WorkerState:
         return self._engine
 
     def _open_engine(self) -> Engine:
-        from pipeline.engine.prepare import open_engine
-        from pipeline.models.checkpoint import open_checkpoint
+        from pipeline.engine.engine import Engine
 
         # Unless this one measures it, the batch size is that of the job.
         config = self._job.result().config if self._job.done() else self._spec.config
-        checkpoint = open_checkpoint(config.model)
-        if checkpoint.fingerprint != self._spec.model:
+        # The driver has checked the ids.
+        engine = Engine(config, manifest=self._spec.manifest, bank=self._bank.result)
+        found = engine.checkpoint.fingerprint
+        if found != self._spec.model:
             raise WorkerMismatch(
                 f"{self.name}: {config.model.name} is another model there than where the job was started; give all the "
-                f"same files (there {checkpoint.fingerprint}, here {dict(self._spec.model)})"
+                f"same files (there {found}, here {dict(self._spec.model)})"
             )
-        engine = open_engine(config, self._inputs(checkpoint), self._storage(), self._opened)
+        try:
+            engine.open(self._storage())
+        except BaseException:
+            engine.close()
+            raise
         self._startup = time.time() - self._began
         return engine
 
@@ -195,7 +193,7 @@ class WorkerState:
         engine = self._open().result()
         if not self._passed:
             try:
-                setup.prepare(engine, self._inputs(engine.checkpoint), self._storage())
+                setup.prepare(engine, self._storage())
             except PlanMismatch as error:
                 raise WorkerMismatch(f"{self.name} would make other rows than the rest of the job: {error}") from error
             self._passed = True
@@ -219,7 +217,8 @@ class WorkerState:
                         self._queue.get()
                 for future in failed.values():
                     future.set_exception(error)
-        self._opened.close()
+        if self._engine is not None:
+            self._engine.add_done_callback(_close)
 
     def _embed(self, first: Shard) -> None:
         engine = self._pass_gates()
@@ -248,10 +247,10 @@ class WorkerState:
             self._stream(first),
             self._job.result(),
             engine.encoder,
+            engine.reader,
             clocks=self._clocks,
             on_batch=self._on_batch,
             on_commit=lambda report: self._report(report, engine, spent() - self._spent),
-            reader=engine.reader,
         )
         deque(reports, maxlen=0)
 
@@ -298,3 +297,9 @@ class WorkerState:
             future = self._waiting.pop(report.shard, None)
         if future is not None:
             future.set_result(None)
+
+
+def _close(opened: Future[Engine]) -> None:
+    """Close an engine, if it could be opened."""
+    if opened.exception() is None:
+        opened.result().close()

@@ -6,15 +6,13 @@ import os
 import socket
 import time
 from collections.abc import Callable, Generator, Iterable
-from contextlib import ExitStack, closing
+from contextlib import closing
 
-from pipeline.config.schema import Config
 from pipeline.core.processes import Spent, cores, spent
 from pipeline.core.records import OK, Shard, ShardReport
+from pipeline.engine.engine import Engine
 from pipeline.engine.loop import Job, embed
-from pipeline.engine.prepare import Engine, Inputs, Prepared, note, open_engine, prepare
-from pipeline.images.pool.pool import Decoders
-from pipeline.images.reader import PixelReader
+from pipeline.engine.prepare import Prepared, note, prepare
 from pipeline.report.summary import memory
 from pipeline.storage.base import Storage
 from pipeline.telemetry.clocks import StageClocks
@@ -22,16 +20,12 @@ from pipeline.telemetry.members import Member
 
 
 class Inline:
-    """This process as the whole cluster of a job; use it as a context manager.
-
-    ``decoders`` are processes that were started before.
-    """
+    """This process as the whole cluster of a job; use it as a context manager."""
 
     given_up: tuple[int, ...] = ()
 
-    def __init__(self, config: Config, storage: Storage, decoders: Decoders | None = None) -> None:
-        self._config, self._storage, self._decoders = config, storage, decoders
-        self._opened = ExitStack()
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
         self._began = time.time()
         self._engine: Engine
         self._prepared: Prepared
@@ -42,16 +36,13 @@ class Inline:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._opened.close()
+        pass
 
-    def prepare(self, inputs: Inputs) -> Prepared:
-        """Open the model and pass the gates.
-
-        Raises:
-            PipelineError: see :func:`pipeline.engine.prepare.open_engine` and :func:`pipeline.engine.prepare.prepare`.
-        """
-        self._engine = open_engine(self._config, inputs, self._storage, self._opened, self._decoders)
-        self._prepared = prepare(self._engine, inputs, self._storage)
+    def prepare(self, engine: Engine) -> Prepared:
+        """See :func:`pipeline.engine.prepare.prepare`."""
+        self._engine = engine
+        engine.open(self._storage)
+        self._prepared = prepare(engine, self._storage)
         self._startup = time.time() - self._began
         return self._prepared
 
@@ -71,7 +62,7 @@ class Inline:
         engine = self._engine
         try:
             with closing(
-                embed(shards, self._job, engine.encoder, clocks=self._clocks, on_batch=on_batch, reader=engine.reader)
+                embed(shards, self._job, engine.encoder, engine.reader, clocks=self._clocks, on_batch=on_batch)
             ) as reports:
                 for report in reports:
                     self._shards += 1
@@ -81,11 +72,6 @@ class Inline:
                     yield report
         finally:
             self._spent = spent() - self._before
-
-    @property
-    def reader(self) -> PixelReader:
-        """Reads pictures of the job."""
-        return self._engine.reader
 
     @property
     def members(self) -> tuple[Member, ...]:

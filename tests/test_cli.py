@@ -10,6 +10,7 @@ import pytest
 
 from pipeline.core.concurrency import aside
 from tests.conftest import ROOT
+from tests.processes import run_python
 
 BUSY = """
 import time
@@ -39,8 +40,7 @@ def test_a_result_and_an_error_are_in_the_future() -> None:
 
 @pytest.mark.parametrize(("code", "wanted"), [("4", 4), ("None", 0), ("'no'", 1)])
 def test_a_process_ends_with_its_own_exit_code_though_torch_is_at_work_aside(code: str, wanted: int) -> None:
-    command = [sys.executable, "-c", BUSY.replace("CODE", code)]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    ended = run_python("-c", BUSY.replace("CODE", code))
     assert (ended.returncode, ended.stdout) == (wanted, "said\n"), ended.stderr
 
 
@@ -68,6 +68,6 @@ def test_a_process_whose_reader_has_gone_ends_without_a_word(size: int, wanted: 
 def test_a_broken_pipe_that_is_not_standard_output_is_an_error() -> None:
     body = "with own_exit_code():\n    raise BrokenPipeError('a store')"
     code = f"from pipeline.core.cli import own_exit_code\n{body}"
-    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    ended = run_python("-c", code)
     assert ended.returncode == 1
     assert "a store" in ended.stderr

@@ -18,16 +18,15 @@ from pipeline.core.run_report import Pace, StagePace
 from pipeline.images.factory import pixel_reader
 from pipeline.images.sources.source import Source
 from pipeline.manifest.manifest import Manifest, open_manifest
-from pipeline.report import thumbnails as gallery
+from pipeline.report import thumbnails as module
 from pipeline.report.faster_decoder import Faster, faster_decoder
 from pipeline.report.thumbnails import THUMBNAIL, find, spread, thumbnails
+from tests.pictures import saved
 
 
 def photo(shade: int, *, size: tuple[int, int] = (300, 200)) -> bytes:
     noise = np.random.default_rng(shade).integers(0, 60, (*size[::-1], 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(noise + np.uint8(shade)).save(buffer, "JPEG")
-    return buffer.getvalue()
+    return saved(Image.fromarray(noise + np.uint8(shade)), "JPEG")
 
 
 def manifest_of(folder: Path, images: list[bytes | None], group: int = 5) -> tuple[Manifest, Config]:
@@ -78,7 +77,7 @@ def test_examples_are_spread_over_the_rows_that_were_embedded() -> None:
     assert spread(["ok"] * 10, 5) == [0, 2, 4, 6, 8]
     assert spread(["ok", "empty", "ok"], 8) == [0, 2]
     assert spread(["empty"], 3) == spread(["ok"], 0) == []
-    assert gallery.REACH > 100
+    assert module.REACH > 100
 
 
 def pace(decode: float) -> Pace:
