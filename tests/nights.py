@@ -76,8 +76,6 @@ class Collection:
     def config(self, **groups: dict[str, Any]) -> Config:
         defaults: dict[str, dict[str, Any]] = {
             "manifest": {"image": "path", "keep": ["truth"], "shard_rows": 8, "root": str(self.folder)},
-            "loader": {"isolation": "none"},
-            "report": {"html": False},
         }
         for name, values in groups.items():
             defaults[name] = {**defaults.get(name, {}), **values}

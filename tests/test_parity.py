@@ -190,7 +190,7 @@ def copied(finished: tuple[Config, RunReport], tmp_path: Path) -> Config:
 def job(manifest: Path, output: Path, name: str, *, store: Path | None = None, **groups: dict[str, Any]) -> Config:
     settings = {"name": name, "artifacts": str(store) if store else None, **groups.pop("backend", {})}
     parity = {"images": 24, **groups.pop("parity", {})}
-    return config_for(manifest, output, backend=settings, parity=parity, loader={"isolation": "none"}, **groups)
+    return config_for(manifest, output, backend=settings, parity=parity, **groups)
 
 
 def test_the_reference_is_not_compared_with_itself(manifest: Path, tmp_path: Path) -> None:
@@ -276,10 +276,10 @@ def test_a_dataset_of_another_backend_keeps_its_books(copied: Config, manifest: 
 
 def test_the_command_exits_with_4_and_names_the_worst_images(manifest: Path, tmp_path: Path) -> None:
     child = forks().start(
-        "tests.forks:door",
+        "tests.forks:run_command",
         f"manifest.path={manifest}", "manifest.image=image", f"output.dir={tmp_path / 'out'}", "backend.device=cpu",
         "backend.precision=bf16", "parity.lowest_cosine.bf16=1", "parity.images=8",
-        "loader.isolation=none",
+        "loader.isolation=none", "report.html=false",
     )  # fmt: skip
     code, message = child.wait(), child.said()
     assert code == 4, message

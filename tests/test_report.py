@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import io
 import json
 import logging
 import re
@@ -31,6 +30,7 @@ from pipeline.telemetry.clocks import StageClocks
 from pipeline.telemetry.logs import NAME, log_to
 from pipeline.telemetry.progress import Progress
 from tests.conftest import ROOT
+from tests.pictures import saved
 
 REPORT = RunReport(
     started="2026-01-02T03:04:05+00:00",
@@ -74,10 +74,7 @@ CONTENT = DatasetSummary(
 FIRST = Row(number=0, id='a"b.jpg', label="cat", score=0.87)
 
 
-def jpeg() -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 8), "red").save(buffer, "JPEG")
-    return buffer.getvalue()
+JPEG = saved(Image.new("RGB", (8, 8), "red"), "JPEG")
 
 
 class Collector(HTMLParser):
@@ -105,7 +102,7 @@ def render(
 
 
 def test_the_page_shows_everything_and_loads_nothing() -> None:
-    html = render(examples=[FIRST], pictures=dict.fromkeys((0, 1, 2), jpeg()))
+    html = render(examples=[FIRST], pictures=dict.fromkeys((0, 1, 2), JPEG))
     found = Collector()
     found.feed(html)
     for text in (

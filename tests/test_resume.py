@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -22,8 +23,9 @@ from pipeline.job.main import run_job
 from pipeline.storage.factory import open_storage
 from tests.crashes import at
 from tests.damage import commit_of, flip, part_of, truncate
-from tests.forks import door, forks
+from tests.forks import forks, run_command
 from tests.jobs import config_for, content, overrides_of, scenes_manifest, start
+from tests.processes import wait_until
 
 # PIPELINE_TEST_KILLS=50 for a longer siege.
 KILLS = int(os.environ.get("PIPELINE_TEST_KILLS", "5"))
@@ -35,8 +37,7 @@ ROWS = 4 * SHARDS
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Config:
     folder = tmp_path_factory.mktemp("resume")
     manifest = scenes_manifest(folder / "m.parquet", ROWS)
-    # The jobs in processes of their own decode in further ones, as is the default.
-    loader = {"batch_size": 4, "isolation": "none"}
+    loader = {"batch_size": 4}
     config = config_for(manifest, folder / "unbroken", manifest={"shard_rows": 4}, loader=loader)
     run_job(config)
     return config
@@ -59,24 +60,14 @@ def plan_of(output: Path) -> Plan:
     return plan
 
 
-def wait_for_commits(output: Path, count: int, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if len(list(output.glob("_commits/*.json"))) >= count:
-            return
-        time.sleep(0.005)
-    raise TimeoutError(f"no {count} commits in {output}")
+def commits_in(output: Path) -> int:
+    return len(list(output.glob("_commits/*.json")))
 
 
-def wait_for_handlers(process: int, seconds: float = 60) -> None:
-    """Wait until the process catches SIGTERM: before, Python has hardly begun."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        for line in Path(f"/proc/{process}/status").read_text().splitlines():
-            if line.startswith("SigCgt:") and int(line.split()[1], 16) >> (signal.SIGTERM - 1) & 1:
-                return
-        time.sleep(0.005)
-    raise TimeoutError(f"process {process} catches no SIGTERM")
+def catches_sigterm(process: int) -> bool:
+    """Return true once the process has a handler; before, Python has hardly begun."""
+    [line] = re.findall(r"^SigCgt:\t(\w+)$", Path(f"/proc/{process}/status").read_text(), re.MULTILINE)
+    return bool(int(line, 16) >> (signal.SIGTERM - 1) & 1)
 
 
 def test_killed_at_random_moments_and_run_again(unbroken: Config, tmp_path: Path) -> None:
@@ -87,11 +78,12 @@ def test_killed_at_random_moments_and_run_again(unbroken: Config, tmp_path: Path
     while kills < KILLS:
         child = forks().start("tests.forks:job", groups)
         # Somewhere within the next few shards, the writing of parts and commits included.
-        wait_for_commits(tmp_path / "out", min(done + 1, SHARDS))
+        wanted = min(done + 1, SHARDS)
+        wait_until(lambda wanted=wanted: commits_in(tmp_path / "out") >= wanted)
         child.alive(dice.uniform(0, 0.06))
         child.send(signal.SIGKILL)
         kills += child.wait() == -signal.SIGKILL
-        found = len(list((tmp_path / "out" / "_commits").glob("*.json")))
+        found = commits_in(tmp_path / "out")
         assert found >= done, "a commit was lost"
         done = found
     child = forks().start("tests.forks:job", groups)
@@ -185,7 +177,7 @@ def test_finalize_looks_at_the_parts(out: Path) -> None:
 )
 def test_a_signal_during_start_up_ends_with_75(unbroken: Config, tmp_path: Path, number: int, seconds: float) -> None:
     process = start(*overrides_of(other_output(unbroken, tmp_path / "out")))
-    wait_for_handlers(process.pid)
+    wait_until(lambda: catches_sigterm(process.pid))
     time.sleep(seconds)
     process.send_signal(number)
     errors = process.communicate(timeout=30)[1]
@@ -199,11 +191,13 @@ def run_without_a_reader(*overrides: str) -> int:
     os.dup2(writer, 2)
     os.close(reader)
     os.close(writer)
-    return door(*overrides)
+    return run_command(*overrides)
 
 
 def test_a_terminal_that_went_away_does_not_end_the_job(unbroken: Config, tmp_path: Path) -> None:
     overrides = overrides_of(other_output(unbroken, tmp_path / "out"))
-    child = forks().start("tests.test_resume:run_without_a_reader", *overrides, "loader.isolation=none")
+    child = forks().start(
+        "tests.test_resume:run_without_a_reader", *overrides, "loader.isolation=none", "report.html=false"
+    )
     assert child.wait() == 0
     assert content(tmp_path / "out") == content(Path(unbroken.output.dir))

@@ -39,7 +39,7 @@ def run(
 
 def answered(*arguments: str, **environment: str) -> str:
     """The output of the command, in a fork, which exits with 0."""
-    child = forks().start("tests.forks:door", *arguments, environment=environment)
+    child = forks().start("tests.forks:run_command", *arguments, environment=environment)
     assert child.wait() == 0, child.said()
     return child.said()
 

@@ -27,7 +27,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def small_job(where: Path, **groups: Any) -> Config:
-    return config_for(scenes_manifest(where / "m.parquet", 100), where / "none", loader={"isolation": "none"}, **groups)
+    return config_for(scenes_manifest(where / "m.parquet", 100), where / "none", **groups)
 
 
 def unlabelled(where: Path) -> Config:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,9 +27,9 @@ from pipeline.job.main import run_job
 from pipeline.storage.base import sha256
 from pipeline.storage.factory import open_storage
 from pipeline.verify import main
-from tests.conftest import ROOT
 from tests.damage import commit_of, flip, part_of, truncate
 from tests.jobs import config_for, content, scenes_manifest
+from tests.processes import loads, run_python
 
 SHARD_ROWS, SHARDS = 4, 19
 ROWS, LAST = SHARD_ROWS * SHARDS, SHARDS - 1
@@ -43,7 +41,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Config:
     """A finished job of small shards, a failed row in the first, in this process alone."""
     folder = tmp_path_factory.mktemp("verify")
     manifest = scenes_manifest(folder / "m.parquet", ROWS, damaged={3: b""})
-    loader = {"batch_size": 4, "isolation": "none"}
+    loader = {"batch_size": 4}
     config = config_for(manifest, folder / "whole", manifest={"shard_rows": SHARD_ROWS}, loader=loader)
     run_job(config)
     return config
@@ -465,8 +463,6 @@ def test_a_plan_of_before_is_read_without_a_config(out: Path, whole: Config) -> 
 
 
 def test_the_door_opens_without_torch_and_tells_the_codes() -> None:
-    code = "import sys, pipeline.verify, pipeline.dataset.verify; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
-    command = [sys.executable, "-m", "pipeline.verify", "--help"]
-    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert loads("import pipeline.verify, pipeline.dataset.verify", "torch") == []
+    told = run_python("-m", "pipeline.verify", "--help").stdout
     assert "exit codes: 0 healthy, 1 damaged, 2 no dataset" in told

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from functools import cache
 from typing import Any
 
 from jinja2 import Environment, PackageLoader
@@ -130,8 +131,9 @@ def to_html(
     return page.encode()
 
 
+@cache
 def environment() -> Environment:
-    """The environment of the templates in this package, with their filters."""
+    """The environment of the templates in this package, with their filters; it keeps what it has compiled."""
     made = Environment(loader=PackageLoader("pipeline.report", "."), autoescape=True, trim_blocks=True)
     made.filters["rate"] = lambda value: in_words(value) if value else MISSING
     # A key such as images.decoder=fast keeps its case.
