@@ -21,6 +21,7 @@ from pipeline.backends.oom import HalvingEncoder
 from pipeline.backends.parity import pass_gate, record
 from pipeline.config.schema import Config
 from pipeline.core.concurrency import aside
+from pipeline.core.errors import ManifestError
 from pipeline.core.failpoints import failpoint
 from pipeline.core.processes import cores
 from pipeline.core.records import Parity, PreprocessSpec, Sample, TextBank
@@ -29,6 +30,7 @@ from pipeline.engine.batch_size import settle_batch_size
 from pipeline.engine.demo import folder as demo
 from pipeline.engine.loop import Job, open_at, open_for_job, open_reader
 from pipeline.engine.sample import draw_sample
+from pipeline.images.factory import pixel_reader
 from pipeline.images.pool.pool import Decoders
 from pipeline.images.reader import PixelReader
 from pipeline.images.versions import library
@@ -110,6 +112,23 @@ def open_inputs(config: Config) -> Inputs:
 def spec_of(config: Config, checkpoint: Checkpoint) -> PreprocessSpec:
     """Preprocessing of the job's images."""
     return dataclasses.replace(checkpoint.spec, corner=config.images.crop_corner)
+
+
+def sample_of(config: Config, checkpoint: Checkpoint, count: int) -> Sample:
+    """Draw images of the manifest, or render scenes without one, to compare or calibrate a backend outside of a job.
+
+    Raises:
+        ManifestError: none of the images that were tried can be decoded.
+    """
+    spec = spec_of(config, checkpoint)
+    if config.manifest.path is None:
+        return demo.rendered_sample(spec, count)
+    manifest = open_manifest(config.manifest)
+    with pixel_reader(config, manifest.root, spec) as reader:
+        drawn = draw_sample(manifest, reader, count)
+    if drawn is None:
+        raise ManifestError(f"manifest.path={config.manifest.path}: none of the images that were tried can be decoded")
+    return drawn
 
 
 def open_engine(

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.cli import run_process
-from pipeline.core.errors import Interrupted, PipelineError
+from pipeline.core.cli import ErrorOutput, command_parser, run_command, run_process
 from pipeline.storage.urls import explained
 
 EXAMPLES = """\
@@ -28,21 +26,13 @@ exit codes: 0 written, 2 no dataset or an unfinished one, 75 interrupted, 1 anyt
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse the command line and write a page; returns the exit code."""
+    """Parse the command line and write a page; return the exit code."""
     parser = _parser()
     options = parser.parse_args(arguments)
     given = [options.dataset is not None, options.compare is not None, options.history is not None]
     if sum(given) != 1:
         parser.error("give a dataset, or --compare A B, or --history RUNS")
-    try:
-        _write(options)
-    except PipelineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("error: interrupted; nothing was written", file=sys.stderr)
-        return Interrupted.exit_code
-    return 0
+    return run_command(lambda: _write(options), ErrorOutput("interrupted; nothing was written"))
 
 
 def _write(options: argparse.Namespace) -> None:
@@ -104,11 +94,10 @@ def _count(text: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline.report",
-        description="Redraw the page of a dataset, compare two runs, or draw the nights of a store.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = command_parser(
+        "python -m pipeline.report",
+        "Redraw the page of a dataset, compare two runs, or draw the nights of a store.",
+        EXAMPLES,
     )
     parser.add_argument("dataset", metavar="DATASET", nargs="?", help="a finished dataset: a folder or an address")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two datasets whose runs are compared")
