@@ -120,10 +120,12 @@ def _set_by_row(config: Config) -> list[Problem]:
 def _parser() -> argparse.ArgumentParser:
     parser = command.new_parser(
         "python -m pipeline.bench backends",
-        description="Measure every backend with one model on this machine: speed, memory, distance from torch fp32.",
-        epilog=EXAMPLES,
+        "Measure every backend with one model on this machine: speed, memory, distance from torch fp32.",
+        EXAMPLES,
     )
-    parser.add_argument("--only", metavar="ROWS", help="rows such as torch:fp32:compiled,torch:bf16,onnx_int8:static")
+    parser.add_argument(
+        "--only", metavar="ROWS", help="rows such as torch:fp32:compiled,onnx_int8:static; fewer take less memory"
+    )
     parser.add_argument("--batches", metavar="SIZES", help="batch sizes (default: 1,8,32,64, on CUDA also 128,256)")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="rounds over all rows (default: 5)")
     parser.add_argument(
