@@ -21,12 +21,12 @@ from pipeline.backends.timing import settle
 from pipeline.bench.backends_run import BANK, SAMPLE
 from pipeline.bench.records import Row
 from pipeline.config.schema import Config
+from pipeline.core.machine import machine, memory
 from pipeline.core.processes import cores
 from pipeline.core.records import Sample
 from pipeline.engine.demo import folder as demo
 from pipeline.engine.engine import Engine, open_backend
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
-from pipeline.report.summary import machine, memory
 
 # The longest warm-up, in multiples of one measurement.
 WARM_UP = 3.0

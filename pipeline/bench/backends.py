@@ -74,7 +74,7 @@ def measure(config: Config, plan: Plan, out: Path, *, line: str) -> Bench:
     """
     from pipeline.bench.backends_run import run
     from pipeline.bench.report import model_title
-    from pipeline.report.summary import versions
+    from pipeline.core.machine import versions
 
     started = datetime.now(UTC).isoformat(timespec="seconds")
     with command.work_folder(out) as work:

@@ -24,6 +24,7 @@ from pipeline.backends.streams import Streams, count_streams
 from pipeline.bench.backend_worker import config_from
 from pipeline.bench.images import image_refs, take_images
 from pipeline.bench.timing import measure
+from pipeline.core.machine import machine
 from pipeline.core.processes import cores
 from pipeline.core.records import Embeddings, ImageRef, Pixels, ShardRows, Stage
 from pipeline.dataset.commits import commit_part
@@ -33,7 +34,6 @@ from pipeline.images.factory import worker_threads
 from pipeline.images.reader import PixelReader
 from pipeline.manifest.shards import ShardReader, cut, refs
 from pipeline.models.labels import label
-from pipeline.report.summary import machine
 from pipeline.storage.factory import open_storage
 
 ROWS = "rows"

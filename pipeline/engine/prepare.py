@@ -12,13 +12,13 @@ from pipeline.backends import decoder_parity as decoder_gate
 from pipeline.backends.parity import pass_gate, record
 from pipeline.config.schema import Config
 from pipeline.core.failpoints import failpoint
+from pipeline.core.machine import machine
 from pipeline.core.processes import cores
 from pipeline.core.records import Parity, TextBank
 from pipeline.dataset import lease, parts, plan
 from pipeline.engine.engine import Engine
 from pipeline.engine.loop import Job
 from pipeline.images.versions import library
-from pipeline.report.summary import machine
 from pipeline.storage.base import Storage
 from pipeline.telemetry.tracing import span
 

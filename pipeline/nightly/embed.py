@@ -119,7 +119,7 @@ def signs_of(config: Config, model: Any) -> dict[str, Any]:
 
     ``model`` is the checkpoint's fingerprint.
     """
-    from pipeline.report.summary import versions
+    from pipeline.core.machine import versions
 
     recipe = recipe_of(config)
     for group in ("manifest", "errors", "parity"):

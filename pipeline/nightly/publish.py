@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -14,7 +14,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.config.schema import Config
 from pipeline.core.errors import TooManyFailures
+from pipeline.core.run_report import RunReport
 from pipeline.dataset import plan
 from pipeline.dataset.dataset import Dataset
 from pipeline.nightly.embed import digest_of, signs_of
@@ -78,9 +80,67 @@ def publish(pending: PendingNight, made: NightDataset, began: float) -> Night:
         signs=signs,
         sources=tuple(sorted(sources)),
     )
-    content = {**asdict(night), "jobs": made.reports}
+    fingerprints = dataset.plan.fingerprints if dataset is not None else {}
+    report = night_report(night, made.reports, config, fingerprints)
+    content = {**asdict(night), "report": report.to_dict(), "jobs": made.reports}
     pending.output.write(NIGHT, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
     return night
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NightReport(RunReport):
+    """The report of a night in the schema of a job's.
+
+    Throughput, stages and parity are those of its largest embedding job. ``night`` has the kinds of its rows, and start
+    and seconds of that job.
+    """
+
+    night: Mapping[str, object]
+
+
+def night_report(
+    night: Night, jobs: Sequence[Mapping[str, Any]], config: Config, fingerprints: Mapping[str, object]
+) -> NightReport:
+    """Return the report of a night from the reports of its embedding jobs."""
+    job: Mapping[str, Any] = max(jobs, key=lambda one: one["rows"]) if jobs else {}
+    carried = ", ".join(f"{count:,} {kind}" for kind, count in night.kinds.items() if count) or "no rows"
+    advice = f"of {night.rows:,} rows {carried}"
+    if night.anew:
+        advice += f"; everything was embedded anew: {night.anew}"
+    if job:
+        advice += f". Of embedding: {job['advice']}"
+    of_job = ("steady_images_per_second", "parity", "decoder_parity", "batch_sizes", "pace", "workers", "given_up",
+              "repeats", "timeline", "scores", "run", "labels")  # fmt: skip
+    return NightReport(
+        **{name: job[name] for name in of_job if name in job},
+        started=night.started,
+        rows=night.rows,
+        total_rows=night.rows,
+        resumed_rows=0,
+        images=night.images,
+        wall_seconds=night.seconds,
+        images_per_second=night.images / night.seconds if night.seconds else 0.0,
+        startup_seconds=min(job.get("startup_seconds", 0.0), night.seconds),
+        stages=job.get("stages", {}),
+        bound=job.get("bound", "nothing"),
+        counts=night.counts,
+        advice=advice,
+        prompts=job.get("prompts", {"labels": 0, "cached": True}),
+        memory=job.get("memory", {}),
+        machine=job.get("machine", {"device": "cpu", "cores": 1}),
+        exit_code=night.exit_code,
+        versions=night.versions,
+        fingerprints=fingerprints,
+        config=asdict(config),
+        night={
+            "date": night.date,
+            "previous": night.previous,
+            "kinds": night.kinds,
+            "embedded": night.embedded,
+            "verdict": night.verdict,
+            "job": {name: job[name] for name in ("started", "wall_seconds") if name in job},
+        },
+    )
 
 
 def report_of(dataset: Dataset) -> Mapping[str, Any]:
