@@ -6,7 +6,6 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.api.config import check_model, config_from, label_settings, model_settings
@@ -140,7 +139,7 @@ def _run(config: Config, images: object, columns: Columns, output: str | None) -
         with ExitStack() as opened:
             if manifest.written is not None and output is not None:
                 path = opened.enter_context(manifest_beside(manifest.written, place))
-                config = replace(config, manifest=replace(config.manifest, path=path))
+                config = config.changed({"manifest.path": path})
             with settings_restored():
                 run_job(config)
             stored = open_dataset(place)
@@ -213,11 +212,12 @@ def _placed(config: Config, manifest: InputManifest, output: str) -> Config:
     from pipeline.config.validate import check
     from pipeline.storage.urls import within
 
-    config = replace(
-        config,
-        manifest=replace(config.manifest, **manifest.config),
-        images=replace(config.images, schemes=list(dict.fromkeys([*config.images.schemes, *manifest.schemes]))),
-        output=replace(config.output, dir=output),
+    config = config.changed(
+        {
+            **{f"manifest.{name}": value for name, value in manifest.config.items()},
+            "images.schemes": list(dict.fromkeys([*config.images.schemes, *manifest.schemes])),
+            "output.dir": output,
+        }
     )
     problems = check(config)
     if manifest.folder is not None and within(output, manifest.folder):
