@@ -21,7 +21,7 @@ from pipeline.dataset.saved_config import recipe_of
 from pipeline.nightly.diff import OF_COPYING, OF_DECODING, OF_READING
 from pipeline.nightly.prepare import PendingNight, Target
 from pipeline.nightly.records import EMBEDDED, Kind
-from pipeline.nightly.rows import copy_rows, read_footers
+from pipeline.nightly.rows import copy_rows
 from pipeline.nightly.store import open_below, open_night
 from pipeline.storage.urls import open_file
 
@@ -157,7 +157,7 @@ def _embed_rows(pending: PendingNight, positions: NDArray[np.int64], name: str) 
 
 def _duplicates_of_unread(pending: PendingNight, dataset: Dataset) -> NDArray[np.int64]:
     """Duplicates of rows that could not be read: their own file may be readable."""
-    statuses = pa.chunked_array([footer.statuses for footer in read_footers(dataset)])
+    statuses = pa.concat_tables(dataset.stream(["status"]))["status"]
     unread = np.isin(statuses.to_numpy(), [*OF_READING, *OF_COPYING, *OF_DECODING])
     found = [np.empty(0, dtype=np.int64)]
     for batch in pending.compared("kind", "delta"):

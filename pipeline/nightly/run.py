@@ -99,12 +99,12 @@ def _make_dataset(pending: PendingNight, held: lease.Lease) -> NightDataset:
         made = embed_target(pending, target)
         if kinds["carried"]:
             check_job(pending, made)
-        return NightDataset(kinds, made, (report_of(made),), written=len(made.commits))
+        return NightDataset(kinds, made, (report_of(made),))
     embedded = embed_changes(pending, kinds)
     with log_to_terminal(pending.config.log, pending.options.run):
-        parts = assemble(pending, target, embedded, held)
+        shared = assemble(pending, target, embedded, held)
     made = open_dataset(pending.output.url)
-    return NightDataset(kinds, made, tuple(map(report_of, embedded.datasets)), parts.shared, parts.written)
+    return NightDataset(kinds, made, tuple(map(report_of, embedded.datasets)), shared)
 
 
 def _write_page(night: Night, examples: int) -> None:
