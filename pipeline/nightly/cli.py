@@ -16,8 +16,9 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from pipeline.config.compose import compose_config
 from pipeline.config.schema import Config, LogConfig
+from pipeline.core.cli import command_parser, error_line
 from pipeline.core.errors import ConfigError, Interrupted, PipelineError, Problem, TooManyFailures
-from pipeline.core.log_format import JsonLines, ending, new_run
+from pipeline.core.log_format import JsonLines, new_run
 from pipeline.nightly.notify import Outcome, ping, write_textfile
 from pipeline.nightly.records import PARTITION, SNAPSHOT, Night, NightOptions
 
@@ -53,17 +54,15 @@ class _Run:
 
     def print_error(self, error: PipelineError) -> None:
         """Print an error in the log's format."""
-        if self.log.format == "json":
-            print(JsonLines(self.name).format(ending(error, error.exit_code)), file=sys.stderr)
-        else:
-            print(f"error: {error}", file=sys.stderr)
+        formatter = JsonLines(self.name) if self.log.format == "json" else None
+        print(error_line(error, formatter), file=sys.stderr)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, make the nights, send the notifications; return the exit code."""
     options = _parser().parse_intermixed_args(arguments)
     began, run, code = time.time(), _Run(), 1
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         ping(options.ping, "start")
         code = _make_nights(options, run)
@@ -181,12 +180,8 @@ def _notify(options: argparse.Namespace, run: _Run, code: int, seconds: float) -
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python jobs/nightly.py",
-        description="Make the dataset of a date from a manifest that changes: only what is new or changed is embedded.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    description = "Make the dataset of a date from a manifest that changes: only what is new or changed is embedded."
+    parser = command_parser("python jobs/nightly.py", description, EXAMPLES)
     add = parser.add_argument
     add("overrides", nargs="*", metavar="OVERRIDE", help="GROUP=OPTION or KEY=VALUE, as for the main job")
     add("--date", metavar="DATE", help="the night to make: 2026-11-22, or today or yesterday in --timezone")
@@ -202,7 +197,3 @@ def _parser() -> argparse.ArgumentParser:
     add("--ping", metavar="URL", help="GET URL/start at the beginning, URL/EXITCODE at the end")
     add("--textfile", type=Path, metavar="FILE", help="metrics for Prometheus' textfile collector")
     return parser
-
-
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt

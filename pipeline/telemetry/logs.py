@@ -201,7 +201,7 @@ def _record(level: int, text: str, name: str = "pipeline") -> logging.LogRecord:
 
 @contextmanager
 def _path(storage: Storage, name: str) -> Iterator[Path]:
-    """The path of the log while the run is at work."""
+    """The path of the log during the run."""
     if isinstance(storage, LocalStorage):
         storage.make()
         path = storage.root / name
