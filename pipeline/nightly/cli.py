@@ -7,7 +7,6 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import date, datetime, timedelta
 from pathlib import Path
@@ -87,9 +86,8 @@ def _make_nights(options: argparse.Namespace, run: _Run) -> int:
     from pipeline.telemetry.logs import log_to_terminal
 
     run.store = store = open_storage(wanted.store)
-    with ExitStack() as opened:
-        with log_to_terminal(run.log, run.name):
-            held = opened.enter_context(lease.take(store, seconds=configs[0].output.lease_seconds))
+    seconds = configs[0].output.lease_seconds
+    with log_to_terminal(run.log, run.name), lease.take(store, seconds=seconds) as held:
         for day, config in zip(days, configs, strict=True):
             run.night = night = run_night(config, wanted, store, day, held)
             if night.exit_code:
