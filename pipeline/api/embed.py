@@ -131,25 +131,24 @@ def _run(config: Config, images: object, columns: Columns, output: str | None) -
     from pipeline.job.main import run_job
 
     # Before the caller's iterator runs, which may change the current folder.
-    place, scratch = "" if output is None else absolute(output), Scratch()
-    try:
+    place = "" if output is None else absolute(output)
+    with ExitStack() as opened:
+        scratch = Scratch()
+        opened.callback(scratch.close)
         manifest = manifest_of(images, columns, scratch.path / "manifest.parquet")
         place = str(scratch.path / "dataset") if output is None else place
         config = _placed(config, manifest, place)
-        with ExitStack() as opened:
-            if manifest.written is not None and output is not None:
-                path = opened.enter_context(manifest_beside(manifest.written, place))
-                config = config.changed({"manifest.path": path})
-            with settings_restored():
-                run_job(config)
-            stored = open_dataset(place)
-    except BaseException:
-        scratch.close()
-        raise
-    if output is None:
+        if manifest.written is not None and output is not None:
+            path = opened.enter_context(manifest_beside(manifest.written, place))
+            config = config.changed({"manifest.path": path})
+        with settings_restored():
+            run_job(config)
+        stored = open_dataset(place)
+        if output is not None:
+            return Dataset(stored)
+        # The returned object removes the folder.
+        opened.pop_all()
         return Dataset(stored, scratch)
-    scratch.close()
-    return Dataset(stored)
 
 
 def embed_texts(
