@@ -121,7 +121,7 @@ def _read(options: argparse.Namespace) -> tuple[list[str], list[Config], NightOp
         except ConfigError as error:
             raise ConfigError([*problems, *error.problems]) from error
     if configs[0].cluster.part is not None:
-        problems.append(Problem("cluster.part", configs[0].cluster.part, "does a part of a job; a night is a whole"))
+        problems.append(Problem("cluster.part", configs[0].cluster.part, "splits a job, and the nightly job cannot be split; leave it out"))
     if configs[0].manifest.path is None:
         problems.append(Problem("manifest.path", None, "must name the manifest; {date} in it stands for the night's"))
     if problems:
@@ -148,7 +148,7 @@ def _days(options: argparse.Namespace) -> tuple[list[str], list[Problem]]:
     if problems:
         return [], problems
     if set(found) not in ({"date"}, {"from", "to"}):
-        allowed = "give --date, or both --from and --to: the night is never guessed from the clock"
+        allowed = "give --date, or both --from and --to: the date is never taken from the clock"
         return [], [Problem("--date", options.date, allowed)]
     first, last = (found["date"],) * 2 if "date" in found else (found["from"], found["to"])
     if first > last:

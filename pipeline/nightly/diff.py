@@ -17,7 +17,7 @@ from pipeline.nightly.records import Kind, NightError
 # DuckDB spills to its folder beyond this.
 MEMORY = "2GB"
 GROUP_ROWS = 65_536
-# Failures of circumstances, which may have passed: the file was missing, the disk did not answer.
+# Temporary failures: the file was missing, the disk did not answer.
 OF_READING = ("not_found", "permission", "unreadable", "timeout", "outside_root", "address_not_allowed")
 OF_DECODING = ("out_of_memory", "decoder_timeout", "decoder_crashed")
 # A file that was still being copied; its size and date differ by now, its digest was known from the beginning.
