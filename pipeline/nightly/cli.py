@@ -121,7 +121,8 @@ def _read(options: argparse.Namespace) -> tuple[list[str], list[Config], NightOp
         except ConfigError as error:
             raise ConfigError([*problems, *error.problems]) from error
     if configs[0].cluster.part is not None:
-        problems.append(Problem("cluster.part", configs[0].cluster.part, "splits a job, and the nightly job cannot be split; leave it out"))
+        allowed = "splits a job, and the nightly job cannot be split"
+        problems.append(Problem("cluster.part", configs[0].cluster.part, allowed, "leave it out"))
     if configs[0].manifest.path is None:
         problems.append(Problem("manifest.path", None, "must name the manifest; {date} in it stands for the night's"))
     if problems:

@@ -55,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command_parser("python -m pipeline.serve", "Answer requests for embeddings and labels over HTTP.", EXAMPLES)
+    description = "Answer requests for embeddings and labels over HTTP."
+    parser = command_parser("python -m pipeline.serve", description, EXAMPLES)
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="GROUP=OPTION or KEY=VALUE, as for the job")
     return parser
 

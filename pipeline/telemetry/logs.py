@@ -136,7 +136,7 @@ def library_messages(form: LogConfig, run: str) -> Iterator[None]:
 
 @contextmanager
 def log_to_terminal(form: LogConfig | None = None, run: str = "") -> Iterator[None]:
-    """Send the package's log to the terminal alone: for commands that make no dataset, and around jobs that make one."""
+    """Send the package's log to the terminal only: for commands that make no dataset, and around jobs that do."""
     with _handlers(_Terminal(form or LogConfig(), run)):
         yield
 
