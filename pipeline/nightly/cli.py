@@ -7,7 +7,6 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import date, datetime, timedelta
 from pathlib import Path
@@ -16,8 +15,9 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from pipeline.config.compose import compose_config
 from pipeline.config.schema import Config, LogConfig
+from pipeline.core.cli import command_parser, error_line
 from pipeline.core.errors import ConfigError, Interrupted, PipelineError, Problem, TooManyFailures
-from pipeline.core.log_format import JsonLines, ending, new_run
+from pipeline.core.log_format import JsonLines, new_run
 from pipeline.nightly.notify import Outcome, ping, write_textfile
 from pipeline.nightly.records import PARTITION, SNAPSHOT, Night, NightOptions
 
@@ -53,17 +53,15 @@ class _Run:
 
     def print_error(self, error: PipelineError) -> None:
         """Print an error in the log's format."""
-        if self.log.format == "json":
-            print(JsonLines(self.name).format(ending(error, error.exit_code)), file=sys.stderr)
-        else:
-            print(f"error: {error}", file=sys.stderr)
+        formatter = JsonLines(self.name) if self.log.format == "json" else None
+        print(error_line(error, formatter), file=sys.stderr)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, make the nights, send the notifications; return the exit code."""
     options = _parser().parse_intermixed_args(arguments)
     began, run, code = time.time(), _Run(), 1
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         ping(options.ping, "start")
         code = _make_nights(options, run)
@@ -88,9 +86,8 @@ def _make_nights(options: argparse.Namespace, run: _Run) -> int:
     from pipeline.telemetry.logs import log_to_terminal
 
     run.store = store = open_storage(wanted.store)
-    with ExitStack() as opened:
-        with log_to_terminal(run.log, run.name):
-            held = opened.enter_context(lease.take(store, seconds=configs[0].output.lease_seconds))
+    seconds = configs[0].output.lease_seconds
+    with log_to_terminal(run.log, run.name), lease.take(store, seconds=seconds) as held:
         for day, config in zip(days, configs, strict=True):
             run.night = night = run_night(config, wanted, store, day, held)
             if night.exit_code:
@@ -124,7 +121,8 @@ def _read(options: argparse.Namespace) -> tuple[list[str], list[Config], NightOp
         except ConfigError as error:
             raise ConfigError([*problems, *error.problems]) from error
     if configs[0].cluster.part is not None:
-        problems.append(Problem("cluster.part", configs[0].cluster.part, "does a part of a job; a night is a whole"))
+        allowed = "splits a job, and the nightly job cannot be split"
+        problems.append(Problem("cluster.part", configs[0].cluster.part, allowed, "leave it out"))
     if configs[0].manifest.path is None:
         problems.append(Problem("manifest.path", None, "must name the manifest; {date} in it stands for the night's"))
     if problems:
@@ -151,7 +149,7 @@ def _days(options: argparse.Namespace) -> tuple[list[str], list[Problem]]:
     if problems:
         return [], problems
     if set(found) not in ({"date"}, {"from", "to"}):
-        allowed = "give --date, or both --from and --to: the night is never guessed from the clock"
+        allowed = "give --date, or both --from and --to: the date is never taken from the clock"
         return [], [Problem("--date", options.date, allowed)]
     first, last = (found["date"],) * 2 if "date" in found else (found["from"], found["to"])
     if first > last:
@@ -181,12 +179,8 @@ def _notify(options: argparse.Namespace, run: _Run, code: int, seconds: float) -
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python jobs/nightly.py",
-        description="Make the dataset of a date from a manifest that changes: only what is new or changed is embedded.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    description = "Make the dataset of a date from a manifest that changes: only what is new or changed is embedded."
+    parser = command_parser("python jobs/nightly.py", description, EXAMPLES)
     add = parser.add_argument
     add("overrides", nargs="*", metavar="OVERRIDE", help="GROUP=OPTION or KEY=VALUE, as for the main job")
     add("--date", metavar="DATE", help="the night to make: 2026-11-22, or today or yesterday in --timezone")
@@ -202,7 +196,3 @@ def _parser() -> argparse.ArgumentParser:
     add("--ping", metavar="URL", help="GET URL/start at the beginning, URL/EXITCODE at the end")
     add("--textfile", type=Path, metavar="FILE", help="metrics for Prometheus' textfile collector")
     return parser
-
-
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt

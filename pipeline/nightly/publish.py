@@ -22,19 +22,22 @@ from pipeline.dataset.dataset import Dataset
 from pipeline.nightly.embed import digest_of, signs_of
 from pipeline.nightly.prepare import PendingNight
 from pipeline.nightly.records import DROPPED, NIGHT, ROWS, Kind, Night
-from pipeline.nightly.rows import read_footers
+from pipeline.nightly.rows import fingerprints_of
 from pipeline.nightly.store import share_file
 
 
 @dataclass(frozen=True, slots=True)
 class NightDataset:
-    """A night before publication: rows by kind, the dataset (None for a partition without rows), its jobs' reports."""
+    """A night before publication.
+
+    ``kinds`` counts rows by kind. ``dataset`` is None for a partition without rows. ``reports`` are those of its jobs.
+    ``shared`` is the number of its parts that are files of the previous night.
+    """
 
     kinds: Mapping[str, int]
     dataset: Dataset | None = None
     reports: tuple[Mapping[str, Any], ...] = ()
     shared: int = 0
-    written: int = 0
 
 
 def publish(pending: PendingNight, made: NightDataset, began: float) -> Night:
@@ -44,9 +47,10 @@ def publish(pending: PendingNight, made: NightDataset, began: float) -> Night:
     digest = previous.fingerprints if previous is not None else ""
     model = previous.signs.get("model") if previous is not None else None
     if dataset is not None:
-        footers = list(read_footers(dataset))
-        sources = {footer.source for footer in footers} - {plan.source_of(dataset.plan.fingerprints)}
-        statuses = pa.chunked_array([footer.statuses for footer in footers])
+        parts = list(dataset.stream(["status"]))
+        sources = {plan.source_of(fingerprints_of(part.schema)) for part in parts}
+        sources.discard(plan.source_of(dataset.plan.fingerprints))
+        statuses = pa.concat_tables(parts)["status"]
         digest, model = digest_of(dataset.plan.fingerprints), dataset.plan.fingerprints["model"]
     counts = _write_rows(pending, statuses)
     share_file(pending.work, DROPPED, pending.output, DROPPED)
@@ -72,7 +76,7 @@ def publish(pending: PendingNight, made: NightDataset, began: float) -> Night:
         images=sum(int(report["counts"].get("ok", 0)) for report in made.reports),
         images_per_second=round(images / seconds, 2) if seconds else 0.0,
         shared=made.shared,
-        written=made.written,
+        written=len(dataset.commits) - made.shared if dataset is not None else 0,
         exit_code=TooManyFailures.exit_code if verdict else 0,
         verdict=verdict,
         fingerprints=digest,

@@ -6,9 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from pipeline.core.cli import own_exit_code
+from pipeline.core.cli import command_parser, error_line, own_exit_code
 from pipeline.core.errors import Interrupted, PipelineError, exit_code_of
-from pipeline.core.log_format import JsonLines, ending, new_run
+from pipeline.core.log_format import JsonLines, new_run
 from pipeline.serve.settings import need_packages, service_config
 
 EXAMPLES = """\
@@ -44,26 +44,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         with library_messages(config.log, run), log_to_terminal(config.log, run):
             return serve(config)
-    except (PipelineError, KeyboardInterrupt) as error:
-        if isinstance(error, KeyboardInterrupt):
-            error = Interrupted("interrupted before the service was ready")
-        code = exit_code_of(error)
-        print(f"error: {error}" if formatter is None else formatter.format(ending(error, code)), file=sys.stderr)
-        return code
+    except KeyboardInterrupt:
+        ended: Exception = Interrupted("interrupted before the service was ready")
     except Exception as error:
-        if formatter is None:
+        if formatter is None and not isinstance(error, PipelineError):
             raise
-        print(formatter.format(ending(error, 1)), file=sys.stderr)
-        return 1
+        ended = error
+    print(error_line(ended, formatter), file=sys.stderr)
+    return exit_code_of(ended)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline.serve",
-        description="Answer requests for embeddings and labels over HTTP.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    description = "Answer requests for embeddings and labels over HTTP."
+    parser = command_parser("python -m pipeline.serve", description, EXAMPLES)
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="GROUP=OPTION or KEY=VALUE, as for the job")
     return parser
 
