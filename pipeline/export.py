@@ -14,7 +14,7 @@ from pipeline.core.errors import ConfigError, Problem
 if TYPE_CHECKING:
     from pipeline.backends.artifacts.store import Artifact
     from pipeline.backends.triton.model_config import Serving
-    from pipeline.models.checkpoint import Checkpoint
+    from pipeline.engine.engine import Engine
 
 FORMATS = ("onnx", "torchscript")
 TOWERS = ("image", "text")
@@ -58,13 +58,16 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _act(config: Config, options: argparse.Namespace) -> None:
-    from pipeline.models.checkpoint import open_checkpoint
+    from pipeline.engine.engine import Engine
 
-    checkpoint = open_checkpoint(config.model)
     made = []
-    for artifact in _export(config, options, checkpoint):
-        print(describe(artifact), flush=True)
-        made.append(artifact)
+    # One half of the images of a static export is for calibration, the other for the comparison.
+    config = config.changed({"backend.quantization": "static" if options.static else "dynamic"})
+    with Engine(config) as engine:
+        checkpoint = engine.checkpoint
+        for artifact in _export(engine, options):
+            print(describe(artifact), flush=True)
+            made.append(artifact)
     if options.to == "triton":
         from pipeline.backends.triton.repository import write_repository
 
@@ -95,7 +98,7 @@ def describe(artifact: Artifact) -> str:
     return "\n".join([*lines, *(f"  {artifact.file(name)}" for name in card["files"])])
 
 
-def _export(config: Config, options: argparse.Namespace, checkpoint: Checkpoint) -> Iterator[Artifact]:
+def _export(engine: Engine, options: argparse.Namespace) -> Iterator[Artifact]:
     from functools import cache
 
     import torch
@@ -103,14 +106,8 @@ def _export(config: Config, options: argparse.Namespace, checkpoint: Checkpoint)
     from pipeline.backends.artifacts.exports import GraphOptions, onnx_graph
     from pipeline.backends.artifacts.store import ArtifactStore
     from pipeline.backends.artifacts.torchscript import TraceOptions, traced
-    from pipeline.core.records import Sample
-    from pipeline.engine.prepare import sample_of
 
-    @cache
-    def sample() -> Sample:
-        # One half is for calibration, the other for the comparison.
-        return sample_of(config, checkpoint, config.parity.images * (2 if options.static else 1))
-
+    checkpoint, config, sample = engine.checkpoint, engine.config, cache(engine.cpu_sample)
     store, limits = ArtifactStore(config.backend.artifacts), config.parity
     if options.format == "torchscript":
         trace = TraceOptions(options.precision, torch.device("cpu"))

@@ -182,10 +182,10 @@ def measure(
     clocks, spent = StageClocks(), dict[str, float]()
     shards = list(cut(job.manifest, job.config.manifest.shard_rows))
     if warm:
-        list(embed(shards[:1], job, ReadyEncoder(batch), clocks=StageClocks(), reader=reader))
+        list(embed(shards[:1], job, ReadyEncoder(batch), reader, clocks=StageClocks()))
     before, started = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
     with _thread_times(spent):
-        done = sum(one.rows for one in embed(shards[warm:], job, ReadyEncoder(batch), clocks=clocks, reader=reader))
+        done = sum(one.rows for one in embed(shards[warm:], job, ReadyEncoder(batch), reader, clocks=clocks))
     wall, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF)
     user, system = after.ru_utime - before.ru_utime, after.ru_stime - before.ru_stime
     size = sum(part.stat().st_size for part in (folder / "out").glob("part-*.parquet"))

@@ -29,9 +29,7 @@ from pipeline.doctor import backends, batch, decoders, disk, extras, hub, output
 from pipeline.doctor.check import Check, Status, Subject
 from pipeline.doctor.format import lines, verdict
 from pipeline.doctor.probes import PROBES, Probe, examine
-from pipeline.engine.demo.folder import rendered_sample
-from pipeline.engine.loop import open_at
-from pipeline.models.checkpoint import open_checkpoint
+from pipeline.engine.engine import Engine
 from tests.conftest import ROOT
 from tests.jobs import StubEncoder, config_for, scenes_manifest, stub_backend
 from tests.s3 import BUCKET, moto_server, objects, pointed_at
@@ -484,8 +482,8 @@ def test_a_batch_of_the_job_is_embedded_and_no_export_stays(tmp_path: Path, mani
 def test_an_export_of_the_store_is_used_and_a_damaged_one_is_reported_and_left_alone(tmp_path: Path) -> None:
     backend = {"name": "torchscript", "artifacts": str(tmp_path / "store")}
     job = config_for(tmp_path / "m", tmp_path / "o", backend=backend, manifest={"path": None}, loader=INLINE)
-    checkpoint = open_checkpoint(job.model)
-    open_at(job, checkpoint, lambda: rendered_sample(checkpoint.spec, 8), 16)
+    with Engine(job) as engine:
+        engine.open_at(16)
     [file] = (tmp_path / "store").glob("*/model.pt")
     before = file.stat().st_mtime_ns, file.stat().st_size
     with pytest.MonkeyPatch.context() as patch:

@@ -6,7 +6,6 @@ import contextlib
 import gc
 import math
 import time
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,14 +19,11 @@ from pipeline.backends.parity import embed_sample
 from pipeline.backends.timing import settle
 from pipeline.bench.backends_run import BANK, SAMPLE
 from pipeline.config.schema import from_dict
+from pipeline.core.machine import machine, memory
 from pipeline.core.processes import cores
 from pipeline.core.records import Sample
-from pipeline.engine.demo.folder import label_names
-from pipeline.engine.loop import open_encoder
-from pipeline.engine.prepare import sample_of
+from pipeline.engine.engine import Engine, open_backend
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
-from pipeline.models.text import build_bank, read_labels
-from pipeline.report.summary import machine, memory
 
 # The longest warm-up, in multiples of one measurement.
 WARM_UP = 3.0
@@ -45,16 +41,15 @@ class Backend:
 
     def prepare(self) -> dict[str, Any]:
         """Draw the sample and embed the labels, once for all children; return the facts of the machine."""
-        config, prompts = self._config, self._config.prompts
+        config = self._config
         device = choose_device(config.backend.device)
-        checkpoint = self._checkpoint = open_checkpoint(config.model)
-        sample = sample_of(config, checkpoint, config.parity.images)
+        with Engine(config) as engine:
+            checkpoint, bank, sample = engine.checkpoint, engine.bank(), engine.cpu_sample()
+        assert bank is not None, "the command gives labels"
+        self._checkpoint = checkpoint
         # In the loader's layout of memory: [N, H, W, 3].
         pixels = sample.pixels.permute(0, 2, 3, 1).contiguous().numpy()
         np.savez(self._work / SAMPLE, pixels=pixels, ids=np.array(sample.ids))
-        if not prompts.labels and prompts.path is None:
-            prompts = replace(prompts, labels=label_names())
-        bank = build_bank(checkpoint, read_labels(prompts), prompts, config.labels)
         np.savez(self._work / BANK, names=np.array(bank.names), features=bank.features)
         return {
             "device": device.type,
@@ -78,7 +73,7 @@ class Backend:
             torch.cuda.init()
         free = _free_gpu_mib()
         began = time.perf_counter()
-        encoder = self._encoder = open_encoder(self._config, checkpoint, lambda: sample, batch)
+        encoder = self._encoder = open_backend(self._config, checkpoint, lambda: sample, batch)
         # The images of a batch, from the first one again where there are too few.
         self._pixels = pixels[torch.arange(batch) % len(pixels)].permute(0, 3, 1, 2).to(encoder.device)
         self._encode(1)

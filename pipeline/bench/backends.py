@@ -74,21 +74,22 @@ def measure(config: Config, plan: Plan, out: Path, *, line: str) -> Bench:
     """
     from pipeline.bench.backends_run import run
     from pipeline.bench.report import model_title
-    from pipeline.report.summary import versions
+    from pipeline.core.machine import versions
 
     started = datetime.now(UTC).isoformat(timespec="seconds")
+    if not config.prompts.labels and config.prompts.path is None:
+        from pipeline.engine.demo.folder import label_names
+
+        config = config.changed({"prompts.labels": label_names()})
     with command.work_folder(out) as work:
         results, facts = run(config, plan, work)
     return Bench(
         started=started,
         command=line,
         model=model_title(config),
-        sample=facts["sample"],
-        images=facts["images"],
-        labels=facts["labels"],
+        **{name: facts[name] for name in ("sample", "images", "labels", "machine")},
         repeats=plan.repeats,
         seconds=plan.seconds,
-        machine=facts["machine"],
         versions=versions(PACKAGES),
         parity=config.parity,
         results=tuple(results),

@@ -74,7 +74,7 @@ def measure(overrides: Sequence[str], plan: Plan, out: Path, *, line: str) -> Pi
         PipelineError: a stage or the job cannot run.
     """
     from pipeline.bench.report import model_title
-    from pipeline.report.summary import versions
+    from pipeline.core.machine import versions
 
     started = datetime.now(UTC).isoformat(timespec="seconds")
     config = compose_config(list(overrides))

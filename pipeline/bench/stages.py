@@ -10,10 +10,9 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 import pyarrow as pa
@@ -24,21 +23,16 @@ from pipeline.backends.streams import Streams, count_streams
 from pipeline.bench.images import image_refs, take_images
 from pipeline.bench.timing import Workers, measure
 from pipeline.config.schema import Config
+from pipeline.core.machine import machine
 from pipeline.core.processes import cores
-from pipeline.core.records import Embeddings, ImageRef, Pixels, Sample, ShardRows, Stage
+from pipeline.core.records import Embeddings, ImageRef, Pixels, ShardRows, Stage
 from pipeline.dataset.commits import commit_part
 from pipeline.dataset.parts import ShardResult, build_table, part_format
-from pipeline.engine.loop import open_at, open_reader
-from pipeline.engine.prepare import images_compared, spec_of
-from pipeline.engine.sample import draw_sample
+from pipeline.engine.engine import Engine
 from pipeline.images.factory import worker_threads
 from pipeline.images.reader import PixelReader
-from pipeline.manifest.manifest import open_manifest
 from pipeline.manifest.shards import ShardReader, cut, refs
-from pipeline.models.checkpoint import open_checkpoint
 from pipeline.models.labels import label
-from pipeline.models.text import build_bank, read_labels
-from pipeline.report.summary import machine
 from pipeline.storage.factory import open_storage
 
 ROWS = "rows"
@@ -66,17 +60,18 @@ class Stages:
         self._numbers: dict[str, Iterator[int]] = {}
         self._parts = itertools.count()
         self._device = choose_device(given.backend.device)
-        self._checkpoint = open_checkpoint(given.model)
-        self._spec = spec_of(given, self._checkpoint)
-        manifest = open_manifest(given.manifest)
-        with open_reader(given, manifest, self._spec) as reader:
-            self.images = take_images(manifest, reader, work, count=images, threads=worker_threads(given))
-        self._config = replace(given, manifest=replace(given.manifest, **self.images.manifest))
-        self._manifest = open_manifest(self._config.manifest)
+        with Engine(given) as whole:
+            threads = worker_threads(given)
+            self.images = take_images(whole.manifest, whole.reader, work, count=images, threads=threads)
+        self._config = given.changed({f"manifest.{name}": value for name, value in self.images.manifest.items()})
+        engine = self._engine = self._opened.enter_context(Engine(self._config))
+        self._manifest, self._dim = engine.manifest, engine.checkpoint.dim
         self.batch = min(given.loader.batch_size, self._manifest.rows, given.manifest.shard_rows)
-        self.bank = build_bank(self._checkpoint, read_labels(given.prompts), given.prompts, given.labels)
+        bank = engine.bank()
+        assert bank is not None, "the command gives labels"
+        self.bank = bank
         self._features = torch.from_numpy(self.bank.features).to(self._device)
-        self.encoder = open_at(self._config, self._checkpoint, self._sample, self.batch)
+        self.encoder = engine.open_at(self.batch)
         self.stream_count = count_streams(given.backend.streams, self._device)
         self._streams = self._opened.enter_context(Streams(self._device, self.stream_count))
         self._readers = {name: self._reader(name) for name in dict.fromkeys([given.images.decoder, *decoders])}
@@ -84,9 +79,7 @@ class Stages:
     def __enter__(self) -> Stages:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._opened.close()
 
     def machine(self) -> dict[str, object]:
@@ -118,16 +111,11 @@ class Stages:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
-    def _sample(self) -> Sample:
-        with open_reader(self._config, self._manifest, self._spec) as reader:
-            found = draw_sample(self._manifest, reader, images_compared(self._config))
-        if found is None:
-            raise RuntimeError("images that could be decoded before cannot be decoded now")
-        return found
-
     def _reader(self, decoder: str) -> PixelReader:
-        config = replace(self._config, images=replace(self._config.images, decoder=decoder))
-        return self._opened.enter_context(open_reader(config, self._manifest, self._spec))
+        if decoder == self._config.images.decoder:
+            return self._engine.reader
+        engine = Engine(self._config.changed({"images.decoder": decoder}), manifest=self._manifest)
+        return self._opened.enter_context(engine).reader
 
     def _rows(self) -> Unit:
         shards = list(cut(self._manifest, self._config.manifest.shard_rows))
@@ -199,7 +187,7 @@ class Stages:
         return unit
 
     def _label(self) -> Unit:
-        vectors = torch.nn.functional.normalize(torch.randn(self.batch, self._checkpoint.dim), dim=1).to(self._device)
+        vectors = torch.nn.functional.normalize(torch.randn(self.batch, self._dim), dim=1).to(self._device)
 
         def unit(number: int) -> int:
             label(Embeddings(vectors), self.bank, self._features, top_k=self._config.labels.top_k)
@@ -211,7 +199,7 @@ class Stages:
         config, names = self._config, self.bank.names
         form = part_format(
             self._manifest.schema,
-            dim=self._checkpoint.dim,
+            dim=self._dim,
             dtype=config.output.dtype,
             compression=config.output.compression,
             fingerprints={},
@@ -224,7 +212,7 @@ class Stages:
         generator = np.random.default_rng(0)
         result = ShardResult(
             rows=ShardRows(shard=shards[0], table=table, failures={}),
-            vectors=generator.standard_normal((count, self._checkpoint.dim)).astype(config.output.dtype),
+            vectors=generator.standard_normal((count, self._dim)).astype(config.output.dtype),
             top=generator.integers(0, len(names), (count, k)),
             scores=generator.random((count, k), dtype=np.float32),
             names=names,

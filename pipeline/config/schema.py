@@ -284,6 +284,14 @@ class Config:
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
 
+    def changed(self, values: Mapping[str, Any]) -> Config:
+        """Return a config with other values of some keys, such as ``loader.batch_size``, or of whole groups."""
+        config = self
+        for key, value in values.items():
+            group, _, name = key.partition(".")
+            config = replace(config, **{group: replace(getattr(config, group), **{name: value}) if name else value})
+        return config
+
 
 def conf_dir() -> Path:
     """Return the folder of YAML files: in a wheel within this package, in a checkout beside it."""

@@ -26,10 +26,10 @@ from pipeline.backends.streams import count_streams
 from pipeline.backends.timing import Clock, images_per_second
 from pipeline.config.schema import BackendConfig, Config
 from pipeline.core.errors import BackendUnavailable, StorageError
+from pipeline.core.machine import machine
 from pipeline.core.processes import cores
 from pipeline.dataset import plan
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.report.summary import machine
 from pipeline.storage.base import Storage
 
 # A size is better than a smaller one only if it is faster by this factor.

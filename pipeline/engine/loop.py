@@ -12,12 +12,8 @@ from functools import partial
 
 import torch
 
-from pipeline.backends import factory
-from pipeline.backends.base import Draw, ImageEncoder
-from pipeline.backends.devices import choose_device
-from pipeline.backends.oom import HalvingEncoder
-from pipeline.backends.parity import check
-from pipeline.backends.streams import Streams, count_streams
+from pipeline.backends.base import ImageEncoder
+from pipeline.backends.streams import Streams
 from pipeline.config.schema import Config
 from pipeline.core.failpoints import failpoint
 from pipeline.core.log_format import within
@@ -26,11 +22,9 @@ from pipeline.dataset.commits import commit_part
 from pipeline.dataset.parts import PartFormat, ShardResult, build_table, count_statuses
 from pipeline.engine.forward import Labelling, PendingBatch, ShardResults, launch, memory_explained
 from pipeline.engine.loader import Loader
-from pipeline.images.factory import pixel_reader, worker_threads
-from pipeline.images.pool.pool import Decoders
+from pipeline.images.factory import worker_threads
 from pipeline.images.reader import PixelReader
 from pipeline.manifest.manifest import Manifest
-from pipeline.models.checkpoint import Checkpoint
 from pipeline.storage.factory import open_storage
 from pipeline.telemetry.clocks import StageClocks
 
@@ -49,72 +43,15 @@ class Job:
     bank: TextBank | None
 
 
-def open_encoder(config: Config, checkpoint: Checkpoint, sample: Draw, size: int) -> ImageEncoder:
-    """Open the backend of the config for batches of ``size``; see :class:`~pipeline.backends.base.BackendFactory`."""
-    opener = factory(config.backend.name)
-    return opener(checkpoint, config.backend, batch_size=size, sample=sample, limits=config.parity)
-
-
-def open_reader(
-    config: Config, manifest: Manifest, spec: PreprocessSpec, decoders: Decoders | None = None
-) -> PixelReader:
-    """Open the reader of the job's images, with the GPU's decoder if the config names it.
-
-    Raises:
-        BackendUnavailable: this machine has none.
-    """
-    reader = pixel_reader(config, manifest.root, spec, decoders)
-    if config.images.decoder != "gpu":
-        return reader
-    from pipeline.images.gpu.nvimgcodec import NvidiaDecoder
-
-    images = config.images
-    gpu = NvidiaDecoder(
-        spec,
-        choose_device(config.backend.device),
-        formats=tuple(images.formats),
-        exif=images.exif,
-        max_pixels=images.max_pixels,
-    )
-    return replace(reader, gpu=gpu)
-
-
-def open_at(config: Config, checkpoint: Checkpoint, sample: Draw, size: int) -> ImageEncoder:
-    """Open the backend for batches of ``size``, in a thread like those that it will run in.
-
-    What is compiled or opened there is made for their share of the cores.
-    """
-    device = choose_device(config.backend.device)
-    streams = count_streams(config.backend.streams, device)
-    with Streams(device, streams) as threads:
-        encoder = threads.submit(lambda: open_encoder(config, checkpoint, sample, size)).result()
-    encoder.streams = streams
-    return encoder
-
-
-def open_for_job(
-    config: Config, checkpoint: Checkpoint, sample: Draw, bank: Callable[[], TextBank | None], size: int
-) -> HalvingEncoder:
-    """Open the backend; it is opened again for smaller batches if the device runs out of memory.
-
-    ``bank`` is asked for the labels only when a smaller one is compared with fp32.
-    """
-
-    def judge(encoder: ImageEncoder) -> None:
-        check(encoder, checkpoint, sample, bank=bank(), limits=config.parity)
-
-    return HalvingEncoder(partial(open_at, config, checkpoint, sample), judge, batch_size=size)
-
-
 def embed(
     shards: Iterable[Shard],
     job: Job,
     encoder: ImageEncoder,
+    reader: PixelReader,
     *,
     clocks: StageClocks,
     on_batch: Callable[[int], None] = lambda images: None,
     on_commit: Callable[[ShardReport], None] = lambda report: None,
-    reader: PixelReader | None = None,
 ) -> Generator[ShardReport]:
     """Embed, label, write and commit every shard; a report for each, in order, once it is durable.
 
@@ -122,11 +59,11 @@ def embed(
         shards: what to do; may be a generator.
         job: the specification.
         encoder: the opened backend.
+        reader: the opened reader of images.
         clocks: where the time of every stage is added up.
         on_batch: called after each batch with the images in it.
         on_commit: called with each report, in order, as soon as the shard is durable, in the thread that writes; the
             loop hands it out only when it has embedded the next shard.
-        reader: the opened reader of images; without one, this opens and closes its own.
 
     Raises:
         NumericalError: the encoder returned something that is not an embedding; the shard stays undone.
@@ -155,7 +92,7 @@ def embed(
     with (
         ThreadPoolExecutor(1, thread_name_prefix="writer") as writer,
         # Whatever ends the loop ends the loader too, before finished shards are waited for.
-        closing(_results(noted(), job, encoder, clocks, on_batch, reader)) as results,
+        closing(_results(noted(), job, encoder, reader, clocks, on_batch)) as results,
     ):
         for result in results:
             pending.append(writer.submit(write, result))
@@ -173,9 +110,9 @@ def _results(
     shards: Iterable[Shard],
     job: Job,
     encoder: ImageEncoder,
+    reader: PixelReader,
     clocks: StageClocks,
     on_batch: Callable[[int], None],
-    reader: PixelReader | None,
 ) -> Generator[ShardResult]:
     config = job.config
     labelling = None
@@ -183,18 +120,17 @@ def _results(
     # are fetched while the next one is being computed, across the ends of shards too.
     ahead = encoder.streams + 1
     with ExitStack() as opened:
-        pixels = reader or opened.enter_context(open_reader(config, job.manifest, job.spec))
         with memory_explained(config.loader.batch_size):
             if job.bank is not None:
                 features = torch.from_numpy(job.bank.features).to(encoder.device)
                 labelling = Labelling(bank=job.bank, features=features, top_k=config.labels.top_k)
             loader = Loader(
                 job.manifest,
-                pixels,
+                reader,
                 batch_size=config.loader.batch_size,
                 once=config.images.repeats == "once",
                 # While processes decode, one more thread reads what comes next and hands in what is done.
-                workers=worker_threads(config) + (pixels.decoders is not None),
+                workers=worker_threads(config) + (reader.decoders is not None),
                 prefetch=config.loader.prefetch,
                 in_flight=ahead if encoder.device.type == "cpu" else 1,
                 device=encoder.device,

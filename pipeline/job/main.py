@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config.schema import Config
@@ -16,7 +16,8 @@ from pipeline.core.records import OK
 from pipeline.core.run_report import RunReport
 from pipeline.dataset import commits, lease
 from pipeline.engine.demo import folder as demo
-from pipeline.engine.prepare import Prepared, job_of, open_inputs, settle
+from pipeline.engine.engine import Engine
+from pipeline.engine.prepare import Prepared, job_of, settle
 from pipeline.images.pool.pool import Decoders
 from pipeline.job import finish
 from pipeline.job.cluster.executor import Executor, executor_of
@@ -81,33 +82,34 @@ def run_job(config: Config, options: RunOptions | None = None) -> RunReport:
         config, rendering = with_demo_scenes(config)
         # Rendering the scenes of the demo is not part of the job.
         began += rendering or 0.0
-        executor = opened.enter_context(executor_of(config, output.storage, output.held.check, options.decoders))
-        inputs = open_inputs(config)
+        executor = opened.enter_context(executor_of(config, output.storage, output.held.check))
+        engine = opened.enter_context(Engine(config, decoders=options.decoders))
+        engine.begin()
 
         with span("prepare"):
-            prepared = executor.prepare(inputs)
+            prepared = executor.prepare(engine)
         settle(prepared, output.storage, output.held)
-        finish.log_labels(inputs.bank())
-        executor.begin(job_of(inputs, prepared))
+        finish.log_labels(engine.bank())
+        executor.begin(job_of(engine, prepared))
         done = commits.find_done(output.storage, prepared.plan, output.held.confirm, every_byte=options.every_byte)
 
-        embedded = _embed(output, executor, inputs.manifest, prepared, done)
+        embedded = _embed(output, executor, engine.manifest, prepared, done)
         settled = _settled(output, executor, prepared, done)
 
         outcome = Outcome(
             prepared=prepared,
-            inputs=inputs,
+            engine=engine,
             storage=output.storage,
             part=output.part,
             run=output.monitor.run,
             began=began,
             ended=time.time(),
             embedded=embedded,
-            members=executor.members,
+            workers=executor.workers,
             settled=tuple(settled),
             given_up=executor.given_up,
         )
-        draft = finish.report_of(outcome, executor.reader)
+        draft = finish.report_of(outcome)
         output.monitor.finished(draft.report, dataset_bytes=sum(commit.size for commit in settled))
         output.held.confirm()
         if outcome.missing and not outcome.given_up:
@@ -118,7 +120,7 @@ def run_job(config: Config, options: RunOptions | None = None) -> RunReport:
                 prepared.plan.shards,
             )
             return draft.report
-        finish.publish(outcome, draft, executor.reader)
+        finish.publish(outcome, draft)
         if options.summary:
             finish.log_summary(draft.report, prepared.config)
         if rendering is not None:
@@ -140,15 +142,14 @@ def with_demo_scenes(config: Config) -> tuple[Config, float | None]:
     folder = Path(local_path(output)).parent / "scenes" if is_local(output) else Path("outputs/scenes")
     log.info("manifest.path is not set: embedding %d rendered scenes in %s", config.manifest.demo_scenes, folder)
     path = demo.render_folder(folder, config.manifest.demo_scenes)
-    manifest = replace(config.manifest, path=str(path), id="id", image="path", keep=[demo.TRUTH], root=None)
-    return replace(config, manifest=manifest), time.time() - began
+    return demo.with_scenes(config, path), time.time() - began
 
 
 def _open_output(config: Config, options: RunOptions, opened: ExitStack) -> tuple[Config, _Output]:
     """Take the lease of the output and open its log; the config gets the output's full address."""
     storage = open_storage(config.output.dir)
     # All packages can open this address, which has no ~.
-    config = replace(config, output=replace(config.output, dir=storage.url))
+    config = config.changed({"output.dir": storage.url})
     part, run = Part.of(config), options.run or new_run()
     # Before the log is opened and a GPU's memory is allocated: a run without the lease changes nothing.
     monitor = opened.enter_context(monitored(config, run, began=options.began or time.time()))

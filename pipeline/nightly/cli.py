@@ -6,7 +6,6 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import date, datetime, timedelta
 from pathlib import Path
@@ -75,9 +74,8 @@ def _make_nights(options: argparse.Namespace, run: _Run, errors: ErrorOutput) ->
     from pipeline.telemetry.logs import log_to_terminal
 
     run.store = store = open_storage(wanted.store)
-    with ExitStack() as opened:
-        with log_to_terminal(run.log, run.name):
-            held = opened.enter_context(lease.take(store, seconds=configs[0].output.lease_seconds))
+    seconds = configs[0].output.lease_seconds
+    with log_to_terminal(run.log, run.name), lease.take(store, seconds=seconds) as held:
         for day, config in zip(days, configs, strict=True):
             run.night = night = run_night(config, wanted, store, day, held)
             if night.exit_code:
@@ -109,7 +107,8 @@ def _read(options: argparse.Namespace) -> tuple[list[str], list[Config], NightOp
         except ConfigError as error:
             raise ConfigError([*problems, *error.problems]) from error
     if configs[0].cluster.part is not None:
-        problems.append(Problem("cluster.part", configs[0].cluster.part, "does a part of a job; a night is a whole"))
+        allowed = "splits a job, and the nightly job cannot be split"
+        problems.append(Problem("cluster.part", configs[0].cluster.part, allowed, "leave it out"))
     if configs[0].manifest.path is None:
         problems.append(Problem("manifest.path", None, "must name the manifest; {date} in it stands for the night's"))
     if problems:
@@ -136,7 +135,7 @@ def _days(options: argparse.Namespace) -> tuple[list[str], list[Problem]]:
     if problems:
         return [], problems
     if set(found) not in ({"date"}, {"from", "to"}):
-        allowed = "give --date, or both --from and --to: the night is never guessed from the clock"
+        allowed = "give --date, or both --from and --to: the date is never taken from the clock"
         return [], [Problem("--date", options.date, allowed)]
     first, last = (found["date"],) * 2 if "date" in found else (found["from"], found["to"])
     if first > last:

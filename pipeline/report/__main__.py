@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -59,17 +58,14 @@ def _write(options: argparse.Namespace) -> None:
 def _report(url: str) -> dict[str, Any]:
     """The report of a dataset."""
     from pipeline.core.errors import NoDataset
-    from pipeline.dataset.plan import read
-    from pipeline.dataset.saved_config import config_of
+    from pipeline.dataset.plan import NAME
     from pipeline.report.load import report_of
     from pipeline.storage.factory import open_storage
 
     storage = open_storage(url)
-    plan = read(storage)
-    if plan is None:
+    if storage.size(NAME) is None:
         raise NoDataset(f"{storage.url}: no dataset is here; give the output.dir of a job")
-    config = asdict(config_of(plan.config, storage.url))
-    return report_of(storage, config=config, fingerprints=plan.fingerprints)
+    return report_of(storage)
 
 
 def _save(path: str, page: bytes) -> str:
