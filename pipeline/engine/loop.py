@@ -16,7 +16,7 @@ from pipeline.backends import factory
 from pipeline.backends.base import Draw, ImageEncoder
 from pipeline.backends.devices import choose_device
 from pipeline.backends.oom import HalvingEncoder
-from pipeline.backends.parity import check
+from pipeline.backends.parity import check, embed_reference
 from pipeline.backends.streams import Streams, count_streams
 from pipeline.config.schema import Config
 from pipeline.core.failpoints import failpoint
@@ -25,7 +25,7 @@ from pipeline.core.records import ImageBatch, PreprocessSpec, Shard, ShardReport
 from pipeline.dataset.commits import commit_part
 from pipeline.dataset.parts import PartFormat, ShardResult, build_table, count_statuses
 from pipeline.engine.forward import Labelling, PendingBatch, ShardResults, launch, memory_explained
-from pipeline.engine.loader import Loader
+from pipeline.engine.loader import Loader, LoaderSpec
 from pipeline.images.factory import pixel_reader, worker_threads
 from pipeline.images.pool.pool import Decoders
 from pipeline.images.reader import PixelReader
@@ -68,15 +68,8 @@ def open_reader(
         return reader
     from pipeline.images.gpu.nvimgcodec import NvidiaDecoder
 
-    images = config.images
-    gpu = NvidiaDecoder(
-        spec,
-        choose_device(config.backend.device),
-        formats=tuple(images.formats),
-        exif=images.exif,
-        max_pixels=images.max_pixels,
-    )
-    return replace(reader, gpu=gpu)
+    device = choose_device(config.backend.device)
+    return replace(reader, gpu=NvidiaDecoder(spec, device, reader.decoder))
 
 
 def open_at(config: Config, checkpoint: Checkpoint, sample: Draw, size: int) -> ImageEncoder:
@@ -101,37 +94,49 @@ def open_for_job(
     """
 
     def judge(encoder: ImageEncoder) -> None:
-        check(encoder, checkpoint, sample, bank=bank(), limits=config.parity)
+        check(
+            encoder,
+            checkpoint,
+            lambda: embed_reference(encoder, checkpoint, sample()),
+            bank=bank(),
+            limits=config.parity,
+        )
 
     return HalvingEncoder(partial(open_at, config, checkpoint, sample), judge, batch_size=size)
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """The opened reader and encoder of a process that embeds, and the clocks of its stages."""
+
+    reader: PixelReader
+    encoder: ImageEncoder
+    clocks: StageClocks
 
 
 def embed(
     shards: Iterable[Shard],
     job: Job,
-    encoder: ImageEncoder,
+    worker: Worker,
     *,
-    clocks: StageClocks,
     on_batch: Callable[[int], None] = lambda images: None,
     on_commit: Callable[[ShardReport], None] = lambda report: None,
-    reader: PixelReader | None = None,
 ) -> Generator[ShardReport]:
     """Embed, label, write and commit every shard; a report for each, in order, once it is durable.
 
     Args:
         shards: what to do; may be a generator.
         job: the specification.
-        encoder: the opened backend.
-        clocks: where the time of every stage is added up.
+        worker: of this process.
         on_batch: called after each batch with the images in it.
         on_commit: called with each report, in order, as soon as the shard is durable, in the thread that writes; the
             loop hands it out only when it has embedded the next shard.
-        reader: the opened reader of images; without one, this opens and closes its own.
 
     Raises:
         NumericalError: the encoder returned something that is not an embedding; the shard stays undone.
         StorageError: a part or a commit could not be written.
     """
+    clocks = worker.clocks
     storage = open_storage(job.config.output.dir)
     asked: dict[int, float] = {}
 
@@ -155,7 +160,7 @@ def embed(
     with (
         ThreadPoolExecutor(1, thread_name_prefix="writer") as writer,
         # Whatever ends the loop ends the loader too, before finished shards are waited for.
-        closing(_results(noted(), job, encoder, clocks, on_batch, reader)) as results,
+        closing(_results(noted(), job, worker, on_batch)) as results,
     ):
         for result in results:
             pending.append(writer.submit(write, result))
@@ -170,41 +175,32 @@ def embed(
 
 
 def _results(
-    shards: Iterable[Shard],
-    job: Job,
-    encoder: ImageEncoder,
-    clocks: StageClocks,
-    on_batch: Callable[[int], None],
-    reader: PixelReader | None,
+    shards: Iterable[Shard], job: Job, worker: Worker, on_batch: Callable[[int], None]
 ) -> Generator[ShardResult]:
-    config = job.config
+    config, encoder, clocks = job.config, worker.encoder, worker.clocks
     labelling = None
     # One batch more than are being encoded, so that no stream waits for this thread. On a GPU, the results of a batch
     # are fetched while the next one is being computed, across the ends of shards too.
     ahead = encoder.streams + 1
     with ExitStack() as opened:
-        pixels = reader or opened.enter_context(open_reader(config, job.manifest, job.spec))
         with memory_explained(config.loader.batch_size):
             if job.bank is not None:
                 features = torch.from_numpy(job.bank.features).to(encoder.device)
                 labelling = Labelling(bank=job.bank, features=features, top_k=config.labels.top_k)
-            loader = Loader(
-                job.manifest,
-                pixels,
+            spec = LoaderSpec(
                 batch_size=config.loader.batch_size,
-                once=config.images.repeats == "once",
                 # While processes decode, one more thread reads what comes next and hands in what is done.
-                workers=worker_threads(config) + (pixels.decoders is not None),
+                workers=worker_threads(config) + (worker.reader.decoders is not None),
                 prefetch=config.loader.prefetch,
                 in_flight=ahead if encoder.device.type == "cpu" else 1,
-                device=encoder.device,
-                timer=clocks.add,
+                once=config.images.repeats == "once",
             )
+            loader = Loader(job.manifest, worker.reader, spec, device=encoder.device, timer=clocks.add)
         opened.enter_context(loader)
         streams = opened.enter_context(Streams(encoder.device, encoder.streams))
+        encoding = _Encoding(job, worker, loader, streams, labelling)
 
-        steps = _submit(loader, shards, job, encoder, labelling, clocks, streams)
-        for step in _in_order(steps, ahead):
+        for step in _in_order(encoding.steps(shards), ahead):
             if step.batch is not None:
                 batch = step.batch.result()
                 # On CUDA the clock of the encoder runs until the device is done.
@@ -225,49 +221,50 @@ class _Step:
     rows: ShardRows | None = None
 
 
-def _submit(
-    loader: Loader,
-    shards: Iterable[Shard],
-    job: Job,
-    encoder: ImageEncoder,
-    labelling: Labelling | None,
-    clocks: StageClocks,
-    streams: Streams,
-) -> Iterator[_Step]:
-    """Submit every batch to the encoder's threads; each shard ends with its rows."""
+@dataclass(frozen=True, slots=True)
+class _Encoding:
+    """Submission of every batch to the encoder's threads."""
 
-    def work(batch: ImageBatch, number: int) -> PendingBatch:
+    job: Job
+    worker: Worker
+    loader: Loader
+    streams: Streams
+    labelling: Labelling | None
+
+    def steps(self, shards: Iterable[Shard]) -> Iterator[_Step]:
+        """Every batch as it is submitted; each shard ends with its rows."""
+        items = self.loader.stream(shards)
+        results: ShardResults | None = None
+        number = 0
+        while True:
+            with self.worker.clocks.time(Stage.WAIT_INPUT):
+                item = next(items, None)
+            if item is None:
+                return
+            results = results or ShardResults(
+                item.shard,
+                dim=self.worker.encoder.dim,
+                dtype=self.job.config.output.dtype,
+                labelling=self.labelling,
+                threshold=self.job.config.labels.threshold,
+            )
+            if isinstance(item, ShardRows):
+                yield _Step(results, rows=item)
+                results, number = None, 0
+            else:
+                yield _Step(results, batch=self.streams.submit(partial(self._encode, item, number)))
+                number += 1
+
+    def _encode(self, batch: ImageBatch, number: int) -> PendingBatch:
         try:
             with within(batch.shard.index):
-                return launch(batch, encoder, labelling, clocks, number=number)
+                return launch(batch, self.worker.encoder, self.labelling, self.worker.clocks, number=number)
         except BaseException as error:
             # The thread that waits for the next batch raises this at once.
-            loader.fail(error)
+            self.loader.fail(error)
             raise
         finally:
-            loader.release(batch)
-
-    items = loader.stream(shards)
-    results: ShardResults | None = None
-    number = 0
-    while True:
-        with clocks.time(Stage.WAIT_INPUT):
-            item = next(items, None)
-        if item is None:
-            return
-        results = results or ShardResults(
-            item.shard,
-            dim=encoder.dim,
-            dtype=job.config.output.dtype,
-            labelling=labelling,
-            threshold=job.config.labels.threshold,
-        )
-        if isinstance(item, ShardRows):
-            yield _Step(results, rows=item)
-            results, number = None, 0
-        else:
-            yield _Step(results, batch=streams.submit(partial(work, item, number)))
-            number += 1
+            self.loader.release(batch)
 
 
 def _in_order(steps: Iterator[_Step], ahead: int) -> Iterator[_Step]:

@@ -18,14 +18,14 @@ import torch
 from pipeline.backends import decoder_parity as decoder_gate
 from pipeline.backends.base import Draw, ImageEncoder
 from pipeline.backends.oom import HalvingEncoder
-from pipeline.backends.parity import pass_gate, record
+from pipeline.backends.parity import Gate, pass_gate, record
 from pipeline.config.schema import Config
 from pipeline.core.concurrency import aside
 from pipeline.core.failpoints import failpoint
 from pipeline.core.processes import cores
 from pipeline.core.records import Parity, PreprocessSpec, Sample, TextBank
 from pipeline.dataset import lease, parts, plan
-from pipeline.engine.batch_size import settle_batch_size
+from pipeline.engine.batch_size import Benchmark, settle_batch_size
 from pipeline.engine.demo import folder as demo
 from pipeline.engine.loop import Job, open_at, open_for_job, open_reader
 from pipeline.engine.sample import draw_sample
@@ -133,14 +133,9 @@ def open_engine(
         inputs.bank()
         inputs.unique()
 
-    size = settle_batch_size(
-        config,
-        checkpoint,
-        open_at=partial(open_at, config, checkpoint, sample),
-        rows=manifest.rows,
-        storage=storage,
-        alone=alone,
-    )
+    opener = partial(open_at, config, checkpoint, sample)
+    benchmark = Benchmark(config.backend, checkpoint, opener, wait=alone)
+    size = settle_batch_size(config, benchmark, rows=manifest.rows, storage=storage)
     config = dataclasses.replace(config, loader=dataclasses.replace(config.loader, batch_size=size))
     with span("backend", {"name": config.backend.name}):
         encoder = open_for_job(config, checkpoint, sample, inputs.bank, size)
@@ -162,21 +157,11 @@ def prepare(engine: Engine, inputs: Inputs, storage: Storage) -> Prepared:
     wanted = plan.new_plan(config, prints, rows=manifest.rows)
     # A wrong output.dir is reported at once; a backend that misses the gate leaves no plan.
     plan.compare(storage, wanted)
-    limits = config.parity
+    gate = Gate(limits=config.parity, fingerprints=prints, storage=storage, bank=bank)
+    exact = partial(_draw_exact, config, manifest, engine.reader)
     with span("gates"):
-        parity = pass_gate(
-            encoder, engine.checkpoint, engine.sample, bank=bank, limits=limits, fingerprints=prints, storage=storage
-        )
-        decoded = decoder_gate.pass_gate(
-            encoder,
-            config.images.decoder,
-            engine.drawn,
-            partial(_draw_exact, config, manifest, engine.reader),
-            bank=bank,
-            limits=limits,
-            fingerprints=prints,
-            storage=storage,
-        )
+        parity = pass_gate(encoder, engine.checkpoint, engine.sample, gate)
+        decoded = decoder_gate.pass_gate(encoder, config.images.decoder, engine.drawn, exact, gate)
     return Prepared(
         config=config,
         plan=wanted,
@@ -213,13 +198,12 @@ def settle(prepared: Prepared, storage: Storage, held: lease.Lease) -> None:
 
 
 def note(engine: Engine, prepared: Prepared, storage: Storage) -> None:
-    """Write what the gates measured into the books of the output, whose plan is settled."""
-    limits, prints = engine.config.parity, prepared.plan.fingerprints
+    """Write what the gates measured into the output, whose plan is settled."""
+    gate = Gate(limits=engine.config.parity, fingerprints=prepared.plan.fingerprints, storage=storage)
     if prepared.parity is not None:
-        record(prepared.parity, engine.encoder, limits=limits, fingerprints=prints, storage=storage)
+        record(prepared.parity, engine.encoder, gate)
     if prepared.decoder_parity is not None:
-        parity = prepared.decoder_parity
-        decoder_gate.record(parity, engine.encoder, limits=limits, fingerprints=prints, storage=storage)
+        decoder_gate.record(prepared.decoder_parity, engine.encoder, gate)
 
 
 def fingerprints(

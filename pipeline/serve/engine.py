@@ -20,7 +20,7 @@ import torch
 
 from pipeline.backends.base import Draw, ImageEncoder
 from pipeline.backends.devices import choose_device
-from pipeline.backends.parity import check, exact_rows, is_reference
+from pipeline.backends.parity import check, embed_reference
 from pipeline.backends.streams import count_streams, keep_memory
 from pipeline.config.schema import Config
 from pipeline.core.processes import cores
@@ -171,15 +171,14 @@ def _open_shapes(
     # One after the other, so that what the first one exports is there for the next.
     encoders: list[ImageEncoder] = []
     parity: list[Parity] = []
-    wanted: torch.Tensor | None = None
+    # Embedded once, for the first encoder.
+    wanted = cache(lambda: embed_reference(encoders[0], checkpoint, sample()))
     for size in shapes(config):
         with memory_explained(size):
             encoder = encoding.submit(open_for_job, config, checkpoint, sample, lambda: bank, size).result()
             encoders.append(encoder)
-            if wanted is None and not is_reference(encoder):
-                wanted = encoding.submit(exact_rows, encoder, checkpoint, sample()).result()
-            gate = partial(check, bank=bank, limits=config.parity, wanted=wanted)
-            found = encoding.submit(gate, encoder, checkpoint, sample).result()
+            gate = partial(check, bank=bank, limits=config.parity)
+            found = encoding.submit(gate, encoder, checkpoint, wanted).result()
         if found is not None:
             parity.append(found)
     return encoders, parity

@@ -226,7 +226,7 @@ class WorkerState:
         import torch
 
         from pipeline.core.processes import spent
-        from pipeline.engine import loop as worker
+        from pipeline.engine.loop import Worker, embed
 
         if engine.encoder.device.type == "cuda":
             # Opened in another thread, and the current device is each thread's own.
@@ -244,14 +244,12 @@ class WorkerState:
                 startup_seconds=self._startup,
             )
         self._alive = time.monotonic()
-        reports = worker.embed(
+        reports = embed(
             self._stream(first),
             self._job.result(),
-            engine.encoder,
-            clocks=self._clocks,
+            Worker(engine.reader, engine.encoder, self._clocks),
             on_batch=self._on_batch,
             on_commit=lambda report: self._report(report, engine, spent() - self._spent),
-            reader=engine.reader,
         )
         deque(reports, maxlen=0)
 

@@ -11,7 +11,7 @@ from contextlib import ExitStack, closing
 from pipeline.config.schema import Config
 from pipeline.core.processes import Spent, cores, spent
 from pipeline.core.records import OK, Shard, ShardReport
-from pipeline.engine.loop import Job, embed
+from pipeline.engine.loop import Job, Worker, embed
 from pipeline.engine.prepare import Engine, Inputs, Prepared, note, open_engine, prepare
 from pipeline.images.pool.pool import Decoders
 from pipeline.images.reader import PixelReader
@@ -70,9 +70,8 @@ class Inline:
         self._clocks, self._before = StageClocks(), spent()
         engine = self._engine
         try:
-            with closing(
-                embed(shards, self._job, engine.encoder, clocks=self._clocks, on_batch=on_batch, reader=engine.reader)
-            ) as reports:
+            worker = Worker(engine.reader, engine.encoder, self._clocks)
+            with closing(embed(shards, self._job, worker, on_batch=on_batch)) as reports:
                 for report in reports:
                     self._shards += 1
                     self._rows += report.rows if report.committed else 0
