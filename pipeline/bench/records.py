@@ -51,16 +51,14 @@ class Measurement:
     """One row at one batch size.
 
     ``startup_seconds`` is opening the encoder and its first batch. ``images_per_second`` has one value for each
-    round, and ``latencies`` the seconds of every single call (batch 1 only). Memory is in MiB: ``start_rss`` the
-    peak of resident memory up to the first batch, ``rss`` the peak while measuring, ``device`` the GPU memory it
-    holds besides the CUDA context (0 on the CPU).
+    round, and ``latencies`` the seconds of every single call (batch 1 only). Memory is in MiB: ``rss`` the peak of
+    resident memory while measuring, ``device`` the GPU memory it holds besides the CUDA context (0 on the CPU).
     """
 
     batch: int
     startup_seconds: float
     images_per_second: tuple[float, ...]
     latencies: tuple[float, ...]
-    start_rss: float
     rss: float
     device: float
     lowest_cosine: float

@@ -309,3 +309,9 @@ def value_of(config: Config, key: str) -> Any:
     """Return the value at a dotted key such as ``loader.batch_size``."""
     group, name = key.split(".", 1)
     return getattr(getattr(config, group), name)
+
+
+def from_dict(values: Mapping[str, Mapping[str, Any]]) -> Config:
+    """Return the config of groups as ``dataclasses.asdict`` makes them; what is missing has its default."""
+    config = Config()
+    return replace(config, **{group: replace(getattr(config, group), **keys) for group, keys in values.items()})

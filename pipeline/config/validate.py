@@ -12,7 +12,7 @@ from pipeline.config.ranges import AUTO, PRECISIONS, OneOf, Range, Text
 from pipeline.config.schema import FORMATS, OUTPUT_COLUMNS, Config, ParityConfig, nearest, value_of
 from pipeline.core.errors import Problem
 
-# Drivers of fsspec that read through other drivers, or from what an address itself says.
+# Drivers of fsspec that read through other drivers, or from the address itself.
 WRAPPERS = (
     *("simplecache", "filecache", "blockcache", "cached", "reference", "dir", "generic", "async_wrapper"),
     *("asyncwrapper", "zip", "tar", "libarchive", "data"),

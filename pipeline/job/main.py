@@ -105,7 +105,7 @@ def run_job(config: Config, options: RunOptions | None = None) -> RunReport:
             began=began,
             ended=time.time(),
             embedded=embedded,
-            members=executor.members,
+            workers=executor.workers,
             settled=tuple(settled),
             given_up=executor.given_up,
         )

@@ -14,7 +14,7 @@ from pipeline.engine.loop import Job
 from pipeline.engine.prepare import Prepared
 from pipeline.job.cluster.inline import Inline
 from pipeline.storage.base import Storage
-from pipeline.telemetry.members import Member
+from pipeline.telemetry.run_stats import WorkerStats
 
 
 class Executor(Protocol):
@@ -32,8 +32,8 @@ class Executor(Protocol):
         """Embed and commit shards; ``on_batch`` is called with the images of each batch."""
 
     @property
-    def members(self) -> tuple[Member, ...]:
-        """The statistics of each process."""
+    def workers(self) -> tuple[WorkerStats, ...]:
+        """Statistics of each process."""
 
     @property
     def given_up(self) -> tuple[int, ...]:
