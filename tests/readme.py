@@ -37,9 +37,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Slow:
-    """Run the command with replaced arguments in a process of its own, in a test that is marked slow."""
+    """Run the command in a process of its own, with replaced and further arguments, in a test that is marked slow."""
 
     replaced: tuple[tuple[str, str], ...] = ()
+    more: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ ROWS: dict[str, Run | Slow | Prove | Elsewhere] = {
     "python -m pipeline.serve": Prove("runs until it is stopped; tests/test_serve.py runs it"),
     "python jobs/deploy/up.py": Elsewhere("tests/test_deploy.py", "up.py"),
     "curl ": Elsewhere("tests/test_serve.py", "/predict"),
-    "python -m tests.soak": Slow(replaced=(("200", "1"),)),
+    "python -m tests.soak": Slow(replaced=(("200", "1"),), more=("--rows", "16")),
     "python -m tests.fuzz": Slow(replaced=(("10000", "20"),)),
     "python -m tests.relabel_cost": Elsewhere("tests/relabel_cost.py", "python -m tests.relabel_cost"),
     "python -m tests.conf_readme": Elsewhere("tests/test_words.py", "conf_readme.page()"),

@@ -109,12 +109,17 @@ def render(
     content: DatasetSummary = CONTENT,
     examples: Sequence[Row] = (),
     pictures: Mapping[int, bytes] = {},
+    *,
+    plots: bool = False,
 ) -> str:
+    """The page; without its plots, which take most of the time, unless they are asked for."""
+    if not plots:
+        report, content = replace(report, timeline=None), replace(content, scores=())
     return page.to_html(report.to_dict(), content, examples, pictures, output="out").decode()
 
 
 def test_the_page_shows_everything_and_loads_nothing() -> None:
-    html = render(examples=[FIRST], pictures=dict.fromkeys((0, 1, 2), JPEG))
+    html = render(examples=[FIRST], pictures=dict.fromkeys((0, 1, 2), JPEG), plots=True)
     found = Collector()
     found.feed(html)
     for text in (
@@ -152,7 +157,7 @@ def test_the_page_stands_without_labels_images_and_failures() -> None:
 
 
 def test_the_plots_follow_the_colours_of_the_page_and_fit_a_phone() -> None:
-    html = render()
+    html = render(plots=True)
     found = Collector()
     found.feed(html)
     plots = [values for tag, values in found.tags if tag == "svg"]

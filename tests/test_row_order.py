@@ -123,7 +123,9 @@ def test_a_turned_batch_keeps_its_layout_in_memory() -> None:
     assert torch.equal(other, pixels[order])
 
 
-@pytest.fixture(scope="module", params=[str(DEMO_FOLDER), pytest.param(CLIP, marks=pytest.mark.slow)])
+@pytest.fixture(
+    scope="module", params=[str(DEMO_FOLDER), pytest.param(CLIP, marks=pytest.mark.slow)], ids=["demo", "ViT-B32"]
+)
 def random_weights(request: pytest.FixtureRequest) -> Checkpoint:
     """The hardest case, as any two pictures come out nearly the same."""
     return open_checkpoint(ModelConfig(name=request.param, weights="random"))
