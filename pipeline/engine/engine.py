@@ -11,8 +11,7 @@ from functools import cached_property, partial
 
 import torch
 
-from pipeline.backends import factory
-from pipeline.backends.base import Draw, ImageEncoder
+from pipeline.backends.base import Draw, ImageEncoder, factory
 from pipeline.backends.devices import choose_device
 from pipeline.backends.oom import HalvingEncoder
 from pipeline.backends.parity import Reference, check, embed_reference
@@ -32,7 +31,8 @@ from pipeline.manifest.ids import check_ids
 from pipeline.manifest.manifest import Manifest, open_manifest
 from pipeline.manifest.overlap import check_places
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
-from pipeline.models.text import build_bank, read_labels
+from pipeline.models.label_files import read_labels
+from pipeline.models.text import build_bank
 from pipeline.storage.base import Storage
 from pipeline.telemetry.tracing import span
 

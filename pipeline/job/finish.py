@@ -25,6 +25,7 @@ from pipeline.job.cluster.part import Part
 from pipeline.report import summary
 from pipeline.report.faster_decoder import faster_decoder
 from pipeline.report.history import earlier_runs, is_stale
+from pipeline.report.load import REPORT
 from pipeline.report.page import place_of
 from pipeline.report.render import PAGE, Pictures, draw, try_to_publish
 from pipeline.report.summary import DatasetSummary
@@ -32,7 +33,6 @@ from pipeline.report.throughput import Bottleneck, Loop, Setup, find_bottleneck,
 from pipeline.storage.base import Storage
 from pipeline.telemetry.run_stats import RunStats, WorkerStats
 
-REPORT = "_report.json"
 # With a smaller share of the cores at work than this, the model is not what to change.
 BUSY = 0.6
 log = logging.getLogger(__name__)

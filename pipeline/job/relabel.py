@@ -34,6 +34,7 @@ from pipeline.engine.query import labels_of, open_model
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.labels import label
 from pipeline.models.text import build_bank
+from pipeline.report.load import REPORT
 from pipeline.report.render import PAGE, redraw, try_to_publish
 from pipeline.report.summary import summarize
 from pipeline.storage.base import Storage
@@ -44,7 +45,6 @@ from pipeline.telemetry.progress import Progress
 
 # Rows are scored in the batches of the source's job, so that even rounding is the same, but in no larger ones.
 MOST = 1024
-REPORT = "_report.json"
 log = logging.getLogger(__name__)
 
 
