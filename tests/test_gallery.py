@@ -19,8 +19,8 @@ from pipeline.images.factory import pixel_reader
 from pipeline.images.sources.source import Source
 from pipeline.manifest.manifest import Manifest, open_manifest
 from pipeline.report import thumbnails as gallery
+from pipeline.report.bottleneck import Setup
 from pipeline.report.faster_decoder import Faster, faster_decoder
-from pipeline.report.throughput import Setup
 from pipeline.report.thumbnails import THUMBNAIL, find, spread, thumbnails
 from pipeline.telemetry.run_stats import RunStats, WorkerStats
 

@@ -109,7 +109,7 @@ def model_title(config: Config) -> str:
 
 def rate_range(values: Sequence[float]) -> str:
     """The lowest and the highest rate."""
-    from pipeline.report.throughput import in_words
+    from pipeline.report.bottleneck import in_words
 
     return f"{in_words(min(values))} - {in_words(max(values))}"
 

@@ -58,7 +58,7 @@ def assemble(pending: PendingNight, target: Target, embedded: EmbeddedRows, held
     if pending.snapshot and pending.carried_from is not None:
         previous = open_dataset(open_night(pending.store, pending.carried_from.date).url)
     work, storage = _assembly(pending, target, embedded, previous), pending.output
-    plan.settle(storage, work.plan)
+    plan.write_once(storage, work.plan)
     done = commits.find_done(storage, work.plan, held.confirm)
 
     def step(shard: Shard) -> None:
@@ -70,10 +70,10 @@ def assemble(pending: PendingNight, target: Target, embedded: EmbeddedRows, held
     with closing(in_order(step, shards, threads=storage.threads)) as steps:
         for _ in steps:
             pass
-    settled = commits.read_commits(storage, work.plan, known=done)
-    commits.finalize(storage, work.plan, settled, held.confirm)
+    committed = commits.read_commits(storage, work.plan, known=done)
+    commits.finalize(storage, work.plan, committed, held.confirm)
     before = {commit.sha256 for commit in previous.commits} if previous is not None else set()
-    return sum(commit.sha256 in before for commit in settled)
+    return sum(commit.sha256 in before for commit in committed)
 
 
 def _assembly(pending: PendingNight, target: Target, embedded: EmbeddedRows, previous: Dataset | None) -> Assembly:

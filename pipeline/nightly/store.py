@@ -23,8 +23,8 @@ from pipeline.nightly.records import MANIFESTS, NIGHT, PREFIX, RUNS, WORK, Night
 from pipeline.storage.base import Storage
 from pipeline.storage.factory import open_storage
 from pipeline.storage.local import LocalStorage, sync
+from pipeline.storage.object_store import ObjectStorage
 from pipeline.storage.retry import retried
-from pipeline.storage.s3 import ObjectStorage
 from pipeline.storage.urls import explained
 
 log = logging.getLogger(__name__)

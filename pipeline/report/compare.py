@@ -10,10 +10,10 @@ import numpy as np
 from markupsafe import Markup
 
 from pipeline.core.records import OK
+from pipeline.report.bottleneck import WAITS, in_words, share_of_limit
 from pipeline.report.page import environment, place_of, settings, throughput_of, timeline_of, when
 from pipeline.report.plots import bare, clock
 from pipeline.report.svg import LINE, SERIES, WIDTH, plot
-from pipeline.report.throughput import WAITS, in_words, share_of_limit
 from pipeline.telemetry.timeline import IMAGES
 
 if TYPE_CHECKING:

@@ -15,10 +15,10 @@ from jinja2 import Environment, PackageLoader
 from pipeline.config.schema import Config
 from pipeline.core.records import OK, Timeline
 from pipeline.report import plots
+from pipeline.report.bottleneck import WAITS, in_words, share_of_limit
 from pipeline.report.history import in_short
 from pipeline.report.scores import Row
 from pipeline.report.summary import HINTS, DatasetSummary, Failed, headline, in_words_of_time
-from pipeline.report.throughput import WAITS, in_words, share_of_limit
 
 MOST_LABELS = 25
 # Earlier runs that are listed.

@@ -126,7 +126,7 @@ class DaskExecutor:
 
     @connected()
     def begin(self, job: Job) -> None:
-        """Tell all workers that the plan is settled."""
+        """Send the job, whose plan is written, to all workers."""
         # The worker that measured may be gone by now; then the next one measures again.
         with suppress(OSError, ValueError, KeyError):
             self._client.run(tasks.note, self._token, workers=[self._first], on_error="ignore")

@@ -49,7 +49,7 @@ def receive(worker: Any, spec: JobSpec) -> WorkerState:
             found = _STATES[spec.token] = WorkerState(worker, spec)
     job = spec.exact_job
     if job is not None:
-        found.settled(job)
+        found.take(job)
     return found
 
 
@@ -95,7 +95,7 @@ class WorkerState:
             # One worker measures the batch size, and the others wait for it; they can import meanwhile.
             aside(partial(import_module, "pipeline.engine.prepare"), name="imports")
 
-    def settled(self, job: Job) -> None:
+    def take(self, job: Job) -> None:
         """The plan is there: from now on shards may come."""
         if not self._job.done():
             self._job.set_result(job)
