@@ -38,9 +38,7 @@ def test_a_result_and_an_error_are_in_the_future() -> None:
         aside(lambda: 1 // 0, name="none").result(10)
 
 
-@pytest.mark.parametrize(
-    ("library", "code", "wanted"), [("torch", "4", 4), ("numpy", "None", 0), ("numpy", "'no'", 1)]
-)
+@pytest.mark.parametrize(("library", "code", "wanted"), [("torch", "4", 4), ("numpy", "None", 0), ("numpy", "'no'", 1)])
 def test_a_process_ends_with_its_own_exit_code_while_another_thread_computes(
     library: str, code: str, wanted: int
 ) -> None:

@@ -168,10 +168,10 @@ def test_giants_take_turns_and_the_wait_is_not_theirs(monkeypatch: pytest.Monkey
     monkeypatch.setenv("PIPELINE_FAILPOINTS", "")
     with pool(processes=3, seconds=20.0) as decoders, ThreadPoolExecutor(3) as threads:
         # Held by this process: the decoders wait for longer than an image may take, and are not blamed.
-        decoders.seconds = 2.0
+        decoders.seconds = 1.0
         fcntl.lockf(decoders.children._giants, fcntl.LOCK_EX)
         waiting = [threads.submit(decoders.decode, [giant], SPEC) for _ in range(3)]
-        time.sleep(3.5)
+        time.sleep(1.5)
         assert not any(future.done() for future in waiting)
         decoders.seconds = 20.0
         fcntl.lockf(decoders.children._giants, fcntl.LOCK_UN)

@@ -126,10 +126,10 @@ def test_a_probe_that_hangs_is_reported_and_the_others_go_on(tmp_path: Path) -> 
     os.mkfifo(tmp_path / "m.parquet")
     began = time.monotonic()
     places = (f"manifest.path={tmp_path}/m.parquet", f"output.dir={tmp_path}/out")
-    done = command("--quick", "--json", "--timeout", "3", *places)
+    done = command("--quick", "--json", "--timeout", "2", *places)
     content = json.loads(done.stdout)
     assert (done.returncode, failed(content)) == (2, ["manifest"])
-    assert "no answer within 3 s" in named(content, "manifest")["fact"]
+    assert "no answer within 2 s" in named(content, "manifest")["fact"]
     assert named(content, "write access")["status"] == "ok"
     assert time.monotonic() - began < 60
 
@@ -143,9 +143,9 @@ def test_a_process_that_hangs_is_ended_with_all_that_it_started(
         "\n".join((*lines, f"pathlib.Path({str(started)!r}).write_text(str(child.pid))", "time.sleep(600)"))
     )
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
-    [check] = examine([probe("backends")], Subject(Config(), False, "", None), limit=5)
+    [check] = examine([probe("backends")], Subject(Config(), False, "", None), limit=3)
     assert (check.name, check.status) == ("backends", Status.FAIL)
-    assert "no answer within 5 s" in check.fact
+    assert "no answer within 3 s" in check.fact
     wait_until(lambda: not is_running(int(started.read_text())), 10)
 
 

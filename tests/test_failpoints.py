@@ -301,7 +301,13 @@ def test_a_run_whose_shard_was_committed_by_another_meanwhile_loses_quietly(unbr
 
 
 @pytest.mark.parametrize(
-    "rule", ["decode=kill@20", "commit.done=kill@3", "finalize.checked=kill", "decode=raise:EIO@9"]
+    "rule",
+    [
+        "decode=kill@20",
+        pytest.param("commit.done=kill@3", marks=pytest.mark.slow),
+        pytest.param("finalize.checked=kill", marks=pytest.mark.slow),
+        "decode=raise:EIO@9",
+    ],
 )
 def test_decoder_processes_end_with_their_job_and_change_nothing(unbroken: Config, tmp_path: Path, rule: str) -> None:
     config = at(unbroken, tmp_path / "out")

@@ -112,16 +112,16 @@ def test_pictures_that_do_not_come_are_not_waited_for(tmp_path: Path, monkeypatc
     before = Source.read
 
     def slow(self: Source, ref: ImageRef) -> bytes | Failure:
-        time.sleep(0.4)
+        time.sleep(0.1)
         return before(self, ref)
 
     monkeypatch.setattr(Source, "read", slow)
     with pixel_reader(config, manifest.root, THUMBNAIL) as reader:
         began = time.monotonic()
-        made = thumbnails(manifest, reader, {i: f"n{i}" for i in range(40)}, seconds=0.5)
+        made = thumbnails(manifest, reader, {i: f"n{i}" for i in range(40)}, seconds=0.2)
         assert 0 < len(made) < 40
         assert time.monotonic() - began < 10
-        monkeypatch.setattr("pipeline.report.faster_decoder.SECONDS", 0.5)
+        monkeypatch.setattr("pipeline.report.faster_decoder.SECONDS", 0.2)
         began = time.monotonic()
         faster_decoder(manifest, reader, pace(90.0), wall=100.0, images=1000, cores=2, device="cpu")
         assert time.monotonic() - began < 20
