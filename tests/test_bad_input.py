@@ -108,7 +108,7 @@ def groups(folder: Path, output: Path, **more: dict[str, Any]) -> dict[str, dict
         "output": {"dir": str(output)},
         "errors": {"max_fraction": 1.0},
         "backend": {"device": "cpu"},
-        "report": {"progress": "none"},
+        "report": {"progress": "none", "html": False},
     }
     for name, values in more.items():
         found[name] = {**found.get(name, {}), **values}

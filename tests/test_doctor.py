@@ -248,14 +248,17 @@ def test_sigterm_ends_it_with_all_that_it_started(tmp_path: Path) -> None:
     assert not list((tmp_path / "tmp").iterdir())
 
 
-def test_a_person_reads_headings_arrows_and_a_verdict(tmp_path: Path) -> None:
-    done = command("--quick", f"output.dir={tmp_path}/out", "model=hub", "model.name=./nowhere", COLUMNS="80")
-    assert done.returncode == 2
-    assert "\nhub and model\n" in done.stdout
-    assert "->" in done.stdout
-    assert done.stdout.splitlines()[-1].startswith("not ready: 1 thing fails: model;") or "model;" in done.stdout
-    assert "\x1b" not in done.stdout
-    assert done.stderr == ""
+def test_a_person_reads_headings_arrows_and_a_verdict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert doctor.main(["--quick", f"output.dir={tmp_path}/out", "model=hub", "model.name=./nowhere"]) == 2
+    shown = capsys.readouterr()
+    assert "\nhub and model\n" in shown.out
+    assert "->" in shown.out
+    assert shown.out.splitlines()[-1].startswith("not ready: 1 thing fails: model;") or "model;" in shown.out
+    assert "\x1b" not in shown.out
+    assert shown.err == ""
 
 
 def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
