@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.config.compose import compose_config
 from pipeline.config.schema import Config
-from pipeline.core.cli import command_parser, run_command, run_process
+from pipeline.core.cli import ErrorOutput, add_overrides, command_parser, run_command, run_process
 from pipeline.core.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ exit codes: 0 done, 2 wrong config, or the export cannot be made here, 4 too far
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, export, print a summary; return the exit code."""
     options = _parser().parse_intermixed_args(arguments)
-    return run_command(lambda: _run(options), interrupted="interrupted; no partial export was kept")
+    return run_command(lambda: _run(options), ErrorOutput("interrupted; no partial export was kept"))
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -114,19 +114,14 @@ def _export(engine: Engine, options: argparse.Namespace) -> Iterator[Artifact]:
         yield traced(checkpoint, trace, store, sample=sample, limits=limits)
         return
     for tower in TOWERS if options.tower == "both" else (options.tower,):
-        yield onnx_graph(
-            checkpoint,
-            GraphOptions(
-                tower=tower,
-                precision=options.precision,
-                # Triton and TensorRT take standard operators; ONNX Runtime fuses them when it loads them.
-                fused=not options.plain and options.to != "triton",
-                quantization=("static" if options.static else "dynamic") if options.precision == "int8" else None,
-            ),
-            store,
-            sample=sample,
-            limits=limits,
+        graph = GraphOptions(
+            tower=tower,
+            precision=options.precision,
+            # Triton and TensorRT take standard operators; ONNX Runtime fuses them when it loads them.
+            fused=not options.plain and options.to != "triton",
+            quantization=("static" if options.static else "dynamic") if options.precision == "int8" else None,
         )
+        yield onnx_graph(checkpoint, graph, store, sample=sample, limits=limits)
 
 
 def _read(options: argparse.Namespace) -> Config:
@@ -201,7 +196,7 @@ def _parser() -> argparse.ArgumentParser:
         "Export a model's towers as ONNX graphs, TorchScript, or for Triton, compared with fp32.",
         EXAMPLES,
     )
-    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="GROUP=OPTION or KEY=VALUE, as for the job")
+    add_overrides(parser)
     parser.add_argument("--format", choices=FORMATS, default="onnx", help="default: onnx")
     parser.add_argument("--tower", choices=(*TOWERS, "both"), default="both", help="default: both")
     parser.add_argument("--precision", choices=("fp32", "fp16", "bf16", "int8"), default="fp32", help="default: fp32")

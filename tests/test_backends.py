@@ -14,22 +14,22 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.backends import TABLE, factory
 from pipeline.backends.artifacts.store import ArtifactStore
-from pipeline.backends.base import ImageEncoder
+from pipeline.backends.base import ImageEncoder, factory
 from pipeline.backends.devices import choose_device, choose_precision
-from pipeline.backends.onnx_session import PROVIDERS, normalise, open_session
-from pipeline.backends.tensorrt import engine_options, find_library, version_words
+from pipeline.backends.onnx_session import PROVIDERS, Provider, normalise, open_session
+from pipeline.backends.tensorrt import engine_options, find_library, version_text
 from pipeline.backends.torch_int8 import multiplies_int8
 from pipeline.backends.torch_module import compiled
-from pipeline.config.ranges import PRECISIONS
+from pipeline.bench.selection import ROWS
+from pipeline.config.choices import BACKENDS
 from pipeline.config.schema import BackendConfig, ModelConfig, ParityConfig
-from pipeline.config.validate import CHOICES
 from pipeline.core.errors import BackendUnavailable, StorageError
 from pipeline.core.records import Sample
 from pipeline.engine.demo.folder import rendered_sample
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline.models.towers import Normaliser
+from tests.conftest import ROOT
 
 pytestmark = pytest.mark.usefixtures("exported_once")
 BATCH = 8
@@ -221,9 +221,11 @@ def test_int8_and_half_precision_weigh_less(store: str) -> None:
         assert weight(BackendConfig(name=name, precision="int8", device="cpu")) < 0.4
 
 
-def test_the_table_and_the_config_name_the_same_backends() -> None:
-    assert tuple(TABLE) == CHOICES["backend.name"] == tuple(PRECISIONS)
-    assert {case.values[0].name for case in CASES} == set(TABLE)
+def test_every_backend_has_a_module_a_config_contract_tests_and_rows_of_the_benchmark() -> None:
+    for name in BACKENDS:
+        assert callable(factory(name))
+        assert (ROOT / "conf" / "backend" / f"{name}.yaml").is_file()
+    assert {case.values[0].name for case in CASES} == {row.backend for row in ROWS} == {*BACKENDS}
 
 
 def test_auto_takes_what_the_device_is_good_at() -> None:
@@ -259,7 +261,7 @@ def test_a_machine_without_tensorrt_is_told_the_version() -> None:
             find_library()
     else:
         assert find_library().startswith("10.")
-    assert version_words(101303) == "10.13.3"
+    assert version_text(101303) == "10.13.3"
 
 
 def test_a_machine_without_a_compiler_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,29 +320,20 @@ def test_a_provider_without_its_libraries_is_told_by_its_own_name(
     with pytest.raises(BackendUnavailable, match=rf"could not open .* with {PROVIDERS[provider]}.*pip install"):
         open_session(
             artifact.file("model.onnx"),
-            provider=provider,
+            Provider(provider),
             device=torch.device("cuda"),
             batch_size=BATCH,
             stream=stream,
-            options={},
         )
     assert "EP Error" not in capfd.readouterr().out, "ONNX Runtime tried something else in its place"
 
 
-def test_an_engine_has_one_shape_and_a_folder_of_its_own(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_has_one_shape_and_a_folder_of_its_own(store: str) -> None:
     artifact = opened(BackendConfig(name="onnx", precision="fp32", device="cpu"), store).artifact
     assert artifact is not None
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB")
 
     def options(batch_size: int, library: str) -> dict[str, str]:
-        return engine_options(
-            demo(),
-            ArtifactStore(store),
-            artifact,
-            batch_size=batch_size,
-            device=torch.device("cuda"),
-            library=library,
-        )
+        return engine_options(demo(), artifact, batch_size=batch_size, gpu="NVIDIA H100 80GB", library=library)
 
     found = options(8, "10.13.3")
     shapes = {found[f"trt_profile_{kind}_shapes"] for kind in ("min", "opt", "max")}

@@ -23,7 +23,6 @@ def measured(
         startup_seconds=start,
         images_per_second=rates,
         latencies=tuple(1 / rate for rate in rates for _ in range(4)) if batch == 1 else (),
-        start_rss=1900.0,
         rss=912.0 + batch,
         device=device,
         lowest_cosine=lowest,

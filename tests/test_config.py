@@ -12,8 +12,8 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
+from pipeline.config.choices import BACKENDS
 from pipeline.config.compose import compose_config, groups, known_keys, read_config, register, to_config
-from pipeline.config.ranges import PRECISIONS
 from pipeline.config.schema import FORMATS, OUTPUT_COLUMNS, Config, ManifestConfig, conf_dir, nearest, value_of
 from pipeline.config.validate import AUTOMATIC, CHOICES, RANGES, check
 from pipeline.core.errors import ConfigError, Problem
@@ -149,7 +149,7 @@ def test_every_allowed_word_passes_and_a_typo_gets_the_nearest(key: str) -> None
         config = changed(key, word)
         if key == "backend.precision":
             # Each backend has its own.
-            able = next(name for name, words in PRECISIONS.items() if word in (*words, "auto"))
+            able = next(name for name, info in BACKENDS.items() if word in (*info.precisions, "auto"))
             config = dataclasses.replace(config, backend=dataclasses.replace(config.backend, name=able))
         if key == "backend.quantization":
             config = dataclasses.replace(config, backend=dataclasses.replace(config.backend, name="onnx_int8"))
@@ -186,7 +186,7 @@ def test_a_precision_of_another_backend_is_refused_with_the_backends_that_have_i
 ) -> None:
     (problem,) = check(config_with_backend(name=backend, precision=precision))
     assert problem.key == "backend.precision"
-    assert problem.allowed == f"backend={backend} computes in {', '.join(PRECISIONS[backend])}"
+    assert problem.allowed == f"backend={backend} computes in {', '.join(BACKENDS[backend].precisions)}"
     assert problem.hint == hint
 
 

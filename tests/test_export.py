@@ -82,7 +82,7 @@ def test_static_scales_follow_from_the_manifest(root: Path, tmp_path: Path, caps
     damaged = scenes_manifest(tmp_path / "damaged.parquet", 8, damaged=dict.fromkeys(range(8), b"no picture"))
     code, out, err = call(capsys, root, *arguments, f"manifest.path={damaged}", "manifest.image=image")
     assert (code, out) == (2, "")
-    assert err.endswith(f"error: {damaged}: none of the images that were tried can be decoded\n")
+    assert err.endswith(f"error: manifest.path={damaged}: none of the images that were tried can be decoded\n")
 
 
 def test_a_missed_tolerance_has_exit_code_4(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ from PIL import Image
 pytest.importorskip("distributed", reason="needs the extra dask")
 
 from pipeline.config.schema import Config, LogConfig
-from pipeline.core.cli import error_line
+from pipeline.core.cli import ErrorOutput
 from pipeline.core.errors import ConfigError, Interrupted, ManifestError, NumericalError, Problem
 from pipeline.core.log_format import SILENCED, JsonLines, ending, new_run, shard_of, silence, within
 from pipeline.job.cluster.dask_executor import DaskExecutor
@@ -308,8 +308,8 @@ def test_what_a_worker_says_is_passed_on_with_its_name_and_its_shard(
 
 def test_what_ends_a_run_is_said_as_the_config_wants_it() -> None:
     error = Interrupted("interrupted")
-    assert error_line(error) == "error: interrupted"
-    found = json.loads(error_line(error, JsonLines("r-1")))
+    assert ErrorOutput("").line(error) == "error: interrupted"
+    found = json.loads(ErrorOutput("", JsonLines("r-1")).line(error))
     assert (found["message"], found["run"], found["level"], found["exit_code"]) == ("interrupted", "r-1", "error", 75)
 
 

@@ -20,7 +20,9 @@ from pipeline.images.sources.source import Source
 from pipeline.manifest.manifest import Manifest, open_manifest
 from pipeline.report import thumbnails as module
 from pipeline.report.faster_decoder import Faster, faster_decoder
+from pipeline.report.throughput import Setup
 from pipeline.report.thumbnails import THUMBNAIL, find, spread, thumbnails
+from pipeline.telemetry.run_stats import RunStats, WorkerStats
 from tests.pictures import saved
 
 
@@ -85,14 +87,19 @@ def pace(decode: float) -> Pace:
     return Pace(stages=stages, cores_busy=2.0, bound=10.0, ratio=0.9, verdict="")
 
 
+# A run of 1,000 images in 100 s on two cores.
+LONG = RunStats(0.0, 100.0, rows=1000, images=1000, workers=(WorkerStats("0", "host", 1, "cpu", 2, 1.0),))
+SETUP = Setup("cpu", "fp32", "exact", threads=2, streams=1, cores=2)
+
+
 def test_what_the_faster_decoder_would_give_is_measured_on_the_pictures(tmp_path: Path) -> None:
     # The larger, the less does the rest count.
     manifest, config = manifest_of(tmp_path, [photo(100, size=(1400, 900))] * 12)
     with pixel_reader(config, manifest.root, THUMBNAIL) as reader:
-        settings = {"images": 1000, "cores": 2, "device": "cpu"}
-        found = faster_decoder(manifest, reader, pace(90.0), wall=100.0, **settings)  # type: ignore[arg-type]
-        assert faster_decoder(manifest, reader, pace(90.0), wall=5.0, **settings) is None  # type: ignore[arg-type]
-        assert faster_decoder(manifest, reader, None, wall=100.0, **settings) is None  # type: ignore[arg-type]
+        found = faster_decoder(manifest, reader, pace(90.0), LONG, SETUP)
+        assert faster_decoder(manifest, reader, pace(90.0), replace(LONG, ended=5.0), SETUP) is None
+        assert faster_decoder(manifest, reader, None, LONG, SETUP) is None
+        assert faster_decoder(manifest, reader, pace(90.0), LONG, replace(SETUP, decoder="gpu")) is None
     assert found is not None
     assert found.decoder == "fast"
     # 2 cores, (90 / times + 10) core seconds for 1,000 images, and 90 % of that as in the run.
@@ -123,7 +130,7 @@ def test_pictures_that_do_not_come_are_not_waited_for(tmp_path: Path, monkeypatc
         assert time.monotonic() - began < 10
         monkeypatch.setattr("pipeline.report.faster_decoder.SECONDS", 0.2)
         began = time.monotonic()
-        faster_decoder(manifest, reader, pace(90.0), wall=100.0, images=1000, cores=2, device="cpu")
+        faster_decoder(manifest, reader, pace(90.0), LONG, SETUP)
         assert time.monotonic() - began < 20
 
     def down(self: Source, ref: ImageRef) -> bytes | Failure:
@@ -132,5 +139,5 @@ def test_pictures_that_do_not_come_are_not_waited_for(tmp_path: Path, monkeypatc
     monkeypatch.setattr(Source, "read", down)
     with pixel_reader(config, manifest.root, THUMBNAIL) as reader:
         assert thumbnails(manifest, reader, {0: "n0"}) == {}
-        found = faster_decoder(manifest, reader, pace(90.0), wall=100.0, images=1000, cores=2, device="cpu")
+        found = faster_decoder(manifest, reader, pace(90.0), LONG, SETUP)
         assert found is None

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
 from pipeline.bench.records import Bench, Result
 from pipeline.bench.stats import EXACT, Advice, ranked, rate
+from pipeline.config.choices import BACKENDS
 from pipeline.report.svg import LINE, PAPER, SERIES, SOFT, STYLE, new_figure, to_svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BACKENDS = ("torch", "torchscript", "torch_int8", "torch_fp8", "onnx", "onnx_int8", "tensorrt")
-COLOURS = dict(zip(BACKENDS, SERIES, strict=True))
+COLOURS = dict(zip(BACKENDS, cycle(SERIES), strict=False))
 MARKERS = {"fp32": "o", "bf16": "s", "fp16": "D", "int8": "^", "fp8": "v"}
 # Points from one name to the next.
 LINE_HEIGHT = 13.0

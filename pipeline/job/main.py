@@ -7,7 +7,6 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from pathlib import Path
 
 from pipeline.config.schema import Config
 from pipeline.core.errors import StorageError
@@ -27,7 +26,6 @@ from pipeline.manifest.manifest import Manifest
 from pipeline.manifest.shards import cut
 from pipeline.storage.base import Storage
 from pipeline.storage.factory import open_storage
-from pipeline.storage.urls import is_local, local_path
 from pipeline.telemetry.logs import log_to, log_to_terminal, progress_mode
 from pipeline.telemetry.monitor import Monitor, monitored
 from pipeline.telemetry.progress import Progress
@@ -105,7 +103,7 @@ def run_job(config: Config, options: RunOptions | None = None) -> RunReport:
             began=began,
             ended=time.time(),
             embedded=embedded,
-            members=executor.members,
+            workers=executor.workers,
             settled=tuple(settled),
             given_up=executor.given_up,
         )
@@ -138,8 +136,7 @@ def with_demo_scenes(config: Config) -> tuple[Config, float | None]:
     """
     if config.manifest.path is not None:
         return config, None
-    began, output = time.time(), config.output.dir
-    folder = Path(local_path(output)).parent / "scenes" if is_local(output) else Path("outputs/scenes")
+    began, folder = time.time(), demo.scenes_folder(config.output.dir)
     log.info("manifest.path is not set: embedding %d rendered scenes in %s", config.manifest.demo_scenes, folder)
     path = demo.render_folder(folder, config.manifest.demo_scenes)
     return demo.with_scenes(config, path), time.time() - began

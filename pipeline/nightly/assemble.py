@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.config.schema import OUTPUT_COLUMNS
@@ -19,15 +18,14 @@ from pipeline.core.concurrency import in_order
 from pipeline.core.errors import StorageError
 from pipeline.dataset import commits, lease, plan
 from pipeline.dataset.dataset import Dataset, open_dataset
-from pipeline.dataset.parts import METADATA_KEY, PartFormat, format_of
+from pipeline.dataset.parts import PartFormat, format_of
 from pipeline.manifest.manifest import Manifest
 from pipeline.nightly.embed import EmbeddedRows
 from pipeline.nightly.prepare import PendingNight, Target
 from pipeline.nightly.records import Kind
-from pipeline.nightly.rows import RowReader, in_order_of, read_rows, rechunk
+from pipeline.nightly.rows import RowReader, fingerprints_of, in_order_of, read_rows, rechunk
 from pipeline.nightly.store import open_night, share_file
 from pipeline.storage.base import Storage
-from pipeline.storage.urls import explained, open_arrow
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,18 +48,11 @@ class Assembly:
     readers: tuple[RowReader | None, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """Parts of a night: those that it shares with the previous night, and those that were written."""
-
-    shared: int
-    written: int
-
-
-def assemble(pending: PendingNight, target: Target, embedded: EmbeddedRows, held: lease.Lease) -> Parts:
+def assemble(pending: PendingNight, target: Target, embedded: EmbeddedRows, held: lease.Lease) -> int:
     """Write or share parts until every shard is committed, then write ``_SUCCESS``; continue an earlier run.
 
-    Parts that an earlier run committed count as shared if the previous night has the same bytes.
+    Returns:
+        The number of parts that the previous night has too, byte for byte; an earlier run may have shared them.
     """
     previous = None
     if pending.snapshot and pending.carried_from is not None:
@@ -82,8 +73,7 @@ def assemble(pending: PendingNight, target: Target, embedded: EmbeddedRows, held
     settled = commits.read_commits(storage, work.plan, known=done)
     commits.finalize(storage, work.plan, settled, held.confirm)
     before = {commit.sha256 for commit in previous.commits} if previous is not None else set()
-    shared = sum(commit.sha256 in before for commit in settled)
-    return Parts(shared, len(settled) - shared)
+    return sum(commit.sha256 in before for commit in settled)
 
 
 def _assembly(pending: PendingNight, target: Target, embedded: EmbeddedRows, previous: Dataset | None) -> Assembly:
@@ -140,16 +130,15 @@ def _share_part(work: Assembly, previous: Dataset, shard: Shard) -> bool:
     commit = previous.commits[part]
     if commit.rows != len(rows) or not np.array_equal(rows, np.arange(rows[0], rows[0] + len(rows))):
         return False
-    url = f"{previous.url.rstrip('/')}/{commit.part}"
-    if previous.storage.size(commit.part) != commit.size:
-        raise StorageError(f"{url}: missing or torn; python -m pipeline.verify {previous.url} --repair does it again")
     names = work.manifest.schema.names
-    with explained(url), open_arrow(url) as file:
-        parquet = pq.ParquetFile(file, pre_buffer=False)
-        schema = parquet.schema_arrow
-        if schema.names != [*names, *OUTPUT_COLUMNS] or not _same_job(schema, work.plan):
-            return False
-        there = parquet.read(columns=names, use_threads=False).select(names)
+    if previous.schema.names != [*names, *OUTPUT_COLUMNS]:
+        return False
+    if previous.storage.size(commit.part) != commit.size:
+        url = f"{previous.url.rstrip('/')}/{commit.part}"
+        raise StorageError(f"{url}: missing or torn; python -m pipeline.verify {previous.url} --repair does it again")
+    there = previous.read(commit, names)
+    if not _same_job(fingerprints_of(there.schema), work.plan):
+        return False
     if not there.replace_schema_metadata(None).equals(shard.table.replace_schema_metadata(None)):
         return False
     name = f"part-{shard.index:05d}-{commit.sha256[:16]}.parquet"
@@ -158,9 +147,8 @@ def _share_part(work: Assembly, previous: Dataset, shard: Shard) -> bool:
     return True
 
 
-def _same_job(schema: pa.Schema, wanted: plan.Plan) -> bool:
+def _same_job(found: Mapping[str, Any], wanted: plan.Plan) -> bool:
     """True if a part's fingerprints allow it in the dataset; its manifest may be a known earlier one."""
-    found: dict[str, Any] = json.loads((schema.metadata or {})[METADATA_KEY])
     ours = json.loads(json.dumps(wanted.fingerprints))
     same = all(found.get(name) == ours.get(name) for name in {*found, *ours} - {"manifest"})
     return same and (plan.source_of(found) in wanted.sources or found.get("manifest") == ours["manifest"])

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from pipeline.dataset.saved_config import recipe_of
 from pipeline.nightly.diff import OF_COPYING, OF_DECODING, OF_READING
 from pipeline.nightly.prepare import PendingNight, Target
 from pipeline.nightly.records import EMBEDDED, Kind
-from pipeline.nightly.rows import copy_rows, read_footers
+from pipeline.nightly.rows import copy_rows
 from pipeline.nightly.store import open_below, open_night
 from pipeline.storage.urls import open_file
 
@@ -48,7 +48,7 @@ def embed_target(pending: PendingNight, target: Target) -> Dataset:
     """Run the main job over every row of the night's dataset."""
     config = target.config
     if not pending.snapshot:
-        config = replace(config, errors=replace(config.errors, max_fraction=1.0))
+        config = config.changed({"errors.max_fraction": 1.0})
     # The dataset is complete then; failures are counted over the night when it is published.
     with suppress(TooManyFailures):
         run_main_job(config, run=pending.options.run)
@@ -105,7 +105,7 @@ def run_main_job(config: Config, *, run: str) -> None:
     # The command answers --help without this import.
     from pipeline.job.main import RunOptions, run_job
 
-    run_job(replace(config, report=replace(config.report, html=False)), RunOptions(run=run, summary=False))
+    run_job(config.changed({"report.html": False}), RunOptions(run=run, summary=False))
 
 
 def digest_of(fingerprints: Mapping[str, Any]) -> str:
@@ -119,7 +119,7 @@ def signs_of(config: Config, model: Any) -> dict[str, Any]:
 
     ``model`` is the checkpoint's fingerprint.
     """
-    from pipeline.report.summary import versions
+    from pipeline.core.machine import versions
 
     recipe = recipe_of(config)
     for group in ("manifest", "errors", "parity"):
@@ -141,12 +141,15 @@ def _embed_rows(pending: PendingNight, positions: NDArray[np.int64], name: str) 
     if work.size(file) is None:
         copy_rows(manifest, positions, [manifest.id, manifest.image], work, file)
     output = open_below(work, name).url
-    config = replace(
-        config,
-        manifest=replace(config.manifest, path=f"{work.url.rstrip('/')}/{file}", keep=[], root=manifest.root),
-        output=replace(config.output, dir=output),
-        # Failures are counted over the night as a whole.
-        errors=replace(config.errors, max_fraction=1.0),
+    config = config.changed(
+        {
+            "manifest.path": f"{work.url.rstrip('/')}/{file}",
+            "manifest.keep": [],
+            "manifest.root": manifest.root,
+            "output.dir": output,
+            # Failures are counted over the night as a whole.
+            "errors.max_fraction": 1.0,
+        }
     )
     run_main_job(config, run=pending.options.run)
     return open_dataset(output)
@@ -154,7 +157,7 @@ def _embed_rows(pending: PendingNight, positions: NDArray[np.int64], name: str) 
 
 def _duplicates_of_unread(pending: PendingNight, dataset: Dataset) -> NDArray[np.int64]:
     """Duplicates of rows that could not be read: their own file may be readable."""
-    statuses = pa.chunked_array([footer.statuses for footer in read_footers(dataset)])
+    statuses = pa.concat_tables(dataset.stream(["status"]))["status"]
     unread = np.isin(statuses.to_numpy(), [*OF_READING, *OF_COPYING, *OF_DECODING])
     found = [np.empty(0, dtype=np.int64)]
     for batch in pending.compared("kind", "delta"):

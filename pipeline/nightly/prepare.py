@@ -110,7 +110,7 @@ def prepare(config: Config, options: NightOptions, store: Storage, day: str) -> 
             "have another model; take backend.quantization=dynamic, or backend=torch_int8"
         )
     output = open_night(store, day)
-    config = replace(config, output=replace(config.output, dir=output.url))
+    config = config.changed({"output.dir": output.url})
     manifest = open_manifest(config.manifest)
     check_places(config, manifest)
     check_ids(manifest)
@@ -123,8 +123,7 @@ def prepare(config: Config, options: NightOptions, store: Storage, day: str) -> 
         )
     if previous is not None and config.loader.batch_size == 0:
         # auto measures for the rows of a job, and tonight's are few.
-        size = _batch_size(store, previous)
-        config = replace(config, loader=replace(config.loader, batch_size=size))
+        config = config.changed({"loader.batch_size": _batch_size(store, previous)})
     facts = {
         "layout": options.layout,
         "manifest": manifest.fingerprint,
@@ -189,8 +188,8 @@ def open_target(pending: PendingNight) -> Target:
         columns = [manifest.id, manifest.image, *manifest.schema.names[1:]]
         copy_rows(manifest, pending.positions({*Kind} - {Kind.CARRIED}), columns, folder, name)
         pending.work.write(COPIED, b"{}\n")
-    own = replace(config.manifest, path=f"{folder.url.rstrip('/')}/{name}", root=manifest.root)
-    return Target(replace(config, manifest=own), open_manifest(own))
+    config = config.changed({"manifest.path": f"{folder.url.rstrip('/')}/{name}", "manifest.root": manifest.root})
+    return Target(config, open_manifest(config.manifest))
 
 
 @contextmanager

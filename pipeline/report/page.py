@@ -14,7 +14,6 @@ from jinja2 import Environment, PackageLoader
 
 from pipeline.config.schema import Config
 from pipeline.core.records import OK, Timeline
-from pipeline.core.run_report import RunReport
 from pipeline.report import plots
 from pipeline.report.history import in_short
 from pipeline.report.scores import Row
@@ -60,17 +59,6 @@ class Setting:
     key: str
     value: str
     usual: str | None
-
-
-def to_dict(report: RunReport) -> dict[str, Any]:
-    """The content of ``_report.json`` as types that JSON has."""
-    plain: dict[str, Any] = json.loads(json.dumps(asdict(report), ensure_ascii=False, default=str))
-    return plain
-
-
-def to_json(report: RunReport) -> bytes:
-    """The bytes of ``_report.json``."""
-    return (json.dumps(to_dict(report), indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def to_html(
@@ -206,9 +194,10 @@ def _timeline(report: Mapping[str, Any]) -> Any:
     line = timeline_of(report)
     if line is None:
         return None
-    began = datetime.fromisoformat(report.get("timeline_began") or report["started"]).timestamp()
-    wall = report.get("timeline_wall") or report["wall_seconds"]
-    return plots.timeline_plot(line, began=began, wall=wall, startup=report["startup_seconds"])
+    # The timeline of a night is that of its largest job.
+    run = report.get("night", {}).get("job") or report
+    began = datetime.fromisoformat(run["started"]).timestamp()
+    return plots.timeline_plot(line, began=began, wall=run["wall_seconds"], startup=report["startup_seconds"])
 
 
 def by_status(failed: Sequence[Failed]) -> dict[str, list[Failed]]:

@@ -92,7 +92,7 @@ class Progress:
     def _advance(self, rows: int) -> None:
         self._rows += rows
         if self._bar is not None:
-            # A terminal that has gone away does not end the job.
+            # A closed terminal does not end the job.
             with suppress(OSError, ValueError):
                 self._bar.set_postfix(failed=self._failed, refresh=False)
                 self._bar.update(rows)

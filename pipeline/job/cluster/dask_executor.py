@@ -32,7 +32,7 @@ from pipeline.job.cluster import dask_worker, tasks
 from pipeline.job.cluster.dask_cluster import open_cluster
 from pipeline.job.cluster.job_spec import JobSpec
 from pipeline.storage.base import Storage
-from pipeline.telemetry.members import Member, from_json
+from pipeline.telemetry.run_stats import WorkerStats
 
 LOST = "the scheduler of the cluster is gone; what was committed stays, and the same command goes on"
 
@@ -74,7 +74,7 @@ class DaskExecutor:
         self._token = uuid.uuid4().hex
         self._opened = ExitStack()
         self._told: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-        self._members: dict[tuple[str, int], Member] = {}
+        self._workers: dict[tuple[str, int], WorkerStats] = {}
         self._client: Client
         self._spec: JobSpec
         self._slots: dict[str, int] = {}
@@ -196,9 +196,9 @@ class DaskExecutor:
         self.given_up = tuple(sorted(given_up))
 
     @property
-    def members(self) -> tuple[Member, ...]:
+    def workers(self) -> tuple[WorkerStats, ...]:
         """Statistics of every worker process, as far as they were reported."""
-        return tuple(sorted(self._members.values(), key=lambda member: (member.host, member.name, member.pid)))
+        return tuple(sorted(self._workers.values(), key=lambda worker: (worker.host, worker.name, worker.pid)))
 
     @connected(OSError)
     def _deliver(self, kind: str, spec: JobSpec, *, closes: bool) -> None:
@@ -249,9 +249,9 @@ class DaskExecutor:
             logger.log(message["level"], "%s: %s", message["from"], message["log"], extra=known)
         if "images" in message:
             on_batch(message["images"])
-        if "member" in message:
-            member = from_json(message["member"])
-            self._members[member.host, member.pid] = member
+        if "worker" in message:
+            worker = WorkerStats.from_json(message["worker"])
+            self._workers[worker.host, worker.pid] = worker
         return ShardReport(**message["report"]) if "report" in message else None
 
     def _tick(self) -> None:

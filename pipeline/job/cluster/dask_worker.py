@@ -16,26 +16,23 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from pipeline.core.concurrency import aside
 from pipeline.core.errors import Interrupted, PlanMismatch, WorkerMismatch
-from pipeline.core.processes import cores
-from pipeline.core.records import OK, Shard, ShardReport, TextBank
+from pipeline.core.records import Shard, ShardReport, TextBank
 from pipeline.job.cluster.events import EventSender, Forward
 from pipeline.job.cluster.job_spec import JobSpec
 from pipeline.storage.factory import open_storage
-from pipeline.telemetry.members import Member
 
 if TYPE_CHECKING:
-    from pipeline.core.processes import Spent
     from pipeline.engine.engine import Engine
     from pipeline.engine.loop import Job
+    from pipeline.engine.meter import Meter
     from pipeline.engine.prepare import Prepared
-    from pipeline.telemetry.clocks import StageClocks
 
 # A stream that brings no shard ends, so that rows which wait for more are embedded: after so many seconds, at least,
 # without a batch, or twice what batches take here.
@@ -91,9 +88,7 @@ class WorkerState:
         self._log = Forward(self._events, self.name, logging.WARNING)
         logging.getLogger("pipeline").addHandler(self._log)
         logging.getLogger("pipeline").setLevel(logging.INFO)
-        self._member: Member | None = None
-        self._clocks: StageClocks
-        self._spent: Spent
+        self._meter: Meter | None = None
         if spec.config.loader.batch_size:
             self._open()
         else:
@@ -224,33 +219,22 @@ class WorkerState:
         engine = self._pass_gates()
         import torch
 
-        from pipeline.core.processes import spent
-        from pipeline.engine import loop as worker
+        from pipeline.engine.loop import Worker, embed
+        from pipeline.engine.meter import Meter
 
         if engine.encoder.device.type == "cuda":
             # Opened in another thread, and the current device is each thread's own.
             torch.cuda.set_device(engine.encoder.device)
-        if self._member is None:
-            from pipeline.telemetry.clocks import StageClocks
-
-            self._clocks, self._spent = StageClocks(), spent()
-            self._member = Member(
-                name=str(self._worker.name),
-                host=socket.gethostname(),
-                pid=os.getpid(),
-                device=str(engine.encoder.device),
-                cores=cores(),
-                startup_seconds=self._startup,
-            )
+        if self._meter is None:
+            self._meter = Meter(engine, str(self._worker.name), self._startup)
+        meter = self._meter
         self._alive = time.monotonic()
-        reports = worker.embed(
+        reports = embed(
             self._stream(first),
             self._job.result(),
-            engine.encoder,
-            engine.reader,
-            clocks=self._clocks,
+            Worker(engine.reader, engine.encoder, meter.clocks),
             on_batch=self._on_batch,
-            on_commit=lambda report: self._report(report, engine, spent() - self._spent),
+            on_commit=partial(self._report, meter),
         )
         deque(reports, maxlen=0)
 
@@ -270,29 +254,13 @@ class WorkerState:
         self._gap, self._alive = max(self._gap, now - self._alive), now
         self._events.count(images)
 
-    def _report(self, report: ShardReport, engine: Engine, spent: Spent) -> None:
-        from pipeline.report import summary
-
-        member = self._member
-        assert member is not None
-        self._member = replace(
-            member,
-            rows=member.rows + (report.rows if report.committed else 0),
-            images=member.images + report.counts.get(OK, 0) - report.repeats,
-            repeats=member.repeats + report.repeats,
-            shards=member.shards + 1,
-            clocks=self._clocks.total(),
-            own_core_seconds=spent.own,
-            child_core_seconds=spent.children,
-            memory={**summary.memory(), **engine.reader.memory()},
-            batch_sizes=tuple(engine.encoder.batch_sizes),
-            timeline=self._clocks.timeline(),
-        )
+    def _report(self, meter: Meter, report: ShardReport) -> None:
+        meter.add(report)
+        meter.lap()
         # In this order: the events of a shard arrive before its task ends.
         self._events.flush()
-        self._events.send(
-            {"report": {**asdict(report), "counts": dict(report.counts)}, "member": self._member.to_json()}
-        )
+        shard = {**asdict(report), "counts": dict(report.counts)}
+        self._events.send({"report": shard, "worker": meter.stats().to_json()})
         with self._lock:
             future = self._waiting.pop(report.shard, None)
         if future is not None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator, Iterable
 from types import TracebackType
 from typing import Protocol, Self
 
+from pipeline.config.choices import CLUSTERS
 from pipeline.config.schema import Config
 from pipeline.core.errors import ClusterUnavailable, install_hint
 from pipeline.core.records import Shard, ShardReport
@@ -14,7 +15,7 @@ from pipeline.engine.loop import Job
 from pipeline.engine.prepare import Prepared
 from pipeline.job.cluster.inline import Inline
 from pipeline.storage.base import Storage
-from pipeline.telemetry.members import Member
+from pipeline.telemetry.run_stats import WorkerStats
 
 
 class Executor(Protocol):
@@ -32,8 +33,8 @@ class Executor(Protocol):
         """Embed and commit shards; ``on_batch`` is called with the images of each batch."""
 
     @property
-    def members(self) -> tuple[Member, ...]:
-        """The statistics of each process."""
+    def workers(self) -> tuple[WorkerStats, ...]:
+        """Statistics of each process."""
 
     @property
     def given_up(self) -> tuple[int, ...]:
@@ -61,6 +62,5 @@ def executor_of(config: Config, storage: Storage, check: Callable[[], None]) -> 
     try:
         from pipeline.job.cluster.dask_executor import DaskExecutor
     except ImportError as error:
-        extra = name if name in ("slurm", "kubernetes") else "dask"
-        raise ClusterUnavailable(f"cluster={name} needs Dask ({error}): {install_hint(extra)}") from error
+        raise ClusterUnavailable(f"cluster={name} needs Dask ({error}): {install_hint(CLUSTERS[name][-1])}") from error
     return DaskExecutor(config, storage, check)
