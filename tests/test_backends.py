@@ -42,6 +42,7 @@ def _case(name: str, precision: str, device: str, **options: str) -> Any:
     words = [name, precision, device, *options.values()]
     marks: list[pytest.MarkDecorator] = [pytest.mark.gpu] if device == "cuda" else []
     marks += [pytest.mark.needs(PACKAGES[name])] if name in PACKAGES else []
+    marks += [pytest.mark.slow] if "compile" in options and device == "cpu" else []
     if name == "tensorrt":
         marks.append(pytest.mark.tensorrt)
     if name == "torch_fp8":
@@ -189,12 +190,14 @@ def test_the_fingerprint_tells_precision_device_and_version(config: BackendConfi
         assert prints["artifact"] == encoder.artifact.fingerprint
 
 
+@pytest.mark.slow
 def test_no_two_backends_have_one_fingerprint(store: str) -> None:
     configs = [case.values[0] for case in CASES if case.values[0].device == "cpu"]
     prints = [tuple(sorted(opened(config, store).fingerprint.items())) for config in configs]
     assert len(set(prints)) == len(configs)
 
 
+@pytest.mark.slow
 def test_opening_a_backend_leaves_the_checkpoint_as_it_is(store: str) -> None:
     before = {name: value.clone() for name, value in demo().model.state_dict().items()}
     attention = demo().model.config.vision_config._attn_implementation

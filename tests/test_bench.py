@@ -21,7 +21,8 @@ from pipeline.core.child import Child, ChildEnded, ChildError
 from pipeline.core.errors import PipelineError
 from tests.conftest import ROOT
 from tests.jobs import scenes_manifest
-from tests.test_bench_page import measured, plausible
+from tests.processes import is_running, run_python, wait_until
+from tests.test_bench_report import measured, plausible
 
 HEAVY = ("torch", "transformers", "pyarrow", "PIL", "matplotlib", "onnxruntime")
 # Answers requests without computing anything; the name of the backend chooses its failure.
@@ -259,7 +260,7 @@ def test_a_child_ends_with_all_that_it_started(tmp_path: Path) -> None:
     )
     child = Child([sys.executable, "-c", code], log=tmp_path / "log")
     grandchild = child.receive(timeout=20)["pid"]
-    assert running(grandchild)
+    assert is_running(grandchild)
     child.kill()
     assert_ended([grandchild])
     with pytest.raises(ChildEnded, match="SIGKILL"):
@@ -287,8 +288,7 @@ def finished(work: Path) -> subprocess.CompletedProcess[str]:
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pipeline.bench", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return run_python("-m", "pipeline.bench", *arguments, timeout=300)
 
 
 @pytest.mark.slow
@@ -363,19 +363,9 @@ def wait_for_children(pid: int) -> list[int]:
     raise AssertionError("no child was started")
 
 
-def running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
 def assert_ended(pids: list[int]) -> None:
-    """Ended at once, not when the libraries are loaded and the answer finds no reader."""
-    deadline = time.monotonic() + 2
-    while any(map(running, pids)):
-        assert time.monotonic() < deadline, "still running"
-        time.sleep(0.05)
+    """Check that they ended at once, not when the libraries are loaded and the answer finds no reader."""
+    wait_until(lambda: not any(map(is_running, pids)), 2)
 
 
 # -- the command
@@ -388,7 +378,7 @@ def test_help_is_quick_and_loads_nothing_heavy() -> None:
         f"finally: print([name for name in {HEAVY} if name in sys.modules])"
     )
     started = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = run_python("-c", code)
     assert time.perf_counter() - started < 3
     assert done.returncode == 0
     assert "--only ROWS" in done.stdout

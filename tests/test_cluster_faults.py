@@ -22,7 +22,7 @@ pytest.importorskip("distributed", reason="needs the extra dask")
 from distributed import Client, KilledWorker
 from distributed.security import Security
 
-from pipeline import verify as verify_door
+from pipeline import verify as verify_command
 from pipeline.config.schema import ClusterConfig, Config
 from pipeline.core.errors import ClusterUnavailable, OutputBusy, StorageError
 from pipeline.core.failpoints import armed
@@ -256,7 +256,7 @@ def test_verify_sees_a_part_at_work_and_collects_nothing(
     storage = open_storage(str(output))
     with lease.take(storage, seconds=60, folder=Part(1, 2, whole=False).lease):
         assert [(one.kind, one.damage) for one in verify(storage).findings] == [("lease", False)]
-        assert verify_door.main([str(output), "--collect", "7d"]) == OutputBusy.exit_code
+        assert verify_command.main([str(output), "--collect", "7d"]) == OutputBusy.exit_code
         assert "part 1/2 is held by process" in capsys.readouterr().err
     assert not verify(storage).findings
 

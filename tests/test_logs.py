@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import os
@@ -29,6 +28,7 @@ from pipeline.telemetry.logs import library_messages, log_to, log_to_terminal, p
 from pipeline.telemetry.progress import Progress
 from tests.families import write_siglip
 from tests.jobs import scenes_manifest, start
+from tests.pictures import saved
 
 JSON = LogConfig(format="json")
 log = logging.getLogger("pipeline.tests")
@@ -234,13 +234,7 @@ def siglip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def odd_pictures() -> dict[int, bytes]:
-    """Pictures that Pillow, libtiff and libjpeg have something to say about."""
-
-    def saved(image: Image.Image, form: str, **options: Any) -> bytes:
-        stream = io.BytesIO()
-        image.save(stream, form, **options)
-        return stream.getvalue()
-
+    """Pictures that make Pillow, libtiff and libjpeg print messages."""
     picture = Image.linear_gradient("L").resize((60, 40)).convert("RGB")
     exif = b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01\x03\0\xff\xff\xff\xff"
     jpeg = saved(picture, "JPEG", exif=exif)

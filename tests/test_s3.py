@@ -489,7 +489,7 @@ def test_the_door_reads_its_manifest_from_s3_and_writes_there(proxy: Proxy, serv
     proxy.inject("half", "GET", "part-00000")
     proxy.inject("lost", "PUT", "_plan.json")
     proxy.inject("cut", "PUT", "_commits")
-    child = forks().start("tests.forks:door", *overrides_of(config), environment=environment(proxy.url))
+    child = forks().start("tests.forks:run_command", *overrides_of(config), environment=environment(proxy.url))
     assert child.wait() == 0, child.said()
     found = objects(server, f"{prefix}/out")
     assert {"_plan.json", "_SUCCESS", "_report.json", "_report.html", "_run.log"} <= set(found)

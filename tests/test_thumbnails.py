@@ -18,18 +18,21 @@ from pipeline.core.run_report import Pace, StagePace
 from pipeline.images.factory import pixel_reader
 from pipeline.images.sources.source import Source
 from pipeline.manifest.manifest import Manifest, open_manifest
+<<<<<<< HEAD:tests/test_gallery.py
 from pipeline.report import thumbnails as gallery
 from pipeline.report.bottleneck import Setup
+=======
+from pipeline.report import thumbnails as module
+>>>>>>> w-tests1:tests/test_thumbnails.py
 from pipeline.report.faster_decoder import Faster, faster_decoder
 from pipeline.report.thumbnails import THUMBNAIL, find, spread, thumbnails
 from pipeline.telemetry.run_stats import RunStats, WorkerStats
+from tests.pictures import saved
 
 
 def photo(shade: int, *, size: tuple[int, int] = (300, 200)) -> bytes:
     noise = np.random.default_rng(shade).integers(0, 60, (*size[::-1], 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(noise + np.uint8(shade)).save(buffer, "JPEG")
-    return buffer.getvalue()
+    return saved(Image.fromarray(noise + np.uint8(shade)), "JPEG")
 
 
 def manifest_of(folder: Path, images: list[bytes | None], group: int = 5) -> tuple[Manifest, Config]:
@@ -80,7 +83,7 @@ def test_examples_are_spread_over_the_rows_that_were_embedded() -> None:
     assert spread(["ok"] * 10, 5) == [0, 2, 4, 6, 8]
     assert spread(["ok", "empty", "ok"], 8) == [0, 2]
     assert spread(["empty"], 3) == spread(["ok"], 0) == []
-    assert gallery.REACH > 100
+    assert module.REACH > 100
 
 
 def pace(decode: float) -> Pace:
@@ -120,16 +123,16 @@ def test_pictures_that_do_not_come_are_not_waited_for(tmp_path: Path, monkeypatc
     before = Source.read
 
     def slow(self: Source, ref: ImageRef) -> bytes | Failure:
-        time.sleep(0.4)
+        time.sleep(0.1)
         return before(self, ref)
 
     monkeypatch.setattr(Source, "read", slow)
     with pixel_reader(config, manifest.root, THUMBNAIL) as reader:
         began = time.monotonic()
-        made = thumbnails(manifest, reader, {i: f"n{i}" for i in range(40)}, seconds=0.5)
+        made = thumbnails(manifest, reader, {i: f"n{i}" for i in range(40)}, seconds=0.2)
         assert 0 < len(made) < 40
         assert time.monotonic() - began < 10
-        monkeypatch.setattr("pipeline.report.faster_decoder.SECONDS", 0.5)
+        monkeypatch.setattr("pipeline.report.faster_decoder.SECONDS", 0.2)
         began = time.monotonic()
         faster_decoder(manifest, reader, pace(90.0), LONG, SETUP)
         assert time.monotonic() - began < 20

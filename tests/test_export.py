@@ -6,7 +6,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,8 +14,8 @@ import pytest
 from pipeline import export
 from pipeline.backends.artifacts import exports
 from pipeline.backends.artifacts.store import ArtifactStore
-from tests.conftest import ROOT
 from tests.jobs import scenes_manifest
+from tests.processes import run_python
 from tests.test_run_door import HEAVY, imported
 
 pytestmark = pytest.mark.usefixtures("exported_once")
@@ -34,14 +33,7 @@ def call(capsys: pytest.CaptureFixture[str], root: Path, *arguments: str) -> tup
 
 
 def shell(*arguments: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *options, "-m", "pipeline.export", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONWARNINGS": "error"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return run_python(*options, "-m", "pipeline.export", *arguments, PYTHONWARNINGS="error")
 
 
 @pytest.mark.slow
