@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline.config.schema import OUTPUT_COLUMNS
@@ -101,9 +102,8 @@ def _assembly(pending: PendingNight, target: Target, embedded: EmbeddedRows, pre
 
 def _origins(pending: PendingNight) -> Iterator[pa.RecordBatch]:
     """The compared rows that the dataset holds."""
-    for batch in pending.compared("kind", "prev", "delta"):
-        own = np.ones(batch.num_rows, bool) if pending.snapshot else batch.column("kind").to_numpy() != Kind.CARRIED
-        yield batch.filter(pa.array(own))
+    for batch in pending.compared("position", "kind", "prev", "delta"):
+        yield batch if pending.snapshot else batch.filter(pc.not_equal(batch["kind"], int(Kind.CARRIED)))
 
 
 def _shards(work: Assembly, origins: Iterable[pa.RecordBatch], retried: NDArray[np.int64]) -> Iterator[Shard]:
@@ -170,7 +170,7 @@ def _write_part(work: Assembly, shard: Shard) -> None:
     schema = work.form.schema
     table = pa.Table.from_arrays([_as(columns[field.name], field.type) for field in schema], schema=schema)
     table = table.combine_chunks()
-    statuses = Counter(table.column("status").to_pylist())
+    statuses = Counter(table["status"].to_pylist())
     counts = {"ok": statuses.pop("ok", 0), **dict(sorted(statuses.items()))}
     commits.commit_part(work.storage, shard.index, table, work.form, counts)
 

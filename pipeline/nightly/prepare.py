@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -42,6 +43,8 @@ from pipeline.storage.local import LocalStorage
 from pipeline.storage.urls import explained, open_arrow
 
 BEGUN, COUNTS, COMPARED, COPIED = "begun.json", "counts.json", "rows.parquet", "changed.json"
+# The layout of the work folder: a night that was begun with another one begins again.
+FORMAT = 2
 log = logging.getLogger(__name__)
 
 
@@ -75,19 +78,16 @@ class PendingNight:
         return None if self.anew else self.previous
 
     def compared(self, *columns: str) -> Iterator[pa.RecordBatch]:
-        """Columns of the comparison, a few rows at a time, after ``position``, the row of the manifest."""
-        start = 0
-        for batch in read_batches(self.work, COMPARED, columns):
-            numbers = pa.array(np.arange(start, start + batch.num_rows))
-            yield pa.RecordBatch.from_arrays([numbers, *map(batch.column, columns)], names=["position", *columns])
-            start += batch.num_rows
+        """Columns of the comparison (see :class:`~pipeline.nightly.diff.Compared`), a few rows at a time."""
+        return read_batches(self.work, COMPARED, columns)
 
     def positions(self, kinds: Iterable[Kind]) -> NDArray[np.int64]:
         """The rows of the manifest of these kinds."""
-        found = [np.empty(0, dtype=np.int64)]
-        for batch in self.compared("kind"):
-            found.append(batch.column(0).to_numpy()[np.isin(batch.column(1).to_numpy(), [*kinds])])
-        return np.concatenate(found)
+        wanted = pa.array([*kinds], pa.int8())
+        batches = self.compared("position", "kind")
+        found = [batch["position"].filter(pc.is_in(batch["kind"], wanted)) for batch in batches]
+        rows: NDArray[np.int64] = pa.chunked_array(found, pa.int64()).to_numpy()
+        return rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +125,7 @@ def prepare(config: Config, options: NightOptions, store: Storage, day: str) -> 
         # auto measures for the rows of a job, and tonight's are few.
         config = config.changed({"loader.batch_size": _batch_size(store, previous)})
     facts = {
+        "format": FORMAT,
         "layout": options.layout,
         "manifest": manifest.fingerprint,
         "content": str(content),
