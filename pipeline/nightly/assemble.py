@@ -25,7 +25,7 @@ from pipeline.nightly.embed import EmbeddedRows
 from pipeline.nightly.prepare import PendingNight, Target
 from pipeline.nightly.records import Kind
 from pipeline.nightly.rows import RowReader, fingerprints_of, in_order_of, read_rows, rechunk
-from pipeline.nightly.store import open_night, share_file
+from pipeline.nightly.store import open_night, share_file, url_of
 from pipeline.storage.base import Storage
 
 
@@ -134,7 +134,7 @@ def _share_part(work: Assembly, previous: Dataset, shard: Shard) -> bool:
     if previous.schema.names != [*names, *OUTPUT_COLUMNS]:
         return False
     if previous.storage.size(commit.part) != commit.size:
-        url = f"{previous.url.rstrip('/')}/{commit.part}"
+        url = url_of(previous.storage, commit.part)
         raise StorageError(f"{url}: missing or torn; python -m pipeline.verify {previous.url} --repair does it again")
     there = previous.read(commit, names)
     if not _same_job(fingerprints_of(there.schema), work.plan):

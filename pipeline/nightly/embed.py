@@ -23,7 +23,7 @@ from pipeline.nightly.diff import OF_COPYING, OF_DECODING, OF_READING
 from pipeline.nightly.prepare import PendingNight, Target
 from pipeline.nightly.records import EMBEDDED, Kind
 from pipeline.nightly.rows import copy_rows
-from pipeline.nightly.store import open_below, open_night
+from pipeline.nightly.store import open_below, open_night, url_of
 from pipeline.storage.urls import open_file
 
 # Fingerprints of a dataset that two nights may differ in.
@@ -144,7 +144,7 @@ def _embed_rows(pending: PendingNight, positions: NDArray[np.int64], name: str) 
     output = open_below(work, name).url
     config = config.changed(
         {
-            "manifest.path": f"{work.url.rstrip('/')}/{file}",
+            "manifest.path": url_of(work, file),
             "manifest.keep": [],
             "manifest.root": manifest.root,
             "output.dir": output,

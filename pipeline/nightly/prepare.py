@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.config.schema import Config
@@ -22,7 +21,7 @@ from pipeline.dataset import plan
 from pipeline.manifest.ids import check_ids
 from pipeline.manifest.manifest import Manifest, open_manifest
 from pipeline.manifest.overlap import check_places
-from pipeline.nightly.content_keys import BYTES, Content, find_content, id_type, read_keys
+from pipeline.nightly.content_keys import BYTES, Content, find_content, id_type, read_keys, read_schema
 from pipeline.nightly.diff import OF_COPYING, OF_DECODING, OF_READING, Rule, compare
 from pipeline.nightly.records import (
     DROPPED,
@@ -37,10 +36,10 @@ from pipeline.nightly.records import (
     NightOptions,
 )
 from pipeline.nightly.rows import copy_rows, read_batches
-from pipeline.nightly.store import newest_before, open_below, open_night, remove_folder
+from pipeline.nightly.store import newest_before, open_below, open_night, remove_folder, url_of
 from pipeline.storage.base import Storage
 from pipeline.storage.local import LocalStorage
-from pipeline.storage.urls import explained, open_arrow
+from pipeline.storage.urls import explained
 
 BEGUN, COUNTS, COMPARED, COPIED = "begun.json", "counts.json", "rows.parquet", "changed.json"
 # The layout of the work folder: a night that was begun with another one begins again.
@@ -189,7 +188,7 @@ def open_target(pending: PendingNight) -> Target:
         columns = [manifest.id, manifest.image, *manifest.schema.names[1:]]
         copy_rows(manifest, pending.positions({*Kind} - {Kind.CARRIED}), columns, folder, name)
         pending.work.write(COPIED, b"{}\n")
-    config = config.changed({"manifest.path": f"{folder.url.rstrip('/')}/{name}", "manifest.root": manifest.root})
+    config = config.changed({"manifest.path": url_of(folder, name), "manifest.root": manifest.root})
     return Target(config, open_manifest(config.manifest))
 
 
@@ -241,9 +240,7 @@ def _incomparable(store: Storage, previous: Night, manifest: Manifest, content: 
 
 
 def _id_type(store: Storage, previous: Night) -> pa.DataType:
-    url = f"{open_night(store, previous.date).url.rstrip('/')}/{ROWS}"
-    with explained(url), open_arrow(url) as file:
-        return pq.read_schema(file).field("id").type
+    return read_schema(url_of(open_night(store, previous.date), ROWS)).field("id").type
 
 
 def _retried(content: Content, manifest: Manifest) -> tuple[str, ...]:
