@@ -39,9 +39,14 @@ RUN_SCHEMA = pa.schema([
 ])  # fmt: skip
 
 
+def url_of(storage: Storage, *names: str) -> str:
+    """The address of a file or a folder in a storage."""
+    return "/".join([storage.url.rstrip("/"), *names])
+
+
 def open_below(storage: Storage, *names: str) -> Storage:
     """A folder of a storage as a storage of its own."""
-    return open_storage("/".join([storage.url.rstrip("/"), *names]))
+    return open_storage(url_of(storage, *names))
 
 
 def open_night(store: Storage, day: str) -> Storage:
