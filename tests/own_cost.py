@@ -35,7 +35,7 @@ from pipeline.backends.streams import count_streams
 from pipeline.config.schema import Config, LoaderConfig, ManifestConfig, OutputConfig
 from pipeline.core.records import Failure, ImageRef, Pixels, PreprocessSpec, TextBank
 from pipeline.dataset.parts import part_format
-from pipeline.engine.loop import Job, embed
+from pipeline.engine.loop import Job, Worker, embed
 from pipeline.images.decode import Decoder
 from pipeline.images.pool.pool import Decoders
 from pipeline.images.reader import PixelReader
@@ -182,10 +182,10 @@ def measure(
     clocks, spent = StageClocks(), dict[str, float]()
     shards = list(cut(job.manifest, job.config.manifest.shard_rows))
     if warm:
-        list(embed(shards[:1], job, ReadyEncoder(batch), reader, clocks=StageClocks()))
+        list(embed(shards[:1], job, Worker(reader, ReadyEncoder(batch), StageClocks())))
     before, started = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
     with _thread_times(spent):
-        done = sum(one.rows for one in embed(shards[warm:], job, ReadyEncoder(batch), reader, clocks=clocks))
+        done = sum(one.rows for one in embed(shards[warm:], job, Worker(reader, ReadyEncoder(batch), clocks)))
     wall, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF)
     user, system = after.ru_utime - before.ru_utime, after.ru_stime - before.ru_stime
     size = sum(part.stat().st_size for part in (folder / "out").glob("part-*.parquet"))

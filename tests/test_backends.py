@@ -18,8 +18,8 @@ from pipeline.backends import TABLE, factory
 from pipeline.backends.artifacts.store import ArtifactStore
 from pipeline.backends.base import ImageEncoder
 from pipeline.backends.devices import choose_device, choose_precision
-from pipeline.backends.onnx_session import PROVIDERS, normalise, open_session
-from pipeline.backends.tensorrt import engine_options, find_library, version_words
+from pipeline.backends.onnx_session import PROVIDERS, Provider, normalise, open_session
+from pipeline.backends.tensorrt import engine_options, find_library, version_text
 from pipeline.backends.torch_int8 import multiplies_int8
 from pipeline.backends.torch_module import compiled
 from pipeline.config.ranges import PRECISIONS
@@ -256,7 +256,7 @@ def test_a_machine_without_tensorrt_is_told_the_version() -> None:
             find_library()
     else:
         assert find_library().startswith("10.")
-    assert version_words(101303) == "10.13.3"
+    assert version_text(101303) == "10.13.3"
 
 
 def test_a_machine_without_a_compiler_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,29 +315,20 @@ def test_a_provider_without_its_libraries_is_told_by_its_own_name(
     with pytest.raises(BackendUnavailable, match=rf"could not open .* with {PROVIDERS[provider]}.*pip install"):
         open_session(
             artifact.file("model.onnx"),
-            provider=provider,
+            Provider(provider),
             device=torch.device("cuda"),
             batch_size=BATCH,
             stream=stream,
-            options={},
         )
     assert "EP Error" not in capfd.readouterr().out, "ONNX Runtime tried something else in its place"
 
 
-def test_an_engine_has_one_shape_and_a_folder_of_its_own(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_has_one_shape_and_a_folder_of_its_own(store: str) -> None:
     artifact = opened(BackendConfig(name="onnx", precision="fp32", device="cpu"), store).artifact
     assert artifact is not None
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB")
 
     def options(batch_size: int, library: str) -> dict[str, str]:
-        return engine_options(
-            demo(),
-            ArtifactStore(store),
-            artifact,
-            batch_size=batch_size,
-            device=torch.device("cuda"),
-            library=library,
-        )
+        return engine_options(demo(), artifact, batch_size=batch_size, gpu="NVIDIA H100 80GB", library=library)
 
     found = options(8, "10.13.3")
     shapes = {found[f"trt_profile_{kind}_shapes"] for kind in ("min", "opt", "max")}

@@ -26,7 +26,7 @@ from pipeline.config.validate import check
 from pipeline.core.errors import BackendUnavailable, ConfigError, PlanMismatch
 from pipeline.dataset import plan
 from pipeline.engine import batch_size
-from pipeline.engine.batch_size import KIND, Measured, settle_batch_size
+from pipeline.engine.batch_size import KIND, Benchmark, Measured, settle_batch_size
 from pipeline.engine.demo.folder import rendered_sample
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline.storage.local import LocalStorage
@@ -88,7 +88,7 @@ def auto(folder: Path, **groups: dict[str, Any]) -> Config:
 def settled(config: Config, machine: Machine, *, rows: int = SHARD_ROWS, **more: Any) -> int:
     storage = LocalStorage(config.output.dir)
     more = {"checkpoint": demo(), "open_at": machine.open_at, "clock": machine.clock, **more}
-    return settle_batch_size(config, rows=rows, storage=storage, **more)
+    return settle_batch_size(config, Benchmark(config.backend, **more), rows=rows, storage=storage)
 
 
 def test_sizes_are_doubled_until_the_gain_is_small_and_the_smaller_one_is_taken(
@@ -169,7 +169,7 @@ def test_an_encoder_is_gone_before_the_next_is_opened(tmp_path: Path, monkeypatc
             raise torch.OutOfMemoryError("full")
         return float(encoder.batch_size)
 
-    assert settled(auto(tmp_path), Machine({}), open_at=Counted, measure=measure) == 16
+    assert settled(auto(tmp_path), Machine({}), open_at=Counted, rate=measure) == 16
     assert alive == 0
 
 
@@ -212,7 +212,7 @@ def test_what_was_measured_is_remembered(tmp_path: Path, caplog: pytest.LogCaptu
     calls: list[None] = []
     machine = Machine({})
     with caplog.at_level(logging.INFO):
-        assert settled(other, machine, alone=lambda: calls.append(None)) == 32
+        assert settled(other, machine, wait=lambda: calls.append(None)) == 32
     assert (machine.opened, calls) == ([], [])
     assert caplog.messages[-1].startswith("batch size 32: 50.0 images/s (8: 40.0, 16: 48.0, 64: 50.6); remembered in ")
 
@@ -220,7 +220,7 @@ def test_what_was_measured_is_remembered(tmp_path: Path, caplog: pytest.LogCaptu
 def test_nothing_is_measured_before_all_else_is_done(tmp_path: Path) -> None:
     machine = Machine(RISING)
     order: list[list[int]] = []
-    settled(auto(tmp_path), machine, alone=lambda: order.append(list(machine.opened)))
+    settled(auto(tmp_path), machine, wait=lambda: order.append(list(machine.opened)))
     assert order == [[]]
 
 
@@ -259,7 +259,7 @@ def test_another_model_or_backend_is_measured_anew(
     assert settled(config, Machine(RISING)) == 32
     changed, checkpoint = change(config)
     machine = Machine({})
-    assert settled(changed, machine, checkpoint=checkpoint, measure=lambda encoder: 1.0) in (8, 16)
+    assert settled(changed, machine, checkpoint=checkpoint, rate=lambda encoder: 1.0) in (8, 16)
     assert len(machine.opened) == 2
 
 
@@ -447,7 +447,7 @@ def test_the_demo_model_is_measured_and_remembered(
 
     def find() -> int:
         storage = LocalStorage(config.output.dir)
-        return settle_batch_size(config, demo(), open_at=open_at, rows=SHARD_ROWS, storage=storage)
+        return settle_batch_size(config, Benchmark(config.backend, demo(), open_at), rows=SHARD_ROWS, storage=storage)
 
     with caplog.at_level(logging.INFO):
         size = find()

@@ -17,7 +17,7 @@ from onnx import TensorProto, helper
 
 from pipeline.backends.artifacts.external_data import check_external
 from pipeline.backends.artifacts.onnx_export import check_graph
-from pipeline.backends.onnx_session import open_session
+from pipeline.backends.onnx_session import Provider, open_session
 from pipeline.core.errors import ArtifactError
 
 VALUES = np.arange(4, dtype=np.float32)
@@ -69,7 +69,7 @@ def write(folder: Path, tensor: TensorProto, *, place: str = "initializer") -> P
 
 def opened(path: Path) -> Any:
     device = torch.device("cpu")
-    return open_session(path, provider="cpu", device=device, batch_size=1, stream=None, options={})
+    return open_session(path, Provider("cpu"), device=device, batch_size=1, stream=None)
 
 
 @pytest.mark.parametrize("location", ["weights.bin", "deep/weights.bin"])

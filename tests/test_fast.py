@@ -16,7 +16,7 @@ from PIL import ExifTags, Image
 
 from pipeline.backends import decoder_parity as gate
 from pipeline.backends.compare import in_words
-from pipeline.backends.parity import embed_sample
+from pipeline.backends.parity import Gate, embed_sample
 from pipeline.config.schema import FORMATS, BackendConfig, ModelConfig, ParityConfig
 from pipeline.core.errors import ParityError
 from pipeline.core.records import Failure, Pixels, PreprocessSpec, Sample
@@ -346,19 +346,10 @@ def samples(spoiled: bool = False) -> tuple[Sample, Sample]:
 def pass_gate(tmp_path: Path, limits: ParityConfig, *, spoiled: bool = False, kind: str = "fast") -> Any:
     sample, exact = samples(spoiled)
     storage, encoder = open_storage(str(tmp_path)), Rough(2)
-    prints = {"images": kind}
-    parity = gate.pass_gate(
-        encoder,
-        kind,
-        lambda: sample,
-        lambda: exact,
-        bank=None,
-        limits=limits,
-        fingerprints=prints,
-        storage=storage,
-    )
+    limited = Gate(limits=limits, fingerprints={"images": kind}, storage=storage)
+    parity = gate.pass_gate(encoder, kind, lambda: sample, lambda: exact, limited)
     if parity is not None:
-        gate.record(parity, encoder, limits=limits, fingerprints=prints, storage=storage)
+        gate.record(parity, encoder, limited)
     return parity
 
 

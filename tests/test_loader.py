@@ -23,7 +23,7 @@ from pipeline.core.errors import ManifestError, StorageError
 from pipeline.core.failpoints import armed
 from pipeline.core.records import ImageBatch, PreprocessSpec, Shard, ShardRows, Stage
 from pipeline.engine.duplicates import Repeats
-from pipeline.engine.loader import Loader
+from pipeline.engine.loader import Loader, LoaderSpec
 from pipeline.engine.padding import repeats
 from pipeline.images.decode import Decoder
 from pipeline.images.reader import PixelReader
@@ -102,12 +102,9 @@ def make_loader(
     return Loader(
         manifest,
         reader,
-        batch_size=batch_size,
-        workers=workers,
-        prefetch=prefetch,
+        LoaderSpec(batch_size=batch_size, workers=workers, prefetch=prefetch, once=once),
         device=torch.device("cpu"),
         timer=timer or Timer(),
-        once=once,
     )
 
 

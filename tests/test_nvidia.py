@@ -24,7 +24,7 @@ from PIL import Image, ImageOps
 from pipeline.config.schema import FORMATS, ManifestConfig
 from pipeline.core.errors import BackendUnavailable
 from pipeline.core.records import Failure, ImageBatch, Pixels, PreprocessSpec
-from pipeline.engine.loader import Loader
+from pipeline.engine.loader import Loader, LoaderSpec
 from pipeline.engine.padding import repeats
 from pipeline.images.decode import Decoder
 from pipeline.images.gpu import nvimgcodec
@@ -40,6 +40,7 @@ from pipeline.manifest.shards import cut
 from pipeline.report.thumbnails import THUMBNAIL, thumbnails
 
 CPU = torch.device("cpu")
+RULES = Decoder(formats=("JPEG",), max_pixels=10**8)
 CLIP = PreprocessSpec(resize=224, crop=(224, 224), resample=3, mean=(0.5,) * 3, std=(0.5,) * 3)  # type: ignore[arg-type]
 SPECS = {
     "clip": CLIP,
@@ -108,8 +109,8 @@ class PillowCodec:
 
 def decoder(spec: PreprocessSpec = CLIP, *, exif: str = "apply", **options: Any) -> tuple[NvidiaDecoder, PillowCodec]:
     codec = PillowCodec(CPU)
-    arguments = {"formats": ("JPEG",), "max_pixels": 10**8, "lanes": 1, **options}
-    return NvidiaDecoder(spec, CPU, exif=exif, open_codec=lambda device: codec, **arguments), codec
+    rules = replace(RULES, exif=exif, **options)
+    return NvidiaDecoder(spec, CPU, rules, lanes=1, open_codec=lambda device: codec), codec
 
 
 def off(found: torch.Tensor | None, reference: np.ndarray) -> int:
@@ -292,7 +293,7 @@ def test_many_threads_share_the_lanes() -> None:
         codecs.append(PillowCodec(device))
         return codecs[-1]
 
-    gpu = NvidiaDecoder(CLIP, CPU, formats=("JPEG",), exif="apply", max_pixels=10**8, open_codec=opened)
+    gpu = NvidiaDecoder(CLIP, CPU, RULES, open_codec=opened)
     assert len(codecs) == nvimgcodec.LANES
     files = [jpeg(picture(100 + i, 90, seed=i)) for i in range(6)]
     references = [exact(data, CLIP) for data in files]
@@ -324,15 +325,14 @@ def test_other_errors_of_the_device_are_not_swallowed() -> None:
 
 
 def test_without_a_gpu_or_the_package_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    rules: dict[str, Any] = {"formats": ("JPEG",), "exif": "apply", "max_pixels": 10}
     with pytest.raises(BackendUnavailable, match=r"needs a GPU.*backend\.device is cpu.*images=fast"):
-        NvidiaDecoder(CLIP, CPU, **rules)
+        NvidiaDecoder(CLIP, CPU, RULES)
     monkeypatch.setitem(sys.modules, "nvidia", ModuleType("nvidia"))
     with pytest.raises(BackendUnavailable, match=r"nvImageCodec .*: pip install .*\[gpu\]'"):
-        NvidiaDecoder(CLIP, torch.device("cuda", 0), **rules)
+        NvidiaDecoder(CLIP, torch.device("cuda", 0), RULES)
     box = PreprocessSpec(resize=224, crop=(224, 224), resample=4, mean=CLIP.mean, std=CLIP.std)
     with pytest.raises(BackendUnavailable, match=r"resampling filter 4.*images\.decoder=exact"):
-        NvidiaDecoder(box, CPU, **rules)
+        NvidiaDecoder(box, CPU, RULES)
 
 
 class HostCodec(PillowCodec):
@@ -351,7 +351,6 @@ class HostCodec(PillowCodec):
         return nvimgcodec.decode(
             self.module,
             self.decoder,
-            nvimgcodec.parameters(self.module),
             encoded,
             lambda image: torch.from_numpy(np.asarray(image)),
         )
@@ -360,9 +359,7 @@ class HostCodec(PillowCodec):
 def test_nvimagecodec_is_called_as_it_wants_to_be() -> None:
     module = pytest.importorskip("nvidia.nvimgcodec", reason="nvImageCodec is not installed")
     codec = HostCodec(module)
-    gpu = NvidiaDecoder(
-        CLIP, CPU, formats=("JPEG",), exif="apply", max_pixels=10**8, lanes=1, open_codec=lambda device: codec
-    )
+    gpu = NvidiaDecoder(CLIP, CPU, RULES, lanes=1, open_codec=lambda device: codec)
     files = [
         WHOLE,
         jpeg(picture(90, 120).convert("L")),
@@ -408,9 +405,8 @@ def batches_of(
 ) -> tuple[list[tuple[np.ndarray, np.ndarray]], dict[int, Failure]]:
     """Rows and pixels of every batch, and the failures, of a manifest of one shard."""
     batches, failures = [], {}
-    with Loader(
-        manifest, reader, batch_size=16, workers=2, prefetch=2, device=device, timer=lambda stage, seconds: None
-    ) as loader:
+    spec = LoaderSpec(batch_size=16, workers=2, prefetch=2)
+    with Loader(manifest, reader, spec, device=device, timer=lambda stage, seconds: None) as loader:
         for item in loader.stream(cut(manifest, 4096)):
             if isinstance(item, ImageBatch):
                 batches.append((item.rows.copy(), item.pixels.cpu().permute(0, 2, 3, 1).numpy().copy()))
@@ -494,7 +490,7 @@ def mixed(count: int) -> list[bytes]:
 
 def on_gpu(spec: PreprocessSpec = CLIP) -> NvidiaDecoder:
     pytest.importorskip("nvidia.nvimgcodec", reason="nvImageCodec is not installed")
-    return NvidiaDecoder(spec, torch.device("cuda", 0), formats=("JPEG",), exif="apply", max_pixels=10**8)
+    return NvidiaDecoder(spec, torch.device("cuda", 0), RULES)
 
 
 @pytest.mark.gpu

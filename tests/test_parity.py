@@ -17,7 +17,7 @@ import torch
 from pipeline.backends.artifacts.metadata import CARD, sealed, write_card
 from pipeline.backends.artifacts.store import ArtifactStore
 from pipeline.backends.compare import compare, hold, in_words
-from pipeline.backends.parity import FILE, embed_sample, measure
+from pipeline.backends.parity import FILE, embed_reference, embed_sample, measure
 from pipeline.backends.torch import reference
 from pipeline.config.schema import Config, ModelConfig, ParityConfig
 from pipeline.core.errors import ParityError, PlanMismatch
@@ -130,7 +130,8 @@ def test_every_place_of_a_batch_is_compared(monkeypatch: pytest.MonkeyPatch) -> 
     checkpoint = open_checkpoint(ModelConfig())
     sample = rendered_sample(checkpoint.spec, 6)
     encoder = reference(checkpoint, torch.device("cpu"), batch_size=20, sample=lambda: sample)
-    good = measure(encoder, checkpoint, sample, None)
+    wanted = embed_reference(encoder, checkpoint, sample)
+    good = measure(encoder, wanted, None)
     assert good.images == 6
     assert good.lowest_cosine > 0.999999
     right = encoder.encode
@@ -141,7 +142,7 @@ def test_every_place_of_a_batch_is_compared(monkeypatch: pytest.MonkeyPatch) -> 
         return vectors
 
     monkeypatch.setattr(encoder, "encode", wrong_at_the_end)
-    bad = measure(encoder, checkpoint, sample, None)
+    bad = measure(encoder, wanted, None)
     assert bad.lowest_cosine < -0.999
     # The twentieth place holds the second of six pictures.
     assert bad.worst[0][0] == sample.ids[19 % 6]

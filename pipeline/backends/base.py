@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     import torch
 
@@ -53,6 +54,44 @@ class ImageEncoder(ABC):
     @abstractmethod
     def fingerprint(self) -> dict[str, str]:
         """Facts that decide the numbers besides the model: runtime and version, precision, kind of device."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderInfo:
+    """Facts of an opened encoder; see :class:`ImageEncoder` for the fields that both have.
+
+    ``options`` are the entries of the fingerprint besides the name, precision, device, runtime and artefact.
+    """
+
+    name: str
+    precision: str
+    device: torch.device
+    batch_size: int
+    weight_bytes: int
+    artifact: Artifact | None = None
+    options: Mapping[str, str] = field(default_factory=dict)
+
+
+class RuntimeEncoder(ImageEncoder):
+    """An encoder of one runtime, such as ``torch 2.9``, with the facts of ``info``."""
+
+    def __init__(self, checkpoint: Checkpoint, info: EncoderInfo, runtime: str) -> None:
+        self.name, self.precision, self.device = info.name, info.precision, info.device
+        self.dim, self.batch_size = checkpoint.dim, info.batch_size
+        self.weight_bytes, self.artifact = info.weight_bytes, info.artifact
+        self._runtime, self._options = runtime, info.options
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """See :attr:`ImageEncoder.fingerprint`."""
+        return {
+            "name": self.name,
+            "precision": self.precision,
+            "device": self.device.type,
+            "runtime": self._runtime,
+            **({} if self.artifact is None else {"artifact": self.artifact.fingerprint}),
+            **self._options,
+        }
 
 
 class BackendFactory(Protocol):

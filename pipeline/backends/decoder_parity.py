@@ -4,18 +4,16 @@ compared with those of the same images decoded exactly, by the encoder of the jo
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import torch
 
 from pipeline.backends.base import ImageEncoder
 from pipeline.backends.compare import compare, in_words
-from pipeline.backends.parity import embed_sample, key_of, recorded, write_down
+from pipeline.backends.parity import Gate, embed_sample
 from pipeline.config.schema import ParityConfig
 from pipeline.core.errors import ParityError
 from pipeline.core.records import Parity, Sample, TextBank
-from pipeline.storage.base import Storage
 
 FILE = "_decoder_parity.json"
 # Every picture goes through the decoder, and each is embedded twice: half of the backend's sample shows enough.
@@ -57,13 +55,9 @@ def pass_gate(
     decoder: str,
     sample: Callable[[], Sample | None],
     exact: Callable[[], Sample | None],
-    *,
-    bank: TextBank | None,
-    limits: ParityConfig,
-    fingerprints: Mapping[str, Any],
-    storage: Storage,
+    gate: Gate,
 ) -> Parity | None:
-    """The figures of ``images.decoder`` on this job: those in the output's books, or measured now.
+    """The figures of ``images.decoder`` on this job: those that the output keeps, or measured now.
 
     None for ``exact``, with which the others are compared, and where there is nothing to compare.
 
@@ -72,34 +66,29 @@ def pass_gate(
         decoder: ``images.decoder``.
         sample: draws pictures of the job by this decoder; None where none that was tried can be read.
         exact: draws the same pictures by ``exact``; not called if the figures are known.
-        bank: the embedded labels, if there are any.
-        limits: how near is near enough.
-        fingerprints: those of the job.
-        storage: the output.
+        gate: of the job.
 
     Raises:
         ParityError: the lowest cosine misses ``parity.decoder``.
     """
     if decoder == "exact":
         return None
-    parity = recorded(storage, FILE, key_of(encoder, fingerprints, limits))
+    parity = gate.recorded(FILE, encoder)
     if parity is None:
         ours = sample()
         theirs = None if ours is None else exact()
-        parity = None if ours is None or theirs is None else measure(encoder, ours, theirs, bank)
+        parity = None if ours is None or theirs is None else measure(encoder, ours, theirs, gate.bank)
         if parity is None:
             log.warning("images.decoder=%s is not compared with exact: no picture that was tried can be read", decoder)
             return None
         log.info("images.decoder=%s: %s", decoder, in_words(parity, than="exact"))
-    hold(parity, decoder, limits)
+    hold(parity, decoder, gate.limits)
     return parity
 
 
-def record(
-    parity: Parity, encoder: ImageEncoder, *, limits: ParityConfig, fingerprints: Mapping[str, Any], storage: Storage
-) -> None:
-    """Write the figures into the output's books, so that a run that goes on takes them from there."""
-    write_down(storage, FILE, key_of(encoder, fingerprints, limits), parity)
+def record(parity: Parity, encoder: ImageEncoder, gate: Gate) -> None:
+    """Write the figures into the output, so that a resumed job finds them."""
+    gate.record(FILE, encoder, parity)
 
 
 def hold(parity: Parity, decoder: str, limits: ParityConfig) -> None:

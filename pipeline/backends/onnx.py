@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pipeline.backends.artifacts.exports import GraphOptions, onnx_graph
+from pipeline.backends.artifacts.onnx_export import GRAPH
 from pipeline.backends.artifacts.store import ArtifactStore
-from pipeline.backends.base import Draw
+from pipeline.backends.base import Draw, EncoderInfo
 from pipeline.backends.devices import choose
-from pipeline.backends.onnx_session import SessionEncoder
+from pipeline.backends.onnx_session import Provider, SessionEncoder
 from pipeline.config.schema import BackendConfig, ParityConfig
 from pipeline.models.checkpoint import Checkpoint
 
@@ -25,12 +26,5 @@ def open_encoder(
     )
     # By default ONNX Runtime computes fp32 on CUDA in TF32, which is not fp32.
     exact = {"use_tf32": "0"} if device.type == "cuda" and precision == "fp32" else {}
-    return SessionEncoder(
-        checkpoint,
-        name="onnx",
-        precision=precision,
-        device=device,
-        batch_size=batch_size,
-        artifact=artifact,
-        provider_options=exact,
-    )
+    info = EncoderInfo("onnx", precision, device, batch_size, weight_bytes=artifact.size, artifact=artifact)
+    return SessionEncoder(artifact.file(GRAPH), checkpoint, info, Provider(device.type, exact))

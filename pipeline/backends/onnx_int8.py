@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pipeline.backends.artifacts.exports import GraphOptions, onnx_graph
+from pipeline.backends.artifacts.onnx_export import GRAPH
 from pipeline.backends.artifacts.store import ArtifactStore
-from pipeline.backends.base import Draw
+from pipeline.backends.base import Draw, EncoderInfo
 from pipeline.backends.devices import choose
-from pipeline.backends.onnx_session import SessionEncoder
+from pipeline.backends.onnx_session import Provider, SessionEncoder
 from pipeline.config.schema import BackendConfig, ParityConfig
 from pipeline.core.errors import BackendUnavailable
 from pipeline.models.checkpoint import Checkpoint
@@ -29,12 +30,13 @@ def open_encoder(
         sample=sample,
         limits=limits,
     )
-    return SessionEncoder(
-        checkpoint,
-        name="onnx_int8",
-        precision=precision,
-        device=device,
-        batch_size=batch_size,
+    info = EncoderInfo(
+        "onnx_int8",
+        precision,
+        device,
+        batch_size,
+        weight_bytes=artifact.size,
         artifact=artifact,
         options={"quantization": config.quantization},
     )
+    return SessionEncoder(artifact.file(GRAPH), checkpoint, info, Provider(device.type))

@@ -1,7 +1,9 @@
-"""What the backends share that run an ONNX graph: a session that is proved to be the one asked for, and its encoder."""
+"""Sessions of ONNX Runtime on the provider that was asked for, and their encoder; shared by the ONNX backends."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,8 @@ import numpy as np
 import torch
 
 from pipeline.backends.artifacts.external_data import check_external
-from pipeline.backends.artifacts.onnx_export import GRAPH, INPUTS, OUTPUTS
-from pipeline.backends.artifacts.store import Artifact
-from pipeline.backends.base import ImageEncoder
+from pipeline.backends.artifacts.onnx_export import INPUTS, OUTPUTS
+from pipeline.backends.base import EncoderInfo, RuntimeEncoder
 from pipeline.backends.devices import out_of_memory
 from pipeline.core.errors import BackendUnavailable
 from pipeline.core.records import PreprocessSpec
@@ -22,16 +23,18 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "te
 INPUT, OUTPUT = INPUTS["image"][0], OUTPUTS["image"]
 
 
+@dataclass(frozen=True, slots=True)
+class Provider:
+    """An execution provider of ONNX Runtime: a key of ``PROVIDERS``, and its options on a GPU."""
+
+    name: str
+    options: Mapping[str, str] = field(default_factory=dict)
+
+
 def open_session(
-    path: Path,
-    *,
-    provider: str,
-    device: torch.device,
-    batch_size: int,
-    stream: torch.cuda.Stream | None,
-    options: dict[str, str],
+    path: Path, provider: Provider, *, device: torch.device, batch_size: int, stream: torch.cuda.Stream | None
 ) -> Any:
-    """An ONNX Runtime session of one static batch size on ``cpu``, ``cuda`` or ``tensorrt``.
+    """An ONNX Runtime session of one static batch size.
 
     On a GPU it takes every node or is refused, and queues its work on ``stream``.
 
@@ -42,7 +45,7 @@ def open_session(
     import onnxruntime
 
     check_external(path)
-    wanted = PROVIDERS[provider]
+    wanted = PROVIDERS[provider.name]
     advice = f"with {wanted}; its libraries may be missing or of another version: pip uninstall onnxruntime, then "
     advice += "pip install 'onnxruntime-gpu[cuda,cudnn]'"
     settings = onnxruntime.SessionOptions()
@@ -60,7 +63,7 @@ def open_session(
         settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         # The handle of torch's default stream is 0, which ONNX Runtime takes for none, and makes one of its own.
         place = {"device_id": str(device.index or 0), "user_compute_stream": str(stream.cuda_stream)}
-        given = [(wanted, {**place, **options})]
+        given = [(wanted, {**place, **provider.options})]
     try:
         # Its own way of falling back would try other providers, and report their failure in the place of this one.
         session = onnxruntime.InferenceSession(str(path), settings, providers=given, enable_fallback=0)
@@ -80,35 +83,16 @@ def open_session(
     return session
 
 
-class SessionEncoder(ImageEncoder):
+class SessionEncoder(RuntimeEncoder):
     """An image tower in an ONNX Runtime session; on CUDA its tensors are torch's own, bound without a copy."""
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        *,
-        name: str,
-        precision: str,
-        device: torch.device,
-        batch_size: int,
-        artifact: Artifact,
-        provider: str | None = None,
-        provider_options: dict[str, str] | None = None,
-        options: dict[str, str] | None = None,
-    ) -> None:
-        self.name, self.precision, self.device = name, precision, device
-        self.dim, self.batch_size = checkpoint.dim, batch_size
-        self.artifact, self.weight_bytes = artifact, artifact.size
-        self._options = options or {}
+    def __init__(self, graph: Path, checkpoint: Checkpoint, info: EncoderInfo, provider: Provider) -> None:
+        import onnxruntime
+
+        super().__init__(checkpoint, info, f"onnxruntime {onnxruntime.__version__}")
+        device = info.device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._session = open_session(
-            artifact.file(GRAPH),
-            provider=provider or device.type,
-            device=device,
-            batch_size=batch_size,
-            stream=self._stream,
-            options=provider_options or {},
-        )
+        self._session = open_session(graph, provider, device=device, batch_size=info.batch_size, stream=self._stream)
         self._spec = checkpoint.spec
         self._normalise = Normaliser(checkpoint.spec, device)
 
@@ -129,7 +113,7 @@ class SessionEncoder(ImageEncoder):
         binding.bind_input(INPUT, "cuda", index, np.float32, tuple(values.shape), values.data_ptr())
         binding.bind_output(OUTPUT, "cuda", index, np.float32, tuple(vectors.shape), vectors.data_ptr())
         options = onnxruntime.RunOptions()
-        # Nobody waits on the host: the two streams wait for one another on the device.
+        # The host does not wait: the two streams wait for one another on the device.
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         current = torch.cuda.current_stream(self.device)
         stream.wait_stream(current)
@@ -141,20 +125,6 @@ class SessionEncoder(ImageEncoder):
             values.record_stream(stream)
             vectors.record_stream(stream)
         return vectors
-
-    @property
-    def fingerprint(self) -> dict[str, str]:
-        """See :attr:`ImageEncoder.fingerprint`."""
-        import onnxruntime
-
-        return {
-            "name": self.name,
-            "precision": self.precision,
-            "device": self.device.type,
-            "runtime": f"onnxruntime {onnxruntime.__version__}",
-            "artifact": self.artifact.fingerprint if self.artifact else "",
-            **self._options,
-        }
 
 
 def normalise(pixels: np.ndarray, spec: PreprocessSpec) -> np.ndarray:

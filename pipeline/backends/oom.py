@@ -23,8 +23,7 @@ class HalvingEncoder(ImageEncoder):
     """Takes batches of one size; where the device has no memory for one, encodes it in halves, quarters, ...
 
     Args:
-        reopen: opens the backend for a batch size; what it returns is used by nobody else, so that its memory can be
-            given back.
+        reopen: opens the backend for a batch size; the encoder is not used elsewhere, so that its memory can be freed.
         check: compares a backend that was opened again with fp32; raises ``ParityError`` if it is too far.
         batch_size: of the batches that come.
 
@@ -45,7 +44,7 @@ class HalvingEncoder(ImageEncoder):
         self.name, self.precision, self.device = encoder.name, encoder.precision, encoder.device
         self.dim, self.weight_bytes, self.artifact = encoder.dim, encoder.weight_bytes, encoder.artifact
         self.streams = encoder.streams
-        # What the dataset is said to be made with does not change with the memory of a machine.
+        # The fingerprint of the dataset does not depend on the memory of a machine.
         self._fingerprint: dict[str, str] = encoder.fingerprint
         if self.batch_sizes != [batch_size]:
             self._refuse_other_numbers()
@@ -88,7 +87,7 @@ class HalvingEncoder(ImageEncoder):
             if self._inner is None:
                 self._refuse_other_numbers()
                 inner = self._reopen(size)
-                # Not there for the others before it has passed.
+                # Not used by other threads before it has passed.
                 self._check(inner)
                 self._inner = inner
             inner = self._inner
@@ -107,11 +106,11 @@ class HalvingEncoder(ImageEncoder):
 
     def _halve(self, reason: str, size: int) -> None:
         with self._lock:
-            # Of several batches side by side, the first that finds no memory speaks for all.
+            # Of several batches at a time, only the first that finds no memory halves the size.
             if size == self.batch_sizes[-1]:
-                self._let_go(reason, size)
+                self._free(reason, size)
 
-    def _let_go(self, reason: str, size: int) -> None:
+    def _free(self, reason: str, size: int) -> None:
         if size == 1:
             raise BackendUnavailable(
                 f"the device has no memory to embed a single picture ({reason}); free it, or take a smaller model or "

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -29,58 +29,86 @@ REFERENCE_BATCH = 16
 log = logging.getLogger(__name__)
 
 
-def measure(
-    encoder: ImageEncoder,
-    checkpoint: Checkpoint,
-    sample: Sample,
-    bank: TextBank | None,
-    wanted: torch.Tensor | None = None,
-) -> Parity:
-    """Compare ``encoder`` with eager fp32 on its own device, over all of ``sample``, at every place of a batch.
+@dataclasses.dataclass(frozen=True, slots=True)
+class Gate:
+    """Limits of the parity gates of a job, and the figures that its output keeps of them.
 
-    ``wanted`` are fp32's embeddings by :func:`exact_rows`, if somebody has them already.
+    Attributes:
+        limits: the lowest values that pass.
+        fingerprints: those of the job.
+        storage: the output.
+        bank: the embedded labels, if there are any.
     """
-    if wanted is None:
-        wanted = exact_rows(encoder, checkpoint, sample)
-    sample = _compared(encoder, sample)
-    count = len(sample.ids)
-    rows = torch.arange(max(count, encoder.batch_size)) % count
-    ids = tuple(sample.ids[row] for row in rows)
-    vectors = embed_sample(encoder, Sample(ids=ids, pixels=sample.pixels[rows]))
-    return dataclasses.replace(compare(vectors, wanted[rows], ids=ids, bank=bank), images=count)
+
+    limits: ParityConfig
+    fingerprints: Mapping[str, Any]
+    storage: Storage
+    bank: TextBank | None = None
+
+    def key(self, encoder: ImageEncoder) -> str:
+        """A digest of all that decides the figures: the job, the hardware, and the number of compared images."""
+        if encoder.device.type == "cuda":
+            name, capability = torch.cuda.get_device_name, torch.cuda.get_device_capability
+            hardware: Any = [name(encoder.device), capability(encoder.device)]
+        else:
+            # int8 products come out differently where an instruction is missing.
+            hardware = sorted(name for name, there in torch.cpu.get_capabilities().items() if there is True)
+        content = json.dumps([self.fingerprints, hardware, self.limits.images], sort_keys=True, default=str)
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    def recorded(self, file: str, encoder: ImageEncoder) -> Parity | None:
+        """The figures of this job in ``file`` of the output; None if it holds others, or none."""
+        key = self.key(encoder)
+        try:
+            content = json.loads(self.storage.read(file) or b"{}")
+            return from_json(content["parity"]) if content.get("key") == key else None
+        except (ValueError, KeyError, TypeError, AttributeError):
+            # Not written by this: measured again.
+            return None
+
+    def record(self, file: str, encoder: ImageEncoder, parity: Parity) -> None:
+        """Write the figures into ``file`` of the output, unless they are there, so that a resumed job finds them."""
+        if self.recorded(file, encoder) is None:
+            content = {"key": self.key(encoder), "parity": dataclasses.asdict(parity)}
+            self.storage.write(file, (json.dumps(content, indent=2) + "\n").encode())
 
 
-def exact_rows(encoder: ImageEncoder, checkpoint: Checkpoint, sample: Sample) -> torch.Tensor:
-    """Embeddings of the compared images by eager fp32 on the encoder's device, float32 ``[N, D]``."""
-    sample = _compared(encoder, sample)
+@dataclasses.dataclass(frozen=True, slots=True)
+class Reference:
+    """Images to compare on, and their embeddings by eager fp32, float32 ``[N, D]`` on the CPU."""
+
+    sample: Sample
+    vectors: torch.Tensor
+
+
+def embed_reference(encoder: ImageEncoder, checkpoint: Checkpoint, sample: Sample) -> Reference:
+    """Embed the sample in eager fp32 on the encoder's device, without the images that the encoder was calibrated on."""
+    if encoder.fingerprint.get("quantization") == "static":
+        sample = sample.half(1)
     batch_size = min(len(sample.ids), REFERENCE_BATCH)
     exact = reference(checkpoint, encoder.device, batch_size=batch_size, sample=lambda: sample)
     exact.streams = encoder.streams
-    wanted = embed_sample(exact, sample)
+    vectors = embed_sample(exact, sample)
     if encoder.device.type == "cuda":
         # The reference is not part of the job's memory.
         del exact
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(encoder.device)
-    return wanted
+    return Reference(sample, vectors)
 
 
-def _compared(encoder: ImageEncoder, sample: Sample) -> Sample:
-    """Without the images that an encoder was calibrated on."""
-    return sample.half(1) if encoder.fingerprint.get("quantization") == "static" else sample
+def measure(encoder: ImageEncoder, wanted: Reference, bank: TextBank | None) -> Parity:
+    """Compare ``encoder`` with eager fp32 on all images of ``wanted``, at every place of a batch."""
+    sample = wanted.sample
+    count = len(sample.ids)
+    rows = torch.arange(max(count, encoder.batch_size)) % count
+    ids = tuple(sample.ids[row] for row in rows)
+    vectors = embed_sample(encoder, Sample(ids=ids, pixels=sample.pixels[rows]))
+    return dataclasses.replace(compare(vectors, wanted.vectors[rows], ids=ids, bank=bank), images=count)
 
 
-def pass_gate(
-    encoder: ImageEncoder,
-    checkpoint: Checkpoint,
-    sample: Draw,
-    *,
-    bank: TextBank | None,
-    limits: ParityConfig,
-    fingerprints: Mapping[str, Any],
-    storage: Storage,
-) -> Parity | None:
-    """The figures of this backend on this job: those in the output's books, or measured now.
+def pass_gate(encoder: ImageEncoder, checkpoint: Checkpoint, sample: Draw, gate: Gate) -> Parity | None:
+    """The figures of this backend on this job: those that the output keeps, or measured now.
 
     None for eager fp32 in PyTorch, with which all others are compared.
 
@@ -89,10 +117,10 @@ def pass_gate(
     """
     if is_reference(encoder):
         return None
-    parity = recorded(storage, FILE, key_of(encoder, fingerprints, limits))
+    parity = gate.recorded(FILE, encoder)
     if parity is None:
         try:
-            parity = measure(encoder, checkpoint, sample(), bank)
+            parity = measure(encoder, embed_reference(encoder, checkpoint, sample()), gate.bank)
         except Exception as error:
             if not out_of_memory(error):
                 raise
@@ -101,22 +129,21 @@ def pass_gate(
                 f"{REFERENCE_BATCH} images at a time beside it ({error}); free the device, or lower loader.batch_size"
             ) from error
         log.info("%s", in_words(parity))
-    hold(parity, limits, precision=encoder.precision, what=f"{checkpoint.name} on backend={encoder.name}")
+    hold(parity, gate.limits, precision=encoder.precision, what=f"{checkpoint.name} on backend={encoder.name}")
     return parity
 
 
 def check(
     encoder: ImageEncoder,
     checkpoint: Checkpoint,
-    sample: Draw,
+    wanted: Callable[[], Reference],
     *,
     bank: TextBank | None,
     limits: ParityConfig,
-    wanted: torch.Tensor | None = None,
 ) -> Parity | None:
-    """Compare a backend that was opened at another batch size; ``wanted`` is as for :func:`measure`.
+    """Compare a backend that was opened at another batch size; ``wanted`` returns what :func:`embed_reference` does.
 
-    None for eager fp32 in PyTorch.
+    None for eager fp32 in PyTorch, for which ``wanted`` is not called.
 
     Raises:
         ParityError: a figure misses its limit.
@@ -124,18 +151,16 @@ def check(
     """
     if is_reference(encoder):
         return None
-    parity = measure(encoder, checkpoint, sample(), bank, wanted)
+    parity = measure(encoder, wanted(), bank)
     log.info("batches of %d images: %s", encoder.batch_size, in_words(parity))
     hold(parity, limits, precision=encoder.precision, what=f"{checkpoint.name} on backend={encoder.name}")
     return parity
 
 
-def record(
-    parity: Parity, encoder: ImageEncoder, *, limits: ParityConfig, fingerprints: Mapping[str, Any], storage: Storage
-) -> None:
-    """Write the figures into the output's books, and onto the card of the artefact, if there is one."""
-    key = key_of(encoder, fingerprints, limits)
-    write_down(storage, FILE, key, parity)
+def record(parity: Parity, encoder: ImageEncoder, gate: Gate) -> None:
+    """Write the figures into the output, and onto the card of the artefact, if there is one."""
+    gate.record(FILE, encoder, parity)
+    key = gate.key(encoder)
     if encoder.artifact is not None and key not in encoder.artifact.card.get("gates", {}):
         try:
             ArtifactStore(encoder.artifact.path.parent).note(encoder.artifact, key, dataclasses.asdict(parity))
@@ -162,30 +187,3 @@ def embed_sample(encoder: ImageEncoder, sample: Sample) -> torch.Tensor:
     with Streams(encoder.device, encoder.streams) as streams:
         rows = [streams.submit(partial(embed, start)) for start in range(0, len(sample.ids), size)]
         return torch.cat([row.result() for row in rows])
-
-
-def key_of(encoder: ImageEncoder, fingerprints: Mapping[str, Any], limits: ParityConfig) -> str:
-    """A digest of what the figures follow from: the job, the hardware, and how many images are compared."""
-    if encoder.device.type == "cuda":
-        hardware: Any = [torch.cuda.get_device_name(encoder.device), torch.cuda.get_device_capability(encoder.device)]
-    else:
-        # int8 products come out differently where an instruction is missing.
-        hardware = sorted(name for name, there in torch.cpu.get_capabilities().items() if there is True)
-    content = json.dumps([fingerprints, hardware, limits.images], sort_keys=True, default=str)
-    return hashlib.sha256(content.encode()).hexdigest()
-
-
-def recorded(storage: Storage, file: str, key: str) -> Parity | None:
-    """The figures that ``file`` of the output holds under ``key``; None if it holds others, or none."""
-    try:
-        content = json.loads(storage.read(file) or b"{}")
-        return from_json(content["parity"]) if content.get("key") == key else None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        # Not written by this: measured again.
-        return None
-
-
-def write_down(storage: Storage, file: str, key: str, parity: Parity) -> None:
-    """Put the figures into ``file`` of the output, unless they are there."""
-    if recorded(storage, file, key) is None:
-        storage.write(file, (json.dumps({"key": key, "parity": dataclasses.asdict(parity)}, indent=2) + "\n").encode())

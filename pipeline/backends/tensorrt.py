@@ -7,11 +7,11 @@ import ctypes
 import torch
 
 from pipeline.backends.artifacts.exports import GraphOptions, need_packages, onnx_graph
-from pipeline.backends.artifacts.onnx_export import INPUTS
+from pipeline.backends.artifacts.onnx_export import GRAPH, INPUTS
 from pipeline.backends.artifacts.store import Artifact, ArtifactStore
-from pipeline.backends.base import Draw
+from pipeline.backends.base import Draw, EncoderInfo
 from pipeline.backends.devices import choose
-from pipeline.backends.onnx_session import SessionEncoder
+from pipeline.backends.onnx_session import Provider, SessionEncoder
 from pipeline.config.schema import BackendConfig, ParityConfig
 from pipeline.core.errors import BackendUnavailable
 from pipeline.models.checkpoint import Checkpoint
@@ -31,24 +31,21 @@ def open_encoder(
             f"backend=tensorrt needs an NVIDIA GPU, and the device is {device.type}: take backend=onnx or onnx_int8"
         )
     need_packages()
-    library = find_library()
-    store = ArtifactStore(config.artifacts)
+    library, gpu = find_library(), torch.cuda.get_device_name(device)
     # Standard operators alone: TensorRT knows none of ONNX Runtime's own, and fuses by itself.
     graph = GraphOptions(precision=precision, fused=False)
-    artifact = onnx_graph(checkpoint, graph, store, sample=sample, limits=limits)
-    return SessionEncoder(
-        checkpoint,
-        name="tensorrt",
-        precision=precision,
-        device=device,
-        batch_size=batch_size,
+    artifact = onnx_graph(checkpoint, graph, ArtifactStore(config.artifacts), sample=sample, limits=limits)
+    info = EncoderInfo(
+        "tensorrt",
+        precision,
+        device,
+        batch_size,
+        weight_bytes=artifact.size,
         artifact=artifact,
-        provider="tensorrt",
-        provider_options=engine_options(
-            checkpoint, store, artifact, batch_size=batch_size, device=device, library=library
-        ),
-        options={"tensorrt": library, "gpu": torch.cuda.get_device_name(device)},
+        options={"tensorrt": library, "gpu": gpu},
     )
+    settings = engine_options(checkpoint, artifact, batch_size=batch_size, gpu=gpu, library=library)
+    return SessionEncoder(artifact.file(GRAPH), checkpoint, info, Provider("tensorrt", settings))
 
 
 def find_library() -> str:
@@ -64,28 +61,23 @@ def find_library() -> str:
             f"backend=tensorrt: {LIBRARY} cannot be loaded ({error}); install TensorRT 10, not 11: "
             "pip install 'tensorrt-cu13>=10.13,<11', and put its folder tensorrt_libs on LD_LIBRARY_PATH"
         ) from error
-    return version_words(int(library.getInferLibVersion()))
+    return version_text(int(library.getInferLibVersion()))
 
 
-def version_words(number: int) -> str:
+def version_text(number: int) -> str:
     """``10.13.3`` of 101303, as ``getInferLibVersion`` of TensorRT 10 codes it."""
     return f"{number // 10_000}.{number // 100 % 100}.{number % 100}"
 
 
 def engine_options(
-    checkpoint: Checkpoint,
-    store: ArtifactStore,
-    artifact: Artifact,
-    *,
-    batch_size: int,
-    device: torch.device,
-    library: str,
+    checkpoint: Checkpoint, artifact: Artifact, *, batch_size: int, gpu: str, library: str
 ) -> dict[str, str]:
-    """Settings of the provider: one profile shape, and a cache folder for this graph, GPU and library alone."""
+    """Options of the provider: one profile shape, and a cache folder for this graph, GPU and library alone."""
     height, width = checkpoint.spec.size
     shape = f"{INPUTS['image'][0]}:{batch_size}x3x{height}x{width}"
-    gpu = "".join(c if c.isalnum() else "-" for c in torch.cuda.get_device_name(device))
-    folder = store.root / ENGINES / artifact.fingerprint / f"{gpu}-tensorrt-{library}-batch-{batch_size}"
+    name = "".join(c if c.isalnum() else "-" for c in gpu)
+    store = artifact.path.parent
+    folder = store / ENGINES / artifact.fingerprint / f"{name}-tensorrt-{library}-batch-{batch_size}"
     folder.mkdir(parents=True, exist_ok=True)
     return {
         "trt_fp16_enable": "True",

@@ -7,7 +7,7 @@ import copy
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pipeline.backends.base import Draw
+from pipeline.backends.base import Draw, EncoderInfo
 from pipeline.backends.devices import DTYPES, choose
 from pipeline.backends.torch_module import Forward, ModuleEncoder, blank, compiled, count_bytes
 from pipeline.config.schema import BackendConfig, ParityConfig
@@ -36,17 +36,16 @@ def open_encoder(
     if config.compile != "none":
         pixels = blank(checkpoint, batch_size=batch_size, device=device, dtype=dtype)
         forward = compiled(tower, mode=config.compile, pixels=pixels)
-    return ModuleEncoder(
-        forward,
-        checkpoint,
-        name="torch",
-        precision=precision,
-        device=device,
-        batch_size=batch_size,
+    info = EncoderInfo(
+        "torch",
+        precision,
+        device,
+        batch_size,
         weight_bytes=count_bytes(tower),
         options={} if config.compile == "none" else {"compile": config.compile},
-        reuses_memory=device.type == "cuda" and config.compile in GRAPHS,
     )
+    reuses_memory = device.type == "cuda" and config.compile in GRAPHS
+    return ModuleEncoder(forward, checkpoint, info, reuses_memory=reuses_memory)
 
 
 def reference(checkpoint: Checkpoint, device: torch.device, *, batch_size: int, sample: Draw) -> ModuleEncoder:

@@ -7,7 +7,7 @@ import copy
 import torch
 
 from pipeline.backends.artifacts.exports import need_packages
-from pipeline.backends.base import Draw
+from pipeline.backends.base import Draw, EncoderInfo
 from pipeline.backends.devices import choose
 from pipeline.backends.torch_module import ModuleEncoder, blank, compiled, count_bytes, in_a_layer
 from pipeline.config.schema import BackendConfig, ParityConfig
@@ -43,14 +43,13 @@ def open_encoder(
     tower = copy.deepcopy(ImageTower(checkpoint)).to(device=device, dtype=torch.bfloat16)
     quantize_(tower, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()), filter_fn=in_a_layer)
     pixels = blank(checkpoint, batch_size=batch_size, device=device, dtype=torch.bfloat16)
-    return ModuleEncoder(
-        compiled(tower, mode="max-autotune-no-cudagraphs", pixels=pixels),
-        checkpoint,
-        name="torch_fp8",
-        precision=precision,
-        device=device,
-        batch_size=batch_size,
+    info = EncoderInfo(
+        "torch_fp8",
+        precision,
+        device,
+        batch_size,
         weight_bytes=count_bytes(tower),
         options={"torchao": torchao.__version__, "activations": "fp8 by row"},
-        dtype=torch.bfloat16,
     )
+    forward = compiled(tower, mode="max-autotune-no-cudagraphs", pixels=pixels)
+    return ModuleEncoder(forward, checkpoint, info, dtype=torch.bfloat16)

@@ -7,7 +7,7 @@ import copy
 import torch
 
 from pipeline.backends.artifacts.exports import need_packages
-from pipeline.backends.base import Draw
+from pipeline.backends.base import Draw, EncoderInfo
 from pipeline.backends.devices import choose
 from pipeline.backends.torch_module import ModuleEncoder, blank, compiled, count_bytes, in_a_layer
 from pipeline.config.schema import BackendConfig, ParityConfig
@@ -34,21 +34,19 @@ def open_encoder(
     scheme = Int8DynamicActivationInt8WeightConfig() if dynamic else Int8WeightOnlyConfig()
     quantize_(tower, scheme, filter_fn=in_a_layer)
     pixels = blank(checkpoint, batch_size=batch_size, device=device, dtype=dtype)
-    return ModuleEncoder(
-        compiled(tower, mode="default", pixels=pixels),
-        checkpoint,
-        name="torch_int8",
-        precision=precision,
-        device=device,
-        batch_size=batch_size,
+    info = EncoderInfo(
+        "torch_int8",
+        precision,
+        device,
+        batch_size,
         weight_bytes=count_bytes(tower),
         options={"torchao": torchao.__version__, "activations": "int8 by row" if dynamic else str(dtype)},
-        dtype=dtype,
     )
+    return ModuleEncoder(compiled(tower, mode="default", pixels=pixels), checkpoint, info, dtype=dtype)
 
 
 def multiplies_int8(device: torch.device) -> bool:
-    """Whether the hardware multiplies int8 by int8: VNNI or AMX on a CPU, tensor cores on a GPU.
+    """True if the hardware multiplies int8 by int8: VNNI or AMX on a CPU, tensor cores on a GPU.
 
     Without them int8 activations cost more than they save, and only the weights are quantized.
     """

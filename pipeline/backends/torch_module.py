@@ -9,8 +9,7 @@ from collections.abc import Callable
 import torch
 
 from pipeline.backends.artifacts.onnx_export import quiet
-from pipeline.backends.artifacts.store import Artifact
-from pipeline.backends.base import ImageEncoder
+from pipeline.backends.base import EncoderInfo, RuntimeEncoder
 from pipeline.backends.devices import DTYPES, out_of_memory
 from pipeline.core.errors import BackendUnavailable
 from pipeline.models.checkpoint import Checkpoint
@@ -19,31 +18,25 @@ from pipeline.models.towers import Normaliser
 Forward = Callable[[torch.Tensor], torch.Tensor]
 
 
-class ModuleEncoder(ImageEncoder):
-    """An image tower that is a torch callable: normalised pixels in ``dtype`` to unit vectors in float32."""
+class ModuleEncoder(RuntimeEncoder):
+    """An image tower that is a torch callable: normalised pixels in ``dtype`` to unit vectors in float32.
+
+    ``dtype`` is that of the precision by default. ``reuses_memory`` if a result lies where the next one is written.
+    """
 
     def __init__(
         self,
         forward: Forward,
         checkpoint: Checkpoint,
+        info: EncoderInfo,
         *,
-        name: str,
-        precision: str,
-        device: torch.device,
-        batch_size: int,
-        weight_bytes: int,
-        options: dict[str, str],
         dtype: torch.dtype | None = None,
-        artifact: Artifact | None = None,
         reuses_memory: bool = False,
     ) -> None:
-        self.name, self.precision, self.device = name, precision, device
-        self.dim, self.batch_size = checkpoint.dim, batch_size
-        self.weight_bytes, self.artifact = weight_bytes, artifact
-        self._forward, self._options = forward, options
-        self._dtype = dtype or DTYPES[precision]
-        self._normalise = Normaliser(checkpoint.spec, device)
-        self._reuses_memory = reuses_memory
+        super().__init__(checkpoint, info, f"torch {torch.__version__}")
+        self._forward, self._reuses_memory = forward, reuses_memory
+        self._dtype = dtype or DTYPES[info.precision]
+        self._normalise = Normaliser(checkpoint.spec, info.device)
 
     @torch.inference_mode()
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -51,17 +44,6 @@ class ModuleEncoder(ImageEncoder):
         vectors = self._forward(self._normalise(pixels).to(self._dtype))
         # A CUDA graph writes its next result over this one.
         return vectors.clone() if self._reuses_memory else vectors
-
-    @property
-    def fingerprint(self) -> dict[str, str]:
-        """See :attr:`ImageEncoder.fingerprint`."""
-        return {
-            "name": self.name,
-            "precision": self.precision,
-            "device": self.device.type,
-            "runtime": f"torch {torch.__version__}",
-            **self._options,
-        }
 
 
 def compiled(module: torch.nn.Module, *, mode: str, pixels: torch.Tensor) -> Forward:

@@ -6,7 +6,7 @@ import torch
 
 from pipeline.backends.artifacts.store import ArtifactStore
 from pipeline.backends.artifacts.torchscript import FILE, TraceOptions, load, traced
-from pipeline.backends.base import Draw
+from pipeline.backends.base import Draw, EncoderInfo
 from pipeline.backends.devices import DTYPES, choose
 from pipeline.backends.torch_module import ModuleEncoder, blank
 from pipeline.config.schema import BackendConfig, ParityConfig
@@ -34,14 +34,5 @@ def open_encoder(
         # TorchScript watches the first calls and then compiles: from here on every batch runs in the same kernels.
         for _ in range(PROFILED + 1):
             module(pixels)
-    return ModuleEncoder(
-        module,
-        checkpoint,
-        name="torchscript",
-        precision=precision,
-        device=device,
-        batch_size=batch_size,
-        weight_bytes=artifact.size,
-        options={"artifact": artifact.fingerprint},
-        artifact=artifact,
-    )
+    info = EncoderInfo("torchscript", precision, device, batch_size, weight_bytes=artifact.size, artifact=artifact)
+    return ModuleEncoder(module, checkpoint, info)

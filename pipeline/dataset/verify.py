@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from json import loads
 from typing import Any
@@ -57,6 +57,39 @@ class Health:
         return "healthy" if self.finished else "unfinished"
 
 
+@dataclass(frozen=True, slots=True)
+class _Listing:
+    """Files of a dataset, listed before any of them is read.
+
+    ``marker`` is the content of ``_SUCCESS``, ``names`` are the files of ``_commits``, ``sizes`` those beside it.
+    """
+
+    storage: Storage
+    marker: bytes | None
+    names: Sequence[str]
+    sizes: Mapping[str, int]
+
+    @property
+    def finished(self) -> bool:
+        """True if ``_SUCCESS`` is there."""
+        return self.marker is not None
+
+    @property
+    def repair(self) -> str:
+        """The command that has damaged shards done again."""
+        return f"python -m pipeline.verify {self.storage.url} --repair"
+
+
+@dataclass(slots=True)
+class _Committed:
+    """Sums over the sound commits, and the findings about the others; ``parts`` are file names by shard."""
+
+    findings: list[Finding] = field(default_factory=list)
+    rows: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+    parts: dict[int, str] = field(default_factory=dict)
+
+
 def verify(storage: Storage, *, on_shard: Callable[[int, int], None] = lambda done, total: None) -> Health:
     """Look at every file of a dataset; nothing is changed.
 
@@ -68,59 +101,34 @@ def verify(storage: Storage, *, on_shard: Callable[[int, int], None] = lambda do
         NoDataset: neither a plan nor a part is there.
         StorageError: the storage does not answer, which says nothing about the dataset.
     """
-    # The marker first, as it comes last, then the commits: a part is there before its commit, so that a run which
-    # is at work meanwhile leaves nothing half told.
+    # The marker first, as it comes last, then the commits: a part is there before its commit, so that a job
+    # that runs meanwhile is not reported as damage.
     marker = storage.read(commits.SUCCESS)
     names = sorted(storage.sizes(commits.FOLDER))
-    sizes = storage.sizes()
+    listing = _Listing(storage, marker, names, storage.sizes())
     try:
         wanted = plan.read(storage)
-        if wanted is None and not names and not any(commits.is_part(name) for name in sizes):
-            raise NoDataset(f"{storage.url}: no dataset is here; give the output.dir of a job")
-        trouble = "" if wanted is not None else f"{storage.url}/{plan.NAME}: missing"
     except PlanMismatch as error:
-        wanted, trouble = None, str(error)
+        return _without_plan(storage, str(error))
     if wanted is None:
-        way_out = "restore it from a copy, or run the job again into another output.dir"
-        found = [Finding("damaged plan", plan.NAME, trouble, way_out, damage=True)]
-        return Health(storage.url, finished=False, rows=0, shards=0, done=0, counts={}, findings=found)
-
-    repair = f"python -m pipeline.verify {storage.url} --repair"
-    findings, rows, counts, parts = list[Finding](), 0, Counter[str](), dict[int, str]()
-    files = [name for name in names if name.endswith(".json")]
-    look = partial(commits.check, storage, wanted, sizes.get)
-    for number, each in enumerate(in_order(look, files, threads=storage.threads), 1):
-        if each.problem:
-            place = f"{commits.FOLDER}/{each.name}"
-            findings.append(Finding(each.kind, place, each.problem, repair, damage=True))
-        elif each.commit is not None:
-            rows += each.commit.rows
-            counts.update(each.commit.counts)
-            parts[each.commit.shard] = each.commit.part
-        on_shard(number, len(files))
-    if marker is not None:
-        there = set(files)
-        for shard in range(wanted.shards):
-            if f"{shard:05d}.json" not in there:
-                text = f"shard {shard} has no commit, though {commits.SUCCESS} says that all is done"
-                place = f"{commits.FOLDER}/{shard:05d}.json"
-                findings.append(Finding("missing commit", place, text, repair, damage=True))
-        if len(parts) == wanted.shards:
-            findings += _audit_marker(marker, rows, counts, [parts[shard] for shard in sorted(parts)], repair)
-    if wanted.shards != -(-wanted.rows // wanted.shard_rows):
-        text = f"{wanted.rows} rows by {wanted.shard_rows} do not make {wanted.shards} shards"
-        findings.append(Finding("damaged plan", plan.NAME, text, "run the job into another output.dir", damage=True))
-    findings += _strangers(
-        storage, sizes, names, parts, shards=wanted.shards, finished=marker is not None, repair=repair
-    )
-    findings += _leases(storage)
+        if not names and not any(commits.is_part(name) for name in listing.sizes):
+            raise NoDataset(f"{storage.url}: no dataset is here; give the output.dir of a job")
+        return _without_plan(storage, f"{storage.url}/{plan.NAME}: missing")
+    done = _check_commits(listing, wanted, on_shard)
+    findings = [
+        *done.findings,
+        *_check_marker(listing, wanted, done),
+        *_check_plan(wanted),
+        *_unexpected_files(listing, wanted, done.parts),
+        *_leases(storage),
+    ]
     return Health(
         output=storage.url,
-        finished=marker is not None,
-        rows=rows,
+        finished=listing.finished,
+        rows=done.rows,
         shards=wanted.shards,
-        done=len(parts),
-        counts=dict(sorted(counts.items())),
+        done=len(done.parts),
+        counts=dict(sorted(done.counts.items())),
         findings=findings,
     )
 
@@ -162,46 +170,76 @@ def collect(storage: Storage, *, age: float, confirm: Callable[[], None]) -> dic
     return gone
 
 
-def _audit_marker(
-    marker: bytes, rows: int, counts: Mapping[str, int], parts: Sequence[str], repair: str
-) -> Iterator[Finding]:
+def _without_plan(storage: Storage, trouble: str) -> Health:
+    way_out = "restore it from a copy, or run the job again into another output.dir"
+    found = [Finding("damaged plan", plan.NAME, trouble, way_out, damage=True)]
+    return Health(storage.url, finished=False, rows=0, shards=0, done=0, counts={}, findings=found)
+
+
+def _check_commits(listing: _Listing, wanted: plan.Plan, on_shard: Callable[[int, int], None]) -> _Committed:
+    """Compare every commit with the plan and with every byte of its part."""
+    done = _Committed()
+    files = [name for name in listing.names if name.endswith(".json")]
+    look = partial(commits.check, listing.storage, wanted, listing.sizes.get)
+    for number, each in enumerate(in_order(look, files, threads=listing.storage.threads), 1):
+        if each.problem:
+            place = f"{commits.FOLDER}/{each.name}"
+            done.findings.append(Finding(each.kind, place, each.problem, listing.repair, damage=True))
+        elif each.commit is not None:
+            done.rows += each.commit.rows
+            done.counts.update(each.commit.counts)
+            done.parts[each.commit.shard] = each.commit.part
+        on_shard(number, len(files))
+    return done
+
+
+def _check_marker(listing: _Listing, wanted: plan.Plan, done: _Committed) -> Iterator[Finding]:
+    """Compare ``_SUCCESS``, if it is there, with the commits."""
+    if listing.marker is None:
+        return
+    there = set(listing.names)
+    for shard in range(wanted.shards):
+        if f"{shard:05d}.json" not in there:
+            text = f"shard {shard} has no commit, though {commits.SUCCESS} says that all is done"
+            place = f"{commits.FOLDER}/{shard:05d}.json"
+            yield Finding("missing commit", place, text, listing.repair, damage=True)
+    if len(done.parts) != wanted.shards:
+        return
     try:
-        found: Any = loads(marker)
+        found: Any = loads(listing.marker)
     except ValueError:
         found = None
-    wanted = {"rows": rows, "counts": dict(counts), "parts": list(parts)}
     if not isinstance(found, dict):
-        yield Finding("wrong marker", commits.SUCCESS, "it is torn", repair, damage=True)
+        yield Finding("wrong marker", commits.SUCCESS, "it is torn", listing.repair, damage=True)
         return
-    for key, value in wanted.items():
+    parts = [done.parts[shard] for shard in sorted(done.parts)]
+    for key, value in {"rows": done.rows, "counts": dict(done.counts), "parts": parts}.items():
         if found.get(key) != value:
             text = f"its {key} are not those of the commits"
-            yield Finding("wrong marker", commits.SUCCESS, text, repair, damage=True)
+            yield Finding("wrong marker", commits.SUCCESS, text, listing.repair, damage=True)
 
 
-def _strangers(
-    storage: Storage,
-    sizes: Mapping[str, int],
-    names: Sequence[str],
-    parts: Mapping[int, str],
-    *,
-    shards: int,
-    finished: bool,
-    repair: str,
-) -> Iterator[Finding]:
-    """Files that neither the plan nor a commit accounts for."""
+def _check_plan(wanted: plan.Plan) -> Iterator[Finding]:
+    if wanted.shards != -(-wanted.rows // wanted.shard_rows):
+        text = f"{wanted.rows} rows by {wanted.shard_rows} do not make {wanted.shards} shards"
+        yield Finding("damaged plan", plan.NAME, text, "run the job into another output.dir", damage=True)
+
+
+def _unexpected_files(listing: _Listing, wanted: plan.Plan, parts: Mapping[int, str]) -> Iterator[Finding]:
+    """Files and folders that neither the plan nor a commit accounts for."""
+    storage, finished = listing.storage, listing.finished
     named, clear = set(parts.values()), f"python -m pipeline.verify {storage.url} --collect 24h"
-    for name in sorted(set(sizes) - named - BOOKS):
+    for name in sorted(set(listing.sizes) - named - BOOKS):
         if name.startswith(TEMPORARY):
             text = "left by a killed run, or just being written"
             yield Finding("temporary file", name, text, clear, damage=False)
         elif commits.is_part(name):
             shard = name.split("-")[1]
-            # One of a shard that has to be done again anyway is told of with its commit.
-            again = shard.isdigit() and int(shard) < shards and int(shard) not in parts
-            if not again or (not finished and f"{shard}.json" not in names):
+            # A part of a shard that has to be done again anyway is reported with its commit.
+            again = shard.isdigit() and int(shard) < wanted.shards and int(shard) not in parts
+            if not again or (not finished and f"{shard}.json" not in listing.names):
                 text = "no commit names it" + ("; readers see its rows twice" if finished else "")
-                yield Finding("stray part", name, text, repair if finished else clear, damage=finished)
+                yield Finding("stray part", name, text, listing.repair if finished else clear, damage=finished)
         elif name.endswith((".parquet", ".pq")) and not name.startswith(("_", ".")):
             text = "no file of this dataset; readers mix its rows with the dataset's"
             yield Finding("foreign file", name, text, "move it elsewhere", damage=True)
@@ -211,7 +249,7 @@ def _strangers(
         if not name.startswith(("_", ".")):
             text = "a folder within the dataset; readers mix the rows of Parquet files in it with the dataset's"
             yield Finding("foreign folder", name, text, "move it elsewhere", damage=True)
-    for name in names:
+    for name in listing.names:
         if not name.endswith(".json"):
             place = f"{commits.FOLDER}/{name}"
             yield Finding("unknown file", place, "no commit", "move it elsewhere", damage=False)

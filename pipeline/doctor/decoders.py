@@ -58,13 +58,13 @@ def _in_process(config: Config, kind: str, data: bytes, spec: PreprocessSpec) ->
 
 def _gpu(config: Config, spec: PreprocessSpec) -> Check:
     from pipeline.backends.devices import choose_device
+    from pipeline.images.factory import decoder_of
     from pipeline.images.gpu.nvimgcodec import NvidiaDecoder
 
-    images = config.images
-    wanted = images.decoder == "gpu"
+    wanted = config.images.decoder == "gpu"
     try:
         device = choose_device(config.backend.device)
-        NvidiaDecoder(spec, device, formats=images.formats, exif=images.exif, max_pixels=images.max_pixels)
+        NvidiaDecoder(spec, device, decoder_of(config))
     except BackendUnavailable as error:
         return Check(GROUP, "gpu", _missing(wanted), str(error))
     return Check(GROUP, "gpu", Status.OK, f"nvImageCodec on {device}{' (of this job)' if wanted else ''}")

@@ -21,7 +21,7 @@ import torch
 from pipeline.backends.artifacts.exports import recipe
 from pipeline.backends.artifacts.store import ArtifactStore, Recipe
 from pipeline.backends.base import ImageEncoder
-from pipeline.backends.devices import choose, out_of_memory
+from pipeline.backends.devices import choose, choose_device, out_of_memory
 from pipeline.backends.streams import count_streams
 from pipeline.backends.timing import Clock, images_per_second
 from pipeline.config.schema import BackendConfig, Config
@@ -45,7 +45,7 @@ LONGEST = 180.0
 VERSION = "1"
 KIND, FILE = "batch-size", "batch_size.json"
 Open = Callable[[int], ImageEncoder]
-Measure = Callable[[ImageEncoder], float]
+Rate = Callable[[ImageEncoder], float]
 log = logging.getLogger(__name__)
 
 
@@ -70,36 +70,133 @@ class Measured:
         return f"{words} ({', '.join(others)})" if others else words
 
 
-def settle_batch_size(
-    config: Config,
-    checkpoint: Checkpoint,
-    *,
-    open_at: Open,
-    rows: int,
-    storage: Storage,
-    alone: Callable[[], object] = lambda: None,
-    measure: Measure | None = None,
-    clock: Clock = time.perf_counter,
-) -> int:
+@dataclass(frozen=True, slots=True)
+class Benchmark:
+    """Measurement of one backend at several batch sizes.
+
+    Attributes:
+        config: the backend's.
+        checkpoint: the model.
+        open_at: opens the backend for a batch size, for the streams of the config; the encoder is not used elsewhere,
+            so that its memory can be freed. It must raise out-of-memory errors, not handle them.
+        wait: called before the first measurement; returns when nothing else is at work in this process.
+        rate: images/s of an opened encoder; by default :func:`~pipeline.backends.timing.images_per_second`.
+    """
+
+    config: BackendConfig
+    checkpoint: Checkpoint
+    open_at: Open
+    wait: Callable[[], object] = lambda: None
+    rate: Rate | None = None
+    clock: Clock = time.perf_counter
+
+    @property
+    def compiles(self) -> bool:
+        """True if opening takes long at every size, because the size is compiled in."""
+        return self.config.compile != "none" or self.config.name in ("torch_int8", "torch_fp8", "tensorrt")
+
+    def sizes(self, largest: int) -> list[int]:
+        """The sizes to try, none of them above ``largest`` but the first."""
+        lowest, highest = (COMPILED_SIZES if self.compiles else SIZES)[choose_device(self.config.device).type]
+        sizes = [lowest]
+        while sizes[-1] * 2 <= min(highest, largest):
+            sizes.append(sizes[-1] * 2)
+        return sizes
+
+    def recipe(self, sizes: Sequence[int]) -> Recipe:
+        """All that the measurement follows from; a change of any means that it is made anew."""
+        device, precision = choose(self.config)
+        cpu = f"{machine('cpu', cores())['processor']}, {cores()} cores"
+        options = {
+            "backend": self.config.name,
+            "precision": precision,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+            "streams": count_streams(self.config.streams, device),
+            "compile": self.config.compile,
+            "quantization": self.config.quantization,
+            "pixels": list(self.checkpoint.spec.size),
+            "sizes": [sizes[0], sizes[-1]],
+            "version": VERSION,
+        }
+        return recipe(KIND, self.checkpoint, options, ("onnxruntime", "torchao"))
+
+    def run(self, sizes: Sequence[int]) -> Measured:
+        """Measure one size after the other until the next is not worth it.
+
+        Raises:
+            BackendUnavailable: the device has no memory for a single picture, or the backend cannot be opened.
+        """
+        self.wait()
+        how = "; the backend is compiled anew for each size" if self.compiles else ""
+        log.info("loader.batch_size=auto: measuring batches of %d to %d images, once%s", sizes[0], sizes[-1], how)
+        rates: dict[int, float] = {}
+        began, full = self.clock(), None
+        for size in sizes:
+            best = max(rates.values(), default=0.0)
+            rate = self._measure(size)
+            if rate is None:
+                full = size
+                break
+            rates[size] = rate
+            if rate < GAIN * best:
+                break
+            if size != sizes[-1] and self.clock() - began > LONGEST:
+                log.info("batches of more than %d images are not tried: measuring takes too long", size)
+                break
+        while full and not rates:
+            if full == 1:
+                raise BackendUnavailable(
+                    "loader.batch_size=auto: the device has no memory to embed a single picture; free it, or take a "
+                    "smaller model or precision"
+                )
+            smaller = full // 2
+            rate = self._measure(smaller)
+            if rate is None:
+                full = smaller
+            else:
+                rates[smaller] = rate
+        return Measured(rates=rates, full=full)
+
+    def _measure(self, size: int) -> float | None:
+        """Images/s of batches of ``size``; None if the device has no memory for them. Its memory is given back."""
+        rate = self._opened_rate(size)
+        # Not while the encoder, or an exception that holds it, is still there.
+        if self.compiles:
+            torch.compiler.reset()
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+        return rate
+
+    def _opened_rate(self, size: int) -> float | None:
+        try:
+            encoder = self.open_at(size)
+            if self.rate is not None:
+                return self.rate(encoder)
+            seconds = SECONDS[encoder.device.type]
+            return images_per_second(encoder, size=self.checkpoint.spec.size, seconds=seconds, clock=self.clock)
+        except Exception as error:
+            # Runtimes have no common class for it.
+            if not out_of_memory(error):
+                raise
+            return None
+
+
+def settle_batch_size(config: Config, benchmark: Benchmark, *, rows: int, storage: Storage) -> int:
     """The batch size of the config; where that is ``auto``, the plan's, the one remembered, or one measured now.
 
     It never exceeds the largest shard: what is over would be padding in every batch.
 
     Args:
         config: of the job.
-        checkpoint: its model.
-        open_at: opens the backend for a batch size, for the streams of the config; what it returns is used by nobody
-            else, so that its memory can be given back. It must not answer a want of memory by itself.
+        benchmark: of its backend.
         rows: of the manifest.
         storage: the output, which may hold a plan.
-        alone: called before the first measurement; returns when nothing else is at work in this process.
-        measure: images/s of an opened encoder; by default :func:`~pipeline.backends.timing.images_per_second`.
-        clock: seconds, from any starting point.
 
     Raises:
         BackendUnavailable: the device has no memory for a single picture, or the backend cannot be opened.
         PlanMismatch: the output holds something that cannot be read as a plan.
-        PipelineError: what ``open_at`` raises.
+        PipelineError: what ``benchmark.open_at`` raises.
     """
     largest = max(1, min(config.manifest.shard_rows, rows))
     if config.loader.batch_size:
@@ -108,25 +205,12 @@ def settle_batch_size(
     if planned:
         log.info("batch size %d, as %s/%s says", planned, storage.url, plan.NAME)
         return min(planned, largest)
-    device, precision = choose(config.backend)
-    sizes = _sizes(config.backend, device, largest)
+    sizes = benchmark.sizes(largest)
     if len(sizes) < 2:
         log.info("batch size %d: a whole shard", largest)
         return largest
-    streams = count_streams(config.backend.streams, device)
-    seconds = SECONDS[device.type]
-    pace = measure or partial(images_per_second, size=checkpoint.spec.size, seconds=seconds, clock=clock)
-
-    @cache
-    def measured() -> Measured:
-        alone()
-        compiles = _compiles(config.backend)
-        how = "; the backend is compiled anew for each size" if compiles else ""
-        log.info("loader.batch_size=auto: measuring batches of %d to %d images, once%s", sizes[0], sizes[-1], how)
-        return _measure(open_at, pace, sizes, compiles=compiles, clock=clock)
-
-    about = _recipe(config.backend, checkpoint, device, precision, streams=streams, sizes=sizes)
-    found, where = _remembered(ArtifactStore(config.backend.artifacts), about, measured)
+    measured = cache(partial(benchmark.run, sizes))
+    found, where = _remembered(ArtifactStore(config.backend.artifacts), benchmark.recipe(sizes), measured)
     log.info("%s; %s", found, where)
     return found.batch_size
 
@@ -135,44 +219,6 @@ def _planned(storage: Storage) -> int | None:
     found = plan.read(storage)
     size = found.fingerprints.get("batch_size") if found is not None else None
     return size if isinstance(size, int) and size > 0 else None
-
-
-def _compiles(config: BackendConfig) -> bool:
-    """True if opening takes long at every size, because the size is compiled in."""
-    return config.compile != "none" or config.name in ("torch_int8", "torch_fp8", "tensorrt")
-
-
-def _sizes(config: BackendConfig, device: torch.device, largest: int) -> list[int]:
-    lowest, highest = (COMPILED_SIZES if _compiles(config) else SIZES)[device.type]
-    sizes = [lowest]
-    while sizes[-1] * 2 <= min(highest, largest):
-        sizes.append(sizes[-1] * 2)
-    return sizes
-
-
-def _recipe(
-    config: BackendConfig,
-    checkpoint: Checkpoint,
-    device: torch.device,
-    precision: str,
-    *,
-    streams: int,
-    sizes: list[int],
-) -> Recipe:
-    """All that the measurement follows from; a change of any means that it is made anew."""
-    cpu = f"{machine('cpu', cores())['processor']}, {cores()} cores"
-    options = {
-        "backend": config.name,
-        "precision": precision,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
-        "streams": streams,
-        "compile": config.compile,
-        "quantization": config.quantization,
-        "pixels": list(checkpoint.spec.size),
-        "sizes": [sizes[0], sizes[-1]],
-        "version": VERSION,
-    }
-    return recipe(KIND, checkpoint, options, ("onnxruntime", "torchao"))
 
 
 def _remembered(store: ArtifactStore, about: Recipe, measured: Callable[[], Measured]) -> tuple[Measured, str]:
@@ -187,63 +233,11 @@ def _remembered(store: ArtifactStore, about: Recipe, measured: Callable[[], Meas
     try:
         artifact = store.make(about, build)
     except StorageError as error:
-        # Measured by now, unless the store cannot even be locked; or it is a backend's export that cannot be stored,
-        # and then that is told again here.
+        # Measured by now, unless the store cannot even be locked. Where it is a backend's export that cannot be stored,
+        # the same error is raised again here.
         found = measured()
         log.warning("%s; the batch size is not remembered", error)
         return found, "measured again in the next job"
     facts = artifact.card["facts"]
     rates = {int(size): float(rate) for size, rate in facts["images_per_second"].items()}
     return Measured(rates=rates, full=facts["full"]), f"remembered in {artifact.path}"
-
-
-def _measure(open_at: Open, pace: Measure, sizes: Sequence[int], *, compiles: bool, clock: Clock) -> Measured:
-    rates: dict[int, float] = {}
-    began, full = clock(), None
-    for size in sizes:
-        best = max(rates.values(), default=0.0)
-        rate = _rate(open_at, pace, size, compiles=compiles)
-        if rate is None:
-            full = size
-            break
-        rates[size] = rate
-        if rate < GAIN * best:
-            break
-        if size != sizes[-1] and clock() - began > LONGEST:
-            log.info("batches of more than %d images are not tried: measuring takes too long", size)
-            break
-    while full and not rates:
-        if full == 1:
-            raise BackendUnavailable(
-                "loader.batch_size=auto: the device has no memory to embed a single picture; free it, or take a "
-                "smaller model or precision"
-            )
-        smaller = full // 2
-        rate = _rate(open_at, pace, smaller, compiles=compiles)
-        if rate is None:
-            full = smaller
-        else:
-            rates[smaller] = rate
-    return Measured(rates=rates, full=full)
-
-
-def _rate(open_at: Open, pace: Measure, size: int, *, compiles: bool) -> float | None:
-    """Images/s of batches of ``size``; None if the device has no memory for them. Its memory is given back."""
-    rate = _opened_rate(open_at, pace, size)
-    # Not while the encoder, or an exception that holds it, is still there.
-    if compiles:
-        torch.compiler.reset()
-    gc.collect()
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
-    return rate
-
-
-def _opened_rate(open_at: Open, pace: Measure, size: int) -> float | None:
-    try:
-        return pace(open_at(size))
-    except Exception as error:
-        # Runtimes have no common class for it.
-        if not out_of_memory(error):
-            raise
-        return None

@@ -15,14 +15,14 @@ from pipeline.backends import factory
 from pipeline.backends.base import Draw, ImageEncoder
 from pipeline.backends.devices import choose_device
 from pipeline.backends.oom import HalvingEncoder
-from pipeline.backends.parity import check
+from pipeline.backends.parity import Reference, check, embed_reference
 from pipeline.backends.streams import Streams, count_streams
 from pipeline.config.schema import Config
 from pipeline.core.concurrency import aside
 from pipeline.core.errors import ManifestError
 from pipeline.core.processes import cores
 from pipeline.core.records import PreprocessSpec, Sample, TextBank
-from pipeline.engine.batch_size import settle_batch_size
+from pipeline.engine.batch_size import Benchmark, settle_batch_size
 from pipeline.engine.demo import folder as demo
 from pipeline.engine.sample import draw_sample
 from pipeline.images.factory import pixel_reader
@@ -145,15 +145,12 @@ class Engine:
         Raises:
             BackendUnavailable: the config names the decoder ``gpu``, and this machine has none.
         """
-        images = self.config.images
-        if images.decoder != "gpu":
+        if self.config.images.decoder != "gpu":
             return self.cpu_reader
         from pipeline.images.gpu.nvimgcodec import NvidiaDecoder
 
         device = choose_device(self.config.backend.device)
-        formats = tuple(images.formats)
-        gpu = NvidiaDecoder(self.spec, device, formats=formats, exif=images.exif, max_pixels=images.max_pixels)
-        return replace(self.cpu_reader, gpu=gpu)
+        return replace(self.cpu_reader, gpu=NvidiaDecoder(self.spec, device, self.cpu_reader.decoder))
 
     def drawn(self) -> Sample | None:
         """Images of the manifest for comparisons and calibration; None where the ones that were tried are damaged."""
@@ -174,9 +171,8 @@ class Engine:
             self.bank()
             self.check_ids()
 
-        size = settle_batch_size(
-            self.config, self.checkpoint, open_at=self.open_at, rows=self.manifest.rows, storage=storage, alone=alone
-        )
+        benchmark = Benchmark(self.config.backend, self.checkpoint, self.open_at, wait=alone)
+        size = settle_batch_size(self.config, benchmark, rows=self.manifest.rows, storage=storage)
         self.config = self.config.changed({"loader.batch_size": size})
 
     def cpu_sample(self) -> Sample:
@@ -204,7 +200,10 @@ class Engine:
         """
 
         def judge(encoder: ImageEncoder) -> None:
-            check(encoder, self.checkpoint, self.sample, bank=self.bank(), limits=self.config.parity)
+            def reference() -> Reference:
+                return embed_reference(encoder, self.checkpoint, self.sample())
+
+            check(encoder, self.checkpoint, reference, bank=self.bank(), limits=self.config.parity)
 
         return HalvingEncoder(self.open_at, judge, batch_size=size)
 

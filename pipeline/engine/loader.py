@@ -35,7 +35,7 @@ from pipeline.core.failpoints import failpoint
 from pipeline.core.records import Failure, ImageBatch, ImageRef, Pixels, Shard, ShardRows, Stage
 from pipeline.engine.buffers import new_slot
 from pipeline.engine.duplicates import Repeats
-from pipeline.engine.prefetch import POLL, Ahead
+from pipeline.engine.prefetch import POLL, Prefetcher
 from pipeline.images.decode import limit_pixels
 from pipeline.images.pool.processes import Abandoned
 from pipeline.images.pool.protocol import CHUNK
@@ -88,42 +88,48 @@ class _Filling:
     slot: int = -1
 
 
+@dataclass(frozen=True, slots=True)
+class LoaderSpec:
+    """Batches of a loader, and the threads and buffers that make them.
+
+    Attributes:
+        batch_size: the static first dimension of every batch.
+        workers: decoding threads.
+        prefetch: batches that may be ready before they are asked for.
+        in_flight: batches that may be encoded at the same time.
+        once: images of a shard with the same bytes come once, see :class:`~pipeline.core.records.ShardRows`.
+    """
+
+    batch_size: int
+    workers: int
+    prefetch: int
+    in_flight: int = 1
+    once: bool = True
+
+
 class Loader:
     """Streams shards as batches; use it as a context manager, once.
 
     Args:
         manifest: where the rows are.
         reader: how a row becomes pixels.
-        batch_size: the static first dimension of every batch.
-        workers: decoding threads.
-        prefetch: batches that may be ready before they are asked for.
-        in_flight: batches that may be in the encoder's hands at once.
+        spec: the batches.
         device: where the pixels are wanted.
         timer: called with a stage and seconds, from any thread.
-        once: whether images of a shard with the same bytes come once, see :class:`~pipeline.core.records.ShardRows`.
     """
 
     def __init__(
-        self,
-        manifest: Manifest,
-        reader: PixelReader,
-        *,
-        batch_size: int,
-        workers: int,
-        prefetch: int,
-        device: torch.device,
-        timer: Timer,
-        in_flight: int = 1,
-        once: bool = True,
+        self, manifest: Manifest, reader: PixelReader, spec: LoaderSpec, *, device: torch.device, timer: Timer
     ) -> None:
-        self._manifest, self._reader, self._timer, self._once = manifest, reader, timer, once
-        self._batch_size, self._workers = batch_size, workers
+        self._manifest, self._reader, self._timer, self._once = manifest, reader, timer, spec.once
+        self._batch_size, self._workers = spec.batch_size, spec.workers
         # At least two tasks of every batch for each worker, so that all have work to the end of it.
-        self._task = max(reader.chunk, min(TASK, batch_size // (2 * workers) // CHUNK * CHUNK))
+        self._task = max(reader.chunk, min(TASK, spec.batch_size // (2 * spec.workers) // CHUNK * CHUNK))
         limit_pixels(reader.decoder.max_pixels)
         self._cuda = torch.cuda.Stream(device) if device.type == "cuda" else None
-        # Some in the encoder's hands, one being filled, the others ready.
-        self._slots = [new_slot((batch_size, *reader.spec.size, 3), device) for _ in range(prefetch + 1 + in_flight)]
+        # Some being encoded, one being filled, the others ready.
+        shape, count = (spec.batch_size, *reader.spec.size, 3), spec.prefetch + 1 + spec.in_flight
+        self._slots = [new_slot(shape, device) for _ in range(count)]
         self._free: queue.SimpleQueue[int] = queue.SimpleQueue()
         for index in range(len(self._slots)):
             self._free.put(index)
@@ -198,13 +204,12 @@ class Loader:
         window: deque[_Chunk | ShardRows] = deque()
         limit = self._batch_size + 2 * self._task * self._workers
         rows, filling = 0, None
-        with Ahead(
+        with Prefetcher(
             self._read(shards),
             count=AHEAD_BATCHES,
             size=AHEAD_BYTES,
             weigh=lambda item: item.bytes if isinstance(item, _Read) else 0,
             abandoned=self._stopped.is_set,
-            name="rows",
         ) as read:
             for item in chain(self._submit(read, pool), [None]):
                 if item is not None:

@@ -21,7 +21,7 @@ from pipeline.core.records import ImageBatch, PreprocessSpec, Shard, ShardReport
 from pipeline.dataset.commits import commit_part
 from pipeline.dataset.parts import PartFormat, ShardResult, build_table, count_statuses
 from pipeline.engine.forward import Labelling, PendingBatch, ShardResults, launch, memory_explained
-from pipeline.engine.loader import Loader
+from pipeline.engine.loader import Loader, LoaderSpec
 from pipeline.images.factory import worker_threads
 from pipeline.images.reader import PixelReader
 from pipeline.manifest.manifest import Manifest
@@ -43,13 +43,20 @@ class Job:
     bank: TextBank | None
 
 
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """The opened reader and encoder of a process that embeds, and the clocks of its stages."""
+
+    reader: PixelReader
+    encoder: ImageEncoder
+    clocks: StageClocks
+
+
 def embed(
     shards: Iterable[Shard],
     job: Job,
-    encoder: ImageEncoder,
-    reader: PixelReader,
+    worker: Worker,
     *,
-    clocks: StageClocks,
     on_batch: Callable[[int], None] = lambda images: None,
     on_commit: Callable[[ShardReport], None] = lambda report: None,
 ) -> Generator[ShardReport]:
@@ -58,9 +65,7 @@ def embed(
     Args:
         shards: what to do; may be a generator.
         job: the specification.
-        encoder: the opened backend.
-        reader: the opened reader of images.
-        clocks: where the time of every stage is added up.
+        worker: of this process.
         on_batch: called after each batch with the images in it.
         on_commit: called with each report, in order, as soon as the shard is durable, in the thread that writes; the
             loop hands it out only when it has embedded the next shard.
@@ -69,6 +74,7 @@ def embed(
         NumericalError: the encoder returned something that is not an embedding; the shard stays undone.
         StorageError: a part or a commit could not be written.
     """
+    clocks = worker.clocks
     storage = open_storage(job.config.output.dir)
     asked: dict[int, float] = {}
 
@@ -92,7 +98,7 @@ def embed(
     with (
         ThreadPoolExecutor(1, thread_name_prefix="writer") as writer,
         # Whatever ends the loop ends the loader too, before finished shards are waited for.
-        closing(_results(noted(), job, encoder, reader, clocks, on_batch)) as results,
+        closing(_results(noted(), job, worker, on_batch)) as results,
     ):
         for result in results:
             pending.append(writer.submit(write, result))
@@ -107,14 +113,9 @@ def embed(
 
 
 def _results(
-    shards: Iterable[Shard],
-    job: Job,
-    encoder: ImageEncoder,
-    reader: PixelReader,
-    clocks: StageClocks,
-    on_batch: Callable[[int], None],
+    shards: Iterable[Shard], job: Job, worker: Worker, on_batch: Callable[[int], None]
 ) -> Generator[ShardResult]:
-    config = job.config
+    config, encoder, clocks = job.config, worker.encoder, worker.clocks
     labelling = None
     # One batch more than are being encoded, so that no stream waits for this thread. On a GPU, the results of a batch
     # are fetched while the next one is being computed, across the ends of shards too.
@@ -124,23 +125,20 @@ def _results(
             if job.bank is not None:
                 features = torch.from_numpy(job.bank.features).to(encoder.device)
                 labelling = Labelling(bank=job.bank, features=features, top_k=config.labels.top_k)
-            loader = Loader(
-                job.manifest,
-                reader,
+            spec = LoaderSpec(
                 batch_size=config.loader.batch_size,
-                once=config.images.repeats == "once",
                 # While processes decode, one more thread reads what comes next and hands in what is done.
-                workers=worker_threads(config) + (reader.decoders is not None),
+                workers=worker_threads(config) + (worker.reader.decoders is not None),
                 prefetch=config.loader.prefetch,
                 in_flight=ahead if encoder.device.type == "cpu" else 1,
-                device=encoder.device,
-                timer=clocks.add,
+                once=config.images.repeats == "once",
             )
+            loader = Loader(job.manifest, worker.reader, spec, device=encoder.device, timer=clocks.add)
         opened.enter_context(loader)
         streams = opened.enter_context(Streams(encoder.device, encoder.streams))
+        encoding = _Encoding(job, worker, loader, streams, labelling)
 
-        steps = _submit(loader, shards, job, encoder, labelling, clocks, streams)
-        for step in _in_order(steps, ahead):
+        for step in _in_order(encoding.steps(shards), ahead):
             if step.batch is not None:
                 batch = step.batch.result()
                 # On CUDA the clock of the encoder runs until the device is done.
@@ -161,49 +159,50 @@ class _Step:
     rows: ShardRows | None = None
 
 
-def _submit(
-    loader: Loader,
-    shards: Iterable[Shard],
-    job: Job,
-    encoder: ImageEncoder,
-    labelling: Labelling | None,
-    clocks: StageClocks,
-    streams: Streams,
-) -> Iterator[_Step]:
-    """Submit every batch to the encoder's threads; each shard ends with its rows."""
+@dataclass(frozen=True, slots=True)
+class _Encoding:
+    """Submission of every batch to the encoder's threads."""
 
-    def work(batch: ImageBatch, number: int) -> PendingBatch:
+    job: Job
+    worker: Worker
+    loader: Loader
+    streams: Streams
+    labelling: Labelling | None
+
+    def steps(self, shards: Iterable[Shard]) -> Iterator[_Step]:
+        """Every batch as it is submitted; each shard ends with its rows."""
+        items = self.loader.stream(shards)
+        results: ShardResults | None = None
+        number = 0
+        while True:
+            with self.worker.clocks.time(Stage.WAIT_INPUT):
+                item = next(items, None)
+            if item is None:
+                return
+            results = results or ShardResults(
+                item.shard,
+                dim=self.worker.encoder.dim,
+                dtype=self.job.config.output.dtype,
+                labelling=self.labelling,
+                threshold=self.job.config.labels.threshold,
+            )
+            if isinstance(item, ShardRows):
+                yield _Step(results, rows=item)
+                results, number = None, 0
+            else:
+                yield _Step(results, batch=self.streams.submit(partial(self._encode, item, number)))
+                number += 1
+
+    def _encode(self, batch: ImageBatch, number: int) -> PendingBatch:
         try:
             with within(batch.shard.index):
-                return launch(batch, encoder, labelling, clocks, number=number)
+                return launch(batch, self.worker.encoder, self.labelling, self.worker.clocks, number=number)
         except BaseException as error:
             # The thread that waits for the next batch raises this at once.
-            loader.fail(error)
+            self.loader.fail(error)
             raise
         finally:
-            loader.release(batch)
-
-    items = loader.stream(shards)
-    results: ShardResults | None = None
-    number = 0
-    while True:
-        with clocks.time(Stage.WAIT_INPUT):
-            item = next(items, None)
-        if item is None:
-            return
-        results = results or ShardResults(
-            item.shard,
-            dim=encoder.dim,
-            dtype=job.config.output.dtype,
-            labelling=labelling,
-            threshold=job.config.labels.threshold,
-        )
-        if isinstance(item, ShardRows):
-            yield _Step(results, rows=item)
-            results, number = None, 0
-        else:
-            yield _Step(results, batch=streams.submit(partial(work, item, number)))
-            number += 1
+            self.loader.release(batch)
 
 
 def _in_order(steps: Iterator[_Step], ahead: int) -> Iterator[_Step]:

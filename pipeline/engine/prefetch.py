@@ -11,22 +11,21 @@ from typing import Generic, TypeVar
 from pipeline.images.pool.processes import Abandoned
 
 Item = TypeVar("Item")
-# How often one that waits looks whether it is still wanted, in seconds.
+# Interval at which waiting threads look whether their result is still needed, in seconds.
 POLL = 0.2
 
 
-class Ahead(Generic[Item]):
+class Prefetcher(Generic[Item]):
     """The items of a generator in its order; use it as a context manager, and iterate once.
 
-    The generator runs, and is closed, in the thread. What it raises is raised after the items that came before.
+    The generator runs, and is closed, in the thread. Its error is raised after the items that came before.
 
     Args:
         items: what to run.
         count: items that may wait to be asked for.
-        size: what they may weigh together; one may wait whatever it weighs.
+        size: their weight together at most; a single item may weigh more.
         weigh: the weight of an item.
         abandoned: called often; true once the items are not needed any more.
-        name: of the thread.
     """
 
     def __init__(
@@ -37,7 +36,6 @@ class Ahead(Generic[Item]):
         size: int,
         weigh: Callable[[Item], int],
         abandoned: Callable[[], bool],
-        name: str,
     ) -> None:
         self._items, self._weigh, self._abandoned = items, weigh, abandoned
         self._count, self._size = count, size
@@ -46,9 +44,9 @@ class Ahead(Generic[Item]):
         self._changed = threading.Condition()
         self._ended = self._left = False
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread = threading.Thread(target=self._run, name="prefetch", daemon=True)
 
-    def __enter__(self) -> Ahead[Item]:
+    def __enter__(self) -> Prefetcher[Item]:
         self._thread.start()
         return self
 

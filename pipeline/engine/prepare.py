@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.backends import decoder_parity as decoder_gate
-from pipeline.backends.parity import pass_gate, record
+from pipeline.backends.parity import Gate, pass_gate, record
 from pipeline.config.schema import Config
 from pipeline.core.failpoints import failpoint
 from pipeline.core.machine import machine
@@ -55,21 +55,10 @@ def prepare(engine: Engine, storage: Storage) -> Prepared:
     wanted = plan.new_plan(config, prints, rows=manifest.rows)
     # A wrong output.dir is reported at once; a backend that misses the gate leaves no plan.
     plan.compare(storage, wanted)
-    limits = config.parity
+    gate = Gate(limits=config.parity, fingerprints=prints, storage=storage, bank=bank)
     with span("gates"):
-        parity = pass_gate(
-            encoder, engine.checkpoint, engine.sample, bank=bank, limits=limits, fingerprints=prints, storage=storage
-        )
-        decoded = decoder_gate.pass_gate(
-            encoder,
-            config.images.decoder,
-            engine.drawn,
-            engine.drawn_exactly,
-            bank=bank,
-            limits=limits,
-            fingerprints=prints,
-            storage=storage,
-        )
+        parity = pass_gate(encoder, engine.checkpoint, engine.sample, gate)
+        decoded = decoder_gate.pass_gate(encoder, config.images.decoder, engine.drawn, engine.drawn_exactly, gate)
     return Prepared(
         config=config,
         plan=wanted,
@@ -106,13 +95,12 @@ def settle(prepared: Prepared, storage: Storage, held: lease.Lease) -> None:
 
 
 def note(engine: Engine, prepared: Prepared, storage: Storage) -> None:
-    """Write what the gates measured into the books of the output, whose plan is settled."""
-    limits, prints = engine.config.parity, prepared.plan.fingerprints
+    """Write what the gates measured into the output, whose plan is settled."""
+    gate = Gate(limits=engine.config.parity, fingerprints=prepared.plan.fingerprints, storage=storage)
     if prepared.parity is not None:
-        record(prepared.parity, engine.encoder, limits=limits, fingerprints=prints, storage=storage)
+        record(prepared.parity, engine.encoder, gate)
     if prepared.decoder_parity is not None:
-        parity = prepared.decoder_parity
-        decoder_gate.record(parity, engine.encoder, limits=limits, fingerprints=prints, storage=storage)
+        decoder_gate.record(prepared.decoder_parity, engine.encoder, gate)
 
 
 def fingerprints(engine: Engine) -> dict[str, Any]:

@@ -140,15 +140,9 @@ def open_checkpoint(config: ModelConfig) -> Checkpoint:
         )
     check_weights(folder, weights)
     model = _load(folder)
-    digests = {path.name: sha256(path) for path in weights}
-    return _assemble(
-        config,
-        model,
-        _tokenizer(folder, settings.model_type),
-        read_spec(folder, settings.model_type),
-        weights=digests,
-        tokenizer_digest=_digest_files(folder),
-    )
+    tokenizer, spec = _tokenizer(folder, settings.model_type), read_spec(folder, settings.model_type)
+    digests = {"weights": {path.name: sha256(path) for path in weights}, "tokenizer": _digest_files(folder)}
+    return _assemble(config, model, tokenizer, spec, digests)
 
 
 def _load(folder: Path) -> Any:
@@ -190,20 +184,14 @@ def _open_random(config: ModelConfig) -> Checkpoint:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = AutoModel.from_config(settings, dtype=torch.float32)
-    return _assemble(
-        config, model, tokenizer, spec, weights={"random": str(config.seed)}, tokenizer_digest=_digest_files(folder)
-    )
+    digests = {"weights": {"random": str(config.seed)}, "tokenizer": _digest_files(folder)}
+    return _assemble(config, model, tokenizer, spec, digests)
 
 
 def _assemble(
-    config: ModelConfig,
-    model: Any,
-    tokenizer: Any,
-    spec: PreprocessSpec,
-    *,
-    weights: dict[str, str],
-    tokenizer_digest: str,
+    config: ModelConfig, model: Any, tokenizer: Any, spec: PreprocessSpec, digests: dict[str, Any]
 ) -> Checkpoint:
+    """Check that the parts belong together; ``digests`` are those of the weights and of the tokenizer."""
     model.eval().requires_grad_(False)
     settings = model.config
     side = settings.vision_config.image_size
@@ -241,9 +229,9 @@ def _assemble(
         bias=float(bias) if bias is not None else 0.0,
         fingerprint={
             "family": family,
-            "weights": weights,
+            "weights": digests["weights"],
             "architecture": hashlib.sha256(json.dumps(architecture, sort_keys=True, default=str).encode()).hexdigest(),
-            "tokenizer": tokenizer_digest,
+            "tokenizer": digests["tokenizer"],
             "preprocess": dataclasses.asdict(spec),
         },
     )

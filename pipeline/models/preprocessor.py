@@ -31,7 +31,7 @@ def read_spec(folder: Path, family: str) -> PreprocessSpec:
             if nested is not None or name == "preprocessor_config.json":
                 return to_spec(nested or values, family, str(path))
     raise ModelError(
-        f"{folder}: no preprocessor_config.json; without it nobody knows the size and the colours that the "
+        f"{folder}: no preprocessor_config.json; without it the size and the colours are unknown that the "
         "model was trained on; copy it from the original checkpoint"
     )
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ import torch
 
 from pipeline.backends.base import ImageEncoder
 from pipeline.backends.devices import choose_device
-from pipeline.backends.parity import check, exact_rows, is_reference
+from pipeline.backends.parity import check, embed_reference
 from pipeline.backends.streams import count_streams, keep_memory
 from pipeline.config.schema import Config
 from pipeline.core.processes import cores
@@ -159,15 +159,14 @@ def _open_shapes(parts: job.Engine, encoding: ThreadPoolExecutor) -> tuple[list[
     # One after the other, so that what the first one exports is there for the next.
     encoders: list[ImageEncoder] = []
     parity: list[Parity] = []
-    wanted: torch.Tensor | None = None
+    # Embedded once, for the first encoder.
+    wanted = cache(lambda: embed_reference(encoders[0], parts.checkpoint, parts.sample()))
     for size in shapes(parts.config):
         with memory_explained(size):
             encoder = encoding.submit(parts.open_encoder, size).result()
             encoders.append(encoder)
-            if wanted is None and not is_reference(encoder):
-                wanted = encoding.submit(exact_rows, encoder, parts.checkpoint, parts.sample()).result()
-            gate = partial(check, bank=parts.bank(), limits=parts.config.parity, wanted=wanted)
-            found = encoding.submit(gate, encoder, parts.checkpoint, parts.sample).result()
+            gate = partial(check, bank=parts.bank(), limits=parts.config.parity)
+            found = encoding.submit(gate, encoder, parts.checkpoint, wanted).result()
         if found is not None:
             parity.append(found)
     return encoders, parity

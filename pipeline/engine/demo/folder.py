@@ -30,9 +30,9 @@ def scenes_folder(output: str) -> Path:
     return Path(local_path(output)).parent / "scenes" if is_local(output) else Path("outputs/scenes")
 
 
-def manifest_in(folder: Path, count: int, *, width: int = 256, height: int = 256, seed: int = SEED) -> Path:
+def manifest_in(folder: Path, count: int, *, width: int = 256, height: int = 256) -> Path:
     """The path of the manifest of ``count`` scenes in ``folder``; it need not exist yet."""
-    return folder / f"scenes-{count}-{width}x{height}-{seed}.parquet"
+    return folder / f"scenes-{count}-{width}x{height}-{SEED}.parquet"
 
 
 def render_folder(
@@ -41,7 +41,6 @@ def render_folder(
     *,
     width: int = 256,
     height: int = 256,
-    seed: int = SEED,
     rows: Sequence[int] | None = None,
 ) -> Path:
     """Render ``count`` scenes as JPEG files into ``folder``; return the path of the manifest.
@@ -49,12 +48,12 @@ def render_folder(
     A folder that already holds the same scenes is left unchanged. The manifest has the columns ``id``,
     ``path`` and ``truth`` (colour and shape). For a trial, only the images of ``rows`` are rendered.
     """
-    manifest = manifest_in(folder, count, width=width, height=height, seed=seed)
+    manifest = manifest_in(folder, count, width=width, height=height)
     if manifest.exists() and rows is None:
         return manifest
     store = LocalStorage(str(folder))
-    chosen = list(scenes.scenes(seed, count))
-    names = [f"{count}-{width}x{height}-{seed}/{i:06d}.jpg" for i in range(count)]
+    chosen = list(scenes.scenes(SEED, count))
+    names = [f"{count}-{width}x{height}-{SEED}/{i:06d}.jpg" for i in range(count)]
 
     def save(row: int) -> None:
         path = folder / names[row]
@@ -78,10 +77,10 @@ def jpeg(scene: scenes.Scene, width: int, height: int) -> bytes:
     return buffer.getvalue()
 
 
-def rendered_sample(spec: PreprocessSpec, count: int, *, seed: int = SEED) -> Sample:
+def rendered_sample(spec: PreprocessSpec, count: int) -> Sample:
     """``count`` scenes as pixels of a model's size, for use without a manifest."""
     height, width = (side * 5 // 4 for side in spec.size)
-    pictures = [preprocess(scenes.render(scene, width, height), spec) for scene in scenes.scenes(seed, count)]
+    pictures = [preprocess(scenes.render(scene, width, height), spec) for scene in scenes.scenes(SEED, count)]
     return stack([f"scene-{i:06d}" for i in range(count)], pictures)
 
 

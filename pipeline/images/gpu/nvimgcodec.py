@@ -10,10 +10,10 @@ which hands out again what was freed in stream order. So the host waits until no
 before the picture is freed, until its stream is empty before the engine is called, and again before a kernel reads what
 it wrote. torch must not take its memory from the same pool; where it does, the engine is left out.
 
-Engines have been seen to leave out a picture and report it as decoded, which then is black: pictures of one colour are
-decoded again by the CPU.
+Engines have left out a picture and reported it as decoded, which then is black: pictures of one colour are decoded
+again by the CPU.
 
-The files of strangers are decoded in this process here, as no other process can write to its GPU's memory:
+Untrusted files are decoded in this process here, as no other process can write to its GPU's memory:
 ``loader.isolation`` contains only what is left to the CPU.
 """
 
@@ -28,11 +28,12 @@ import torch
 
 from pipeline.core.errors import BackendUnavailable, install_hint
 from pipeline.core.records import PreprocessSpec
+from pipeline.images.decode import Decoder
 from pipeline.images.gpu.jpeg_header import Baseline, baseline
 from pipeline.images.gpu.resize import FILTERS, resample
 
 CHUNK = 64
-# Larger images are left to the CPU, where giants take turns.
+# Larger images are left to the CPU, where they are decoded one at a time.
 LARGEST = 2**26
 # Pixels decoded in one call; the memory for them is three bytes each.
 CALL_PIXELS = 2**26
@@ -61,9 +62,7 @@ class NvidiaDecoder:
     Args:
         spec: what the model wants.
         device: where the pictures are wanted.
-        formats: as for :class:`~pipeline.images.decode.Decoder`, like the two that follow.
-        exif: ``apply`` or ``ignore``.
-        max_pixels: larger images are not taken.
+        rules: those of the decoder on the CPU; its formats, EXIF rule and limit of pixels count here too.
         lanes: decoding calls at a time.
         open_codec: opens what decodes.
 
@@ -75,10 +74,8 @@ class NvidiaDecoder:
         self,
         spec: PreprocessSpec,
         device: torch.device,
+        rules: Decoder,
         *,
-        formats: Sequence[str],
-        exif: str,
-        max_pixels: int,
         lanes: int = LANES,
         open_codec: Callable[[torch.device], Codec] | None = None,
     ) -> None:
@@ -87,8 +84,8 @@ class NvidiaDecoder:
                 f"images.decoder=gpu has no resampling filter {spec.resample}, which this model wants; "
                 "take images.decoder=exact"
             )
-        self._spec, self._exif = spec, exif
-        self._most = min(max_pixels, LARGEST) if "JPEG" in formats else 0
+        self._spec, self._exif = spec, rules.exif
+        self._most = min(rules.max_pixels, LARGEST) if "JPEG" in rules.formats else 0
         # Images that are worth a call.
         self.chunk = CHUNK
         self._lanes: queue.SimpleQueue[Codec] = queue.SimpleQueue()
@@ -96,9 +93,9 @@ class NvidiaDecoder:
             self._lanes.put((open_codec or Nvimgcodec)(device))
 
     def decode(self, encoded: Sequence[bytes]) -> list[torch.Tensor | None]:
-        """uint8 ``[H, W, 3]`` at ``spec.size`` for each image, on the device and finished; None: the CPU's turn.
+        """uint8 ``[H, W, 3]`` at ``spec.size`` for each image, on the device and finished; None if left to the CPU.
 
-        None stands for all that is not a baseline JPEG without a fault in its structure, so that an image that
+        None for all that is not a baseline JPEG without a fault in its structure, so that an image that
         fails is decoded, and reported, by the CPU's decoder.
 
         Raises:
@@ -139,7 +136,7 @@ class NvidiaDecoder:
     ) -> None:
         codec.wait()
         decoded = codec.decode([encoded[index] for index, _ in taken])
-        # This wait and the last one are no caution to be saved: see the module's text.
+        # This wait and the last one are needed: see the docstring of the module.
         codec.wait()
         try:
             found, pictures = [], []
@@ -182,7 +179,6 @@ class Nvimgcodec:
             )
         except RuntimeError as error:
             raise BackendUnavailable(f"images.decoder=gpu: nvImageCodec finds no decoder: {error}") from error
-        self._parameters = parameters(module)
 
     def active(self) -> AbstractContextManager[Any]:
         """See :class:`Codec`."""
@@ -197,7 +193,6 @@ class Nvimgcodec:
         return decode(
             self._module,
             self._decoder,
-            self._parameters,
             encoded,
             # Not by DLPack, which would have one stream wait for the other: the host has waited already.
             lambda image: torch.as_tensor(image, device=self._device),
@@ -205,32 +200,27 @@ class Nvimgcodec:
         )
 
 
-def parameters(module: Any) -> Any:
-    """Parameters of nvImageCodec: RGB by rows, in the stored orientation."""
-    return module.DecodeParams(
-        apply_exif_orientation=False, color_spec=module.ColorSpec.SRGB, sample_format=module.SampleFormat.I_RGB
-    )
-
-
 def decode(
     module: Any,
     decoder: Any,
-    parameters: Any,
     encoded: Sequence[bytes],
     to_tensor: Callable[[Any], torch.Tensor],
     *,
     cuda_stream: int = 0,
 ) -> list[torch.Tensor | None]:
-    """A tensor that holds on to each decoded image, and None for what nvImageCodec cannot decode."""
+    """RGB by rows in the stored orientation: a tensor that holds each decoded image; None where decoding fails."""
     streams = []
     places = []
     for index, data in enumerate(encoded):
         try:
             streams.append(module.CodeStream(data))
         except RuntimeError:
-            # It reads headers more strictly than we do.
+            # nvImageCodec reads headers more strictly than ``baseline``.
             continue
         places.append(index)
+    parameters = module.DecodeParams(
+        apply_exif_orientation=False, color_spec=module.ColorSpec.SRGB, sample_format=module.SampleFormat.I_RGB
+    )
     results: list[torch.Tensor | None] = [None] * len(encoded)
     images = decoder.decode(streams, params=parameters, cuda_stream=cuda_stream) if streams else []
     for index, image in zip(places, images, strict=True):

@@ -219,7 +219,7 @@ class WorkerState:
         engine = self._pass_gates()
         import torch
 
-        from pipeline.engine.loop import embed
+        from pipeline.engine.loop import Worker, embed
         from pipeline.engine.meter import Meter
 
         if engine.encoder.device.type == "cuda":
@@ -232,9 +232,7 @@ class WorkerState:
         reports = embed(
             self._stream(first),
             self._job.result(),
-            engine.encoder,
-            engine.reader,
-            clocks=meter.clocks,
+            Worker(engine.reader, engine.encoder, meter.clocks),
             on_batch=self._on_batch,
             on_commit=partial(self._report, meter),
         )

@@ -8,7 +8,7 @@ from contextlib import closing
 
 from pipeline.core.records import Shard, ShardReport
 from pipeline.engine.engine import Engine
-from pipeline.engine.loop import Job, embed
+from pipeline.engine.loop import Job, Worker, embed
 from pipeline.engine.meter import Meter
 from pipeline.engine.prepare import Prepared, note, prepare
 from pipeline.storage.base import Storage
@@ -56,9 +56,8 @@ class Inline:
         engine = self._engine
         meter = self._meter = Meter(engine, "0", self._startup)
         try:
-            with closing(
-                embed(shards, self._job, engine.encoder, engine.reader, clocks=meter.clocks, on_batch=on_batch)
-            ) as reports:
+            worker = Worker(engine.reader, engine.encoder, meter.clocks)
+            with closing(embed(shards, self._job, worker, on_batch=on_batch)) as reports:
                 for report in reports:
                     meter.add(report)
                     yield report
