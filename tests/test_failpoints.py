@@ -38,7 +38,8 @@ MODULES = {
     "lease": "dataset/lease", "plan": "engine/prepare", "rows": "engine/loader", "read": "images/reader",
     "decode": "images/reader", "child": "images/pool/worker", "decoded": "images/reader", "encode": "engine/forward",
     "encoded": "engine/forward", "label": "engine/forward", "storage": "storage/local",
-    "object": "storage/object_store", "commit": "dataset/commits", "finalize": "dataset/commits", "report": "job/finish",
+    "object": "storage/object_store", "commit": "dataset/commits", "finalize": "dataset/commits",
+    "report": "job/finish",
 }  # fmt: skip
 RELABELLED = {"plan.settled", "label", "part.build", "report.written"}
 

@@ -18,12 +18,8 @@ from pipeline.core.run_report import Pace, StagePace
 from pipeline.images.factory import pixel_reader
 from pipeline.images.sources.source import Source
 from pipeline.manifest.manifest import Manifest, open_manifest
-<<<<<<< HEAD:tests/test_gallery.py
-from pipeline.report import thumbnails as gallery
-from pipeline.report.bottleneck import Setup
-=======
 from pipeline.report import thumbnails as module
->>>>>>> w-tests1:tests/test_thumbnails.py
+from pipeline.report.bottleneck import Setup
 from pipeline.report.faster_decoder import Faster, faster_decoder
 from pipeline.report.thumbnails import THUMBNAIL, find, spread, thumbnails
 from pipeline.telemetry.run_stats import RunStats, WorkerStats
