@@ -170,7 +170,7 @@ def read_present(storage: Storage, plan: Plan, *, known: Mapping[int, Commit]) -
 def finalize(
     storage: Storage, plan: Plan, commits: Iterable[Commit], confirm: Callable[[], None] = lambda: None
 ) -> dict[str, int]:
-    """Check that the commits cover the plan, clear what nobody refers to, write ``_SUCCESS``.
+    """Check that the commits cover the plan, remove files that no commit refers to, write ``_SUCCESS``.
 
     ``confirm`` is called before anything is cleared or written, and raises if the output is another run's by now.
 

@@ -2,7 +2,7 @@
 
 Leases are numbered files; a number is created once, and the holder of the highest one works. A lease whose holder
 is gone is taken over by creating the next number, which exactly one run achieves. Correctness never rests on a
-lease: commits are created once, whoever makes them. So a lease may be lost, or held twice for a moment, and the
+lease: each commit is created once, by one process. So a lease may be lost, or held twice for a moment, and the
 dataset is the same.
 """
 
@@ -124,7 +124,7 @@ def take(storage: Storage, *, seconds: float, folder: str = FOLDER) -> Lease:
 class Lease:
     """A lease that this process holds, renewed by a thread until the block ends.
 
-    ``taken_over`` says from whom and why it was taken over; empty where nobody had it.
+    ``taken_over`` says from whom and why it was taken over; empty where it was free.
     """
 
     def __init__(self, storage: Storage, number: int, holder: Holder, *, folder: str, taken_over: str) -> None:
@@ -132,7 +132,7 @@ class Lease:
         self.taken_over = taken_over
         self._name = f"{folder}/{number}.json"
         self._lost = ""
-        self._heard = time.monotonic()
+        self._renewed = time.monotonic()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
 
@@ -156,7 +156,7 @@ class Lease:
         Raises:
             LeaseLost: another run took it over.
         """
-        if self._lost or time.monotonic() - self._heard > self._holder.seconds:
+        if self._lost or time.monotonic() - self._renewed > self._holder.seconds:
             self.confirm()
 
     def confirm(self) -> None:
@@ -190,7 +190,7 @@ class Lease:
         highest = max(found, default=0)
         own = parse(self._storage.read(self._name))
         if highest <= self._number and own is not None and own.token == self._holder.token:
-            self._heard = time.monotonic()
+            self._renewed = time.monotonic()
             return
         new = parse(self._storage.read(found[highest])) if highest else None
         by = f"was taken over by {new}" if new is not None and new.token != self._holder.token else "is gone"
@@ -204,7 +204,7 @@ class Lease:
         """Take the lease's file away, and older ones; that of another run stays."""
         own = parse(self._storage.read(self._name))
         if own is not None and own.token == self._holder.token:
-            # Ours last: as long as it stands, nobody takes a lower one for the newest.
+            # Ours last: while it exists, no process takes a lower one for the newest.
             for number, name in leases(self._storage, self._folder).items():
                 if number < self._number:
                     self._storage.remove(name)

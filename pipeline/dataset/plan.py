@@ -29,7 +29,7 @@ WORDS = {
 class Plan:
     """Everything that the bytes of the dataset follow from.
 
-    ``fingerprints`` are compared on resume; ``about`` is for people, and ``config`` is what the job was told, for a
+    ``fingerprints`` are compared on resume; ``about`` is for people, and ``config`` is the config of the job, for a
     repair (see :mod:`pipeline.dataset.saved_config`); both may differ. The shard list is not spelled out: it follows
     from the manifest's row groups and ``shard_rows``, so a plan stays small at any size. ``sources`` are the manifests
     (see :func:`source_of`) of other datasets of the same kind that this one may share whole parts with.

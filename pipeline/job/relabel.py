@@ -274,9 +274,10 @@ def _failures(table: pa.Table, rows: NDArray[np.int64]) -> dict[int, Failure]:
     failed = np.ones(table.num_rows, dtype=bool)
     failed[rows] = False
     places = np.flatnonzero(failed)
-    told = table.select(["status", "error"]).take(pa.array(places)).to_pylist()
+    failed_rows = table.select(["status", "error"]).take(pa.array(places)).to_pylist()
     return {
-        int(place): Failure(status=row["status"], error=row["error"]) for place, row in zip(places, told, strict=True)
+        int(place): Failure(status=row["status"], error=row["error"])
+        for place, row in zip(places, failed_rows, strict=True)
     }
 
 

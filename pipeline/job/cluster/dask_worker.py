@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 # A stream that brings no shard ends, so that rows which wait for more are embedded: after so many seconds, at least,
 # without a batch, or twice what batches take here.
-PATIENCE, LONGEST, TICK = 0.25, 5.0, 0.02
+SHORTEST, LONGEST, TICK = 0.25, 5.0, 0.02
 _STATES: dict[str, WorkerState] = {}
 _GUARD = threading.Lock()
 
@@ -244,7 +244,7 @@ class WorkerState:
             try:
                 yield self._queue.get(timeout=TICK)
             except queue.Empty:
-                if self.drained or time.monotonic() - self._alive > max(PATIENCE, min(LONGEST, 2 * self._gap)):
+                if self.drained or time.monotonic() - self._alive > max(SHORTEST, min(LONGEST, 2 * self._gap)):
                     return
 
     def _on_batch(self, images: int) -> None:
