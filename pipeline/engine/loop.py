@@ -44,7 +44,6 @@ class Job:
 
     config: Config
     manifest: Manifest
-    spec: PreprocessSpec
     form: PartFormat
     bank: TextBank | None
 

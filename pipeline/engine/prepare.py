@@ -180,7 +180,6 @@ def job_of(inputs: Inputs, prepared: Prepared) -> Job:
     return Job(
         config=prepared.config,
         manifest=inputs.manifest,
-        spec=spec_of(prepared.config, inputs.checkpoint),
         form=parts.format_of(prepared.plan, inputs.manifest.schema, prepared.dim),
         bank=inputs.bank(),
     )
