@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from pipeline.core.cli import command_parser, print_showable, run_command, run_process
+from pipeline.core.cli import ErrorOutput, command_parser, print_showable, run_command, run_process
 from pipeline.core.errors import ArtifactError, PipelineError
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ HEADER = ("id", "kind", "model", "revision", "options", "size", "created", "last
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, act on the store, print; return the exit code."""
     options = _parser().parse_args(arguments)
-    return run_command(lambda: _run(options), interrupted="interrupted; the same command goes on")
+    return run_command(lambda: _run(options), ErrorOutput("interrupted; the same command goes on"))
 
 
 def _run(options: argparse.Namespace) -> int:

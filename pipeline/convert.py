@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.core.cli import command_parser, run_command, run_process
+from pipeline.core.cli import ErrorOutput, command_parser, run_command, run_process
 from pipeline.core.errors import ConfigError, Problem
 
 FORMATS = ("numpy", "faiss", "datasets", "lance")
@@ -30,7 +30,7 @@ or interrupted
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, convert, print a summary; return the exit code."""
     options = _parser().parse_args(arguments)
-    return run_command(lambda: _act(options), interrupted="interrupted; nothing was left behind")
+    return run_command(lambda: _act(options), ErrorOutput("interrupted; nothing was left behind"))
 
 
 def _act(options: argparse.Namespace) -> int:

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 from pipeline.config.compose import compose_config
 from pipeline.config.schema import Config
-from pipeline.core.cli import command_parser, run_command, run_process
+from pipeline.core.cli import ErrorOutput, add_overrides, command_parser, run_command, run_process
 from pipeline.core.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
     from pipeline.backends.artifacts.store import Artifact
     from pipeline.backends.triton.model_config import Serving
-    from pipeline.models.checkpoint import Checkpoint
+    from pipeline.engine.engine import Engine
 
 FORMATS = ("onnx", "torchscript")
 TOWERS = ("image", "text")
@@ -46,7 +46,7 @@ exit codes: 0 done, 2 wrong config, or the export cannot be made here, 4 too far
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, export, print a summary; return the exit code."""
     options = _parser().parse_intermixed_args(arguments)
-    return run_command(lambda: _run(options), interrupted="interrupted; no partial export was kept")
+    return run_command(lambda: _run(options), ErrorOutput("interrupted; no partial export was kept"))
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -58,13 +58,16 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _act(config: Config, options: argparse.Namespace) -> None:
-    from pipeline.models.checkpoint import open_checkpoint
+    from pipeline.engine.engine import Engine
 
-    checkpoint = open_checkpoint(config.model)
     made = []
-    for artifact in _export(config, options, checkpoint):
-        print(describe(artifact), flush=True)
-        made.append(artifact)
+    # One half of the images of a static export is for calibration, the other for the comparison.
+    config = config.changed({"backend.quantization": "static" if options.static else "dynamic"})
+    with Engine(config) as engine:
+        checkpoint = engine.checkpoint
+        for artifact in _export(engine, options):
+            print(describe(artifact), flush=True)
+            made.append(artifact)
     if options.to == "triton":
         from pipeline.backends.triton.repository import write_repository
 
@@ -95,7 +98,7 @@ def describe(artifact: Artifact) -> str:
     return "\n".join([*lines, *(f"  {artifact.file(name)}" for name in card["files"])])
 
 
-def _export(config: Config, options: argparse.Namespace, checkpoint: Checkpoint) -> Iterator[Artifact]:
+def _export(engine: Engine, options: argparse.Namespace) -> Iterator[Artifact]:
     from functools import cache
 
     import torch
@@ -103,47 +106,22 @@ def _export(config: Config, options: argparse.Namespace, checkpoint: Checkpoint)
     from pipeline.backends.artifacts.exports import GraphOptions, onnx_graph
     from pipeline.backends.artifacts.store import ArtifactStore
     from pipeline.backends.artifacts.torchscript import TraceOptions, traced
-    from pipeline.core.errors import ManifestError
-    from pipeline.core.records import Sample
-    from pipeline.engine.demo.folder import rendered_sample
-    from pipeline.engine.prepare import spec_of
-    from pipeline.engine.sample import draw_sample
-    from pipeline.images.factory import pixel_reader
-    from pipeline.manifest.manifest import open_manifest
 
-    @cache
-    def sample() -> Sample:
-        spec = spec_of(config, checkpoint)
-        # One half is for calibration, the other for the comparison.
-        count = config.parity.images * (2 if options.static else 1)
-        if config.manifest.path is None:
-            return rendered_sample(spec, count)
-        manifest = open_manifest(config.manifest)
-        with pixel_reader(config, manifest.root, spec) as reader:
-            drawn = draw_sample(manifest, reader, count)
-        if drawn is None:
-            raise ManifestError(f"{config.manifest.path}: none of the images that were tried can be decoded")
-        return drawn
-
+    checkpoint, config, sample = engine.checkpoint, engine.config, cache(engine.cpu_sample)
     store, limits = ArtifactStore(config.backend.artifacts), config.parity
     if options.format == "torchscript":
         trace = TraceOptions(options.precision, torch.device("cpu"))
         yield traced(checkpoint, trace, store, sample=sample, limits=limits)
         return
     for tower in TOWERS if options.tower == "both" else (options.tower,):
-        yield onnx_graph(
-            checkpoint,
-            GraphOptions(
-                tower=tower,
-                precision=options.precision,
-                # Triton and TensorRT take standard operators; ONNX Runtime fuses them when it loads them.
-                fused=not options.plain and options.to != "triton",
-                quantization=("static" if options.static else "dynamic") if options.precision == "int8" else None,
-            ),
-            store,
-            sample=sample,
-            limits=limits,
+        graph = GraphOptions(
+            tower=tower,
+            precision=options.precision,
+            # Triton and TensorRT take standard operators; ONNX Runtime fuses them when it loads them.
+            fused=not options.plain and options.to != "triton",
+            quantization=("static" if options.static else "dynamic") if options.precision == "int8" else None,
         )
+        yield onnx_graph(checkpoint, graph, store, sample=sample, limits=limits)
 
 
 def _read(options: argparse.Namespace) -> Config:
@@ -218,7 +196,7 @@ def _parser() -> argparse.ArgumentParser:
         "Export a model's towers as ONNX graphs, TorchScript, or for Triton, compared with fp32.",
         EXAMPLES,
     )
-    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="GROUP=OPTION or KEY=VALUE, as for the job")
+    add_overrides(parser)
     parser.add_argument("--format", choices=FORMATS, default="onnx", help="default: onnx")
     parser.add_argument("--tower", choices=(*TOWERS, "both"), default="both", help="default: both")
     parser.add_argument("--precision", choices=("fp32", "fp16", "bf16", "int8"), default="fp32", help="default: fp32")

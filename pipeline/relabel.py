@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 
 from pipeline.config.compose import compose_config
-from pipeline.core.cli import command_parser, run_command, run_process
+from pipeline.core.cli import ErrorOutput, add_overrides, command_parser, run_command, run_process
 from pipeline.core.errors import ConfigError, Problem
 
 EXAMPLES = """\
@@ -32,8 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, relabel; return the exit code."""
     began = time.time()
     options = _parser().parse_args(arguments)
-    interrupted = "interrupted; what was committed stays, and the same command goes on from there"
-    return run_command(lambda: _act(options, began), interrupted=interrupted)
+    errors = ErrorOutput("interrupted; what was committed stays, and the same command goes on from there")
+    return run_command(lambda: _act(options, began), errors)
 
 
 def _act(options: argparse.Namespace, began: float) -> None:
@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         EXAMPLES,
     )
     parser.add_argument("source", metavar="SOURCE", help="the finished dataset: a folder or an fsspec address")
-    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="KEY=VALUE or GROUP=OPTION, as for the job")
+    add_overrides(parser)
     return parser
 
 

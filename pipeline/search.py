@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.schema import ModelConfig
-from pipeline.core.cli import command_parser, run_command, run_process, showable
+from pipeline.core.cli import ErrorOutput, command_parser, run_command, run_process, showable
 from pipeline.core.errors import ConfigError, PipelineError, Problem
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ WIDTH = 48
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, search or build the index, print; return the exit code."""
     options = _parser().parse_args(arguments)
-    return run_command(lambda: _act(options), interrupted="interrupted")
+    return run_command(lambda: _act(options), ErrorOutput("interrupted"))
 
 
 def _act(options: argparse.Namespace) -> int:

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from pipeline.config.schema import OutputConfig
-from pipeline.core.cli import command_parser, print_showable, run_command, run_process
+from pipeline.core.cli import ErrorOutput, command_parser, print_showable, run_command, run_process
 from pipeline.core.errors import Interrupted, NoDataset, PlanMismatch, StorageError, TooManyFailures
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ PROGRESS_SECONDS = 5.0
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, verify, repair and collect if asked for; return the exit code."""
     options = _parser().parse_args(arguments)
-    return run_command(lambda: _run(options), interrupted="interrupted; a repair goes on with the same command")
+    return run_command(lambda: _run(options), ErrorOutput("interrupted; a repair goes on with the same command"))
 
 
 def _run(options: argparse.Namespace) -> int:

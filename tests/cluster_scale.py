@@ -28,7 +28,7 @@ from pipeline.job.cluster.dask_cluster import SETTINGS, open_processes
 from pipeline.job.cluster.dask_executor import DaskExecutor
 from pipeline.job.cluster.events import EventSender
 from pipeline.storage.factory import open_storage
-from pipeline.telemetry.members import Member
+from pipeline.telemetry.run_stats import WorkerStats
 
 TOKEN = "scale"
 
@@ -41,7 +41,7 @@ class Stub:
     def __init__(self, worker: Any) -> None:
         clocks = Clocks({stage: 1.0 for stage in Stage}, {stage: 1.0 for stage in Stage})
         self._events = EventSender(worker, f"pipeline-{TOKEN}")
-        self._member = Member(str(worker.name), "host", id(self) % 100_000, "cpu", 1, 1.0, clocks=clocks)
+        self._stats = WorkerStats(str(worker.name), "host", id(self) % 100_000, "cpu", 1, 1.0, clocks=clocks)
 
     def put(self, shard: Shard) -> Future[None]:
         report = {
@@ -53,7 +53,7 @@ class Stub:
         }
         for _ in range(8):
             self._events.send({"images": 512})
-        self._events.send({"report": report, "member": self._member.to_json()})
+        self._events.send({"report": report, "worker": self._stats.to_json()})
         done: Future[None] = Future()
         done.set_result(None)
         return done

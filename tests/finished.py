@@ -21,7 +21,7 @@ ROWS, FAILED = 120, (3, 20)
 
 def run_scenes(folder: Path, name: str, scenes: Path, /, **groups: Any) -> Config:
     """Run a small job over the manifest ``scenes`` into ``folder/name``; returns its config."""
-    config = config_for(scenes, folder / name, **{**groups, "loader": {"isolation": "none"}})
+    config = config_for(scenes, folder / name, **groups)
     run_job(config)
     return config
 

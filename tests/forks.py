@@ -37,6 +37,8 @@ WARM = (
     "hydra.core.utils",
     "hydra._internal.core_plugins.basic_launcher",
     "jinja2",
+    "matplotlib.backends.backend_svg",
+    "matplotlib.figure",
     "pandas",
     "fsspec.implementations.local",
     "pyarrow.acero",
@@ -51,6 +53,8 @@ WARM = (
     "transformers.models.clip.image_processing_pil_clip",
     "pipeline.backends.torch",
     "pipeline.job.main",
+    "pipeline.report.page",
+    "pipeline.report.plots",
     "pipeline.run",
     "tests.jobs",
 )
@@ -157,7 +161,7 @@ def forks() -> Forks:
     return made
 
 
-def door(*overrides: str) -> int:
+def run_command(*overrides: str) -> int:
     """``python -m pipeline.run OVERRIDES`` in this process."""
     from pipeline import run
 
@@ -179,7 +183,7 @@ def config_from(groups: dict[str, dict[str, Any]]) -> Config:
 
 
 def job(groups: dict[str, dict[str, Any]], stub: bool = False) -> int:
-    """A job by its config, without Hydra: a third of a second less; ends as the door does."""
+    """A job by its config, without Hydra: a third of a second less; ends as the command does."""
     from contextlib import nullcontext
 
     from pipeline.core.errors import PipelineError

@@ -40,15 +40,19 @@ def scenes_manifest(path: Path, rows: int, *, damaged: dict[int, bytes] | None =
 
 
 def config_for(manifest: Path, output: Path, /, **groups: dict[str, Any]) -> Config:
-    """A config of small shards and batches; each keyword replaces values of one group."""
+    """A config of small shards and batches; each keyword replaces values of one group.
+
+    Decoding in this process and no page: decoder processes and matplotlib take most of the time of a small job, so the
+    tests of either ask for it.
+    """
     config = Config()
     defaults: dict[str, dict[str, Any]] = {
         "manifest": {"path": str(manifest), "image": "image", "keep": ["truth", "meta"], "shard_rows": 24},
-        "loader": {"batch_size": 8, "workers": 2},
+        "loader": {"batch_size": 8, "workers": 2, "isolation": "none"},
         "output": {"dir": str(output)},
         "errors": {"max_fraction": 0.5},
         "backend": {"device": "cpu"},
-        "report": {"progress": "none", "examples": 4},
+        "report": {"progress": "none", "html": False, "examples": 4},
     }
     for name in {*defaults, *groups}:
         values = {**defaults.get(name, {}), **groups.get(name, {})}
@@ -57,7 +61,7 @@ def config_for(manifest: Path, output: Path, /, **groups: dict[str, Any]) -> Con
 
 
 def overrides_of(config: Config) -> list[str]:
-    """The command line that gives ``config``'s manifest, output and loader."""
+    """Return the command line that gives ``config``'s manifest, output, batches and workers."""
     return [
         f"manifest.path={config.manifest.path}",
         "manifest.image=image",

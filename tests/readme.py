@@ -73,7 +73,7 @@ ROWS: dict[str, Run | Slow | Prove | Elsewhere] = {
     "python -m pipeline.manifest folder": Run(),
     "python -m pipeline.bench": Prove("measures for minutes; tests/test_bench.py runs it"),
     "python -m pipeline.bench pipeline": Prove("measures for minutes; tests/test_bench_pipeline.py runs it"),
-    "python -m pipeline.export": Prove("exports for a minute; tests/test_export_door.py runs it"),
+    "python -m pipeline.export": Prove("exports for a minute; tests/test_export.py runs it"),
     "python -m pipeline.artifacts list": Run(),
     "python -m pipeline.verify": Run(),
     "python -m pipeline.relabel": Run(),

@@ -51,10 +51,11 @@ def small_job(folder: Path, rows: int = ROWS, **groups: dict[str, Any]) -> Confi
     manifest = folder / f"scenes-{rows}.parquet"
     if not manifest.exists():
         scenes_manifest(manifest, rows)
-    defaults = {
+    defaults: dict[str, dict[str, Any]] = {
         "manifest": {"shard_rows": SHARD_ROWS},
         "loader": {"batch_size": SHARD_ROWS},
         "prompts": {"cache": str(folder / "cache")},
+        "report": {"html": True},
     }
     for name, values in groups.items():
         defaults[name] = {**defaults.get(name, {}), **values}

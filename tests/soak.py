@@ -140,7 +140,7 @@ class Soak:
         if self.options.processes:
             return Process(command(self.config, output))
         if door:
-            return self.forks.start("tests.forks:door", *command(self.config, output), failpoints=rule)
+            return self.forks.start("tests.forks:run_command", *command(self.config, output), failpoints=rule)
         return self.forks.start("tests.forks:job", at(self.config, output), failpoints=rule)
 
     def table(self) -> str:

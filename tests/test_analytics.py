@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from pipeline.job.main import run_job
 from pipeline.nightly.store import RUN_SCHEMA
 from tests.conftest import ROOT
 from tests.jobs import config_for, scenes_manifest
+from tests.processes import run_python
 
 ANALYTICS = ROOT / "jobs" / "analytics"
 SCRIPTS = sorted(path.stem for path in ANALYTICS.glob("*.py") if path.stem != "common")
@@ -90,8 +92,7 @@ def test_help_says_what_a_script_wants_and_how_it_is_called(
 
 
 def test_a_script_runs_from_a_shell(store: Path) -> None:
-    command = [sys.executable, "jobs/analytics/label_counts.py", str(store)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = run_python("jobs/analytics/label_counts.py", str(store))
     assert done.returncode == 0, done.stderr
     assert "2026-01-02" in done.stdout
 
@@ -335,11 +336,14 @@ def test_a_place_without_a_dataset_is_named(load: Callable[[str], Any], tmp_path
 
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("package", ["duckdb", "matplotlib"])
-def test_a_machine_without_a_package_is_told_what_to_install(script: str, package: str) -> None:
-    code = f"import runpy, sys; sys.modules[{package!r}] = None; sys.path.insert(0, {str(ANALYTICS)!r}); "
-    code += f"runpy.run_path({str(ANALYTICS / script)!r} + '.py', run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert done.stderr == (
-        f"{package} is not installed; these scripts need: pip install -c constraints.txt -e '.[analytics]'\n"
+def test_a_machine_without_a_package_is_told_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, script: str, package: str
+) -> None:
+    monkeypatch.syspath_prepend(str(ANALYTICS))
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, "common", raising=False)
+    with pytest.raises(SystemExit) as left:
+        runpy.run_path(str(ANALYTICS / f"{script}.py"), run_name="__main__")
+    assert left.value.code == (
+        f"{package} is not installed; these scripts need: pip install -c constraints.txt -e '.[analytics]'"
     )

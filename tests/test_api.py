@@ -7,10 +7,7 @@ import asyncio
 import gc
 import inspect
 import io
-import json
 import os
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -40,9 +37,9 @@ from pipeline.config.schema import Config, conf_dir, value_of
 from pipeline.core.errors import ConfigError, ManifestError, NoDataset, PlanMismatch, PromptsError, UnfinishedDataset
 from pipeline.engine.demo.folder import jpeg, render_folder
 from pipeline.engine.demo.scenes import render, sample
-from tests.conftest import ROOT
 from tests.forks import forks
 from tests.jobs import config_for, content, overrides_of, scenes_manifest
+from tests.processes import loads, run_python
 
 QUICK: dict[str, Any] = {"settings": {"loader.isolation": "none"}, "progress": False, "device": "cpu"}
 # A batch of another size is computed in another order.
@@ -74,7 +71,7 @@ def whole(photos: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Datas
 def test_the_rows_are_those_of_the_command_byte_for_byte(tmp_path: Path) -> None:
     manifest = scenes_manifest(tmp_path / "m.parquet", 60)
     config = config_for(manifest, tmp_path / "command")
-    assert forks().start("tests.forks:door", *overrides_of(config)).wait() == 0
+    assert forks().start("tests.forks:run_command", *overrides_of(config)).wait() == 0
     settings = {"manifest.shard_rows": 24, "loader.workers": 2, "errors.max_fraction": 0.5}
     made = embed(manifest, image="image", keep=["truth", "meta"], batch_size=8, device="cpu", progress=False,
                  output=tmp_path / "called", settings=settings)  # fmt: skip
@@ -421,12 +418,9 @@ def test_web_addresses_that_are_handed_over_are_fetched_and_private_hosts_are_no
 
 
 def test_importing_the_package_imports_nothing_yet() -> None:
-    code = (
-        "import sys, json, pipeline; before = sorted(name for name in sys.modules if name.startswith('pipeline'));"
-        "pipeline.embed; print(json.dumps([before, [n for n in ('torch', 'hydra', 'pandas') if n in sys.modules]]))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout) == [["pipeline"], []]
+    imported = "import sys, pipeline; print([name for name in sys.modules if name.startswith('pipeline')])"
+    assert run_python("-c", imported).stdout == "['pipeline']\n"
+    assert loads("import pipeline; pipeline.embed", "torch", "hydra", "pandas") == []
 
 
 def test_the_package_exports_the_names_it_lists() -> None:

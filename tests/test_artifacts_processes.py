@@ -17,6 +17,7 @@ from pipeline.artifacts import main
 from pipeline.backends.artifacts.directories import locked
 from pipeline.backends.artifacts.store import ArtifactStore
 from tests.conftest import ROOT
+from tests.processes import loads, run_python, wait_until
 from tests.test_artifacts import BYTES, DAY, RECIPE, age, build, names
 
 # A writer in a process of its own: says that it builds, writes a half, waits for leave, writes the whole.
@@ -55,10 +56,7 @@ def start(place: Path, locks: str = "locks") -> subprocess.Popen[str]:
 
 
 def wait_for(place: Path, count: int) -> None:
-    until = time.monotonic() + 60
-    while len(list(place.glob("building-*"))) < count:
-        assert time.monotonic() < until, "no writer came"
-        time.sleep(0.01)
+    wait_until(lambda: len(list(place.glob("building-*"))) >= count)
 
 
 @pytest.mark.parametrize("locks", ["locks", "lockless"])
@@ -115,7 +113,9 @@ def test_who_waited_holds_the_lock_that_others_see(tmp_path: Path) -> None:
     assert not path.exists()
 
 
-def test_the_door(store: ArtifactStore, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_lists_shows_pins_verifies_and_prunes(
+    store: ArtifactStore, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def call(*arguments: str) -> tuple[int, str, str]:
         code = main(["--store", str(store.root), *arguments])
         return code, *capsys.readouterr()
@@ -148,9 +148,7 @@ def test_the_door(store: ArtifactStore, capsys: pytest.CaptureFixture[str], monk
             call("prune", "--older-than", days)
 
 
-def test_the_door_opens_without_torch_and_knows_the_default_folder(tmp_path: Path) -> None:
-    code = "import sys, pipeline.artifacts as m; m.main(['list']); sys.exit('torch' in sys.modules)"
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
-    for command in (["-m", "pipeline.artifacts", "list"], ["-c", code]):
-        done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert (done.returncode, done.stdout) == (0, f"no artefacts in {tmp_path}/clip-pipeline/artifacts\n")
+def test_the_command_starts_without_torch_and_knows_the_default_folder(tmp_path: Path) -> None:
+    done = run_python("-m", "pipeline.artifacts", "list", XDG_CACHE_HOME=str(tmp_path))
+    assert (done.returncode, done.stdout) == (0, f"no artefacts in {tmp_path}/clip-pipeline/artifacts\n")
+    assert loads("import pipeline.artifacts as m; m.main(['list'])", "torch") == []

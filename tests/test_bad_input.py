@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import ctypes
-import io
 import json
 import os
 import socket
@@ -23,6 +22,7 @@ from PIL import Image
 from pipeline.models.hub import DEMO_FOLDER
 from tests.conftest import data_folder
 from tests.forks import forks, job
+from tests.pictures import saved
 from tests.test_decode import ODD
 
 MAX_PIXELS, MAX_BYTES = 1_000_000, 400_000
@@ -33,15 +33,11 @@ def photo(kind: str = "JPEG", size: tuple[int, int] = (90, 70), mode: str = "RGB
     width, height = size
     y, x = np.mgrid[:height, :width]
     planes = np.stack([x * 2 % 256, y * 3 % 256, (x ^ y) % 256], axis=2).astype(np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(planes).convert(mode).save(buffer, kind, **options)
-    return buffer.getvalue()
+    return saved(Image.fromarray(planes).convert(mode), kind, **options)
 
 
 def flat(size: int, mode: str = "L", kind: str = "PNG", **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    Image.new(mode, (size, size)).save(buffer, kind, **options)
-    return buffer.getvalue()
+    return saved(Image.new(mode, (size, size)), kind, **options)
 
 
 def damaged(data: bytes, at: int, piece: bytes) -> bytes:
@@ -112,7 +108,7 @@ def groups(folder: Path, output: Path, **more: dict[str, Any]) -> dict[str, dict
         "output": {"dir": str(output)},
         "errors": {"max_fraction": 1.0},
         "backend": {"device": "cpu"},
-        "report": {"progress": "none"},
+        "report": {"progress": "none", "html": False},
     }
     for name, values in more.items():
         found[name] = {**found.get(name, {}), **values}
@@ -220,7 +216,7 @@ def test_a_decoder_that_dies_hangs_or_grows_costs_one_row(tmp_path: Path, rule: 
     files = {f"{number:02d}.jpg": photo() for number in range(20)}
     files["07.jpg"] = photo(comment=MARK.encode())
     make(tmp_path, files)
-    config = groups(tmp_path, tmp_path / "out", loader={"decode_seconds": 2.0})
+    config = groups(tmp_path, tmp_path / "out", loader={"decode_seconds": 1.0})
     child = forks().start("tests.forks:job", config, True, failpoints=f"child.decode[{MARK}]={rule}")
     assert child.wait() == 0, child.said()
     rows = rows_of(tmp_path / "out")
@@ -250,6 +246,7 @@ def test_a_job_whose_every_decoder_crashes_still_ends(tmp_path: Path) -> None:
     assert [row["status"] for row in rows_of(tmp_path / "out")] == ["decoder_crashed"] * 5 + ["empty"]
 
 
+@pytest.mark.slow
 def test_real_bytes_that_take_too_long_or_too_much_memory_cost_one_row_each(tmp_path: Path) -> None:
     """A JPEG of a few hundred kilobytes with seconds of work in it, and a PNG that unpacks to 300 MB."""
     make(tmp_path, {"a.jpg": photo(), "slow.jpg": slow_jpeg(5000, 1000), "large.png": flat(9000), "b.jpg": photo()})

@@ -16,9 +16,8 @@ import pytest
 import torch
 
 from pipeline.artifacts import main as artifacts
-from pipeline.backends import factory
 from pipeline.backends.artifacts.store import ArtifactStore
-from pipeline.backends.base import ImageEncoder
+from pipeline.backends.base import ImageEncoder, factory
 from pipeline.backends.timing import images_per_second, settle
 from pipeline.config.compose import compose_config
 from pipeline.config.schema import Config, ModelConfig

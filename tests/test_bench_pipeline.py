@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -15,11 +14,11 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.bench import pipeline, pipeline_records, pipeline_report, pipeline_run, report, timing
-from pipeline.bench.child import Child, Died
+from pipeline.bench import command, pipeline, pipeline_records, pipeline_report, pipeline_run, report, stages, timing
 from pipeline.bench.images import take_images
 from pipeline.bench.pipeline_records import JobRounds, PipelineBench, StageRounds
 from pipeline.config.compose import compose_config
+from pipeline.core.child import ChildEnded
 from pipeline.core.errors import ConfigError
 from pipeline.core.records import Stage
 from pipeline.images.factory import pixel_reader
@@ -159,7 +158,7 @@ def test_a_report_without_other_decoders_names_the_padding() -> None:
 
 @pytest.mark.parametrize("text", ["plain", "with space", "it's", "a\\", "a\\'b", "a,b=c]{}$x", 'say "so"'])
 def test_a_path_reaches_the_config_whatever_is_in_it(text: str) -> None:
-    config = compose_config([f"output.dir={pipeline_run.quoted(f'/x/{text}')}"])
+    config = compose_config([f"output.dir={command.quoted(f'/x/{text}')}"])
     assert config.output.dir == f"/x/{text}"
 
 
@@ -177,12 +176,12 @@ def test_all_problems_of_the_command_line_are_reported_at_once(capsys: pytest.Ca
 
 
 def test_labels_and_a_batch_size_are_filled_in_where_the_config_has_none() -> None:
-    config = compose_config([*pipeline.defaults(compose_config(["model=clip_vit_b32"]))])
+    config = compose_config([*pipeline_run.defaults(compose_config(["model=clip_vit_b32"]))])
     assert config.images.repeats == "each"
     assert len(config.prompts.labels) == 10
     assert config.loader.batch_size > 0
     given = compose_config(["prompts.labels=[cat]", "loader.batch_size=8"])
-    assert pipeline.defaults(given) == ["images.repeats=each"]
+    assert pipeline_run.defaults(given) == ["images.repeats=each"]
 
 
 # -- pieces
@@ -200,35 +199,11 @@ def test_a_measurement_continues_after_the_last_piece_and_counts_core_seconds() 
         return 2
 
     with ThreadPoolExecutor(2) as pool:
-        first = timing.measure(work, threads=2, seconds=0.1, submit=pool.submit)
-        timing.measure(work, threads=1, seconds=0.0, submit=pool.submit)
+        first = timing.measure(work, 0.1, timing.Workers(2, pool.submit))
+        timing.measure(work, 0.0, timing.Workers(1, pool.submit))
     assert sorted(seen) == list(range(len(seen)))
     assert first.core_seconds == pytest.approx(0.0025, rel=0.5)
     assert first.images_per_second > 0
-
-
-@pytest.mark.parametrize(
-    ("code", "timeout", "reason"),
-    [
-        ("raise SystemExit('no way')", 60, "exit code 1: no way"),
-        ("import time; time.sleep(60)", 0.5, r"not done within 0\.5 s"),
-        ("import os; os.kill(os.getpid(), 15)", 60, "ended by SIGTERM"),
-    ],
-)
-def test_a_command_that_fails_or_hangs_is_reported_with_its_last_line(
-    tmp_path: Path, code: str, timeout: float, reason: str
-) -> None:
-    child = Child([sys.executable, "-c", code], log=tmp_path / "log", answers=False)
-    with pytest.raises(Died, match=reason):
-        child.wait(timeout=timeout)
-    child.close()
-
-
-def test_a_command_that_answers_no_requests_writes_to_its_log(tmp_path: Path) -> None:
-    child = Child([sys.executable, "-c", "print('fine' * 100_000)"], log=tmp_path / "log", answers=False)
-    child.wait(timeout=60)
-    child.close()
-    assert (tmp_path / "log").read_text().strip() == "fine" * 100_000
 
 
 def test_a_run_begins_without_the_output_of_one_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,15 +216,18 @@ def test_a_run_begins_without_the_output_of_one_that_failed(tmp_path: Path, monk
             (output / "_plan.json").write_text("{}")
 
         def wait(self, *, timeout: float) -> None:
-            raise Died("not done within 1 s")
+            raise ChildEnded("not done within 1 s", "timeout")
 
-        def close(self) -> None:
+        def __enter__(self) -> Failing:
+            return self
+
+        def __exit__(self, *error: object) -> None:
             return
 
     monkeypatch.setattr(pipeline_run, "Child", Failing)
     for overrides in ((), ("backend=onnx",)):
-        with pytest.raises(Died):
-            pipeline_run.run_job(overrides, {"manifest": {"path": "m.parquet"}}, tmp_path, timeout=1.0)
+        with pytest.raises(ChildEnded):
+            pipeline_run.run_job(overrides, tmp_path, streams=1, timeout=1.0)
     assert seen == [False, False]
 
 
@@ -258,8 +236,7 @@ def test_bad_images_are_left_out_and_good_ones_are_repeated(tmp_path: Path) -> N
     manifest, spec = open_manifest(config.manifest), to_spec({}, "clip", "here")
     with pixel_reader(config, manifest.root, spec) as reader:
         found = take_images(manifest, reader, tmp_path, count=30, threads=2)
-    facts = found.facts()
-    assert (facts["images"], facts["bad"], facts["held"]) == (30, 2, 22)
+    assert (found.count, found.bad, len(found.encoded)) == (30, 2, 22)
     assert found.pixels.shape == (22, *spec.size, 3)
     table = pq.read_table(found.manifest["path"])
     assert len(set(table["id"].to_pylist())) == 30
@@ -277,7 +254,7 @@ def test_the_demo_model_is_measured_from_scenes_to_the_report(tmp_path: Path) ->
     )
     assert done.returncode == 0, done.stderr
     bench = json.loads((tmp_path / "pipeline.json").read_text())
-    assert [stage["name"] for stage in bench["stages"]] == list(pipeline_run.STAGES)
+    assert [stage["name"] for stage in bench["stages"]] == list(stages.NAMES)
     assert all(stage["images_per_second"][0] > 0 for stage in bench["stages"])
     assert all(stage["core_seconds"][0] > 0 for stage in bench["stages"] if stage["name"] in ("decode", "encode"))
     whole = bench["job"]

@@ -3,8 +3,6 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +15,8 @@ from pipeline.models.architectures import ARCHITECTURES
 from pipeline.models.checkpoint import open_checkpoint
 from pipeline.models.hub import DEMO_FOLDER
 from pipeline.models.preprocessor import to_spec
-from tests.conftest import ROOT, data_folder
+from tests.conftest import data_folder
+from tests.processes import run_python
 
 
 @pytest.fixture
@@ -219,7 +218,7 @@ def test_a_folder_that_is_no_checkpoint_is_explained(copy: Path, spoil, message:
     ids=["imported", "opened", "before torchao"],
 )
 def test_nothing_is_said_that_a_user_cannot_act_on(code: str) -> None:
-    reply = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    reply = run_python("-c", code)
     assert (reply.returncode, reply.stderr) == (0, "")
 
 

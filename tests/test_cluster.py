@@ -46,13 +46,17 @@ def client() -> Iterator[Client]:
         yield client
 
 
+def with_page(config: Config) -> Config:
+    return replace(config, report=replace(config.report, html=True))
+
+
 def ids_of(config: Config) -> list[str]:
     return pq.read_table(config.manifest.path)["id"].to_pylist()
 
 
 @pytest.mark.slow
 def test_two_processes_write_the_same_bytes_as_one(client: Client, single: Config, tmp_path: Path) -> None:
-    report = run_job(on(client, at(single, tmp_path / "out")))
+    report = run_job(on(client, with_page(at(single, tmp_path / "out"))))
     same(single, tmp_path / "out")
     assert (report.rows, report.images, report.counts["ok"]) == (ROWS, ROWS - 2, ROWS - 2)
     assert sum(member.rows for member in report.workers) == ROWS
@@ -78,6 +82,7 @@ def test_the_same_job_again_embeds_nothing(client: Client, single: Config, tmp_p
     same(single, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_all_ports_are_bound_to_loopback(client: Client) -> None:
     pids = [os.getpid(), *client.run(os.getpid).values()]
     found = {
@@ -160,7 +165,7 @@ def test_a_shard_that_kills_every_worker_is_given_up_and_the_rest_is_done(
     client: Client, single: Config, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    config = on(client, at(single, output), tries=1)
+    config = on(client, with_page(at(single, output)), tries=1)
     with (
         failpoints(client, "storage.staged[part-00004]=kill"),
         pytest.raises(ShardsGivenUp, match=r"1 of 9 shards.*: 4\.") as caught,
@@ -208,7 +213,7 @@ def test_parts_side_by_side_make_the_whole(single: Config, tmp_path: Path) -> No
 def test_no_process_outlives_a_cluster_that_was_told_to_end(single: Config, tmp_path: Path) -> None:
     overrides = [text for text in overrides_of(at(single, tmp_path / "out")) if "isolation" not in text]
     child = forks().start(
-        "tests.forks:door",
+        "tests.forks:run_command",
         *overrides,
         *("cluster=local", "cluster.workers=1", f"prompts.cache={single.prompts.cache}"),
         failpoints="part.build=delay:0.3",

@@ -14,7 +14,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -23,14 +22,13 @@ pytest.importorskip("distributed", reason="needs the extra dask")
 from distributed import Client, KilledWorker
 from distributed.security import Security
 
-from pipeline import verify as verify_door
+from pipeline import verify as verify_command
 from pipeline.config.schema import ClusterConfig, Config
 from pipeline.core.errors import ClusterUnavailable, OutputBusy, StorageError
 from pipeline.core.failpoints import armed
 from pipeline.dataset import lease
 from pipeline.dataset.verify import verify
-from pipeline.engine import prepare
-from pipeline.engine.prepare import open_inputs
+from pipeline.engine.engine import Engine
 from pipeline.job.cluster import dask_executor, dask_worker
 from pipeline.job.cluster.dask_cluster import open_cluster
 from pipeline.job.cluster.job_spec import JobSpec
@@ -173,15 +171,11 @@ def test_workers_that_another_scheduler_lost_with_a_shard_are_counted() -> None:
 
 
 def test_a_model_whose_job_ends_while_it_opens_is_closed_again(single: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = open_inputs(single)
-    spec = JobSpec("token", single, inputs.manifest, inputs.checkpoint.fingerprint)
+    with Engine(single) as engine:
+        spec = JobSpec("token", single, engine.manifest, engine.checkpoint.fingerprint)
     go, closed = threading.Event(), threading.Event()
-
-    def open_engine(config: Any, inputs: Any, storage: Any, opened: Any) -> None:
-        go.wait(60)
-        opened.callback(closed.set)
-
-    monkeypatch.setattr(prepare, "open_engine", open_engine)
+    monkeypatch.setattr(Engine, "open", lambda *_: go.wait(60))
+    monkeypatch.setattr(Engine, "close", lambda _: closed.set())
     found = dask_worker.WorkerState(SimpleNamespace(name="w", address="", log_event=lambda *_: None), spec)
     found.close()
     go.set()
@@ -262,7 +256,7 @@ def test_verify_sees_a_part_at_work_and_collects_nothing(
     storage = open_storage(str(output))
     with lease.take(storage, seconds=60, folder=Part(1, 2, whole=False).lease):
         assert [(one.kind, one.damage) for one in verify(storage).findings] == [("lease", False)]
-        assert verify_door.main([str(output), "--collect", "7d"]) == OutputBusy.exit_code
+        assert verify_command.main([str(output), "--collect", "7d"]) == OutputBusy.exit_code
         assert "part 1/2 is held by process" in capsys.readouterr().err
     assert not verify(storage).findings
 

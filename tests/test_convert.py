@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,9 @@ from pipeline.dataset import convert as conversion
 from pipeline.dataset.dataset import Dataset, open_dataset
 from pipeline.engine.demo.folder import jpeg
 from pipeline.engine.demo.scenes import sample
-from tests.conftest import ROOT
 from tests.finished import FAILED, ROWS, everything, matrix_of, run_scenes
 from tests.jobs import scenes_manifest
+from tests.processes import loads, run_python
 
 
 @pytest.fixture(scope="module")
@@ -146,9 +145,7 @@ def test_a_full_disk_is_an_error_with_a_hint(folder: Path, tmp_path: Path) -> No
         "import resource, signal, sys; from pipeline import convert; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); sys.exit(convert.main(sys.argv[1:]))"
     )
-    arguments = [str(folder / "dataset"), "--to", "numpy", "--out", str(tmp_path / "out")]
-    command = [sys.executable, "-c", code, *arguments]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    ended = run_python("-c", code, str(folder / "dataset"), "--to", "numpy", "--out", str(tmp_path / "out"))
     assert ended.returncode == 1
     assert "ulimit -f" in ended.stderr
     assert not list(tmp_path.iterdir())
@@ -194,12 +191,10 @@ def test_options_that_do_not_go_together_and_datasets_that_are_not_there_are_tol
     assert "no dataset is here" in capsys.readouterr().err
 
 
-def test_the_door_offers_what_the_room_can() -> None:
+def test_the_command_offers_every_format() -> None:
     assert tuple(conversion.FORMATS) == convert.FORMATS
     assert OUTPUT_COLUMNS[0] == "embedding"
 
 
 def test_the_commands_start_without_torch() -> None:
-    code = "import sys, pipeline.convert, pipeline.relabel, pipeline.search; "
-    code += "sys.exit('torch' in sys.modules or 'pyarrow' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+    assert loads("import pipeline.convert, pipeline.relabel, pipeline.search", "torch", "pyarrow") == []

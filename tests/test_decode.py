@@ -19,6 +19,7 @@ from pipeline.config.schema import FORMATS
 from pipeline.core.records import Failure
 from pipeline.images.decode import Decoder, limit_pixels
 from tests.conftest import data_folder
+from tests.pictures import saved
 
 Array = NDArray[Any]
 MAX_PIXELS = 100_000_000
@@ -51,12 +52,6 @@ def failure(data: bytes, **settings: Any) -> Failure:
     return result
 
 
-def encode(image: Image.Image, format: str, **options: Any) -> bytes:
-    file = io.BytesIO()
-    image.save(file, format, **options)
-    return file.getvalue()
-
-
 def png(width: int, height: int, depth: int, colour: int, rows: bytes, *chunks: tuple[bytes, bytes]) -> bytes:
     """A PNG with any header; ``rows`` are the samples without filter bytes."""
     stride = len(rows) // height if height else 0
@@ -86,7 +81,7 @@ def colours(array: Array) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_of_the_list_decodes(name: str) -> None:
     image = photo(48, 48)
-    difference = np.abs(decode(encode(image, name)).astype(float) - np.asarray(image))
+    difference = np.abs(decode(saved(image, name)).astype(float) - np.asarray(image))
     assert difference.mean() <= LOSSY.get(name, 0)
 
 
@@ -94,19 +89,19 @@ def test_every_format_of_the_list_decodes(name: str) -> None:
 def test_every_format_is_refused_when_it_is_not_listed(name: str) -> None:
     # TGA and DIB have no signature: other plugins get the first look at those bytes.
     others = tuple(other for other in FORMATS if other not in (name, "TGA", "DIB", "BMP"))
-    result = failure(encode(photo(), name), formats=others)
+    result = failure(saved(photo(), name), formats=others)
     assert result.status == "format_not_allowed"
     assert name in result.error or name == "TGA"
 
 
 def test_a_format_is_known_by_its_content_alone() -> None:
-    assert decoder(formats=("PNG",)).decode(encode(photo(), "JPEG")) != photo()
-    assert failure(encode(photo(), "JPEG"), formats=("PNG",)).status == "format_not_allowed"
+    assert decoder(formats=("PNG",)).decode(saved(photo(), "JPEG")) != photo()
+    assert failure(saved(photo(), "JPEG"), formats=("PNG",)).status == "format_not_allowed"
 
 
 FOREIGN = {
-    "EPS": encode(photo(), "EPS"),
-    "PDF": encode(photo(), "PDF"),
+    "EPS": saved(photo(), "EPS"),
+    "PDF": saved(photo(), "PDF"),
     "SVG": b'<svg xmlns="http://www.w3.org/2000/svg"><circle r="5"/></svg>',
     "SVG with a declaration": b'\n<?xml version="1.0"?>\n<svg/>',
     "WMF": b"\xd7\xcd\xc6\x9a" + bytes(100),
@@ -115,7 +110,7 @@ FOREIGN = {
     "HEIC": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100),
     "JPEG XL": b"\xff\x0a" + bytes(100),
     "JPEG XL in boxes": b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(100),
-    "DDS": encode(photo(), "DDS"),
+    "DDS": saved(photo(), "DDS"),
     "PSD": b"8BPS\0\1" + bytes(6) + struct.pack(">HIIHH", 3, 4, 4, 8, 3) + bytes(100),
 }
 
@@ -147,7 +142,7 @@ def test_what_is_no_image_is_named_as_none(data: bytes) -> None:
 
 @pytest.mark.parametrize("name", ["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP"])
 def test_the_limit_counts_pixels_exactly(name: str) -> None:
-    data = encode(photo(20, 10), name)
+    data = saved(photo(20, 10), name)
     assert decode(data, max_pixels=200).shape == (10, 20, 3)
     assert failure(data, max_pixels=199).status == "too_many_pixels"
 
@@ -162,14 +157,14 @@ def test_a_huge_header_is_refused_before_a_pixel_is_decoded() -> None:
 
 def test_a_small_icon_cannot_hide_a_large_picture() -> None:
     limit_pixels(10_000)
-    large = encode(Image.new("RGB", (300, 300)), "PNG")
+    large = saved(Image.new("RGB", (300, 300)), "PNG")
     directory = struct.pack("<HHH", 0, 1, 1) + struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 32, len(large), 22)
     assert failure(directory + large, max_pixels=10_000).status == "too_many_pixels"
 
 
 def test_giants_decode_one_after_the_other_and_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.images.decode.LARGE_PIXELS", 1000)
-    data = encode(photo(), "PNG")
+    data = saved(photo(), "PNG")
     with ThreadPoolExecutor(4) as pool:
         results = list(pool.map(decode, [data] * 16))
     assert all(np.array_equal(result, np.asarray(photo())) for result in results)
@@ -209,7 +204,7 @@ def test_the_exif_orientation_is_applied_or_ignored(name: str, options: dict[str
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
     stored = np.asarray(photo()).astype(float)
-    data = encode(photo(), name, exif=exif.tobytes() if name != "TIFF" else exif, **options)
+    data = saved(photo(), name, exif=exif.tobytes() if name != "TIFF" else exif, **options)
     for rule, wanted in (("apply", upright(stored, orientation)), ("ignore", stored)):
         got = decode(data, exif=rule)
         assert got.shape == wanted.shape
@@ -220,7 +215,7 @@ def test_the_exif_orientation_is_applied_or_ignored(name: str, options: dict[str
 def test_an_orientation_that_does_not_exist_turns_nothing(orientation: int) -> None:
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
-    assert np.array_equal(decode(encode(photo(), "PNG", exif=exif.tobytes())), np.asarray(photo()))
+    assert np.array_equal(decode(saved(photo(), "PNG", exif=exif.tobytes())), np.asarray(photo()))
 
 
 @pytest.mark.parametrize("name", ["JPEG", "PNG", "WEBP"])
@@ -228,7 +223,7 @@ def test_an_orientation_that_does_not_exist_turns_nothing(orientation: int) -> N
     "exif", [b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff"]
 )
 def test_damaged_metadata_does_not_cost_the_picture(name: str, exif: bytes) -> None:
-    assert np.array_equal(decode(encode(photo(), name, exif=exif)), decode(encode(photo(), name)))
+    assert np.array_equal(decode(saved(photo(), name, exif=exif)), decode(saved(photo(), name)))
 
 
 # The first frame
@@ -240,7 +235,7 @@ def test_damaged_metadata_does_not_cost_the_picture(name: str, exif: bytes) -> N
 )
 def test_of_an_animation_the_first_frame_counts(name: str, options: dict[str, Any]) -> None:
     frames = [Image.new("RGB", (16, 8), colour) for colour in (RED, GREEN, BLUE)]
-    data = encode(frames[0], name, save_all=True, append_images=frames[1:], **options)
+    data = saved(frames[0], name, save_all=True, append_images=frames[1:], **options)
     with Image.open(io.BytesIO(data)) as image:
         assert getattr(image, "n_frames", 1) == 3
     assert np.abs(decode(data).astype(int) - RED).max() <= (4 if name in ("MPO", "AVIF") else 0)
@@ -248,7 +243,7 @@ def test_of_an_animation_the_first_frame_counts(name: str, options: dict[str, An
 
 def test_of_an_icon_the_largest_size_counts() -> None:
     sizes = [(16, 16), (48, 48), (32, 32)]
-    data = encode(photo(48, 48), "ICO", sizes=sizes)
+    data = saved(photo(48, 48), "ICO", sizes=sizes)
     assert np.array_equal(decode(data), np.asarray(photo(48, 48)))
 
 
@@ -260,36 +255,36 @@ def with_alpha(mode: str) -> tuple[bytes, list[tuple[int, ...]], list[int]]:
     if mode == "RGBA":
         image = Image.new("RGBA", (3, 1))
         image.putdata([(*RED, 128), (*GREEN, 0), (*BLUE, 255)])
-        return encode(image, "PNG"), [RED, GREEN, BLUE], [128, 0, 255]
+        return saved(image, "PNG"), [RED, GREEN, BLUE], [128, 0, 255]
     if mode == "LA":
         image = Image.new("LA", (3, 1))
         image.putdata([(200, 128), (100, 0), (50, 255)])
-        return encode(image, "PNG"), [(200,) * 3, (100,) * 3, (50,) * 3], [128, 0, 255]
+        return saved(image, "PNG"), [(200,) * 3, (100,) * 3, (50,) * 3], [128, 0, 255]
     if mode in ("P", "P with one clear colour"):
         image = Image.new("P", (3, 1))
         image.putpalette([*RED, *GREEN, *BLUE])
         image.putdata([0, 1, 2])
         alphas = [128, 0, 255] if mode == "P" else [255, 0, 255]
         clear: bytes | int = bytes(alphas) if mode == "P" else 1
-        return encode(image, "PNG", transparency=clear), [RED, GREEN, BLUE], alphas
+        return saved(image, "PNG", transparency=clear), [RED, GREEN, BLUE], alphas
     if mode == "GIF":
         image = Image.new("P", (3, 1))
         image.putpalette([*RED, *GREEN, *BLUE])
         image.putdata([0, 1, 2])
-        return encode(image, "GIF", transparency=1), [RED, GREEN, BLUE], [255, 0, 255]
+        return saved(image, "GIF", transparency=1), [RED, GREEN, BLUE], [255, 0, 255]
     if mode == "PA":
         image = Image.new("PA", (3, 1))
         image.putpalette([*RED, *GREEN, *BLUE])
         image.putdata([(0, 128), (1, 0), (2, 255)])
-        return encode(image, "TIFF"), [RED, GREEN, BLUE], [128, 0, 255]
+        return saved(image, "TIFF"), [RED, GREEN, BLUE], [128, 0, 255]
     if mode == "RGB with tRNS":
         image = Image.new("RGB", (3, 1))
         image.putdata([RED, GREEN, BLUE])
-        return encode(image, "PNG", transparency=GREEN), [RED, GREEN, BLUE], [255, 0, 255]
+        return saved(image, "PNG", transparency=GREEN), [RED, GREEN, BLUE], [255, 0, 255]
     if mode == "L with tRNS":
         image = Image.new("L", (3, 1))
         image.putdata([200, 100, 50])
-        return encode(image, "PNG", transparency=100), [(200,) * 3, (100,) * 3, (50,) * 3], [255, 0, 255]
+        return saved(image, "PNG", transparency=100), [(200,) * 3, (100,) * 3, (50,) * 3], [255, 0, 255]
     if mode == "1 with tRNS":
         return png(3, 1, 1, 0, b"\xa0", (b"tRNS", b"\0\0")), [WHITE, BLACK, WHITE], [255, 0, 255]
     if mode == "RGB with tRNS, 16 bits":
@@ -298,7 +293,7 @@ def with_alpha(mode: str) -> tuple[bytes, list[tuple[int, ...]], list[int]]:
     if mode == "WebP":
         image = Image.new("RGBA", (3, 1))
         image.putdata([(*RED, 128), (*GREEN, 0), (*BLUE, 255)])
-        return encode(image, "WEBP", lossless=True, exact=True), [RED, GREEN, BLUE], [128, 0, 255]
+        return saved(image, "WEBP", lossless=True, exact=True), [RED, GREEN, BLUE], [128, 0, 255]
     raise ValueError(mode)
 
 
@@ -324,7 +319,7 @@ def test_transparent_pixels_show_the_background(mode: str, rule: str, background
 def test_an_opaque_alpha_channel_changes_nothing(rule: str) -> None:
     image = photo()
     image.putalpha(255)
-    assert np.array_equal(decode(encode(image, "PNG"), transparency=rule), np.asarray(photo()))
+    assert np.array_equal(decode(saved(image, "PNG"), transparency=rule), np.asarray(photo()))
 
 
 # Deep samples
@@ -340,12 +335,12 @@ def deep(kind: str) -> bytes:
     if kind == "PGM":
         return b"P5 6 1 65535\n" + struct.pack(">6H", *STEPS)
     if kind == "TIFF, mode I":
-        return encode(Image.fromarray(np.asarray([STEPS], dtype=np.int32)), "TIFF")
+        return saved(Image.fromarray(np.asarray([STEPS], dtype=np.int32)), "TIFF")
     if kind == "JPEG 2000":
-        return encode(Image.fromarray(np.asarray([STEPS], dtype=np.uint16)), "JPEG2000", irreversible=False)
+        return saved(Image.fromarray(np.asarray([STEPS], dtype=np.uint16)), "JPEG2000", irreversible=False)
     mode, order = ("I;16B", ">u2") if "big" in kind else ("I;16", "<u2")
     image = Image.frombytes(mode, (6, 1), np.asarray(STEPS, dtype=order).tobytes())
-    return encode(image, "TIFF", **({"compression": "tiff_lzw"} if "LZW" in kind else {}))
+    return saved(image, "TIFF", **({"compression": "tiff_lzw"} if "LZW" in kind else {}))
 
 
 @pytest.mark.parametrize(
@@ -365,15 +360,15 @@ def test_of_sixteen_bits_in_colour_the_high_byte_counts() -> None:
 
 def test_integers_out_of_range_stop_at_black_and_white() -> None:
     values = np.asarray([[-5, 0, 70_000, 2**31 - 1]], dtype=np.int32)
-    assert colours(decode(encode(Image.fromarray(values), "TIFF"))) == [BLACK, BLACK, WHITE, WHITE]
+    assert colours(decode(saved(Image.fromarray(values), "TIFF"))) == [BLACK, BLACK, WHITE, WHITE]
 
 
 def test_floats_are_scaled_from_their_lowest_to_their_highest() -> None:
     values = np.asarray([[-1.0, 0.0, 1.0, np.nan, np.inf]], dtype=np.float32)
-    grey = [pixel[0] for pixel in colours(decode(encode(Image.fromarray(values), "TIFF")))]
+    grey = [pixel[0] for pixel in colours(decode(saved(Image.fromarray(values), "TIFF")))]
     assert grey == [0, 128, 255, 128, 128]
     flat = Image.fromarray(np.full((2, 2), 3.5, dtype=np.float32))
-    assert set(colours(decode(encode(flat, "TIFF")))) == {BLACK}
+    assert set(colours(decode(saved(flat, "TIFF")))) == {BLACK}
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -381,7 +376,7 @@ def test_deep_images_turn_too(orientation: int) -> None:
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
     stored = np.arange(6, dtype=np.uint16).reshape(2, 3) * 256 * 40
-    data = encode(Image.fromarray(stored), "PNG", exif=exif.tobytes())
+    data = saved(Image.fromarray(stored), "PNG", exif=exif.tobytes())
     grey = np.repeat((stored >> 8)[:, :, None], 3, axis=2)
     assert np.array_equal(decode(data), upright(grey, orientation))
 
@@ -393,7 +388,7 @@ def test_one_bit_becomes_black_and_white() -> None:
     image = Image.new("1", (2, 1))
     image.putdata([0, 1])
     for name in ("PNG", "TIFF", "BMP", "PPM"):
-        assert colours(decode(encode(image, name))) == [BLACK, WHITE]
+        assert colours(decode(saved(image, name))) == [BLACK, WHITE]
 
 
 def test_a_palette_is_expanded() -> None:
@@ -401,20 +396,20 @@ def test_a_palette_is_expanded() -> None:
     image.putpalette([*BLUE, *RED, *GREEN])
     image.putdata([1, 2, 0])
     for name in ("PNG", "GIF", "BMP", "TIFF", "TGA"):
-        assert colours(decode(encode(image, name))) == [RED, GREEN, BLUE]
+        assert colours(decode(saved(image, name))) == [RED, GREEN, BLUE]
 
 
 @pytest.mark.parametrize("name", ["JPEG", "TIFF"])
 def test_inks_become_light(name: str) -> None:
     ink = {RED: (0, 255, 255, 0), WHITE: (0, 0, 0, 0), BLACK: (0, 0, 0, 255), (0, 255, 255): (255, 0, 0, 0)}
     for colour, inks in ink.items():
-        got = decode(encode(Image.new("CMYK", (8, 8), inks), name))
+        got = decode(saved(Image.new("CMYK", (8, 8), inks), name))
         assert np.abs(got.astype(int) - colour).max() <= 3
 
 
 def test_luma_and_chroma_become_colours() -> None:
     image = Image.new("RGB", (8, 8), (200, 100, 50)).convert("YCbCr")
-    assert np.abs(decode(encode(image, "TIFF")).astype(int) - (200, 100, 50)).max() <= 2
+    assert np.abs(decode(saved(image, "TIFF")).astype(int) - (200, 100, 50)).max() <= 2
 
 
 def test_lab_becomes_colours() -> None:
@@ -423,12 +418,12 @@ def test_lab_becomes_colours() -> None:
     for colour in (WHITE, BLACK, (128, 128, 128), (200, 100, 50)):
         image = ImageCms.applyTransform(Image.new("RGB", (4, 4), colour), transform)
         assert image is not None
-        assert np.abs(decode(encode(image, "TIFF")).astype(int) - colour).max() <= 3
+        assert np.abs(decode(saved(image, "TIFF")).astype(int) - colour).max() <= 3
 
 
 def test_a_colour_profile_is_not_applied() -> None:
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("XYZ")).tobytes()
-    assert np.array_equal(decode(encode(photo(), "PNG", icc_profile=profile)), np.asarray(photo()))
+    assert np.array_equal(decode(saved(photo(), "PNG", icc_profile=profile)), np.asarray(photo()))
 
 
 # Damage
@@ -437,42 +432,42 @@ def test_a_colour_profile_is_not_applied() -> None:
 @pytest.mark.parametrize("kept", [0.3, 0.5, 0.9])
 @pytest.mark.parametrize("name", [name for name in FORMATS if name != "ICO"])
 def test_a_truncated_image_is_no_half_picture(name: str, kept: float) -> None:
-    data = encode(photo(), name)
+    data = saved(photo(), name)
     assert failure(data[: int(len(data) * kept)]).status == "truncated"
 
 
 @pytest.mark.parametrize("compression", ["tiff_lzw", "jpeg", "packbits", "tiff_adobe_deflate"])
 def test_a_truncated_compressed_tiff_is_truncated(compression: str) -> None:
-    data = encode(photo(), "TIFF", compression=compression)
+    data = saved(photo(), "TIFF", compression=compression)
     assert failure(data[: len(data) // 2]).status == "truncated"
 
 
 def test_a_truncated_animation_is_truncated() -> None:
     frames = [Image.new("RGB", (64, 64), colour) for colour in (RED, GREEN, BLUE)]
-    data = encode(frames[0], "WEBP", save_all=True, append_images=frames[1:])
+    data = saved(frames[0], "WEBP", save_all=True, append_images=frames[1:])
     assert failure(data[: len(data) // 2]).status == "truncated"
 
 
 def test_a_progressive_jpeg_without_its_last_scans_is_truncated() -> None:
-    data = encode(photo(640, 480), "JPEG", progressive=True)
+    data = saved(photo(640, 480), "JPEG", progressive=True)
     assert failure(data[: int(len(data) * 0.9)]).status == "truncated"
 
 
 @pytest.mark.parametrize("name", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "ICO"])
 def test_a_signature_without_an_image_is_damage(name: str) -> None:
-    data = encode(photo(), name)
+    data = saved(photo(), name)
     assert failure(data[:12] + b"\xee" * (len(data) - 12)).status in ("corrupt", "truncated")
 
 
 def test_a_png_with_damaged_pixels_is_corrupt() -> None:
-    data = bytearray(encode(photo(), "PNG"))
+    data = bytearray(saved(photo(), "PNG"))
     at = data.index(b"IDAT") + 20
     data[at : at + 40] = b"\xaa" * 40
     assert failure(bytes(data)).status == "corrupt"
 
 
 def test_a_variant_that_pillow_does_not_decode_is_unsupported() -> None:
-    data = bytearray(encode(photo(), "BMP"))
+    data = bytearray(saved(photo(), "BMP"))
     data[30:34] = struct.pack("<I", 4)  # biCompression: a JPEG inside
     assert failure(bytes(data)).status == "unsupported"
 
@@ -483,7 +478,7 @@ def test_a_text_bomb_in_a_png_is_stopped() -> None:
 
 
 def test_the_picture_stands_alone() -> None:
-    image = decoder().decode(encode(photo(), "PNG"))
+    image = decoder().decode(saved(photo(), "PNG"))
     assert isinstance(image, Image.Image)
     assert not hasattr(image, "fp")
     assert np.array_equal(np.asarray(image.rotate(180).rotate(180)), np.asarray(photo()))
@@ -492,7 +487,7 @@ def test_the_picture_stands_alone() -> None:
 def test_tiff_tags_of_the_wrong_type_do_not_stop_the_run() -> None:
     info = TiffImagePlugin.ImageFileDirectory_v2()
     info[ExifTags.Base.Orientation] = 6
-    data = bytearray(encode(photo(), "TIFF", tiffinfo=info))
+    data = bytearray(saved(photo(), "TIFF", tiffinfo=info))
     at = data.index(struct.pack("<HHI", ExifTags.Base.Orientation, 3, 1))
     data[at + 2 : at + 4] = struct.pack("<H", 2)
     decoder().decode(bytes(data))

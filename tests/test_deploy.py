@@ -16,7 +16,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -28,6 +28,7 @@ import yaml
 
 from pipeline.config.schema import ServeConfig
 from tests.conftest import ROOT
+from tests.processes import wait_until
 from tests.servers import Server, answer, drip, serve
 
 DEPLOY = ROOT / "jobs" / "deploy"
@@ -82,13 +83,6 @@ def get(url: str, data: bytes | None = None, **headers: str) -> tuple[int, dict[
         return 0, {}, b""
 
 
-def until(done: Callable[[], bool], log: Path, seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not done():
-        assert time.monotonic() < end, log.read_text()
-        time.sleep(0.05)
-
-
 @contextmanager
 def running(
     command: list[str], log: Path, stop: signal.Signals, **environment: str
@@ -123,7 +117,7 @@ def proxy(folder: Path, *upstreams: str, **replaced: str) -> Iterator[str]:
     command += ["-g", "user root;"] if os.geteuid() == 0 else []
     log = folder / "nginx.log"
     with running(command, log, signal.SIGQUIT):
-        until(lambda: get(f"http://127.0.0.1:{port}/metrics")[0] == 404, log)
+        wait_until(lambda: get(f"http://127.0.0.1:{port}/metrics")[0] == 404, log=log)
         yield f"http://127.0.0.1:{port}"
 
 
@@ -268,7 +262,7 @@ def test_a_request_keeps_its_id_and_gets_one_where_it_has_none_or_a_bad_one(tmp_
             assert (back == given) == (given == "a-1.b_2")
             assert re.fullmatch(r"[A-Za-z0-9._-]{1,64}", back)
         log = tmp_path / "nginx.log"
-        until(lambda: log.read_text().count('"path":"/embed"') == 5, log)
+        wait_until(lambda: log.read_text().count('"path":"/embed"') == 5, log=log)
     lines = [json.loads(line) for line in log.read_text().splitlines() if line.startswith('{"time"')]
     assert lines[-1]["upstream_status"] == "200"
 
@@ -373,7 +367,7 @@ def stand_in(folder: Path) -> Iterator[tuple[int, Path, subprocess.Popen[bytes]]
     command = [sys.executable, "-m", "gunicorn", "-c", str(DEPLOY / "gunicorn.conf.py"), "standin:create()"]
     environment = {"SERVE_PORT": str(port), "CUDA_VISIBLE_DEVICES": "3,5"}
     with running(command, log, signal.SIGTERM, **environment) as process:
-        until(lambda: all(get(f"http://127.0.0.1:{port + further}/")[0] == 200 for further in range(3)), log)
+        wait_until(lambda: all(get(f"http://127.0.0.1:{port + further}/")[0] == 200 for further in range(3)), log=log)
         yield port, log, process
 
 
@@ -391,12 +385,12 @@ def test_each_worker_has_a_gpu_and_a_port_which_its_successor_gets(tmp_path: Pat
         # The address of the client comes from the header of the proxy.
         assert first["client"] == "10.1.2.3"
         os.kill(second["pid"], signal.SIGKILL)
-        until(lambda: told(port + 2).get("pid", second["pid"]) != second["pid"], log)
+        wait_until(lambda: told(port + 2).get("pid", second["pid"]) != second["pid"], log=log)
         assert told(port + 2)["gpu"] == "5"
         assert told(port + 1) == first
         # A worker whose engine failed ends.
         assert told(port + 1, "/break")["pid"] == first["pid"]
-        until(lambda: told(port + 1).get("pid", first["pid"]) != first["pid"], log)
+        wait_until(lambda: told(port + 1).get("pid", first["pid"]) != first["pid"], log=log)
         assert told(port + 1)["gpu"] == "3"
         # The service is drained, and an idle connection is closed.
         assert "it ends" in log.read_text()
@@ -411,10 +405,10 @@ def test_a_successor_that_cannot_open_its_model_leaves_the_others_alone_and_is_t
         first, second = told(port + 1), told(port + 2)
         (tmp_path / "no-memory").touch()
         os.kill(second["pid"], signal.SIGKILL)
-        until(lambda: log.read_text().count("Booting worker") >= 4, log)
+        wait_until(lambda: log.read_text().count("Booting worker") >= 4, log=log)
         assert told(port + 1) == first
         (tmp_path / "no-memory").unlink()
-        until(lambda: told(port + 2).get("pid", second["pid"]) != second["pid"], log)
+        wait_until(lambda: told(port + 2).get("pid", second["pid"]) != second["pid"], log=log)
 
 
 def test_a_port_that_is_taken_ends_gunicorn_with_a_sentence(tmp_path: Path) -> None:
@@ -465,7 +459,7 @@ def test_workers_that_are_replaced_one_by_one_lose_no_request(tmp_path: Path) ->
                 for own in (port + 1, port + 2):
                     before = told(own)["pid"]
                     os.kill(before, signal.SIGTERM)
-                    until(lambda own=own, before=before: told(own).get("pid", before) != before, log)  # type: ignore[misc]
+                    wait_until(lambda own=own, before=before: told(own).get("pid", before) != before, log=log)  # type: ignore[misc]
             finally:
                 done.set()
             statuses = [status for each in asking for status in each.result()]

@@ -46,8 +46,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def job(scenes: Path, output: Path, /, **groups: dict[str, Any]) -> Config:
     """Five shards of 24 rows, in this process."""
-    loader = {"batch_size": 8, "isolation": "none", **groups.pop("loader", {})}
-    return config_for(scenes, output, loader=loader, **groups)
+    return config_for(scenes, output, **groups)
 
 
 def everything(folder: Path) -> dict[str, tuple[int, bytes]]:
@@ -248,13 +247,13 @@ def test_the_time_follows_from_the_batches_of_which_some_are_padded(tmp_path: Pa
 def test_the_command_prints_json_and_exits_with_the_code_of_the_run(scenes: Path, tmp_path: Path) -> None:
     config = job(scenes, tmp_path / "out")
     given = [*overrides_of(config), "run.dry=true", "loader.isolation=none"]
-    child = forks().start("tests.forks:door", *given, "run.json=true")
+    child = forks().start("tests.forks:run_command", *given, "run.json=true")
     assert child.wait() == 0, child.said()
     text = child.said()
     printed = json.loads(text[text.index("{\n") :])
     assert printed["left_rows"] == ROWS
     assert {*printed} == {*asdict(Estimate("", 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0))}
-    child = forks().start("tests.forks:door", *given, "errors.max_fraction=0")
+    child = forks().start("tests.forks:run_command", *given, "errors.max_fraction=0")
     assert child.wait() == 3, child.said()
     assert "time      about" in child.said()
     assert not (tmp_path / "out").exists()
@@ -265,7 +264,7 @@ def test_a_signal_during_an_estimate_leaves_nothing(scenes: Path, tmp_path: Path
     temporary.mkdir()
     given = [*overrides_of(job(scenes, tmp_path / "out")), "run.dry=true"]
     child = forks().start(
-        "tests.forks:door", *given, failpoints="encode=delay:1@2+", environment={"TMPDIR": str(temporary)}
+        "tests.forks:run_command", *given, failpoints="encode=delay:1@2+", environment={"TMPDIR": str(temporary)}
     )
     end = time.monotonic() + 60
     while not list(temporary.glob("clip-pipeline-*/trial")) and time.monotonic() < end:

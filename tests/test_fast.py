@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import io
 import time
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from pipeline.storage.factory import open_storage
 from tests.conftest import data_folder
 from tests.jobs import StubEncoder
 from tests.mutations import mutant
+from tests.pictures import saved
 from tests.test_loader import SPEC, opened, write
 from tests.test_preprocess import picture
 
@@ -73,10 +73,8 @@ def decoder(kind: str, **rules: Any) -> Decoder:
     return Decoder(**{"formats": FORMATS, "max_pixels": 100_000_000, "kind": kind, **rules})
 
 
-def encoded(image: Image.Image, format: str = "JPEG", **options: Any) -> bytes:
-    file = io.BytesIO()
-    image.save(file, format, **({"quality": 92} if format == "JPEG" else {}), **options)
-    return file.getvalue()
+def encoded(image: Image.Image, form: str = "JPEG", **options: Any) -> bytes:
+    return saved(image, form, **({"quality": 92} if form == "JPEG" else {}), **options)
 
 
 def apart(one: Result, other: Result) -> int:

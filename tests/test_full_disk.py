@@ -25,7 +25,7 @@ from pipeline.core.failpoints import armed
 from pipeline.job.main import run_job
 from pipeline.storage.factory import open_storage
 from pipeline.telemetry.logs import log_to
-from tests.forks import door, forks
+from tests.forks import forks, run_command
 from tests.jobs import config_for, content, overrides_of, scenes_manifest
 
 ROWS, SHARD_ROWS = 24, 6
@@ -181,15 +181,15 @@ def test_a_folder_that_may_only_be_read(manifest: Path, unbroken: dict[str, byte
     assert content(tmp_path / "out") == unbroken
 
 
-def limited_door(*overrides: str) -> int:
+def limited_command(*overrides: str) -> int:
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-    return door(*overrides)
+    return run_command(*overrides)
 
 
 def test_a_limit_on_the_size_of_files(manifest: Path, unbroken: dict[str, bytes], tmp_path: Path) -> None:
     config = config_of(manifest, tmp_path / "out")
     arguments = [*overrides_of(config), f"manifest.keep=[{','.join(KEEP)}]"]
-    child = forks().start("tests.test_full_disk:limited_door", *arguments)
+    child = forks().start("tests.test_full_disk:limited_command", *arguments)
     assert child.wait() == 1, child.said()
     assert f"error: {tmp_path}/out/part-00000-*.parquet: " in child.said()
     assert (

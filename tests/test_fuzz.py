@@ -80,7 +80,7 @@ def test_thousands_of_broken_files_end_as_rows(tmp_path: Path) -> None:
         fuzzer.run(numbers)
     assert fuzzer.figures.problems == []
     assert sum(fuzzer.figures.statuses.values()) == FILES
-    # Neither all sound nor all refused at the door: the decoders have seen them.
+    # Neither all sound nor all refused: the decoders read them.
     assert fuzzer.figures.statuses["ok"] > FILES / 10
     assert fuzzer.figures.statuses["corrupt"] > FILES / 20
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 
-from tests.conftest import ROOT
+from tests.processes import run_python
 
 
 @pytest.mark.parametrize(
@@ -16,5 +13,5 @@ from tests.conftest import ROOT
     ids=["ruff check", "ruff format", "mypy strict"],
 )
 def test_gate(arguments: tuple[str, ...]) -> None:
-    done = subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = run_python("-m", *arguments, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
@@ -22,13 +22,15 @@ import pytest
 from pipeline.config.schema import Config
 from pipeline.core.errors import LeaseLost, OutputBusy, PipelineError, StorageError
 from pipeline.core.processes import Process, is_gone, this_process
+from pipeline.dataset import commits, plan
 from pipeline.dataset.lease import Holder, Lease, leases, parse, take
 from pipeline.job.main import run_job
 from pipeline.storage.base import Storage
 from pipeline.storage.factory import open_storage
 from tests.conftest import ROOT
 from tests.forks import config_from, forks
-from tests.jobs import config_for, content, overrides_of, scenes_manifest, start
+from tests.jobs import config_for, content, overrides_of, scenes_manifest
+from tests.processes import wait_until
 
 # PIPELINE_TEST_ROUNDS=20 for a longer siege.
 ROUNDS = int(os.environ.get("PIPELINE_TEST_ROUNDS", "1"))
@@ -243,7 +245,7 @@ def test_of_many_processes_one_takes_it(tmp_path: Path, stale: bool) -> None:
     command = [sys.executable, "-c", TAKER, str(tmp_path)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": ROOT}
     processes = [subprocess.Popen([*command, str(number)], **pipes) for number in range(count)]  # type: ignore[call-overload]
-    wait_for(lambda: len(list(tmp_path.glob("ready-*"))) == count)
+    wait_until(lambda: len(list(tmp_path.glob("ready-*"))) == count)
     (tmp_path / "go").touch()
     first = [process.stdout.readline() for process in processes]
     for process in processes:
@@ -252,26 +254,17 @@ def test_of_many_processes_one_takes_it(tmp_path: Path, stale: bool) -> None:
     assert not (tmp_path / "out" / "_lease").exists()
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
-            raise TimeoutError
-        time.sleep(0.005)
-
-
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Config:
     folder = tmp_path_factory.mktemp("lease")
     manifest = scenes_manifest(folder / "m.parquet", ROWS)
-    loader = {"batch_size": 4, "isolation": "none"}
-    config = config_for(manifest, folder / "unbroken", manifest={"shard_rows": 4}, loader=loader)
+    config = config_for(manifest, folder / "unbroken", manifest={"shard_rows": 4}, loader={"batch_size": 4})
     run_job(config)
     return config
 
 
 def overrides(config: Config) -> list[str]:
-    return [*overrides_of(config), "loader.isolation=none"]
+    return [*overrides_of(config), "loader.isolation=none", "report.html=false"]
 
 
 def other_output(config: Config, output: Path) -> Config:
@@ -282,7 +275,7 @@ def test_of_two_runs_at_once_one_works_and_one_says_who_holds_it(unbroken: Confi
     config = other_output(unbroken, tmp_path / "out")
     # Both are there before the first is done.
     delay = "lease.taken=delay:2"
-    processes = [forks().start("tests.forks:door", *overrides(config), failpoints=delay) for _ in range(2)]
+    processes = [forks().start("tests.forks:run_command", *overrides(config), failpoints=delay) for _ in range(2)]
     codes = [process.wait() for process in processes]
     errors = [process.said() for process in processes]
     assert sorted(codes) == [0, 75], errors
@@ -308,7 +301,7 @@ def one_of_a_pair(groups: dict[str, dict[str, Any]], folder: str, number: int, r
     with (Path(folder) / f"said-{number}").open("w") as said:
         for turn in range(rounds):
             (Path(folder) / f"ready-{turn}-{number}").touch()
-            wait_for(lambda turn=turn: (Path(folder) / f"ready-{turn}-{1 - number}").exists())  # type: ignore[misc]
+            wait_until(lambda turn=turn: (Path(folder) / f"ready-{turn}-{1 - number}").exists())  # type: ignore[misc]
             try:
                 report = run_job(other_output(config, Path(folder) / f"out-{turn}"))
                 line = [0, report.rows, report.images]
@@ -361,15 +354,14 @@ def test_a_shard_that_two_runs_do_at_once_has_one_commit(unbroken: Config, tmp_p
 def test_a_paused_run_that_was_taken_over_replaces_no_commit(unbroken: Config, tmp_path: Path, turn: int) -> None:
     config = other_output(unbroken, tmp_path / "out")
     commits = tmp_path / "out" / "_commits"
-    paused = forks().start("tests.forks:door", *overrides(config), "output.lease_seconds=1")
+    paused = forks().start("tests.forks:run_command", *overrides(config), "output.lease_seconds=1")
     try:
-        wait_for(lambda: len(list(commits.glob("*.json"))) >= 3 + turn)
+        wait_until(lambda: len(list(commits.glob("*.json"))) >= 3 + turn)
         paused.send(signal.SIGSTOP)
         done = len(list(commits.glob("*.json")))
-        second = start(*overrides(config), "output.lease_seconds=1")
-        said = second.communicate(timeout=120)[1]
-        assert second.returncode == 0, said
-        assert f"took over from process {paused.pid} of" in said
+        second = forks().start("tests.forks:run_command", *overrides(config), "output.lease_seconds=1")
+        assert second.wait() == 0, second.said()
+        assert f"took over from process {paused.pid} of" in second.said()
         before = {path.name: (path.stat().st_ino, path.read_bytes()) for path in commits.iterdir()}
     finally:
         paused.send(signal.SIGCONT)
@@ -384,10 +376,6 @@ def test_a_paused_run_that_was_taken_over_replaces_no_commit(unbroken: Config, t
 
 
 def test_a_run_that_lost_its_lease_clears_nothing(unbroken: Config, tmp_path: Path) -> None:
-    import shutil
-
-    from pipeline.dataset import commits, plan
-
     out = Path(shutil.copytree(unbroken.output.dir, tmp_path / "out"))
     (out / "_commits" / "00003.json").write_bytes(b"torn")
     (out / "part-00004-0000000000000000.parquet").write_bytes(b"not committed yet")
@@ -407,10 +395,6 @@ def test_a_run_that_lost_its_lease_clears_nothing(unbroken: Config, tmp_path: Pa
 
 
 def test_a_commit_that_was_mended_meanwhile_is_not_cleared(unbroken: Config, tmp_path: Path) -> None:
-    import shutil
-
-    from pipeline.dataset import commits, plan
-
     out = Path(shutil.copytree(unbroken.output.dir, tmp_path / "out"))
     commit = out / "_commits" / "00003.json"
     good = commit.read_bytes()
@@ -432,10 +416,6 @@ def test_a_commit_that_was_mended_meanwhile_is_not_cleared(unbroken: Config, tmp
 
 
 def test_a_part_of_a_shard_without_a_commit_is_no_left_over(unbroken: Config, tmp_path: Path) -> None:
-    import shutil
-
-    from pipeline.dataset import commits, plan
-
     out = Path(shutil.copytree(unbroken.output.dir, tmp_path / "out"))
     storage = open_storage(str(out))
     wanted = plan.read(storage)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +29,7 @@ from pipeline.images.reader import PixelReader
 from pipeline.images.sources.source import Source
 from pipeline.manifest.manifest import Manifest, open_manifest
 from pipeline.manifest.shards import ShardReader, cut
+from tests.pictures import saved
 
 SIZE = 8
 SPEC = PreprocessSpec(resize=SIZE, crop=(SIZE, SIZE), resample=3, mean=(0, 0, 0), std=(1, 1, 1))
@@ -51,9 +51,7 @@ def colour(row: int) -> tuple[int, int, int]:
 
 
 def encoded(row: int) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (SIZE, SIZE), colour(row)).save(file, "PNG")
-    return file.getvalue()
+    return saved(Image.new("RGB", (SIZE, SIZE), colour(row)), "PNG")
 
 
 def write(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import os
@@ -19,7 +18,7 @@ from PIL import Image
 pytest.importorskip("distributed", reason="needs the extra dask")
 
 from pipeline.config.schema import Config, LogConfig
-from pipeline.core.cli import error_line
+from pipeline.core.cli import ErrorOutput
 from pipeline.core.errors import ConfigError, Interrupted, ManifestError, NumericalError, Problem
 from pipeline.core.log_format import SILENCED, JsonLines, ending, new_run, shard_of, silence, within
 from pipeline.job.cluster.dask_executor import DaskExecutor
@@ -29,6 +28,7 @@ from pipeline.telemetry.logs import library_messages, log_to, log_to_terminal, p
 from pipeline.telemetry.progress import Progress
 from tests.families import write_siglip
 from tests.jobs import scenes_manifest, start
+from tests.pictures import saved
 
 JSON = LogConfig(format="json")
 log = logging.getLogger("pipeline.tests")
@@ -234,13 +234,7 @@ def siglip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def odd_pictures() -> dict[int, bytes]:
-    """Pictures that Pillow, libtiff and libjpeg have something to say about."""
-
-    def saved(image: Image.Image, form: str, **options: Any) -> bytes:
-        stream = io.BytesIO()
-        image.save(stream, form, **options)
-        return stream.getvalue()
-
+    """Pictures that make Pillow, libtiff and libjpeg print messages."""
     picture = Image.linear_gradient("L").resize((60, 40)).convert("RGB")
     exif = b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01\x03\0\xff\xff\xff\xff"
     jpeg = saved(picture, "JPEG", exif=exif)
@@ -314,8 +308,8 @@ def test_what_a_worker_says_is_passed_on_with_its_name_and_its_shard(
 
 def test_what_ends_a_run_is_said_as_the_config_wants_it() -> None:
     error = Interrupted("interrupted")
-    assert error_line(error) == "error: interrupted"
-    found = json.loads(error_line(error, JsonLines("r-1")))
+    assert ErrorOutput("").line(error) == "error: interrupted"
+    found = json.loads(ErrorOutput("", JsonLines("r-1")).line(error))
     assert (found["message"], found["run"], found["level"], found["exit_code"]) == ("interrupted", "r-1", "error", 75)
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 
 from tests.conftest import ROOT, data_folder
 from tests.jobs import StubEncoder, config_for, stub_backend
-from tests.test_contained import children
+from tests.test_decoder_pool import children
 
 pytestmark = pytest.mark.slow
 # PIPELINE_TEST_ROWS=1000000 for the full size: about ten minutes.
@@ -102,8 +102,8 @@ def _child(manifest: Path, output: Path) -> None:
         manifest,
         output,
         manifest={"shard_rows": 4096, "keep": []},
-        loader={"batch_size": 256, "workers": 4},
-        report={"progress": "plain", "examples": 4},
+        loader={"batch_size": 256, "workers": 4, "isolation": "process"},
+        report={"progress": "plain", "html": True},
         errors={"max_fraction": 1.0},
         model={"name": str(DEMO_FOLDER)},
     )

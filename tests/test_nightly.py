@@ -720,7 +720,7 @@ def test_a_range_of_dates_stops_at_the_first_night_that_fails(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "never guessed"),
+        ([], "never taken from the clock"),
         (["--date", "22.11.2026"], "2026-11-22, today or yesterday"),
         (["--date", FIRST, "--to", SECOND], "both --from and --to"),
         (["--from", SECOND, "--to", FIRST], "must not be after"),
@@ -729,7 +729,7 @@ def test_a_range_of_dates_stops_at_the_first_night_that_fails(
         (["--date", FIRST, "--keep", "-1"], "number of nights"),
         (["--date", FIRST, "--layout", "partition", "--keep", "3"], "no other night holds"),
         (["--date", FIRST, "output.dir=elsewhere"], "made of --store"),
-        (["--date", FIRST, "cluster.part=1/2"], "a night is a whole"),
+        (["--date", FIRST, "cluster.part=1/2"], "the nightly job cannot be split"),
         (["--date", FIRST], "must name the manifest"),
         (["--date", FIRST, "manifest.path=x.parquet", "loader.batch_sise=3"], "did you mean loader.batch_size"),
     ],

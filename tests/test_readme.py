@@ -14,8 +14,8 @@ import pytest
 from pipeline.config.compose import check_overrides
 from pipeline.engine.demo.folder import jpeg
 from pipeline.engine.demo.scenes import sample
+from tests.commands import PARSERS, prove
 from tests.conftest import ROOT
-from tests.doors import PARSERS, prove
 from tests.forks import forks
 from tests.mistakes import END
 from tests.readme import PAGES, Elsewhere, Prove, Run, Slow, blocks, commands, row_of, spans, substituted, words_of

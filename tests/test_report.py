@@ -18,18 +18,28 @@ from PIL import Image
 
 from pipeline.config.schema import Config, ImagesConfig, LoaderConfig
 from pipeline.core.errors import StorageError
-from pipeline.core.processes import Spent, spent
+from pipeline.core.processes import spent
 from pipeline.core.records import Clocks, Parity, Stage, Timeline
 from pipeline.core.run_report import Pace, RunReport, StagePace
-from pipeline.report import page, summary
+from pipeline.report import page
+from pipeline.report.bottleneck import (
+    Cost,
+    Limit,
+    Loop,
+    Setup,
+    find_bottleneck,
+    find_limit,
+    find_pace,
+    verdict,
+)
 from pipeline.report.history import earlier_runs
 from pipeline.report.scores import Extremes, Row
 from pipeline.report.summary import HINTS, DatasetSummary, Failed
-from pipeline.report.throughput import Cost, Limit, find_limit, find_pace, verdict
 from pipeline.storage.factory import open_storage
 from pipeline.telemetry.clocks import StageClocks
 from pipeline.telemetry.logs import NAME, log_to
 from pipeline.telemetry.progress import Progress
+from pipeline.telemetry.run_stats import RunStats, WorkerStats
 from tests.conftest import ROOT
 
 REPORT = RunReport(
@@ -65,6 +75,8 @@ REPORT = RunReport(
     run="20260102T030405Z-1",
 )
 CONTENT = DatasetSummary(
+    folder="out",
+    parts=(),
     labels=REPORT.labels,
     failed=(Failed(7, "<script>alert(1)</script>", "truncated", "cut & short"),),
     scores=REPORT.scores,
@@ -101,7 +113,7 @@ def render(
     examples: Sequence[Row] = (),
     pictures: Mapping[int, bytes] = {},
 ) -> str:
-    return page.to_html(page.to_dict(report), content, examples, pictures, output="out").decode()
+    return page.to_html(report.to_dict(), content, examples, pictures, output="out").decode()
 
 
 def test_the_page_shows_everything_and_loads_nothing() -> None:
@@ -131,7 +143,7 @@ def test_the_page_shows_everything_and_loads_nothing() -> None:
 
 def test_the_page_stands_without_labels_images_and_failures() -> None:
     bare = replace(REPORT, labels={}, failures=(), stages={}, counts={"ok": 1000}, timeline=None, scores=())
-    html = render(bare, DatasetSummary(labels={}, failed=()))
+    html = render(bare, DatasetSummary(folder="out", parts=(), labels={}, failed=()))
     for heading in (
         "<h2>Labels</h2>",
         "rows failed (0.20%)",
@@ -186,25 +198,25 @@ def test_every_documented_status_has_a_hint() -> None:
 
 def test_a_report_remembers_the_runs_before_it() -> None:
     assert earlier_runs(None) == earlier_runs(b"{torn") == earlier_runs(b"[1]") == earlier_runs(b"{}") == ()
-    one = page.to_json(REPORT)
+    one = REPORT.to_json()
     [first] = earlier_runs(one)
     assert (first["images"], first["failed"], first["decoder"], first["device"]) == (898, 2, "exact", "cpu")
     second = replace(
         REPORT, history=earlier_runs(one), started="2026-01-03T03:04:05+00:00", steady_images_per_second=16
     )
-    assert [run["started"][:10] for run in earlier_runs(page.to_json(second))] == ["2026-01-02", "2026-01-03"]
+    assert [run["started"][:10] for run in earlier_runs(second.to_json())] == ["2026-01-02", "2026-01-03"]
     text = render(second)
     assert "Compared with earlier runs" in text
     assert "(this run)" in text
     assert "Compared with earlier runs" not in render()
     many = replace(REPORT, history=tuple({**first} for _ in range(30)))
-    assert len(earlier_runs(page.to_json(many))) == 20
+    assert len(earlier_runs(many.to_json())) == 20
 
 
 def test_the_json_holds_every_field() -> None:
-    assert json.loads(page.to_json(REPORT))["labels"] == REPORT.labels
-    assert set(json.loads(page.to_json(REPORT))) == set(RunReport.__slots__)
-    assert page.to_dict(REPORT) == json.loads(page.to_json(REPORT))
+    assert json.loads(REPORT.to_json())["labels"] == REPORT.labels
+    assert set(json.loads(REPORT.to_json())) == set(RunReport.__slots__)
+    assert REPORT.to_dict() == json.loads(REPORT.to_json())
 
 
 @pytest.mark.parametrize(
@@ -213,7 +225,7 @@ def test_the_json_holds_every_field() -> None:
         ({}, 1, {}, "nothing", "done already"),
         ({Stage.ENCODE: 9, Stage.WAIT_INPUT: 1}, 60, {}, "start-up", "60.0 of 100.0 s"),
         ({Stage.ENCODE: 5, Stage.WAIT_INPUT: 5, Stage.READ: 9, Stage.DECODE: 1}, 1, {}, "reading", "loader.workers"),
-        ({Stage.ENCODE: 5, Stage.WAIT_INPUT: 5, Stage.DECODE: 9}, 1, {"workers": 1}, "decoding", "from 1 to 4"),
+        ({Stage.ENCODE: 5, Stage.WAIT_INPUT: 5, Stage.DECODE: 9}, 1, {"threads": 1}, "decoding", "from 1 to 4"),
         ({Stage.ENCODE: 5, Stage.WAIT_INPUT: 5, Stage.DECODE: 9}, 1, {}, "decoding", "all 4 cores"),
         ({Stage.ENCODE: 5, Stage.WAIT_INPUT: 5}, 1, {"decoder": "exact"}, "decoding", "images.decoder=fast"),
         # Four batches side by side take a quarter of the time that their clocks add up to.
@@ -228,18 +240,10 @@ def test_the_json_holds_every_field() -> None:
 def test_the_bound_follows_from_the_clocks(
     seconds: dict[str, float], startup: float, facts: dict[str, object], bound: str, advice: str
 ) -> None:
-    settings = {
-        "workers": 4,
-        "decoder": "fast",
-        "streams": 1,
-        "device": "cpu",
-        "precision": "fp32",
-        "cores": 4,
-        **facts,
-    }
-    found = summary.find_bound(Clocks(seconds), startup=startup, wall=100, **settings)  # type: ignore[arg-type]
-    assert found[0] == bound
-    assert advice in found[1]
+    setup = replace(Setup("cpu", "fp32", "fast", threads=4, streams=1, cores=4), **facts)  # type: ignore[arg-type]
+    found = find_bottleneck(Clocks(seconds), setup, startup=startup, wall=100)
+    assert found.stage == bound
+    assert advice in found.advice
 
 
 def test_clocks_add_up_over_threads_and_over_shards() -> None:
@@ -332,9 +336,10 @@ def test_the_pace_of_a_run_follows_from_its_clocks_and_its_core_seconds() -> Non
         {Stage.DECODE: 20.0, Stage.ENCODE: 95.0, Stage.WRITE: 1.0, Stage.WAIT_INPUT: 3.0},
         {Stage.DECODE: 1.0, Stage.ENCODE: 90.0, Stage.WRITE: 0.5, Stage.WAIT_INPUT: 0.2},
     )
-    facts = {"images": 1000, "steady": 18.0, "seconds": 52.0, "cores": 2, "device": "cpu"}
-    threads = {Stage.DECODE: 2, Stage.ENCODE: 2}
-    found = find_pace(clocks, Spent(own=92.0, children=8.0), threads=threads, **facts)  # type: ignore[arg-type]
+    setup, loop = Setup("cpu", "fp32", "exact", threads=2, streams=2, cores=2), Loop(1000, seconds=52.0, steady=18.0)
+    worker = WorkerStats("0", "host", 1, "cpu", 2, 1.0, clocks=clocks, own_core_seconds=92.0, child_core_seconds=8.0)
+    stats = RunStats(began=0.0, ended=52.0, rows=1000, images=1000, workers=(worker,))
+    found = find_pace(stats, setup, loop)
     assert found is not None
     assert found.stages[Stage.DECODE] == StagePace(pytest.approx(100.0), 9.0, pytest.approx(0.09))
     assert found.stages[Stage.ENCODE].images_per_second == pytest.approx(1000 * 2 / 95)
@@ -348,16 +353,25 @@ def test_the_pace_of_a_run_follows_from_its_clocks_and_its_core_seconds() -> Non
         "programs; core time: encode 90%, decode 9%"
     )
     # One batch on both cores: the second thread has no clock.
-    together = find_pace(
-        Clocks(clocks.seconds, {**clocks.cores, Stage.ENCODE: 45.0}),
-        Spent(own=92.0, children=8.0),
-        threads={Stage.DECODE: 2},
-        **facts,  # type: ignore[arg-type]
-    )
+    one = replace(worker, clocks=Clocks(clocks.seconds, {**clocks.cores, Stage.ENCODE: 45.0}))
+    together = find_pace(replace(stats, workers=(one,)), replace(setup, streams=1), loop)
     assert together is not None
     assert together.stages[Stage.ENCODE].core_seconds == pytest.approx(90.5)
     assert "other" not in together.stages
-    assert find_pace(clocks, Spent(1.0, 0.0), threads={}, **{**facts, "images": 0}) is None  # type: ignore[arg-type]
+    assert find_pace(stats, setup, Loop(0, seconds=52.0, steady=0.0)) is None
+    assert find_pace(replace(stats, workers=()), setup, loop) is None
+
+
+def test_statistics_of_parts_add_up() -> None:
+    worker = WorkerStats("0", "a", 1, "cpu", 2, 1.0, images=3, repeats=1, memory={"peak_rss_mib": 5.0})
+    other = replace(worker, host="b", clocks=Clocks({Stage.ENCODE: 2.0}), memory={"peak_rss_mib": 9.0})
+    one = RunStats(began=10.0, ended=20.0, rows=4, images=3, workers=(worker,))
+    both = one + RunStats(began=5.0, ended=15.0, rows=6, images=5, workers=(other, replace(worker, pid=2)))
+    assert (both.began, both.ended, both.seconds, both.rows, both.images) == (5.0, 20.0, 15.0, 10, 8)
+    assert (both.processes, both.cores, both.cores_of_hosts, both.repeats) == (2, 4, 4, 3)
+    assert both.clocks.seconds == {Stage.ENCODE: 2.0}
+    assert both.memory == {"peak_rss_mib": 9.0}
+    assert RunStats.from_json(json.loads(json.dumps(both.to_json()))) == both
 
 
 @pytest.mark.parametrize(
@@ -412,7 +426,7 @@ def test_the_page_shows_the_pace_of_every_stage_and_the_bound() -> None:
     ):
         assert text in found.text
     assert "64 MiB in a decoder process" in found.text
-    assert json.loads(page.to_json(report))["pace"]["stages"]["decode"]["core_seconds"] == 9.25
+    assert json.loads(report.to_json())["pace"]["stages"]["decode"]["core_seconds"] == 9.25
 
 
 def test_progress_leaves_the_first_batch_out_of_the_steady_rate(monkeypatch: pytest.MonkeyPatch) -> None:

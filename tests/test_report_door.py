@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 from datetime import date, timedelta
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,7 +17,13 @@ from pipeline.nightly.store import RUN_SCHEMA
 from pipeline.report.__main__ import main
 from pipeline.report.compare import compare_page, headline
 from pipeline.report.nights import read_nights, recent_nights
-from tests.jobs import config_for, scenes_manifest
+from tests import jobs
+from tests.jobs import scenes_manifest
+
+
+def config_for(manifest: Path, output: Path, /, **groups: dict[str, Any]) -> Config:
+    """Return the config of a small job that draws its page."""
+    return jobs.config_for(manifest, output, report={"html": True}, **groups)
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from hydra import compose, initialize_config_dir
 from pipeline import run as command
 from pipeline.config.compose import groups, known_keys, register
 from pipeline.config.schema import conf_dir
+from pipeline.core.cli import ErrorOutput
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = {"torch", "transformers", "pandas", "pyarrow", "PIL", "dask", "fsspec"}
@@ -156,7 +157,7 @@ def test_a_wrong_manifest_ends_with_code_2_before_any_model_is_opened(
         arguments = ["manifest.path=m.parquet", "output.dir=out", "model=hub", "model.name=no/such-model"]
         composed = compose("config", overrides=arguments)
     with pytest.raises(SystemExit) as caught:
-        command._task(composed)
+        command.run_task(composed, ErrorOutput(command.INTERRUPTED))
     assert caught.value.code == 2
     output = capsys.readouterr().err
     assert f"error: id 'a' stands twice: at {tmp_path}/m.parquet, row 0 and at {tmp_path}/m.parquet, row 2" in output

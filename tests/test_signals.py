@@ -31,7 +31,7 @@ def begin(config: Config, output: Path, failpoints: str, grace: float) -> Child:
     """Start the job and wait until its first part is at the armed failpoint."""
     overrides = [text for text in overrides_of(config) if not text.startswith("output.dir=")]
     overrides += [f"output.dir={output}", f"errors.grace_seconds={grace}"]
-    child = forks().start("tests.forks:door", *overrides, failpoints=failpoints)
+    child = forks().start("tests.forks:run_command", *overrides, failpoints=failpoints)
     end = time.monotonic() + 60
     while not is_at_a_part(output):
         assert child.alive(0.01), child.said()

@@ -16,9 +16,9 @@ from pipeline.config.compose import groups, known_keys
 from pipeline.config.schema import conf_dir
 from pipeline.core.errors import install_hint
 from tests import conf_readme, layout
+from tests.commands import PARSERS, parser_of, prove
 from tests.conf_readme import SHARED
 from tests.conftest import ROOT
-from tests.doors import PARSERS, parser_of, prove
 from tests.readme import PAGES
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

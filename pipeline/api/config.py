@@ -37,9 +37,7 @@ def config_from(settings: Mapping[str, object], before: Sequence[Problem] = ()) 
     config, others = read_config(merge(accepted))
     if literal:
         of_substitutes = check(config)
-        for key, given in literal.items():
-            group, name = key.split(".")
-            config = replace(config, **{group: replace(getattr(config, group), **{name: given})})
+        config = config.changed(literal)
         others = [problem for problem in others if problem not in of_substitutes] + check(config)
     if problems := joined(problems, others):
         raise ConfigError(problems)

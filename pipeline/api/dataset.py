@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -86,11 +87,10 @@ class Dataset:
     @cached_property
     def counts(self) -> dict[str, int]:
         """Rows by status, ``ok`` first."""
-        counts: dict[str, int] = {OK: 0}
+        counts = Counter({OK: 0})
         for commit in self._stored.commits:
-            for status, rows in commit.counts.items():
-                counts[status] = counts.get(status, 0) + rows
-        return counts
+            counts.update(commit.counts)
+        return dict(counts)
 
     @cached_property
     def report(self) -> Mapping[str, Any]:

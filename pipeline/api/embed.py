@@ -6,7 +6,6 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.api.config import check_model, config_from, label_settings, model_settings
@@ -132,25 +131,24 @@ def _run(config: Config, images: object, columns: Columns, output: str | None) -
     from pipeline.job.main import run_job
 
     # Before the caller's iterator runs, which may change the current folder.
-    place, scratch = "" if output is None else absolute(output), Scratch()
-    try:
+    place = "" if output is None else absolute(output)
+    with ExitStack() as opened:
+        scratch = Scratch()
+        opened.callback(scratch.close)
         manifest = manifest_of(images, columns, scratch.path / "manifest.parquet")
         place = str(scratch.path / "dataset") if output is None else place
         config = _placed(config, manifest, place)
-        with ExitStack() as opened:
-            if manifest.written is not None and output is not None:
-                path = opened.enter_context(manifest_beside(manifest.written, place))
-                config = replace(config, manifest=replace(config.manifest, path=path))
-            with settings_restored():
-                run_job(config)
-            stored = open_dataset(place)
-    except BaseException:
-        scratch.close()
-        raise
-    if output is None:
+        if manifest.written is not None and output is not None:
+            path = opened.enter_context(manifest_beside(manifest.written, place))
+            config = config.changed({"manifest.path": path})
+        with settings_restored():
+            run_job(config)
+        stored = open_dataset(place)
+        if output is not None:
+            return Dataset(stored)
+        # The returned object removes the folder.
+        opened.pop_all()
         return Dataset(stored, scratch)
-    scratch.close()
-    return Dataset(stored)
 
 
 def embed_texts(
@@ -176,7 +174,8 @@ def embed_texts(
 
     from pipeline.core.errors import PromptsError
     from pipeline.models.checkpoint import open_checkpoint
-    from pipeline.models.text import embed_prompts, is_text
+    from pipeline.models.label_files import is_text
+    from pipeline.models.text import embed_prompts
 
     wanted = [texts] if isinstance(texts, str) else list(texts)
     for position, text in enumerate(wanted):
@@ -213,11 +212,12 @@ def _placed(config: Config, manifest: InputManifest, output: str) -> Config:
     from pipeline.config.validate import check
     from pipeline.storage.urls import within
 
-    config = replace(
-        config,
-        manifest=replace(config.manifest, **manifest.config),
-        images=replace(config.images, schemes=list(dict.fromkeys([*config.images.schemes, *manifest.schemes]))),
-        output=replace(config.output, dir=output),
+    config = config.changed(
+        {
+            **{f"manifest.{name}": value for name, value in manifest.config.items()},
+            "images.schemes": list(dict.fromkeys([*config.images.schemes, *manifest.schemes])),
+            "output.dir": output,
+        }
     )
     problems = check(config)
     if manifest.folder is not None and within(output, manifest.folder):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from html import escape
 from typing import overload
 
@@ -98,7 +98,7 @@ def _thumbnails(dataset: Dataset, tiles: Sequence[Tile]) -> dict[int, bytes]:
         if manifest.rows != dataset.plan.rows:
             return {}
         # One process is enough for a few images, and starts sooner.
-        config = replace(config, loader=replace(config.loader, workers=1))
+        config = config.changed({"loader.workers": 1})
         with pixel_reader(config, manifest.root, gallery.THUMBNAIL) as reader:
             return gallery.thumbnails(manifest, reader, {tile.row: tile.id for tile in tiles}, seconds=TIMEOUT)
     except PipelineError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.config.ranges import PRECISIONS
+from pipeline.config.choices import BACKENDS
 from pipeline.config.schema import BackendConfig
 from pipeline.core.errors import BackendUnavailable
 
@@ -75,7 +75,7 @@ def choose_precision(config: BackendConfig, device: torch.device) -> str:
         BackendUnavailable: fp16 was asked for on the CPU, where it is slower than fp32, or a precision that is
             not the backend's.
     """
-    name, able = config.precision, PRECISIONS[config.name]
+    name, able = config.precision, BACKENDS[config.name].precisions
     if name == "auto":
         if len(able) == 1:
             return able[0]

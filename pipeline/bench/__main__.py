@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from pipeline.core.cli import own_exit_code
+from pipeline.core.cli import run_process
 
 # The benchmarks by the first argument; the first one is the default.
 COMMANDS = {"backends": "pipeline.bench.backends", "pipeline": "pipeline.bench.pipeline"}
@@ -21,5 +21,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    with own_exit_code():
-        raise SystemExit(main())
+    run_process(main)

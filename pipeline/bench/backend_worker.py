@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import gc
 import math
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,20 +18,12 @@ from pipeline.backends.devices import choose_device
 from pipeline.backends.parity import embed_sample
 from pipeline.backends.timing import settle
 from pipeline.bench.backends_run import BANK, SAMPLE
-from pipeline.bench.records import Row
-from pipeline.config.schema import Config
-from pipeline.core.errors import ManifestError
+from pipeline.config.schema import from_dict
+from pipeline.core.machine import machine, memory
 from pipeline.core.processes import cores
-from pipeline.core.records import Sample, TextBank
-from pipeline.engine.demo import folder as demo
-from pipeline.engine.loop import open_encoder
-from pipeline.engine.prepare import spec_of
-from pipeline.engine.sample import draw_sample
-from pipeline.images.factory import pixel_reader
-from pipeline.manifest.manifest import open_manifest
+from pipeline.core.records import Sample
+from pipeline.engine.engine import Engine, open_backend
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
-from pipeline.models.text import build_bank, read_labels
-from pipeline.report.summary import machine, memory
 
 # The longest warm-up, in multiples of one measurement.
 WARM_UP = 3.0
@@ -41,11 +32,8 @@ WARM_UP = 3.0
 class Backend:
     """One row of the table; it holds one encoder at a time, and no checkpoint while it waits."""
 
-    def __init__(self, config: dict[str, Any], row: dict[str, Any], work: str) -> None:
-        plain = config_from(config)
-        backend = dataclasses.replace(plain.backend, **{("name" if k == "backend" else k): v for k, v in row.items()})
-        self._config = dataclasses.replace(plain, backend=backend)
-        self._row, self._work = Row(**row), Path(work)
+    def __init__(self, config: dict[str, Any], work: str) -> None:
+        self._config, self._work = from_dict(config), Path(work)
         self._checkpoint: Checkpoint | None = None
         self._encoder: ImageEncoder | None = None
         self._pixels = torch.empty(0)
@@ -53,29 +41,30 @@ class Backend:
 
     def prepare(self) -> dict[str, Any]:
         """Draw the sample and embed the labels, once for all children; return the facts of the machine."""
-        device = choose_device(self._config.backend.device)
-        checkpoint = self._checkpoint = open_checkpoint(self._config.model)
-        sample, words = _draw(self._config, checkpoint)
+        config = self._config
+        device = choose_device(config.backend.device)
+        with Engine(config) as engine:
+            checkpoint, bank, sample = engine.checkpoint, engine.bank(), engine.cpu_sample()
+        assert bank is not None, "the command gives labels"
+        self._checkpoint = checkpoint
         # In the loader's layout of memory: [N, H, W, 3].
-        pictures = sample.pixels.permute(0, 2, 3, 1).contiguous().numpy()
-        np.savez(self._work / SAMPLE, pixels=pictures, ids=np.array(sample.ids))
-        bank = _bank(self._config, checkpoint)
+        pixels = sample.pixels.permute(0, 2, 3, 1).contiguous().numpy()
+        np.savez(self._work / SAMPLE, pixels=pixels, ids=np.array(sample.ids))
         np.savez(self._work / BANK, names=np.array(bank.names), features=bank.features)
-        facts = machine(str(device), cores())
         return {
             "device": device.type,
             "images": len(sample.ids),
             "labels": len(bank.names),
-            "sample": words,
-            "machine": {**facts, "instructions": torch.backends.cpu.get_cpu_capability()},
+            "sample": "rendered scenes" if config.manifest.path is None else f"images of {config.manifest.path}",
+            "machine": {**machine(str(device), cores()), "instructions": torch.backends.cpu.get_cpu_capability()},
         }
 
     def open(self, batch: int, vectors: str, seconds: float) -> dict[str, Any]:
         """Open the encoder for batches of ``batch``, write the embedded sample to the file ``vectors``, warm up."""
         self._release()
         with np.load(self._work / SAMPLE) as file:
-            memory_order, ids = torch.from_numpy(file["pixels"]), tuple(map(str, file["ids"]))
-        sample = Sample(ids=ids, pixels=memory_order.permute(0, 3, 1, 2))
+            pixels, ids = torch.from_numpy(file["pixels"]), tuple(map(str, file["ids"]))
+        sample = Sample(ids=ids, pixels=pixels.permute(0, 3, 1, 2))
         checkpoint = self._checkpoint or open_checkpoint(self._config.model)
         device = choose_device(self._config.backend.device)
         if device.type == "cuda":
@@ -84,40 +73,40 @@ class Backend:
             torch.cuda.init()
         free = _free_gpu_mib()
         began = time.perf_counter()
-        encoder = self._encoder = open_encoder(self._config, checkpoint, lambda: sample, batch)
-        self._pixels = _batch(memory_order, 0, batch).to(encoder.device)
+        encoder = self._encoder = open_backend(self._config, checkpoint, lambda: sample, batch)
+        # The images of a batch, from the first one again where there are too few.
+        self._pixels = pixels[torch.arange(batch) % len(pixels)].permute(0, 3, 1, 2).to(encoder.device)
         self._encode(1)
         startup = time.perf_counter() - began
         # Many children wait at once: each keeps only what its encoder needs.
         self._checkpoint = None
         del checkpoint
         gc.collect()
-        peak = memory()["peak_rss_mib"]
         np.save(vectors, embed_sample(encoder, sample).numpy())
         self._settled = settle(partial(self._encode, 1), patience=WARM_UP * seconds)
-        self._free_cache()
+        _free_cache()
         self._opened_mib = free - _free_gpu_mib()
         return {
             "startup_seconds": startup,
             "precision": encoder.precision,
             "weight_bytes": encoder.weight_bytes,
             "fingerprint": encoder.fingerprint,
-            "start_rss": peak,
         }
 
     def measure(self, seconds: float) -> dict[str, Any]:
         """Encode for about ``seconds``, one batch at least; the clock stops when the device is done."""
-        _reset_peak()
+        # Reset the peak of resident memory, where the system can.
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
         free = _free_gpu_mib()
         self._encode(1)
-        batch = len(self._pixels)
-        calls = max(1, math.ceil(seconds / self._settled))
+        batch, calls = len(self._pixels), max(1, math.ceil(seconds / self._settled))
         # Calls queue up on a GPU, as in a job; latency is measured call by call, at batch 1 only.
         latencies = [self._encode(1) for _ in range(calls)] if batch == 1 else []
         taken = sum(latencies) if latencies else self._encode(calls)
         # Only one child works at a time: memory that the device lost meanwhile is used by this one.
         device_mib = self._opened_mib + free - _free_gpu_mib()
-        self._free_cache()
+        _free_cache()
         return {
             "images_per_second": batch * calls / taken,
             "latencies": latencies,
@@ -137,50 +126,16 @@ class Backend:
 
     def _release(self) -> None:
         self._encoder, self._pixels = None, torch.empty(0)
-        if self._row.compile != "none":
+        if self._config.backend.compile != "none":
             torch.compiler.reset()
         gc.collect()
-        self._free_cache()
-
-    def _free_cache(self) -> None:
-        """Return cached memory of the device, for the other children."""
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
+        _free_cache()
 
 
-def config_from(values: dict[str, Any]) -> Config:
-    """The config from the values of ``dataclasses.asdict``."""
-    return Config(**{name: kind(**values[name]) for name, kind in get_type_hints(Config).items()})
-
-
-def _batch(memory_order: torch.Tensor, start: int, size: int) -> torch.Tensor:
-    """``size`` images from ``start`` on, from the first one again at the end: uint8 ``[B, 3, H, W]``."""
-    return memory_order[(torch.arange(size) + start) % len(memory_order)].permute(0, 3, 1, 2)
-
-
-def _draw(config: Config, checkpoint: Checkpoint) -> tuple[Sample, str]:
-    count = config.parity.images
-    if config.manifest.path is None:
-        return demo.rendered_sample(checkpoint.spec, count), "rendered scenes"
-    manifest = open_manifest(config.manifest)
-    with pixel_reader(config, manifest.root, spec_of(config, checkpoint)) as reader:
-        sample = draw_sample(manifest, reader, count)
-    if sample is None:
-        raise ManifestError(f"manifest.path={config.manifest.path}: none of the images that were tried can be decoded")
-    return sample, f"images of {config.manifest.path}"
-
-
-def _bank(config: Config, checkpoint: Checkpoint) -> TextBank:
-    prompts = config.prompts
-    if not prompts.labels and prompts.path is None:
-        prompts = dataclasses.replace(prompts, labels=demo.label_names())
-    return build_bank(checkpoint, read_labels(prompts), prompts, config.labels)
-
-
-def _reset_peak() -> None:
-    """Reset the peak of resident memory, where the system can."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+def _free_cache() -> None:
+    """Return cached memory of the device, for the other children."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def _free_gpu_mib() -> float:

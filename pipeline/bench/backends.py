@@ -74,21 +74,22 @@ def measure(config: Config, plan: Plan, out: Path, *, line: str) -> Bench:
     """
     from pipeline.bench.backends_run import run
     from pipeline.bench.report import model_title
-    from pipeline.report.summary import versions
+    from pipeline.core.machine import versions
 
     started = datetime.now(UTC).isoformat(timespec="seconds")
+    if not config.prompts.labels and config.prompts.path is None:
+        from pipeline.engine.demo.folder import label_names
+
+        config = config.changed({"prompts.labels": label_names()})
     with command.work_folder(out) as work:
         results, facts = run(config, plan, work)
     return Bench(
         started=started,
         command=line,
         model=model_title(config),
-        sample=facts["sample"],
-        images=facts["images"],
-        labels=facts["labels"],
+        **{name: facts[name] for name in ("sample", "images", "labels", "machine")},
         repeats=plan.repeats,
         seconds=plan.seconds,
-        machine=facts["machine"],
         versions=versions(PACKAGES),
         parity=config.parity,
         results=tuple(results),
@@ -120,10 +121,12 @@ def _set_by_row(config: Config) -> list[Problem]:
 def _parser() -> argparse.ArgumentParser:
     parser = command.new_parser(
         "python -m pipeline.bench backends",
-        description="Measure every backend with one model on this machine: speed, memory, distance from torch fp32.",
-        epilog=EXAMPLES,
+        "Measure every backend with one model on this machine: speed, memory, distance from torch fp32.",
+        EXAMPLES,
     )
-    parser.add_argument("--only", metavar="ROWS", help="rows such as torch:fp32:compiled,torch:bf16,onnx_int8:static")
+    parser.add_argument(
+        "--only", metavar="ROWS", help="rows such as torch:fp32:compiled,onnx_int8:static; fewer take less memory"
+    )
     parser.add_argument("--batches", metavar="SIZES", help="batch sizes (default: 1,8,32,64, on CUDA also 128,256)")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="rounds over all rows (default: 5)")
     parser.add_argument(

@@ -14,11 +14,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.bench.child import Child, Died, Refused
-from pipeline.bench.command import progress
+from pipeline.bench.command import progress, rotated
 from pipeline.bench.records import Measurement, Result, Row
 from pipeline.bench.selection import BATCHES, REFERENCE, for_device
 from pipeline.config.schema import Config
+from pipeline.core.child import Child, ChildEnded, ChildError
 from pipeline.core.errors import PipelineError
 from pipeline.core.records import Parity
 
@@ -50,28 +50,19 @@ class _Entry:
 
     def send(self, request: Mapping[str, object]) -> None:
         """Send a request, unless the row has failed."""
-        if self.error is None:
-            try:
-                self._child.send(request)
-            except Died as error:
-                self._fail(error)
+        self._unless_failed(lambda: self._child.send(request))
 
-    def receive(self) -> dict[str, Any] | None:
-        """The answer, or None where the row has failed."""
-        if self.error is None:
-            try:
-                return self._child.receive(timeout=self._timeout)
-            except (Refused, Died) as error:
-                self._fail(error)
-        return None
+    def receive(self) -> dict[str, Any]:
+        """Return the answer; an empty one where the row has failed."""
+        return self._unless_failed(lambda: self._child.receive(timeout=self._timeout)) or {}
 
-    def ask(self, request: Mapping[str, object]) -> dict[str, Any] | None:
-        """Send a request and receive its answer."""
+    def ask(self, request: Mapping[str, object]) -> dict[str, Any]:
+        """Send a request and return its answer; an empty one where the row has failed."""
         self.send(request)
         return self.receive()
 
     def result(self) -> Result:
-        """The measurements and the failure of the row."""
+        """Return the measurements and the failure of the row."""
         failure = str(self.error) if self.error else None
         if failure and self.done:
             failure = f"stopped after batch {self.done[-1].batch}: {failure}"
@@ -84,9 +75,14 @@ class _Entry:
             failure=failure,
         )
 
-    def _fail(self, error: PipelineError) -> None:
-        self.error = error
-        self._child.close()
+    def _unless_failed(self, call: Callable[[], Any]) -> Any:
+        if self.error is None:
+            try:
+                return call()
+            except (ChildError, ChildEnded) as error:
+                self.error = error
+                self._child.close()
+        return None
 
 
 def start_child(row: Row, work: Path) -> Child:
@@ -108,16 +104,14 @@ def run(
     with ExitStack() as stack:
 
         def enter(row: Row) -> _Entry:
-            child = start(row, work)
-            stack.callback(child.close)
-            entry = _Entry(row, child, plan.timeout)
+            entry = _Entry(row, stack.enter_context(start(row, work)), plan.timeout)
             entry.send(_set_up(row, config, work))
             return entry
 
         progress("opening the model, drawing the sample, embedding the labels")
         reference = enter(REFERENCE)
         reference.receive()
-        facts = reference.ask({"do": "prepare"}) or {}
+        facts = reference.ask({"do": "prepare"})
         _require(reference)
         # The others load their libraries side by side; from then on only one child works at a time.
         rows = for_device(plan.rows, facts["device"])[1:]
@@ -150,9 +144,8 @@ def _open(entry: _Entry, batch: int, plan: Plan, work: Path, place: str) -> None
 def _measure(entries: Sequence[_Entry], plan: Plan, place: str) -> None:
     """Measure the rows that have not failed in turn, round by round."""
     for number in range(plan.repeats):
-        # Each round begins with another row, so that none always follows the same one.
-        turn, words = number % len(entries), []
-        for entry in [*entries[turn:], *entries[:turn]]:
+        words = []
+        for entry in rotated(entries, number):
             if entry.error is None:
                 answer = entry.ask({"do": "measure", "seconds": plan.seconds})
                 entry.rounds += [answer] if answer else []
@@ -167,22 +160,19 @@ def _collect(entries: Sequence[_Entry], batch: int, work: Path) -> None:
     for entry in entries:
         if entry.error is None:
             parity = _parity(work, _vectors(work, entry.row, batch), _vectors(work, REFERENCE, origin))
-            entry.done.append(_measurement(batch, entry, parity))
-
-
-def _measurement(batch: int, entry: _Entry, parity: Parity) -> Measurement:
-    return Measurement(
-        batch=batch,
-        startup_seconds=entry.facts["startup_seconds"],
-        images_per_second=tuple(answer["images_per_second"] for answer in entry.rounds),
-        latencies=tuple(seconds for answer in entry.rounds for seconds in answer["latencies"]),
-        start_rss=entry.facts["start_rss"],
-        rss=max(answer["rss"] for answer in entry.rounds),
-        device=max(answer["device"] for answer in entry.rounds),
-        lowest_cosine=parity.lowest_cosine,
-        mean_cosine=parity.mean_cosine,
-        top1=1.0 if parity.top1 is None else parity.top1,
-    )
+            entry.done.append(
+                Measurement(
+                    batch=batch,
+                    startup_seconds=entry.facts["startup_seconds"],
+                    images_per_second=tuple(answer["images_per_second"] for answer in entry.rounds),
+                    latencies=tuple(seconds for answer in entry.rounds for seconds in answer["latencies"]),
+                    rss=max(answer["rss"] for answer in entry.rounds),
+                    device=max(answer["device"] for answer in entry.rounds),
+                    lowest_cosine=parity.lowest_cosine,
+                    mean_cosine=parity.mean_cosine,
+                    top1=1.0 if parity.top1 is None else parity.top1,
+                )
+            )
 
 
 def _parity(work: Path, vectors: Path, reference: Path) -> Parity:
@@ -203,13 +193,15 @@ def _parity(work: Path, vectors: Path, reference: Path) -> Parity:
 
 def _set_up(row: Row, config: Config, work: Path) -> dict[str, Any]:
     values = asdict(config)
+    options = asdict(row)
+    values["backend"] |= {"name": options.pop("backend"), **options}
     if config.backend.artifacts is None:
         # Each row has its own store, empty at first: the first start then includes exporting. No job uses what is in
         # it, so a backend that misses the thresholds may come into the table, with its figures.
         values["backend"]["artifacts"] = str(work / row.file_name / "artifacts")
         for name in ("lowest_cosine", "mean_cosine", "top1"):
             values["parity"][name] = dict.fromkeys(values["parity"][name], 0.0)
-    return {"kind": "backend", "config": values, "row": asdict(row), "work": str(work)}
+    return {"config": values, "work": str(work)}
 
 
 def _vectors(work: Path, row: Row, batch: int) -> Path:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,6 +15,8 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
+from pipeline.bench.command import quoted
+from pipeline.core.concurrency import in_order
 from pipeline.core.errors import ManifestError
 from pipeline.core.records import Failure, ImageRef, Pixels
 from pipeline.engine.sample import stack
@@ -27,8 +28,6 @@ from pipeline.manifest.shards import ShardReader, cut, refs
 
 # The most images, and the most bytes of them, that are held in memory for the stages alone.
 HELD_IMAGES, HELD_BYTES = 1024, 512 * 2**20
-# Chunks that are decoded side by side.
-AT_ONCE = 16
 # Images that are taken where no number is given.
 MOST = 1000
 
@@ -46,15 +45,20 @@ class Images:
     count: int
     bad: int
 
-    def facts(self) -> dict[str, Any]:
-        """Numbers of images, and the medians of size and bytes of those in memory."""
-        return {
-            "images": self.count,
-            "bad": self.bad,
-            "held": len(self.encoded),
-            "megapixels": median(_megapixels(data) for data in self.encoded),
-            "kilobytes": median(len(data) for data in self.encoded) / 1000,
-        }
+    def overrides(self) -> list[str]:
+        """Return the overrides of a job that name the manifest."""
+        values = {name: quoted(str(value)) for name, value in self.manifest.items() if name != "keep"}
+        return ["manifest.keep=[]", *(f"manifest.{name}={value}" for name, value in values.items())]
+
+    def describe(self, source: str) -> str:
+        """Return a text with the number of images from a source, and the medians of those in memory."""
+        megapixels = median(_megapixels(data) for data in self.encoded)
+        kilobytes = median(len(data) for data in self.encoded) / 1000
+        left_out = f", {self.bad} bad ones left out" if self.bad else ""
+        return (
+            f"{self.count:,} {source} (median {megapixels:.2f} megapixels, {kilobytes:,.0f} kB{left_out}; "
+            f"{len(self.encoded):,} in memory for the stages alone)"
+        )
 
 
 def take_images(given: Manifest, reader: PixelReader, work: Path, *, count: int | None, threads: int) -> Images:
@@ -84,9 +88,8 @@ def take_images(given: Manifest, reader: PixelReader, work: Path, *, count: int 
             break
     if not encoded:
         raise ManifestError(f"none of the {bad} images that were tried can be decoded")
-    taken = [good[i % len(good)] for i in range(wanted)]
     return Images(
-        manifest=_write_manifest(given, taken, work),
+        manifest=_write_manifest(given, [good[i % len(good)] for i in range(wanted)], work),
         encoded=encoded,
         pixels=stack([str(i) for i in range(len(pictures))], pictures).pixels.permute(0, 2, 3, 1).contiguous(),
         count=wanted,
@@ -95,7 +98,7 @@ def take_images(given: Manifest, reader: PixelReader, work: Path, *, count: int 
 
 
 def image_refs(manifest: Manifest) -> Iterator[ImageRef]:
-    """The image references of all rows, in order."""
+    """Yield the image references of all rows, in order."""
     with ShardReader(manifest) as reader:
         for shard in cut(manifest, 4096):
             for rows in reader.read(shard):
@@ -105,14 +108,14 @@ def image_refs(manifest: Manifest) -> Iterator[ImageRef]:
 def _decoded(given: Manifest, reader: PixelReader, threads: int) -> Iterator[tuple[ImageRef, Pixels | Failure]]:
     limit_pixels(reader.decoder.max_pixels)
     every = image_refs(given)
-    with ThreadPoolExecutor(threads) as pool:
-        # A few chunks at a time: a manifest may be much longer than the sample.
-        while some := list(islice(every, AT_ONCE * CHUNK)):
-            chunks = [some[start : start + CHUNK] for start in range(0, len(some), CHUNK)]
-            decoded = pool.map(lambda chunk: reader.read_all(chunk, lambda stage, seconds: None), chunks)
-            for ref, result in zip(some, chain.from_iterable(decoded), strict=True):
-                assert result is not None
-                yield ref, result
+    chunks = iter(lambda: list(islice(every, CHUNK)), [])
+
+    def decode(chunk: list[ImageRef]) -> list[tuple[ImageRef, Pixels | Failure]]:
+        results = reader.read_all(chunk, lambda stage, seconds: None)
+        return [(ref, result) for ref, result in zip(chunk, results, strict=True) if result is not None]
+
+    for pairs in in_order(decode, chunks, threads=threads):
+        yield from pairs
 
 
 def _write_manifest(given: Manifest, taken: Sequence[ImageRef], work: Path) -> dict[str, Any]:

@@ -1,31 +1,32 @@
 """Measure the pipeline: rounds over the stages and the whole job, one at a time.
 
-One child process holds the stages, and waits while the job runs in another one.
+This process holds the stages, and waits while the job runs in a process of its own.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from pipeline.bench.child import Child
-from pipeline.bench.command import progress
-from pipeline.bench.pipeline_records import JobRounds, StageRounds
+from pipeline.bench import command
+from pipeline.bench.command import quoted
+from pipeline.bench.pipeline_records import JobRounds, PipelineBench, StageRounds
 from pipeline.config.compose import compose_config
+from pipeline.config.schema import Config
+from pipeline.core.child import Child
 from pipeline.core.errors import PipelineError
 from pipeline.core.processes import spent
 from pipeline.core.records import Stage
 
-STAGES = ("rows", Stage.READ, Stage.DECODE, Stage.COPY, Stage.ENCODE, Stage.LABEL, Stage.WRITE)
+# Number and size of the rendered scenes.
+SCENES, SIZE = 256, (512, 384)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,53 +46,74 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
-    """The rounds of the stages, of other decoders and of the job, and the facts of the machine and the images."""
-
-    stages: tuple[StageRounds, ...]
-    decoders: tuple[StageRounds, ...]
-    job: JobRounds
-    facts: Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
 class _Entry:
-    """A stage or the job: one measurement, and the answers of the rounds so far."""
+    """A stage, with another decoder than the job's or not, or the job; and the figures of the rounds so far."""
 
-    title: str
-    measure: Callable[[], dict[str, Any]]
-    answers: list[dict[str, Any]] = field(default_factory=list)
+    name: str
+    measure: Callable[[], dict[str, float]]
+    decoder: str | None = None
+    rounds: list[dict[str, float]] = field(default_factory=list)
 
     def column(self, name: str) -> tuple[float, ...]:
-        return tuple(answer[name] for answer in self.answers)
+        return tuple(figures[name] for figures in self.rounds)
+
+    def stage(self) -> StageRounds:
+        return StageRounds(
+            name=self.name,
+            threads=int(self.rounds[0]["threads"]),
+            images_per_second=self.column("images_per_second"),
+            core_seconds=self.column("core_seconds"),
+            decoder=self.decoder,
+        )
 
 
-def run(overrides: Sequence[str], plan: Plan, work: Path) -> Measured:
-    """Measure the stages and the job of a config.
+def measure(overrides: Sequence[str], plan: Plan, out: Path, *, line: str) -> PipelineBench:
+    """Measure the stages and the job of a config; ``line`` is the command line as typed.
 
     Raises:
-        PipelineError: one of them cannot run.
+        PipelineError: a stage or the job cannot run.
     """
+    from pipeline.bench.report import model_title
+    from pipeline.core.machine import versions
+
+    started = datetime.now(UTC).isoformat(timespec="seconds")
     config = compose_config(list(overrides))
-    decoders = [name for name in dict.fromkeys(plan.decoders) if name != config.images.decoder]
-    with closing(Child([sys.executable, "-m", "pipeline.bench.worker"], log=work / "stages.log")) as child:
-        progress("decoding the images once, opening the model")
-        images = {"work": str(work), "images": plan.images, "decoders": decoders}
-        child.ask({"kind": "stages", "config": asdict(config), **images}, timeout=plan.timeout)
-        facts = child.ask({"do": "facts"}, timeout=plan.timeout)
+    with command.work_folder(out) as work:
+        scenes = render(work, plan) if config.manifest.path is None else []
+        source = "rendered scenes" if scenes else "images of the manifest"
+        overrides = merged(overrides, [*defaults(config), *scenes])
+        command.progress("decoding the images once, opening the model")
+        from pipeline.bench.stages import NAMES, Stages
 
-        def stage(name: str, decoder: str | None = None) -> _Entry:
-            request = {"do": "measure", "stage": name, "seconds": plan.seconds, "decoder": decoder}
-            title = f"{name} ({decoder})" if decoder else name
-            return _Entry(title, partial(child.ask, request, timeout=plan.timeout))
-
-        stages = {str(name): stage(str(name)) for name in STAGES}
-        others = {name: stage(Stage.DECODE, name) for name in decoders}
-        job = _Entry("the job", partial(run_job, overrides, facts, work, timeout=plan.timeout))
-        _measure([*stages.values(), *others.values(), job], plan.repeats)
-    return Measured(
-        stages=tuple(_stage_rounds(name, entry) for name, entry in stages.items()),
-        decoders=tuple(_stage_rounds(Stage.DECODE, entry, decoder=name) for name, entry in others.items()),
+        others = [name for name in dict.fromkeys(plan.decoders) if name != config.images.decoder]
+        with Stages(compose_config(overrides), work, plan.images, others) as stages:
+            alone = [_Entry(name, partial(stages.measure, name, plan.seconds)) for name in map(str, NAMES)]
+            decoders = [
+                _Entry(str(Stage.DECODE), partial(stages.measure, Stage.DECODE, plan.seconds, other), other)
+                for other in others
+            ]
+            of_job = merged(overrides, stages.images.overrides())
+            job = _Entry("the job", partial(run_job, of_job, work, streams=stages.stream_count, timeout=plan.timeout))
+            _rounds([*alone, *decoders, job], plan.repeats)
+            images = stages.images.describe(source)
+            machine = stages.machine()
+    return PipelineBench(
+        started=started,
+        command=line,
+        model=model_title(config),
+        images=images,
+        backend=f"{stages.encoder.name} {stages.encoder.precision}",
+        decoder=config.images.decoder,
+        labels=len(stages.bank.names),
+        batch=stages.batch,
+        streams=stages.stream_count,
+        padding=padding(stages.images.count, config.manifest.shard_rows, stages.batch),
+        repeats=plan.repeats,
+        seconds=plan.seconds,
+        machine=machine,
+        versions=versions(),
+        stages=tuple(entry.stage() for entry in alone),
+        decoders=tuple(entry.stage() for entry in decoders),
         job=JobRounds(
             steady=job.column("images_per_second"),
             command=job.column("command"),
@@ -101,35 +123,57 @@ def run(overrides: Sequence[str], plan: Plan, work: Path) -> Measured:
             peak_decoder_mib=max(job.column("peak_decoder_mib")),
             peak_gpu_mib=max(job.column("peak_gpu_mib")),
         ),
-        facts=facts,
     )
 
 
-def run_job(overrides: Sequence[str], facts: Mapping[str, Any], work: Path, *, timeout: float) -> dict[str, Any]:
-    """Run the whole job on the copied manifest, in a process of its own.
+def render(work: Path, plan: Plan) -> list[str]:
+    """Render scenes; return overrides that name their manifest."""
+    from pipeline.engine.demo.folder import render_folder
+
+    count, (width, height) = plan.images or SCENES, plan.size
+    command.progress(f"rendering {count} scenes of {width} x {height} pixels")
+    path = render_folder(work / "scenes", count, width=width, height=height)
+    return [f"manifest.path={quoted(str(path))}", "manifest.id=id", "manifest.image=path", "manifest.keep=[]"]
+
+
+def defaults(config: Config) -> list[str]:
+    """Return overrides for labels and a batch size, where the config has none, and for embedding every image."""
+    # Images of a manifest that is too short are repeated.
+    more = ["images.repeats=each"]
+    if not config.prompts.labels and config.prompts.path is None:
+        from pipeline.engine.demo.folder import label_names
+
+        more.append(f"prompts.labels=[{','.join(map(quoted, label_names()[:10]))}]")
+    # Without a fixed size, the stages would have to measure one as well.
+    if not config.loader.batch_size:
+        more.append("loader.batch_size=64")
+    return more
+
+
+def run_job(overrides: Sequence[str], work: Path, *, streams: int, timeout: float) -> dict[str, float]:
+    """Run the whole job, which encodes ``streams`` batches side by side, in a process of its own.
 
     Raises:
-        Died: it failed, or exceeded ``timeout`` seconds.
+        ChildEnded: it failed, or exceeded ``timeout`` seconds.
     """
     output = work / "dataset"
-    own = [f"manifest.{key}={quoted(str(value))}" for key, value in facts["manifest"].items() if key != "keep"]
-    own += ["manifest.keep=[]", f"output.dir={quoted(str(output))}", "report.progress=none"]
-    command = [sys.executable, "-m", "pipeline.run", *merged(overrides, own)]
+    own = [f"output.dir={quoted(str(output))}", "report.progress=none"]
+    started = [sys.executable, "-m", "pipeline.run", *merged(overrides, own)]
     # A job would refuse, or resume, the output of an earlier round.
     shutil.rmtree(output, ignore_errors=True)
     before, began = spent(), time.perf_counter()
-    with closing(Child(command, log=work / "job.log", answers=False)) as child:
+    with Child(started, log=work / "job.log", answers=False) as child:
         child.wait(timeout=timeout)
     seconds = time.perf_counter() - began
     report = json.loads((output / "_report.json").read_bytes())
     images, memory = report["images"], report["memory"]
     # Batches side by side end together; the clock starts with the first of them.
-    first = min(images - 1, facts["streams"] * report["batch_sizes"][0])
+    first = min(images - 1, streams * report["batch_sizes"][0])
     return {
         "images_per_second": (images - first) / (report["wall_seconds"] - report["startup_seconds"]),
         "command": images / seconds,
         "startup": report["startup_seconds"],
-        # The other child waits meanwhile, and spends next to nothing.
+        # The decoder processes of the stages wait meanwhile, and spend next to nothing.
         "core_seconds": (spent() - before).children / images,
         "peak_mib": memory["peak_rss_mib"],
         "peak_decoder_mib": memory.get("peak_decoder_mib", 0.0),
@@ -138,42 +182,25 @@ def run_job(overrides: Sequence[str], facts: Mapping[str, Any], work: Path, *, t
 
 
 def padding(images: int, shard_rows: int, batch: int) -> float:
-    """The share of padding among the encoder's rows, where no image fails."""
+    """Return the share of padding among the encoder's rows, where no image fails."""
     whole, rest = divmod(images, shard_rows)
     batches = whole * -(-shard_rows // batch) + -(-rest // batch)
     return 1 - images / (batches * batch)
 
 
 def merged(overrides: Sequence[str], more: Sequence[str]) -> list[str]:
-    """The overrides with ``more``, which replace those of the same key."""
+    """Return the overrides with ``more``, which replace those of the same key."""
     keys = {text.partition("=")[0] for text in more}
     return [*(text for text in overrides if text.partition("=")[0] not in keys), *more]
 
 
-def quoted(text: str) -> str:
-    """A value in the quotes of Hydra's grammar, with any character in it."""
-    escaped = re.sub(r"(\\+)(?='|$)", r"\1\1", text).replace("'", r"\'")
-    return f"'{escaped}'"
-
-
-def _measure(entries: Sequence[_Entry], repeats: int) -> None:
+def _rounds(entries: Sequence[_Entry], repeats: int) -> None:
     for number in range(repeats):
-        # Each round begins with another entry, so that none always follows the same one.
-        turn = number * len(entries) // repeats
-        for entry in [*entries[turn:], *entries[:turn]]:
+        for entry in command.rotated(entries, number):
+            title = f"{entry.name} ({entry.decoder})" if entry.decoder else entry.name
             try:
-                entry.answers.append(entry.measure())
+                entry.rounds.append(entry.measure())
             except PipelineError as error:
-                raise PipelineError(f"{entry.title}: {error}") from error
-            rate = entry.answers[-1]["images_per_second"]
-            progress(f"round {number + 1} of {repeats}: {entry.title} {rate:,.1f} images/s")
-
-
-def _stage_rounds(name: str, entry: _Entry, decoder: str | None = None) -> StageRounds:
-    return StageRounds(
-        name=name,
-        threads=entry.answers[0]["threads"],
-        images_per_second=entry.column("images_per_second"),
-        core_seconds=entry.column("core_seconds"),
-        decoder=decoder,
-    )
+                raise PipelineError(f"{title}: {error}") from error
+            rate = entry.rounds[-1]["images_per_second"]
+            command.progress(f"round {number + 1} of {repeats}: {title} {rate:,.1f} images/s")

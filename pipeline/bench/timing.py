@@ -11,7 +11,6 @@ from pipeline.core.processes import spent
 
 # Seconds before a measurement: idle threads of the one before may spin for a while.
 PAUSE = 0.3
-Submit = Callable[[Callable[[], tuple[int, float]]], Future[tuple[int, float]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,24 +21,30 @@ class Throughput:
     core_seconds: float
 
 
-def measure(
-    work: Callable[[], int],
-    *,
-    threads: int,
-    seconds: float,
-    submit: Submit,
-    finish: Callable[[], None] = lambda: None,
-) -> Throughput:
-    """Repeat ``work`` in ``threads`` threads for ``seconds``, after one call in each thread to warm up.
+@dataclass(frozen=True, slots=True)
+class Workers:
+    """Threads that work side by side.
+
+    Attributes:
+        count: number of the threads.
+        submit: runs a function in one of them.
+        finish: waits for work that they have queued, as on a GPU.
+    """
+
+    count: int
+    submit: Callable[[Callable[[], tuple[int, float]]], Future[tuple[int, float]]]
+    finish: Callable[[], None] = lambda: None
+
+
+def measure(work: Callable[[], int], seconds: float, workers: Workers) -> Throughput:
+    """Repeat ``work`` in every thread for ``seconds``, after one call in each to warm up.
 
     Each thread has its own clock, which stops at the end of its last call, so that idle time is not counted.
 
     Args:
         work: does one piece; returns the number of its images.
-        threads: how many threads repeat it side by side.
         seconds: the time after which a thread begins no other piece.
-        submit: runs a function in one of the threads.
-        finish: waits for work that the calls have queued, as on a GPU.
+        workers: the threads.
     """
 
     def loop(length: float) -> tuple[int, float]:
@@ -47,19 +52,16 @@ def measure(
         while True:
             done += work()
             if time.perf_counter() - began >= length:
-                finish()
+                workers.finish()
                 return done, time.perf_counter() - began
 
     def all_threads(length: float) -> list[tuple[int, float]]:
-        jobs = [submit(lambda: loop(length)) for _ in range(threads)]
+        jobs = [workers.submit(lambda: loop(length)) for _ in range(workers.count)]
         return [job.result() for job in jobs]
 
     time.sleep(PAUSE)
     all_threads(0.0)
     before = spent()
     results = all_threads(seconds)
-    used = spent() - before
-    images = sum(done for done, _ in results)
-    return Throughput(
-        images_per_second=sum(done / taken for done, taken in results), core_seconds=used.total / max(1, images)
-    )
+    core_seconds = (spent() - before).total / max(1, sum(done for done, _ in results))
+    return Throughput(sum(done / taken for done, taken in results), core_seconds)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from pipeline.config.ranges import AUTO, PRECISIONS, OneOf, Range, Text, filled
+from pipeline.config.choices import BACKENDS, CLUSTERS
+from pipeline.config.ranges import AUTO, OneOf, Range, Text, filled
 
 DEMO_MODEL = "demo"
 OUTPUT_COLUMNS = ("embedding", "label", "score", "top_labels", "top_scores", "status", "error")
@@ -61,7 +62,7 @@ class ModelConfig:
 class BackendConfig:
     """Group ``backend``: runtime, precision and device."""
 
-    name: Annotated[str, OneOf(*PRECISIONS)] = "torch"
+    name: Annotated[str, OneOf(*BACKENDS)] = "torch"
     precision: Annotated[str, OneOf("auto", "fp32", "bf16", "fp16", "int8", "fp8")] = "auto"
     device: Annotated[str, DEVICE] = "auto"
     compile: Annotated[str, OneOf("none", "default", "reduce-overhead", "max-autotune")] = "none"
@@ -174,7 +175,7 @@ class ErrorsConfig:
 class ClusterConfig:
     """Group ``cluster``: executor of the shards; the YAML files say which keys each kind uses."""
 
-    name: Annotated[str, OneOf("inline", "local", "cuda", "address", "slurm", "kubernetes")] = "inline"
+    name: Annotated[str, OneOf(*CLUSTERS)] = "inline"
     part: str | None = None
     workers: Annotated[int, Range(0, 100_000)] = 0
     cores: Annotated[int, Range(0, 4_096)] = 0
@@ -284,6 +285,14 @@ class Config:
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
 
+    def changed(self, values: Mapping[str, Any]) -> Config:
+        """Return a config with other values of some keys, such as ``loader.batch_size``, or of whole groups."""
+        config = self
+        for key, value in values.items():
+            group, _, name = key.partition(".")
+            config = replace(config, **{group: replace(getattr(config, group), **{name: value}) if name else value})
+        return config
+
 
 def conf_dir() -> Path:
     """Return the folder of YAML files: in a wheel within this package, in a checkout beside it."""
@@ -301,3 +310,9 @@ def value_of(config: Config, key: str) -> Any:
     """Return the value at a dotted key such as ``loader.batch_size``."""
     group, name = key.split(".", 1)
     return getattr(getattr(config, group), name)
+
+
+def from_dict(values: Mapping[str, Mapping[str, Any]]) -> Config:
+    """Return the config of groups as ``dataclasses.asdict`` makes them; what is missing has its default."""
+    config = Config()
+    return replace(config, **{group: replace(getattr(config, group), **keys) for group, keys in values.items()})

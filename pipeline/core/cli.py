@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from types import FrameType
 from typing import NoReturn
 
@@ -38,20 +39,57 @@ def command_parser(command: str, description: str, examples: str) -> argparse.Ar
     )
 
 
-def run_command(work: Callable[[], int | None], *, interrupted: str) -> int:
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """Add the overrides of the job's config to a parser."""
+    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="GROUP=OPTION or KEY=VALUE, as for the job")
+
+
+@dataclass(slots=True)
+class ErrorOutput:
+    """Output of the error that ends a command.
+
+    Attributes:
+        interrupted: the message for an interruption.
+        formatter: the format of the log for ``log.format=json``, set once the config is read; None for text.
+    """
+
+    interrupted: str
+    formatter: JsonLines | None = None
+
+    def line(self, error: BaseException) -> str:
+        """Return the line for an error, as text or in the format of the log."""
+        if self.formatter is None:
+            return f"error: {error}"
+        return self.formatter.format(ending(error, exit_code_of(error)))
+
+    def print(self, error: BaseException) -> int:
+        """Print the line for an error, and return its exit code."""
+        with suppress(OSError, ValueError):
+            print(self.line(error), file=sys.stderr)
+        return exit_code_of(error)
+
+    def leave(self, number: int = 0, frame: FrameType | None = None) -> NoReturn:
+        """End the process at once, as interrupted; usable as the handler of a signal."""
+        with suppress(OSError):
+            os.write(2, f"{self.line(Interrupted(self.interrupted))}\n".encode())
+        os._exit(Interrupted.exit_code)
+
+
+def run_command(work: Callable[[], int | None], errors: ErrorOutput) -> int:
     """Call ``work``; return its exit code, or print the line of the error that ends it and return that one's code.
 
-    Args:
-        interrupted: the message for an interruption.
+    An unforeseen error is raised, or printed with its traceback where the log has a format of its own.
     """
     try:
         return work() or 0
     except PipelineError as error:
-        ended: PipelineError = error
+        return errors.print(error)
     except KeyboardInterrupt:
-        ended = Interrupted(interrupted)
-    print(error_line(ended), file=sys.stderr)
-    return ended.exit_code
+        return errors.print(Interrupted(errors.interrupted))
+    except Exception as error:
+        if errors.formatter is None:
+            raise
+        return errors.print(error)
 
 
 def run_process(main: Callable[[], int]) -> NoReturn:
@@ -59,11 +97,6 @@ def run_process(main: Callable[[], int]) -> NoReturn:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with own_exit_code():
         raise SystemExit(main())
-
-
-def error_line(error: BaseException, formatter: JsonLines | None = None) -> str:
-    """Return the line for an error that ends a run, as text or in the format of the log."""
-    return f"error: {error}" if formatter is None else formatter.format(ending(error, exit_code_of(error)))
 
 
 def showable(text: str) -> str:
@@ -74,7 +107,7 @@ def showable(text: str) -> str:
 
 def print_showable(text: str) -> None:
     """Print text with names of files, which may hold characters that standard output cannot encode."""
-    print(showable(text))
+    print(showable(text), flush=True)
 
 
 @contextmanager

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from pipeline.core.records import Parity, Timeline
 
@@ -34,7 +36,7 @@ class Pace:
     verdict: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunReport:
     """The throughput report of one run, as written to ``_report.json``; times are seconds.
 
@@ -42,7 +44,7 @@ class RunReport:
     committed. ``steady`` throughput leaves out the start-up and the first batch. ``parity`` is None for eager fp32,
     with which the others are compared, and ``decoder_parity`` for the decoder ``exact``. ``batch_sizes`` has more than
     one where the device had no memory for the first. ``pace`` is None where nothing was embedded. ``workers`` are the
-    processes that embedded (:mod:`pipeline.telemetry.members`), ``given_up`` the shards that are not in the dataset,
+    processes that embedded (:mod:`pipeline.telemetry.run_stats`), ``given_up`` the shards that are not in the dataset,
     ``repeats`` counts the rows that share the embedding of an earlier row of their shard with the same bytes.
     ``timeline`` adds up all processes, ``scores`` counts rows by their best score in equal steps from 0 to 1,
     ``history`` are earlier runs in short, oldest first. ``run`` is the name of the run in its log and its metrics.
@@ -56,23 +58,23 @@ class RunReport:
     wall_seconds: float
     startup_seconds: float
     images_per_second: float
-    steady_images_per_second: float
+    steady_images_per_second: float = 0.0
     stages: Mapping[str, float]
     bound: str
     advice: str
     counts: Mapping[str, int]
-    failures: tuple[Mapping[str, object], ...]
-    labels: Mapping[str, int]
+    failures: tuple[Mapping[str, object], ...] = ()
+    labels: Mapping[str, int] = field(default_factory=dict)
     prompts: Mapping[str, object]
-    parity: Parity | None
-    decoder_parity: Parity | None
-    batch_sizes: tuple[int, ...]
+    parity: Parity | None = None
+    decoder_parity: Parity | None = None
+    batch_sizes: tuple[int, ...] = ()
     memory: Mapping[str, float]
     machine: Mapping[str, object]
     versions: Mapping[str, str]
     fingerprints: Mapping[str, object]
     config: Mapping[str, object]
-    exit_code: int
+    exit_code: int = 0
     pace: Pace | None = None
     workers: tuple[object, ...] = ()
     given_up: tuple[int, ...] = ()
@@ -81,3 +83,12 @@ class RunReport:
     scores: tuple[int, ...] = ()
     history: tuple[Mapping[str, object], ...] = ()
     run: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the content of ``_report.json`` as types that JSON has."""
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self), ensure_ascii=False, default=str))
+        return plain
+
+    def to_json(self) -> bytes:
+        """Return the bytes of ``_report.json``."""
+        return (json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n").encode()

@@ -115,7 +115,7 @@ def read(storage: Storage) -> Plan | None:
     return plan
 
 
-def settle(storage: Storage, plan: Plan) -> bool:
+def write_once(storage: Storage, plan: Plan) -> bool:
     """Create the plan, or find the same one; True when the dataset is new.
 
     Raises:

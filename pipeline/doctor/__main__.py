@@ -13,8 +13,8 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 
 from pipeline.config.schema import Config
-from pipeline.core.cli import run_process, showable
-from pipeline.core.errors import ConfigError, Interrupted, PipelineError
+from pipeline.core.cli import ErrorOutput, add_overrides, command_parser, print_showable, run_command, run_process
+from pipeline.core.errors import ConfigError, PipelineError
 from pipeline.doctor.check import Check, Status, Subject
 from pipeline.doctor.format import count, lines, verdict
 from pipeline.doctor.probes import PROBES, examine
@@ -40,11 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if sys.stdout is None:
         # Started without standard output, for the exit code alone.
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the rest of the process
-    try:
-        return _report(options)
-    except KeyboardInterrupt:
-        print("error: interrupted; nothing was left behind", file=sys.stderr)
-        return Interrupted.exit_code
+    return run_command(lambda: _report(options), ErrorOutput("interrupted; nothing was left behind"))
 
 
 def _report(options: argparse.Namespace) -> int:
@@ -58,9 +54,9 @@ def _report(options: argparse.Namespace) -> int:
             if options.json:
                 continue
             if check.group != heading:
-                _say(f"{'' if not heading else chr(10)}{check.group}")
+                print_showable(f"{'' if not heading else chr(10)}{check.group}")
                 heading = check.group
-            _say(lines(check, colour=colour))
+            print_showable(lines(check, colour=colour))
     seconds = time.monotonic() - began
     counts = count(checks)
     code = ConfigError.exit_code if counts[Status.FAIL] else 0
@@ -76,7 +72,7 @@ def _report(options: argparse.Namespace) -> int:
         }
         print(json.dumps(content, indent=2))
     else:
-        _say(f"\n{verdict(checks, seconds)}")
+        print_showable(f"\n{verdict(checks, seconds)}")
     return code
 
 
@@ -142,11 +138,6 @@ def _temporary() -> str:
         return os.environ.get("TMPDIR") or "/tmp"
 
 
-def _say(text: str) -> None:
-    """Print text that names files; characters that the terminal cannot show are escaped."""
-    print(showable(text), flush=True)
-
-
 def _seconds(text: str) -> float:
     try:
         seconds = float(text)
@@ -158,13 +149,12 @@ def _seconds(text: str) -> float:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline.doctor",
-        description="Check this machine, this installation and the places of a job, with advice for each problem.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = command_parser(
+        "python -m pipeline.doctor",
+        "Check this machine, this installation and the places of a job, with advice for each problem.",
+        EXAMPLES,
     )
-    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="GROUP=OPTION or KEY=VALUE, as for the job")
+    add_overrides(parser)
     parser.add_argument("--quick", action="store_true", help="without decoders, backends and the batch")
     parser.add_argument("--json", action="store_true", help="one JSON object, for programs")
     parser.add_argument(

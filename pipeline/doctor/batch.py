@@ -90,7 +90,7 @@ def _shortened(config: Config, scratch: Path) -> Config:
 
 def _few_labels(config: Config) -> PromptsConfig:
     from pipeline.engine.demo.folder import prompts_of
-    from pipeline.models.text import read_labels
+    from pipeline.models.label_files import read_labels
 
     prompts = prompts_of(config)
     names = list(read_labels(prompts).names)
@@ -182,7 +182,7 @@ def _speed(config: Config, rehearsal: Rehearsal, trial: Trial) -> Check:
     opening, size = rehearsal.estimate.startup_seconds, config.loader.batch_size
     fact = f"{rate:,.1f} images/s in {len(trial.images)} batches of {size}; opened in {opening:.1f} s"
     figures = {"images_per_second": rate, "opening_seconds": opening}
-    halved = trial.member.batch_sizes[-1]
+    halved = trial.worker.batch_sizes[-1]
     if halved != size:
         fact += f"; the device has no memory for {size} at a time, and takes {halved}"
         return Check(GROUP, "speed", Status.WARN, fact, f"take loader.batch_size={halved}", figures)

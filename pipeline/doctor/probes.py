@@ -9,32 +9,31 @@ that no thread could time it out.
 
 from __future__ import annotations
 
-import json
-import os
-import pickle
-import signal
-import subprocess
+import queue
 import sys
 import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import import_module
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection
 from pathlib import Path
 
+from pipeline.config.schema import from_dict
+from pipeline.core.child import Child, ChildEnded, Parent
 from pipeline.core.concurrency import aside
 from pipeline.doctor.check import Check, Status, Subject, from_json
 
-# Time that a process gets to end.
-GRACE_SECONDS = 2.0
-HUNG = "something does not answer: a network disk, a server, a GPU; --timeout sets another limit"
+# Advice by the cause of an end; a signal that is not listed is a crash.
 CRASHED = "a library may be broken or built for another machine: install the packages again"
-KILLED = "often a sign that memory ran out: take a smaller loader.batch_size or more memory"
+ADVICE = {
+    "timeout": "something does not answer: a network disk, a server, a GPU",
+    "SIGKILL": "take a smaller loader.batch_size or more memory",
+}
 NO_PROCESS = "raise the limits (ulimit -a shows them; in a container --pids-limit), or free some memory"
+# The next check of a probe within so many seconds; None after the last one.
+Receive = Callable[[float], Check | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,141 +72,70 @@ def examine(probes: Sequence[Probe], subject: Subject, *, limit: float | None = 
     A probe that exceeds ``limit`` seconds, or its own limit if that is None, or that crashes becomes a failed check.
     """
     for probe in probes:
-        receiver, sender = Pipe(duplex=False)
         seconds = probe.seconds if limit is None else limit
-        with receiver:
-            if not probe.slow:
-                aside(partial(_send_checks, probe, subject, sender), name=probe.module)
-                yield from _received(receiver, probe, seconds)
-                continue
-            try:
-                with sender:
-                    process = _start(probe, subject, sender)
-            except OSError as error:
-                fact = f"no process can be started for this check: {error.strerror or error}"
-                yield Check(probe.group, probe.module, Status.FAIL, fact, NO_PROCESS)
-                continue
-            try:
-                yield from _received(receiver, probe, seconds, process, _messages(probe, subject))
-            finally:
-                _end(process)
-
-
-def _received(
-    receiver: Connection,
-    probe: Probe,
-    seconds: float,
-    process: subprocess.Popen[bytes] | None = None,
-    messages: Path | None = None,
-) -> Iterator[Check]:
-    """Yield what the probe sends until it is done, crashes or exceeds its time."""
-    deadline = time.monotonic() + seconds
-    while receiver.poll(max(0.0, deadline - time.monotonic())):
+        deadline = time.monotonic() + seconds
+        start = _in_process if probe.slow else _in_thread
         try:
-            content = json.loads(receiver.recv_bytes())
-        except EOFError:
-            fact, way_out = _crash(process)
-            break
-        if content is None:
-            return
-        yield from_json(content)
-    else:
-        fact, way_out = f"no answer within {seconds:g} s", HUNG
-    last = _last_line(messages)
-    yield Check(probe.group, probe.module, Status.FAIL, f"{fact}; last message: {last}" if last else fact, way_out)
+            with start(probe, subject) as receive:
+                while (check := receive(deadline - time.monotonic())) is not None:
+                    yield check
+        except ChildEnded as error:
+            late = f"no answer within {seconds:g} s; --timeout sets another limit"
+            fact = late if error.cause == "timeout" else str(error)
+            yield Check(probe.group, probe.module, Status.FAIL, fact, ADVICE.get(error.cause, CRASHED))
+        except OSError as error:
+            fact = f"no process can be started for this check: {error.strerror or error}"
+            yield Check(probe.group, probe.module, Status.FAIL, fact, NO_PROCESS)
 
 
-def _crash(process: subprocess.Popen[bytes] | None) -> tuple[str, str]:
-    """Return a sentence about the end of a process, and advice."""
-    if process is None:
-        return "this check ended without a result", CRASHED
-    code = None
-    with suppress(subprocess.TimeoutExpired):
-        code = process.wait(GRACE_SECONDS)
-    if code is None or code >= 0:
-        return f"the process of this check ended with exit code {code}", CRASHED
-    name = signal.Signals(-code).name if -code in {*signal.Signals} else f"signal {-code}"
-    return f"the process of this check was ended by {name}", KILLED if name == "SIGKILL" else CRASHED
+@contextmanager
+def _in_thread(probe: Probe, subject: Subject) -> Iterator[Receive]:
+    found: queue.SimpleQueue[Check | None] = queue.SimpleQueue()
 
-
-def _last_line(messages: Path | None) -> str:
-    if messages is None or not messages.exists():
-        return ""
-    lines = messages.read_text(encoding="utf-8", errors="replace").splitlines()
-    return next((line.strip()[:200] for line in reversed(lines) if line.strip()), "")
-
-
-def _messages(probe: Probe, subject: Subject) -> Path | None:
-    """Return the file that standard output and standard error of a probe's process go to."""
-    return None if subject.scratch is None else Path(subject.scratch, f"{probe.module}.txt")
-
-
-def _start(probe: Probe, subject: Subject, sender: Connection) -> subprocess.Popen[bytes]:
-    """Start the process of a probe; its files go to the scratch folder, and so are removed with it."""
-    environment = dict(os.environ)
-    if subject.scratch is not None:
-        compiled = str(Path(subject.scratch, "compiled"))
-        environment |= {"TMPDIR": subject.scratch, "TORCHINDUCTOR_CACHE_DIR": compiled, "TRITON_CACHE_DIR": compiled}
-    with open(_messages(probe, subject) or os.devnull, "ab") as messages:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "pipeline.doctor.probes", probe.module, str(sender.fileno())],
-            stdin=subprocess.PIPE,
-            stdout=messages,
-            stderr=messages,
-            pass_fds=(sender.fileno(),),
-            env=environment,
-            # A process group of its own, so that what the probe starts ends with it.
-            start_new_session=True,
-        )
-    # In a thread, since a long list of labels is more than a pipe holds.
-    aside(partial(_feed, process, pickle.dumps(subject)), name="subject")
-    return process
-
-
-def _feed(process: subprocess.Popen[bytes], data: bytes) -> None:
-    assert process.stdin is not None
-    with suppress(OSError, ValueError):
-        process.stdin.write(data)
-        process.stdin.flush()
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the process of a probe and all that it started.
-
-    A process that waits for a disk or a driver may survive even this; it is abandoned.
-    """
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(GRACE_SECONDS)
-    if process.stdin is not None:
-        with suppress(OSError):
-            process.stdin.close()
-
-
-def _run(module: str, descriptor: int) -> None:
-    """Run a probe in this process; the subject comes from standard input, the checks go to ``descriptor``."""
-    probe = next(probe for probe in PROBES if probe.module == module)
-    subject = pickle.load(sys.stdin.buffer)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _send_checks(probe, subject, Connection(descriptor, readable=False))
-    # Threads of libraries are not waited for.
-    os._exit(0)
-
-
-def _end_with_parent() -> None:
-    """End this process and all that it started at the end of standard input, which is the end of the parent."""
-    sys.stdin.buffer.read()
-    os.killpg(0, signal.SIGKILL)
-
-
-def _send_checks(probe: Probe, subject: Subject, sender: Connection) -> None:
-    """Send every check as JSON, then null."""
-    # The reader leaves when the time is over.
-    with suppress(BrokenPipeError), sender:
+    def run() -> None:
         for check in _checks(probe, subject):
-            sender.send_bytes(json.dumps(check.to_json()).encode())
-        sender.send_bytes(b"null")
+            found.put(check)
+        found.put(None)
+
+    def receive(seconds: float) -> Check | None:
+        try:
+            return found.get(timeout=max(0.0, seconds))
+        except queue.Empty:
+            raise ChildEnded("no answer", "timeout") from None
+
+    aside(run, name=probe.module)
+    yield receive
+
+
+@contextmanager
+def _in_process(probe: Probe, subject: Subject) -> Iterator[Receive]:
+    """Start the process of a probe; its files go to the scratch folder, and so are removed with it."""
+    log, environment = None, dict[str, str]()
+    if subject.scratch is not None:
+        log, compiled = Path(subject.scratch, f"{probe.module}.txt"), str(Path(subject.scratch, "compiled"))
+        environment = {"TMPDIR": subject.scratch, "TORCHINDUCTOR_CACHE_DIR": compiled, "TRITON_CACHE_DIR": compiled}
+    command = [sys.executable, "-m", "pipeline.doctor.probes", probe.module]
+    with Child(command, log=log, environment=environment) as child:
+        # In a thread, since a long list of labels is more than a pipe holds.
+        aside(partial(child.send, asdict(subject)), name="subject")
+
+        def receive(seconds: float) -> Check | None:
+            content = child.receive(timeout=seconds)
+            return None if content is None else from_json(content)
+
+        yield receive
+
+
+def _run(module: str) -> None:
+    """Run a probe in this process, and send every check, then null; the parent ends the process."""
+    parent = Parent()
+    content = parent.receive()
+    subject = Subject(**{**content, "config": from_dict(content["config"])})
+    for check in _checks(next(probe for probe in PROBES if probe.module == module), subject):
+        parent.send(check.to_json())
+    parent.send(None)
+    # Threads of libraries are not waited for.
+    threading.Event().wait()
 
 
 def _checks(probe: Probe, subject: Subject) -> Iterator[Check]:
@@ -229,4 +157,4 @@ def _advice(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    _run(sys.argv[1], int(sys.argv[2]))
+    _run(sys.argv[1])

@@ -12,25 +12,19 @@ from functools import partial
 
 import torch
 
-from pipeline.backends import factory
-from pipeline.backends.base import Draw, ImageEncoder
-from pipeline.backends.devices import choose_device
-from pipeline.backends.oom import HalvingEncoder
-from pipeline.backends.parity import check, embed_reference
-from pipeline.backends.streams import Streams, count_streams
+from pipeline.backends.base import ImageEncoder
+from pipeline.backends.streams import Streams
 from pipeline.config.schema import Config
 from pipeline.core.failpoints import failpoint
 from pipeline.core.log_format import within
-from pipeline.core.records import ImageBatch, PreprocessSpec, Shard, ShardReport, ShardRows, Stage, TextBank
+from pipeline.core.records import ImageBatch, Shard, ShardReport, ShardRows, Stage, TextBank
 from pipeline.dataset.commits import commit_part
 from pipeline.dataset.parts import PartFormat, ShardResult, build_table, count_statuses
 from pipeline.engine.forward import Labelling, PendingBatch, ShardResults, launch, memory_explained
 from pipeline.engine.loader import Loader, LoaderSpec
-from pipeline.images.factory import pixel_reader, worker_threads
-from pipeline.images.pool.pool import Decoders
+from pipeline.images.factory import worker_threads
 from pipeline.images.reader import PixelReader
 from pipeline.manifest.manifest import Manifest
-from pipeline.models.checkpoint import Checkpoint
 from pipeline.storage.factory import open_storage
 from pipeline.telemetry.clocks import StageClocks
 
@@ -46,62 +40,6 @@ class Job:
     manifest: Manifest
     form: PartFormat
     bank: TextBank | None
-
-
-def open_encoder(config: Config, checkpoint: Checkpoint, sample: Draw, size: int) -> ImageEncoder:
-    """Open the backend of the config for batches of ``size``; see :class:`~pipeline.backends.base.BackendFactory`."""
-    opener = factory(config.backend.name)
-    return opener(checkpoint, config.backend, batch_size=size, sample=sample, limits=config.parity)
-
-
-def open_reader(
-    config: Config, manifest: Manifest, spec: PreprocessSpec, decoders: Decoders | None = None
-) -> PixelReader:
-    """Open the reader of the job's images, with the GPU's decoder if the config names it.
-
-    Raises:
-        BackendUnavailable: this machine has none.
-    """
-    reader = pixel_reader(config, manifest.root, spec, decoders)
-    if config.images.decoder != "gpu":
-        return reader
-    from pipeline.images.gpu.nvimgcodec import NvidiaDecoder
-
-    device = choose_device(config.backend.device)
-    return replace(reader, gpu=NvidiaDecoder(spec, device, reader.decoder))
-
-
-def open_at(config: Config, checkpoint: Checkpoint, sample: Draw, size: int) -> ImageEncoder:
-    """Open the backend for batches of ``size``, in a thread like those that it will run in.
-
-    What is compiled or opened there is made for their share of the cores.
-    """
-    device = choose_device(config.backend.device)
-    streams = count_streams(config.backend.streams, device)
-    with Streams(device, streams) as threads:
-        encoder = threads.submit(lambda: open_encoder(config, checkpoint, sample, size)).result()
-    encoder.streams = streams
-    return encoder
-
-
-def open_for_job(
-    config: Config, checkpoint: Checkpoint, sample: Draw, bank: Callable[[], TextBank | None], size: int
-) -> HalvingEncoder:
-    """Open the backend; it is opened again for smaller batches if the device runs out of memory.
-
-    ``bank`` is asked for the labels only when a smaller one is compared with fp32.
-    """
-
-    def judge(encoder: ImageEncoder) -> None:
-        check(
-            encoder,
-            checkpoint,
-            lambda: embed_reference(encoder, checkpoint, sample()),
-            bank=bank(),
-            limits=config.parity,
-        )
-
-    return HalvingEncoder(partial(open_at, config, checkpoint, sample), judge, batch_size=size)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config.schema import Config, ModelConfig
+from pipeline.config.schema import Config, ModelConfig, value_of
 from pipeline.config.validate import check
 from pipeline.core.errors import ConfigError, ModelError, Problem, PromptsError
 from pipeline.dataset.dataset import Dataset
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pipeline.models.checkpoint import Checkpoint
-    from pipeline.models.text import LabelSet
+    from pipeline.models.label_files import LabelSet
 
 
 def config_of_dataset(dataset: Dataset, model: ModelConfig | None = None) -> Config:
@@ -31,7 +30,7 @@ def config_of_dataset(dataset: Dataset, model: ModelConfig | None = None) -> Con
         PlanMismatch: its plan keeps no config.
     """
     config = config_of(dataset.plan.config, dataset.url)
-    return config if model is None else dataclasses.replace(config, model=model)
+    return config if model is None else config.changed({"model": model})
 
 
 def open_model(dataset: Dataset, model: ModelConfig) -> Checkpoint:
@@ -62,7 +61,7 @@ def labels_of(config: Config) -> LabelSet:
         PromptsError: its file cannot be read.
     """
     from pipeline.engine.demo.folder import prompts_of
-    from pipeline.models.text import read_labels
+    from pipeline.models.label_files import read_labels
 
     return read_labels(prompts_of(config))
 
@@ -73,7 +72,8 @@ def embed_text(checkpoint: Checkpoint, texts: list[str]) -> NDArray[np.float32]:
     Raises:
         PromptsError: one is no text, such as what a terminal of another encoding sends.
     """
-    from pipeline.models.text import embed_prompts, is_text
+    from pipeline.models.label_files import is_text
+    from pipeline.models.text import embed_prompts
 
     for text in texts:
         if not is_text(text):
@@ -92,20 +92,12 @@ def embed_image(checkpoint: Checkpoint, config: Config, path: Path) -> NDArray[n
     import torch
 
     from pipeline.core.records import Failure, ImageRef
-    from pipeline.engine.prepare import spec_of
-    from pipeline.images.factory import decoder_of, open_decoders
-    from pipeline.images.reader import PixelReader
-    from pipeline.images.sources.source import Source
+    from pipeline.engine.engine import spec_of
+    from pipeline.images.factory import pixel_reader
     from pipeline.models.towers import ImageTower, Normaliser
 
-    images, loader = config.images, dataclasses.replace(config.loader, workers=1)
     place, spec = path.resolve(), spec_of(config, checkpoint)
-    with PixelReader(
-        source=Source(root=str(place.parent), max_bytes=images.max_bytes, read_seconds=loader.read_seconds),
-        decoder=decoder_of(config),
-        spec=spec,
-        decoders=open_decoders(dataclasses.replace(config, loader=loader)),
-    ) as reader:
+    with pixel_reader(config.changed({"loader.workers": 1}), str(place.parent), spec) as reader:
         pixels: Any = reader.read(ImageRef(id=str(path), path=place.name))
     if isinstance(pixels, Failure):
         raise ConfigError([Problem("--image", str(path), f"{pixels.status}: {pixels.error}")])
@@ -125,13 +117,9 @@ def derive(source: Dataset, composed: Config, typed: Sequence[str]) -> Config:
     config = config_of_dataset(source)
     if {"prompts.labels", "prompts.path"} & {*typed}:
         # One takes the place of the other.
-        config = dataclasses.replace(config, prompts=dataclasses.replace(config.prompts, labels=[], path=None))
+        config = config.changed({"prompts.labels": [], "prompts.path": None})
     for key in typed:
-        group, _, name = key.partition(".")
-        values = getattr(composed, group)
-        if name:
-            values = dataclasses.replace(getattr(config, group), **{name: getattr(values, name)})
-        config = dataclasses.replace(config, **{group: values})
+        config = config.changed({key: value_of(composed, key) if "." in key else getattr(composed, key)})
     problems = check(config)
     output = open_storage(config.output.dir).url
     inside, around = within(output, source.url), within(source.url, output)

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import logging
 from collections import Counter
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -15,26 +14,26 @@ from functools import partial
 from pipeline.config.schema import Config
 from pipeline.core.errors import ShardsGivenUp, StorageError, TooManyFailures
 from pipeline.core.failpoints import failpoint
-from pipeline.core.processes import Spent, cores
-from pipeline.core.records import OK, Stage, TextBank, Timeline
+from pipeline.core.machine import memory, versions
+from pipeline.core.processes import cores
+from pipeline.core.records import OK, Timeline
 from pipeline.core.run_report import Pace, RunReport
 from pipeline.dataset.commits import Commit
-from pipeline.engine.prepare import Inputs, Prepared
-from pipeline.images.reader import PixelReader
-from pipeline.job.cluster.part import Done, Part
+from pipeline.engine.engine import Engine
+from pipeline.engine.prepare import Prepared
+from pipeline.job.cluster.part import Part
 from pipeline.report import summary
+from pipeline.report.bottleneck import Bottleneck, Loop, Setup, find_bottleneck, find_pace
 from pipeline.report.faster_decoder import faster_decoder
 from pipeline.report.history import earlier_runs, is_stale
-from pipeline.report.page import place_of, to_dict, to_json
-from pipeline.report.render import PAGE, draw, try_to_publish
+from pipeline.report.load import REPORT
+from pipeline.report.page import place_of
+from pipeline.report.render import PAGE, Pictures, draw, try_to_publish
 from pipeline.report.summary import DatasetSummary
-from pipeline.report.throughput import find_pace
 from pipeline.storage.base import Storage
-from pipeline.telemetry.members import Member, peak_memory, total_clocks, total_cores
-from pipeline.telemetry.timeline import merge
+from pipeline.telemetry.run_stats import RunStats, WorkerStats
 
-REPORT = "_report.json"
-# With a smaller share of the cores at work than this, the model is not what to change.
+# Below this share of busy cores, something else than the model slows the run.
 BUSY = 0.6
 log = logging.getLogger(__name__)
 
@@ -55,28 +54,36 @@ class Embedded:
     first_batch_seconds: float
     images_per_second: float
 
+    @property
+    def loop(self) -> Loop:
+        """The figures of the loop alone."""
+        return Loop(images=self.images, seconds=self.seconds, steady=self.images_per_second)
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A run after its last commit; ``began`` and ``ended`` are seconds since the epoch."""
+    """A run after its last commit; ``began`` and ``ended`` are seconds since the epoch.
+
+    ``committed`` are the commits of all parts of the job, ``part`` is the one of this run.
+    """
 
     prepared: Prepared
-    inputs: Inputs
+    engine: Engine
     storage: Storage
     part: Part
     run: str
     began: float
     ended: float
     embedded: Embedded
-    members: tuple[Member, ...]
-    settled: tuple[Commit, ...]
+    workers: tuple[WorkerStats, ...]
+    committed: tuple[Commit, ...]
     given_up: tuple[int, ...]
 
     @property
     def counts(self) -> dict[str, int]:
         """Rows by status, ``ok`` first."""
         counts: Counter[str] = Counter()
-        for commit in self.settled:
+        for commit in self.committed:
             counts.update(commit.counts)
         return {OK: counts.pop(OK, 0), **dict(sorted(counts.items()))}
 
@@ -88,24 +95,23 @@ class Outcome:
     @property
     def too_many_failed(self) -> bool:
         """True if more rows failed than the config allows."""
-        return self.failed > self.prepared.config.errors.max_fraction * self.inputs.manifest.rows
+        return self.failed > self.prepared.config.errors.max_fraction * self.engine.manifest.rows
 
     @property
     def missing(self) -> int:
         """Shards without a commit."""
-        return self.prepared.plan.shards - len(self.settled)
+        return self.prepared.plan.shards - len(self.committed)
 
     @property
-    def parts(self) -> list[tuple[str, int]]:
+    def files(self) -> list[tuple[str, int]]:
         """The files of the dataset, each with the number of its first row."""
-        return [(commit.part, commit.shard * self.prepared.plan.shard_rows) for commit in self.settled]
+        return [(commit.part, commit.shard * self.prepared.plan.shard_rows) for commit in self.committed]
 
-    def done(self) -> Done:
-        """The record of this command, which the parts of a job add up."""
+    @property
+    def stats(self) -> RunStats:
+        """Statistics of this command."""
         embedded = self.embedded
-        return Done(
-            began=self.began, ended=self.ended, rows=embedded.rows, images=embedded.images, members=self.members
-        )
+        return RunStats(self.began, self.ended, embedded.rows, embedded.images, self.workers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,58 +123,48 @@ class ReportDraft:
     previous: bytes | None
 
 
-def report_of(outcome: Outcome, reader: PixelReader) -> ReportDraft:
+def report_of(outcome: Outcome) -> ReportDraft:
     """Summarise the dataset and make the report of a run.
 
-    ``reader`` reads the job's images; some may be decoded again, to estimate the gain of another decoder.
+    Some images may be decoded again, to estimate the gain of another decoder.
     """
     config = outcome.prepared.config
     content = summary.summarize(
-        config.output.dir, outcome.parts, id=outcome.inputs.manifest.id, examples=config.report.examples
+        config.output.dir, outcome.files, id=outcome.engine.manifest.id, examples=config.report.examples
     )
-    own = outcome.done()
-    ran = outcome.part.merged(outcome.storage, own)
+    ran = outcome.part.merged(outcome.storage, outcome.stats)
     previous = outcome.storage.read(REPORT)
-    report = _report(outcome, ran, content, reader)
+    report = _report(outcome, ran, content)
     return ReportDraft(
         report=dataclasses.replace(report, history=earlier_runs(previous)), content=content, previous=previous
     )
 
 
-def publish(outcome: Outcome, draft: ReportDraft, reader: PixelReader) -> None:
+def publish(outcome: Outcome, draft: ReportDraft) -> None:
     """Write the report and its page, unless this run did nothing and those of an earlier one are there."""
     storage, config, report = outcome.storage, outcome.prepared.config, draft.report
-    content = to_dict(report)
+    content = report.to_dict()
     if outcome.embedded.rows or outcome.given_up or is_stale(draft.previous, report.counts):
         # A page of another run would contradict it; one that cannot be removed does not prevent a report.
         with suppress(StorageError):
             storage.remove(PAGE)
-        storage.write(REPORT, to_json(report))
+        storage.write(REPORT, report.to_json())
         failpoint("report.written")
     else:
         content = json.loads(draft.previous or b"null")
     if config.report.html and storage.size(PAGE) is None:
-        page = partial(
-            draw,
-            content,
-            draft.content,
-            outcome.parts,
-            output=config.output.dir,
-            manifest=outcome.inputs.manifest,
-            reader=reader,
-            examples=config.report.examples,
-        )
-        try_to_publish(storage, page)
+        pictures = Pictures(outcome.engine.manifest, outcome.engine.cpu_reader)
+        try_to_publish(storage, partial(draw, content, draft.content, config.report.examples, pictures))
 
 
 def check(outcome: Outcome) -> None:
-    """Raise what a finished dataset with missing shards or many failed rows ends with.
+    """Check a finished dataset for missing shards and for too many failed rows.
 
     Raises:
         ShardsGivenUp: shards ended every worker that had them.
         TooManyFailures: more rows failed than ``errors.max_fraction``.
     """
-    config, wanted, manifest = outcome.prepared.config, outcome.prepared.plan, outcome.inputs.manifest
+    config, wanted, manifest = outcome.prepared.config, outcome.prepared.plan, outcome.engine.manifest
     given_up = outcome.given_up
     if given_up:
         raise ShardsGivenUp(
@@ -186,89 +182,69 @@ def check(outcome: Outcome) -> None:
         )
 
 
-def _report(outcome: Outcome, ran: Done, content: DatasetSummary, reader: PixelReader) -> RunReport:
-    """The report; ``ran`` is the work of all parts of the job."""
-    prepared, embedded, bank = outcome.prepared, outcome.embedded, outcome.inputs.bank()
-    config, wanted, whole = prepared.config, prepared.plan, outcome.part.whole
-    available = (total_cores(ran.members) if whole else _cores_of_hosts(ran.members)) or cores()
-    # The clock of the machine may have been set back during the run.
-    wall = max(ran.ended - ran.began, 1e-3)
+def _report(outcome: Outcome, ran: RunStats, content: DatasetSummary) -> RunReport:
+    """The report; ``ran`` are the statistics of all parts of the job."""
+    prepared, embedded, bank = outcome.prepared, outcome.embedded, outcome.engine.bank()
+    config, whole = prepared.config, outcome.part.whole
+    available = (ran.cores if whole else ran.cores_of_hosts) or cores()
     startup = embedded.began - outcome.began + embedded.first_batch_seconds
     # The parts of a job need not run at the same time, and then have no common throughput.
-    pace = None
-    if whole:
-        rate, seconds = embedded.images_per_second, embedded.seconds
-        pace = pace_of(outcome.members, prepared, images=embedded.images, steady=rate, seconds=seconds)
-    bound, advice = bound_of(ran.members, prepared, startup=startup, wall=wall)
-    if bound == "encoding" and pace is not None and pace.cores_busy < BUSY * available and prepared.device == "cpu":
-        advice = (
-            f"only {pace.cores_busy:.1f} of {available} cores worked for this run: other programs, or a limit on this "
-            "process, held the rest; run it when the machine is quiet before changing anything"
-        )
-    if bound == "decoding":
-        faster = faster_decoder(
-            outcome.inputs.manifest,
-            reader,
-            pace,
-            images=embedded.images,
-            wall=wall,
-            cores=available,
-            device=prepared.device.partition(":")[0],
-        )
-        advice = faster.advice if faster is not None else advice
-    committed = sum(commit.rows for commit in outcome.settled)
+    pace = find_pace(ran, setup_of(prepared), embedded.loop) if whole else None
+    bottleneck = _bottleneck(outcome, ran, pace, startup)
+    committed = sum(commit.rows for commit in outcome.committed)
     return RunReport(
         started=datetime.fromtimestamp(ran.began, UTC).isoformat(timespec="milliseconds"),
         rows=ran.rows,
         images=ran.images,
         resumed_rows=embedded.resumed_rows if whole else max(0, committed - ran.rows),
-        total_rows=outcome.inputs.manifest.rows,
-        wall_seconds=round(wall, 3),
+        total_rows=outcome.engine.manifest.rows,
+        wall_seconds=round(ran.seconds, 3),
         startup_seconds=round(startup, 3),
-        images_per_second=round(ran.images / wall, 2),
+        images_per_second=round(ran.images / ran.seconds, 2),
         # The throughput of one part is not that of the job.
         steady_images_per_second=round(embedded.images_per_second, 2) if whole else 0.0,
-        stages={name: round(seconds, 3) for name, seconds in total_clocks(ran.members).seconds.items()},
-        bound=bound,
-        advice=advice,
+        stages={name: round(seconds, 3) for name, seconds in ran.clocks.seconds.items()},
+        bound=bottleneck.stage,
+        advice=bottleneck.advice,
         counts=outcome.counts,
         failures=content.failures,
         labels=content.labels,
         prompts={"labels": len(bank.names) if bank else 0, "cached": bank is not None and bank.cached},
         parity=prepared.parity,
         decoder_parity=prepared.decoder_parity,
-        batch_sizes=max((member.batch_sizes for member in ran.members), key=len, default=())
-        or (config.loader.batch_size,),
+        batch_sizes=ran.batch_sizes or (config.loader.batch_size,),
         pace=pace,
-        memory=peak_memory(ran.members) or summary.memory(),
+        memory=ran.memory or memory(),
         machine={**prepared.machine, "cores": available},
-        versions=summary.versions(),
-        fingerprints=wanted.fingerprints,
+        versions=versions(),
+        fingerprints=prepared.plan.fingerprints,
         config=dataclasses.asdict(config),
         exit_code=TooManyFailures.exit_code if outcome.too_many_failed or outcome.given_up else 0,
-        workers=tuple(dataclasses.replace(member, timeline=Timeline()) for member in ran.members),
+        workers=tuple(dataclasses.replace(worker, timeline=Timeline()) for worker in ran.workers),
         given_up=outcome.given_up,
-        repeats=sum(member.repeats for member in ran.members),
-        timeline=merge(member.timeline for member in ran.members),
+        repeats=ran.repeats,
+        timeline=ran.timeline,
         scores=content.scores,
         run=outcome.run,
     )
 
 
-def _cores_of_hosts(members: Sequence[Member]) -> int:
-    """Cores of all hosts; parts of a job may have run one after the other on the same cores."""
-    return sum({host: max(m.cores for m in members if m.host == host) for host in {m.host for m in members}}.values())
-
-
-def log_labels(bank: TextBank | None) -> None:
-    """Log the number of labels and the origin of their features."""
-    if bank is None:
-        log.warning(
-            "no labels: the columns label and score stay null; prompts.labels=[cat,dog] or prompts.path fills them"
+def _bottleneck(outcome: Outcome, ran: RunStats, pace: Pace | None, startup: float) -> Bottleneck:
+    """The bottleneck of a run, with advice that a few of its images or its idle cores may give."""
+    prepared, engine = outcome.prepared, outcome.engine
+    setup = setup_of(prepared)
+    found = find_bottleneck(ran.clocks, setup, startup=startup, wall=ran.seconds)
+    available = ran.cores or cores()
+    if found.stage == "encoding" and setup.device == "cpu" and pace is not None and pace.cores_busy < BUSY * available:
+        advice = (
+            f"only {pace.cores_busy:.1f} of {available} cores worked for this run: other programs, or a limit on this "
+            "process, held the rest; run it when the machine is quiet before changing anything"
         )
-    else:
-        features = "from the cache" if bank.cached else "embedded and cached"
-        log.info("%d labels, text features %s", len(bank.names), features)
+        return Bottleneck(found.stage, advice)
+    if found.stage == "decoding" and pace is not None:
+        faster = faster_decoder(engine.manifest, engine.cpu_reader, pace, ran, setup)
+        return Bottleneck(found.stage, faster.advice) if faster is not None else found
+    return found
 
 
 def log_summary(result: RunReport, config: Config) -> None:
@@ -290,47 +266,14 @@ def log_summary(result: RunReport, config: Config) -> None:
     log.info("dataset: %s   report: %s/%s", config.output.dir, config.output.dir, name)
 
 
-def bound_of(members: Sequence[Member], prepared: Prepared, *, startup: float, wall: float) -> tuple[str, str]:
-    """See :func:`pipeline.report.summary.find_bound`; the advice is for each process."""
-    return summary.find_bound(
-        total_clocks(members),
-        startup=startup,
-        wall=wall,
-        workers=_threads(prepared),
-        decoder=prepared.config.images.decoder,
-        streams=prepared.streams,
+def setup_of(prepared: Prepared) -> Setup:
+    """The work of each process of a job, for its report."""
+    config, each = prepared.config, int(str(prepared.machine["cores"]))
+    return Setup(
         device=prepared.device.partition(":")[0],
         precision=prepared.precision,
-        cores=_cores(prepared),
+        decoder=config.images.decoder,
+        threads=config.loader.workers or each,
+        streams=prepared.streams,
+        cores=each,
     )
-
-
-def pace_of(
-    members: Sequence[Member], prepared: Prepared, *, images: int, steady: float, seconds: float
-) -> Pace | None:
-    """See :func:`pipeline.report.throughput.find_pace`; processes that worked side by side count together."""
-    spent = Spent(
-        own=sum(member.own_core_seconds for member in members),
-        children=sum(member.child_core_seconds for member in members),
-    )
-    processes = len({(member.host, member.name) for member in members})
-    reading, encoding = processes * _threads(prepared), processes * prepared.streams
-    return find_pace(
-        total_clocks(members),
-        spent,
-        images=images if members else 0,
-        steady=steady,
-        seconds=seconds,
-        cores=total_cores(members),
-        device=prepared.device.partition(":")[0],
-        threads={Stage.READ: reading, Stage.DECODE: reading, Stage.ENCODE: encoding, Stage.LABEL: encoding},
-    )
-
-
-def _threads(prepared: Prepared) -> int:
-    """Threads that read and decode in each process."""
-    return prepared.config.loader.workers or _cores(prepared)
-
-
-def _cores(prepared: Prepared) -> int:
-    return int(str(prepared.machine["cores"]))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import logging
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -22,8 +21,10 @@ from pipeline.config.schema import Config
 from pipeline.core.concurrency import in_order
 from pipeline.core.errors import PromptsError
 from pipeline.core.failpoints import failpoint
+from pipeline.core.machine import machine, memory, versions
 from pipeline.core.processes import cores, spent
 from pipeline.core.records import OK, Embeddings, Failure, Shard, ShardReport, ShardRows, Stage, TextBank
+from pipeline.core.run_report import RunReport
 from pipeline.dataset import commits, lease, plan
 from pipeline.dataset.commits import Commit
 from pipeline.dataset.dataset import Dataset, vectors_of
@@ -33,8 +34,9 @@ from pipeline.engine.query import labels_of, open_model
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.labels import label
 from pipeline.models.text import build_bank
-from pipeline.report import summary
+from pipeline.report.load import REPORT
 from pipeline.report.render import PAGE, redraw, try_to_publish
+from pipeline.report.summary import summarize
 from pipeline.storage.base import Storage
 from pipeline.storage.factory import open_storage
 from pipeline.telemetry.clocks import StageClocks
@@ -44,6 +46,22 @@ from pipeline.telemetry.progress import Progress
 # Rows are scored in the batches of the source's job, so that even rounding is the same, but in no larger ones.
 MOST = 1024
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RelabelReport(RunReport):
+    """Content of the ``_report.json`` of a relabelled dataset; ``stages`` are core seconds.
+
+    ``rows`` counts what this run committed, ``vectors`` and ``images`` those of them that have an embedding,
+    ``changed`` those whose label is another than in the source. ``core_seconds`` are of the whole loop,
+    ``rows_per_core_second`` follows.
+    """
+
+    source: Mapping[str, str]
+    vectors: int
+    changed: int
+    core_seconds: float
+    rows_per_core_second: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +74,7 @@ class _Work:
     bank: TextBank
     features: torch.Tensor
     config: Config
+    plan: plan.Plan
     clocks: StageClocks
 
 
@@ -70,7 +89,7 @@ def relabel(source: Dataset, config: Config, *, began: float | None = None) -> R
         PipelineError: one of :mod:`pipeline.core.errors`, each with its exit code.
     """
     storage = open_storage(config.output.dir)
-    config = dataclasses.replace(config, output=dataclasses.replace(config.output, dir=storage.url))
+    config = config.changed({"output.dir": storage.url})
     began = began or time.time()
     with ExitStack() as opened:
         with log_to_terminal(config.log):
@@ -85,9 +104,27 @@ def relabel(source: Dataset, config: Config, *, began: float | None = None) -> R
         wanted = _plan(source, config, bank)
         plan.compare(storage, wanted)
         held.confirm()
-        plan.settle(storage, wanted)
+        plan.write_once(storage, wanted)
         failpoint("plan.settled")
-        return _run(source, config, bank, wanted, storage, held, began)
+        work = _work(source, storage, config, bank, wanted)
+        done = commits.find_done(storage, wanted, held.confirm)
+        resumed = sum(commit.rows for commit in done.values())
+        if done:
+            log.info("%d of %d shards (%d rows) are done already", len(done), wanted.shards, resumed)
+        labelled = _run(work, done, held)
+        committed = commits.read_commits(storage, wanted, known=done)
+        commits.finalize(storage, wanted, committed, held.confirm)
+        report = _report(work, labelled, committed, began)
+        held.confirm()
+        if report.rows or storage.read(REPORT) is None:
+            storage.write(REPORT, report.to_json())
+            failpoint("report.written")
+            storage.remove(PAGE)
+        if config.report.html and storage.size(PAGE) is None:
+            # No image is read for new labels, and none for the page of them: python -m pipeline.report shows pictures.
+            try_to_publish(storage, partial(redraw, config.output.dir, examples=0))
+        say(report, config.output.dir)
+        return report
 
 
 def read_bank(checkpoint: Checkpoint, config: Config) -> TextBank:
@@ -114,27 +151,30 @@ def _plan(source: Dataset, config: Config, bank: TextBank) -> plan.Plan:
     return plan.new_plan(config, prints, rows=source.plan.rows, about=about)
 
 
-def _run(
-    source: Dataset,
-    config: Config,
-    bank: TextBank,
-    wanted: plan.Plan,
-    storage: Storage,
-    held: lease.Lease,
-    began: float,
-) -> RelabelReport:
-    done = commits.find_done(storage, wanted, held.confirm)
-    resumed = sum(commit.rows for commit in done.values())
-    if done:
-        log.info("%d of %d shards (%d rows) are done already", len(done), wanted.shards, resumed)
+@dataclass(frozen=True, slots=True)
+class _Labelled:
+    """What the loop did: rows committed and, of them, vectors and changed labels; its beginning, its core seconds."""
+
+    rows: int
+    vectors: int
+    changed: int
+    began: float
+    core_seconds: float
+
+
+def _work(source: Dataset, storage: Storage, config: Config, bank: TextBank, wanted: plan.Plan) -> _Work:
     columns = [source.id, *source.kept]
     form = format_of(wanted, pa.schema([source.schema.field(name) for name in columns]), source.dim)
-    clocks, rows, vectors, changed = StageClocks(), 0, 0, 0
-    work = _Work(source, storage, form, bank, torch.from_numpy(bank.features), config, clocks)
-    before, looped = spent(), time.time()
+    return _Work(source, storage, form, bank, torch.from_numpy(bank.features), config, wanted, StageClocks())
+
+
+def _run(work: _Work, done: Mapping[int, Commit], held: lease.Lease) -> _Labelled:
+    """Label the shards that are not done, several at a time."""
+    source, resumed = work.source, sum(commit.rows for commit in done.values())
+    rows, vectors, changed, before, began = 0, 0, 0, spent(), time.time()
     todo = (commit for commit in source.commits if commit.shard not in done)
     with (
-        Progress(source.plan.rows, done=resumed, mode=config.report.progress) as progress,
+        Progress(source.plan.rows, done=resumed, mode=work.config.report.progress) as progress,
         closing(in_order(partial(_relabel, work), todo, threads=source.threads)) as results,
     ):
         for report, moved in results:
@@ -143,43 +183,45 @@ def _run(
             if report.committed:
                 rows, vectors = rows + report.rows, vectors + report.counts[OK]
                 changed += moved
-    core = (spent() - before).own
-    settled = commits.read_commits(storage, wanted, known=done)
-    counts = commits.finalize(storage, wanted, settled, held.confirm)
-    parts = [(commit.part, int(start)) for commit, start in zip(settled, source.starts, strict=True)]
-    content = summary.summarize(config.output.dir, parts, id=source.id, examples=0)
-    result = RelabelReport(
+    return _Labelled(rows, vectors, changed, began, (spent() - before).own)
+
+
+def _report(work: _Work, labelled: _Labelled, committed: Sequence[Commit], began: float) -> RelabelReport:
+    source, config, bank, core = work.source, work.config, work.bank, labelled.core_seconds
+    parts = [(commit.part, int(start)) for commit, start in zip(committed, source.starts, strict=True)]
+    content = summarize(config.output.dir, parts, id=source.id, examples=0)
+    counts = sum((Counter(commit.counts) for commit in committed), Counter[str]())
+    wall = round(time.time() - began, 3)
+    return RelabelReport(
         source={"dataset": source.address, **source.fingerprint},
         started=datetime.fromtimestamp(began, UTC).isoformat(timespec="seconds"),
-        rows=rows,
-        vectors=vectors,
-        changed=changed,
-        resumed_rows=resumed,
+        rows=labelled.rows,
+        images=labelled.vectors,
+        vectors=labelled.vectors,
+        changed=labelled.changed,
+        resumed_rows=source.plan.rows - labelled.rows,
         total_rows=source.plan.rows,
-        wall_seconds=round(time.time() - began, 3),
-        startup_seconds=round(looped - began, 3),
+        wall_seconds=wall,
+        startup_seconds=round(labelled.began - began, 3),
+        images_per_second=round(labelled.vectors / wall, 2) if wall else 0.0,
         core_seconds=round(core, 3),
-        rows_per_core_second=round(rows / core, 1) if rows else 0.0,
-        stages={name: round(seconds, 3) for name, seconds in clocks.total().cores.items()},
+        rows_per_core_second=round(labelled.rows / core, 1) if labelled.rows else 0.0,
+        stages={name: round(seconds, 3) for name, seconds in work.clocks.total().cores.items()},
+        bound="labelling",
+        advice=(
+            f"{labelled.changed:,} rows have another label than in {source.address}, from whose embeddings these "
+            "labels come; no image was read"
+        ),
         counts={OK: counts.pop(OK, 0), **dict(sorted(counts.items()))},
         labels=content.labels,
+        scores=content.scores,
         prompts={"labels": len(bank.names), "cached": bank.cached},
-        memory=summary.memory(),
-        machine=summary.machine("cpu", cores()),
-        versions=summary.versions(),
-        fingerprints=wanted.fingerprints,
+        memory=memory(),
+        machine=machine("cpu", cores()),
+        versions=versions(),
+        fingerprints=work.plan.fingerprints,
         config=asdict(config),
     )
-    held.confirm()
-    if rows or storage.read(REPORT) is None:
-        storage.write(REPORT, (json.dumps(asdict(result), indent=2, ensure_ascii=False) + "\n").encode())
-        failpoint("report.written")
-        storage.remove(PAGE)
-    if config.report.html and storage.size(PAGE) is None:
-        # No image is read for new labels, and none for the page of them: python -m pipeline.report shows pictures.
-        try_to_publish(storage, partial(redraw, config.output.dir, examples=0))
-    say(result, config.output.dir)
-    return result
 
 
 def _relabel(work: _Work, commit: Commit) -> tuple[ShardReport, int]:
@@ -242,41 +284,6 @@ def _count_changed(before: pa.ChunkedArray, after: pa.ChunkedArray) -> int:
     same = pc.fill_null(pc.equal(before, after), False)
     neither = pc.and_(pc.is_null(before), pc.is_null(after))
     return len(before) - int(pc.sum(pc.or_(same, neither)).as_py())
-
-
-REPORT = "_report.json"
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class RelabelReport:
-    """Content of the ``_report.json`` of a relabelled dataset; times are seconds, ``stages`` are core seconds.
-
-    ``rows`` counts what this run committed, ``vectors`` those of them that have an embedding, ``changed`` those whose
-    label is another than in the source. ``core_seconds`` are of the whole loop, ``rows_per_core_second`` follows.
-    """
-
-    source: Mapping[str, str]
-    started: str
-    rows: int
-    vectors: int
-    changed: int
-    resumed_rows: int
-    total_rows: int
-    wall_seconds: float
-    startup_seconds: float
-    core_seconds: float
-    rows_per_core_second: float
-    stages: Mapping[str, float]
-    counts: Mapping[str, int]
-    labels: Mapping[str, int]
-    prompts: Mapping[str, object]
-    memory: Mapping[str, float]
-    machine: Mapping[str, object]
-    versions: Mapping[str, str]
-    fingerprints: Mapping[str, object]
-    config: Mapping[str, object]
-    exit_code: int = 0
 
 
 def say(result: RelabelReport, output: str) -> None:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
-from pipeline.core.cli import run_process
-from pipeline.core.errors import Interrupted, PipelineError
+from pipeline.core.cli import ErrorOutput, command_parser, run_command, run_process
 
 EXAMPLES = """\
 examples:
@@ -21,32 +19,23 @@ exit codes: 0 done, 2 no manifest can be made of the input, 75 interrupted: run 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, write the manifest, print its rows; return the exit code."""
     options = _parser().parse_args(arguments)
+    return run_command(lambda: _build(options), ErrorOutput("interrupted; nothing was written"))
+
+
+def _build(options: argparse.Namespace) -> None:
     from pipeline.manifest import build
 
-    try:
-        if options.kind == "folder":
-            rows = build.from_folder(options.folder, options.out)
-        elif options.kind == "csv":
-            rows = build.from_csv(options.csv, options.out, image=options.image, id=options.id, root=options.root)
-        else:
-            rows = build.from_tars(options.tars, options.out)
-    except PipelineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("error: interrupted; nothing was written", file=sys.stderr)
-        return Interrupted.exit_code
+    if options.kind == "folder":
+        rows = build.from_folder(options.folder, options.out)
+    elif options.kind == "csv":
+        rows = build.from_csv(options.csv, options.out, image=options.image, id=options.id, root=options.root)
+    else:
+        rows = build.from_tars(options.tars, options.out)
     print(f"{options.out}: {rows:,} rows; next: python -m pipeline.run manifest.path={options.out} output.dir=...")
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline.manifest",
-        description="Make a Parquet manifest for pipeline.run.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("python -m pipeline.manifest", "Make a Parquet manifest for pipeline.run.", EXAMPLES)
     kinds = parser.add_subparsers(dest="kind", required=True)
     folder = kinds.add_parser("folder", help="every image below a folder; ids are relative paths")
     folder.add_argument("folder", help="the folder of the images, at any depth")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline.config.schema import OUTPUT_COLUMNS
@@ -19,15 +19,14 @@ from pipeline.core.concurrency import in_order
 from pipeline.core.errors import StorageError
 from pipeline.dataset import commits, lease, plan
 from pipeline.dataset.dataset import Dataset, open_dataset
-from pipeline.dataset.parts import METADATA_KEY, PartFormat, format_of
+from pipeline.dataset.parts import PartFormat, format_of
 from pipeline.manifest.manifest import Manifest
 from pipeline.nightly.embed import EmbeddedRows
 from pipeline.nightly.prepare import PendingNight, Target
 from pipeline.nightly.records import Kind
-from pipeline.nightly.rows import RowReader, in_order_of, read_rows, rechunk
-from pipeline.nightly.store import open_night, share_file
+from pipeline.nightly.rows import RowReader, fingerprints_of, in_order_of, read_rows, rechunk
+from pipeline.nightly.store import open_night, share_file, url_of
 from pipeline.storage.base import Storage
-from pipeline.storage.urls import explained, open_arrow
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,24 +49,17 @@ class Assembly:
     readers: tuple[RowReader | None, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """Parts of a night: those that it shares with the previous night, and those that were written."""
-
-    shared: int
-    written: int
-
-
-def assemble(pending: PendingNight, target: Target, embedded: EmbeddedRows, held: lease.Lease) -> Parts:
+def assemble(pending: PendingNight, target: Target, embedded: EmbeddedRows, held: lease.Lease) -> int:
     """Write or share parts until every shard is committed, then write ``_SUCCESS``; continue an earlier run.
 
-    Parts that an earlier run committed count as shared if the previous night has the same bytes.
+    Returns:
+        The number of parts that the previous night has too, byte for byte; an earlier run may have shared them.
     """
     previous = None
     if pending.snapshot and pending.carried_from is not None:
         previous = open_dataset(open_night(pending.store, pending.carried_from.date).url)
     work, storage = _assembly(pending, target, embedded, previous), pending.output
-    plan.settle(storage, work.plan)
+    plan.write_once(storage, work.plan)
     done = commits.find_done(storage, work.plan, held.confirm)
 
     def step(shard: Shard) -> None:
@@ -79,11 +71,10 @@ def assemble(pending: PendingNight, target: Target, embedded: EmbeddedRows, held
     with closing(in_order(step, shards, threads=storage.threads)) as steps:
         for _ in steps:
             pass
-    settled = commits.read_commits(storage, work.plan, known=done)
-    commits.finalize(storage, work.plan, settled, held.confirm)
+    committed = commits.read_commits(storage, work.plan, known=done)
+    commits.finalize(storage, work.plan, committed, held.confirm)
     before = {commit.sha256 for commit in previous.commits} if previous is not None else set()
-    shared = sum(commit.sha256 in before for commit in settled)
-    return Parts(shared, len(settled) - shared)
+    return sum(commit.sha256 in before for commit in committed)
 
 
 def _assembly(pending: PendingNight, target: Target, embedded: EmbeddedRows, previous: Dataset | None) -> Assembly:
@@ -111,9 +102,8 @@ def _assembly(pending: PendingNight, target: Target, embedded: EmbeddedRows, pre
 
 def _origins(pending: PendingNight) -> Iterator[pa.RecordBatch]:
     """The compared rows that the dataset holds."""
-    for batch in pending.compared("kind", "prev", "delta"):
-        own = np.ones(batch.num_rows, bool) if pending.snapshot else batch.column("kind").to_numpy() != Kind.CARRIED
-        yield batch.filter(pa.array(own))
+    for batch in pending.compared("position", "kind", "prev", "delta"):
+        yield batch if pending.snapshot else batch.filter(pc.not_equal(batch["kind"], int(Kind.CARRIED)))
 
 
 def _shards(work: Assembly, origins: Iterable[pa.RecordBatch], retried: NDArray[np.int64]) -> Iterator[Shard]:
@@ -140,16 +130,15 @@ def _share_part(work: Assembly, previous: Dataset, shard: Shard) -> bool:
     commit = previous.commits[part]
     if commit.rows != len(rows) or not np.array_equal(rows, np.arange(rows[0], rows[0] + len(rows))):
         return False
-    url = f"{previous.url.rstrip('/')}/{commit.part}"
-    if previous.storage.size(commit.part) != commit.size:
-        raise StorageError(f"{url}: missing or torn; python -m pipeline.verify {previous.url} --repair does it again")
     names = work.manifest.schema.names
-    with explained(url), open_arrow(url) as file:
-        parquet = pq.ParquetFile(file, pre_buffer=False)
-        schema = parquet.schema_arrow
-        if schema.names != [*names, *OUTPUT_COLUMNS] or not _same_job(schema, work.plan):
-            return False
-        there = parquet.read(columns=names, use_threads=False).select(names)
+    if previous.schema.names != [*names, *OUTPUT_COLUMNS]:
+        return False
+    if previous.storage.size(commit.part) != commit.size:
+        url = url_of(previous.storage, commit.part)
+        raise StorageError(f"{url}: missing or torn; python -m pipeline.verify {previous.url} --repair does it again")
+    there = previous.read(commit, names)
+    if not _same_job(fingerprints_of(there.schema), work.plan):
+        return False
     if not there.replace_schema_metadata(None).equals(shard.table.replace_schema_metadata(None)):
         return False
     name = f"part-{shard.index:05d}-{commit.sha256[:16]}.parquet"
@@ -158,9 +147,8 @@ def _share_part(work: Assembly, previous: Dataset, shard: Shard) -> bool:
     return True
 
 
-def _same_job(schema: pa.Schema, wanted: plan.Plan) -> bool:
+def _same_job(found: Mapping[str, Any], wanted: plan.Plan) -> bool:
     """True if a part's fingerprints allow it in the dataset; its manifest may be a known earlier one."""
-    found: dict[str, Any] = json.loads((schema.metadata or {})[METADATA_KEY])
     ours = json.loads(json.dumps(wanted.fingerprints))
     same = all(found.get(name) == ours.get(name) for name in {*found, *ours} - {"manifest"})
     return same and (plan.source_of(found) in wanted.sources or found.get("manifest") == ours["manifest"])
@@ -182,7 +170,7 @@ def _write_part(work: Assembly, shard: Shard) -> None:
     schema = work.form.schema
     table = pa.Table.from_arrays([_as(columns[field.name], field.type) for field in schema], schema=schema)
     table = table.combine_chunks()
-    statuses = Counter(table.column("status").to_pylist())
+    statuses = Counter(table["status"].to_pylist())
     counts = {"ok": statuses.pop("ok", 0), **dict(sorted(statuses.items()))}
     commits.commit_part(work.storage, shard.index, table, work.form, counts)
 

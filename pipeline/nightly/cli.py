@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import date, datetime, timedelta
 from pathlib import Path
@@ -16,8 +14,9 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from pipeline.config.compose import compose_config
 from pipeline.config.schema import Config, LogConfig
-from pipeline.core.errors import ConfigError, Interrupted, PipelineError, Problem, TooManyFailures
-from pipeline.core.log_format import JsonLines, ending, new_run
+from pipeline.core.cli import ErrorOutput, command_parser, run_command
+from pipeline.core.errors import ConfigError, PipelineError, Problem, TooManyFailures
+from pipeline.core.log_format import JsonLines, new_run
 from pipeline.nightly.notify import Outcome, ping, write_textfile
 from pipeline.nightly.records import PARTITION, SNAPSHOT, Night, NightOptions
 
@@ -51,52 +50,36 @@ class _Run:
     store: Storage | None = None
     night: Night | None = None
 
-    def print_error(self, error: PipelineError) -> None:
-        """Print an error in the log's format."""
-        if self.log.format == "json":
-            print(JsonLines(self.name).format(ending(error, error.exit_code)), file=sys.stderr)
-        else:
-            print(f"error: {error}", file=sys.stderr)
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, make the nights, send the notifications; return the exit code."""
     options = _parser().parse_intermixed_args(arguments)
     began, run, code = time.time(), _Run(), 1
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    errors = ErrorOutput("interrupted; what was committed stays, and the same command continues")
     try:
-        ping(options.ping, "start")
-        code = _make_nights(options, run)
-    except PipelineError as error:
-        run.print_error(error)
-        code = error.exit_code
-    except KeyboardInterrupt:
-        run.print_error(Interrupted("interrupted; what was committed stays, and the same command continues"))
-        code = Interrupted.exit_code
+        code = run_command(lambda: _make_nights(options, run, errors), errors)
     finally:
         _notify(options, run, code, time.time() - began)
-        signal.signal(signal.SIGTERM, before)
     return code
 
 
-def _make_nights(options: argparse.Namespace, run: _Run) -> int:
+def _make_nights(options: argparse.Namespace, run: _Run, errors: ErrorOutput) -> None:
+    ping(options.ping, "start")
     days, configs, wanted = _read(options)
     wanted, run.log = replace(wanted, run=run.name), configs[0].log
+    errors.formatter = JsonLines(run.name) if run.log.format == "json" else None
     from pipeline.dataset import lease
     from pipeline.nightly.run import run_night
     from pipeline.storage.factory import open_storage
     from pipeline.telemetry.logs import log_to_terminal
 
     run.store = store = open_storage(wanted.store)
-    with ExitStack() as opened:
-        with log_to_terminal(run.log, run.name):
-            held = opened.enter_context(lease.take(store, seconds=configs[0].output.lease_seconds))
+    seconds = configs[0].output.lease_seconds
+    with log_to_terminal(run.log, run.name), lease.take(store, seconds=seconds) as held:
         for day, config in zip(days, configs, strict=True):
             run.night = night = run_night(config, wanted, store, day, held)
             if night.exit_code:
-                run.print_error(TooManyFailures(night.verdict))
-                return night.exit_code
-    return 0
+                raise TooManyFailures(night.verdict)
 
 
 def _read(options: argparse.Namespace) -> tuple[list[str], list[Config], NightOptions]:
@@ -124,7 +107,8 @@ def _read(options: argparse.Namespace) -> tuple[list[str], list[Config], NightOp
         except ConfigError as error:
             raise ConfigError([*problems, *error.problems]) from error
     if configs[0].cluster.part is not None:
-        problems.append(Problem("cluster.part", configs[0].cluster.part, "does a part of a job; a night is a whole"))
+        allowed = "splits a job, and the nightly job cannot be split"
+        problems.append(Problem("cluster.part", configs[0].cluster.part, allowed, "leave it out"))
     if configs[0].manifest.path is None:
         problems.append(Problem("manifest.path", None, "must name the manifest; {date} in it stands for the night's"))
     if problems:
@@ -151,7 +135,7 @@ def _days(options: argparse.Namespace) -> tuple[list[str], list[Problem]]:
     if problems:
         return [], problems
     if set(found) not in ({"date"}, {"from", "to"}):
-        allowed = "give --date, or both --from and --to: the night is never guessed from the clock"
+        allowed = "give --date, or both --from and --to: the date is never taken from the clock"
         return [], [Problem("--date", options.date, allowed)]
     first, last = (found["date"],) * 2 if "date" in found else (found["from"], found["to"])
     if first > last:
@@ -181,11 +165,10 @@ def _notify(options: argparse.Namespace, run: _Run, code: int, seconds: float) -
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python jobs/nightly.py",
-        description="Make the dataset of a date from a manifest that changes: only what is new or changed is embedded.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = command_parser(
+        "python jobs/nightly.py",
+        "Make the dataset of a date from a manifest that changes: only what is new or changed is embedded.",
+        EXAMPLES,
     )
     add = parser.add_argument
     add("overrides", nargs="*", metavar="OVERRIDE", help="GROUP=OPTION or KEY=VALUE, as for the main job")
@@ -202,7 +185,3 @@ def _parser() -> argparse.ArgumentParser:
     add("--ping", metavar="URL", help="GET URL/start at the beginning, URL/EXITCODE at the end")
     add("--textfile", type=Path, metavar="FILE", help="metrics for Prometheus' textfile collector")
     return parser
-
-
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt

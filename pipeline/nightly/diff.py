@@ -17,7 +17,7 @@ from pipeline.nightly.records import Kind, NightError
 # DuckDB spills to its folder beyond this.
 MEMORY = "2GB"
 GROUP_ROWS = 65_536
-# Failures of circumstances, which may have passed: the file was missing, the disk did not answer.
+# Temporary failures: the file was missing, the disk did not answer.
 OF_READING = ("not_found", "permission", "unreadable", "timeout", "outside_root", "address_not_allowed")
 OF_DECODING = ("out_of_memory", "decoder_timeout", "decoder_crashed")
 # A file that was still being copied; its size and date differ by now, its digest was known from the beginning.
@@ -62,7 +62,7 @@ where kind not in ({CARRIED}, {DUPLICATE})
 """,
 )
 _RESULT = """
-select p.id, p.key, cast(p.kind as tinyint) as kind, cast(p.prev as bigint) as prev,
+select p.position, p.id, p.key, cast(p.kind as tinyint) as kind, cast(p.prev as bigint) as prev,
   cast(coalesce(e.delta, d.delta) as bigint) as delta, p.was
 from placed p
 left join embedded e on p.position = e.position
@@ -91,10 +91,10 @@ class Rule:
 class Compared:
     """Result of a comparison.
 
-    ``rows`` is a Parquet file with ``id``, ``key``, ``kind`` (:class:`Kind`), ``prev`` (the row of the previous night
-    that holds the result), ``delta`` (the row among the embedded ones, in order, that holds it) and ``was`` (the
-    previous status). ``dropped`` is a Parquet file with the ``id`` of the rows that left. ``counts`` is rows by kind,
-    in lower case, and ``dropped``.
+    ``rows`` is a Parquet file with ``position`` (the row of the manifest), ``id``, ``key``, ``kind`` (:class:`Kind`),
+    ``prev`` (the row of the previous night that holds the result), ``delta`` (the row among the embedded ones, in
+    order, that holds it) and ``was`` (the previous status). ``dropped`` is a Parquet file with the ``id`` of the rows
+    that left. ``counts`` is rows by kind, in lower case, and ``dropped``.
     """
 
     rows: Path
@@ -133,8 +133,8 @@ def compare(tonight: Iterable[pa.RecordBatch], before: Iterable[pa.RecordBatch],
         _load(database, "before", before, keyed.append(pa.field("status", pa.string())))
         for step in _STEPS:
             database.execute(step.format(**words))
-        _write(database.sql(_RESULT.format(**words)), rows)
-        _write(database.sql(_DROPPED), dropped)
+        database.sql(_RESULT.format(**words)).write_parquet(str(rows), compression="zstd", row_group_size=GROUP_ROWS)
+        database.sql(_DROPPED).write_parquet(str(dropped), compression="zstd", row_group_size=GROUP_ROWS)
         found = database.execute("select kind, count(*) from placed group by kind").fetchall()
     counts = {kind.name.lower(): 0 for kind in Kind} | {Kind(kind).name.lower(): count for kind, count in found}
     return Compared(rows, dropped, {**counts, "dropped": pq.read_metadata(dropped).num_rows})
@@ -151,10 +151,3 @@ def _load(database: Any, name: str, batches: Iterable[pa.RecordBatch], schema: p
     database.register("incoming", pa.RecordBatchReader.from_batches(schema, numbered()))
     database.execute(f"create table {name} as select * from incoming")
     database.unregister("incoming")
-
-
-def _write(relation: Any, path: Path) -> None:
-    reader = relation.to_arrow_reader(GROUP_ROWS)
-    with pq.ParquetWriter(path, reader.schema, compression="zstd") as writer:
-        for batch in reader:
-            writer.write_batch(batch)

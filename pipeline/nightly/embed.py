@@ -6,11 +6,12 @@ import hashlib
 import json
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline.config.schema import Config
@@ -21,8 +22,8 @@ from pipeline.dataset.saved_config import recipe_of
 from pipeline.nightly.diff import OF_COPYING, OF_DECODING, OF_READING
 from pipeline.nightly.prepare import PendingNight, Target
 from pipeline.nightly.records import EMBEDDED, Kind
-from pipeline.nightly.rows import copy_rows, read_footers
-from pipeline.nightly.store import open_below, open_night
+from pipeline.nightly.rows import copy_rows
+from pipeline.nightly.store import open_below, open_night, url_of
 from pipeline.storage.urls import open_file
 
 # Fingerprints of a dataset that two nights may differ in.
@@ -48,7 +49,7 @@ def embed_target(pending: PendingNight, target: Target) -> Dataset:
     """Run the main job over every row of the night's dataset."""
     config = target.config
     if not pending.snapshot:
-        config = replace(config, errors=replace(config.errors, max_fraction=1.0))
+        config = config.changed({"errors.max_fraction": 1.0})
     # The dataset is complete then; failures are counted over the night when it is published.
     with suppress(TooManyFailures):
         run_main_job(config, run=pending.options.run)
@@ -105,7 +106,7 @@ def run_main_job(config: Config, *, run: str) -> None:
     # The command answers --help without this import.
     from pipeline.job.main import RunOptions, run_job
 
-    run_job(replace(config, report=replace(config.report, html=False)), RunOptions(run=run, summary=False))
+    run_job(config.changed({"report.html": False}), RunOptions(run=run, summary=False))
 
 
 def digest_of(fingerprints: Mapping[str, Any]) -> str:
@@ -119,7 +120,7 @@ def signs_of(config: Config, model: Any) -> dict[str, Any]:
 
     ``model`` is the checkpoint's fingerprint.
     """
-    from pipeline.report.summary import versions
+    from pipeline.core.machine import versions
 
     recipe = recipe_of(config)
     for group in ("manifest", "errors", "parity"):
@@ -141,12 +142,15 @@ def _embed_rows(pending: PendingNight, positions: NDArray[np.int64], name: str) 
     if work.size(file) is None:
         copy_rows(manifest, positions, [manifest.id, manifest.image], work, file)
     output = open_below(work, name).url
-    config = replace(
-        config,
-        manifest=replace(config.manifest, path=f"{work.url.rstrip('/')}/{file}", keep=[], root=manifest.root),
-        output=replace(config.output, dir=output),
-        # Failures are counted over the night as a whole.
-        errors=replace(config.errors, max_fraction=1.0),
+    config = config.changed(
+        {
+            "manifest.path": url_of(work, file),
+            "manifest.keep": [],
+            "manifest.root": manifest.root,
+            "output.dir": output,
+            # Failures are counted over the night as a whole.
+            "errors.max_fraction": 1.0,
+        }
     )
     run_main_job(config, run=pending.options.run)
     return open_dataset(output)
@@ -154,15 +158,14 @@ def _embed_rows(pending: PendingNight, positions: NDArray[np.int64], name: str) 
 
 def _duplicates_of_unread(pending: PendingNight, dataset: Dataset) -> NDArray[np.int64]:
     """Duplicates of rows that could not be read: their own file may be readable."""
-    statuses = pa.chunked_array([footer.statuses for footer in read_footers(dataset)])
-    unread = np.isin(statuses.to_numpy(), [*OF_READING, *OF_COPYING, *OF_DECODING])
-    found = [np.empty(0, dtype=np.int64)]
-    for batch in pending.compared("kind", "delta"):
-        delta = batch.column("delta").fill_null(-1).to_numpy()
-        duplicates = (batch.column("kind").to_numpy() == Kind.DUPLICATE) & (delta >= 0)
-        duplicates[duplicates] = unread[delta[duplicates]]
-        found.append(batch.column("position").to_numpy()[duplicates])
-    return np.concatenate(found)
+    statuses = pa.concat_tables(dataset.stream(["status"]))["status"]
+    temporary = pa.array([*OF_READING, *OF_COPYING, *OF_DECODING])
+    unread, found = pc.is_in(statuses, temporary).combine_chunks(), []
+    for batch in pending.compared("position", "kind", "delta"):
+        copies = batch.filter(pc.and_(pc.equal(batch["kind"], int(Kind.DUPLICATE)), batch["delta"].is_valid()))
+        found.append(copies["position"].filter(unread.take(copies["delta"])))
+    rows: NDArray[np.int64] = pa.chunked_array(found, pa.int64()).to_numpy()
+    return rows
 
 
 def _differences(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from typing import Any
 
@@ -14,25 +14,30 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.config.schema import Config
 from pipeline.core.errors import TooManyFailures
+from pipeline.core.run_report import RunReport
 from pipeline.dataset import plan
 from pipeline.dataset.dataset import Dataset
 from pipeline.nightly.embed import digest_of, signs_of
 from pipeline.nightly.prepare import PendingNight
 from pipeline.nightly.records import DROPPED, NIGHT, ROWS, Kind, Night
-from pipeline.nightly.rows import read_footers
+from pipeline.nightly.rows import fingerprints_of
 from pipeline.nightly.store import share_file
 
 
 @dataclass(frozen=True, slots=True)
 class NightDataset:
-    """A night before publication: rows by kind, the dataset (None for a partition without rows), its jobs' reports."""
+    """A night before publication.
+
+    ``kinds`` counts rows by kind. ``dataset`` is None for a partition without rows. ``reports`` are those of its jobs.
+    ``shared`` is the number of its parts that are files of the previous night.
+    """
 
     kinds: Mapping[str, int]
     dataset: Dataset | None = None
     reports: tuple[Mapping[str, Any], ...] = ()
     shared: int = 0
-    written: int = 0
 
 
 def publish(pending: PendingNight, made: NightDataset, began: float) -> Night:
@@ -42,9 +47,10 @@ def publish(pending: PendingNight, made: NightDataset, began: float) -> Night:
     digest = previous.fingerprints if previous is not None else ""
     model = previous.signs.get("model") if previous is not None else None
     if dataset is not None:
-        footers = list(read_footers(dataset))
-        sources = {footer.source for footer in footers} - {plan.source_of(dataset.plan.fingerprints)}
-        statuses = pa.chunked_array([footer.statuses for footer in footers])
+        parts = list(dataset.stream(["status"]))
+        sources = {plan.source_of(fingerprints_of(part.schema)) for part in parts}
+        sources.discard(plan.source_of(dataset.plan.fingerprints))
+        statuses = pa.concat_tables(parts)["status"]
         digest, model = digest_of(dataset.plan.fingerprints), dataset.plan.fingerprints["model"]
     counts = _write_rows(pending, statuses)
     share_file(pending.work, DROPPED, pending.output, DROPPED)
@@ -70,7 +76,7 @@ def publish(pending: PendingNight, made: NightDataset, began: float) -> Night:
         images=sum(int(report["counts"].get("ok", 0)) for report in made.reports),
         images_per_second=round(images / seconds, 2) if seconds else 0.0,
         shared=made.shared,
-        written=made.written,
+        written=len(dataset.commits) - made.shared if dataset is not None else 0,
         exit_code=TooManyFailures.exit_code if verdict else 0,
         verdict=verdict,
         fingerprints=digest,
@@ -78,9 +84,62 @@ def publish(pending: PendingNight, made: NightDataset, began: float) -> Night:
         signs=signs,
         sources=tuple(sorted(sources)),
     )
-    content = {**asdict(night), "jobs": made.reports}
+    fingerprints = dataset.plan.fingerprints if dataset is not None else {}
+    report = night_report(night, made.reports, config, fingerprints)
+    content = {**asdict(night), "report": report.to_dict(), "jobs": made.reports}
     pending.output.write(NIGHT, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
     return night
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NightReport(RunReport):
+    """The report of a night in the schema of a job's.
+
+    Throughput, stages and parity are those of its largest embedding job. ``night`` has the kinds of its rows, and start
+    and seconds of that job.
+    """
+
+    night: Mapping[str, object]
+
+
+def night_report(
+    night: Night, jobs: Sequence[Mapping[str, Any]], config: Config, fingerprints: Mapping[str, object]
+) -> NightReport:
+    """Return the report of a night from the reports of its embedding jobs."""
+    job: Mapping[str, Any] = max(jobs, key=lambda one: one["rows"]) if jobs else {}
+    carried = ", ".join(f"{count:,} {kind}" for kind, count in night.kinds.items() if count) or "no rows"
+    advice = f"of {night.rows:,} rows {carried}"
+    if night.anew:
+        advice += f"; everything was embedded anew: {night.anew}"
+    if job:
+        advice += f". Of embedding: {job['advice']}"
+    # Figures that are not of the night as a whole are those of the job.
+    values: dict[str, Any] = {
+        "stages": {},
+        "bound": "nothing",
+        "prompts": {"labels": 0, "cached": True},
+        "memory": {},
+        "machine": {"device": "cpu", "cores": 1},
+        **{field.name: job[field.name] for field in fields(RunReport) if field.name in job},
+        "started": night.started,
+        "rows": night.rows,
+        "total_rows": night.rows,
+        "resumed_rows": 0,
+        "images": night.images,
+        "wall_seconds": night.seconds,
+        "images_per_second": night.images / night.seconds if night.seconds else 0.0,
+        "startup_seconds": min(job.get("startup_seconds", 0.0), night.seconds),
+        "counts": night.counts,
+        "advice": advice,
+        "exit_code": night.exit_code,
+        "versions": night.versions,
+        "fingerprints": fingerprints,
+        "config": asdict(config),
+        "history": (),
+    }
+    about = {name: getattr(night, name) for name in ("date", "previous", "kinds", "embedded", "verdict")}
+    timed = {name: job[name] for name in ("started", "wall_seconds") if name in job}
+    return NightReport(**values, night={**about, "job": timed})
 
 
 def report_of(dataset: Dataset) -> Mapping[str, Any]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,13 +13,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.config.schema import OUTPUT_COLUMNS
-from pipeline.core.concurrency import in_order
-from pipeline.dataset.commits import Commit
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.parts import METADATA_KEY
-from pipeline.dataset.plan import source_of
 from pipeline.manifest.manifest import Manifest
 from pipeline.nightly.content_keys import FEW_ROWS, MANY_ROWS, scan
+from pipeline.nightly.store import url_of
 from pipeline.storage.base import Storage
 from pipeline.storage.urls import explained, open_arrow
 
@@ -58,31 +56,15 @@ def in_order_of(tables: Sequence[pa.Table], places: Sequence[NDArray[np.int64]])
     return pa.concat_tables(tables).take(pa.array(order))
 
 
-@dataclass(frozen=True, slots=True)
-class Footer:
-    """The manifest that a part was written for, and the status of each row."""
-
-    source: str
-    statuses: pa.Array
-
-
-def read_footers(dataset: Dataset) -> Iterator[Footer]:
-    """The footer of every part, in order."""
-    return in_order(partial(_footer, dataset), dataset.commits, threads=dataset.storage.threads)
-
-
-def _footer(dataset: Dataset, commit: Commit) -> Footer:
-    url = f"{dataset.url.rstrip('/')}/{commit.part}"
-    with explained(url), open_arrow(url) as file:
-        parquet = pq.ParquetFile(file, pre_buffer=False)
-        fingerprints = json.loads((parquet.schema_arrow.metadata or {})[METADATA_KEY])
-        statuses = parquet.read(columns=["status"], use_threads=False).column(0)
-    return Footer(source=source_of(fingerprints), statuses=pa.concat_arrays(statuses.chunks))
+def fingerprints_of(schema: pa.Schema) -> dict[str, Any]:
+    """The fingerprints in the metadata of a part."""
+    found: dict[str, Any] = json.loads((schema.metadata or {})[METADATA_KEY])
+    return found
 
 
 def read_batches(storage: Storage, name: str, columns: Sequence[str] | None = None) -> Generator[pa.RecordBatch]:
     """The rows of a Parquet file of a storage, a few at a time."""
-    url = f"{storage.url.rstrip('/')}/{name}"
+    url = url_of(storage, name)
     with explained(url), open_arrow(url) as file:
         parquet = pq.ParquetFile(file, pre_buffer=False)
         yield from parquet.iter_batches(columns=None if columns is None else list(columns), use_threads=False)

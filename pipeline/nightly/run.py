@@ -36,45 +36,42 @@ def run_night(config: Config, options: NightOptions, store: Storage, day: str, h
     Raises:
         PipelineError: the night is not published; the same command continues it.
     """
-    night = read_night(store, day)
-    if night is None:
-        try:
-            night = _make(config, options, store, day, held)
-        except PlanMismatch as error:
-            begun = f"{store.url}/{WORK}/{PREFIX}{day} and {open_night(store, day).url}"
-            raise NightError(
-                f"{day} was begun by another job:\n{error}\nThe command that began it continues it; to begin the night "
-                f"again with this one, remove {begun}"
-            ) from error
-        except ShardsGivenUp as error:
-            # The exit code of that error means a published night here.
-            raise NightUnfinished(f"{day} is not published: {error}") from error
-    else:
-        with log_to_terminal(config.log, options.run):
-            log.info("%s: is published already, in %s; nothing to do", day, night.dataset or store.url)
-    held.confirm()
+    # The main job's own log takes the place of this one while it runs.
     with log_to_terminal(config.log, options.run):
+        night = read_night(store, day)
+        if night is None:
+            night = _make(config, options, store, day, held)
+        else:
+            log.info("%s: is published already, in %s; nothing to do", day, night.dataset or store.url)
+        held.confirm()
         append_runs(store, night)
         if config.report.html and night.dataset:
             _write_page(night, config.report.examples)
         if options.keep:
             for removed in remove_old(store, day, keep=options.keep):
                 log.info("%s%s: removed, %d nights are kept", PREFIX, removed, options.keep)
-    clear_work(store)
+        clear_work(store)
     return night
 
 
 def _make(config: Config, options: NightOptions, store: Storage, day: str, held: lease.Lease) -> Night:
     began = time.time()
-    # The main job logs to the terminal itself, so this log is open only around the other steps.
-    with log_to_terminal(config.log, options.run):
-        pending = prepare(config, options, store, day)
     try:
-        dataset = _make_dataset(pending, held)
-    except OtherJob as other:
-        with log_to_terminal(config.log, options.run):
+        pending = prepare(config, options, store, day)
+        try:
+            dataset = _make_dataset(pending, held)
+        except OtherJob as other:
             pending = begin_anew(pending, str(other))
-        dataset = _make_dataset(pending, held)
+            dataset = _make_dataset(pending, held)
+    except PlanMismatch as error:
+        begun = f"{store.url}/{WORK}/{PREFIX}{day} and {open_night(store, day).url}"
+        raise NightError(
+            f"{day} was begun by another job:\n{error}\nThe command that began it continues it; to begin the night "
+            f"again with this one, remove {begun}"
+        ) from error
+    except ShardsGivenUp as error:
+        # The exit code of that error means a published night here.
+        raise NightUnfinished(f"{day} is not published: {error}") from error
     held.confirm()
     return publish(pending, dataset, began)
 
@@ -85,9 +82,8 @@ def _make_dataset(pending: PendingNight, held: lease.Lease) -> NightDataset:
     Raises:
         OtherJob: the previous night cannot be continued.
     """
-    with log_to_terminal(pending.config.log, pending.options.run):
-        kinds = compare_rows(pending)
-        log.info("%s: %s", pending.day, ", ".join(f"{count:,} {kind}" for kind, count in kinds.items()))
+    kinds = compare_rows(pending)
+    log.info("%s: %s", pending.day, ", ".join(f"{count:,} {kind}" for kind, count in kinds.items()))
     if not any(kinds[kind.name.lower()] for kind in EMBEDDED):
         # Rows may still be new: those whose bytes the previous night has under another id.
         check_job_without_rows(pending)
@@ -99,12 +95,11 @@ def _make_dataset(pending: PendingNight, held: lease.Lease) -> NightDataset:
         made = embed_target(pending, target)
         if kinds["carried"]:
             check_job(pending, made)
-        return NightDataset(kinds, made, (report_of(made),), written=len(made.commits))
+        return NightDataset(kinds, made, (report_of(made),))
     embedded = embed_changes(pending, kinds)
-    with log_to_terminal(pending.config.log, pending.options.run):
-        parts = assemble(pending, target, embedded, held)
+    shared = assemble(pending, target, embedded, held)
     made = open_dataset(pending.output.url)
-    return NightDataset(kinds, made, tuple(map(report_of, embedded.datasets)), parts.shared, parts.written)
+    return NightDataset(kinds, made, tuple(map(report_of, embedded.datasets)), shared)
 
 
 def _write_page(night: Night, examples: int) -> None:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.cli import run_process
-from pipeline.core.errors import Interrupted, PipelineError
+from pipeline.core.cli import ErrorOutput, command_parser, run_command, run_process
 from pipeline.storage.urls import explained
 
 EXAMPLES = """\
@@ -28,21 +25,13 @@ exit codes: 0 written, 2 no dataset or an unfinished one, 75 interrupted, 1 anyt
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse the command line and write a page; returns the exit code."""
+    """Parse the command line and write a page; return the exit code."""
     parser = _parser()
     options = parser.parse_args(arguments)
     given = [options.dataset is not None, options.compare is not None, options.history is not None]
     if sum(given) != 1:
         parser.error("give a dataset, or --compare A B, or --history RUNS")
-    try:
-        _write(options)
-    except PipelineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("error: interrupted; nothing was written", file=sys.stderr)
-        return Interrupted.exit_code
-    return 0
+    return run_command(lambda: _write(options), ErrorOutput("interrupted; nothing was written"))
 
 
 def _write(options: argparse.Namespace) -> None:
@@ -69,17 +58,14 @@ def _write(options: argparse.Namespace) -> None:
 def _report(url: str) -> dict[str, Any]:
     """The report of a dataset."""
     from pipeline.core.errors import NoDataset
-    from pipeline.dataset.plan import read
-    from pipeline.dataset.saved_config import config_of
+    from pipeline.dataset.plan import NAME
     from pipeline.report.load import report_of
     from pipeline.storage.factory import open_storage
 
     storage = open_storage(url)
-    plan = read(storage)
-    if plan is None:
+    if storage.size(NAME) is None:
         raise NoDataset(f"{storage.url}: no dataset is here; give the output.dir of a job")
-    config = asdict(config_of(plan.config, storage.url))
-    return report_of(storage, config=config, fingerprints=plan.fingerprints)
+    return report_of(storage)
 
 
 def _save(path: str, page: bytes) -> str:
@@ -104,11 +90,10 @@ def _count(text: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline.report",
-        description="Redraw the page of a dataset, compare two runs, or draw the nights of a store.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = command_parser(
+        "python -m pipeline.report",
+        "Redraw the page of a dataset, compare two runs, or draw the nights of a store.",
+        EXAMPLES,
     )
     parser.add_argument("dataset", metavar="DATASET", nargs="?", help="a finished dataset: a folder or an address")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two datasets whose runs are compared")

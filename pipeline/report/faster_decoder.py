@@ -7,12 +7,14 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from pipeline.core.processes import cores
 from pipeline.core.records import ImageRef, Stage
 from pipeline.core.run_report import Pace
 from pipeline.images.reader import PixelReader
 from pipeline.manifest.manifest import Manifest
-from pipeline.report.throughput import Cost, find_limit, in_words
+from pipeline.report.bottleneck import Cost, Setup, find_limit, in_words
 from pipeline.report.thumbnails import find
+from pipeline.telemetry.run_stats import RunStats
 
 # The next faster decoder.
 FASTER = {"exact": "fast", "fast": "scaled"}
@@ -48,21 +50,19 @@ class Faster:
 
 
 def faster_decoder(
-    manifest: Manifest, reader: PixelReader, pace: Pace | None, *, images: int, wall: float, cores: int, device: str
+    manifest: Manifest, reader: PixelReader, pace: Pace | None, stats: RunStats, setup: Setup
 ) -> Faster | None:
     """Decode some images with the decoder of the run and with the next faster one; None for a short run.
 
     Args:
-        manifest: of the run.
-        reader: of the run.
-        pace: the cost of its stages.
-        images: that it embedded.
-        wall: its seconds.
-        cores: that it could use.
-        device: type of the encoder's device, such as ``cpu``.
+        manifest: manifest of the run.
+        reader: reader of its images.
+        pace: cost of its stages.
+        stats: its images, seconds and cores.
+        setup: its decoder and its device.
     """
-    kind = reader.decoder.kind
-    if wall < LONG or pace is None or kind not in FASTER or reader.gpu is not None or Stage.DECODE not in pace.stages:
+    kind = setup.decoder
+    if stats.seconds < LONG or pace is None or kind not in FASTER or Stage.DECODE not in pace.stages:
         return None
     count = min(manifest.rows, REACH)
     numbers = sorted({place * count // PICTURES for place in range(PICTURES)})
@@ -77,12 +77,12 @@ def faster_decoder(
         return None
     costs = {
         name: Cost(
-            stage.core_seconds / images * (then / now if name == Stage.DECODE else 1.0),
+            stage.core_seconds / stats.images * (then / now if name == Stage.DECODE else 1.0),
             stage.images_per_second or float("inf"),
         )
         for name, stage in pace.stages.items()
     }
-    limit = find_limit(costs, cores=cores, device=device)
+    limit = find_limit(costs, cores=stats.cores or cores(), device=setup.device)
     return Faster(FASTER[kind], now / then, limit.images_per_second * min(1.0, pace.ratio))
 
 

@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from pipeline.core.errors import NoDataset, StorageError
 from pipeline.report.page import environment
-from pipeline.report.plots import bare
+from pipeline.report.plots import amount_axes
 from pipeline.report.summary import in_words_of_time
 from pipeline.report.svg import INK, LINE, SERIES, SOFT, WAIT, WIDTH, plot
 from pipeline.storage.urls import explained, filesystem, open_arrow
@@ -124,12 +124,8 @@ def _plot(nights: Sequence[dict[str, Any]]) -> Markup:
         _line(panels[2], days, [night["images_per_second"] or np.nan for night in nights], SERIES[0])
         panels[3].bar(days, [night["failed"] for night in nights], color=SERIES[5], width=0.8)
         for panel, name in zip(panels, ("rows not carried", "seconds", "images/s", "failed rows"), strict=True):
-            bare(panel)
-            panel.set_ylabel(name)
+            amount_axes(panel, name, bins=3)
             panel.set_ylim(0, 1.1 * panel.get_ylim()[1])
-            panel.locator_params(axis="y", nbins=3)
-            panel.yaxis.set_major_formatter("{x:,g}")
-            panel.grid(axis="y", color=LINE, linewidth=0.6)
             for begin, end in gaps:
                 panel.axvspan(begin + 0.5, end - 0.5, color=LINE, alpha=0.5, linewidth=0)
             for night, day in zip(nights, days, strict=True):

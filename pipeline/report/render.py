@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -33,35 +32,31 @@ LOOKED_AT = 4
 log = logging.getLogger(__name__)
 
 
-def draw(
-    report: Mapping[str, Any],
-    content: DatasetSummary,
-    parts: Sequence[tuple[str, int]],
-    *,
-    output: str,
-    manifest: Manifest | None,
-    reader: PixelReader | None,
-    examples: int,
-) -> bytes:
+@dataclass(frozen=True, slots=True)
+class Pictures:
+    """The source of the pictures of a page."""
+
+    manifest: Manifest
+    reader: PixelReader
+
+
+def draw(report: Mapping[str, Any], content: DatasetSummary, examples: int, pictures: Pictures | None) -> bytes:
     """The content of ``_report.html``.
 
     Args:
-        report: the content of ``_report.json``.
-        content: the summary of the dataset.
-        parts: names, and the number of the first row of each.
-        output: the address of the dataset.
-        manifest: the source of the pictures; None shows none.
-        reader: of the pictures.
-        examples: number of the first rows to show; 0 shows no pictures at all.
+        report: content of ``_report.json``.
+        content: summary of the dataset.
+        examples: number of the first rows to show; with 0 the page has no pictures at all.
+        pictures: source of the pictures; None shows none.
     """
-    some = _examples(output, parts[:LOOKED_AT], examples) if examples else []
-    pictures: Mapping[int, bytes] = {}
-    if manifest is not None and reader is not None and examples:
+    some = _examples(content, examples) if examples else []
+    shown: Mapping[int, bytes] = {}
+    if pictures is not None and examples:
         wanted = {row.number: str(row.id) for rows in by_status(content.failed).values() for row in rows}
         wanted |= {row.number: row.id for row in (*some, *content.odd)}
         wanted |= {row.number: row.id for label in content.extremes for row in (*label.most, *label.least)}
-        pictures = thumbnails(manifest, reader, wanted)
-    return to_html(report, content, some, pictures, output=output)
+        shown = thumbnails(pictures.manifest, pictures.reader, wanted)
+    return to_html(report, content, some, shown, output=content.folder)
 
 
 def try_to_publish(storage: Storage, page: Callable[[], bytes]) -> bool:
@@ -90,16 +85,17 @@ def redraw(url: str, *, examples: int | None = None) -> bytes:
     """
     dataset = open_dataset(url)
     config = config_of(dataset.plan.config, dataset.url)
-    report = report_of(dataset.storage, config=asdict(config), fingerprints=dataset.plan.fingerprints)
+    report = report_of(dataset.storage)
     examples = config.report.examples if examples is None else examples
     parts = [(commit.part, int(start)) for commit, start in zip(dataset.commits, dataset.starts, strict=True)]
     content = summarize(dataset.url, parts, id=dataset.id, examples=examples or config.report.examples)
     if "night" in report:
         report["nights"] = recent_nights(dataset.url, report["night"]["date"])
-    with ExitStack() as opened:
-        manifest = _manifest(config, dataset) if examples else None
-        reader = opened.enter_context(pixel_reader(config, manifest.root, THUMBNAIL)) if manifest is not None else None
-        return draw(report, content, parts, output=dataset.url, manifest=manifest, reader=reader, examples=examples)
+    manifest = _manifest(config, dataset) if examples else None
+    if manifest is None:
+        return draw(report, content, examples, None)
+    with pixel_reader(config, manifest.root, THUMBNAIL) as reader:
+        return draw(report, content, examples, Pictures(manifest, reader))
 
 
 def _manifest(config: Config, dataset: Dataset) -> Manifest | None:
@@ -110,7 +106,7 @@ def _manifest(config: Config, dataset: Dataset) -> Manifest | None:
             log.warning("%s: its plan names no manifest, so no pictures are shown", dataset.url)
             return None
         # The kept columns are in the dataset; only the images are needed from the manifest.
-        manifest = open_manifest(replace(config.manifest, keep=[]))
+        manifest = open_manifest(config.changed({"manifest.keep": []}).manifest)
     except PipelineError as error:
         log.warning("no pictures are shown: %s", error)
         return None
@@ -120,10 +116,10 @@ def _manifest(config: Config, dataset: Dataset) -> Manifest | None:
     return manifest
 
 
-def _examples(output: str, parts: Sequence[tuple[str, int]], count: int) -> list[Row]:
+def _examples(content: DatasetSummary, count: int) -> list[Row]:
     """Rows of the first part that has embeddings."""
-    for name, start in parts:
-        with open_arrow(f"{output.rstrip('/')}/{name}") as file:
+    for name, start in content.parts[:LOOKED_AT]:
+        with open_arrow(f"{content.folder.rstrip('/')}/{name}") as file:
             parquet = pq.ParquetFile(file)
             columns = [parquet.schema_arrow.names[0], "label", "score", "status"]
             table = parquet.read(columns=columns).slice(0, REACH)

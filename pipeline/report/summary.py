@@ -1,15 +1,10 @@
-"""Parts of a :class:`~pipeline.core.run_report.RunReport` from clocks and a finished dataset."""
+"""Summary of a finished dataset for its report: labels, scores and failures."""
 
 from __future__ import annotations
 
-import platform
-import resource
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -17,14 +12,11 @@ import pyarrow.parquet as pq
 
 from pipeline.core.concurrency import in_order
 from pipeline.core.errors import StorageError
-from pipeline.core.records import OK, Clocks, Stage
+from pipeline.core.records import OK
 from pipeline.report.scores import Extremes, Row, Scores
 from pipeline.storage.factory import open_storage
 from pipeline.storage.urls import open_arrow
 
-PACKAGES = ("torch", "transformers", "tokenizers", "pillow", "pyarrow", "numpy", "hydra-core", "fsspec")
-# With a larger share of its time spent waiting, the encoder is not the bottleneck.
-WAITING = 0.25
 # Labels on the page, and rows of each at either end of the scores.
 SHEET_LABELS, EACH_END = 12, 4
 # Advice for the failed rows of each status, one line of the page.
@@ -65,9 +57,12 @@ class Failed:
 class DatasetSummary:
     """The content of a dataset: rows by label, the first failures of each status, and its scores.
 
-    ``scores`` are counts in equal steps from 0 to 1, ``odd`` the rows with the lowest scores of all.
+    ``parts`` are the names of its files in ``folder``, each with the number of its first row. ``scores`` are counts in
+    equal steps from 0 to 1, ``odd`` the rows with the lowest scores of all.
     """
 
+    folder: str
+    parts: tuple[tuple[str, int], ...]
     labels: Mapping[str, int]
     failed: tuple[Failed, ...]
     scores: tuple[int, ...] = ()
@@ -111,107 +106,14 @@ def summarize(folder: str, parts: Sequence[tuple[str, int]], *, id: str, example
             if len(failed) < examples and seen[row["status"]] <= max(3, examples // 8):
                 failed.append(Failed(start + place, row[id], row["status"], row["error"]))
     return DatasetSummary(
+        folder=folder,
+        parts=tuple(parts),
         labels=scores.labels,
         failed=tuple(failed),
         scores=scores.histogram,
         extremes=scores.extremes(SHEET_LABELS),
         odd=scores.least_certain(EACH_END),
     )
-
-
-def find_bound(
-    clocks: Clocks,
-    *,
-    startup: float,
-    wall: float,
-    workers: int,
-    decoder: str,
-    streams: int,
-    device: str,
-    precision: str,
-    cores: int,
-) -> tuple[str, str]:
-    """The bottleneck of a run and the advice against it, in words; ``startup`` and ``wall`` are seconds."""
-    seconds = clocks.seconds
-    wait_in, wait_out = seconds.get(Stage.WAIT_INPUT, 0.0), seconds.get(Stage.WAIT_OUTPUT, 0.0)
-    # Batches that are encoded in parallel share their wall time.
-    encoding = (seconds.get(Stage.ENCODE, 0.0) + seconds.get(Stage.LABEL, 0.0)) / streams
-    loop = wait_in + wait_out + encoding
-    if loop == 0:
-        return "nothing", "every shard was done already"
-    if startup > wall / 2:
-        return "start-up", (
-            f"start-up took {startup:.1f} of {wall:.1f} s (imports, opening the model, embedding the prompts); it does "
-            "not grow with the number of images"
-        )
-    if wait_out / loop > WAITING:
-        return "writing", "write to a faster disk, or raise manifest.shard_rows for fewer, larger parts"
-    if wait_in / loop > WAITING:
-        if seconds.get(Stage.READ, 0.0) > seconds.get(Stage.DECODE, 0.0):
-            return (
-                "reading",
-                f"raise loader.workers (now {workers}): reading waits for storage, so more threads help",
-            )
-        if workers < cores:
-            return "decoding", f"raise loader.workers from {workers} to {cores}, one for each core"
-        if decoder == "exact":
-            return "decoding", "images.decoder=fast decodes JPEGs two to three times as fast (README, Decoders)"
-        return "decoding", f"all {cores} cores decode; smaller images or more cores would help"
-    if device == "cpu" and precision == "fp32":
-        return "encoding", (
-            "the model is the slowest stage; use a GPU (backend.device=cuda), or backend.precision=bf16 on a processor "
-            "with AVX512_BF16 or AMX"
-        )
-    if device == "cpu":
-        return "encoding", "the model is the slowest stage; use a GPU (backend.device=cuda) or more cores"
-    return (
-        "encoding",
-        "the GPU is the slowest stage; raise loader.batch_size until images/s stops rising",
-    )
-
-
-def memory() -> dict[str, float]:
-    """Peak memory of this process in MiB: resident, and on the GPU if one was used."""
-    figures = {"peak_rss_mib": round(_peak_rss() / 2**20, 1)}
-    torch: Any = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        figures["peak_gpu_mib"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
-    return figures
-
-
-def _peak_rss() -> int:
-    """Bytes; getrusage would include the memory of the parent process at the fork."""
-    try:
-        with open("/proc/self/status", encoding="ascii") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))
-    except (OSError, StopIteration):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
-
-
-def machine(device: str, cores: int) -> dict[str, object]:
-    """Facts about the machine of a run."""
-    facts: dict[str, object] = {
-        "processor": _processor(),
-        "cores": cores,
-        "system": f"{platform.system()} {platform.machine()}",
-        "device": device,
-    }
-    torch: Any = sys.modules.get("torch")
-    if device.startswith("cuda") and torch is not None:
-        facts["gpu"] = torch.cuda.get_device_name(device)
-    return facts
-
-
-def versions(more: Sequence[str] = ()) -> dict[str, str]:
-    """Versions of Python, of the packages that affect results and speed, and of ``more``, as far as installed."""
-    found = {"python": platform.python_version()}
-    for name in (*PACKAGES, *more):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def headline(images: int, wall: float, rate: float, bound: str, *, where: str) -> str:
@@ -227,13 +129,3 @@ def in_words_of_time(seconds: float) -> str:
     if hours:
         return f"{hours} h {left} min"
     return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(
-                (line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), platform.machine()
-            )
-    except OSError:
-        return platform.processor() or platform.machine()

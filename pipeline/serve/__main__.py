@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
-from pipeline.core.cli import own_exit_code
-from pipeline.core.errors import Interrupted, PipelineError, exit_code_of
-from pipeline.core.log_format import JsonLines, ending, new_run
+from pipeline.core.cli import ErrorOutput, add_overrides, command_parser, run_command, run_process
+from pipeline.core.log_format import JsonLines, new_run
 from pipeline.serve.settings import need_packages, service_config
 
 EXAMPLES = """\
@@ -25,49 +23,38 @@ examples:
 POST /embed and /predict, GET /healthz, /readyz, /metrics, /version and /openapi.json. Results equal the rows
 of a job with the same settings. On SIGTERM the service answers every accepted request, then ends.
 For several GPUs, run 'pipeline.serve.app:create()' in gunicorn, with the overrides in PIPELINE_SERVE_OVERRIDES.
-exit codes: 0 ended by a signal, 2 wrong config or machine, 4 backend too far from fp32,
-1 requests were not answered, or an error
+exit codes: 0 ended by a signal, 2 wrong config or machine, 4 backend too far from fp32, 75 interrupted before it was
+ready, 1 requests were not answered, or an error
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse the command line and serve until a signal; returns the exit code."""
+    """Parse the command line and serve until a signal; return the exit code."""
     options = _parser().parse_args(arguments)
-    run = new_run()
-    formatter: JsonLines | None = None
-    try:
-        config = service_config(options.overrides)
-        formatter = JsonLines(run) if config.log.format == "json" else None
-        need_packages()
-        from pipeline.serve.server import serve
-        from pipeline.telemetry.logs import library_messages, log_to_terminal
+    errors = ErrorOutput("interrupted before the service was ready")
+    return run_command(lambda: _serve(options, errors), errors)
 
-        with library_messages(config.log, run), log_to_terminal(config.log, run):
-            return serve(config)
-    except (PipelineError, KeyboardInterrupt) as error:
-        if isinstance(error, KeyboardInterrupt):
-            error = Interrupted("interrupted before the service was ready")
-        code = exit_code_of(error)
-        print(f"error: {error}" if formatter is None else formatter.format(ending(error, code)), file=sys.stderr)
-        return code
-    except Exception as error:
-        if formatter is None:
-            raise
-        print(formatter.format(ending(error, 1)), file=sys.stderr)
-        return 1
+
+def _serve(options: argparse.Namespace, errors: ErrorOutput) -> int:
+    run, config = new_run(), service_config(options.overrides)
+    errors.formatter = JsonLines(run) if config.log.format == "json" else None
+    need_packages()
+    from pipeline.serve.server import serve
+    from pipeline.telemetry.logs import library_messages, log_to_terminal
+
+    with library_messages(config.log, run), log_to_terminal(config.log, run):
+        return serve(config)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline.serve",
-        description="Answer requests for embeddings and labels over HTTP.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = command_parser(
+        "python -m pipeline.serve",
+        "Answer requests for embeddings and labels over HTTP.",
+        EXAMPLES,
     )
-    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="GROUP=OPTION or KEY=VALUE, as for the job")
+    add_overrides(parser)
     return parser
 
 
 if __name__ == "__main__":
-    with own_exit_code():
-        raise SystemExit(main())
+    run_process(main)

@@ -1,4 +1,4 @@
-"""What answers: the model, opened once, with all that a job would use to make the same rows."""
+"""Engine of the service: the engine of a job, opened for several batch sizes, behind threads and futures."""
 
 from __future__ import annotations
 
@@ -18,24 +18,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.backends.base import Draw, ImageEncoder
+from pipeline.backends.base import ImageEncoder
 from pipeline.backends.devices import choose_device
 from pipeline.backends.parity import check, embed_reference
 from pipeline.backends.streams import count_streams, keep_memory
 from pipeline.config.schema import Config
 from pipeline.core.processes import cores
-from pipeline.core.records import Failure, ImageRef, Parity, Pixels, PreprocessSpec, Sample, TextBank
-from pipeline.engine.demo.folder import rendered_sample
+from pipeline.core.records import Failure, ImageRef, Parity, Pixels, PreprocessSpec
+from pipeline.engine import engine as job
 from pipeline.engine.forward import Labelling, memory_explained
-from pipeline.engine.loop import open_for_job
-from pipeline.engine.prepare import bank_of, images_compared, spec_of
-from pipeline.engine.sample import draw_sample
-from pipeline.images.factory import decoder_of, open_decoders, pixel_reader, worker_threads
+from pipeline.images.factory import decoder_of, open_decoders, worker_threads
 from pipeline.images.reader import PixelReader
 from pipeline.images.sources.source import Source
 from pipeline.images.versions import library
-from pipeline.manifest.manifest import open_manifest
-from pipeline.models.checkpoint import Checkpoint, open_checkpoint
+from pipeline.models.checkpoint import Checkpoint
 from pipeline.serve.forward import Forward, Picture, Row
 from pipeline.serve.text_cache import Texts
 
@@ -102,12 +98,8 @@ def open_engine(config: Config, opened: ExitStack, *, timer: Timer, texts: Calla
     """
     # A decoder has no longer than the request that waits for it.
     seconds = min(config.loader.decode_seconds, config.serve.timeout_seconds)
-    config = dataclasses.replace(
-        config,
-        loader=dataclasses.replace(config.loader, decode_seconds=seconds),
-        # Latency comes before throughput here: a batch gets all cores, unless the config says otherwise.
-        backend=dataclasses.replace(config.backend, streams=config.backend.streams or 1),
-    )
+    # Latency comes before throughput here: a batch gets all cores, unless the config says otherwise.
+    config = config.changed({"loader.decode_seconds": seconds, "backend.streams": config.backend.streams or 1})
     decoders = open_decoders(config)
     if decoders is not None:
         opened.callback(decoders.close)
@@ -115,14 +107,12 @@ def open_engine(config: Config, opened: ExitStack, *, timer: Timer, texts: Calla
     device = choose_device(config.backend.device)
     streams = count_streams(config.backend.streams, device)
     threads = max(1, cores() // streams)
-    checkpoint = open_checkpoint(config.model)
-    spec = spec_of(config, checkpoint)
-    sample = cache(partial(_sample, config, spec))
-    bank = bank_of(config, checkpoint)
+    parts = opened.enter_context(job.Engine(config, decoders=decoders))
+    checkpoint, spec, bank = parts.checkpoint, parts.spec, parts.bank()
     if device.type == "cpu":
         keep_memory()
     encoding = _pool("encode", streams, opened, initializer=torch.set_num_threads, initargs=(threads,))
-    encoders, parity = _open_shapes(config, checkpoint, sample, bank, encoding)
+    encoders, parity = _open_shapes(parts, encoding)
     largest = encoders[0]
     log.info("model %s with %s on %s in %s", config.model.name, largest.name, largest.device, largest.precision)
     embedder = Texts(checkpoint, config, device=largest.device, threads=threads, on_lookup=texts)
@@ -135,7 +125,7 @@ def open_engine(config: Config, opened: ExitStack, *, timer: Timer, texts: Calla
         decoders=decoders,
     )
     forward = Forward(encoders, spec.size, timer)
-    prints = _fingerprints(config, checkpoint, largest, bank)
+    prints = _fingerprints(parts, largest)
     engine = Engine(
         config=config,
         checkpoint=checkpoint,
@@ -163,46 +153,30 @@ def shapes(config: Config) -> list[int]:
     return list(dict.fromkeys(sizes))
 
 
-def _open_shapes(
-    config: Config, checkpoint: Checkpoint, sample: Draw, bank: TextBank | None, encoding: ThreadPoolExecutor
-) -> tuple[list[ImageEncoder], list[Parity]]:
+def _open_shapes(parts: job.Engine, encoding: ThreadPoolExecutor) -> tuple[list[ImageEncoder], list[Parity]]:
     """An encoder for each of :func:`shapes`, and what the gate found of those that pass one."""
     # In a thread that will encode: what is compiled or captured there belongs to it on a GPU.
     # One after the other, so that what the first one exports is there for the next.
     encoders: list[ImageEncoder] = []
     parity: list[Parity] = []
     # Embedded once, for the first encoder.
-    wanted = cache(lambda: embed_reference(encoders[0], checkpoint, sample()))
-    for size in shapes(config):
+    wanted = cache(lambda: embed_reference(encoders[0], parts.checkpoint, parts.sample()))
+    for size in shapes(parts.config):
         with memory_explained(size):
-            encoder = encoding.submit(open_for_job, config, checkpoint, sample, lambda: bank, size).result()
+            encoder = encoding.submit(parts.open_encoder, size).result()
             encoders.append(encoder)
-            gate = partial(check, bank=bank, limits=config.parity)
-            found = encoding.submit(gate, encoder, checkpoint, wanted).result()
+            gate = partial(check, bank=parts.bank(), limits=parts.config.parity)
+            found = encoding.submit(gate, encoder, parts.checkpoint, wanted).result()
         if found is not None:
             parity.append(found)
     return encoders, parity
 
 
-def _sample(config: Config, spec: PreprocessSpec) -> Sample:
-    """Images of the manifest, if the config names one, for the same calibration as its job's; else rendered scenes."""
-    count = images_compared(config)
-    if config.manifest.path is not None:
-        manifest = open_manifest(config.manifest)
-        with pixel_reader(config, manifest.root, spec) as reader:
-            drawn = draw_sample(manifest, reader, count)
-        if drawn is not None:
-            return drawn
-        log.warning("%s: none of the images that were tried can be read", config.manifest.path)
-    return rendered_sample(spec, count)
-
-
-def _fingerprints(
-    config: Config, checkpoint: Checkpoint, encoder: ImageEncoder, bank: TextBank | None
-) -> dict[str, Any]:
+def _fingerprints(parts: job.Engine, encoder: ImageEncoder) -> dict[str, Any]:
     """As those of a dataset (:func:`pipeline.engine.prepare.fingerprints`), but for its manifest and its files."""
+    config, bank = parts.config, parts.bank()
     return {
-        "model": checkpoint.fingerprint,
+        "model": parts.checkpoint.fingerprint,
         "images": {**dataclasses.asdict(config.images), "library": library(config.images.decoder)},
         "backend": encoder.fingerprint,
         "batch_sizes": shapes(config),

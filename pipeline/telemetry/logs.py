@@ -6,7 +6,7 @@ import logging
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
@@ -136,7 +136,7 @@ def library_messages(form: LogConfig, run: str) -> Iterator[None]:
 
 @contextmanager
 def log_to_terminal(form: LogConfig | None = None, run: str = "") -> Iterator[None]:
-    """Send the package's log only to the terminal, for commands that make no dataset."""
+    """Send the package's log to the terminal only: for commands that make no dataset, and around jobs that do."""
     with _handlers(_Terminal(form or LogConfig(), run)):
         yield
 
@@ -179,19 +179,26 @@ def progress_mode(config: Config) -> str:
 
 @contextmanager
 def _handlers(*handlers: logging.Handler) -> Iterator[None]:
+    """Send the package's log to these handlers, and not to those of a log that was opened before."""
     root = logging.getLogger("pipeline")
     level, propagate = root.level, root.propagate
+    before = [handler for handler in root.handlers if isinstance(handler, _Terminal | _File)]
     root.setLevel(logging.INFO)
     root.propagate = False
-    for handler in handlers:
-        root.addHandler(handler)
+    _exchange(root, before, handlers)
     try:
         yield
     finally:
-        for handler in handlers:
-            root.removeHandler(handler)
+        _exchange(root, handlers, before)
         root.setLevel(level)
         root.propagate = propagate
+
+
+def _exchange(root: logging.Logger, old: Sequence[logging.Handler], new: Sequence[logging.Handler]) -> None:
+    for handler in old:
+        root.removeHandler(handler)
+    for handler in new:
+        root.addHandler(handler)
 
 
 def _record(level: int, text: str, name: str = "pipeline") -> logging.LogRecord:
@@ -201,7 +208,7 @@ def _record(level: int, text: str, name: str = "pipeline") -> logging.LogRecord:
 
 @contextmanager
 def _path(storage: Storage, name: str) -> Iterator[Path]:
-    """The path of the log while the run is at work."""
+    """The path of the log during the run."""
     if isinstance(storage, LocalStorage):
         storage.make()
         path = storage.root / name

@@ -50,7 +50,7 @@ class Progress:
 
     @property
     def first_batch_seconds(self) -> float:
-        """From the start of this progress to the end of the first batch; 0 before it."""
+        """Seconds from the start of this progress to the end of the first batch; 0 before it."""
         return self._first - self._started
 
     @property
@@ -92,7 +92,7 @@ class Progress:
     def _advance(self, rows: int) -> None:
         self._rows += rows
         if self._bar is not None:
-            # A terminal that has gone away does not end the job.
+            # A closed terminal does not end the job.
             with suppress(OSError, ValueError):
                 self._bar.set_postfix(failed=self._failed, refresh=False)
                 self._bar.update(rows)

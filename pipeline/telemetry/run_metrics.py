@@ -15,8 +15,8 @@ MIB = 2**20
 # Metrics of the progress by its keys, see pipeline.telemetry.progress.
 _PROGRESS = {
     "total": ("manifest_rows", "Rows of the manifest."),
-    "rows": ("processed_rows", "Rows that this run is through with."),
-    "failed": ("failed_rows", "Rows of this run that have a failure in the place of an embedding."),
+    "rows": ("processed_rows", "Rows that this run has finished."),
+    "failed": ("failed_rows", "Rows of this run that have a failure instead of an embedding."),
     "images": ("images", "Images that this run has embedded."),
     "images_per_second": ("images_per_second", "Images embedded in a second, since the first shard began."),
 }
@@ -40,14 +40,14 @@ class RunState:
     succeeded: float | None = None
 
     def metrics(self) -> list[Metric]:
-        """The state as gauges; what is not known is left out."""
+        """The state as gauges; unknown values are left out."""
         now, counts = time.time(), self.progress()
         found = [
-            by("run", "run_info", "The run that these metrics are of.", {self.run: 1}),
-            one("running", "Whether the run is at work; one that was killed stays 1.", self.exit_code is None),
+            by("run", "run_info", "The name of the run.", {self.run: 1}),
+            one("running", "1 while the run works; it stays 1 if the run is killed.", self.exit_code is None),
             one("start_timestamp_seconds", "When the run began.", self.began),
             one("last_update_timestamp_seconds", "When these metrics were written.", now),
-            one("wall_seconds", "How long the run has taken.", now - self.began),
+            one("wall_seconds", "Wall time of the run so far.", now - self.began),
         ]
         if self.exit_code is not None:
             found.append(one("exit_code", "Exit code of the run, once it has ended.", self.exit_code))

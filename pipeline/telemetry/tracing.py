@@ -20,6 +20,7 @@ from pipeline.core.log_format import shard_of
 from pipeline.core.records import OK, ShardReport
 
 if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import SpanExporter
 
 # Timeout for sending the last spans, in seconds.
@@ -95,22 +96,15 @@ def exported(
         logged: a context for warnings at the end, when the log of the run is closed.
     """
     global _current
-    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-    from opentelemetry.sdk.resources import OTELResourceDetector, Resource
-    from opentelemetry.sdk.trace import TracerProvider
-    from opentelemetry.sdk.trace.export import BatchSpanProcessor
     from opentelemetry.trace import Status, StatusCode
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-    # The environment may override the name of the service.
-    named = Resource({"service.name": "clip-pipeline"}).merge(OTELResourceDetector().detect())
-    provider = TracerProvider(resource=Resource.create(named.attributes), shutdown_on_exit=False)
+    lost = _Lost()
+    provider = _provider(exporter, lost)
     # The library logs every failure with a traceback; our single warning replaces them.
     library = logging.getLogger("opentelemetry")
     level = library.level
     library.setLevel(logging.CRITICAL + 1)
-    lost = _Lost()
-    provider.add_span_processor(BatchSpanProcessor(_checked(exporter or OTLPSpanExporter(), lost)))
     # A scheduler that traces its tasks passes its own span by this variable.
     context = TraceContextTextMapPropagator().extract({"traceparent": os.environ.get("TRACEPARENT", "")})
     tracer = provider.get_tracer("clip_pipeline")
@@ -136,6 +130,20 @@ def exported(
             except LateError:
                 # The thread continues until the process ends, and would log every attempt: the level stays.
                 lost.warn(f"the collector did not answer in {CLOSE_SECONDS:g} s")
+
+
+def _provider(exporter: SpanExporter | None, lost: _Lost) -> TracerProvider:
+    """The library's provider, which sends spans in the background and warns when that fails."""
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.resources import OTELResourceDetector, Resource
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+    # The environment may override the name of the service.
+    named = Resource({"service.name": "clip-pipeline"}).merge(OTELResourceDetector().detect())
+    provider = TracerProvider(resource=Resource.create(named.attributes), shutdown_on_exit=False)
+    provider.add_span_processor(BatchSpanProcessor(_checked(exporter or OTLPSpanExporter(), lost)))
+    return provider
 
 
 class _Lost:

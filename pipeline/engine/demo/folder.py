@@ -89,11 +89,17 @@ def label_names() -> list[str]:
     return [f"{colour} {shape}" for colour in scenes.COLOURS for shape in scenes.SHAPES]
 
 
+def with_scenes(config: Config, manifest: Path) -> Config:
+    """Return the config with a manifest that :func:`render_folder` wrote."""
+    values = {"path": str(manifest), "id": "id", "image": "path", "keep": [TRUTH], "root": None}
+    return config.changed({f"manifest.{name}": value for name, value in values.items()})
+
+
 def prompts_of(config: Config) -> PromptsConfig:
     """The prompts of a config; for the demo model with the demo's labels, if the config has none."""
     prompts = config.prompts
     if not prompts.labels and prompts.path is None and config.model.name == DEMO_MODEL:
-        prompts = dataclasses.replace(prompts, labels=label_names())
+        return dataclasses.replace(prompts, labels=label_names())
     return prompts
 
 

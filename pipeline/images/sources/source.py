@@ -22,7 +22,7 @@ from pipeline.config.validate import WRAPPERS
 from pipeline.core.errors import StorageError
 from pipeline.core.records import Failure, ImageRef
 from pipeline.images.sources.http import SCHEMES, Fetcher
-from pipeline.storage.urls import filesystem, from_driver, is_local, local_path, scheme_of
+from pipeline.storage.urls import filesystem, from_driver, is_local, local_path, no_driver, scheme_of
 
 # Errors of the machine, not of the image.
 _BROKEN = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN)
@@ -79,13 +79,16 @@ class Source:
             return Failure("not_found", f"{ref.path}: no such file")
         except PermissionError as error:
             return Failure("permission", f"{ref.path}: {error.strerror or error}")
+        except ImportError as error:
+            # The machine lacks the driver for every row of this scheme.
+            raise StorageError(f"{scheme}:// addresses cannot be read: {no_driver(path, error)}") from error
         except Exception as error:
             broken = isinstance(error, ConnectionError | TimeoutError) or from_driver(error)
             if broken or (isinstance(error, OSError) and error.errno in _BROKEN):
                 raise StorageError(
                     f"{ref.path}: {error}; the machine or the store is at fault, not the image"
                 ) from error
-            if not isinstance(error, OSError | ValueError | ImportError):
+            if not isinstance(error, OSError | ValueError):
                 raise
             return Failure("unreadable", f"{ref.path}: {error}")
 

@@ -25,15 +25,14 @@ from pipeline.config.schema import Config
 from pipeline.core.errors import ClusterLost, ClusterUnavailable
 from pipeline.core.records import Shard, ShardReport
 from pipeline.dataset.commits import FOLDER, read_commit
+from pipeline.engine.engine import Engine
 from pipeline.engine.loop import Job
-from pipeline.engine.prepare import Inputs, Prepared, spec_of
-from pipeline.images.factory import pixel_reader
-from pipeline.images.reader import PixelReader
+from pipeline.engine.prepare import Prepared
 from pipeline.job.cluster import dask_worker, tasks
 from pipeline.job.cluster.dask_cluster import open_cluster
 from pipeline.job.cluster.job_spec import JobSpec
 from pipeline.storage.base import Storage
-from pipeline.telemetry.members import Member, from_json
+from pipeline.telemetry.run_stats import WorkerStats
 
 LOST = "the scheduler of the cluster is gone; what was committed stays, and the same command goes on"
 
@@ -75,13 +74,11 @@ class DaskExecutor:
         self._token = uuid.uuid4().hex
         self._opened = ExitStack()
         self._told: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-        self._members: dict[tuple[str, int], Member] = {}
+        self._workers: dict[tuple[str, int], WorkerStats] = {}
         self._client: Client
         self._spec: JobSpec
         self._slots: dict[str, int] = {}
         self._counted, self._seen = 0.0, time.monotonic()
-        self._inputs: Inputs
-        self._reader: PixelReader | None = None
         self.given_up: tuple[int, ...] = ()
 
     def __enter__(self) -> DaskExecutor:
@@ -91,24 +88,23 @@ class DaskExecutor:
         self._opened.close()
 
     @connected()
-    def prepare(self, inputs: Inputs) -> Prepared:
+    def prepare(self, engine: Engine) -> Prepared:
         """Open the cluster, and let its first worker open the model and pass the gates.
 
         Raises:
             ClusterUnavailable: it cannot be opened, or has no worker.
             PipelineError: what the worker found.
         """
-        self._inputs = inputs
         self._client = self._opened.enter_context(open_cluster(self._config))
         self._client.subscribe_topic(f"pipeline-{self._token}", lambda event: self._told.put(event[1]))
         self._spec = JobSpec(
-            token=self._token, config=self._config, manifest=inputs.manifest, model=inputs.checkpoint.fingerprint
+            token=self._token, config=self._config, manifest=engine.manifest, model=engine.checkpoint.fingerprint
         )
         self._clear()
         self._deliver("order", self._spec, closes=True)
         deaths = 0
         while True:
-            bank = inputs.bank()
+            bank = engine.bank()
             future = self._client.submit(
                 tasks.prepare, self._token, bank, key=f"prepare-{self._token}-{deaths}", pure=False
             )
@@ -130,7 +126,7 @@ class DaskExecutor:
 
     @connected()
     def begin(self, job: Job) -> None:
-        """Tell all workers that the plan is settled."""
+        """Send the job, whose plan is written, to all workers."""
         # The worker that measured may be gone by now; then the next one measures again.
         with suppress(OSError, ValueError, KeyError):
             self._client.run(tasks.note, self._token, workers=[self._first], on_error="ignore")
@@ -200,18 +196,9 @@ class DaskExecutor:
         self.given_up = tuple(sorted(given_up))
 
     @property
-    def reader(self) -> PixelReader:
-        """Reads pictures of the job in this process."""
-        if self._reader is None:
-            config, root = self._spec.config, self._spec.manifest.root
-            spec = spec_of(config, self._inputs.checkpoint)
-            self._reader = self._opened.enter_context(pixel_reader(config, root, spec))
-        return self._reader
-
-    @property
-    def members(self) -> tuple[Member, ...]:
+    def workers(self) -> tuple[WorkerStats, ...]:
         """Statistics of every worker process, as far as they were reported."""
-        return tuple(sorted(self._members.values(), key=lambda member: (member.host, member.name, member.pid)))
+        return tuple(sorted(self._workers.values(), key=lambda worker: (worker.host, worker.name, worker.pid)))
 
     @connected(OSError)
     def _deliver(self, kind: str, spec: JobSpec, *, closes: bool) -> None:
@@ -262,9 +249,9 @@ class DaskExecutor:
             logger.log(message["level"], "%s: %s", message["from"], message["log"], extra=known)
         if "images" in message:
             on_batch(message["images"])
-        if "member" in message:
-            member = from_json(message["member"])
-            self._members[member.host, member.pid] = member
+        if "worker" in message:
+            worker = WorkerStats.from_json(message["worker"])
+            self._workers[worker.host, worker.pid] = worker
         return ShardReport(**message["report"]) if "report" in message else None
 
     def _tick(self) -> None:

@@ -16,26 +16,23 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from pipeline.core.concurrency import aside
 from pipeline.core.errors import Interrupted, PlanMismatch, WorkerMismatch
-from pipeline.core.processes import cores
-from pipeline.core.records import OK, Shard, ShardReport, TextBank
+from pipeline.core.records import Shard, ShardReport, TextBank
 from pipeline.job.cluster.events import EventSender, Forward
 from pipeline.job.cluster.job_spec import JobSpec
 from pipeline.storage.factory import open_storage
-from pipeline.telemetry.members import Member
 
 if TYPE_CHECKING:
-    from pipeline.core.processes import Spent
+    from pipeline.engine.engine import Engine
     from pipeline.engine.loop import Job
-    from pipeline.engine.prepare import Engine, Inputs, Prepared
-    from pipeline.telemetry.clocks import StageClocks
+    from pipeline.engine.meter import Meter
+    from pipeline.engine.prepare import Prepared
 
 # A stream that brings no shard ends, so that rows which wait for more are embedded: after so many seconds, at least,
 # without a batch, or twice what batches take here.
@@ -52,7 +49,7 @@ def receive(worker: Any, spec: JobSpec) -> WorkerState:
             found = _STATES[spec.token] = WorkerState(worker, spec)
     job = spec.exact_job
     if job is not None:
-        found.settled(job)
+        found.take(job)
     return found
 
 
@@ -75,7 +72,6 @@ class WorkerState:
     def __init__(self, worker: Any, spec: JobSpec) -> None:
         self._worker, self._spec = worker, spec
         self._began, self._startup = time.time(), 0.0
-        self._opened = ExitStack()
         self._bank: Future[TextBank | None] = Future()
         self._job: Future[Job] = Future()
         self._lock = threading.Lock()
@@ -92,16 +88,14 @@ class WorkerState:
         self._log = Forward(self._events, self.name, logging.WARNING)
         logging.getLogger("pipeline").addHandler(self._log)
         logging.getLogger("pipeline").setLevel(logging.INFO)
-        self._member: Member | None = None
-        self._clocks: StageClocks
-        self._spent: Spent
+        self._meter: Meter | None = None
         if spec.config.loader.batch_size:
             self._open()
         else:
             # One worker measures the batch size, and the others wait for it; they can import meanwhile.
             aside(partial(import_module, "pipeline.engine.prepare"), name="imports")
 
-    def settled(self, job: Job) -> None:
+    def take(self, job: Job) -> None:
         """The plan is there: from now on shards may come."""
         if not self._job.done():
             self._job.set_result(job)
@@ -117,7 +111,7 @@ class WorkerState:
         # Everything is logged for this worker; warnings only for the others.
         self._log.setLevel(logging.INFO)
         engine = self._open().result()
-        self._prepared = setup.prepare(engine, self._inputs(engine.checkpoint), self._storage())
+        self._prepared = setup.prepare(engine, self._storage())
         self._log.setLevel(logging.WARNING)
         self._passed = True
         return self._worker.address, self._prepared
@@ -150,16 +144,10 @@ class WorkerState:
         logging.getLogger("pipeline").removeHandler(self._log)
         # A loop closes when it ends; what is just being opened can only be closed afterwards.
         if self._thread is None and engine is not None:
-            engine.add_done_callback(lambda _: self._opened.close())
+            engine.add_done_callback(_close)
 
     def _storage(self) -> Any:
         return open_storage(self._spec.config.output.dir)
-
-    def _inputs(self, checkpoint: Any) -> Inputs:
-        from pipeline.engine.prepare import Inputs
-
-        # The driver has checked the ids.
-        return Inputs(self._spec.manifest, checkpoint, bank=self._bank.result, unique=lambda: None)
 
     def _open(self) -> Future[Engine]:
         with self._lock:
@@ -168,18 +156,23 @@ class WorkerState:
         return self._engine
 
     def _open_engine(self) -> Engine:
-        from pipeline.engine.prepare import open_engine
-        from pipeline.models.checkpoint import open_checkpoint
+        from pipeline.engine.engine import Engine
 
         # Unless this one measures it, the batch size is that of the job.
         config = self._job.result().config if self._job.done() else self._spec.config
-        checkpoint = open_checkpoint(config.model)
-        if checkpoint.fingerprint != self._spec.model:
+        # The driver has checked the ids.
+        engine = Engine(config, manifest=self._spec.manifest, bank=self._bank.result)
+        found = engine.checkpoint.fingerprint
+        if found != self._spec.model:
             raise WorkerMismatch(
                 f"{self.name}: {config.model.name} is another model there than where the job was started; give all the "
-                f"same files (there {checkpoint.fingerprint}, here {dict(self._spec.model)})"
+                f"same files (there {found}, here {dict(self._spec.model)})"
             )
-        engine = open_engine(config, self._inputs(checkpoint), self._storage(), self._opened)
+        try:
+            engine.open(self._storage())
+        except BaseException:
+            engine.close()
+            raise
         self._startup = time.time() - self._began
         return engine
 
@@ -195,7 +188,7 @@ class WorkerState:
         engine = self._open().result()
         if not self._passed:
             try:
-                setup.prepare(engine, self._inputs(engine.checkpoint), self._storage())
+                setup.prepare(engine, self._storage())
             except PlanMismatch as error:
                 raise WorkerMismatch(f"{self.name} would make other rows than the rest of the job: {error}") from error
             self._passed = True
@@ -219,37 +212,29 @@ class WorkerState:
                         self._queue.get()
                 for future in failed.values():
                     future.set_exception(error)
-        self._opened.close()
+        if self._engine is not None:
+            self._engine.add_done_callback(_close)
 
     def _embed(self, first: Shard) -> None:
         engine = self._pass_gates()
         import torch
 
-        from pipeline.core.processes import spent
         from pipeline.engine.loop import Worker, embed
+        from pipeline.engine.meter import Meter
 
         if engine.encoder.device.type == "cuda":
             # Opened in another thread, and the current device is each thread's own.
             torch.cuda.set_device(engine.encoder.device)
-        if self._member is None:
-            from pipeline.telemetry.clocks import StageClocks
-
-            self._clocks, self._spent = StageClocks(), spent()
-            self._member = Member(
-                name=str(self._worker.name),
-                host=socket.gethostname(),
-                pid=os.getpid(),
-                device=str(engine.encoder.device),
-                cores=cores(),
-                startup_seconds=self._startup,
-            )
+        if self._meter is None:
+            self._meter = Meter(engine, str(self._worker.name), self._startup)
+        meter = self._meter
         self._alive = time.monotonic()
         reports = embed(
             self._stream(first),
             self._job.result(),
-            Worker(engine.reader, engine.encoder, self._clocks),
+            Worker(engine.reader, engine.encoder, meter.clocks),
             on_batch=self._on_batch,
-            on_commit=lambda report: self._report(report, engine, spent() - self._spent),
+            on_commit=partial(self._report, meter),
         )
         deque(reports, maxlen=0)
 
@@ -269,30 +254,20 @@ class WorkerState:
         self._gap, self._alive = max(self._gap, now - self._alive), now
         self._events.count(images)
 
-    def _report(self, report: ShardReport, engine: Engine, spent: Spent) -> None:
-        from pipeline.report import summary
-
-        member = self._member
-        assert member is not None
-        self._member = replace(
-            member,
-            rows=member.rows + (report.rows if report.committed else 0),
-            images=member.images + report.counts.get(OK, 0) - report.repeats,
-            repeats=member.repeats + report.repeats,
-            shards=member.shards + 1,
-            clocks=self._clocks.total(),
-            own_core_seconds=spent.own,
-            child_core_seconds=spent.children,
-            memory={**summary.memory(), **engine.reader.memory()},
-            batch_sizes=tuple(engine.encoder.batch_sizes),
-            timeline=self._clocks.timeline(),
-        )
+    def _report(self, meter: Meter, report: ShardReport) -> None:
+        meter.add(report)
+        meter.lap()
         # In this order: the events of a shard arrive before its task ends.
         self._events.flush()
-        self._events.send(
-            {"report": {**asdict(report), "counts": dict(report.counts)}, "member": self._member.to_json()}
-        )
+        shard = {**asdict(report), "counts": dict(report.counts)}
+        self._events.send({"report": shard, "worker": meter.stats().to_json()})
         with self._lock:
             future = self._waiting.pop(report.shard, None)
         if future is not None:
             future.set_result(None)
+
+
+def _close(opened: Future[Engine]) -> None:
+    """Close an engine, if it could be opened."""
+    if opened.exception() is None:
+        opened.result().close()

@@ -6,16 +6,16 @@ from collections.abc import Callable, Generator, Iterable
 from types import TracebackType
 from typing import Protocol, Self
 
+from pipeline.config.choices import CLUSTERS
 from pipeline.config.schema import Config
 from pipeline.core.errors import ClusterUnavailable, install_hint
 from pipeline.core.records import Shard, ShardReport
+from pipeline.engine.engine import Engine
 from pipeline.engine.loop import Job
-from pipeline.engine.prepare import Inputs, Prepared
-from pipeline.images.pool.pool import Decoders
-from pipeline.images.reader import PixelReader
+from pipeline.engine.prepare import Prepared
 from pipeline.job.cluster.inline import Inline
 from pipeline.storage.base import Storage
-from pipeline.telemetry.members import Member
+from pipeline.telemetry.run_stats import WorkerStats
 
 
 class Executor(Protocol):
@@ -23,7 +23,7 @@ class Executor(Protocol):
 
     def __enter__(self) -> Self: ...
 
-    def prepare(self, inputs: Inputs) -> Prepared:
+    def prepare(self, engine: Engine) -> Prepared:
         """Open the model, pass the gates and make the plan, of which nothing is written yet."""
 
     def begin(self, job: Job) -> None:
@@ -33,40 +33,34 @@ class Executor(Protocol):
         """Embed and commit shards; ``on_batch`` is called with the images of each batch."""
 
     @property
-    def members(self) -> tuple[Member, ...]:
-        """The statistics of each process."""
+    def workers(self) -> tuple[WorkerStats, ...]:
+        """Statistics of each process."""
 
     @property
     def given_up(self) -> tuple[int, ...]:
         """Shards that ended every worker that had them."""
-
-    @property
-    def reader(self) -> PixelReader:
-        """Reader of the job's images, in this process."""
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
 
 
-def executor_of(config: Config, storage: Storage, check: Callable[[], None], decoders: Decoders | None) -> Executor:
+def executor_of(config: Config, storage: Storage, check: Callable[[], None]) -> Executor:
     """The executor of ``cluster.name``; not opened yet.
 
     Args:
         config: of the job.
         storage: the output.
         check: called often; raises if the job must stop.
-        decoders: decoder processes of this process, if they have been started already.
 
     Raises:
         ClusterUnavailable: Dask is not installed.
     """
     name = config.cluster.name
     if name == "inline":
-        return Inline(config, storage, decoders)
+        return Inline(storage)
     try:
         from pipeline.job.cluster.dask_executor import DaskExecutor
     except ImportError as error:
-        extra = name if name in ("slurm", "kubernetes") else "dask"
-        raise ClusterUnavailable(f"cluster={name} needs Dask ({error}): {install_hint(extra)}") from error
+        raise ClusterUnavailable(f"cluster={name} needs Dask ({error}): {install_hint(CLUSTERS[name][-1])}") from error
     return DaskExecutor(config, storage, check)

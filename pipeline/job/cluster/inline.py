@@ -2,61 +2,48 @@
 
 from __future__ import annotations
 
-import os
-import socket
 import time
 from collections.abc import Callable, Generator, Iterable
-from contextlib import ExitStack, closing
+from contextlib import closing
 
-from pipeline.config.schema import Config
-from pipeline.core.processes import Spent, cores, spent
-from pipeline.core.records import OK, Shard, ShardReport
+from pipeline.core.records import Shard, ShardReport
+from pipeline.engine.engine import Engine
 from pipeline.engine.loop import Job, Worker, embed
-from pipeline.engine.prepare import Engine, Inputs, Prepared, note, open_engine, prepare
-from pipeline.images.pool.pool import Decoders
-from pipeline.images.reader import PixelReader
-from pipeline.report.summary import memory
+from pipeline.engine.meter import Meter
+from pipeline.engine.prepare import Prepared, note, prepare
 from pipeline.storage.base import Storage
-from pipeline.telemetry.clocks import StageClocks
-from pipeline.telemetry.members import Member
+from pipeline.telemetry.run_stats import WorkerStats
 
 
 class Inline:
-    """This process as the whole cluster of a job; use it as a context manager.
-
-    ``decoders`` are processes that were started before.
-    """
+    """This process as the whole cluster of a job; use it as a context manager."""
 
     given_up: tuple[int, ...] = ()
 
-    def __init__(self, config: Config, storage: Storage, decoders: Decoders | None = None) -> None:
-        self._config, self._storage, self._decoders = config, storage, decoders
-        self._opened = ExitStack()
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
         self._began = time.time()
+        self._startup = 0.0
         self._engine: Engine
         self._prepared: Prepared
-        self._clocks, self._spent, self._before = StageClocks(), Spent(0.0, 0.0), Spent(0.0, 0.0)
-        self._startup, self._rows, self._images, self._repeats, self._shards = 0.0, 0, 0, 0, 0
+        self._meter: Meter
 
     def __enter__(self) -> Inline:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._opened.close()
+        pass
 
-    def prepare(self, inputs: Inputs) -> Prepared:
-        """Open the model and pass the gates.
-
-        Raises:
-            PipelineError: see :func:`pipeline.engine.prepare.open_engine` and :func:`pipeline.engine.prepare.prepare`.
-        """
-        self._engine = open_engine(self._config, inputs, self._storage, self._opened, self._decoders)
-        self._prepared = prepare(self._engine, inputs, self._storage)
+    def prepare(self, engine: Engine) -> Prepared:
+        """See :func:`pipeline.engine.prepare.prepare`."""
+        self._engine = engine
+        engine.open(self._storage)
+        self._prepared = prepare(engine, self._storage)
         self._startup = time.time() - self._began
         return self._prepared
 
     def begin(self, job: Job) -> None:
-        """The plan is settled."""
+        """Take the job, whose plan is written."""
         self.rehearse(job)
         note(self._engine, self._prepared, self._storage)
 
@@ -66,47 +53,18 @@ class Inline:
 
     def run(self, shards: Iterable[Shard], on_batch: Callable[[int], None]) -> Generator[ShardReport]:
         """See :func:`pipeline.engine.loop.embed`."""
-        # A clock of the thread that runs the loop.
-        self._clocks, self._before = StageClocks(), spent()
         engine = self._engine
+        meter = self._meter = Meter(engine, "0", self._startup)
         try:
-            worker = Worker(engine.reader, engine.encoder, self._clocks)
+            worker = Worker(engine.reader, engine.encoder, meter.clocks)
             with closing(embed(shards, self._job, worker, on_batch=on_batch)) as reports:
                 for report in reports:
-                    self._shards += 1
-                    self._rows += report.rows if report.committed else 0
-                    self._images += report.counts.get(OK, 0) - report.repeats
-                    self._repeats += report.repeats
+                    meter.add(report)
                     yield report
         finally:
-            self._spent = spent() - self._before
+            meter.lap()
 
     @property
-    def reader(self) -> PixelReader:
-        """Reads pictures of the job."""
-        return self._engine.reader
-
-    @property
-    def members(self) -> tuple[Member, ...]:
+    def workers(self) -> tuple[WorkerStats, ...]:
         """Statistics of this process."""
-        engine = self._engine
-        return (
-            Member(
-                name="0",
-                host=socket.gethostname(),
-                pid=os.getpid(),
-                device=str(engine.encoder.device),
-                cores=cores(),
-                startup_seconds=self._startup,
-                rows=self._rows,
-                images=self._images,
-                repeats=self._repeats,
-                shards=self._shards,
-                clocks=self._clocks.total(),
-                own_core_seconds=self._spent.own,
-                child_core_seconds=self._spent.children,
-                memory={**memory(), **engine.reader.memory()},
-                batch_sizes=tuple(engine.encoder.batch_sizes),
-                timeline=self._clocks.timeline(),
-            ),
-        )
+        return (self._meter.stats(),)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import reduce
+from operator import add
 
 from pipeline.config.schema import Config
 from pipeline.config.validate import part_of
@@ -18,22 +19,11 @@ from pipeline.core.errors import OutputBusy
 from pipeline.dataset import lease
 from pipeline.storage.base import Storage
 from pipeline.telemetry import logs
-from pipeline.telemetry.members import Member, from_json
+from pipeline.telemetry.run_stats import RunStats
 
 FOLDER = "_parts"
 _LEASE = re.compile(rf"{lease.FOLDER}(-(\d+)-of-(\d+))?")
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Done:
-    """Record of a run: ``began`` and ``ended`` in seconds since the epoch, counts, and its processes."""
-
-    began: float
-    ended: float
-    rows: int
-    images: int
-    members: tuple[Member, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,41 +81,22 @@ class Part:
                     "wait until it ends, or stop it"
                 )
 
-    def merged(self, storage: Storage, done: Done) -> Done:
-        """Leave what this part did, and return what all parts of the same count did, as far as they have ended."""
+    def merged(self, storage: Storage, stats: RunStats) -> RunStats:
+        """Write the statistics of this part; return the sum of those of all parts of the same count that have ended."""
         if self.whole:
-            return done
+            return stats
         # A run that finds nothing left to do keeps the record of the first one.
-        if done.rows or self._read(storage, self.number) is None:
-            self._write(storage, done)
-        return _added([each for each in map(self._read, [storage] * self.count, range(1, self.count + 1)) if each])
+        if stats.rows or self._read(storage, self.number) is None:
+            named = replace(stats, workers=tuple(replace(worker, name=self.name) for worker in stats.workers))
+            storage.write(f"{FOLDER}/{self.name}.json", (json.dumps(named.to_json(), indent=2) + "\n").encode())
+        found = [self._read(storage, number) for number in range(1, self.count + 1)]
+        return reduce(add, [each for each in found if each is not None])
 
-    def _write(self, storage: Storage, done: Done) -> None:
-        content = {
-            "began": done.began,
-            "ended": done.ended,
-            "rows": done.rows,
-            "images": done.images,
-            "members": [{**member.to_json(), "name": self.name} for member in done.members],
-        }
-        storage.write(f"{FOLDER}/{self.name}.json", (json.dumps(content, indent=2) + "\n").encode())
-
-    def _read(self, storage: Storage, number: int) -> Done | None:
+    def _read(self, storage: Storage, number: int) -> RunStats | None:
         name = f"{FOLDER}/{Part(number, self.count).name}.json"
         try:
             values = json.loads(storage.read(name) or b"null")
-            members = tuple(from_json(member) for member in values["members"])
-            return Done(**{**values, "members": members}) if values else None
+            return RunStats.from_json(values) if values else None
         except (ValueError, TypeError, KeyError):
             # Of a part that has not ended yet; or not written by this, and then the report knows nothing of it.
             return None
-
-
-def _added(parts: Sequence[Done]) -> Done:
-    return Done(
-        began=min(part.began for part in parts),
-        ended=max(part.ended for part in parts),
-        rows=sum(part.rows for part in parts),
-        images=sum(part.images for part in parts),
-        members=tuple(member for part in parts for member in part.members),
-    )

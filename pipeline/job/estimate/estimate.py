@@ -15,8 +15,9 @@ from pipeline.config.schema import Config
 from pipeline.core.errors import OutputBusy
 from pipeline.core.records import Piece
 from pipeline.dataset import commits, lease
+from pipeline.engine.engine import Engine
 from pipeline.engine.loop import Job
-from pipeline.engine.prepare import Inputs, Prepared, job_of, open_inputs
+from pipeline.engine.prepare import Prepared, job_of
 from pipeline.images.pool.pool import Decoders
 from pipeline.job.cluster.executor import executor_of
 from pipeline.job.cluster.inline import Inline
@@ -91,28 +92,29 @@ def rehearse(config: Config, began: float, limits: Limits, decoders: Decoders | 
         PipelineError: the errors of the job itself.
     """
     storage = open_storage(config.output.dir)
-    config = replace(config, output=replace(config.output, dir=storage.url))
+    config = config.changed({"output.dir": storage.url})
     # Refuses a cluster for which something is not installed, and starts none.
-    executor_of(config, storage, lambda: None, None)
+    executor_of(config, storage, lambda: None)
     processes = processes_of(config)
     with ExitStack() as opened:
         with explained("a temporary folder for the trial (TMPDIR)"):
             scratch = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="clip-pipeline-")))
         scenes = Scenes(config, storage, scratch / "scenes")
-        inputs = open_inputs(scenes.config)
+        executor = Inline(storage)
         # Closed before the folder is removed.
-        executor = opened.enter_context(Inline(scenes.config, storage, decoders))
-        prepared = executor.prepare(inputs)
+        engine = opened.enter_context(Engine(scenes.config, decoders=decoders))
+        engine.begin()
+        prepared = executor.prepare(engine)
         done, damaged = commits.look(storage, prepared.plan, every_byte=False)
         part = Part.of(config)
-        shards = cut(inputs.manifest, config.manifest.shard_rows)
+        shards = cut(engine.manifest, config.manifest.shard_rows)
         left = [shard for shard in shards if part.has(shard.index) and shard.index not in done]
         startup = time.time() - began - scenes.seconds
         trial = None
         if left:
             log.info("measuring a few batches; nothing is written to %s", config.output.dir)
-            runs = spread(inputs.manifest, left, rows=prepared.config.loader.batch_size)
-            job = _job(inputs, prepared, scratch / "trial")
+            runs = spread(engine.manifest, left, rows=prepared.config.loader.batch_size)
+            job = _job(engine, prepared, scratch / "trial")
             executor.rehearse(job)
             trial = measure(executor, _sample(prepared, scenes.sample(runs)), job, limits)
         work = Work(
@@ -124,13 +126,13 @@ def rehearse(config: Config, began: float, limits: Limits, decoders: Decoders | 
             processes=processes,
             busy=_busy(storage, part),
         )
-        return Rehearsal(inputs.manifest, prepared, trial, figures(trial, work, prepared))
+        return Rehearsal(engine.manifest, prepared, trial, figures(trial, work, prepared))
 
 
-def _job(inputs: Inputs, prepared: Prepared, folder: Path) -> Job:
+def _job(engine: Engine, prepared: Prepared, folder: Path) -> Job:
     """Return the job with its output in ``folder``."""
-    job = job_of(inputs, prepared)
-    return replace(job, config=replace(job.config, output=replace(job.config.output, dir=str(folder))))
+    job = job_of(engine, prepared)
+    return replace(job, config=job.config.changed({"output.dir": str(folder)}))
 
 
 def _sample(prepared: Prepared, runs: Sequence[Piece]) -> Sample:

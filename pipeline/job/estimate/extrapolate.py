@@ -17,8 +17,9 @@ from pipeline.job import finish
 from pipeline.job.estimate.record import Estimate
 from pipeline.job.estimate.scaling import Processes
 from pipeline.job.estimate.trial import Mark, Trial
+from pipeline.report.bottleneck import Loop, find_bottleneck, find_pace
 from pipeline.storage.urls import free_bytes, is_local
-from pipeline.telemetry.members import Member
+from pipeline.telemetry.run_stats import RunStats, WorkerStats
 
 # Smallest error of a time, as a share of it: the same run on the same machine differs by as much.
 LEAST_ERROR = 0.05
@@ -64,7 +65,7 @@ class Pacing:
     images: int
     images_per_second: float
     pace: Pace | None
-    window: Member | None
+    clocks: Clocks | None
 
 
 def pacing(trial: Trial, work: Work, prepared: Prepared) -> Pacing:
@@ -84,8 +85,9 @@ def pacing(trial: Trial, work: Work, prepared: Prepared) -> Pacing:
         seconds = trial.seconds * rows / trial.rows if trial.rows and not covered else trial.seconds
         return Pacing(seconds, trial.error, images, 0.0, None, None)
     config, counted = prepared.config, trial.counted_images
-    window = _between(trial.member, trial.begin, trial.end)
-    pace = finish.pace_of((window,), prepared, images=counted, steady=one, seconds=trial.counted_seconds)
+    window = _between(trial.worker, trial.begin, trial.end)
+    stats = RunStats(began=0.0, ended=trial.counted_seconds, rows=counted, images=counted, workers=(window,))
+    pace = find_pace(stats, finish.setup_of(prepared), Loop(counted, trial.counted_seconds, one))
     gpu = not prepared.device.startswith("cpu")
     encoding = pace.stages[Stage.ENCODE].share if pace is not None and Stage.ENCODE in pace.stages else 0.0
     if gpu:
@@ -97,7 +99,7 @@ def pacing(trial: Trial, work: Work, prepared: Prepared) -> Pacing:
     rate = work.processes.rate(one, _core_seconds(pace, counted, gpu=gpu)) / (1 + encoding * (padded - 1))
     rest = max(0, images - trial.images[0])
     seconds = trial.seconds if covered and work.processes.gain == 1 else trial.first + rest / rate
-    return Pacing(seconds, max(LEAST_ERROR, trial.error if not covered else 0.0), images, rate, pace, window)
+    return Pacing(seconds, max(LEAST_ERROR, trial.error if not covered else 0.0), images, rate, pace, window.clocks)
 
 
 def _by_gpu(pace: Pace) -> bool:
@@ -112,11 +114,11 @@ def _core_seconds(pace: Pace | None, images: int, *, gpu: bool) -> float:
     return sum(s.core_seconds for name, s in pace.stages.items() if not (gpu and name in _ON_GPU)) / images
 
 
-def _between(member: Member, begin: Mark, end: Mark) -> Member:
+def _between(worker: WorkerStats, begin: Mark, end: Mark) -> WorkerStats:
     """Return the resources that a process used between two marks."""
     clocks = Clocks(_less(end.clocks.seconds, begin.clocks.seconds), _less(end.clocks.cores, begin.clocks.cores))
     used = end.spent - begin.spent
-    return replace(member, clocks=clocks, own_core_seconds=used.own, child_core_seconds=used.children)
+    return replace(worker, clocks=clocks, own_core_seconds=used.own, child_core_seconds=used.children)
 
 
 def _less(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
@@ -170,15 +172,16 @@ def _measured(estimate: Estimate, trial: Trial, work: Work, prepared: Prepared) 
     loop = pacing(trial, work, prepared)
     seconds = startup + loop.seconds
     bound, advice = "nothing", "too few images to tell" if trial.images else "no image could be embedded"
-    if loop.window is not None:
+    if loop.clocks is not None:
         # The stages of the measured batches stand for those of the whole loop.
-        bound, advice = finish.bound_of((loop.window,), prepared, startup=startup, wall=seconds)
+        found = find_bottleneck(loop.clocks, finish.setup_of(prepared), startup=startup, wall=seconds)
+        bound, advice = found.stage, found.advice
     failed = trial.rows - trial.counts[OK]
     share = failed / trial.rows if trial.rows else 0.0
     covered = trial.whole and trial.rows == work.rows
     low, high = (share, share) if covered else failing(failed, trial.rows)
     extra = COPIES * max(0, max(shard.rows for shard in work.left) - trial.largest) * trial.memory_per_row / 2**20
-    memory = dict(trial.member.memory)
+    memory = dict(trial.worker.memory)
     memory["peak_rss_mib"] = round(memory["peak_rss_mib"] + extra, 1)
     return replace(
         estimate,

@@ -113,8 +113,7 @@ class Scenes:
                 )
             self._partial = True
             path = self._render(range(min(GATES, manifest.demo_scenes)))
-        given = replace(manifest, path=str(path), id="id", image="path", keep=[demo.TRUTH], root=None)
-        self.config = replace(config, manifest=given)
+        self.config = demo.with_scenes(config, path)
 
     @property
     def seconds_to_render(self) -> float:

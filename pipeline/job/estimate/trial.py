@@ -21,7 +21,7 @@ from pipeline.engine.loop import Job
 from pipeline.job.cluster.inline import Inline
 from pipeline.storage.base import Storage
 from pipeline.storage.factory import open_storage
-from pipeline.telemetry.members import Member
+from pipeline.telemetry.run_stats import WorkerStats
 
 # Batches of every stream that are measured at least.
 BATCHES = 4
@@ -65,7 +65,7 @@ class Trial:
         begin: start of the measured batches, and ``end`` their end; None where nothing was embedded.
         times: end of each batch, in seconds since the loop began; ``images`` are the images in each.
         whole: True if the loop reached the end of the sample.
-        member: resources of this process.
+        worker: statistics of this process.
         rows: rows of the finished shards; so are ``counts`` (by status) and ``repeats`` (share of the rows).
         largest: rows of the largest finished shard.
         bytes_per_row: size of a row in a part; ``bytes_per_part`` is that of a part without rows.
@@ -80,7 +80,7 @@ class Trial:
     times: tuple[float, ...]
     images: tuple[int, ...]
     whole: bool
-    member: Member
+    worker: WorkerStats
     rows: int
     counts: Mapping[str, int]
     repeats: float
@@ -170,7 +170,7 @@ class _Stopwatch:
         return now
 
     def _mark(self, now: float) -> Mark:
-        return Mark(now, sum(self.images), len(self.times), self.executor.members[0].clocks, spent())
+        return Mark(now, sum(self.images), len(self.times), self.executor.workers[0].clocks, spent())
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +213,7 @@ def measure(executor: Inline, sample: Sample, job: Job, limits: Limits) -> Trial
     for commit in done:
         counts.update(commit.counts)
     # The peak of memory is taken before the parts are read, which a job does not do.
-    member = executor.members[0]
+    worker = executor.workers[0]
     table = _rows(storage, done)
     per_row, per_part = _sizes(storage, table, job.form) if table is not None else (0.0, 0.0)
     errors = table["error"].drop_null().to_pylist() if table is not None else []
@@ -225,7 +225,7 @@ def measure(executor: Inline, sample: Sample, job: Job, limits: Limits) -> Trial
         times=tuple(watch.times),
         images=tuple(watch.images),
         whole=whole,
-        member=member,
+        worker=worker,
         rows=sum(commit.rows for commit in done),
         counts={OK: counts.pop(OK, 0), **dict(sorted(counts.items()))},
         repeats=repeats / reported if reported else 0.0,

@@ -12,7 +12,7 @@ import pytest
 from pipeline.bench import backends, backends_report, plots, report, stats
 from pipeline.bench.records import Bench, Measurement, Result, Row
 from pipeline.config.schema import ParityConfig
-from pipeline.report.throughput import in_words
+from pipeline.report.bottleneck import in_words
 
 
 def measured(
@@ -23,7 +23,6 @@ def measured(
         startup_seconds=start,
         images_per_second=rates,
         latencies=tuple(1 / rate for rate in rates for _ in range(4)) if batch == 1 else (),
-        start_rss=1900.0,
         rss=912.0 + batch,
         device=device,
         lowest_cosine=lowest,

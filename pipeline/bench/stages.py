@@ -1,19 +1,18 @@
-"""The child process of the stages: it holds the images in memory, and runs one stage alone on request.
+"""The stages of a job, each alone on request, over images that are held in memory.
 
 Each stage works as in the job, with as many threads and processes, and continues where its last measurement ended.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,27 +20,23 @@ import torch
 
 from pipeline.backends.devices import choose_device
 from pipeline.backends.streams import Streams, count_streams
-from pipeline.bench.backend_worker import config_from
 from pipeline.bench.images import image_refs, take_images
-from pipeline.bench.timing import measure
+from pipeline.bench.timing import Workers, measure
+from pipeline.config.schema import Config
+from pipeline.core.machine import machine
 from pipeline.core.processes import cores
-from pipeline.core.records import Embeddings, ImageRef, Pixels, Sample, ShardRows, Stage
+from pipeline.core.records import Embeddings, ImageRef, Pixels, ShardRows, Stage
 from pipeline.dataset.commits import commit_part
 from pipeline.dataset.parts import ShardResult, build_table, part_format
-from pipeline.engine.loop import open_at, open_reader
-from pipeline.engine.prepare import images_compared, spec_of
-from pipeline.engine.sample import draw_sample
+from pipeline.engine.engine import Engine
 from pipeline.images.factory import worker_threads
 from pipeline.images.reader import PixelReader
-from pipeline.manifest.manifest import open_manifest
 from pipeline.manifest.shards import ShardReader, cut, refs
-from pipeline.models.checkpoint import open_checkpoint
 from pipeline.models.labels import label
-from pipeline.models.text import build_bank, read_labels
-from pipeline.report.summary import machine
 from pipeline.storage.factory import open_storage
 
 ROWS = "rows"
+NAMES = (ROWS, Stage.READ, Stage.DECODE, Stage.COPY, Stage.ENCODE, Stage.LABEL, Stage.WRITE)
 # Batches that are held ready for the encoder.
 HELD_BATCHES = 8
 # Calls that are queued on a GPU before the next one waits.
@@ -51,82 +46,49 @@ Unit = Callable[[int], int]
 
 
 class Stages:
-    """The images of the job in memory, its encoder, and the stages.
+    """The images of the job in memory, its encoder, and the stages; use it as a context manager.
 
     Args:
-        config: the values of ``dataclasses.asdict``.
+        given: the config of the job.
         work: an empty folder.
         images: the number of images; None for those of the manifest, up to a limit.
         decoders: decoders to measure besides the config's own.
     """
 
-    def __init__(self, config: dict[str, Any], work: str, images: int | None, decoders: list[str]) -> None:
-        given = config_from(config)
-        self._work, self._opened = Path(work), ExitStack()
+    def __init__(self, given: Config, work: Path, images: int | None, decoders: Sequence[str]) -> None:
+        self._work, self._opened = work, ExitStack()
         self._numbers: dict[str, Iterator[int]] = {}
         self._parts = itertools.count()
         self._device = choose_device(given.backend.device)
-        self._checkpoint = open_checkpoint(given.model)
-        self._spec = spec_of(given, self._checkpoint)
-        manifest = open_manifest(given.manifest)
-        with open_reader(given, manifest, self._spec) as reader:
-            self._images = take_images(manifest, reader, self._work, count=images, threads=worker_threads(given))
-        self._config = dataclasses.replace(given, manifest=dataclasses.replace(given.manifest, **self._images.manifest))
-        self._manifest = open_manifest(self._config.manifest)
-        self._batch = min(given.loader.batch_size, self._manifest.rows, given.manifest.shard_rows)
-        self._bank = build_bank(self._checkpoint, read_labels(given.prompts), given.prompts, given.labels)
-        self._features = torch.from_numpy(self._bank.features).to(self._device)
-        self._encoder = open_at(self._config, self._checkpoint, self._sample, self._batch)
-        self._threads = count_streams(given.backend.streams, self._device)
-        self._streams = self._opened.enter_context(Streams(self._device, self._threads))
+        with Engine(given) as whole:
+            threads = worker_threads(given)
+            self.images = take_images(whole.manifest, whole.reader, work, count=images, threads=threads)
+        self._config = given.changed({f"manifest.{name}": value for name, value in self.images.manifest.items()})
+        engine = self._engine = self._opened.enter_context(Engine(self._config))
+        self._manifest, self._dim = engine.manifest, engine.checkpoint.dim
+        self.batch = min(given.loader.batch_size, self._manifest.rows, given.manifest.shard_rows)
+        bank = engine.bank()
+        assert bank is not None, "the command gives labels"
+        self.bank = bank
+        self._features = torch.from_numpy(self.bank.features).to(self._device)
+        self.encoder = engine.open_at(self.batch)
+        self.stream_count = count_streams(given.backend.streams, self._device)
+        self._streams = self._opened.enter_context(Streams(self._device, self.stream_count))
         self._readers = {name: self._reader(name) for name in dict.fromkeys([given.images.decoder, *decoders])}
 
-    def facts(self) -> dict[str, Any]:
-        """The machine, the images, and their manifest as values for the config."""
-        return {
-            **self._images.facts(),
-            "manifest": self._images.manifest,
-            "batch": self._batch,
-            "labels": len(self._bank.names),
-            "backend": f"{self._encoder.name} {self._encoder.precision}",
-            "streams": self._threads,
-            "machine": {
-                **machine(str(self._device), cores()),
-                "instructions": torch.backends.cpu.get_cpu_capability(),
-            },
-        }
+    def __enter__(self) -> Stages:
+        return self
 
-    def measure(self, stage: str, seconds: float, decoder: str | None = None) -> dict[str, Any]:
+    def __exit__(self, *_: object) -> None:
+        self._opened.close()
+
+    def machine(self) -> dict[str, object]:
+        """Return the facts of the machine and of the encoder's device."""
+        return {**machine(str(self._device), cores()), "instructions": torch.backends.cpu.get_cpu_capability()}
+
+    def measure(self, stage: str, seconds: float, decoder: str | None = None) -> dict[str, float]:
         """Run ``stage`` alone for about ``seconds``: images/s, core seconds of an image, threads."""
-        unit, threads = self._unit(stage, decoder)
-        numbers = self._numbers.setdefault(f"{stage} {decoder}", itertools.count())
-        with ThreadPoolExecutor(threads) as pool:
-            submit = self._streams.submit if stage in (Stage.ENCODE, Stage.LABEL) else pool.submit
-            throughput = measure(
-                lambda: unit(next(numbers)), threads=threads, seconds=seconds, submit=submit, finish=self._finish
-            )
-        shutil.rmtree(self._work / "parts", ignore_errors=True)
-        return {**dataclasses.asdict(throughput), "threads": threads}
-
-    def _finish(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-
-    def _sample(self) -> Sample:
-        with open_reader(self._config, self._manifest, self._spec) as reader:
-            found = draw_sample(self._manifest, reader, images_compared(self._config))
-        if found is None:
-            raise RuntimeError("images that could be decoded before cannot be decoded now")
-        return found
-
-    def _reader(self, decoder: str) -> PixelReader:
-        images = dataclasses.replace(self._config.images, decoder=decoder)
-        config = dataclasses.replace(self._config, images=images)
-        return self._opened.enter_context(open_reader(config, self._manifest, self._spec))
-
-    def _unit(self, stage: str, decoder: str | None) -> tuple[Unit, int]:
-        """The work of a stage in pieces, and the number of its threads."""
-        workers, streams = worker_threads(self._config), self._threads
+        workers, streams = worker_threads(self._config), self.stream_count
         makers: dict[str, tuple[Callable[[], Unit], int]] = {
             ROWS: (self._rows, 1),
             Stage.READ: (self._read, workers),
@@ -137,7 +99,23 @@ class Stages:
             Stage.WRITE: (self._write, 1),
         }
         make, threads = makers[stage]
-        return make(), threads
+        unit = make()
+        numbers = self._numbers.setdefault(f"{stage} {decoder}", itertools.count())
+        with ThreadPoolExecutor(threads) as pool:
+            submit = self._streams.submit if stage in (Stage.ENCODE, Stage.LABEL) else pool.submit
+            throughput = measure(lambda: unit(next(numbers)), seconds, Workers(threads, submit, self._finish))
+        shutil.rmtree(self._work / "parts", ignore_errors=True)
+        return {**asdict(throughput), "threads": threads}
+
+    def _finish(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+    def _reader(self, decoder: str) -> PixelReader:
+        if decoder == self._config.images.decoder:
+            return self._engine.reader
+        engine = Engine(self._config.changed({"images.decoder": decoder}), manifest=self._manifest)
+        return self._opened.enter_context(engine).reader
 
     def _rows(self) -> Unit:
         shards = list(cut(self._manifest, self._config.manifest.shard_rows))
@@ -150,7 +128,7 @@ class Stages:
 
     def _read(self) -> Unit:
         source = self._readers[self._config.images.decoder].source
-        every = list(itertools.islice(image_refs(self._manifest), len(self._images.encoded)))
+        every = list(itertools.islice(image_refs(self._manifest), len(self.images.encoded)))
 
         def unit(number: int) -> int:
             source.read(every[number % len(every)])
@@ -159,7 +137,7 @@ class Stages:
         return unit
 
     def _decode(self, decoder: str) -> Unit:
-        reader, encoded = self._readers[decoder], self._images.encoded
+        reader, encoded = self._readers[decoder], self.images.encoded
         size = reader.chunk
         starts = range(0, len(encoded), size)
 
@@ -173,10 +151,10 @@ class Stages:
 
     def _copy(self) -> Unit:
         cuda = self._device.type == "cuda"
-        shape = (self._batch, *self._images.pixels.shape[1:])
+        shape = (self.batch, *self.images.pixels.shape[1:])
         host = torch.zeros(shape, dtype=torch.uint8, pin_memory=cuda)
         device = torch.empty(shape, dtype=torch.uint8, device=self._device) if cuda else host
-        images, buffer = self._images.pixels.numpy(), host.numpy()
+        images, buffer = self.images.pixels.numpy(), host.numpy()
 
         def unit(number: int) -> int:
             for place in range(len(buffer)):
@@ -189,16 +167,16 @@ class Stages:
         return unit
 
     def _encode(self) -> Unit:
-        places, size = torch.arange(self._batch), self._batch
-        wanted = range(0, min(len(self._images.pixels), HELD_BATCHES * size), size)
+        places, size = torch.arange(self.batch), self.batch
+        wanted = range(0, min(len(self.images.pixels), HELD_BATCHES * size), size)
         batches = [
-            self._images.pixels[(places + start) % len(self._images.pixels)].to(self._device).permute(0, 3, 1, 2)
+            self.images.pixels[(places + start) % len(self.images.pixels)].to(self._device).permute(0, 3, 1, 2)
             for start in wanted
         ]
         queued: list[torch.cuda.Event] = []
 
         def unit(number: int) -> int:
-            self._encoder.encode(batches[number % len(batches)])
+            self.encoder.encode(batches[number % len(batches)])
             if self._device.type == "cuda":
                 queued.append(torch.cuda.Event())
                 queued[-1].record(torch.cuda.current_stream(self._device))
@@ -209,19 +187,19 @@ class Stages:
         return unit
 
     def _label(self) -> Unit:
-        vectors = torch.nn.functional.normalize(torch.randn(self._batch, self._checkpoint.dim), dim=1).to(self._device)
+        vectors = torch.nn.functional.normalize(torch.randn(self.batch, self._dim), dim=1).to(self._device)
 
         def unit(number: int) -> int:
-            label(Embeddings(vectors), self._bank, self._features, top_k=self._config.labels.top_k)
+            label(Embeddings(vectors), self.bank, self._features, top_k=self._config.labels.top_k)
             return len(vectors)
 
         return unit
 
     def _write(self) -> Unit:
-        config, names = self._config, self._bank.names
+        config, names = self._config, self.bank.names
         form = part_format(
             self._manifest.schema,
-            dim=self._checkpoint.dim,
+            dim=self._dim,
             dtype=config.output.dtype,
             compression=config.output.compression,
             fingerprints={},
@@ -234,7 +212,7 @@ class Stages:
         generator = np.random.default_rng(0)
         result = ShardResult(
             rows=ShardRows(shard=shards[0], table=table, failures={}),
-            vectors=generator.standard_normal((count, self._checkpoint.dim)).astype(config.output.dtype),
+            vectors=generator.standard_normal((count, self._dim)).astype(config.output.dtype),
             top=generator.integers(0, len(names), (count, k)),
             scores=generator.random((count, k), dtype=np.float32),
             names=names,

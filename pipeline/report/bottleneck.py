@@ -1,4 +1,4 @@
-"""The throughput that the stages of a run allow, compared with the throughput that it had; pure functions."""
+"""The bottleneck of a run, and the throughput that its stages allow, compared with the one it had; pure functions."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.core.processes import Spent
 from pipeline.core.records import Clocks, Stage
 from pipeline.core.run_report import Pace, StagePace
+from pipeline.telemetry.run_stats import RunStats
 
 # Core time of the process outside of all stages.
 OTHER = "other"
@@ -17,10 +17,49 @@ WAITS = (Stage.WAIT_INPUT, Stage.WAIT_OUTPUT)
 _ELSEWHERE = (Stage.READ, Stage.WRITE)
 # Stages that run on a GPU, although a core waits for them in a busy loop.
 _ON_GPU = (Stage.COPY, Stage.ENCODE, Stage.LABEL)
+# With a larger share of its time spent waiting, the encoder is not the bottleneck.
+WAITING = 0.25
 # A smaller share of the limit means time that no stage explains.
 NEAR = 0.95
 # Images that were decoded before the clock started lift the rate of a short run above its limit.
 OVER = 1.05
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """The work of each process of a run: type of its device such as ``cpu``, threads that read and decode, cores."""
+
+    device: str
+    precision: str
+    decoder: str
+    threads: int
+    streams: int
+    cores: int
+
+    def threads_of(self, processes: int) -> dict[str, int]:
+        """Return the parallel threads of all processes by stage; one for a stage that is not named."""
+        reading, encoding = processes * self.threads, processes * self.streams
+        return {Stage.READ: reading, Stage.DECODE: reading, Stage.ENCODE: encoding, Stage.LABEL: encoding}
+
+
+@dataclass(frozen=True, slots=True)
+class Bottleneck:
+    """The slowest stage of a run, and the advice against it, in words."""
+
+    stage: str
+    advice: str
+
+
+@dataclass(frozen=True, slots=True)
+class Loop:
+    """The loop of a run: ``images`` in ``seconds``, from the first read to the last write.
+
+    ``steady`` are the images/s after the start-up; 0 where the run was too short to tell, and the whole loop counts.
+    """
+
+    images: int
+    seconds: float
+    steady: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,37 +98,61 @@ def find_limit(costs: Mapping[str, Cost], *, cores: int, device: str) -> Limit:
     return min(limits, key=lambda limit: limit.images_per_second)
 
 
-def find_pace(
-    clocks: Clocks,
-    spent: Spent,
-    *,
-    images: int,
-    steady: float,
-    seconds: float,
-    cores: int,
-    device: str,
-    threads: Mapping[str, int],
-) -> Pace | None:
+def find_bottleneck(clocks: Clocks, setup: Setup, *, startup: float, wall: float) -> Bottleneck:
+    """Return the bottleneck of a run; ``startup`` and ``wall`` are seconds."""
+    seconds, workers, cores = clocks.seconds, setup.threads, setup.cores
+    wait_in, wait_out = seconds.get(Stage.WAIT_INPUT, 0.0), seconds.get(Stage.WAIT_OUTPUT, 0.0)
+    # Batches that are encoded in parallel share their wall time.
+    encoding = (seconds.get(Stage.ENCODE, 0.0) + seconds.get(Stage.LABEL, 0.0)) / setup.streams
+    loop = wait_in + wait_out + encoding
+    if loop == 0:
+        return Bottleneck("nothing", "every shard was done already")
+    if startup > wall / 2:
+        advice = (
+            f"start-up took {startup:.1f} of {wall:.1f} s (imports, opening the model, embedding the prompts); it does "
+            "not grow with the number of images"
+        )
+        return Bottleneck("start-up", advice)
+    if wait_out / loop > WAITING:
+        return Bottleneck("writing", "write to a faster disk, or raise manifest.shard_rows for fewer, larger parts")
+    if wait_in / loop > WAITING:
+        if seconds.get(Stage.READ, 0.0) > seconds.get(Stage.DECODE, 0.0):
+            advice = f"raise loader.workers (now {workers}): reading waits for storage, so more threads help"
+            return Bottleneck("reading", advice)
+        if workers < cores:
+            advice = f"raise loader.workers from {workers} to {cores}, one for each core"
+        elif setup.decoder == "exact":
+            advice = "images.decoder=fast decodes JPEGs two to three times as fast (README, Decoders)"
+        else:
+            advice = f"all {cores} cores decode; smaller images or more cores would help"
+        return Bottleneck("decoding", advice)
+    if setup.device != "cpu":
+        advice = "the GPU is the slowest stage; raise loader.batch_size until images/s stops rising"
+    elif setup.precision == "fp32":
+        advice = (
+            "the model is the slowest stage; use a GPU (backend.device=cuda), or backend.precision=bf16 on a processor "
+            "with AVX512_BF16 or AMX"
+        )
+    else:
+        advice = "the model is the slowest stage; use a GPU (backend.device=cuda) or more cores"
+    return Bottleneck("encoding", advice)
+
+
+def find_pace(stats: RunStats, setup: Setup, loop: Loop) -> Pace | None:
     """The rates of a run's stages and its share of their limit; None where nothing was embedded.
 
-    Args:
-        clocks: of all stages.
-        spent: core seconds from the first read to the last write.
-        images: how many were embedded.
-        steady: images/s after the start-up; 0 where the run was too short to tell, and the whole run counts.
-        seconds: from the first read to the last write.
-        cores: that the run may use.
-        device: type of the encoder's device, such as ``cpu``.
-        threads: parallel threads by stage; one for a stage that is not named.
+    ``stats`` hold the clocks, and the core seconds of the loop, of processes that worked side by side.
     """
-    if images == 0:
+    if loop.images == 0 or not stats.workers:
         return None
+    clocks, spent, cores, images = stats.clocks, stats.spent, stats.cores, loop.images
+    threads, device = setup.threads_of(stats.processes), setup.device
     used = {name: core for name, core in clocks.cores.items() if name not in WAITS}
     rest = max(0.0, spent.own - sum(used.values()))
     if spent.children:
         used[Stage.DECODE] = used.get(Stage.DECODE, 0.0) + spent.children
     # Of several threads that work on one batch, the clocks count only the first.
-    shared = device == "cpu" and cores // threads.get(Stage.ENCODE, 1) > 1 and Stage.ENCODE in used
+    shared = device == "cpu" and cores // threads[Stage.ENCODE] > 1 and Stage.ENCODE in used
     where = Stage.ENCODE if shared else OTHER
     used[where] = used.get(where, 0.0) + rest
     total = sum(used.values()) or 1.0
@@ -103,14 +166,14 @@ def find_pace(
         cores=cores,
         device=device,
     )
-    rate = steady or images / seconds
+    rate = loop.steady or images / loop.seconds
     return Pace(
         stages=stages,
-        cores_busy=spent.total / seconds,
+        cores_busy=spent.total / loop.seconds,
         bound=limit.images_per_second,
         ratio=rate / limit.images_per_second,
         verdict=verdict(
-            limit, {n: s.share for n, s in stages.items()}, rate=steady or None, cores=cores, device=device
+            limit, {n: s.share for n, s in stages.items()}, rate=loop.steady or None, cores=cores, device=device
         ),
     )
 

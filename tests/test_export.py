@@ -6,7 +6,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,8 +14,8 @@ import pytest
 from pipeline import export
 from pipeline.backends.artifacts import exports
 from pipeline.backends.artifacts.store import ArtifactStore
-from tests.conftest import ROOT
 from tests.jobs import scenes_manifest
+from tests.processes import run_python
 from tests.test_run_door import HEAVY, imported
 
 pytestmark = pytest.mark.usefixtures("exported_once")
@@ -34,14 +33,7 @@ def call(capsys: pytest.CaptureFixture[str], root: Path, *arguments: str) -> tup
 
 
 def shell(*arguments: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *options, "-m", "pipeline.export", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONWARNINGS": "error"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return run_python(*options, "-m", "pipeline.export", *arguments, PYTHONWARNINGS="error")
 
 
 @pytest.mark.slow
@@ -90,7 +82,7 @@ def test_static_scales_follow_from_the_manifest(root: Path, tmp_path: Path, caps
     damaged = scenes_manifest(tmp_path / "damaged.parquet", 8, damaged=dict.fromkeys(range(8), b"no picture"))
     code, out, err = call(capsys, root, *arguments, f"manifest.path={damaged}", "manifest.image=image")
     assert (code, out) == (2, "")
-    assert err.endswith(f"error: {damaged}: none of the images that were tried can be decoded\n")
+    assert err.endswith(f"error: manifest.path={damaged}: none of the images that were tried can be decoded\n")
 
 
 def test_a_missed_tolerance_has_exit_code_4(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

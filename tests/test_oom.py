@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -172,10 +172,10 @@ def test_numbers_that_depend_on_the_batch_are_not_mixed() -> None:
 
 def test_a_job_goes_on_with_smaller_batches_and_says_so(tmp_path: Path) -> None:
     manifest = scenes_manifest(tmp_path / "m.parquet", 40)
+    unlabelled: dict[str, dict[str, Any]] = {"model": {"name": str(DEMO_FOLDER)}, "prompts": {"labels": []}}
     outputs = {}
     for kind in (StubEncoder, Small):
-        config = config_for(manifest, tmp_path / kind.__name__, prompts={"labels": []})
-        config = replace(config, model=replace(config.model, name=str(DEMO_FOLDER)))
+        config = config_for(manifest, tmp_path / kind.__name__, report={"html": kind is Small}, **unlabelled)
         with stub_backend(kind):
             report = run_job(config)
         outputs[kind] = np.stack(pq.read_table(config.output.dir)["embedding"].drop_null().to_numpy())

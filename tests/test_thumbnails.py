@@ -18,16 +18,17 @@ from pipeline.core.run_report import Pace, StagePace
 from pipeline.images.factory import pixel_reader
 from pipeline.images.sources.source import Source
 from pipeline.manifest.manifest import Manifest, open_manifest
-from pipeline.report import thumbnails as gallery
+from pipeline.report import thumbnails as module
+from pipeline.report.bottleneck import Setup
 from pipeline.report.faster_decoder import Faster, faster_decoder
 from pipeline.report.thumbnails import THUMBNAIL, find, spread, thumbnails
+from pipeline.telemetry.run_stats import RunStats, WorkerStats
+from tests.pictures import saved
 
 
 def photo(shade: int, *, size: tuple[int, int] = (300, 200)) -> bytes:
     noise = np.random.default_rng(shade).integers(0, 60, (*size[::-1], 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(noise + np.uint8(shade)).save(buffer, "JPEG")
-    return buffer.getvalue()
+    return saved(Image.fromarray(noise + np.uint8(shade)), "JPEG")
 
 
 def manifest_of(folder: Path, images: list[bytes | None], group: int = 5) -> tuple[Manifest, Config]:
@@ -78,7 +79,7 @@ def test_examples_are_spread_over_the_rows_that_were_embedded() -> None:
     assert spread(["ok"] * 10, 5) == [0, 2, 4, 6, 8]
     assert spread(["ok", "empty", "ok"], 8) == [0, 2]
     assert spread(["empty"], 3) == spread(["ok"], 0) == []
-    assert gallery.REACH > 100
+    assert module.REACH > 100
 
 
 def pace(decode: float) -> Pace:
@@ -86,14 +87,19 @@ def pace(decode: float) -> Pace:
     return Pace(stages=stages, cores_busy=2.0, bound=10.0, ratio=0.9, verdict="")
 
 
+# A run of 1,000 images in 100 s on two cores.
+LONG = RunStats(0.0, 100.0, rows=1000, images=1000, workers=(WorkerStats("0", "host", 1, "cpu", 2, 1.0),))
+SETUP = Setup("cpu", "fp32", "exact", threads=2, streams=1, cores=2)
+
+
 def test_what_the_faster_decoder_would_give_is_measured_on_the_pictures(tmp_path: Path) -> None:
     # The larger, the less does the rest count.
     manifest, config = manifest_of(tmp_path, [photo(100, size=(1400, 900))] * 12)
     with pixel_reader(config, manifest.root, THUMBNAIL) as reader:
-        settings = {"images": 1000, "cores": 2, "device": "cpu"}
-        found = faster_decoder(manifest, reader, pace(90.0), wall=100.0, **settings)  # type: ignore[arg-type]
-        assert faster_decoder(manifest, reader, pace(90.0), wall=5.0, **settings) is None  # type: ignore[arg-type]
-        assert faster_decoder(manifest, reader, None, wall=100.0, **settings) is None  # type: ignore[arg-type]
+        found = faster_decoder(manifest, reader, pace(90.0), LONG, SETUP)
+        assert faster_decoder(manifest, reader, pace(90.0), replace(LONG, ended=5.0), SETUP) is None
+        assert faster_decoder(manifest, reader, None, LONG, SETUP) is None
+        assert faster_decoder(manifest, reader, pace(90.0), LONG, replace(SETUP, decoder="gpu")) is None
     assert found is not None
     assert found.decoder == "fast"
     # 2 cores, (90 / times + 10) core seconds for 1,000 images, and 90 % of that as in the run.
@@ -113,18 +119,18 @@ def test_pictures_that_do_not_come_are_not_waited_for(tmp_path: Path, monkeypatc
     before = Source.read
 
     def slow(self: Source, ref: ImageRef) -> bytes | Failure:
-        time.sleep(0.4)
+        time.sleep(0.1)
         return before(self, ref)
 
     monkeypatch.setattr(Source, "read", slow)
     with pixel_reader(config, manifest.root, THUMBNAIL) as reader:
         began = time.monotonic()
-        made = thumbnails(manifest, reader, {i: f"n{i}" for i in range(40)}, seconds=0.5)
+        made = thumbnails(manifest, reader, {i: f"n{i}" for i in range(40)}, seconds=0.2)
         assert 0 < len(made) < 40
         assert time.monotonic() - began < 10
-        monkeypatch.setattr("pipeline.report.faster_decoder.SECONDS", 0.5)
+        monkeypatch.setattr("pipeline.report.faster_decoder.SECONDS", 0.2)
         began = time.monotonic()
-        faster_decoder(manifest, reader, pace(90.0), wall=100.0, images=1000, cores=2, device="cpu")
+        faster_decoder(manifest, reader, pace(90.0), LONG, SETUP)
         assert time.monotonic() - began < 20
 
     def down(self: Source, ref: ImageRef) -> bytes | Failure:
@@ -133,5 +139,5 @@ def test_pictures_that_do_not_come_are_not_waited_for(tmp_path: Path, monkeypatc
     monkeypatch.setattr(Source, "read", down)
     with pixel_reader(config, manifest.root, THUMBNAIL) as reader:
         assert thumbnails(manifest, reader, {0: "n0"}) == {}
-        found = faster_decoder(manifest, reader, pace(90.0), wall=100.0, images=1000, cores=2, device="cpu")
+        found = faster_decoder(manifest, reader, pace(90.0), LONG, SETUP)
         assert found is None

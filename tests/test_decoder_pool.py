@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import io
 import os
 import signal
 import subprocess
@@ -41,6 +40,8 @@ from pipeline.job.main import run_job
 from pipeline.models.hub import DEMO_FOLDER
 from tests.conftest import ROOT, data_folder
 from tests.jobs import StubEncoder, config_for, stub_backend
+from tests.pictures import saved
+from tests.processes import is_running, loads, run_python, wait_until
 
 SPEC = PreprocessSpec(resize=32, crop=(32, 32), resample=3, mean=(0, 0, 0), std=(1, 1, 1))
 MIB = 2**20
@@ -82,10 +83,8 @@ def pool(**settings: Any) -> Iterator[Decoders]:
 
 def photo(number: int, *, mark: str = "", size: int = 48) -> bytes:
     """A JPEG file of one colour; ``mark`` stands in its comment."""
-    file = io.BytesIO()
     colour = (number * 37 % 256, number * 11 % 256, 128)
-    Image.new("RGB", (size, size), colour).save(file, "JPEG", quality=90, comment=mark.encode() or None)
-    return file.getvalue()
+    return saved(Image.new("RGB", (size, size), colour), "JPEG", quality=90, comment=mark.encode() or None)
 
 
 def alike(one: Result, other: Result) -> bool:
@@ -133,11 +132,9 @@ def test_rules_and_preprocessing_are_carried_over(rules: dict[str, Any], spec: P
     limit_pixels(decoder.max_pixels)
     images = []
     for number, (mode, size) in enumerate([("RGBA", (50, 31)), ("LA", (33, 50)), ("RGB", (90, 60)), ("I;16", (9, 9))]):
-        file = io.BytesIO()
         exif = Image.Exif()
         exif[0x0112] = 1 + number * 2
-        Image.effect_noise(size, 80).convert(mode).save(file, "PNG", exif=exif)
-        images.append(file.getvalue())
+        images.append(saved(Image.effect_noise(size, 80).convert(mode), "PNG", exif=exif))
     images.append(photo(3))
     with pool(decoder=decoder) as decoders:
         for one, other in zip(
@@ -163,24 +160,18 @@ def test_one_pool_serves_several_sizes_and_many_threads() -> None:
 
 def test_a_process_loads_nothing_heavy() -> None:
     heavy = ("torch", "pandas", "pyarrow", "fsspec", "asyncio", "multiprocessing")
-    code = f"import sys, pipeline.images.pool.worker; print([m for m in {heavy} if m in sys.modules])"
-    assert (
-        subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-        == "[]\n"
-    )
+    assert loads("import pipeline.images.pool.worker", *heavy) == []
 
 
-def test_giants_take_turns_and_the_wait_is_not_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
-    file = io.BytesIO()
-    Image.new("L", (4100, 4100), 90).save(file, "PNG", compress_level=1)
-    giant = file.getvalue()
+def test_large_lock_take_turns_and_the_wait_is_not_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    giant = saved(Image.new("L", (4100, 4100), 90), "PNG", compress_level=1)
     monkeypatch.setenv("PIPELINE_FAILPOINTS", "")
     with pool(processes=3, seconds=20.0) as decoders, ThreadPoolExecutor(3) as threads:
         # Held by this process: the decoders wait for longer than an image may take, and are not blamed.
-        decoders.seconds = 2.0
+        decoders.seconds = 1.0
         fcntl.lockf(decoders.children._large_lock, fcntl.LOCK_EX)
         waiting = [threads.submit(decoders.decode, [giant], SPEC) for _ in range(3)]
-        time.sleep(3.5)
+        time.sleep(1.5)
         assert not any(future.done() for future in waiting)
         decoders.seconds = 20.0
         fcntl.lockf(decoders.children._large_lock, fcntl.LOCK_UN)
@@ -240,35 +231,28 @@ def test_a_process_that_dies_between_two_requests_costs_no_row() -> None:
 
 
 def test_a_file_that_needs_more_memory_than_it_may_have() -> None:
-    file = io.BytesIO()
-    Image.new("L", (9000, 9000), 3).save(file, "PNG", compress_level=1)
+    large = saved(Image.new("L", (9000, 9000), 3), "PNG", compress_level=1)
     with pool(processes=1, memory=64 * MIB) as decoders:
-        results = decoders.decode([CLEAN[0], file.getvalue(), CLEAN[1]], SPEC)
+        results = decoders.decode([CLEAN[0], large, CLEAN[1]], SPEC)
     assert statuses(results) == ["ok", "out_of_memory", "ok"]
 
 
 def test_a_file_that_takes_longer_than_it_may() -> None:
-    file = io.BytesIO()
     noise = Image.effect_noise((2500, 2500), 90).convert("RGB")
-    noise.save(file, "JPEG", quality=95, progressive=True)
+    slow = saved(noise, "JPEG", quality=95, progressive=True)
     with pool(processes=1, seconds=0.1) as decoders:
         began = time.monotonic()
-        assert statuses(decoders.decode([CLEAN[0], file.getvalue(), CLEAN[1]], SPEC)) == ["ok", "decoder_timeout", "ok"]
+        assert statuses(decoders.decode([CLEAN[0], slow, CLEAN[1]], SPEC)) == ["ok", "decoder_timeout", "ok"]
         assert time.monotonic() - began < 20
 
 
 def progressive(side: int) -> bytes:
-    file = io.BytesIO()
-    Image.radial_gradient("L").resize((side, side)).convert("RGB").save(
-        file, "JPEG", progressive=True, subsampling="4:4:4", quality=60
-    )
-    return file.getvalue()
+    picture = Image.radial_gradient("L").resize((side, side)).convert("RGB")
+    return saved(picture, "JPEG", progressive=True, subsampling="4:4:4", quality=60)
 
 
 def webp(side: int) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (side, side), (1, 2, 3)).save(file, "WEBP", quality=20, method=0)
-    return file.getvalue()
+    return saved(Image.new("RGB", (side, side), (1, 2, 3)), "WEBP", quality=20, method=0)
 
 
 @pytest.mark.parametrize(("make", "memory"), [(progressive, 64), (progressive, 128), (webp, 64)])
@@ -326,7 +310,7 @@ except OSError as error:
 
 
 def test_a_process_opens_no_file_even_after_it_closed_one() -> None:
-    done = subprocess.run([sys.executable, "-c", RIGHTS], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = run_python("-c", RIGHTS)
     assert done.stdout.splitlines()[:2] == ["Too many open files"] * 2
     assert "root:" not in done.stdout
 
@@ -358,14 +342,13 @@ def test_a_machine_without_files_or_room_is_an_error_and_nothing_leaks(
 
 
 def test_an_image_whose_turn_never_comes_costs_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    file = io.BytesIO()
-    Image.new("1", (4100, 4100)).save(file, "PNG")
+    giant = saved(Image.new("1", (4100, 4100)), "PNG")
     with pool(processes=1) as decoders:
         assert statuses(decoders.decode([CLEAN[0]], SPEC)) == ["ok"]
         decoders.seconds = 0.3
         fcntl.lockf(decoders.children._large_lock, fcntl.LOCK_EX)
         began = time.monotonic()
-        small, large, other = decoders.decode([CLEAN[0], file.getvalue(), CLEAN[1]], SPEC)
+        small, large, other = decoders.decode([CLEAN[0], giant, CLEAN[1]], SPEC)
         assert statuses([small, large, other]) == ["ok", "decoder_timeout", "ok"]
         assert isinstance(large, Failure)
         assert "its turn among the large images did not come in 2 x 0.3 s" in large.error
@@ -440,10 +423,8 @@ def test_closed_decoders_say_so() -> None:
 def test_processes_that_were_started_before_are_those_that_decode() -> None:
     with pool() as decoders:
         decoders.start()
-        until = time.monotonic() + 60
-        while len(started := sorted(children())) < 2 and time.monotonic() < until:
-            time.sleep(0.02)
-        assert len(started) == 2
+        wait_until(lambda: len(children()) == 2)
+        started = sorted(children())
         with ThreadPoolExecutor(2) as threads:
             found = list(threads.map(lambda data: decoders.decode([data], SPEC), CLEAN[:6]))
         assert all(alike(result, here(data)) for (result,), data in zip(found, CLEAN, strict=False))
@@ -615,9 +596,9 @@ def job(
 ) -> tuple[RunReport, list[dict[str, Any]]]:
     manifest = tmp_path / f"{name}.parquet"
     pq.write_table(pa.table({"id": [f"row-{n}" for n in range(len(images))], "image": images}), manifest)
-    config = config_for(
-        manifest, tmp_path / name, manifest={"keep": []}, loader=loader, model={"name": str(DEMO_FOLDER)}
-    )
+    loader = {"isolation": "process", **loader}
+    model = {"name": str(DEMO_FOLDER)}
+    config = config_for(manifest, tmp_path / name, manifest={"keep": []}, loader=loader, model=model)
     with stub_backend(encoder):
         report = run_job(config)
     parts = sorted((tmp_path / name).glob("part-*.parquet"))
@@ -668,10 +649,8 @@ def test_no_process_is_left_after_an_error(tmp_path: Path) -> None:
             assert children()
             raise ZeroDivisionError
 
-    manifest = tmp_path / "m.parquet"
-    pq.write_table(pa.table({"id": list(range(20)), "image": [photo(n) for n in range(20)]}), manifest)
-    with stub_backend(Broken), pytest.raises(ZeroDivisionError):
-        run_job(config_for(manifest, tmp_path / "out", manifest={"keep": []}, model={"name": str(DEMO_FOLDER)}))
+    with pytest.raises(ZeroDivisionError):
+        job(tmp_path, "out", [photo(number) for number in range(20)], encoder=Broken)
     assert children() == []
 
 
@@ -734,18 +713,7 @@ def test_a_process_dies_with_the_one_that_started_it(busy: bool) -> None:
         pid = int(parent.stdout.readline())
         assert Path(f"/proc/{pid}").exists()
         parent.kill()
-    until = time.monotonic() + 5
-    while running(pid):
-        assert time.monotonic() < until
-        time.sleep(0.02)
-
-
-def running(pid: int) -> bool:
-    """Whether it runs; one that has ended, and that nobody waited for, does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
+    wait_until(lambda: not is_running(pid), 5)
 
 
 def test_a_process_outlives_the_thread_that_first_needed_it() -> None:
@@ -786,7 +754,7 @@ def test_a_process_holds_no_files_of_the_job(tmp_path: Path) -> None:
 
 
 def test_it_works_in_a_worker_that_is_a_daemon() -> None:
-    done = subprocess.run([sys.executable, "-c", DAEMON], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = run_python("-c", DAEMON)
     assert done.stdout == "['not_an_image']\n"
 
 

@@ -1,0 +1,66 @@
+"""Facts about this machine and this process: processor, peak memory, versions of packages."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+PACKAGES = ("torch", "transformers", "tokenizers", "pillow", "pyarrow", "numpy", "hydra-core", "fsspec")
+
+
+def memory() -> dict[str, float]:
+    """Peak memory of this process in MiB: resident, and on the GPU if one was used."""
+    figures = {"peak_rss_mib": round(_peak_rss() / 2**20, 1)}
+    torch: Any = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        figures["peak_gpu_mib"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    return figures
+
+
+def _peak_rss() -> int:
+    """Bytes; getrusage would include the memory of the parent process at the fork."""
+    try:
+        with open("/proc/self/status", encoding="ascii") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+def machine(device: str, cores: int) -> dict[str, object]:
+    """Facts about the machine of a run."""
+    facts: dict[str, object] = {
+        "processor": _processor(),
+        "cores": cores,
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": device,
+    }
+    torch: Any = sys.modules.get("torch")
+    if device.startswith("cuda") and torch is not None:
+        facts["gpu"] = torch.cuda.get_device_name(device)
+    return facts
+
+
+def versions(more: Sequence[str] = ()) -> dict[str, str]:
+    """Versions of Python, of the packages that affect results and speed, and of ``more``, as far as installed."""
+    found = {"python": platform.python_version()}
+    for name in (*PACKAGES, *more):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(
+                (line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), platform.machine()
+            )
+    except OSError:
+        return platform.processor() or platform.machine()

@@ -1,0 +1,270 @@
+"""The parts of a job, opened the same way for every command: manifest, model, prompts, images, backend."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+from functools import cached_property, partial
+
+import torch
+
+from pipeline.backends.base import Draw, ImageEncoder, factory
+from pipeline.backends.devices import choose_device
+from pipeline.backends.oom import HalvingEncoder
+from pipeline.backends.parity import Reference, check, embed_reference
+from pipeline.backends.streams import Streams, count_streams
+from pipeline.config.schema import Config
+from pipeline.core.concurrency import aside
+from pipeline.core.errors import ManifestError
+from pipeline.core.processes import cores
+from pipeline.core.records import PreprocessSpec, Sample, TextBank
+from pipeline.engine.batch_size import Benchmark, settle_batch_size
+from pipeline.engine.demo import folder as demo
+from pipeline.engine.sample import draw_sample
+from pipeline.images.factory import pixel_reader
+from pipeline.images.pool.pool import Decoders
+from pipeline.images.reader import PixelReader
+from pipeline.manifest.ids import check_ids
+from pipeline.manifest.manifest import Manifest, open_manifest
+from pipeline.manifest.overlap import check_places
+from pipeline.models.checkpoint import Checkpoint, open_checkpoint
+from pipeline.models.label_files import read_labels
+from pipeline.models.text import build_bank
+from pipeline.storage.base import Storage
+from pipeline.telemetry.tracing import span
+
+# Seconds to wait for the check of the ids before the model is opened; millions of rows are checked in that time.
+IDS_SECONDS = 0.5
+log = logging.getLogger(__name__)
+
+
+class Engine:
+    """The opened parts of a config; each is opened once, at its first use. Use it as a context manager.
+
+    Args:
+        config: config of the job; an open batch size is measured by :meth:`open`.
+        manifest: its manifest with unique ids, where another process has opened it.
+        bank: returns its text bank, where another process embeds the prompts.
+        decoders: decoder processes that were started before.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        manifest: Manifest | None = None,
+        bank: Callable[[], TextBank | None] | None = None,
+        decoders: Decoders | None = None,
+    ) -> None:
+        self.config = config
+        self._manifest, self._given_bank, self._decoders = manifest, bank, decoders
+        self._opened = ExitStack()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the decoder processes."""
+        self._opened.close()
+
+    def begin(self) -> None:
+        """Open the manifest and the model, and begin to check the ids and to embed the prompts.
+
+        Raises:
+            PipelineError: one of :mod:`pipeline.core.errors`; nothing was written then.
+        """
+        config, manifest = self.config, self.manifest
+        check_places(config, manifest)
+        with suppress(TimeoutError):
+            # A wrong manifest of ordinary size is reported before a model is opened.
+            self._ids.result(IDS_SECONDS)
+        log.info("%s: %d rows in %d files", config.manifest.path, manifest.rows, len(manifest.files))
+        # The model is opened in this thread, the prompts are embedded in another one.
+        _ = self._bank
+
+    def open(self, storage: Storage) -> None:
+        """Open the reader and the encoder, for a batch size that is measured where the config leaves it open.
+
+        Args:
+            storage: the output, which may hold a plan with a batch size.
+
+        Raises:
+            PipelineError: one of :mod:`pipeline.core.errors`; nothing was written then.
+        """
+        # A decoder that this machine does not have is reported before a batch size is measured.
+        _ = self.reader
+        self._choose_batch_size(storage)
+        _ = self.encoder
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        """Manifest of the config, which names one."""
+        with span("manifest"):
+            return self._manifest or open_manifest(self.config.manifest)
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """Model of the config."""
+        with span("model"):
+            return open_checkpoint(self.config.model)
+
+    @cached_property
+    def spec(self) -> PreprocessSpec:
+        """Preprocessing of the images."""
+        return spec_of(self.config, self.checkpoint)
+
+    def bank(self) -> TextBank | None:
+        """Wait for the embedded labels; None where the config has none."""
+        return self._given_bank() if self._given_bank is not None else self._bank.result()
+
+    def check_ids(self) -> None:
+        """Wait for the check of the ids.
+
+        Raises:
+            ManifestError: an id is null or occurs twice.
+        """
+        if self._manifest is None:
+            self._ids.result()
+
+    @cached_property
+    def cpu_reader(self) -> PixelReader:
+        """Reader that decodes on the CPU, also where the config names the decoder ``gpu``."""
+        root = self.manifest.root
+        return self._opened.enter_context(pixel_reader(self.config, root, self.spec, self._decoders))
+
+    @cached_property
+    def reader(self) -> PixelReader:
+        """Reader of the images.
+
+        Raises:
+            BackendUnavailable: the config names the decoder ``gpu``, and this machine has none.
+        """
+        if self.config.images.decoder != "gpu":
+            return self.cpu_reader
+        from pipeline.images.gpu.nvimgcodec import NvidiaDecoder
+
+        device = choose_device(self.config.backend.device)
+        return replace(self.cpu_reader, gpu=NvidiaDecoder(self.spec, device, self.cpu_reader.decoder))
+
+    def job_sample(self) -> Sample | None:
+        """Images of the manifest for comparisons and calibration; None where the ones that were tried are damaged."""
+        return self._drawn
+
+    def exact_sample(self) -> Sample | None:
+        """The same images by the decoder ``exact``, with which the other decoders are compared."""
+        with self.reader.exact() as reader:
+            return self._draw(reader)
+
+    def sample(self) -> Sample:
+        """The images of :meth:`job_sample`, or rendered scenes: backends can be compared on those, decoders cannot."""
+        return self._sample
+
+    def _choose_batch_size(self, storage: Storage) -> None:
+        def alone() -> None:
+            # Nothing else may run while speeds are compared.
+            self.bank()
+            self.check_ids()
+
+        benchmark = Benchmark(self.config.backend, self.checkpoint, self.open_at, wait=alone)
+        size = settle_batch_size(self.config, benchmark, rows=self.manifest.rows, storage=storage)
+        self.config = self.config.changed({"loader.batch_size": size})
+
+    def cpu_sample(self) -> Sample:
+        """Images of the manifest by a decoder of the CPU; rendered scenes where the config names no manifest.
+
+        Raises:
+            ManifestError: none of the images that were tried can be decoded.
+        """
+        path = self.config.manifest.path
+        drawn = self._sample if path is None else self._draw(self.cpu_reader)
+        if drawn is None:
+            raise ManifestError(f"manifest.path={path}: none of the images that were tried can be decoded")
+        return drawn
+
+    @cached_property
+    def encoder(self) -> HalvingEncoder:
+        """The backend, opened for the batch size of the config."""
+        with span("backend", {"name": self.config.backend.name}):
+            return self.open_encoder(self.config.loader.batch_size)
+
+    def open_encoder(self, size: int) -> HalvingEncoder:
+        """Open the backend for batches of ``size``, and again for smaller ones if the device runs out of memory.
+
+        The smaller ones are compared with fp32 as well.
+        """
+
+        def judge(encoder: ImageEncoder) -> None:
+            def reference() -> Reference:
+                return embed_reference(encoder, self.checkpoint, self.sample())
+
+            check(encoder, self.checkpoint, reference, bank=self.bank(), limits=self.config.parity)
+
+        return HalvingEncoder(self.open_at, judge, batch_size=size)
+
+    def open_at(self, size: int) -> ImageEncoder:
+        """Open the backend for batches of ``size``, in a thread like those that it will run in.
+
+        What is compiled or opened there is made for their share of the cores.
+        """
+        device = choose_device(self.config.backend.device)
+        streams = count_streams(self.config.backend.streams, device)
+        with Streams(device, streams) as threads:
+            encoder = threads.submit(partial(open_backend, self.config, self.checkpoint, self.sample, size)).result()
+        encoder.streams = streams
+        return encoder
+
+    @cached_property
+    def _bank(self) -> Future[TextBank | None]:
+        return aside(partial(bank_of, self.config, self.checkpoint), name="prompts")
+
+    @cached_property
+    def _ids(self) -> Future[object]:
+        return aside(partial(check_ids, self.manifest), name="ids")
+
+    @cached_property
+    def _drawn(self) -> Sample | None:
+        return None if self.config.manifest.path is None else self._draw(self.reader)
+
+    @cached_property
+    def _sample(self) -> Sample:
+        drawn = self._drawn
+        if drawn is not None:
+            return drawn
+        if self.config.manifest.path is not None:
+            log.warning("none of the images that were tried can be read; the backend is compared on rendered scenes")
+        return demo.rendered_sample(self.spec, images_compared(self.config))
+
+    def _draw(self, reader: PixelReader) -> Sample | None:
+        return draw_sample(self.manifest, reader, images_compared(self.config))
+
+
+def spec_of(config: Config, checkpoint: Checkpoint) -> PreprocessSpec:
+    """Return the preprocessing of the checkpoint with the crop of the config."""
+    return replace(checkpoint.spec, corner=config.images.crop_corner)
+
+
+def open_backend(config: Config, checkpoint: Checkpoint, sample: Draw, size: int) -> ImageEncoder:
+    """Open the backend of the config for batches of ``size``; see :class:`~pipeline.backends.base.BackendFactory`."""
+    opener = factory(config.backend.name)
+    return opener(checkpoint, config.backend, batch_size=size, sample=sample, limits=config.parity)
+
+
+def bank_of(config: Config, checkpoint: Checkpoint) -> TextBank | None:
+    """Embed the labels of a config, those of the demo for the demo model; None where it has none."""
+    # A new thread may have fewer of torch's threads than the machine has cores.
+    torch.set_num_threads(cores())
+    prompts = demo.prompts_of(config)
+    with span("prompts"):
+        labels = read_labels(prompts)
+        return build_bank(checkpoint, labels, prompts, config.labels) if labels.names else None
+
+
+def images_compared(config: Config) -> int:
+    """Images that a backend is compared on; twice as many where one half is for calibration."""
+    return config.parity.images * (2 if config.backend.quantization == "static" else 1)

@@ -1,0 +1,59 @@
+"""Measurement of what this process does for a job."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import replace
+
+from pipeline.core.machine import memory
+from pipeline.core.processes import Spent, cores, spent
+from pipeline.core.records import ShardReport
+from pipeline.engine.engine import Engine
+from pipeline.telemetry.clocks import StageClocks
+from pipeline.telemetry.run_stats import WorkerStats
+
+
+class Meter:
+    """Clocks, core seconds and counts of this process, from the creation of the meter on.
+
+    Create it in the thread that runs the loop, whose core time before does not count.
+
+    Args:
+        engine: the opened engine.
+        name: name of the process in the report.
+        startup_seconds: time until its engine was opened.
+    """
+
+    def __init__(self, engine: Engine, name: str, startup_seconds: float) -> None:
+        self.clocks, self._before = StageClocks(), spent()
+        self._engine, self._spent = engine, Spent(0.0, 0.0)
+        self._stats = WorkerStats(
+            name=name,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            device=str(engine.encoder.device),
+            cores=cores(),
+            startup_seconds=startup_seconds,
+        )
+
+    def add(self, report: ShardReport) -> None:
+        """Count a shard that is durable."""
+        self._stats = self._stats.with_shard(report)
+
+    def lap(self) -> None:
+        """Take the core seconds so far as those of the job."""
+        self._spent = spent() - self._before
+
+    def stats(self) -> WorkerStats:
+        """Return the statistics so far; core seconds are those of the last :meth:`lap`."""
+        engine = self._engine
+        return replace(
+            self._stats,
+            clocks=self.clocks.total(),
+            own_core_seconds=self._spent.own,
+            child_core_seconds=self._spent.children,
+            memory={**memory(), **engine.reader.memory()},
+            batch_sizes=tuple(engine.encoder.batch_sizes),
+            timeline=self.clocks.timeline(),
+        )
