@@ -77,7 +77,6 @@ def job_of(engine: Engine, prepared: Prepared) -> Job:
     return Job(
         config=prepared.config,
         manifest=engine.manifest,
-        spec=engine.spec,
         form=parts.format_of(prepared.plan, engine.manifest.schema, prepared.dim),
         bank=engine.bank(),
     )

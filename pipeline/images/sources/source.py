@@ -1,8 +1,8 @@
-"""From a reference to encoded bytes, or a failure that names why not.
+"""Encoded bytes of an image reference, or a failure with the reason.
 
-Relative paths start at the manifest's root, and no path leaves it, symbolic links included; a hard link cannot
-be told from the file itself. A path may end in ``#bytes=START-STOP`` to name a range of a file: that is how
-members of a tar are addressed. What a row says never chooses a driver's settings, and no address is a chain.
+Relative paths start at the manifest's root, and no path leaves it, symbolic links included; a hard link looks like the
+file itself. A path may end in ``#bytes=START-STOP`` to name a range of a file, such as a member of a tar. A row
+never chooses the settings of a driver, and chained addresses are not read.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from pipeline.core.records import Failure, ImageRef
 from pipeline.images.sources.http import SCHEMES, Fetcher
 from pipeline.storage.urls import filesystem, from_driver, is_local, local_path, no_driver, scheme_of
 
-# What says that the machine is broken, and nothing about the image.
+# Errors of the machine, not of the image.
 _BROKEN = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN)
 # No more digits than a file offset has.
 _RANGE = re.compile(r"#bytes=(\d{1,18})-(\d{1,18})$")
-# Where Linux says which file a descriptor belongs to.
+# The folder in which Linux lists the file of each descriptor.
 _DESCRIPTORS = "/proc/self/fd"
 
 
@@ -128,7 +128,7 @@ class Source:
             if length > self.max_bytes:
                 return self._too_large(path, length)
             file.seek(start)
-            # No more than the file says to have: those of /proc say nothing, and some never end.
+            # No more than the size of the file: those in /proc report none, and some never end.
             return self._checked(file.read(max(0, min(length, status.st_size - start))) or b"", path)
 
     def _holds(self, real: str) -> bool:
@@ -158,7 +158,7 @@ class Source:
         return self._checked(fs.cat_file(name, start=start, end=stop), path)
 
     def _open_system(self, scheme: str) -> tuple[Any, str]:
-        """The driver and its name for the root, as the root says; of another scheme without any settings."""
+        """The driver and its path of the root, with the settings of the root; other schemes have no settings."""
         if scheme == scheme_of(self.root):
             return filesystem(self.root)
         if scheme in WRAPPERS:
