@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from pipeline.core.errors import NoDataset, StorageError
 from pipeline.report.page import environment
-from pipeline.report.plots import amount_axes
+from pipeline.report.plots import KINDS, amount_axes
 from pipeline.report.summary import in_words_of_time
 from pipeline.report.svg import INK, LINE, SERIES, SOFT, WAIT, WIDTH, plot
 from pipeline.storage.urls import explained, filesystem, open_arrow
@@ -28,8 +28,6 @@ RUNS = "runs.parquet"
 RECENT = 8
 # Nights on the page of all nights.
 SHOWN = 120
-# Kinds of the rows that were not carried from the night before, and their colours.
-KINDS = {"new": SERIES[0], "changed": SERIES[1], "retried": SERIES[2], "anew": SERIES[3], "duplicate": SERIES[4]}
 _COLUMNS = (
     "date", "started", "seconds", "rows", "carried", *KINDS, "dropped", "embedded", "images", "images_per_second",
     "failed", "exit_code", "reason",
@@ -86,7 +84,6 @@ def history_page(path: str) -> bytes:
         path=path,
         headline=_headline(nights),
         nights=list(reversed(nights)),
-        kinds=list(KINDS),
         older=len(every) - len(nights),
         missing=missing,
         bad=bad,

@@ -122,6 +122,7 @@ def environment(*packages: str) -> Environment:
     """Return the environment of the templates in this package and in others, with their filters."""
     loader = ChoiceLoader([PackageLoader(package, ".") for package in (*packages, "pipeline.report")])
     made = Environment(loader=loader, autoescape=True, trim_blocks=True)
+    made.globals["night_kinds"] = list(plots.KINDS)
     made.filters["rate"] = lambda value: in_words(value) if value else MISSING
     # A key such as images.decoder=fast keeps its case.
     made.filters["capital"] = lambda text: text if re.match(r"\S*[.=]\S", text) else f"{text[:1].upper()}{text[1:]}"

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 WORK = (Stage.READ, Stage.DECODE, Stage.COPY, Stage.ENCODE, Stage.LABEL, Stage.WRITE)
 WAITS = (Stage.WAIT_INPUT, Stage.WAIT_OUTPUT)
 COLOURS = dict(zip(WORK, SERIES, strict=False))
+# Kinds of the rows that were not carried from the night before, and their colours.
+KINDS = {"new": SERIES[0], "changed": SERIES[1], "retried": SERIES[2], "anew": SERIES[3], "duplicate": SERIES[4]}
 # A last slice with a smaller share of its width has no meaningful rate.
 FULL = 0.3
 LANE_INCHES = 0.27
