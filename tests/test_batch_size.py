@@ -233,10 +233,7 @@ def other_model(config: Config) -> tuple[Config, Checkpoint]:
 
 
 def other_backend(**values: Any) -> Callable[[Config], tuple[Config, Checkpoint]]:
-    return lambda config: (
-        dataclasses.replace(config, backend=dataclasses.replace(config.backend, **values)),
-        demo(),
-    )
+    return lambda config: (dataclasses.replace(config, backend=dataclasses.replace(config.backend, **values)), demo())
 
 
 @pytest.mark.parametrize(

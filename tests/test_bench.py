@@ -370,21 +370,19 @@ def test_help_is_quick_and_loads_nothing_heavy() -> None:
 
 
 def test_all_problems_of_a_command_line_come_at_once_with_exit_code_2(tmp_path: Path) -> None:
-    done = run(
-        *(
-            "--only",
-            "torch:bf61",
-            "--batches",
-            "0",
-            "--repeats",
-            "0",
-            "--seconds",
-            "nan",
-            "--out",
-            str(tmp_path / "out"),
-        ),
-        *("modle=demo", "loader.workers=abc"),
+    given = (
+        "--only",
+        "torch:bf61",
+        "--batches",
+        "0",
+        "--repeats",
+        "0",
+        "--seconds",
+        "nan",
+        "--out",
+        str(tmp_path / "out"),
     )
+    done = run(*given, "modle=demo", "loader.workers=abc")
     assert done.returncode == 2
     assert done.stdout == ""
     assert "the config has 6 problems" in done.stderr

@@ -106,12 +106,7 @@ def test_hub_needs_a_name_which_is_reported_with_all_other_problems() -> None:
         config_of("model=hub", "loader.batch_size=0")
     assert caught.value.exit_code == 2
     assert caught.value.problems == (
-        Problem(
-            "model.name",
-            "???",
-            "has no default; give a value",
-            "such as model.name=openai/clip-vit-base-patch32",
-        ),
+        Problem("model.name", "???", "has no default; give a value", "such as model.name=openai/clip-vit-base-patch32"),
         Problem("loader.batch_size", 0, "must be a whole number from 1 to 65536, or auto"),
     )
 

@@ -245,12 +245,7 @@ NAMES = ["杰尼龟", "妙蛙种子", "小火龙", "皮卡丘"]
     ],
 )
 def test_published_values_come_out(
-    name: str,
-    url: str,
-    texts: list[str],
-    logits: list[float] | None,
-    scores: list[float] | None,
-    tolerance: float,
+    name: str, url: str, texts: list[str], logits: list[float] | None, scores: list[float] | None, tolerance: float
 ) -> None:
     with urllib.request.urlopen(url) as reply:
         image = Image.open(io.BytesIO(reply.read())).convert("RGB")
