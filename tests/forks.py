@@ -171,7 +171,7 @@ def run_command(*overrides: str) -> int:
 
 
 def config_from(groups: dict[str, dict[str, Any]]) -> Config:
-    """The config that :func:`tests.siege.at` took apart."""
+    """The config that :func:`tests.crashes.at` took apart."""
     from dataclasses import replace
 
     from pipeline.config.schema import Config

@@ -19,8 +19,8 @@ from pipeline.core.failpoints import arm
 from pipeline.job.cluster.affinity import VARIABLE, shares
 from pipeline.job.cluster.dask_cluster import SETTINGS, open_processes
 from pipeline.job.main import run_job
+from tests.crashes import leftovers
 from tests.jobs import config_for, scenes_manifest
-from tests.siege import leftovers
 
 ROWS, SHARDS = 72, 9
 

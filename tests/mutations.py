@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import random
 import struct
 import zlib
@@ -13,6 +12,7 @@ import numpy as np
 from PIL import Image, TiffImagePlugin
 
 from tests.conftest import DATA
+from tests.pictures import saved
 
 PHOTOS = 6
 
@@ -48,29 +48,23 @@ def _picture(mode: str, size: tuple[int, int] = (96, 80), shift: int = 0) -> Ima
     return rgba.convert("RGB").convert(mode)
 
 
-def _saved(image: Image.Image, kind: str, **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
 def _jpegs() -> Iterator[bytes]:
     exif = Image.Exif()
     exif[0x0112], exif[0x010E] = 6, "a picture"
     profile = b"\0" * 36 + b"acsp" + b"\0" * 200
     for mode in ("RGB", "L", "CMYK"):
         for progressive in (False, True):
-            yield _saved(_picture(mode), "JPEG", progressive=progressive, quality=80)
-    yield _saved(_picture("RGB"), "JPEG", exif=exif, icc_profile=profile, comment=b"hello")
-    yield _saved(_picture("RGB"), "JPEG", subsampling=0, optimize=True, restart_marker_blocks=4)
-    yield _saved(_picture("RGB"), "MPO", save_all=True, append_images=[_picture("RGB", shift=9)])
+            yield saved(_picture(mode), "JPEG", progressive=progressive, quality=80)
+    yield saved(_picture("RGB"), "JPEG", exif=exif, icc_profile=profile, comment=b"hello")
+    yield saved(_picture("RGB"), "JPEG", subsampling=0, optimize=True, restart_marker_blocks=4)
+    yield saved(_picture("RGB"), "MPO", save_all=True, append_images=[_picture("RGB", shift=9)])
 
 
 def _pngs() -> Iterator[bytes]:
     for mode in ("1", "L", "P", "RGB", "RGBA", "LA", "I;16"):
-        yield _saved(_picture(mode), "PNG")
-    yield _saved(_picture("P"), "PNG", bits=4, transparency=3)
-    yield _saved(_picture("RGBA"), "PNG", save_all=True, append_images=[_picture("RGBA", shift=9)], duration=50)
+        yield saved(_picture(mode), "PNG")
+    yield saved(_picture("P"), "PNG", bits=4, transparency=3)
+    yield saved(_picture("RGBA"), "PNG", save_all=True, append_images=[_picture("RGBA", shift=9)], duration=50)
     yield interlaced_png()
 
 
@@ -86,30 +80,30 @@ def interlaced_png() -> bytes:
 def _webps() -> Iterator[bytes]:
     frames = [_picture("RGBA", shift=shift) for shift in (9, 18)]
     for mode in ("RGB", "RGBA"):
-        yield _saved(_picture(mode), "WEBP", quality=60)
-        yield _saved(_picture(mode), "WEBP", lossless=True)
-        yield _saved(_picture(mode), "WEBP", save_all=True, append_images=frames, duration=40)
+        yield saved(_picture(mode), "WEBP", quality=60)
+        yield saved(_picture(mode), "WEBP", lossless=True)
+        yield saved(_picture(mode), "WEBP", save_all=True, append_images=frames, duration=40)
 
 
 def _gifs() -> Iterator[bytes]:
     frames = [_picture("P", shift=shift) for shift in (9, 18)]
-    yield _saved(_picture("P"), "GIF", interlace=0)
-    yield _saved(_picture("L"), "GIF", interlace=1)
-    yield _saved(_picture("P"), "GIF", save_all=True, append_images=frames, duration=40, transparency=2)
+    yield saved(_picture("P"), "GIF", interlace=0)
+    yield saved(_picture("L"), "GIF", interlace=1)
+    yield saved(_picture("P"), "GIF", save_all=True, append_images=frames, duration=40, transparency=2)
 
 
 def _tiffs() -> Iterator[bytes]:
     for compression in ("raw", "tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg"):
-        yield _saved(_picture("RGB"), "TIFF", compression=compression)
+        yield saved(_picture("RGB"), "TIFF", compression=compression)
     tiles = TiffImagePlugin.ImageFileDirectory_v2()
     tiles[278] = 16  # RowsPerStrip
-    yield _saved(_picture("L"), "TIFF", compression="tiff_lzw", tiffinfo=tiles)
-    yield _saved(_picture("1"), "TIFF", compression="group4")
+    yield saved(_picture("L"), "TIFF", compression="tiff_lzw", tiffinfo=tiles)
+    yield saved(_picture("1"), "TIFF", compression="group4")
     for mode in ("I;16", "F", "CMYK", "P", "LAB", "RGBA"):
         image = _picture("RGB").convert("YCbCr") if mode == "LAB" else _picture(mode)
-        yield _saved(image, "TIFF")
-    yield _saved(_picture("RGB"), "TIFF", big_tiff=True)
-    yield _saved(_picture("RGB"), "TIFF", save_all=True, append_images=[_picture("L"), _picture("RGBA")])
+        yield saved(image, "TIFF")
+    yield saved(_picture("RGB"), "TIFF", big_tiff=True)
+    yield saved(_picture("RGB"), "TIFF", save_all=True, append_images=[_picture("L"), _picture("RGBA")])
     yield tiled_tiff()
 
 
@@ -128,9 +122,9 @@ def tiled_tiff() -> bytes:
 
 def _others() -> Iterator[bytes]:
     for kind, mode in (("BMP", "RGB"), ("BMP", "P"), ("ICO", "RGBA"), ("TGA", "RGBA"), ("PPM", "RGB"), ("PCX", "P")):
-        yield _saved(_picture(mode), kind)
+        yield saved(_picture(mode), kind)
     for kind in ("JPEG2000", "AVIF", "SGI", "QOI"):
-        yield _saved(_picture("RGB"), kind)
+        yield saved(_picture("RGB"), kind)
 
 
 def _flip_bits(dice: random.Random, data: bytes) -> bytes:

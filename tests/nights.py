@@ -1,19 +1,11 @@
-"""A collection of images that grows, changes and shrinks, and checks of each night made from it.
-
-``python -m tests.nights --nights 10`` simulates so many nights with the demo model, kills the job on three of them,
-compares each with a run from scratch, and prints a table.
-"""
+"""A collection of images that grows, changes and shrinks, nights made from it, and what each must be equal to."""
 
 from __future__ import annotations
 
-import argparse
-import random
 import shutil
 import sys
-import tempfile
-import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +19,7 @@ from pipeline.dataset import lease
 from pipeline.dataset.verify import verify
 from pipeline.engine.demo.folder import jpeg
 from pipeline.engine.demo.scenes import sample
-from pipeline.nightly.records import SNAPSHOT, Night, NightOptions
+from pipeline.nightly.records import Night, NightOptions
 from pipeline.nightly.run import run_night
 from pipeline.storage.factory import open_storage
 from tests.jobs import config_for
@@ -84,8 +76,6 @@ class Collection:
     def config(self, **groups: dict[str, Any]) -> Config:
         defaults: dict[str, dict[str, Any]] = {
             "manifest": {"image": "path", "keep": ["truth"], "shard_rows": 8, "root": str(self.folder)},
-            "loader": {"isolation": "none"},
-            "report": {"html": False},
         }
         for name, values in groups.items():
             defaults[name] = {**defaults.get(name, {}), **values}
@@ -152,74 +142,3 @@ def differences(made: pa.Table, scratch: pa.Table) -> Iterator[str]:
 def healthy(output: Path) -> bool:
     health = verify(open_storage(str(output)))
     return health.state == "healthy" and not health.findings
-
-
-def turn(collection: Collection, generator: random.Random, added: int) -> None:
-    """Change the collection by a day: images are added, changed and removed; one file arrives a day late."""
-    known = sorted(map(int, collection.rows))
-    for number in known:
-        if not (collection.folder / f"{number:04d}.jpg").exists():
-            collection.restore(number)
-    for number in generator.sample(known, min(len(known), added // 4)):
-        collection.draw(number, version=collection.content[f"{number:04d}"] + 1)
-    for number in generator.sample(known, min(len(known), added // 6)):
-        collection.drop(number)
-    first = max(known, default=-1) + 1
-    for number in range(first, first + added):
-        collection.draw(number, missing=number == first, damaged=number == first + 1)
-    collection.write()
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nights", type=int, default=10)
-    parser.add_argument("--images", type=int, default=60, help="images that are there on the first night")
-    parser.add_argument("--added", type=int, default=24, help="images that come each day")
-    parser.add_argument("--layout", default=SNAPSHOT)
-    parser.add_argument("--seed", type=int, default=5)
-    options = parser.parse_args()
-    generator = random.Random(options.seed)
-    points = ["encoded", "commit.done", "part.published", "finalize.checked", "storage.durable[rows.parquet]",
-              "storage.durable[_night.json]", "storage.durable[runs.parquet]"]  # fmt: skip
-    crashes = dict(
-        zip(generator.sample(range(1, options.nights), min(3, options.nights - 1)), points[::2], strict=False)
-    )
-    from tests.forks import forks
-
-    print("| night | rows | new | changed | retried | dropped | carried | embedded | shared | written | killed at "
-          "| seconds | as from scratch | verify |")  # fmt: skip
-    print("| --- |" + " ---: |" * 9 + " --- | ---: | --- | --- |")
-    bad = 0
-    with tempfile.TemporaryDirectory() as place:
-        (Path(place) / "images").mkdir()
-        collection, store = Collection(Path(place) / "images"), Path(place) / "nights"
-        for number in range(options.nights):
-            turn(collection, generator, options.images if number == 0 else options.added)
-            config, day = collection.config(), f"2026-11-{number + 1:02d}"
-            began = time.monotonic()
-            killed_at = crashes.get(number, "")
-            if killed_at:
-                arguments = (asdict(config), str(store), day, options.layout)
-                child = forks().start("tests.nights:night_in_fork", *arguments, failpoints=f"{killed_at}=kill@1")
-                if child.wait() != -9:
-                    killed_at += " (not reached)"
-            done = night(config, store, day, layout=options.layout)
-            seconds = time.monotonic() - began
-            scratch = from_scratch(config, Path(place) / "scratch")
-            wrong = list(differences(read(store / f"date={day}"), scratch)) if options.layout == SNAPSHOT else []
-            whole = healthy(store / f"date={day}")
-            kinds = done.kinds
-            expected = kinds["new"] + kinds["changed"] + kinds["retried"]
-            bad += bool(wrong) + (not whole) + (done.embedded != expected)
-            # A partition holds a part of the manifest.
-            same = ", ".join(wrong) or ("yes" if options.layout == SNAPSHOT else "-")
-            own = [kinds[name] for name in ("new", "changed", "retried", "dropped", "carried")]
-            cells = [day, done.rows, *own, done.embedded, done.shared, done.written, killed_at]
-            cells += [f"{seconds:.1f}", same, "healthy" if whole else "DAMAGED"]
-            print("| " + " | ".join(map(str, cells)) + " |", flush=True)
-    print(f"{bad} checks failed")
-    return int(bad > 0)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

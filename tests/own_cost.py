@@ -97,7 +97,7 @@ class ReadyEncoder(ImageEncoder):
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one run; microseconds of CPU time a row, and bytes of the parts against the embeddings' own."""
+    """Figures of one run: microseconds of CPU time a row, bytes of the parts against those of the embeddings."""
 
     rows: int
     cpu_us: float

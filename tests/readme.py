@@ -37,9 +37,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Slow:
-    """Run the command with replaced arguments in a process of its own, in a test that is marked slow."""
+    """Run the command in a process of its own, with replaced and further arguments, in a test that is marked slow."""
 
     replaced: tuple[tuple[str, str], ...] = ()
+    more: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ ROWS: dict[str, Run | Slow | Prove | Elsewhere] = {
     "python -m pipeline.run": Run(("manifest.demo_scenes=24", "loader.batch_size=8", "report.progress=none")),
     "python -m pipeline.run manifest.path=": Run(("report.progress=none",)),
     "python -m pipeline.run run.dry=true": Run(("report.progress=none",)),
-    "python -m pipeline.run --help": Elsewhere("tests/test_run_door.py", '"--help"'),
+    "python -m pipeline.run --help": Elsewhere("tests/test_run.py", '"--help"'),
     "python -m pipeline.doctor": Elsewhere("tests/test_doctor.py", "pipeline.doctor"),
     "python -m pipeline.manifest folder": Run(),
     "python -m pipeline.bench": Prove("measures for minutes; tests/test_bench.py runs it"),
@@ -80,13 +81,13 @@ ROWS: dict[str, Run | Slow | Prove | Elsewhere] = {
     "python -m pipeline.search": Run(),
     "python -m pipeline.convert": Run(),
     "python -m pipeline.report": Run(),
-    "python -m pipeline.report --compare": Prove("two runs of the same job: tests/test_report_door.py"),
+    "python -m pipeline.report --compare": Prove("two runs of the same job: tests/test_report_command.py"),
     "python -m pipeline.report --history": Prove("a store of nights"),
     "python jobs/nightly.py": Run(),
     "python -m pipeline.serve": Prove("runs until it is stopped; tests/test_serve.py runs it"),
     "python jobs/deploy/up.py": Elsewhere("tests/test_deploy.py", "up.py"),
     "curl ": Elsewhere("tests/test_serve.py", "/predict"),
-    "python -m tests.soak": Slow(replaced=(("200", "1"),)),
+    "python -m tests.soak": Slow(replaced=(("200", "1"),), more=("--rows", "16")),
     "python -m tests.fuzz": Slow(replaced=(("10000", "20"),)),
     "python -m tests.relabel_cost": Elsewhere("tests/relabel_cost.py", "python -m tests.relabel_cost"),
     "python -m tests.conf_readme": Elsewhere("tests/test_words.py", "conf_readme.page()"),
@@ -95,7 +96,7 @@ ROWS: dict[str, Run | Slow | Prove | Elsewhere] = {
     "nginx -p": Elsewhere("tests/test_deploy.py", '"nginx.conf")'),
     "prometheus --config.file=": Elsewhere("tests/test_deploy.py", "prometheus.yml"),
     "clip-pipeline": Elsewhere("tests/test_wheel.py", "clip-pipeline"),
-    "eval ": Elsewhere("tests/test_run_door.py", "install=bash"),
+    "eval ": Elsewhere("tests/test_run.py", "install=bash"),
     "dask worker ADDRESS": Elsewhere("tests/test_cluster.py", "--memory-limit"),
     "export PART=": Elsewhere("tests/test_readme.py", "export PART="),
 }

@@ -1,4 +1,4 @@
-"""What a relabelled row costs a core: ``python -m tests.relabel_cost --rows 100000 --labels 1000``.
+"""The cost of a relabelled row: ``python -m tests.relabel_cost --rows 100000 --labels 1000``.
 
 A dataset of random embeddings at the length of CLIP ViT-B/32 (512) is written by the pipeline's own protocol and
 relabelled; the model has random weights, so that nothing is downloaded.

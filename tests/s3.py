@@ -107,7 +107,7 @@ class Proxy:
             self.share, self._dice = share, random.Random(seed)
 
     def seen(self, method: str, text: str = "") -> list[str]:
-        """What befell the requests of a method, in order."""
+        """Return the faults of the requests of a method, in order."""
         with self._lock:
             return [fault for verb, path, fault in self.requests if verb == method and text in path]
 
@@ -211,7 +211,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def environment(url: str) -> dict[str, str]:
-    """What points boto at a server, with credentials that are none, and away from the user's own."""
+    """Return variables that point boto at a server, with fake credentials, and away from those of the user."""
     return {
         "AWS_ENDPOINT_URL": url,
         "AWS_ACCESS_KEY_ID": "test",
@@ -240,7 +240,7 @@ def pointed_at(url: str) -> Iterator[None]:
 
 
 def objects(upstream: str, prefix: str) -> dict[str, bytes]:
-    """Every object below a prefix by its name there, asked of the server itself."""
+    """Return every object below a prefix by its name there, read from the server itself."""
     import s3fs
 
     fs = s3fs.S3FileSystem(endpoint_url=upstream, key="test", secret="test", use_listings_cache=False)

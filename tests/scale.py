@@ -1,4 +1,4 @@
-"""What a plan of 100 million rows costs: ``python -m tests.scale``; the page goes to ``jobs/results/scale.md``.
+"""The cost of a plan of 100 million rows: ``python -m tests.scale``; the page goes to ``jobs/results/scale.md``.
 
 Every figure is of a process of its own: its CPU time, its wall time, and the most memory it ever held. The manifest is
 real Parquet (ids of 20 characters, paths of about 60); the dataset of the resume has real commits and real, but tiny
@@ -73,7 +73,7 @@ def measure_ids(manifest: str, id: str) -> dict[str, Any]:
 
 
 def measure_resume(folder: str) -> dict[str, Any]:
-    """What a run does about the books: find what is done, then the end of the dataset; and ``verify``, ``collect``."""
+    """The steps of a resume: find finished shards, end the dataset; and ``verify``, ``collect``."""
     from pipeline.dataset import commits, plan, verify
     from pipeline.storage.factory import open_storage
 
@@ -85,7 +85,7 @@ def measure_resume(folder: str) -> dict[str, Any]:
         done = commits.find_done(storage, wanted)
     assert len(done) == wanted.shards
     with measured() as figures["read_commits"]:
-        settled = _read_commits(storage, wanted, done)
+        settled = commits.read_commits(storage, wanted, known=done)
     with measured() as figures["finalize"]:
         commits.finalize(storage, wanted, settled)
     with measured() as figures["verify"]:
@@ -96,16 +96,6 @@ def measure_resume(folder: str) -> dict[str, Any]:
     figures["commit_bytes"] = sum(path.stat().st_size for path in (books / "_commits").iterdir())
     figures["success_bytes"] = (books / "_SUCCESS").stat().st_size
     return figures
-
-
-def _read_commits(storage: Any, wanted: Any, done: Any) -> Any:
-    """With what the run knows already, where this version takes it."""
-    import inspect
-
-    from pipeline.dataset import commits
-
-    known = {"known": done} if "known" in inspect.signature(commits.read_commits).parameters else {}
-    return commits.read_commits(storage, wanted, **known)
 
 
 def measure_digest(size: str) -> dict[str, Any]:
@@ -124,7 +114,7 @@ def measure_digest(size: str) -> dict[str, Any]:
 
 def measure_s3(shards: str) -> dict[str, Any]:
     """Requests and times of a resume in S3: moto's server on this machine, which is slower than S3 to answer."""
-    from pipeline.dataset import plan
+    from pipeline.dataset import commits, plan
     from pipeline.storage.base import Storage
     from pipeline.storage.factory import open_storage
     from tests.s3 import BUCKET, moto_server, pointed_at, proxy_to
@@ -145,11 +135,11 @@ def measure_s3(shards: str) -> dict[str, Any]:
             prepared, begin = plan.read(storage), count()
             assert prepared is not None
             with measured() as figures["find_done"]:
-                done = _find_done(storage, prepared)
+                done = commits.find_done(storage, prepared, every_byte=False)
             assert len(done) == prepared.shards, f"{len(done)} of {prepared.shards}"
             middle = count()
             with measured() as figures["read_commits"]:
-                _read_commits(storage, prepared, done)
+                commits.read_commits(storage, prepared, known=done)
             return {"find_done": (begin, middle), "read_commits": (middle, count())}
 
         with pointed_at(server):
@@ -165,16 +155,6 @@ def measure_s3(shards: str) -> dict[str, Any]:
                 lists = sum("list-type" in path for path in asked)
                 figures[step] |= {"lists": lists, "others": len(asked) - lists}
     return figures | {"shards": wanted}
-
-
-def _find_done(storage: Any, wanted: Any) -> Any:
-    """As a run does it: with the store's own checksums, where this version can."""
-    import inspect
-
-    from pipeline.dataset import commits
-
-    fewer = {"every_byte": False} if "every_byte" in inspect.signature(commits.find_done).parameters else {}
-    return commits.find_done(storage, wanted, **fewer)
 
 
 @contextmanager
@@ -199,29 +179,29 @@ CHILDREN: dict[str, Callable[..., dict[str, Any]]] = {
 }
 
 
-def child(name: str, *arguments: str, code: Path) -> dict[str, Any]:
-    """A measurement in a process of its own, with the code of a checkout."""
+def child(name: str, *arguments: str) -> dict[str, Any]:
+    """A measurement in a process of its own."""
     command = [sys.executable, "-m", "tests.scale", "--child", name, *arguments]
-    done = subprocess.run(command, cwd=code, capture_output=True, text=True, check=False, timeout=3600)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=3600)
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} in {code}:\n{done.stderr[-4000:]}")
+        raise RuntimeError(f"{' '.join(command)}:\n{done.stderr[-4000:]}")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     print(name, *arguments[-1:], found, file=sys.stderr, flush=True)
     return found
 
 
-def simulate(rows: int, files: int, folder: Path, code: Path) -> dict[str, Any]:
-    """All figures of one size; what was written is gone afterwards."""
+def simulate(rows: int, files: int, folder: Path) -> dict[str, Any]:
+    """Measure one size; its files are removed."""
     manifest, dataset, shards = folder / "manifest", folder / "dataset", -(-rows // SHARD_ROWS)
     try:
         write_manifest(manifest, rows, files)
         found: dict[str, Any] = {"rows": rows, "files": files, "shards": shards}
         found["manifest_bytes"] = sum(path.stat().st_size for path in manifest.iterdir())
         for name, arguments in {"open": (), "plan": (), "string ids": ("id",), "integer ids": ("number",)}.items():
-            found[name] = child("ids" if "ids" in name else name, str(manifest), *arguments, code=code)
+            found[name] = child("ids" if "ids" in name else name, str(manifest), *arguments)
         shutil.rmtree(manifest)
         write_dataset(dataset, shards)
-        found["resume"] = child("resume", str(dataset), code=code)
+        found["resume"] = child("resume", str(dataset))
         found["output_files"] = sum(1 for path in dataset.rglob("*") if path.is_file())
     finally:
         shutil.rmtree(manifest, ignore_errors=True)
@@ -229,14 +209,14 @@ def simulate(rows: int, files: int, folder: Path, code: Path) -> dict[str, Any]:
     return found
 
 
-def many_files(count: int, folder: Path, code: Path) -> dict[str, Any]:
+def many_files(count: int, folder: Path) -> dict[str, Any]:
     """Open a manifest of so many files; they are links to one of 10,000 rows."""
     manifest = folder / "many"
     try:
         write_manifest(manifest, 10_000, 1)
         for number in range(1, count):
             os.link(manifest / "00000.parquet", manifest / f"{number:05d}.parquet")
-        return child("open", str(manifest), code=code)
+        return child("open", str(manifest))
     finally:
         shutil.rmtree(manifest, ignore_errors=True)
 
@@ -259,8 +239,6 @@ def main() -> int:
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
     parser.add_argument("--files", type=int, default=1000)
     parser.add_argument("--s3-shards", type=int, default=1000)
-    parser.add_argument("--code", type=Path, default=ROOT, help="a checkout to measure instead of this one")
-    parser.add_argument("--before", type=Path, help="the JSON of an older version, shown beside this one's figures")
     parser.add_argument("--memory", type=int, nargs="*", default=(), help="rows of whole jobs, whose peak is taken")
     parser.add_argument("--output", type=Path, default=ROOT / "jobs" / "results" / "scale")
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()))
@@ -276,15 +254,14 @@ def main() -> int:
             "machine": f"{os.cpu_count()} cores, {_processor()}",
             "versions": f"Python {platform.python_version()}, pyarrow {pa.__version__}",
             "command": " ".join(["python -m tests.scale", *sys.argv[1:]]),
-            "digest": child("digest", str(SHARD_ROWS * 512 * 4), code=options.code),
-            "many files": many_files(10_000, folder, options.code),
-            "s3": child("s3", str(options.s3_shards), code=options.code),
+            "digest": child("digest", str(SHARD_ROWS * 512 * 4)),
+            "many files": many_files(10_000, folder),
+            "s3": child("s3", str(options.s3_shards)),
             "memory": memory_of_jobs(options.memory, folder / "jobs") if options.memory else None,
-            "sizes": [simulate(rows, min(options.files, rows), folder, options.code) for rows in options.rows],
+            "sizes": [simulate(rows, min(options.files, rows), folder) for rows in options.rows],
         }
     from tests.scale_page import to_markdown
 
-    content["before"] = json.loads(options.before.read_text()) if options.before else None
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n")
     options.output.with_suffix(".md").write_text(to_markdown(content))

@@ -12,30 +12,29 @@ GET_SECONDS, LIST_SECONDS, REQUESTS = 0.025, 0.15, 16
 
 
 def to_markdown(content: dict[str, Any]) -> str:
-    """The whole page; ``content["before"]`` may hold the same figures of an older version."""
-    before = content.get("before") or {}
+    """The whole page."""
     lines = [
         "# A plan of 100 million rows",
         "",
         f"{content['machine']}; {content['versions']}. Written by `{content['command']}`.",
         "",
         "Seconds are of the processor (wall times, of a machine that did other work meanwhile, are in the JSON), MiB",
-        "the peak of a process that did this alone. Where two figures stand, the first is of the version before.",
+        "the peak of a process that did this alone.",
         "",
-        _table(content["sizes"], {size["rows"]: size for size in before.get("sizes", [])}),
+        _table(content["sizes"]),
         "",
-        *_many(content["many files"], before.get("many files")),
+        _many(content["many files"]),
         "",
         *_bytes(content),
         "",
-        *_s3(content, before),
+        *_s3(content),
     ]
     if memory := content.get("memory"):
         lines += ["", *_memory(memory)]
     return "\n".join(lines) + "\n"
 
 
-def _table(sizes: list[dict[str, Any]], before: dict[int, dict[str, Any]]) -> str:
+def _table(sizes: list[dict[str, Any]]) -> str:
     head = " | ".join(f"{size['rows']:,} rows" for size in sizes)
     rows = {
         "shards": lambda size: f"{size['shards']:,}",
@@ -58,12 +57,7 @@ def _table(sizes: list[dict[str, Any]], before: dict[int, dict[str, Any]]) -> st
     }
     lines = [f"| | {head} |", "| --- |" + " ---: |" * len(sizes)]
     for name, cell in rows.items():
-        cells = []
-        for size in sizes:
-            old = before.get(size["rows"])
-            new = cell(size)
-            cells.append(new if old is None or cell(old) == new else f"{cell(old)} -> {new}")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        lines.append(f"| {name} | " + " | ".join(map(cell, sizes)) + " |")
     return "\n".join(lines)
 
 
@@ -71,9 +65,8 @@ def _figures(found: dict[str, Any]) -> str:
     return f"{found['cpu']:.2f}, {found['peak_mib']}"
 
 
-def _many(found: dict[str, Any], before: dict[str, Any] | None) -> list[str]:
-    old = f" (before: {_figures(before)})" if before else ""
-    return [f"A manifest of {found['files']:,} files is opened in {_figures(found)} (s, MiB){old}."]
+def _many(found: dict[str, Any]) -> str:
+    return f"A manifest of {found['files']:,} files is opened in {_figures(found)} (s, MiB)."
 
 
 def _bytes(content: dict[str, Any]) -> list[str]:
@@ -95,29 +88,26 @@ def _bytes(content: dict[str, Any]) -> list[str]:
     ]
 
 
-def _s3(content: dict[str, Any], before: dict[str, Any]) -> list[str]:
-    shards = content["s3"]["shards"]
+def _s3(content: dict[str, Any]) -> list[str]:
+    found, shards = content["s3"], content["s3"]["shards"]
     lines = [
         "## S3",
         "",
         f"Requests were counted and processor time measured with {shards:,} shards on moto's server; the seconds are",
-        f"estimates: {1000 * GET_SECONDS:.0f} ms for a request, {REQUESTS} at a time (8 before), {LIST_SECONDS} s for",
+        f"estimates: {1000 * GET_SECONDS:.0f} ms for a request, {REQUESTS} at a time, {LIST_SECONDS} s for",
         "each LIST of 1,000 names, one after another, or the processor's time where that is longer. Bytes of parts are",
         "not counted.",
         "",
         "| | requests a shard | processor, ms a shard | 24,415 shards: requests | estimated seconds |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]
-    for name, found, width in (("before: ", before.get("s3"), 8), ("", content["s3"], REQUESTS)):
-        if not found:
-            continue
-        for step, title in {"find_done": "resume: find what is done", "read_commits": "all commits at the end"}.items():
-            lists = 2 * 25 if step == "find_done" else 25 * min(1, found[step]["lists"])
-            each = found[step]["others"] / found["shards"]
-            cpu = found[step]["cpu"] / found["shards"]
-            requests = 24_415 * each + lists
-            seconds = max(24_415 * each * GET_SECONDS / width, 24_415 * cpu) + lists * LIST_SECONDS
-            lines.append(f"| {name}{title} | {each:.2f} | {1000 * cpu:.1f} | {requests:,.0f} | {seconds:,.0f} |")
+    for step, title in {"find_done": "resume: find what is done", "read_commits": "all commits at the end"}.items():
+        lists = 2 * 25 if step == "find_done" else 25 * min(1, found[step]["lists"])
+        each = found[step]["others"] / found["shards"]
+        cpu = found[step]["cpu"] / found["shards"]
+        requests = 24_415 * each + lists
+        seconds = max(24_415 * each * GET_SECONDS / REQUESTS, 24_415 * cpu) + lists * LIST_SECONDS
+        lines.append(f"| {title} | {each:.2f} | {1000 * cpu:.1f} | {requests:,.0f} | {seconds:,.0f} |")
     return lines
 
 

@@ -20,15 +20,19 @@ Page = Callable[[BaseHTTPRequestHandler], None]
 
 
 class Server(ThreadingHTTPServer):
-    """Pages by path; ``asked`` counts requests by path, ``connections`` the sockets that were accepted."""
+    """Pages by path, and one for every other path.
+
+    ``requests`` are the paths and bodies in order, ``asked`` counts them by path, ``connections`` the sockets.
+    """
 
     daemon_threads = True
     # A test that ends early leaves a page in the middle of its work.
     block_on_close = False
 
-    def __init__(self, pages: dict[str, Page]) -> None:
+    def __init__(self, pages: dict[str, Page], other: Page) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.pages, self.asked, self.connections = pages, Counter[str](), 0
+        self.pages, self.other, self.connections = pages, other, 0
+        self.asked, self.requests = Counter[str](), list[tuple[str, bytes]]()
         self.headers: list[dict[str, str]] = []
 
     @property
@@ -53,18 +57,25 @@ class _Handler(BaseHTTPRequestHandler):
     server: Server
 
     def do_GET(self) -> None:
+        self.reply(b"")
+
+    def do_POST(self) -> None:
+        self.reply(self.rfile.read(int(self.headers["Content-Length"])))
+
+    def reply(self, body: bytes) -> None:
         self.server.asked[self.path] += 1
+        self.server.requests.append((self.path, body))
         self.server.headers.append({name.lower(): value for name, value in self.headers.items()})
-        self.server.pages.get(self.path, answer(404, b"nothing here"))(self)
+        self.server.pages.get(self.path, self.server.other)(self)
 
     def log_message(self, *arguments: Any) -> None:
         pass
 
 
 @contextmanager
-def serve(pages: dict[str, Page], *, tls: ssl.SSLContext | None = None) -> Iterator[Server]:
+def serve(pages: dict[str, Page], *, other: Page | None = None, tls: ssl.SSLContext | None = None) -> Iterator[Server]:
     """A server in a thread."""
-    server = Server(pages)
+    server = Server(pages, other or answer(404, b"nothing here"))
     if tls is not None:
         server.socket = tls.wrap_socket(server.socket, server_side=True)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
@@ -158,7 +169,7 @@ def resolve(patch: pytest.MonkeyPatch, names: dict[str, list[list[str]]]) -> lis
 
 @contextmanager
 def connections_to(patch: pytest.MonkeyPatch, answered: tuple[str, int]) -> Iterator[list[str]]:
-    """Every address that a socket is told to connect to; all end at the server ``answered`` instead."""
+    """Record the addresses that a socket is told to connect to; all end at the server ``answered`` instead."""
     told: list[str] = []
     real = socket.socket.connect
 

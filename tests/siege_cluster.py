@@ -1,4 +1,4 @@
-"""A job on a cluster under fire: workers are killed at random moments, and the dataset is that of one process.
+"""A soak of a job on a cluster: workers are killed at random moments, and the dataset is that of one process.
 
     python -m tests.siege_cluster [--rows 20000] [--workers 2] [--kills 10] [--seed 1]
 
@@ -24,11 +24,11 @@ import psutil
 from pipeline.config.schema import ClusterConfig, Config
 from pipeline.engine.demo.folder import render_folder
 from pipeline.job.main import run_job
-from tests.siege import check_books, leftovers
+from tests.crashes import check_books, leftovers
 
 
 def files(output: Path) -> dict[str, bytes]:
-    """What must be equal."""
+    """The files that must be equal, by name."""
     found = [*output.glob("*.parquet"), *output.glob("_commits/*"), output / "_plan.json", output / "_SUCCESS"]
     return {str(path.relative_to(output)): path.read_bytes() for path in sorted(found)}
 

@@ -21,9 +21,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from pipeline.config.schema import Config
+from tests.crashes import PLACES, at, check_books, leftovers, small_job
 from tests.forks import Child, Forks
 from tests.jobs import content, overrides_of, start
-from tests.siege import PLACES, at, check_books, leftovers, small_job
 
 # Of every run that is struck.
 FAILPOINT, TERMINATE = 0.2, 0.1
@@ -70,7 +70,7 @@ class Soak:
         self.began = time.monotonic()
 
     def run(self) -> None:
-        """All rounds; raises an ``AssertionError`` at the first difference."""
+        """Run all rounds; raises an ``AssertionError`` at the first difference."""
         whole = Path(self.config.output.dir)
         first = self._start(whole, "")
         assert first.wait() == 0, first.said()
@@ -161,7 +161,7 @@ def command(config: Config, output: Path) -> list[str]:
 
 
 def state(output: Path, rows: int) -> str:
-    """How far a run had come, by the files that it left."""
+    """The progress of a run, by its files."""
     names = {path.name for path in output.iterdir()} if output.exists() else set()
     commits = len(list(output.glob("_commits/*.json")))
     parts = len([name for name in names if name.startswith("part-")])

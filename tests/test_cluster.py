@@ -29,10 +29,10 @@ from pipeline.job.cluster.dask_cluster import shards_at_once
 from pipeline.job.cluster.kubernetes import pod_settings
 from pipeline.job.cluster.part import Part
 from pipeline.job.main import run_job
+from tests.crashes import check_books
 from tests.forks import forks
 from tests.grid import ROWS, SHARDS, at, failpoints, grid, nine_shards, on, same, when_committed
 from tests.jobs import overrides_of
-from tests.siege import check_books
 
 
 @pytest.fixture(scope="module")

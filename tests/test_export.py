@@ -16,7 +16,7 @@ from pipeline.backends.artifacts import exports
 from pipeline.backends.artifacts.store import ArtifactStore
 from tests.jobs import scenes_manifest
 from tests.processes import run_python
-from tests.test_run_door import HEAVY, imported
+from tests.test_run import HEAVY, imported
 
 pytestmark = pytest.mark.usefixtures("exported_once")
 ONNX = ("onnx", "onnxruntime", "onnxscript")

@@ -19,10 +19,10 @@ import pytest
 from pipeline.config.schema import Config
 from pipeline.core.failpoints import POINTS, arm, armed, failpoint
 from tests.conftest import ROOT
+from tests.crashes import BEGIN, END, PLACES, SHARDS, SPECIAL, at, check_books, leftovers, small_job
 from tests.forks import forks
 from tests.jobs import content, overrides_of
 from tests.s3 import BUCKET, environment, moto_server, objects
-from tests.siege import BEGIN, END, PLACES, SHARDS, SPECIAL, at, check_books, leftovers, small_job
 from tests.soak import Soak, parse
 
 # A run comes by these only if the one before it was not struck at or behind the place.

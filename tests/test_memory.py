@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import subprocess
@@ -19,6 +18,7 @@ from PIL import Image
 
 from tests.conftest import ROOT, data_folder
 from tests.jobs import StubEncoder, config_for, stub_backend
+from tests.pictures import saved
 from tests.test_decoder_pool import children
 
 pytestmark = pytest.mark.slow
@@ -32,9 +32,7 @@ def tiny_images(path: Path, rows: int) -> Path:
     """A manifest with ``rows`` different PNG files of 12 x 12 pixels in a bytes column."""
 
     def png(number: int) -> bytes:
-        buffer = io.BytesIO()
-        Image.new("RGB", (12, 12), (number % 251, number // 251 % 251, number // 63001 % 251)).save(buffer, "PNG")
-        return buffer.getvalue()
+        return saved(Image.new("RGB", (12, 12), (number % 251, number // 251 % 251, number // 63001 % 251)), "PNG")
 
     schema = pa.schema([("id", pa.string()), ("image", pa.binary())])
     with pq.ParquetWriter(path, schema) as writer:
@@ -71,9 +69,8 @@ def test_memory_stays_flat_as_rows_grow(tmp_path: Path) -> None:
 
 def test_giants_are_decoded_one_at_a_time(tmp_path: Path) -> None:
     """Six images of 64 megapixels and four threads: 183 MiB of RGB each, not all of them at once."""
-    buffer = io.BytesIO()
-    Image.new("RGB", (8000, 8000), "red").save(buffer, "PNG", compress_level=1)
-    table = pa.table({"id": list(range(6)), "image": [buffer.getvalue()] * 6})
+    giant = saved(Image.new("RGB", (8000, 8000), "red"), "PNG", compress_level=1)
+    table = pa.table({"id": list(range(6)), "image": [giant] * 6})
     pq.write_table(table, tmp_path / "giants.parquet")
     tiny_images(tmp_path / "few.parquet", 512)
     (few, _), (giants, rows) = peaks_mib(tmp_path, "few", "giants")

@@ -1,4 +1,4 @@
-"""What monitors are told of a run: Prometheus' file and gateway, OpenTelemetry's spans."""
+"""Monitoring of a run: Prometheus' textfile and gateway, spans of OpenTelemetry."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import dataclasses
 import shutil
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -29,26 +27,31 @@ from pipeline.core.errors import ConfigError, OutputBusy, TooManyFailures
 from pipeline.job.main import run_job
 from pipeline.telemetry import monitor, prometheus, tracing
 from pipeline.telemetry.monitor import monitored
-from tests.conftest import ROOT
 from tests.jobs import config_for, scenes_manifest
+from tests.processes import loads, wait_until
+from tests.servers import answer, serve
 
 ROWS = 48
 
 
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return scenes_manifest(tmp_path_factory.mktemp("metrics") / "m.parquet", ROWS)
+
+
 @pytest.fixture
-def job(tmp_path: Path) -> Callable[..., Config]:
+def job(manifest: Path, tmp_path: Path) -> Callable[..., Config]:
     """A config of a small job with two damaged rows; the keywords are of the groups ``metrics`` and ``errors``."""
-    manifest = scenes_manifest(tmp_path / "m.parquet", ROWS)
 
     def config(errors: dict[str, Any] | None = None, **metrics: Any) -> Config:
-        quick = {"isolation": "none", "batch_size": 8, "workers": 1}
+        quick = {"batch_size": 8, "workers": 1}
         return config_for(manifest, tmp_path / "out", loader=quick, errors=errors or {}, metrics=metrics)
 
     return config
 
 
 def samples(path: Path) -> dict[tuple[str, str], float]:
-    """Every value of a textfile by its name without the prefix, and by its own label if it has one."""
+    """Values of a textfile by the name without the prefix and by the label of the sample."""
     found = {}
     for family in text_string_to_metric_families(path.read_text()):
         assert family.type == "gauge"
@@ -60,34 +63,9 @@ def samples(path: Path) -> dict[tuple[str, str], float]:
     return found
 
 
-@contextmanager
-def receiver(status: int = 200, wait: float = 0.0) -> Iterator[tuple[str, list[tuple[str, bytes]]]]:
-    """An HTTP server on loopback that keeps every path and body; the list fills as requests come."""
-    told: list[tuple[str, bytes]] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            told.append((self.path, body))
-            time.sleep(wait)
-            self.send_response(status)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        def log_message(self, format: str, *arguments: Any) -> None:
-            """Say nothing."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    server.block_on_close = False
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}", told
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+def slow(handler: BaseHTTPRequestHandler) -> None:
+    """A page that comes too late."""
+    time.sleep(3)
 
 
 def test_a_run_writes_a_file_that_prometheus_reads(job: Callable[..., Config], tmp_path: Path) -> None:
@@ -161,10 +139,7 @@ def test_the_file_follows_a_run_and_tells_that_it_was_interrupted(
         return {"total": 9, "rows": rows[0], "failed": 0, "images": rows[0], "images_per_second": 1.0}
 
     def wait_for(value: int) -> None:
-        end = time.monotonic() + 10
-        while not place.exists() or samples(place)["processed_rows", ""] != value:
-            assert time.monotonic() < end
-            time.sleep(0.01)
+        wait_until(lambda: place.exists() and samples(place)["processed_rows", ""] == value)
 
     def work() -> None:
         with monitored(job(textfile=str(place)), "r", began=time.time()) as told:
@@ -201,12 +176,12 @@ def test_a_file_that_cannot_be_written_is_told_of_once_and_changes_nothing(
 
 
 def test_a_pushgateway_is_told_when_a_run_has_ended_however_it_ends(job: Callable[..., Config]) -> None:
-    with receiver() as (url, told):
-        with monitored(job(pushgateway=url, job="photos"), "r", began=0.0):
+    with serve({}, other=answer(200)) as server:
+        with monitored(job(pushgateway=server.url, job="photos"), "r", began=0.0):
             pass
-        with pytest.raises(ZeroDivisionError), monitored(job(pushgateway=f"{url}/", job="a/b"), "r", began=0.0):
+        with pytest.raises(ZeroDivisionError), monitored(job(pushgateway=f"{server.url}/", job="a/b"), "r", began=0.0):
             _ = 1 / 0
-    (first, body), (second, failed) = told
+    (first, body), (second, failed) = server.requests
     assert first == "/metrics/job/photos"
     assert second.startswith("/metrics/job@base64/")
     assert b'clip_pipeline_exit_code{backend="torch",job="photos",model="demo"} 0.0' in body
@@ -218,12 +193,12 @@ def test_a_pushgateway_is_told_when_a_run_has_ended_however_it_ends(job: Callabl
 def test_a_part_of_a_job_has_a_group_of_its_own_at_the_pushgateway(job: Callable[..., Config]) -> None:
     config = job(job="photos")
     config = dataclasses.replace(config, cluster=dataclasses.replace(config.cluster, part="3/16"))
-    with receiver() as (url, told):
-        metrics = dataclasses.replace(config.metrics, pushgateway=url)
+    with serve({}, other=answer(200)) as server:
+        metrics = dataclasses.replace(config.metrics, pushgateway=server.url)
         with monitored(dataclasses.replace(config, metrics=metrics), "r", began=0.0):
             pass
-    assert "/part@base64/" in told[0][0]
-    assert b'part="3/16"' in told[0][1]
+    assert "/part@base64/" in server.requests[0][0]
+    assert b'part="3/16"' in server.requests[0][1]
 
 
 @pytest.mark.parametrize("kind", ["dead", "refuses", "slow"])
@@ -231,8 +206,8 @@ def test_a_pushgateway_that_is_not_well_is_a_warning(
     kind: str, job: Callable[..., Config], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(monitor, "PUSH_SECONDS", 0.2)
-    with receiver(status=400, wait=3.0 if kind == "slow" else 0.0) as (url, _):
-        given = "http://127.0.0.1:1" if kind == "dead" else url
+    with serve({}, other=slow if kind == "slow" else answer(400)) as server:
+        given = "http://127.0.0.1:1" if kind == "dead" else server.url
         began = time.monotonic()
         with monitored(job(pushgateway=given), "r", began=0.0):
             pass
@@ -281,12 +256,8 @@ def test_a_wrong_value_is_said(metrics: dict[str, Any], text: str, job: Callable
 
 
 def test_nothing_is_imported_for_monitors_that_nobody_wants() -> None:
-    code = (
-        "import sys, pipeline.telemetry.monitor, pipeline.telemetry.tracing as s\n"
-        "with s.span('x'): s.shard(None)\n"
-        "sys.exit(any(name.partition('.')[0] in ('opentelemetry', 'prometheus_client') for name in sys.modules))"
-    )
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False, timeout=60).returncode == 0
+    code = "import pipeline.telemetry.monitor, pipeline.telemetry.tracing as s\nwith s.span('x'): s.shard(None)"
+    assert loads(code, "opentelemetry", "prometheus_client") == []
 
 
 def test_a_foreign_file_has_no_last_success(tmp_path: Path) -> None:
@@ -350,11 +321,11 @@ def test_the_span_of_a_run_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) 
 def test_spans_go_by_otlp_to_where_the_environment_says(
     job: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with receiver() as (url, told):
-        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", url)
+    with serve({}, other=answer(200)) as server:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", server.url)
         run_job(job(opentelemetry=True))
     names, services = [], set()
-    for path, body in told:
+    for path, body in server.requests:
         assert path == "/v1/traces"
         for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
             services |= {each.value.string_value for each in resource.resource.attributes if each.key == "service.name"}
@@ -369,8 +340,8 @@ def test_a_collector_that_is_not_well_is_one_warning(
     kind: str, job: Callable[..., Config], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tracing, "CLOSE_SECONDS", 0.5)
-    with receiver(status=400, wait=3.0 if kind == "slow" else 0.0) as (url, _):
-        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1" if kind == "dead" else url)
+    with serve({}, other=slow if kind == "slow" else answer(400)) as server:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1" if kind == "dead" else server.url)
         began = time.monotonic()
         with monitored(job(opentelemetry=True), "r", began=0.0), tracing.span("work"):
             pass

@@ -38,6 +38,7 @@ from pipeline.images.sources.source import Source
 from pipeline.manifest.manifest import Manifest, open_manifest
 from pipeline.manifest.shards import cut
 from pipeline.report.thumbnails import THUMBNAIL, thumbnails
+from tests.pictures import saved
 
 CPU = torch.device("cpu")
 RULES = Decoder(formats=("JPEG",), max_pixels=10**8)
@@ -60,9 +61,7 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
 
 
 def jpeg(image: Image.Image, **options: Any) -> bytes:
-    out = io.BytesIO()
-    image.save(out, "JPEG", **{"quality": 90, **options})
-    return out.getvalue()
+    return saved(image, "JPEG", **{"quality": 90, **options})
 
 
 def exact(data: bytes, spec: PreprocessSpec, *, exif: str = "apply") -> np.ndarray:

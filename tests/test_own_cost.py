@@ -1,4 +1,4 @@
-"""What the pipeline itself costs a row, and that its harness measures a sound dataset."""
+"""The cost of the pipeline itself a row, and a check of the dataset that the harness makes."""
 
 from __future__ import annotations
 

@@ -14,8 +14,8 @@ import pytest
 
 from pipeline.report.__main__ import main
 from pipeline.report.nights import history_page
-from tests.test_report import CONTENT, FIRST, REPORT, jpeg, render
-from tests.test_report_door import finished, nights  # noqa: F401 - a fixture
+from tests.test_report import CONTENT, FIRST, JPEG, REPORT, render
+from tests.test_report_command import finished, nights  # noqa: F401 - a fixture
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 GRAVE = ("serious", "critical")
@@ -42,7 +42,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory, finished: Any) -> dict[str, 
     folder = tmp_path_factory.mktemp("pages")
     clean, failed, compared, night = (folder / f"{name}.html" for name in ("clean", "failed", "compare", "nights"))
     clean.write_bytes((Path(finished.output.dir) / "_report.html").read_bytes())
-    failed.write_text(render(REPORT, CONTENT, [FIRST], dict.fromkeys((0, 1, 2), jpeg())))
+    failed.write_text(render(REPORT, CONTENT, [FIRST], dict.fromkeys((0, 1, 2), JPEG), plots=True))
     assert main(["--compare", finished.output.dir, finished.output.dir, "--out", str(compared)]) == 0
     nights(folder / "runs.parquet", [date(2026, 11, 1), date(2026, 11, 3)], exit_code=[0, 3], new=[5, 3])
     night.write_bytes(history_page(str(folder)))

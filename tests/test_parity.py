@@ -22,12 +22,14 @@ from pipeline.backends.torch import reference
 from pipeline.config.schema import Config, ModelConfig, ParityConfig
 from pipeline.core.errors import ParityError, PlanMismatch
 from pipeline.core.records import Parity, Sample, TextBank
+from pipeline.core.run_report import RunReport
 from pipeline.engine.demo.folder import rendered_sample
 from pipeline.job.main import run_job
 from pipeline.models.checkpoint import open_checkpoint
 from pipeline.models.preprocessor import to_spec
 from pipeline.storage.base import sha256
-from tests.jobs import StubEncoder, config_for, content, scenes_manifest, start, stub_backend
+from tests.forks import forks
+from tests.jobs import StubEncoder, config_for, content, scenes_manifest, stub_backend
 
 pytestmark = pytest.mark.usefixtures("exported_once")
 ROWS = 40
@@ -165,16 +167,31 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory, manifest: Path) -> Path:
+def finished(tmp_path_factory: pytest.TempPathFactory, manifest: Path) -> tuple[Config, RunReport]:
+    """A finished job of the demo model's int8 graph."""
+    folder = tmp_path_factory.mktemp("finished")
+    config = job(manifest, folder / "out", "onnx_int8", store=folder / "store")
+    return config, run_job(config)
+
+
+@pytest.fixture(scope="module")
+def store(finished: tuple[Config, RunReport]) -> Path:
     """A store with the demo model's int8 graph."""
-    folder = tmp_path_factory.mktemp("store")
-    run_job(job(manifest, folder.parent / "first", "onnx_int8", store=folder))
-    return folder
+    return Path(str(finished[0].backend.artifacts))
+
+
+@pytest.fixture
+def copied(finished: tuple[Config, RunReport], tmp_path: Path) -> Config:
+    """The job with a copy of its dataset."""
+    config, _ = finished
+    shutil.copytree(config.output.dir, tmp_path / "out")
+    return replace(config, output=replace(config.output, dir=str(tmp_path / "out")))
 
 
 def job(manifest: Path, output: Path, name: str, *, store: Path | None = None, **groups: dict[str, Any]) -> Config:
     settings = {"name": name, "artifacts": str(store) if store else None, **groups.pop("backend", {})}
-    return config_for(manifest, output, backend=settings, parity={"images": 24, **groups.pop("parity", {})}, **groups)
+    parity = {"images": 24, **groups.pop("parity", {})}
+    return config_for(manifest, output, backend=settings, parity=parity, **groups)
 
 
 def test_the_reference_is_not_compared_with_itself(manifest: Path, tmp_path: Path) -> None:
@@ -183,47 +200,39 @@ def test_the_reference_is_not_compared_with_itself(manifest: Path, tmp_path: Pat
     assert not (tmp_path / "out" / FILE).exists()
 
 
-def test_the_figures_go_into_the_books_the_report_and_the_card(manifest: Path, tmp_path: Path, store: Path) -> None:
-    report = run_job(job(manifest, tmp_path / "out", "onnx_int8", store=store))
+def test_the_figures_go_into_the_books_the_report_and_the_card(finished: tuple[Config, RunReport], store: Path) -> None:
+    config, report = finished
+    output = Path(config.output.dir)
     assert report.parity is not None
     # Two of the rows are damaged, and rows after them are taken instead.
     assert report.parity.images == 24
     assert 0.99 < report.parity.lowest_cosine < 1
     assert report.parity.top1 is not None
-    written = json.loads((tmp_path / "out" / FILE).read_text())
+    written = json.loads((output / FILE).read_text())
     assert written["parity"]["lowest_cosine"] == report.parity.lowest_cosine
-    assert json.loads((tmp_path / "out" / "_report.json").read_text())["parity"]["images"] == 24
+    assert json.loads((output / "_report.json").read_text())["parity"]["images"] == 24
     [artifact] = ArtifactStore(store).artifacts()
     assert artifact.card["gates"][written["key"]]["lowest_cosine"] == report.parity.lowest_cosine
-    assert in_words(report.parity) in (tmp_path / "out" / "_run.log").read_text()
-
-
-def test_the_ids_of_the_worst_are_the_manifests(manifest: Path, tmp_path: Path, store: Path) -> None:
-    report = run_job(job(manifest, tmp_path / "out", "onnx_int8", store=store))
-    assert report.parity is not None
+    assert in_words(report.parity) in (output / "_run.log").read_text()
     assert all(id.startswith("scene/") for id, _ in report.parity.worst)
     assert [c for _, c in report.parity.worst] == sorted(c for _, c in report.parity.worst)
 
 
 def test_a_second_run_takes_the_figures_from_the_books(
-    manifest: Path, tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+    finished: tuple[Config, RunReport], copied: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = job(manifest, tmp_path / "out", "onnx_int8", store=store)
-    first = run_job(config)
     monkeypatch.setattr("pipeline.backends.parity.measure", lambda *_: pytest.fail("measured again"))
-    assert run_job(config).parity == first.parity
+    assert run_job(copied).parity == finished[1].parity
     with pytest.raises(ParityError, match=r"lowest_cosine\.int8 wants 0\.99999"):
-        run_job(replace(config, parity=replace(config.parity, lowest_cosine={"int8": 0.99999})))
+        run_job(replace(copied, parity=replace(copied.parity, lowest_cosine={"int8": 0.99999})))
 
 
 def test_figures_of_other_hardware_do_not_count(
-    manifest: Path, tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+    copied: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = job(manifest, tmp_path / "out", "onnx_int8", store=store)
-    run_job(config)
     key = json.loads((tmp_path / "out" / FILE).read_text())["key"]
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_vnni": False})
-    run_job(config)
+    run_job(copied)
     assert json.loads((tmp_path / "out" / FILE).read_text())["key"] != key
 
 
@@ -242,14 +251,10 @@ def test_a_graph_with_fixed_scales_is_judged_on_other_pictures(manifest: Path, t
 
 
 @pytest.mark.parametrize("spoiled", [b"", b"[1]", b"no json", b'{"key": 3}'])
-def test_books_that_cannot_be_read_are_written_anew(
-    spoiled: bytes, manifest: Path, tmp_path: Path, store: Path
-) -> None:
-    config = job(manifest, tmp_path / "out", "onnx_int8", store=store)
-    run_job(config)
+def test_books_that_cannot_be_read_are_written_anew(copied: Config, tmp_path: Path, spoiled: bytes) -> None:
     good = content(tmp_path / "out")
     (tmp_path / "out" / FILE).write_bytes(spoiled)
-    run_job(config)
+    run_job(copied)
     assert content(tmp_path / "out") == good
 
 
@@ -263,8 +268,7 @@ def test_a_miss_ends_the_job_before_anything_is_computed(manifest: Path, tmp_pat
     assert run_job(job(manifest, tmp_path / "out", "torch")).total_rows == ROWS
 
 
-def test_a_dataset_of_another_backend_keeps_its_books(manifest: Path, tmp_path: Path, store: Path) -> None:
-    run_job(job(manifest, tmp_path / "out", "onnx_int8", store=store))
+def test_a_dataset_of_another_backend_keeps_its_books(copied: Config, manifest: Path, tmp_path: Path) -> None:
     before = content(tmp_path / "out")
     with pytest.raises(PlanMismatch, match="backend"):
         run_job(job(manifest, tmp_path / "out", "torch", backend={"precision": "bf16"}))
@@ -272,12 +276,14 @@ def test_a_dataset_of_another_backend_keeps_its_books(manifest: Path, tmp_path: 
 
 
 def test_the_command_exits_with_4_and_names_the_worst_images(manifest: Path, tmp_path: Path) -> None:
-    process = start(
+    child = forks().start(
+        "tests.forks:run_command",
         f"manifest.path={manifest}", "manifest.image=image", f"output.dir={tmp_path / 'out'}", "backend.device=cpu",
         "backend.precision=bf16", "parity.lowest_cosine.bf16=1", "parity.images=8",
+        "loader.isolation=none", "report.html=false",
     )  # fmt: skip
-    message = process.communicate(timeout=120)[1]
-    assert process.returncode == 4, message
+    code, message = child.wait(), child.said()
+    assert code == 4, message
     assert "parity.lowest_cosine.bf16 wants 1" in message
     assert "scene/" in message
 

@@ -1,4 +1,4 @@
-"""Every command of the README pages runs, or is shown to be valid; :mod:`tests.readme` lists which and why."""
+"""Commands of the README pages: each runs, or is shown to be valid; :mod:`tests.readme` lists which and why."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_the_gate_runs_a_line_of_the_page(page: str) -> None:
 def test_a_slow_command_succeeds(tmp_path: Path, command: str) -> None:
     row = row_of(command)
     assert isinstance(row, Slow)
-    words = words_of(command)
+    words = words_of(command, row.more)
     for text, other in row.replaced:
         words = [other if word == text else word for word in words]
     done = subprocess.run(

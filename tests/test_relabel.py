@@ -16,6 +16,7 @@ from pipeline import convert, relabel, search, verify
 from pipeline.core.errors import StorageError, UnfinishedDataset
 from pipeline.dataset.dataset import open_dataset, vectors_of
 from pipeline.storage.factory import open_storage
+from tests.damage import flip, part_of
 from tests.finished import FAILED, ROWS, everything, run_scenes
 from tests.forks import forks
 from tests.jobs import content, scenes_manifest
@@ -49,7 +50,7 @@ def done(folder: Path) -> Path:
 
 
 def job(source: str, output: str) -> int:
-    """In a process of its own."""
+    """Relabel, for a process of its own."""
     return new(Path(source).parent, Path(output), "labels.top_k=3", "labels.threshold=0.5")
 
 
@@ -135,7 +136,7 @@ def test_labels_from_a_file_take_the_place_of_those_in_the_source(folder: Path, 
 
 def test_repair_of_a_relabelled_dataset_reads_its_source(folder: Path, done: Path, tmp_path: Path) -> None:
     shutil.copytree(done, tmp_path / "copy")
-    next((tmp_path / "copy").glob("part-00002-*")).unlink()
+    part_of(tmp_path / "copy", 2).unlink()
     assert verify.main([str(tmp_path / "copy")]) == 1
     assert verify.main([str(tmp_path / "copy"), "--repair"]) == 0
     assert content(tmp_path / "copy") == content(done)
@@ -204,10 +205,8 @@ def test_a_damaged_part_of_the_source_ends_it_by_name(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(folder / "source", tmp_path / "source")
-    part = next((tmp_path / "source").glob("part-00002-*"))
-    data = bytearray(part.read_bytes())
-    data[len(data) // 2] ^= 1
-    part.write_bytes(data)
+    part = part_of(tmp_path / "source", 2)
+    flip(part)
     assert new(tmp_path, tmp_path / "out") == 1
     assert f"{part.name}: damaged; python -m pipeline.verify" in capsys.readouterr().err
     assert not (tmp_path / "out" / "_SUCCESS").exists()

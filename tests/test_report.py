@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import io
 import json
 import logging
 import re
@@ -41,6 +40,7 @@ from pipeline.telemetry.logs import NAME, log_to
 from pipeline.telemetry.progress import Progress
 from pipeline.telemetry.run_stats import RunStats, WorkerStats
 from tests.conftest import ROOT
+from tests.pictures import saved
 
 REPORT = RunReport(
     started="2026-01-02T03:04:05+00:00",
@@ -86,10 +86,7 @@ CONTENT = DatasetSummary(
 FIRST = Row(number=0, id='a"b.jpg', label="cat", score=0.87)
 
 
-def jpeg() -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 8), "red").save(buffer, "JPEG")
-    return buffer.getvalue()
+JPEG = saved(Image.new("RGB", (8, 8), "red"), "JPEG")
 
 
 class Collector(HTMLParser):
@@ -112,12 +109,17 @@ def render(
     content: DatasetSummary = CONTENT,
     examples: Sequence[Row] = (),
     pictures: Mapping[int, bytes] = {},
+    *,
+    plots: bool = False,
 ) -> str:
+    """The page; without its plots, which take most of the time, unless they are asked for."""
+    if not plots:
+        report, content = replace(report, timeline=None), replace(content, scores=())
     return page.to_html(report.to_dict(), content, examples, pictures, output="out").decode()
 
 
 def test_the_page_shows_everything_and_loads_nothing() -> None:
-    html = render(examples=[FIRST], pictures=dict.fromkeys((0, 1, 2), jpeg()))
+    html = render(examples=[FIRST], pictures=dict.fromkeys((0, 1, 2), JPEG), plots=True)
     found = Collector()
     found.feed(html)
     for text in (
@@ -155,7 +157,7 @@ def test_the_page_stands_without_labels_images_and_failures() -> None:
 
 
 def test_the_plots_follow_the_colours_of_the_page_and_fit_a_phone() -> None:
-    html = render()
+    html = render(plots=True)
     found = Collector()
     found.feed(html)
     plots = [values for tag, values in found.tags if tag == "svg"]

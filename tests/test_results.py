@@ -1,4 +1,4 @@
-"""What the README says of the backends is what was measured and committed."""
+"""The table of backends in the README: its figures are the committed measurements."""
 
 from __future__ import annotations
 

@@ -337,9 +337,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def job_of(manifest: Path, output: str) -> Config:
-    return config_for(
-        manifest, Path("x"), manifest={"shard_rows": 6}, output={"dir": output}, loader={"isolation": "none"}
-    )
+    return config_for(manifest, Path("x"), manifest={"shard_rows": 6}, output={"dir": output})
 
 
 @pytest.fixture(scope="module")

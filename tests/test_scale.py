@@ -1,16 +1,12 @@
-"""The simulation of large plans runs, and what it rests on: bounded work, no more shards than names, few digests."""
+"""The simulation of large plans runs; a plan has no more shards than names, and a large manifest few digests."""
 
 from __future__ import annotations
 
-import threading
-import time
-from itertools import count
 from pathlib import Path
 
 import pytest
 
 from pipeline.config.schema import ManifestConfig
-from pipeline.core.concurrency import AHEAD, in_order
 from pipeline.core.errors import ConfigError
 from pipeline.manifest import manifest as source
 from tests import scale, scale_data
@@ -40,9 +36,9 @@ def test_a_small_simulation_gives_every_figure(tmp_path: Path) -> None:
         "sizes": [size],
         "memory": {"about": "x", "peaks": {"10": 100.0, "20": 101.0}},
     }
-    page = to_markdown({**content, "before": content})
+    page = to_markdown(content)
     assert "| shards | 50 |" in page
-    assert "| before: resume: find what is done | 2.00 | 2.0 | 48,880 |" in page
+    assert "| resume: find what is done | 2.00 | 2.0 | 48,880 |" in page
     assert "20 rows 101.0 MiB (+1.0%)" in page
 
 
@@ -62,33 +58,3 @@ def test_a_manifest_of_very_many_bytes_is_known_by_its_footers(tmp_path: Path, m
     assert {file.digest[:7] for file in source.open_manifest(config).files} == {"sha256:"}
     monkeypatch.setattr(source, "WHOLE_DIGEST_ALL_BYTES", 1000)
     assert {file.digest[:7] for file in source.open_manifest(config).files} == {"footer:"}
-
-
-def test_many_things_are_done_by_threads_in_order_and_not_far_ahead() -> None:
-    begun, lock = [0], threading.Lock()
-
-    def work(number: int) -> int:
-        with lock:
-            begun[0] += 1
-        time.sleep(0.001 * (number % 3))
-        return number
-
-    found = in_order(work, count(), threads=3)
-    for number in range(40):
-        assert next(found) == number
-        assert begun[0] <= number + 3 * AHEAD + 2
-    found.close()
-
-
-def test_the_first_fault_in_order_ends_the_rest() -> None:
-    begun = []
-
-    def work(number: int) -> int:
-        begun.append(number)
-        if number >= 5:
-            raise ValueError(number)
-        return number
-
-    with pytest.raises(ValueError, match="5"):
-        list(in_order(work, range(10_000), threads=2))
-    assert len(begun) < 30

@@ -9,7 +9,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -30,6 +30,7 @@ from pipeline.engine.query import embed_text
 from pipeline.job.main import run_job
 from pipeline.models.checkpoint import open_checkpoint
 from tests.jobs import config_for, scenes_manifest
+from tests.processes import wait_until
 from tests.service import BOUNDARY, Answer, Served, form, send, start
 
 ROWS = 70
@@ -352,13 +353,6 @@ def test_who_does_not_read_its_answers_loses_them(strict: Served) -> None:
     assert got < 8 * whole
 
 
-def wait_until(true: Callable[[], bool], seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
 def test_bytes_that_are_no_chunk_after_the_answer_end_the_connection_alone(service: Served) -> None:
     chunked = HEAD + b"content-encoding: gzip\r\ntransfer-encoding: chunked\r\n\r\n"
     assert raw(service, chunked, b"1\r\n.\r\nzz\r\n", pause=0.1).startswith(b"HTTP/1.1 415 ")
@@ -374,9 +368,7 @@ def test_closed_connections_drop_out(service: Served) -> None:
             connection.sendall(
                 f"{head}content-length: {len(body)}\r\n\r\n".encode() + body[: None if place % 2 else -10]
             )
-    end = time.monotonic() + 20
-    while service.figure("clip_service_requests_in_flight") and time.monotonic() < end:
-        time.sleep(0.05)
+    wait_until(lambda: service.figure("clip_service_requests_in_flight") == 0)
     for name in ("requests_in_flight", "queue_images", "held_bytes"):
         assert service.figure(f"clip_service_{name}") == 0
     assert service.figure("clip_service_requests_total", code="499") >= before + 6
@@ -389,9 +381,7 @@ def test_one_client_cannot_have_everything(strict: Served) -> None:
             connection = socket.create_connection(("127.0.0.1", strict.port), timeout=20)
             opened.append(connection)
             connection.sendall(HEAD + b"content-length: 10\r\n\r\n{")
-        end = time.monotonic() + 3
-        while strict.figure("clip_service_requests_in_flight") < 24 and time.monotonic() < end:
-            time.sleep(0.02)
+        wait_until(lambda: strict.figure("clip_service_requests_in_flight") >= 24, 3)
         answer = strict.post("/embed", {"texts": ["a"]})
         assert is_error(answer, 429, "too_many_requests")
         assert int(answer.headers["retry-after"]) >= 1
@@ -458,13 +448,10 @@ def test_the_end_answers_every_request_that_was_accepted(strict: Served) -> None
     clients = [threading.Thread(target=ask) for _ in range(16)]
     for client in clients:
         client.start()
-    end = time.monotonic() + 20
-    while len(answered) < 32 and time.monotonic() < end:
-        time.sleep(0.01)
+    wait_until(lambda: len(answered) >= 32)
     strict.child.send(signal.SIGTERM)
     code = strict.child.wait(30)
     stop.set()
     for client in clients:
         client.join()
     assert (code, lost, set(answered)) == (0, [], {200})
-    assert len(answered) >= 32

@@ -21,16 +21,17 @@ from tests.jobs import config_for, content, overrides_of, scenes_manifest
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Config:
     folder = tmp_path_factory.mktemp("signals")
     manifest = scenes_manifest(folder / "m.parquet", 64)
-    loader = {"batch_size": 4, "isolation": "none"}
+    loader = {"batch_size": 4}
     config = config_for(manifest, folder / "unbroken", manifest={"shard_rows": 8}, loader=loader)
     run_job(config)
     return config
 
 
-def begin(config: Config, output: Path, failpoints: str, grace: float) -> Child:
+def begin(config: Config, output: Path, failpoints: str, grace: float, isolation: str = "none") -> Child:
     """Start the job and wait until its first part is at the armed failpoint."""
     overrides = [text for text in overrides_of(config) if not text.startswith("output.dir=")]
-    overrides += [f"output.dir={output}", f"errors.grace_seconds={grace}"]
+    overrides += [f"output.dir={output}", f"errors.grace_seconds={grace}", f"loader.isolation={isolation}"]
+    overrides.append("report.html=false")
     child = forks().start("tests.forks:run_command", *overrides, failpoints=failpoints)
     end = time.monotonic() + 60
     while not is_at_a_part(output):
@@ -40,7 +41,7 @@ def begin(config: Config, output: Path, failpoints: str, grace: float) -> Child:
 
 
 def is_at_a_part(output: Path) -> bool:
-    """Whether there is a temporary file of Parquet, not only those of the lease and the plan."""
+    """Return true if there is a temporary file of Parquet, not only those of the lease and the plan."""
     for path in output.glob("_tmp-*"):
         with suppress(FileNotFoundError):
             if path.read_bytes().startswith(b"PAR1"):
@@ -63,10 +64,12 @@ def finishes(config: Config, output: Path) -> None:
     assert content(output) == content(Path(config.output.dir))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_shard_that_is_finished_is_written_within_the_grace(unbroken: Config, tmp_path: Path, number: int) -> None:
+@pytest.mark.parametrize(("number", "isolation"), [(signal.SIGTERM, "process"), (signal.SIGINT, "none")])
+def test_a_shard_that_is_finished_is_written_within_the_grace(
+    unbroken: Config, tmp_path: Path, number: int, isolation: str
+) -> None:
     # The delay falls between the part's table and its file.
-    child = begin(unbroken, tmp_path / "out", "part.written=delay:1.5", grace=30)
+    child = begin(unbroken, tmp_path / "out", "part.written=delay:1", grace=30, isolation=isolation)
     assert not list((tmp_path / "out").glob("_commits/*.json"))
     assert ended(child, number) < 20
     assert list((tmp_path / "out").glob("_commits/*.json"))

@@ -102,7 +102,7 @@ def _watch(event: str, arguments: tuple[Any, ...]) -> None:
 
 @contextmanager
 def watched() -> Iterator[list[str]]:
-    """All files that Python opens meanwhile, and all connections; a hook stays for the life of the process."""
+    """Record files that Python opens, and connections; the hook stays for the life of the process."""
     if not hasattr(sys, "_clip_pipeline_watch"):
         sys.addaudithook(_watch)
         sys._clip_pipeline_watch = True  # type: ignore[attr-defined]

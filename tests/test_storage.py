@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import multiprocessing
+import json
 import os
 import re
 import shutil
@@ -29,6 +29,8 @@ from pipeline.storage.local import LocalStorage
 from pipeline.storage.object_store import ObjectStorage
 from pipeline.storage.retry import is_transient, retried
 from pipeline.storage.urls import explained, is_local, local_path, open_arrow, open_file, scheme_of
+from tests.forks import forks
+from tests.processes import wait_until
 from tests.s3 import BUCKET, moto_server, pointed_at
 
 BIG = 1 << 20
@@ -103,7 +105,7 @@ def test_a_stage_that_was_never_written_is_no_error(storage: Storage) -> None:
 
 @pytest.mark.parametrize("replace", [False, True])
 def test_a_file_of_other_content_is_replaced(storage: Storage, replace: bool) -> None:
-    """Also where names hold digests: what stands there under the name of this content is damaged."""
+    """Names may hold digests: other content under such a name is damage."""
     publish(storage, "part.bin", b"damaged", replace=replace)
     publish(storage, "part.bin", b"sound", replace=replace)
     assert storage.read("part.bin") == b"sound"
@@ -157,7 +159,7 @@ def test_a_name_is_created_once(storage: Storage) -> None:
 
 
 def race(count: int, work: Callable[[int], bool]) -> list[bool]:
-    """What each of ``count`` threads got that began at the same moment."""
+    """The results of ``count`` threads that begin at the same moment."""
     gate = threading.Barrier(count)
 
     def run(number: int) -> bool:
@@ -179,25 +181,21 @@ def test_of_16_threads_one_creates_a_file_and_its_bytes_are_whole(storage: Stora
     assert len(storage.sizes("_commits")) == trials
 
 
-def create_many(url: str, number: int, names: int, gate: threading.Barrier, results: object) -> None:
+def create_many(url: str, number: int, names: int, go: str) -> int:
     storage = open_storage(url)
-    gate.wait()
-    results.put((number, [storage.create_once(str(n), bytes([number]) * 20_000) for n in range(names)]))  # type: ignore[attr-defined]
+    wait_until(Path(go).exists)
+    won = [storage.create_once(str(n), bytes([number]) * 20_000) for n in range(names)]
+    Path(f"{go}-{number}").write_text(json.dumps(won))
+    return 0
 
 
 def test_of_4_processes_one_creates_a_file_and_its_bytes_are_whole(tmp_path: Path) -> None:
-    names, context = 40, multiprocessing.get_context("spawn")
-    gate, results = context.Barrier(4), context.Queue()
-    workers = [
-        context.Process(target=create_many, args=(str(tmp_path), number, names, gate, results)) for number in range(4)
-    ]
-    for worker in workers:
-        worker.start()
-    won = dict(results.get(timeout=60) for _ in workers)
-    for worker in workers:
-        worker.join()
-        assert worker.exitcode == 0
-    storage = open_storage(str(tmp_path))
+    names, url, go = 40, str(tmp_path / "out"), tmp_path / "go"
+    children = [forks().start("tests.test_storage:create_many", url, number, names, str(go)) for number in range(4)]
+    go.touch()
+    assert [child.wait() for child in children] == [0] * 4
+    won = {number: json.loads(Path(f"{go}-{number}").read_text()) for number in range(4)}
+    storage = open_storage(url)
     for n in range(names):
         (winner,) = [number for number in won if won[number][n]]
         assert storage.read(str(n)) == bytes([winner]) * 20_000
@@ -388,7 +386,7 @@ def test_what_is_no_fault_of_a_store_stays_as_it_is() -> None:
 
 
 class Answered(Exception):
-    """As botocore's ClientError."""
+    """A stand-in for ClientError of botocore."""
 
     def __init__(self, status: int, code: str) -> None:
         self.response = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}

@@ -26,9 +26,13 @@ from tests.jobs import StubEncoder, config_for, content, scenes_manifest, stub_b
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
+def small_job(where: Path, **groups: Any) -> Config:
+    return config_for(scenes_manifest(where / "m.parquet", 100), where / "none", **groups)
+
+
 def unlabelled(where: Path) -> Config:
     """A job for stub encoders, whose embeddings are too short for the demo's prompts."""
-    config = config_for(scenes_manifest(where / "m.parquet", 100), where / "none", prompts={"labels": []})
+    config = small_job(where, prompts={"labels": []})
     return replace(config, model=replace(config.model, name=str(DEMO_FOLDER)))
 
 
@@ -58,7 +62,7 @@ def test_on_a_gpu_work_is_queued_by_the_thread_that_asks() -> None:
 
 
 def test_the_rows_do_not_depend_on_how_many_batches_are_encoded_at_once(tmp_path: Path) -> None:
-    config = config_for(scenes_manifest(tmp_path / "m.parquet", 100), tmp_path / "none")
+    config = small_job(tmp_path)
     many = 2 * cores()
     for count in (cores(), many):
         run_job(with_streams(config, count, tmp_path / str(count)))
@@ -111,7 +115,7 @@ def rows() -> ShardRows:
 
 
 def taken(kinds: str, ahead: int) -> list[str]:
-    """What is handed out and asked for, in order, of batches (b) and ends of shards (e)."""
+    """The order in which batches (b) and ends of shards (e) are submitted (+) and handed out (-)."""
     events: list[str] = []
 
     def submitted() -> Iterator[_Step]:

@@ -43,7 +43,7 @@ def executed(committed: NotebookNode, tmp_path_factory: pytest.TempPathFactory) 
 
 
 def texts(cell: NotebookNode) -> list[str]:
-    """What a cell shows as plain text, and what it prints."""
+    """Texts that a cell shows or prints."""
     return [output.text if "text" in output else output.data["text/plain"] for output in cell.outputs]
 
 

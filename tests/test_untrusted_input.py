@@ -32,7 +32,7 @@ from pipeline.models.hub import DEMO_FOLDER
 from pipeline.models.label_files import read_labels
 from tests.jobs import config_for
 from tests.servers import answer, drip, moved, serve
-from tests.test_run_door import run
+from tests.test_run import run
 
 
 class Evil:

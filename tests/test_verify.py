@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,8 +27,9 @@ from pipeline.job.main import run_job
 from pipeline.storage.base import sha256
 from pipeline.storage.factory import open_storage
 from pipeline.verify import main
-from tests.conftest import ROOT
+from tests.damage import commit_of, flip, part_of, truncate
 from tests.jobs import config_for, content, scenes_manifest
+from tests.processes import loads, run_python
 
 SHARD_ROWS, SHARDS = 4, 19
 ROWS, LAST = SHARD_ROWS * SHARDS, SHARDS - 1
@@ -42,7 +41,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Config:
     """A finished job of small shards, a failed row in the first, in this process alone."""
     folder = tmp_path_factory.mktemp("verify")
     manifest = scenes_manifest(folder / "m.parquet", ROWS, damaged={3: b""})
-    loader = {"batch_size": 4, "isolation": "none"}
+    loader = {"batch_size": 4}
     config = config_for(manifest, folder / "whole", manifest={"shard_rows": SHARD_ROWS}, loader=loader)
     run_job(config)
     return config
@@ -58,80 +57,66 @@ def look(out: Path) -> Health:
     return verify(open_storage(str(out)))
 
 
-def part(out: Path, shard: int) -> Path:
-    return next(out.glob(f"part-{shard:05d}-*"))
-
-
-def commit(out: Path, shard: int) -> Path:
-    return out / "_commits" / f"{shard:05d}.json"
-
-
 def change(path: Path, **values: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
 def forge(out: Path, shard: int, table: pa.Table) -> None:
     """Replace a part by another file, and its commit by one of that file."""
-    old = part(out, shard)
+    old = part_of(out, shard)
     pq.write_table(table, out / "forged")
     old.unlink()
     digest = sha256(out / "forged")
     new = out / f"part-{shard:05d}-{digest[:16]}.parquet"
     (out / "forged").rename(new)
-    change(commit(out, shard), part=new.name, size=new.stat().st_size, sha256=digest)
-
-
-def flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(bytes(data))
+    change(commit_of(out, shard), part=new.name, size=new.stat().st_size, sha256=digest)
 
 
 def without_metadata(out: Path, shard: int) -> None:
-    forge(out, shard, pq.read_table(part(out, shard)).replace_schema_metadata({}))
+    forge(out, shard, pq.read_table(part_of(out, shard)).replace_schema_metadata({}))
 
 
 def of_another_job(out: Path, shard: int) -> None:
-    table = pq.read_table(part(out, shard))
+    table = pq.read_table(part_of(out, shard))
     prints = json.loads(table.schema.metadata[METADATA_KEY])
     prints["model"] = {**prints["model"], "name": "another"}
     forge(out, shard, table.replace_schema_metadata({METADATA_KEY: json.dumps(prints).encode()}))
 
 
 def with_fewer_rows(out: Path, shard: int) -> None:
-    forge(out, shard, pq.read_table(part(out, shard)).slice(1))
+    forge(out, shard, pq.read_table(part_of(out, shard)).slice(1))
 
 
 def with_another_dtype(out: Path, shard: int) -> None:
-    table = pq.read_table(part(out, shard))
+    table = pq.read_table(part_of(out, shard))
     place, length = table.schema.get_field_index("embedding"), table.schema.field("embedding").type.list_size
     narrow = table["embedding"].combine_chunks().cast(pa.list_(pa.float16(), length))
     forge(out, shard, table.set_column(place, "embedding", narrow))
 
 
 def no_parquet(out: Path, shard: int) -> None:
-    old, data = part(out, shard), b"no Parquet"
+    old, data = part_of(out, shard), b"no Parquet"
     old.unlink()
     new = out / f"part-{shard:05d}-{'f' * 16}.parquet"
     new.write_bytes(data)
-    change(commit(out, shard), part=new.name, size=len(data), sha256=sha256(new))
+    change(commit_of(out, shard), part=new.name, size=len(data), sha256=sha256(new))
 
 
 # Each does something to one shard, and is known by what stands before the colon.
 DAMAGES: dict[str, Callable[[Path, int], object]] = {
-    "wrong size: truncated": lambda out, n: os.truncate(part(out, n), part(out, n).stat().st_size - 10),
-    "wrong digest: a bit flipped": lambda out, n: flip(part(out, n)),
-    "missing part: deleted": lambda out, n: part(out, n).unlink(),
-    "torn commit": lambda out, n: os.truncate(commit(out, n), 20),
-    "torn commit: empty": lambda out, n: commit(out, n).write_bytes(b""),
-    "torn commit: of other types": lambda out, n: change(commit(out, n), part=["x"]),
-    "foreign commit": lambda out, n: shutil.copy(commit(out, LAST), commit(out, n)),
-    "missing commit": lambda out, n: commit(out, n).unlink(),
-    "wrong part: of another shard": lambda out, n: change(commit(out, n), part=part(out, LAST).name),
-    "wrong rows: in the commit": lambda out, n: change(commit(out, n), rows=3, counts={"ok": 3}),
+    "wrong size: truncated": lambda out, n: truncate(part_of(out, n)),
+    "wrong digest: a bit flipped": lambda out, n: flip(part_of(out, n)),
+    "missing part: deleted": lambda out, n: part_of(out, n).unlink(),
+    "torn commit": lambda out, n: truncate(commit_of(out, n), 20),
+    "torn commit: empty": lambda out, n: commit_of(out, n).write_bytes(b""),
+    "torn commit: of other types": lambda out, n: change(commit_of(out, n), part=["x"]),
+    "foreign commit": lambda out, n: shutil.copy(commit_of(out, LAST), commit_of(out, n)),
+    "missing commit": lambda out, n: commit_of(out, n).unlink(),
+    "wrong part: of another shard": lambda out, n: change(commit_of(out, n), part=part_of(out, LAST).name),
+    "wrong rows: in the commit": lambda out, n: change(commit_of(out, n), rows=3, counts={"ok": 3}),
     "wrong rows: in the part": with_fewer_rows,
-    "wrong counts: by status": lambda out, n: change(commit(out, n), counts={"ok": 3, "empty": 1}),
-    "wrong counts: in sum": lambda out, n: change(commit(out, n), counts={"ok": 3}),
+    "wrong counts: by status": lambda out, n: change(commit_of(out, n), counts={"ok": 3, "empty": 1}),
+    "wrong counts: in sum": lambda out, n: change(commit_of(out, n), counts={"ok": 3}),
     "wrong fingerprints: none": without_metadata,
     "wrong fingerprints: of another job": of_another_job,
     "wrong schema: of another dtype": with_another_dtype,
@@ -168,7 +153,7 @@ def test_only_the_damaged_shards_are_done_again(
 ) -> None:
     for number, damage in enumerate(DAMAGES.values(), 1):
         damage(out, number)
-    sound = [path for n in (0, LAST) for path in (part(out, n), commit(out, n))]
+    sound = [path for n in (0, LAST) for path in (part_of(out, n), commit_of(out, n))]
     before = {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in sound}
     kinds = [finding.kind for finding in look(out).findings if finding.damage]
     assert sorted(kinds) == sorted(damage.split(":")[0] for damage in DAMAGES)
@@ -190,7 +175,7 @@ def test_only_the_damaged_shards_are_done_again(
     [
         (lambda out: (out / "_SUCCESS").write_text('{"rows": 1'), "wrong marker"),
         (lambda out: change(out / "_SUCCESS", counts={"ok": 76}), "wrong marker"),
-        (lambda out: shutil.copy(part(out, 2), out / "part-00002-aaaaaaaaaaaaaaaa.parquet"), "stray part"),
+        (lambda out: shutil.copy(part_of(out, 2), out / "part-00002-aaaaaaaaaaaaaaaa.parquet"), "stray part"),
     ],
 )
 def test_what_lies_beside_the_commits_is_repaired_without_a_shard(
@@ -208,10 +193,10 @@ def test_what_lies_beside_the_commits_is_repaired_without_a_shard(
 
 def test_an_unfinished_dataset_is_no_damage(whole: Config, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (out / "_SUCCESS").unlink()
-    commit(out, 3).unlink()
+    commit_of(out, 3).unlink()
     assert main([str(out)]) == 75
     said = capsys.readouterr().out
-    assert f"note  stray part: {part(out, 3).name}: no commit names it; " in said
+    assert f"note  stray part: {part_of(out, 3).name}: no commit names it; " in said
     assert f"unfinished: {out}: 18 of 19 shards" in said
     assert main([str(out), "--repair"]) == 0
     assert content(out) == content(Path(whole.output.dir))
@@ -264,7 +249,7 @@ def test_no_dataset_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_json_holds_every_finding(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flip(part(out, 3))
+    flip(part_of(out, 3))
     assert main([str(out), "--json"]) == 1
     told = json.loads(capsys.readouterr().out)
     assert (told["state"], told["done"], told["shards"], told["collected"]) == ("damaged", 18, 19, None)
@@ -281,8 +266,8 @@ def test_collect_removes_what_is_old_and_nobody_needs(out: Path, capsys: pytest.
     young = [out / "part-00004-bbbbbbbbbbbbbbbb.parquet", out / "_tmp-elsewhere-2-cd"]
     for path in (*old, *young):
         path.write_bytes(b"12345")
-    commit(out, 5).write_text("torn")
-    keep = [part(out, 5), out / "mine.txt"]
+    commit_of(out, 5).write_text("torn")
+    keep = [part_of(out, 5), out / "mine.txt"]
     keep[1].write_text("mine")
     named = sorted(out.glob("part-*"))
     for path in (*named, *keep, *old):
@@ -322,7 +307,7 @@ def aged(out: Path) -> None:
 
 @pytest.mark.parametrize("lost", ["one commit", "all commits"])
 def test_parts_of_a_finished_dataset_whose_commits_are_lost_are_not_collected(out: Path, lost: str) -> None:
-    for path in (out / "_commits").iterdir() if lost == "all commits" else [commit(out, 3)]:
+    for path in (out / "_commits").iterdir() if lost == "all commits" else [commit_of(out, 3)]:
         path.unlink()
     aged(out)
     parts = sorted(out.glob("part-*"))
@@ -362,17 +347,17 @@ def test_files_that_others_named_like_parts_are_left_alone(whole: Config, out: P
 
 def test_a_folder_of_parquet_files_within_is_told(out: Path) -> None:
     (out / "old").mkdir()
-    shutil.copy(part(out, 0), out / "old" / "x.parquet")
+    shutil.copy(part_of(out, 0), out / "old" / "x.parquet")
     assert [(finding.kind, finding.damage) for finding in look(out).findings] == [("foreign folder", True)]
 
 
 def test_a_dataset_that_is_finished_while_it_is_looked_at_is_no_damage(whole: Config, out: Path) -> None:
     (out / "_SUCCESS").unlink()
-    kept = commit(out, 18).read_bytes()
-    commit(out, 18).unlink()
+    kept = commit_of(out, 18).read_bytes()
+    commit_of(out, 18).unlink()
 
     def finish(done: int, total: int) -> None:
-        commit(out, 18).write_bytes(kept)
+        commit_of(out, 18).write_bytes(kept)
         (out / "_SUCCESS").write_bytes((Path(whole.output.dir) / "_SUCCESS").read_bytes())
 
     assert verify(open_storage(str(out)), on_shard=finish).state == "unfinished"
@@ -400,17 +385,17 @@ def test_a_storage_that_does_not_answer_is_no_damage(tmp_path: Path, capsys: pyt
 
 
 def test_an_overtaken_holder_clears_nothing_that_was_mended(whole: Config, out: Path) -> None:
-    flip(part(out, 3))
+    flip(part_of(out, 3))
     storage = open_storage(str(out))
     plan_of = plan.read(storage)
     assert plan_of is not None
 
     def mended_meanwhile() -> None:
-        shutil.copy(part(Path(whole.output.dir), 3), part(out, 3))
+        shutil.copy(part_of(Path(whole.output.dir), 3), part_of(out, 3))
 
     assert len(find_done(storage, plan_of, mended_meanwhile)) == 18
-    assert part(out, 3).exists()
-    assert commit(out, 3).exists()
+    assert part_of(out, 3).exists()
+    assert commit_of(out, 3).exists()
 
 
 def test_an_object_store_is_verified_and_repaired_too(whole: Config) -> None:
@@ -433,7 +418,7 @@ def test_a_repair_needs_the_manifest_where_it_was(
     shutil.copy(str(whole.manifest.path), tmp_path / "m.parquet")
     config = replace(whole, manifest=replace(whole.manifest, path=str(tmp_path / "m.parquet")))
     run_job(replace(config, output=replace(config.output, dir=str(tmp_path / "out"))))
-    flip(part(tmp_path / "out", 3))
+    flip(part_of(tmp_path / "out", 3))
     (tmp_path / "m.parquet").unlink()
     assert main([str(tmp_path / "out"), "--repair"]) == 2
     assert "no such file, folder or match" in capsys.readouterr().err
@@ -478,8 +463,6 @@ def test_a_plan_of_before_is_read_without_a_config(out: Path, whole: Config) -> 
 
 
 def test_the_door_opens_without_torch_and_tells_the_codes() -> None:
-    code = "import sys, pipeline.verify, pipeline.dataset.verify; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
-    command = [sys.executable, "-m", "pipeline.verify", "--help"]
-    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert loads("import pipeline.verify, pipeline.dataset.verify", "torch") == []
+    told = run_python("-m", "pipeline.verify", "--help").stdout
     assert "exit codes: 0 healthy, 1 damaged, 2 no dataset" in told

@@ -64,7 +64,7 @@ def elsewhere(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def borrowed() -> set[Path]:
-    """What this environment's site-packages hold of the package's dependencies, extras left out."""
+    """Entries of site-packages that belong to the dependencies of the package, without extras."""
     found: dict[str, metadata.Distribution] = {}
     wanted = [Requirement(line) for line in PROJECT["project"]["dependencies"]]
     while wanted:

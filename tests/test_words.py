@@ -19,6 +19,7 @@ from tests import conf_readme, layout
 from tests.commands import PARSERS, parser_of, prove
 from tests.conf_readme import SHARED
 from tests.conftest import ROOT
+from tests.processes import run_python
 from tests.readme import PAGES
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -74,17 +75,11 @@ def test_an_extra_is_installed_from_the_checkout_or_from_the_index(
 # Help.
 
 
-def help_of(module: str, *words: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", module, *words, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert done.stderr == ""
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
 def main_help() -> str:
-    return help_of("pipeline.run")
+    done = run_python("-m", "pipeline.run", "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
 
 
 def examples(text: str) -> list[list[str]]:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from functools import cache
 from typing import Any
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader
@@ -118,8 +119,9 @@ def to_html(
     return page.encode()
 
 
+@cache
 def environment(*packages: str) -> Environment:
-    """Return the environment of the templates in this package and in others, with their filters."""
+    """Return the environment of the templates in this package and in others, with their filters; it keeps what it compiles."""
     loader = ChoiceLoader([PackageLoader(package, ".") for package in (*packages, "pipeline.report")])
     made = Environment(loader=loader, autoescape=True, trim_blocks=True)
     made.globals["night_kinds"] = list(plots.KINDS)

@@ -1,3 +1,5 @@
+"""The command that draws pages again, compares two runs and shows the nights."""
+
 from __future__ import annotations
 
 import json
@@ -5,7 +7,6 @@ import re
 from dataclasses import replace
 from datetime import date, timedelta
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,19 +18,18 @@ from pipeline.nightly.store import RUN_SCHEMA
 from pipeline.report.__main__ import main
 from pipeline.report.compare import compare_page, headline
 from pipeline.report.nights import read_nights, recent_nights
-from tests import jobs
-from tests.jobs import scenes_manifest
+from tests.jobs import config_for, scenes_manifest
 
 
-def config_for(manifest: Path, output: Path, /, **groups: dict[str, Any]) -> Config:
-    """Return the config of a small job that draws its page."""
-    return jobs.config_for(manifest, output, report={"html": True}, **groups)
+def small_job(output: Path, rows: int, damaged: dict[int, bytes] | None = None) -> Config:
+    """A job that draws its page."""
+    manifest = scenes_manifest(output.with_suffix(".parquet"), rows, damaged=damaged)
+    return config_for(manifest, output, report={"html": True})
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    folder = tmp_path_factory.mktemp("report")
-    config = config_for(scenes_manifest(folder / "m.parquet", 60), folder / "out")
+    config = small_job(tmp_path_factory.mktemp("report") / "out", 60)
     run_job(config)
     return config
 
@@ -72,9 +72,8 @@ def test_without_its_manifest_the_page_has_no_pictures(
 
 
 def test_two_runs_stand_side_by_side(finished: Config, tmp_path: Path) -> None:
-    other = config_for(
-        Path(str(finished.manifest.path)), tmp_path / "other", prompts={"labels": ["a red circle", "a star"]}
-    )
+    prompts = replace(finished.prompts, labels=["a red circle", "a star"])
+    other = replace(finished, prompts=prompts, output=replace(finished.output, dir=str(tmp_path / "other")))
     run_job(other)
     page = tmp_path / "compare.html"
     assert main(["--compare", finished.output.dir, other.output.dir, "--out", str(page)]) == 0
@@ -185,19 +184,19 @@ def test_the_nights_are_drawn_with_those_that_are_missing_or_bad(tmp_path: Path)
 
 def test_a_dataset_without_a_good_row_has_a_page_too(tmp_path: Path) -> None:
     damaged = dict.fromkeys(range(24), b"no picture")
-    half = config_for(scenes_manifest(tmp_path / "half.parquet", 48, damaged=damaged), tmp_path / "half")
+    half = small_job(tmp_path / "half", 48, damaged)
     run_job(replace(half, errors=ErrorsConfig(max_fraction=1.0)))
     page = (tmp_path / "half" / "_report.html").read_text()
     assert "Some of the images" in page, "those of the second part"
     assert "not_an_image (3 of 24)" in re.sub(r"<[^>]+>", "", page)
-    none = config_for(scenes_manifest(tmp_path / "none.parquet", 6, damaged=damaged), tmp_path / "none")
+    none = small_job(tmp_path / "none", 6, damaged)
     run_job(replace(none, errors=ErrorsConfig(max_fraction=1.0)))
     assert "6 of 6 rows failed" in (tmp_path / "none" / "_report.html").read_text()
     assert main([none.output.dir]) == 0
 
 
 def test_scores_under_the_threshold_are_shown_and_counted(tmp_path: Path) -> None:
-    config = config_for(scenes_manifest(tmp_path / "m.parquet", 24, damaged={}), tmp_path / "out")
+    config = small_job(tmp_path / "out", 24, damaged={})
     run_job(replace(config, labels=replace(config.labels, threshold=1.0)))
     page = (tmp_path / "out" / "_report.html").read_text()
     assert re.search(r"\d+ embedded rows have no label", page)
@@ -205,7 +204,7 @@ def test_scores_under_the_threshold_are_shown_and_counted(tmp_path: Path) -> Non
 
 
 def test_what_an_earlier_run_left_is_replaced_and_a_page_is_never_in_the_way(tmp_path: Path) -> None:
-    config = config_for(scenes_manifest(tmp_path / "m.parquet", 30), tmp_path / "out")
+    config = small_job(tmp_path / "out", 30)
     run_job(config)
     report, page = tmp_path / "out" / "_report.json", tmp_path / "out" / "_report.html"
     # As of a run that gave a shard up, and of one that was killed before it told of the rest.

@@ -19,8 +19,9 @@ from pipeline import run as command
 from pipeline.config.compose import groups, known_keys, register
 from pipeline.config.schema import conf_dir
 from pipeline.core.cli import ErrorOutput
+from tests.conftest import ROOT
+from tests.forks import forks
 
-ROOT = Path(__file__).resolve().parent.parent
 HEAVY = {"torch", "transformers", "pandas", "pyarrow", "PIL", "dask", "fsspec"}
 
 
@@ -35,6 +36,13 @@ def run(
         text=True,
         check=False,
     )
+
+
+def answered(*arguments: str, **environment: str) -> str:
+    """The output of the command, in a fork, which exits with 0."""
+    child = forks().start("tests.forks:run_command", *arguments, environment=environment)
+    assert child.wait() == 0, child.said()
+    return child.said()
 
 
 def cpu_seconds() -> float:
@@ -80,10 +88,8 @@ def test_help_loads_nothing_heavy_and_shows_every_group_every_option_and_the_exi
     assert set(shown) <= {*known_keys(), *groups(conf_dir())}
 
 
-def test_cfg_job_prints_every_key_with_its_value(tmp_path: Path) -> None:
-    done = run(tmp_path, "--cfg", "job", "manifest.keep=[a,b]", "prompts.labels=['heißer Hund','猫']")
-    assert done.returncode == 0
-    shown = yaml.safe_load(done.stdout)
+def test_cfg_job_prints_every_key_with_its_value() -> None:
+    shown = yaml.safe_load(answered("--cfg", "job", "manifest.keep=[a,b]", "prompts.labels=['heißer Hund','猫']"))
     assert [f"{group}.{name}" for group, values in shown.items() for name in values] == known_keys()
     assert shown["manifest"]["keep"] == ["a", "b"]
     assert shown["prompts"]["labels"] == ["heißer Hund", "猫"]
@@ -175,20 +181,16 @@ def test_a_wrong_manifest_ends_with_code_2_before_any_model_is_opened(
         ("model=demo manifest.sh", ["manifest.shard_rows="]),
     ],
 )
-def test_the_shell_completes_groups_options_and_keys(tmp_path: Path, line: str, choices: list[str]) -> None:
+def test_the_shell_completes_groups_options_and_keys(line: str, choices: list[str]) -> None:
     whole = f"run.py {line}"
-    done = run(tmp_path, "-sc", "query=bash", COMP_LINE=whole, COMP_POINT=str(len(whole)))
-    assert (done.returncode, done.stderr) == (0, "")
-    assert sorted(done.stdout.split()) == sorted(choices)
+    shown = answered("-sc", "query=bash", COMP_LINE=whole, COMP_POINT=str(len(whole)))
+    assert sorted(shown.split()) == sorted(choices)
 
 
-def test_completion_is_installed_by_the_command_that_the_help_names(tmp_path: Path) -> None:
-    done = run(tmp_path, "-sc", "install=bash")
-    assert done.returncode == 0
-    assert "hydra_bash_completion" in done.stdout
+def test_completion_is_installed_by_the_command_that_the_help_names() -> None:
+    assert "hydra_bash_completion" in answered("-sc", "install=bash")
 
 
-def test_values_of_options_are_not_taken_for_overrides(tmp_path: Path) -> None:
-    done = run(tmp_path, "--cfg", "job", "--package", "loader", "loader.batch_size=8")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert yaml.safe_load(done.stdout.partition("\n")[2])["batch_size"] == 8
+def test_values_of_options_are_not_taken_for_overrides() -> None:
+    shown = answered("--cfg", "job", "--package", "loader", "loader.batch_size=8")
+    assert yaml.safe_load(shown.partition("\n")[2])["batch_size"] == 8

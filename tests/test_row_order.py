@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from pipeline.backends.row_order import in_order, turned
+from pipeline.backends.torch import open_encoder
 from pipeline.config.schema import BackendConfig, ModelConfig, ParityConfig
 from pipeline.core.errors import NumericalError
 from pipeline.engine.padding import repeats, repeats_on
@@ -17,6 +18,8 @@ from pipeline.job.main import run_job
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline.models.hub import DEMO_FOLDER
 from tests.jobs import StubEncoder, config_for, scenes_manifest, stub_backend
+
+CLIP = "openai/clip-vit-base-patch32"
 
 
 class Stale(StubEncoder):
@@ -40,7 +43,7 @@ SPOILS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 def job_of(tmp_path: Path, rows: int, encoder: type[StubEncoder]) -> None:
     manifest = scenes_manifest(tmp_path / "m.parquet", rows, damaged={})
-    config = config_for(manifest, tmp_path / "out", prompts={"labels": []}, loader={"isolation": "none"})
+    config = config_for(manifest, tmp_path / "out", prompts={"labels": []})
     config = replace(config, model=replace(config.model, name=str(DEMO_FOLDER)))
     with stub_backend(encoder):
         run_job(config)
@@ -65,11 +68,7 @@ def test_results_of_the_batch_before_are_never_committed(tmp_path: Path) -> None
     assert not list((tmp_path / "out").glob("_commits/*.json"))
 
 
-def test_pictures_that_are_all_the_same_are_no_error(tmp_path: Path) -> None:
-    class Constant(StubEncoder):
-        def spoil(self, vectors: torch.Tensor) -> torch.Tensor:
-            return torch.full_like(vectors, 0.5)
-
+def test_pictures_that_are_all_the_same_are_no_error() -> None:
     pixels = torch.full((8, 3, 4, 4), 7, dtype=torch.uint8)
     vectors = torch.full((8, 4), 0.5)
     other, order = turned(pixels)
@@ -124,21 +123,21 @@ def test_a_turned_batch_keeps_its_layout_in_memory() -> None:
     assert torch.equal(other, pixels[order])
 
 
-@pytest.fixture(scope="module")
-def random_weights() -> Checkpoint:
+@pytest.fixture(
+    scope="module", params=[str(DEMO_FOLDER), pytest.param(CLIP, marks=pytest.mark.slow)], ids=["demo", "ViT-B32"]
+)
+def random_weights(request: pytest.FixtureRequest) -> Checkpoint:
     """The hardest case, as any two pictures come out nearly the same."""
-    return open_checkpoint(ModelConfig(name="openai/clip-vit-base-patch32", weights="random"))
+    return open_checkpoint(ModelConfig(name=request.param, weights="random"))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_embeddings_that_are_all_alike_are_still_told_apart(random_weights: Checkpoint, precision: str) -> None:
-    from pipeline.backends.torch import open_encoder
-
     config = BackendConfig(precision=precision, device="cpu")
     encoder = open_encoder(random_weights, config, batch_size=6, sample=lambda: None, limits=ParityConfig())  # type: ignore[arg-type,return-value]
     dice = torch.Generator().manual_seed(5)
     grid = torch.rand(6, 3, 4, 4, generator=dice) * 255
-    pixels = torch.nn.functional.interpolate(grid, size=224).to(torch.uint8)
+    pixels = torch.nn.functional.interpolate(grid, size=random_weights.spec.size).to(torch.uint8)
     vectors = encoder.encode(pixels)
     other, order = turned(pixels)
     again = encoder.encode(other)

@@ -1,4 +1,4 @@
-"""What a siege of a job needs: every place at which to strike, and what must hold after each blow."""
+"""Interruptions of a job: its failpoints, a small job, and checks of the dataset that an interrupted run leaves."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def at(config: Config, output: Path | str) -> dict[str, dict[str, Any]]:
 
 
 def check_books(output: Path, ids: list[str]) -> int:
-    """What must hold at every moment, a killed run's dataset included; the rows that are committed.
+    """Check a dataset, also of a killed run; return the number of committed rows.
 
     Every committed part is there, whole, with the rows that its commit says; readers see no row twice and
     no row that the manifest does not have; a dataset that calls itself done is complete.
