@@ -53,7 +53,7 @@ class Stub:
         }
         for _ in range(8):
             self._events.send({"images": 512})
-        self._events.send({"report": report, "worker": self._stats.to_json()})
+        self._events.send({"report": report, "stats": self._stats.to_json()})
         done: Future[None] = Future()
         done.set_result(None)
         return done
@@ -74,7 +74,7 @@ def measure(shards: int, workers: int) -> dict[str, float]:
         client.run(plant)
         fleet = DaskExecutor(config, open_storage(str(Path("/nonexistent"))), lambda: None)
         fleet._client, fleet._token = client, TOKEN
-        client.subscribe_topic(f"pipeline-{TOKEN}", lambda event: fleet._told.put(event[1]))
+        client.subscribe_topic(f"pipeline-{TOKEN}", lambda event: fleet._events.put(event[1]))
         fleet._tick()
         todo = (Shard(index, 4096, (Piece(0, index, 0, 4096),)) for index in range(shards))
         wall, core = time.perf_counter(), time.process_time()

@@ -15,6 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
+# Read when torch is imported. A thread that spins while it waits takes the core of the one that it waits for: with two
+# workers of two threads each on two cores, a small model takes fifteen times the core time.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 
 if TYPE_CHECKING:

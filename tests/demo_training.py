@@ -34,15 +34,7 @@ from pipeline.engine.demo import scenes
 
 IMAGE_SIZE = 48
 ATTRIBUTES = ("size", "texture", "colour", "shape", "background")
-TEMPLATES = (
-    "{}",
-    "a photo of {}",
-    "a picture of {}",
-    "a drawing of {}",
-    "an image of {}",
-    "a photo of {}.",
-    "{}.",
-)
+TEMPLATES = ("{}", "a photo of {}", "a picture of {}", "a drawing of {}", "an image of {}", "a photo of {}.", "{}.")
 TRAIN_SEED = 1
 UNSEEN_SEED = 1_000_003
 TRAINED = frozenset((c, s) for c in scenes.COLOURS for s in scenes.SHAPES) - scenes.HELD_OUT
@@ -192,9 +184,7 @@ def train(out: Path, *, count: int, steps: int, batch_size: int, seed: int, chec
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
-        lr=2e-3,
-        betas=(0.9, 0.98),
+        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}], lr=2e-3, betas=(0.9, 0.98)
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.08)
     always = [("colour",), ("shape",), ("colour", "shape")]

@@ -47,7 +47,7 @@ def cases(folder: Path) -> dict[str, list[str]]:
         *("images=fast", "backend.precision=bf16", "loader.batch_size=32"),
     ]
     found["photos, demo model in ONNX"] = [
-        *(f"manifest.path={often}", f"manifest.root={photos}", "backend=onnx", "images=exact", "images.repeats=each"),
+        *(f"manifest.path={often}", f"manifest.root={photos}", "backend=onnx", "images=exact", "images.repeats=each")
     ]
     return found
 

@@ -162,7 +162,7 @@ def job_for(folder: Path, *, dtype: str, compression: str, batch: int, workers: 
         spec=SPEC,
         decoders=cast("Decoders", ReadyDecoders()),
     )
-    return Job(config=config, manifest=manifest, spec=SPEC, form=form, bank=bank), reader
+    return Job(config=config, manifest=manifest, form=form, bank=bank), reader
 
 
 def measure(

@@ -49,7 +49,7 @@ def made_dataset(folder: Path, rows: int, *, shard_rows: int = 4096, dtype: str 
     wanted = plan.Plan(
         rows=rows, shards=shards, shard_rows=shard_rows, fingerprints=prints, about={}, config=recipe_of(config)
     )
-    plan.settle(storage, wanted)
+    plan.write_once(storage, wanted)
 
     def make(index: int) -> None:
         start, count = index * shard_rows, min(shard_rows, rows - index * shard_rows)

@@ -57,7 +57,7 @@ def measure_plan(manifest: str) -> dict[str, Any]:
         assert shards == count_shards(opened.rows, SHARD_ROWS)
         wanted = plan_of(shards, opened.rows, SHARD_ROWS, {"manifest": opened.fingerprint})
         storage = open_storage(folder)
-        assert plan.settle(storage, wanted)
+        assert plan.write_once(storage, wanted)
         assert plan.compare(storage, wanted)
     return figures | {"shards": shards, "plan_bytes": len(wanted.to_json())}
 

@@ -113,12 +113,12 @@ def test_a_host_that_is_not_there_is_told_from_one_that_may_come_back(monkeypatc
     resolve(monkeypatch, {"gone.test": [[]]})
     with pytest.raises(NoConnection) as caught:
         connect("gone.test", 80, frozenset())
-    assert (caught.value.said, caught.value.passing) == ("no such name", False)
+    assert (caught.value.outcome, caught.value.passing) == ("unknown name", False)
     failing = socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
     monkeypatch.setattr("socket.getaddrinfo", lambda *arguments, **named: throw(failing))
     with pytest.raises(NoConnection, match="Temporary") as caught:
         connect("gone.test", 80, frozenset())
-    assert (caught.value.said, caught.value.passing) == ("nothing", True)
+    assert (caught.value.outcome, caught.value.passing) == ("no answer", True)
 
 
 def test_a_refusal_is_told_from_silence_and_one_of_this_machine_from_one_elsewhere(
@@ -126,17 +126,17 @@ def test_a_refusal_is_told_from_silence_and_one_of_this_machine_from_one_elsewhe
 ) -> None:
     with pytest.raises(NoConnection, match="refused") as caught:
         connect("127.0.0.1", 1, frozenset({"127.0.0.1"}))
-    assert caught.value.said == "refused here"
+    assert caught.value.outcome == "refused locally"
     resolve(monkeypatch, {"both.test": [["93.184.216.34", "93.184.216.35"]]})
     failures = [ConnectionRefusedError(errno.ECONNREFUSED, "no"), OSError(errno.ENETUNREACH, "no way")]
     left = [*failures, failures[1], failures[1]]
     monkeypatch.setattr(
         "pipeline.images.sources.allowlist._Timed.connect", lambda *_: throw(left.pop(0)), raising=False
     )
-    for said in ("refused", "nothing"):
+    for outcome in ("refused", "no answer"):
         with pytest.raises(NoConnection, match="no way") as caught:
             connect("both.test", 80, frozenset())
-        assert caught.value.said == said
+        assert caught.value.outcome == outcome
 
 
 def throw(error: OSError) -> None:

@@ -14,22 +14,22 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.backends import TABLE, factory
 from pipeline.backends.artifacts.store import ArtifactStore
-from pipeline.backends.base import ImageEncoder
+from pipeline.backends.base import ImageEncoder, factory
 from pipeline.backends.devices import choose_device, choose_precision
 from pipeline.backends.onnx_session import PROVIDERS, Provider, normalise, open_session
 from pipeline.backends.tensorrt import engine_options, find_library, version_text
 from pipeline.backends.torch_int8 import multiplies_int8
 from pipeline.backends.torch_module import compiled
-from pipeline.config.ranges import PRECISIONS
+from pipeline.bench.selection import ROWS
+from pipeline.config.choices import BACKENDS
 from pipeline.config.schema import BackendConfig, ModelConfig, ParityConfig
-from pipeline.config.validate import CHOICES
 from pipeline.core.errors import BackendUnavailable, StorageError
 from pipeline.core.records import Sample
 from pipeline.engine.demo.folder import rendered_sample
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline.models.towers import Normaliser
+from tests.conftest import ROOT
 
 pytestmark = pytest.mark.usefixtures("exported_once")
 BATCH = 8
@@ -42,6 +42,7 @@ def _case(name: str, precision: str, device: str, **options: str) -> Any:
     words = [name, precision, device, *options.values()]
     marks: list[pytest.MarkDecorator] = [pytest.mark.gpu] if device == "cuda" else []
     marks += [pytest.mark.needs(PACKAGES[name])] if name in PACKAGES else []
+    marks += [pytest.mark.slow] if "compile" in options and device == "cpu" else []
     if name == "tensorrt":
         marks.append(pytest.mark.tensorrt)
     if name == "torch_fp8":
@@ -189,12 +190,14 @@ def test_the_fingerprint_tells_precision_device_and_version(config: BackendConfi
         assert prints["artifact"] == encoder.artifact.fingerprint
 
 
+@pytest.mark.slow
 def test_no_two_backends_have_one_fingerprint(store: str) -> None:
     configs = [case.values[0] for case in CASES if case.values[0].device == "cpu"]
     prints = [tuple(sorted(opened(config, store).fingerprint.items())) for config in configs]
     assert len(set(prints)) == len(configs)
 
 
+@pytest.mark.slow
 def test_opening_a_backend_leaves_the_checkpoint_as_it_is(store: str) -> None:
     before = {name: value.clone() for name, value in demo().model.state_dict().items()}
     attention = demo().model.config.vision_config._attn_implementation
@@ -218,9 +221,11 @@ def test_int8_and_half_precision_weigh_less(store: str) -> None:
         assert weight(BackendConfig(name=name, precision="int8", device="cpu")) < 0.4
 
 
-def test_the_table_and_the_config_name_the_same_backends() -> None:
-    assert tuple(TABLE) == CHOICES["backend.name"] == tuple(PRECISIONS)
-    assert {case.values[0].name for case in CASES} == set(TABLE)
+def test_every_backend_has_a_module_a_config_contract_tests_and_rows_of_the_benchmark() -> None:
+    for name in BACKENDS:
+        assert callable(factory(name))
+        assert (ROOT / "conf" / "backend" / f"{name}.yaml").is_file()
+    assert {case.values[0].name for case in CASES} == {row.backend for row in ROWS} == {*BACKENDS}
 
 
 def test_auto_takes_what_the_device_is_good_at() -> None:

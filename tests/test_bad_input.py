@@ -108,7 +108,7 @@ def groups(folder: Path, output: Path, **more: dict[str, Any]) -> dict[str, dict
         "output": {"dir": str(output)},
         "errors": {"max_fraction": 1.0},
         "backend": {"device": "cpu"},
-        "report": {"progress": "none"},
+        "report": {"progress": "none", "html": False},
     }
     for name, values in more.items():
         found[name] = {**found.get(name, {}), **values}
@@ -216,7 +216,7 @@ def test_a_decoder_that_dies_hangs_or_grows_costs_one_row(tmp_path: Path, rule: 
     files = {f"{number:02d}.jpg": photo() for number in range(20)}
     files["07.jpg"] = photo(comment=MARK.encode())
     make(tmp_path, files)
-    config = groups(tmp_path, tmp_path / "out", loader={"decode_seconds": 2.0})
+    config = groups(tmp_path, tmp_path / "out", loader={"decode_seconds": 1.0})
     child = forks().start("tests.forks:job", config, True, failpoints=f"child.decode[{MARK}]={rule}")
     assert child.wait() == 0, child.said()
     rows = rows_of(tmp_path / "out")
@@ -246,6 +246,7 @@ def test_a_job_whose_every_decoder_crashes_still_ends(tmp_path: Path) -> None:
     assert [row["status"] for row in rows_of(tmp_path / "out")] == ["decoder_crashed"] * 5 + ["empty"]
 
 
+@pytest.mark.slow
 def test_real_bytes_that_take_too_long_or_too_much_memory_cost_one_row_each(tmp_path: Path) -> None:
     """A JPEG of a few hundred kilobytes with seconds of work in it, and a PNG that unpacks to 300 MB."""
     make(tmp_path, {"a.jpg": photo(), "slow.jpg": slow_jpeg(5000, 1000), "large.png": flat(9000), "b.jpg": photo()})

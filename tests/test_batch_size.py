@@ -16,9 +16,8 @@ import pytest
 import torch
 
 from pipeline.artifacts import main as artifacts
-from pipeline.backends import factory
 from pipeline.backends.artifacts.store import ArtifactStore
-from pipeline.backends.base import ImageEncoder
+from pipeline.backends.base import ImageEncoder, factory
 from pipeline.backends.timing import images_per_second, settle
 from pipeline.config.compose import compose_config
 from pipeline.config.schema import Config, ModelConfig
@@ -234,10 +233,7 @@ def other_model(config: Config) -> tuple[Config, Checkpoint]:
 
 
 def other_backend(**values: Any) -> Callable[[Config], tuple[Config, Checkpoint]]:
-    return lambda config: (
-        dataclasses.replace(config, backend=dataclasses.replace(config.backend, **values)),
-        demo(),
-    )
+    return lambda config: (dataclasses.replace(config, backend=dataclasses.replace(config.backend, **values)), demo())
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +18,7 @@ from pipeline.bench import command, pipeline, pipeline_records, pipeline_report,
 from pipeline.bench.images import take_images
 from pipeline.bench.pipeline_records import JobRounds, PipelineBench, StageRounds
 from pipeline.config.compose import compose_config
-from pipeline.core.child import Child, ChildEnded
+from pipeline.core.child import ChildEnded
 from pipeline.core.errors import ConfigError
 from pipeline.core.records import Stage
 from pipeline.images.factory import pixel_reader
@@ -205,30 +204,6 @@ def test_a_measurement_continues_after_the_last_piece_and_counts_core_seconds() 
     assert sorted(seen) == list(range(len(seen)))
     assert first.core_seconds == pytest.approx(0.0025, rel=0.5)
     assert first.images_per_second > 0
-
-
-@pytest.mark.parametrize(
-    ("code", "timeout", "reason"),
-    [
-        ("raise SystemExit('no way')", 60, "exit code 1: no way"),
-        ("import time; time.sleep(60)", 0.5, r"not done within 0\.5 s"),
-        ("import os; os.kill(os.getpid(), 15)", 60, "ended by SIGTERM"),
-    ],
-)
-def test_a_command_that_fails_or_hangs_is_reported_with_its_last_line(
-    tmp_path: Path, code: str, timeout: float, reason: str
-) -> None:
-    child = Child([sys.executable, "-c", code], log=tmp_path / "log", answers=False)
-    with pytest.raises(ChildEnded, match=reason):
-        child.wait(timeout=timeout)
-    child.close()
-
-
-def test_a_command_that_answers_no_requests_writes_to_its_log(tmp_path: Path) -> None:
-    child = Child([sys.executable, "-c", "print('fine' * 100_000)"], log=tmp_path / "log", answers=False)
-    child.wait(timeout=60)
-    child.close()
-    assert (tmp_path / "log").read_text().strip() == "fine" * 100_000
 
 
 def test_a_run_begins_without_the_output_of_one_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

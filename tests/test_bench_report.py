@@ -12,7 +12,7 @@ import pytest
 from pipeline.bench import backends, backends_report, plots, report, stats
 from pipeline.bench.records import Bench, Measurement, Result, Row
 from pipeline.config.schema import ParityConfig
-from pipeline.report.throughput import in_words
+from pipeline.report.bottleneck import in_words
 
 
 def measured(

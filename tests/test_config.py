@@ -12,8 +12,8 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from pipeline.config.compose import groups, known_keys, read_config, register, to_config
-from pipeline.config.ranges import PRECISIONS
+from pipeline.config.choices import BACKENDS
+from pipeline.config.compose import compose_config, groups, known_keys, read_config, register, to_config
 from pipeline.config.schema import FORMATS, OUTPUT_COLUMNS, Config, ManifestConfig, conf_dir, nearest, value_of
 from pipeline.config.validate import AUTOMATIC, CHOICES, RANGES, check
 from pipeline.core.errors import ConfigError, Problem
@@ -58,7 +58,8 @@ def test_every_group_of_the_schema_has_its_folder() -> None:
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_yaml_composes_with_the_rest(group: str, option: str) -> None:
     given = OPEN.get((group, option), [])
-    config = config_of(f"{group}={option}", *given)
+    # Hydra composes every option alike: test_api.py.
+    config = compose_config([f"{group}={option}", *given])
     for key, value in documented(group, option).items():
         if value != "???" and not any(text.startswith(f"{group}.{key}=") for text in given):
             assert value_of(config, f"{group}.{key}") == value
@@ -105,12 +106,7 @@ def test_hub_needs_a_name_which_is_reported_with_all_other_problems() -> None:
         config_of("model=hub", "loader.batch_size=0")
     assert caught.value.exit_code == 2
     assert caught.value.problems == (
-        Problem(
-            "model.name",
-            "???",
-            "has no default; give a value",
-            "such as model.name=openai/clip-vit-base-patch32",
-        ),
+        Problem("model.name", "???", "has no default; give a value", "such as model.name=openai/clip-vit-base-patch32"),
         Problem("loader.batch_size", 0, "must be a whole number from 1 to 65536, or auto"),
     )
 
@@ -148,7 +144,7 @@ def test_every_allowed_word_passes_and_a_typo_gets_the_nearest(key: str) -> None
         config = changed(key, word)
         if key == "backend.precision":
             # Each backend has its own.
-            able = next(name for name, words in PRECISIONS.items() if word in (*words, "auto"))
+            able = next(name for name, info in BACKENDS.items() if word in (*info.precisions, "auto"))
             config = dataclasses.replace(config, backend=dataclasses.replace(config.backend, name=able))
         if key == "backend.quantization":
             config = dataclasses.replace(config, backend=dataclasses.replace(config.backend, name="onnx_int8"))
@@ -185,7 +181,7 @@ def test_a_precision_of_another_backend_is_refused_with_the_backends_that_have_i
 ) -> None:
     (problem,) = check(config_with_backend(name=backend, precision=precision))
     assert problem.key == "backend.precision"
-    assert problem.allowed == f"backend={backend} computes in {', '.join(PRECISIONS[backend])}"
+    assert problem.allowed == f"backend={backend} computes in {', '.join(BACKENDS[backend].precisions)}"
     assert problem.hint == hint
 
 
@@ -193,16 +189,14 @@ def config_with_backend(**values: str) -> Config:
     return dataclasses.replace(Config(), backend=dataclasses.replace(Config().backend, **values))
 
 
-def test_the_compiler_is_a_choice_of_torch_alone() -> None:
-    assert check(config_with_backend(compile="default")) == []
-    (problem,) = check(config_with_backend(name="onnx", compile="default"))
-    assert problem.key == "backend.compile"
-
-
-def test_the_quantization_is_a_choice_of_onnx_int8_alone() -> None:
-    assert check(config_with_backend(name="onnx_int8", quantization="static")) == []
-    (problem,) = check(config_with_backend(name="torch_int8", quantization="static"))
-    assert problem.key == "backend.quantization"
+@pytest.mark.parametrize(
+    ("key", "value", "able", "other"),
+    [("compile", "default", "torch", "onnx"), ("quantization", "static", "onnx_int8", "torch_int8")],
+)
+def test_some_settings_are_for_one_backend_alone(key: str, value: str, able: str, other: str) -> None:
+    assert check(config_with_backend(name=able, **{key: value})) == []
+    (problem,) = check(config_with_backend(name=other, **{key: value}))
+    assert problem.key == f"backend.{key}"
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ from pipeline.images.pool import pool as module
 from pipeline.images.pool import processes
 from pipeline.images.pool import worker as child_module
 from pipeline.images.pool.pool import Decoders
-from pipeline.images.pool.protocol import CHUNK, TEXT, Answer, Nonsense, State
+from pipeline.images.pool.protocol import CHUNK, TEXT, Answer, InvalidAnswer, State
 from pipeline.images.pool.shared_memory import shared
 from pipeline.images.preprocess import preprocess
 from pipeline.images.reader import PixelReader
@@ -163,18 +163,18 @@ def test_a_process_loads_nothing_heavy() -> None:
     assert loads("import pipeline.images.pool.worker", *heavy) == []
 
 
-def test_giants_take_turns_and_the_wait_is_not_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_lock_take_turns_and_the_wait_is_not_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
     giant = saved(Image.new("L", (4100, 4100), 90), "PNG", compress_level=1)
     monkeypatch.setenv("PIPELINE_FAILPOINTS", "")
     with pool(processes=3, seconds=20.0) as decoders, ThreadPoolExecutor(3) as threads:
         # Held by this process: the decoders wait for longer than an image may take, and are not blamed.
-        decoders.seconds = 2.0
-        fcntl.lockf(decoders.children._giants, fcntl.LOCK_EX)
+        decoders.seconds = 1.0
+        fcntl.lockf(decoders.children._large_lock, fcntl.LOCK_EX)
         waiting = [threads.submit(decoders.decode, [giant], SPEC) for _ in range(3)]
-        time.sleep(3.5)
+        time.sleep(1.5)
         assert not any(future.done() for future in waiting)
         decoders.seconds = 20.0
-        fcntl.lockf(decoders.children._giants, fcntl.LOCK_UN)
+        fcntl.lockf(decoders.children._large_lock, fcntl.LOCK_UN)
         assert [statuses(future.result()) for future in waiting] == [["ok"]] * 3
 
 
@@ -346,7 +346,7 @@ def test_an_image_whose_turn_never_comes_costs_itself(monkeypatch: pytest.Monkey
     with pool(processes=1) as decoders:
         assert statuses(decoders.decode([CLEAN[0]], SPEC)) == ["ok"]
         decoders.seconds = 0.3
-        fcntl.lockf(decoders.children._giants, fcntl.LOCK_EX)
+        fcntl.lockf(decoders.children._large_lock, fcntl.LOCK_EX)
         began = time.monotonic()
         small, large, other = decoders.decode([CLEAN[0], giant, CLEAN[1]], SPEC)
         assert statuses([small, large, other]) == ["ok", "decoder_timeout", "ok"]
@@ -357,16 +357,16 @@ def test_an_image_whose_turn_never_comes_costs_itself(monkeypatch: pytest.Monkey
 
 def test_an_image_that_is_finished_at_the_last_moment_is_not_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIPELINE_FAILPOINTS", "child.decode[MARK]=delay:100")
-    end = module._Seat._end
+    end = module._Slot._end
 
-    def late(seat: module._Seat, child: processes.Child, *, wait: bool) -> Failure:
-        Answer(seat._outbox.fileno(), SPEC).put(1, Pixels(rgb=np.full((32, 32, 3), 9, np.uint8)))
-        return end(seat, child, wait=wait)
+    def late(slot: module._Slot, child: processes.Child, *, wait: bool) -> Failure:
+        Answer(slot._outbox.fileno(), SPEC).put(1, Pixels(rgb=np.full((32, 32, 3), 9, np.uint8)))
+        return end(slot, child, wait=wait)
 
     with pool(processes=1) as decoders:
         decoders.decode([CLEAN[0]], SPEC)
         decoders.seconds = 0.3
-        monkeypatch.setattr(module._Seat, "_end", late)
+        monkeypatch.setattr(module._Slot, "_end", late)
         decoded = decoders.decode(marked(1)[:4], SPEC)
     assert statuses(decoded) == ["ok"] * 4
     assert isinstance(decoded[1], Pixels)
@@ -494,16 +494,16 @@ def test_an_answer_that_makes_no_sense_is_an_error(spoil: Callable[[int], None],
             answer.put(index, Pixels(rgb=np.zeros((32, 32, 3), np.uint8)))
         assert len(answer.finished(3)) == 2
         spoil(file.fileno())
-        with pytest.raises(Nonsense):
+        with pytest.raises(InvalidAnswer):
             answer.finished(2)
 
 
 def test_a_file_that_is_read_as_memory_cannot_be_shortened() -> None:
     with pool(processes=1) as decoders:
         decoders.decode([CLEAN[0]], SPEC)
-        seat = decoders._seats.queue[-1]
-        assert seat is not None
-        fd = seat._outbox.fileno()
+        slot = decoders._slots.queue[-1]
+        assert slot is not None
+        fd = slot._outbox.fileno()
         size = os.fstat(fd).st_size
         with pytest.raises(PermissionError):
             os.ftruncate(fd, size - 1)
@@ -809,8 +809,8 @@ def test_the_file_of_a_large_image_is_given_back(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(module, "KEEP", 1000)
     with pool(processes=1) as decoders:
         assert statuses(decoders.decode([CLEAN[0] + bytes(5000)], SPEC)) == ["ok"]
-        seat = decoders._seats.get()
-        assert seat is not None
-        assert os.fstat(seat._inbox.fileno()).st_size == 0
-        decoders._seats.put(seat)
+        slot = decoders._slots.get()
+        assert slot is not None
+        assert os.fstat(slot._inbox.fileno()).st_size == 0
+        decoders._slots.put(slot)
         assert statuses(there(decoders, list(CLEAN))) == ["ok"] * 12

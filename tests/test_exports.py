@@ -53,6 +53,12 @@ def name_of(options: GraphOptions) -> str:
     return "-".join(filter(None, [options.tower, options.precision, options.quantization, kind]))
 
 
+def cases(*options: GraphOptions) -> list[Any]:
+    """Return the exports of the image tower as they are, and those of the text tower as slow ones."""
+    slow = pytest.mark.slow
+    return [pytest.param(one, id=name_of(one), marks=slow if one.tower == "text" else ()) for one in options]
+
+
 @pytest.fixture(scope="module")
 def checkpoint() -> Checkpoint:
     return open_checkpoint(ModelConfig())
@@ -142,7 +148,7 @@ def idle(graph: Any) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("options", [IMAGE, TEXT, *PLAIN], ids=name_of)
+@pytest.mark.parametrize("options", cases(IMAGE, TEXT, *PLAIN))
 def test_inputs_outputs_and_axes_are_declared(demo: Demo, options: GraphOptions) -> None:
     artifact = demo(options)
     path = artifact.file(onnx_export.GRAPH)
@@ -167,7 +173,7 @@ def test_inputs_outputs_and_axes_are_declared(demo: Demo, options: GraphOptions)
     assert parity["worst"][0][0].startswith("scene-" if options.tower == "image" else "'")
 
 
-@pytest.mark.parametrize("options", [IMAGE, TEXT], ids=name_of)
+@pytest.mark.parametrize("options", cases(IMAGE, TEXT))
 def test_every_layer_is_fused(demo: Demo, options: GraphOptions) -> None:
     counts, layers = demo(options).card["facts"]["operators"], demo.layers(options.tower)
     assert counts["Attention"] == counts["QuickGelu"] == layers
@@ -186,7 +192,7 @@ def test_every_layer_is_fused(demo: Demo, options: GraphOptions) -> None:
     check_fusions({**counts, "Attention": 0}, layers=layers, attention=False, what="tower")
 
 
-@pytest.mark.parametrize("options", [IMAGE, TEXT, *PLAIN], ids=name_of)
+@pytest.mark.parametrize("options", cases(IMAGE, TEXT, *PLAIN))
 def test_constants_are_folded(demo: Demo, options: GraphOptions) -> None:
     graph = demo.graph(options)
     assert idle(graph) == []
@@ -197,7 +203,7 @@ def test_constants_are_folded(demo: Demo, options: GraphOptions) -> None:
         assert size < 1.1 * sum(p.numel() for p in tower.parameters()) + 20_000
 
 
-@pytest.mark.parametrize("options", FP16, ids=name_of)
+@pytest.mark.parametrize("options", cases(*FP16))
 def test_fp16_is_fp16_inside_and_fp32_outside(demo: Demo, options: GraphOptions) -> None:
     artifact = demo(options)
     model = onnx.load(artifact.file(onnx_export.GRAPH))
@@ -227,7 +233,7 @@ def test_fp16_is_fp16_inside_and_fp32_outside(demo: Demo, options: GraphOptions)
     assert {kinds[name] for node in products for name in node.input} == {onnx.TensorProto.FLOAT16}
 
 
-@pytest.mark.parametrize("options", [DYNAMIC, STATIC, TEXT_INT8], ids=name_of)
+@pytest.mark.parametrize("options", cases(DYNAMIC, STATIC, TEXT_INT8))
 def test_int8_weights_are_int8(demo: Demo, options: GraphOptions) -> None:
     artifact = demo(options)
     graph = demo.graph(options)
@@ -251,6 +257,7 @@ def test_int8_weights_are_int8(demo: Demo, options: GraphOptions) -> None:
     assert 0.99 < artifact.card["parity"]["lowest_cosine"] < 1 - 1e-6
 
 
+@pytest.mark.slow
 def test_int8_texts_keep_the_causal_mask(demo: Demo) -> None:
     graph = demo.graph(TEXT_INT8)
     kinds = {node.op_type for node in graph.node}
@@ -359,6 +366,7 @@ def test_every_family_quantizes_both_towers(
     assert not {"QAttention", "Attention"} & artifact.card["facts"]["operators"].keys()
 
 
+@pytest.mark.slow
 def test_another_origin_is_never_found(
     demo: Demo, everything: list[Artifact], no_build: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

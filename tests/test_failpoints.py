@@ -10,6 +10,7 @@ import timeit
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -36,8 +37,9 @@ FULL = os.environ.get("PIPELINE_TEST_SIEGE") == "full"
 MODULES = {
     "lease": "dataset/lease", "plan": "engine/prepare", "rows": "engine/loader", "read": "images/reader",
     "decode": "images/reader", "child": "images/pool/worker", "decoded": "images/reader", "encode": "engine/forward",
-    "encoded": "engine/forward", "label": "engine/forward", "storage": "storage/local", "object": "storage/s3",
-    "commit": "dataset/commits", "finalize": "dataset/commits", "report": "job/finish",
+    "encoded": "engine/forward", "label": "engine/forward", "storage": "storage/local",
+    "object": "storage/object_store", "commit": "dataset/commits", "finalize": "dataset/commits",
+    "report": "job/finish",
 }  # fmt: skip
 RELABELLED = {"plan.settled", "label", "part.build", "report.written"}
 
@@ -188,7 +190,7 @@ def is_fast(case: str) -> bool:
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Config:
     """A job that ran through, as the ones under siege should have."""
-    config = small_job(tmp_path_factory.mktemp("siege"))
+    config = small_job(tmp_path_factory.mktemp("siege"), report={"html": False})
     child = forks().start("tests.forks:job", at(config, config.output.dir))
     assert child.wait() == 0, child.said()
     ids = pq.read_table(str(config.manifest.path))["id"].to_pylist()
@@ -259,16 +261,17 @@ def test_a_job_that_is_struck_and_run_again_is_the_unbroken_one(sieges: dict[str
 
 def test_a_job_that_waits_at_every_place_is_the_unbroken_one(unbroken: Config, tmp_path: Path) -> None:
     rules = ";".join(f"{place}=delay:0.005" for place in PLACES)
-    child = forks().start("tests.forks:job", at(unbroken, tmp_path / "out"), failpoints=rules)
+    config = at(unbroken, tmp_path / "out")
+    config["report"]["html"] = True
+    child = forks().start("tests.forks:job", config, failpoints=rules)
     assert child.wait() == 0, child.said()
     assert content(tmp_path / "out") == content(Path(unbroken.output.dir))
 
 
-@pytest.mark.parametrize("place", ["storage.synced[part-]", "storage.linked[_commits/]", "storage.replaced[_SUCCESS]"])
-def test_the_command_reports_a_full_disk_in_one_line(unbroken: Config, tmp_path: Path, place: str) -> None:
-    command = [*overrides_of(unbroken)[:-1], f"output.dir={tmp_path / 'out'}", "backend.device=cpu"]
-    command = [word for word in command if not word.startswith(f"output.dir={unbroken.output.dir}")]
-    child = forks().start("tests.forks:run_command", *command, failpoints=f"{place}=raise:ENOSPC@1")
+def test_the_command_reports_a_full_disk_in_one_line(unbroken: Config, tmp_path: Path) -> None:
+    config = replace(unbroken, output=replace(unbroken.output, dir=str(tmp_path / "out")))
+    rule = "storage.linked[_commits/]=raise:ENOSPC@1"
+    child = forks().start("tests.forks:run_command", *overrides_of(config), "report.html=false", failpoints=rule)
     assert child.wait() == 1
     assert "Traceback" not in child.said()
     last = child.said().strip().splitlines()[-1]
@@ -301,7 +304,13 @@ def test_a_run_whose_shard_was_committed_by_another_meanwhile_loses_quietly(unbr
 
 
 @pytest.mark.parametrize(
-    "rule", ["decode=kill@20", "commit.done=kill@3", "finalize.checked=kill", "decode=raise:EIO@9"]
+    "rule",
+    [
+        "decode=kill@20",
+        pytest.param("commit.done=kill@3", marks=pytest.mark.slow),
+        pytest.param("finalize.checked=kill", marks=pytest.mark.slow),
+        "decode=raise:EIO@9",
+    ],
 )
 def test_decoder_processes_end_with_their_job_and_change_nothing(unbroken: Config, tmp_path: Path, rule: str) -> None:
     config = at(unbroken, tmp_path / "out")
@@ -320,6 +329,7 @@ def test_a_job_in_an_object_store_that_is_killed_and_run_again_is_the_unbroken_o
     names = ["created[_plan.json]", "put[part-]", "created[_commits/]"]
     with moto_server(tmp_path / "log") as server:
         config = at(unbroken, f"s3://{BUCKET}/siege")
+        config["report"]["html"] = True
         for rule in (*(f"object.{name}=kill@1" for name in names), ""):
             child = forks().start("tests.forks:job", config, failpoints=rule, environment=environment(server))
             assert child.wait() == (-9 if rule else 0), f"{rule}: {child.said()}"

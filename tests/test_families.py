@@ -22,8 +22,9 @@ from pipeline.engine.demo.scenes import render, sample
 from pipeline.images.preprocess import preprocess
 from pipeline.job.main import run_job
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
+from pipeline.models.label_files import read_labels
 from pipeline.models.labels import label
-from pipeline.models.text import build_bank, embed_prompts, read_labels
+from pipeline.models.text import build_bank, embed_prompts
 from pipeline.models.towers import ImageTower, TextTower
 from tests.families import CASES, Case, open_chinese_clip, write_clip, write_siglip
 from tests.jobs import config_for, scenes_manifest
@@ -244,12 +245,7 @@ NAMES = ["杰尼龟", "妙蛙种子", "小火龙", "皮卡丘"]
     ],
 )
 def test_published_values_come_out(
-    name: str,
-    url: str,
-    texts: list[str],
-    logits: list[float] | None,
-    scores: list[float] | None,
-    tolerance: float,
+    name: str, url: str, texts: list[str], logits: list[float] | None, scores: list[float] | None, tolerance: float
 ) -> None:
     with urllib.request.urlopen(url) as reply:
         image = Image.open(io.BytesIO(reply.read())).convert("RGB")

@@ -75,9 +75,7 @@ def test_an_id_repeated_in_another_file_is_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "texts",
-    [["é", "e\u0301"], ["a", "A"], ["a", "a "], ["1", "01"], ["a/b.jpg", "a//b.jpg"], ["x\0", "x"]],
-    ids=repr,
+    "texts", [["é", "e\u0301"], ["a", "A"], ["a", "a "], ["1", "01"], ["a/b.jpg", "a//b.jpg"], ["x\0", "x"]], ids=repr
 )
 def test_ids_that_only_look_alike_are_different(tmp_path: Path, texts: list[str]) -> None:
     ids.check_ids(manifest_of(tmp_path, pa.array(texts)))

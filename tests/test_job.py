@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import errno
 import io
 import json
@@ -36,7 +35,6 @@ from pipeline.dataset.parts import LAYOUT, METADATA_KEY
 from pipeline.job.main import RunOptions, run_job
 from pipeline.models.checkpoint import open_checkpoint
 from pipeline.models.hub import DEMO_FOLDER
-from tests.conftest import data_folder
 from tests.jobs import StubEncoder, config_for, content, scenes_manifest, stub_backend
 
 ROWS = 70
@@ -303,9 +301,9 @@ def test_paths_need_not_be_utf8(tmp_path: Path) -> None:
     assert "?.png" in pq.read_table(tmp_path / "out")["error"][2].as_py()
 
 
-def test_five_thousand_labels_and_one(tmp_path: Path) -> None:
+def test_many_labels_and_one(tmp_path: Path) -> None:
     manifest = scenes_manifest(tmp_path / "m.parquet", 6, damaged={})
-    many = {"labels": [f"thing {i} 🎈" for i in range(5000)]}
+    many = {"labels": [f"thing {i} 🎈" for i in range(1500)]}
     run_job(config_for(manifest, tmp_path / "many", prompts=many, labels={"top_k": 7}))
     assert pq.read_table(tmp_path / "many")["top_labels"].to_pylist()[0][0].startswith("thing ")
     run_job(config_for(manifest, tmp_path / "one", prompts={"labels": ["shape"]}))
@@ -421,21 +419,6 @@ def test_an_object_store_holds_the_same_dataset(finished: Config) -> None:
     local = content(output(finished))
     assert {name: found.get(name) for name in local} == local
     assert run_job(config).rows == 0
-
-
-def test_the_odd_files_all_come_out_with_a_status(tmp_path: Path) -> None:
-    folder = data_folder("odd")
-    with (folder / "inventory.csv").open() as file:
-        names = [row["file"] for row in csv.DictReader(file)]
-    pq.write_table(pa.table({"id": names, "image": names}), tmp_path / "m.parquet")
-    manifest = {"root": str(folder), "keep": [], "shard_rows": 64}
-    config = config_for(tmp_path / "m.parquet", tmp_path / "out", manifest=manifest)
-    report = run_job(config)
-    assert report.total_rows == sum(report.counts.values()) == 150
-    assert report.counts["ok"] >= 105
-    frame = pd.read_parquet(tmp_path / "out")
-    assert set(frame["id"]) == set(names)
-    assert frame.loc[frame["status"] != "ok", "error"].str.len().min() > 5
 
 
 def test_errors_know_their_exit_codes() -> None:

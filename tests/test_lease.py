@@ -29,7 +29,7 @@ from pipeline.storage.base import Storage
 from pipeline.storage.factory import open_storage
 from tests.conftest import ROOT
 from tests.forks import config_from, forks
-from tests.jobs import config_for, content, overrides_of, scenes_manifest, start
+from tests.jobs import config_for, content, overrides_of, scenes_manifest
 from tests.processes import wait_until
 
 # PIPELINE_TEST_ROUNDS=20 for a longer siege.
@@ -359,10 +359,9 @@ def test_a_paused_run_that_was_taken_over_replaces_no_commit(unbroken: Config, t
         wait_until(lambda: len(list(commits.glob("*.json"))) >= 3 + turn)
         paused.send(signal.SIGSTOP)
         done = len(list(commits.glob("*.json")))
-        second = start(*overrides(config), "output.lease_seconds=1")
-        said = second.communicate(timeout=120)[1]
-        assert second.returncode == 0, said
-        assert f"took over from process {paused.pid} of" in said
+        second = forks().start("tests.forks:run_command", *overrides(config), "output.lease_seconds=1")
+        assert second.wait() == 0, second.said()
+        assert f"took over from process {paused.pid} of" in second.said()
         before = {path.name: (path.stat().st_ino, path.read_bytes()) for path in commits.iterdir()}
     finally:
         paused.send(signal.SIGCONT)

@@ -10,9 +10,9 @@ import pytest
 from pipeline.core.errors import StorageError
 from pipeline.core.records import Failure
 from pipeline.images.sources import outage as module
-from pipeline.images.sources.allowlist import NoConnection, Said
+from pipeline.images.sources.allowlist import NoConnection, Outcome
 from pipeline.images.sources.http import Fetcher
-from pipeline.images.sources.outage import Network
+from pipeline.images.sources.outage import OutageDetector
 from tests.servers import answer, serve
 
 
@@ -22,22 +22,22 @@ def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def network() -> Network:
-    return Network(frozenset())
+def network() -> OutageDetector:
+    return OutageDetector(frozenset())
 
 
-def fail(network: Network, *hosts: str, said: Said = "nothing") -> None:
+def fail(network: OutageDetector, *hosts: str, outcome: Outcome = "no answer") -> None:
     for host in hosts:
-        network.failed(NoConnection((host, 80), f"{host}: text", said=said))
+        network.failed(NoConnection((host, 80), f"{host}: text", outcome=outcome))
 
 
-def test_a_network_where_nobody_answers_ends_the_run(network: Network) -> None:
+def test_a_network_where_nobody_answers_ends_the_run(network: OutageDetector) -> None:
     fail(network, "a", "b")
     with pytest.raises(StorageError, match=r"at 3 hosts in a row \(c: text\), and none has answered yet"):
         fail(network, "c")
 
 
-def test_many_rows_of_one_dead_host_are_one_observation(network: Network) -> None:
+def test_many_rows_of_one_dead_host_are_one_observation(network: OutageDetector) -> None:
     fail(network, *["a", "A.", "b"] * 50)
     with pytest.raises(StorageError):
         fail(network, "c")
@@ -45,7 +45,7 @@ def test_many_rows_of_one_dead_host_are_one_observation(network: Network) -> Non
 
 def test_dead_hosts_beside_a_living_one_are_rows() -> None:
     with serve({"/": answer(200)}) as server:
-        network = Network(frozenset({server.place}))
+        network = OutageDetector(frozenset({server.place}))
         network.answered("127.0.0.1", server.server_port)
         fail(network, *(f"dead{i}" for i in range(11)))
     with pytest.raises(StorageError, match="nor do those that answered before"):
@@ -53,55 +53,55 @@ def test_dead_hosts_beside_a_living_one_are_rows() -> None:
 
 
 def test_a_refusal_from_elsewhere_shows_that_the_network_is_there(
-    network: Network, monkeypatch: pytest.MonkeyPatch
+    network: OutageDetector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for i in range(5):
         fail(network, f"a{i}", f"b{i}")
-        fail(network, f"refuses{i}", said="refused")
+        fail(network, f"refuses{i}", outcome="refused")
 
     def refuse(host: str, port: int, private: frozenset[str]) -> socket.socket:
-        raise NoConnection((host, port), "refused", said="refused")
+        raise NoConnection((host, port), "refused", outcome="refused")
 
     # Those that refused are asked again, and refuse again.
     monkeypatch.setattr(module, "connect", refuse)
     fail(network, *(f"c{i}" for i in range(10)))
 
 
-def test_a_refusal_of_this_machine_neither_counts_nor_excuses(network: Network) -> None:
-    fail(network, *(f"here{i}" for i in range(10)), said="refused here")
+def test_a_refusal_of_this_machine_neither_counts_nor_excuses(network: OutageDetector) -> None:
+    fail(network, *(f"here{i}" for i in range(10)), outcome="refused locally")
     fail(network, "a", "b")
-    fail(network, "localhost", said="refused here")
+    fail(network, "localhost", outcome="refused locally")
     with pytest.raises(StorageError):
         fail(network, "c")
 
 
 def test_a_run_may_begin_with_dead_names_where_the_system_tells_them_from_a_dead_name_server(
-    network: Network, monkeypatch: pytest.MonkeyPatch
+    network: OutageDetector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "NAMES_ARE_TOLD_APART", True)
-    fail(network, *(f"gone{i}" for i in range(20)), said="no such name")
-    monkeypatch.setattr(module, "NAMES_ARE_TOLD_APART", False)
+    monkeypatch.setattr(module, "UNKNOWN_NAMES_ARE_RELIABLE", True)
+    fail(network, *(f"gone{i}" for i in range(20)), outcome="unknown name")
+    monkeypatch.setattr(module, "UNKNOWN_NAMES_ARE_RELIABLE", False)
     with pytest.raises(StorageError, match="and none has answered yet"):
-        fail(network, *(f"gone{i}" for i in range(3)), said="no such name")
+        fail(network, *(f"gone{i}" for i in range(3)), outcome="unknown name")
 
 
 def test_dead_names_do_not_excuse_silence_and_are_not_believed_when_the_witnesses_are_gone(
-    network: Network, monkeypatch: pytest.MonkeyPatch
+    network: OutageDetector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "NAMES_ARE_TOLD_APART", True)
+    monkeypatch.setattr(module, "UNKNOWN_NAMES_ARE_RELIABLE", True)
     fail(network, "a", "b")
-    fail(network, "gone1", "gone2", "gone3", "gone4", said="no such name")
+    fail(network, "gone1", "gone2", "gone3", "gone4", outcome="unknown name")
     with pytest.raises(StorageError):
         fail(network, "c")
     with serve({}) as server:
-        network = Network(frozenset({server.place}))
+        network = OutageDetector(frozenset({server.place}))
         network.answered("127.0.0.1", server.server_port)
     with pytest.raises(StorageError, match="nor do those that answered before"):
-        fail(network, "gone1", "gone2", "gone3", said="no such name")
+        fail(network, "gone1", "gone2", "gone3", outcome="unknown name")
 
 
 def test_answers_are_heard_while_witnesses_are_called_and_one_thread_calls(
-    network: Network, monkeypatch: pytest.MonkeyPatch
+    network: OutageDetector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     called, go_on, calls = threading.Event(), threading.Event(), []
 
@@ -137,7 +137,9 @@ def test_answers_are_heard_while_witnesses_are_called_and_one_thread_calls(
     assert (calls, errors) == (["witness"], [])
 
 
-def test_a_verdict_is_told_to_all_without_calling_again(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_verdict_is_told_to_all_without_calling_again(
+    network: OutageDetector, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = []
 
     def connect(host: str, port: int, private: frozenset[str]) -> socket.socket:

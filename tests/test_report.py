@@ -21,10 +21,10 @@ from pipeline.core.processes import spent
 from pipeline.core.records import Clocks, Parity, Stage, Timeline
 from pipeline.core.run_report import Pace, RunReport, StagePace
 from pipeline.report import page
+from pipeline.report.bottleneck import Cost, Limit, Loop, Setup, find_bottleneck, find_limit, find_pace, verdict
 from pipeline.report.history import earlier_runs
 from pipeline.report.scores import Extremes, Row
 from pipeline.report.summary import HINTS, DatasetSummary, Failed
-from pipeline.report.throughput import Cost, Limit, Loop, Setup, find_bottleneck, find_limit, find_pace, verdict
 from pipeline.storage.factory import open_storage
 from pipeline.telemetry.clocks import StageClocks
 from pipeline.telemetry.logs import NAME, log_to

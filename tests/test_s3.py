@@ -28,7 +28,7 @@ from pipeline.job.main import run_job
 from pipeline.storage import retry
 from pipeline.storage.base import Storage
 from pipeline.storage.factory import open_storage
-from pipeline.storage.s3 import ObjectStorage
+from pipeline.storage.object_store import ObjectStorage
 from pipeline.storage.urls import open_file
 from pipeline.telemetry.logs import log_to
 from pipeline.verify import main as verify
@@ -292,13 +292,13 @@ def test_a_large_file_is_visible_when_it_is_whole(
 ) -> None:
     chunk = 5 << 20
     monkeypatch.setattr(s3fs.core, "calculate_chunksize", lambda *_, **__: chunk)
-    monkeypatch.setattr("pipeline.storage.s3.SINGLE_BYTES", chunk)
+    monkeypatch.setattr("pipeline.storage.object_store.SINGLE_BYTES", chunk)
     data = random.Random(1).randbytes(2 * chunk + 100)
     proxy.inject(fault, "PUT" if step.startswith("part") else "POST", step)
     adopt(storage, "part", data)
     assert fault in proxy.seen("PUT" if step.startswith("part") else "POST", step)
     assert storage.sizes() == {"part": len(data)}
-    monkeypatch.setattr("pipeline.storage.s3.BLOCK", 1 << 20)
+    monkeypatch.setattr("pipeline.storage.object_store.BLOCK", 1 << 20)
     proxy.inject("half", "GET")
     adopt(storage, "part", data)
     assert not proxy.rules[-1].times

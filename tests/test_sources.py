@@ -13,6 +13,7 @@ from typing import Any
 import fsspec
 import pytest
 
+from pipeline.core.errors import StorageError
 from pipeline.core.records import Failure, ImageRef
 from pipeline.images.sources import source as sources
 from pipeline.images.sources.source import Source
@@ -340,7 +341,7 @@ def test_another_scheme_is_read_when_it_is_listed(root: Path) -> None:
 
 def test_a_row_never_chains_drivers_and_never_chooses_their_settings(root: Path) -> None:
     fsspec.filesystem("memory").pipe_file("/listed/a.jpg", BYTES)
-    schemes = ("file", "memory", "simplecache", "zip", "reference", "generic", "dir", "sftp")
+    schemes = ("file", "memory", "simplecache", "zip", "reference", "generic", "dir")
     source = Source(root=str(root), max_bytes=LIMIT, schemes=schemes)
     for path in (
         f"memory://x::file://{root}/a.jpg",
@@ -349,7 +350,6 @@ def test_a_row_never_chains_drivers_and_never_chooses_their_settings(root: Path)
         f"zip://a.jpg::{root}/a.zip",
         "reference://a.jpg",
         "dir://a.jpg",
-        "sftp://me:secret@127.0.0.1/a.jpg",
     ):
         with watched() as seen:
             result = source.read(ImageRef(id=1, path=path))
@@ -359,6 +359,18 @@ def test_a_row_never_chains_drivers_and_never_chooses_their_settings(root: Path)
         looked = {f"os.listdir {Path(folder).absolute()}" for folder in sys.path}
         seen = [one for one in seen if one not in looked and not (one.startswith("os.listdir ") and PACKAGES in one)]
         assert [one for one in seen if not one.startswith("open ") or one.endswith((".jpg", ".zip"))] == [], path
+
+
+def test_a_driver_that_is_not_installed_ends_the_job_instead_of_failing_every_row(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package, scheme in (("gcsfs", "gs"), ("paramiko", "sftp")):
+        monkeypatch.setitem(sys.modules, package, None)
+        monkeypatch.delitem(sys.modules, "fsspec.implementations.sftp", raising=False)
+        source = Source(root=str(root), max_bytes=LIMIT, schemes=("file", scheme))
+        with pytest.raises(StorageError, match=f"^{scheme}:// addresses cannot be read: .*install") as caught:
+            source.read(ImageRef(id=1, path=f"{scheme}://me:secret@127.0.0.1/a.jpg"))
+        assert "secret" not in str(caught.value)
 
 
 def test_a_root_that_is_a_chain_is_the_config_s_choice_and_holds_its_rows(root: Path, tmp_path: Path) -> None:

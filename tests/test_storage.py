@@ -26,8 +26,8 @@ from pipeline.storage import retry
 from pipeline.storage.base import Staged, Storage, sha256
 from pipeline.storage.factory import open_storage
 from pipeline.storage.local import LocalStorage
+from pipeline.storage.object_store import ObjectStorage
 from pipeline.storage.retry import is_transient, retried
-from pipeline.storage.s3 import ObjectStorage
 from pipeline.storage.urls import explained, is_local, local_path, open_arrow, open_file, scheme_of
 from tests.forks import forks
 from tests.processes import wait_until

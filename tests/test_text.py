@@ -15,7 +15,8 @@ from pipeline.config.schema import LabelsConfig, ModelConfig, PromptsConfig
 from pipeline.core.errors import PromptsError
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline.models.hub import DEMO_FOLDER
-from pipeline.models.text import LabelSet, bank_fingerprint, build_bank, embed_prompts, read_labels
+from pipeline.models.label_files import LabelSet, read_labels
+from pipeline.models.text import bank_fingerprint, build_bank, embed_prompts
 from tests.conftest import data_folder
 
 TEMPLATES = ["a photo of a {}", "a {}"]

@@ -19,8 +19,8 @@ from pipeline.images.factory import pixel_reader
 from pipeline.images.sources.source import Source
 from pipeline.manifest.manifest import Manifest, open_manifest
 from pipeline.report import thumbnails as module
+from pipeline.report.bottleneck import Setup
 from pipeline.report.faster_decoder import Faster, faster_decoder
-from pipeline.report.throughput import Setup
 from pipeline.report.thumbnails import THUMBNAIL, find, spread, thumbnails
 from pipeline.telemetry.run_stats import RunStats, WorkerStats
 from tests.pictures import saved
@@ -119,16 +119,16 @@ def test_pictures_that_do_not_come_are_not_waited_for(tmp_path: Path, monkeypatc
     before = Source.read
 
     def slow(self: Source, ref: ImageRef) -> bytes | Failure:
-        time.sleep(0.4)
+        time.sleep(0.1)
         return before(self, ref)
 
     monkeypatch.setattr(Source, "read", slow)
     with pixel_reader(config, manifest.root, THUMBNAIL) as reader:
         began = time.monotonic()
-        made = thumbnails(manifest, reader, {i: f"n{i}" for i in range(40)}, seconds=0.5)
+        made = thumbnails(manifest, reader, {i: f"n{i}" for i in range(40)}, seconds=0.2)
         assert 0 < len(made) < 40
         assert time.monotonic() - began < 10
-        monkeypatch.setattr("pipeline.report.faster_decoder.SECONDS", 0.5)
+        monkeypatch.setattr("pipeline.report.faster_decoder.SECONDS", 0.2)
         began = time.monotonic()
         faster_decoder(manifest, reader, pace(90.0), LONG, SETUP)
         assert time.monotonic() - began < 20

@@ -29,7 +29,7 @@ from pipeline.job.main import run_job
 from pipeline.manifest.manifest import open_manifest
 from pipeline.models.checkpoint import open_checkpoint
 from pipeline.models.hub import DEMO_FOLDER
-from pipeline.models.text import read_labels
+from pipeline.models.label_files import read_labels
 from tests.jobs import config_for
 from tests.servers import answer, drip, moved, serve
 from tests.test_run import run

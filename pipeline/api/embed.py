@@ -174,7 +174,8 @@ def embed_texts(
 
     from pipeline.core.errors import PromptsError
     from pipeline.models.checkpoint import open_checkpoint
-    from pipeline.models.text import embed_prompts, is_text
+    from pipeline.models.label_files import is_text
+    from pipeline.models.text import embed_prompts
 
     wanted = [texts] if isinstance(texts, str) else list(texts)
     for position, text in enumerate(wanted):

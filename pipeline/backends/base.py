@@ -1,9 +1,13 @@
-"""The interface of every backend: uint8 pixels in, L2-normalised float32 embeddings out."""
+"""The interface of every backend: uint8 pixels in, L2-normalised float32 embeddings out.
+
+A backend is a module with a function ``open_encoder`` and a row of :data:`pipeline.config.choices.BACKENDS`.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 if TYPE_CHECKING:
@@ -117,3 +121,9 @@ class BackendFactory(Protocol):
             ParityError: the export is too far from fp32.
         """
         ...
+
+
+def factory(name: str) -> BackendFactory:
+    """The function ``open_encoder`` of the backend ``name``, whose module is imported only now."""
+    opener: BackendFactory = import_module(f"pipeline.backends.{name}").open_encoder
+    return opener

@@ -1,15 +1,15 @@
-"""Which device and precision a backend works with, proved to be there."""
+"""The device and precision of a backend, proved to be available."""
 
 from __future__ import annotations
 
 import torch
 
-from pipeline.config.ranges import PRECISIONS
+from pipeline.config.choices import BACKENDS
 from pipeline.config.schema import BackendConfig
 from pipeline.core.errors import BackendUnavailable
 
-# What torch, CUDA, cuBLAS, cuDNN and ONNX Runtime say when the memory is full, besides torch.OutOfMemoryError:
-# TorchScript's interpreter hands every error on as a RuntimeError, and ONNX Runtime has no class of its own for it.
+# Texts of torch, CUDA, cuBLAS, cuDNN and ONNX Runtime when the memory is full, besides torch.OutOfMemoryError:
+# TorchScript's interpreter raises every error as a RuntimeError, and ONNX Runtime has no class of its own for it.
 _FULL = ("out of memory", "failed to allocate memory", "can't allocate memory", "_status_alloc_failed")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -75,7 +75,7 @@ def choose_precision(config: BackendConfig, device: torch.device) -> str:
         BackendUnavailable: fp16 was asked for on the CPU, where it is slower than fp32, or a precision that is
             not the backend's.
     """
-    name, able = config.precision, PRECISIONS[config.name]
+    name, able = config.precision, BACKENDS[config.name].precisions
     if name == "auto":
         if len(able) == 1:
             return able[0]

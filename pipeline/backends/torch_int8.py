@@ -27,7 +27,7 @@ def open_encoder(
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
 
     device, precision = choose(config)
-    # What stays in floating point: fp32 on the CPU, where converting to bf16 and back costs more than it saves.
+    # Of all other operations. On the CPU converting to bf16 and back costs more than it saves.
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     dynamic = multiplies_int8(device)
     tower = copy.deepcopy(ImageTower(checkpoint)).to(device=device, dtype=dtype)

@@ -21,7 +21,7 @@ from pipeline.bench.stats import (
     speed,
     speed_at_same_batch,
 )
-from pipeline.report.throughput import in_words
+from pipeline.report.bottleneck import in_words
 
 NOTES = (
     "The encoder alone: uint8 pixels on the device in, embeddings out; no reading, no decoding, no copy to the GPU.",

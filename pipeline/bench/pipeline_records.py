@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from pipeline.core.records import Stage
-from pipeline.report.throughput import Cost, Limit, find_limit
+from pipeline.report.bottleneck import Cost, Limit, find_limit
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from statistics import median
 from pipeline.bench.pipeline_records import PipelineBench, limit, rate, ratios, shares
 from pipeline.bench.report import ABSENT, Report, Table, rate_range
 from pipeline.core.records import Stage
-from pipeline.report.throughput import in_words, verdict
+from pipeline.report.bottleneck import in_words, verdict
 
 # A stage with a smaller share of the core time is not worth a sentence.
 WORTH = 0.02

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from pipeline.config.ranges import PRECISIONS
+from pipeline.config.choices import BACKENDS
 from pipeline.config.schema import ParityConfig
 
 
@@ -26,7 +26,7 @@ class Row:
     def title(self, precision: str) -> str:
         """A title such as ``torch bf16 compiled``; ``precision`` is the one that was opened."""
         words = [self.backend]
-        if len(PRECISIONS.get(self.backend, ())) != 1 and precision != "auto":
+        if len(BACKENDS[self.backend].precisions) != 1 and precision != "auto":
             words.append(precision)
         if self.compile != "none":
             words.append("compiled" if self.compile == "default" else self.compile)
@@ -37,7 +37,7 @@ class Row:
     def overrides(self, precision: str) -> list[str]:
         """The overrides of ``python -m pipeline.run`` that choose it."""
         words = [f"backend={self.backend}"]
-        if len(PRECISIONS.get(self.backend, ())) != 1:
+        if len(BACKENDS[self.backend].precisions) != 1:
             words.append(f"backend.precision={precision}")
         if self.compile != "none":
             words.append(f"backend.compile={self.compile}")

@@ -94,12 +94,9 @@ def to_markdown(report: Report) -> str:
 
 def to_html(report: Report) -> bytes:
     """The report as a page without scripts and without files of its own, in light and dark."""
-    from jinja2 import ChoiceLoader, Environment, PackageLoader
+    from pipeline.report.page import environment
 
-    # The style is that of the job's report.
-    loader = ChoiceLoader([PackageLoader(package, ".") for package in ("pipeline.bench", "pipeline.report")])
-    environment = Environment(loader=loader, autoescape=True, trim_blocks=True)
-    return environment.get_template("bench.html.j2").render(report=report).encode()
+    return environment("pipeline.bench").get_template("bench.html.j2").render(report=report).encode()
 
 
 def model_title(config: Config) -> str:
@@ -109,7 +106,7 @@ def model_title(config: Config) -> str:
 
 def rate_range(values: Sequence[float]) -> str:
     """The lowest and the highest rate."""
-    from pipeline.report.throughput import in_words
+    from pipeline.report.bottleneck import in_words
 
     return f"{in_words(min(values))} - {in_words(max(values))}"
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from pipeline.bench.records import Row
-from pipeline.config.ranges import PRECISIONS
+from pipeline.config.choices import BACKENDS
 from pipeline.config.schema import nearest
 from pipeline.config.validate import CHOICES
 from pipeline.core.errors import Problem
@@ -43,9 +43,9 @@ def read_only(text: str) -> tuple[list[Row], list[Problem]]:
     problems = []
     for part in filter(None, (piece.strip() for piece in text.split(","))):
         name, *words = part.split(":")
-        if name not in PRECISIONS:
-            allowed = f"must be one of {', '.join(PRECISIONS)}"
-            problems.append(Problem("--only", part, allowed, nearest(name, PRECISIONS)))
+        if name not in BACKENDS:
+            allowed = f"must be one of {', '.join(BACKENDS)}"
+            problems.append(Problem("--only", part, allowed, nearest(name, BACKENDS)))
             continue
         row, wrong = _read_words(name, words)
         if wrong:
@@ -77,7 +77,7 @@ def for_device(rows: Sequence[Row], device: str) -> list[Row]:
 
 def _read_words(name: str, words: list[str]) -> tuple[Row, str]:
     """The row, and the first word that is no option of the backend (or empty)."""
-    precisions = PRECISIONS[name]
+    precisions = BACKENDS[name].precisions
     row = Row(name, precisions[0] if len(precisions) == 1 else "auto")
     for word in words:
         if word not in _words_of(name):
@@ -92,7 +92,7 @@ def _read_words(name: str, words: list[str]) -> tuple[Row, str]:
 
 
 def _words_of(name: str) -> list[str]:
-    words = list(PRECISIONS[name])
+    words = list(BACKENDS[name].precisions)
     if name == "torch":
         words += [COMPILED, *CHOICES["backend.compile"][1:]]
     if name == "onnx_int8":

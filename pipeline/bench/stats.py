@@ -9,7 +9,7 @@ from statistics import median
 
 from pipeline.bench.records import Bench, Measurement, Result
 from pipeline.config.schema import ParityConfig
-from pipeline.report.throughput import in_words
+from pipeline.report.bottleneck import in_words
 
 # A distance to torch fp32 below this is rounding in float32.
 EXACT = 1e-6

@@ -5,16 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-# The backends and the precisions of each. ``auto`` takes the only one where there is one.
-PRECISIONS: dict[str, tuple[str, ...]] = {
-    "torch": ("fp32", "bf16", "fp16"),
-    "torchscript": ("fp32", "bf16", "fp16"),
-    "torch_int8": ("int8",),
-    "torch_fp8": ("fp8",),
-    "onnx": ("fp32", "fp16"),
-    "onnx_int8": ("int8",),
-    "tensorrt": ("fp16",),
-}
 AUTO = "auto"
 
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from pipeline.config.ranges import AUTO, PRECISIONS, OneOf, Range, Text, filled
+from pipeline.config.choices import BACKENDS, CLUSTERS
+from pipeline.config.ranges import AUTO, OneOf, Range, Text, filled
 
 DEMO_MODEL = "demo"
 OUTPUT_COLUMNS = ("embedding", "label", "score", "top_labels", "top_scores", "status", "error")
@@ -61,7 +62,7 @@ class ModelConfig:
 class BackendConfig:
     """Group ``backend``: runtime, precision and device."""
 
-    name: Annotated[str, OneOf(*PRECISIONS)] = "torch"
+    name: Annotated[str, OneOf(*BACKENDS)] = "torch"
     precision: Annotated[str, OneOf("auto", "fp32", "bf16", "fp16", "int8", "fp8")] = "auto"
     device: Annotated[str, DEVICE] = "auto"
     compile: Annotated[str, OneOf("none", "default", "reduce-overhead", "max-autotune")] = "none"
@@ -174,7 +175,7 @@ class ErrorsConfig:
 class ClusterConfig:
     """Group ``cluster``: executor of the shards; the YAML files say which keys each kind uses."""
 
-    name: Annotated[str, OneOf("inline", "local", "cuda", "address", "slurm", "kubernetes")] = "inline"
+    name: Annotated[str, OneOf(*CLUSTERS)] = "inline"
     part: str | None = None
     workers: Annotated[int, Range(0, 100_000)] = 0
     cores: Annotated[int, Range(0, 4_096)] = 0

@@ -8,7 +8,8 @@ from dataclasses import asdict
 from itertools import chain
 from typing import Annotated, get_origin, get_type_hints
 
-from pipeline.config.ranges import AUTO, PRECISIONS, OneOf, Range, Text
+from pipeline.config.choices import BACKENDS
+from pipeline.config.ranges import AUTO, OneOf, Range, Text
 from pipeline.config.schema import FORMATS, OUTPUT_COLUMNS, Config, ParityConfig, nearest, value_of
 from pipeline.core.errors import Problem
 
@@ -57,11 +58,11 @@ def _check_constraints(config: Config) -> Iterator[Problem]:
 
 def _check_backend(config: Config) -> Iterator[Problem]:
     backend = config.backend
-    if backend.name not in PRECISIONS:
+    if backend.name not in BACKENDS:
         return
-    able = PRECISIONS[backend.name]
+    able = BACKENDS[backend.name].precisions
     if backend.precision in CHOICES["backend.precision"] and backend.precision not in (AUTO, *able):
-        others = [name for name, precisions in PRECISIONS.items() if backend.precision in precisions]
+        others = [name for name, info in BACKENDS.items() if backend.precision in info.precisions]
         allowed = f"backend={backend.name} computes in {', '.join(able)}"
         hint = f"{backend.precision}: backend={' or '.join(others)}"
         yield Problem("backend.precision", backend.precision, allowed, hint)

@@ -227,8 +227,8 @@ def _sum(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, floa
 class ShardReport:
     """Result of one shard: its part, its rows by status, and whether the commit is this run's.
 
-    ``repeats`` counts the rows that share the embedding of an earlier row with the same bytes. ``began``, when its rows
-    were asked for, and ``ended``, when it was durable, are seconds since the epoch; 0 where nobody has looked.
+    ``repeats`` counts the rows that share the embedding of an earlier row with the same bytes. ``began``, the request
+    for its rows, and ``ended``, when it was durable, are seconds since the epoch; 0 where they were not measured.
     """
 
     shard: int

@@ -1,4 +1,4 @@
-"""Commits: which part counts for which shard, who is done, and the end of a dataset.
+"""Commits: the part that counts for each shard, the shards that are done, and the end of a dataset.
 
 A part is published under a name that holds its digest and is never overwritten. A commit is created
 once; the first one wins, a second attempt at the same shard loses quietly. Correctness rests on that
@@ -54,7 +54,7 @@ class Commit:
 def commit_part(
     storage: Storage, shard: int, table: pa.Table, form: PartFormat, counts: Mapping[str, int]
 ) -> ShardReport:
-    """Write, flush and publish a part, then commit it, unless somebody else has committed the shard."""
+    """Write, flush and publish a part, then commit it, unless another run has committed the shard."""
     with storage.staged() as staged:
         # The disk that fills up is that of the temporary file, which for an object store lies elsewhere.
         with explained(str(staged.path.with_name(f"part-{shard:05d}-*.parquet")), needed=table.nbytes):
@@ -76,7 +76,7 @@ def commit_part(
 
 
 def commit_shared(storage: Storage, commit: Commit) -> bool:
-    """Commit a part that lies there already, unless somebody else has committed the shard; True if this did."""
+    """Commit a part that exists already, unless another run has committed the shard; True if this did."""
     won = storage.create_once(_name(commit.shard), commit.to_json())
     failpoint("commit.done" if won else "commit.lost")
     return won
@@ -85,8 +85,8 @@ def commit_shared(storage: Storage, commit: Commit) -> bool:
 def find_done(
     storage: Storage, plan: Plan, confirm: Callable[[], None] = lambda: None, *, every_byte: bool = True
 ) -> dict[int, Commit]:
-    """The shards that need no work, see :func:`look`; what is not as it should be is said, and cleared, so that the
-    shard can be done again.
+    """The shards that need no work, see :func:`look`; other commits are logged and cleared, so that their
+    shards are done again.
 
     ``confirm`` is called before anything is cleared, and raises if the output is another run's by now.
     """
@@ -124,7 +124,7 @@ def look(storage: Storage, plan: Plan, *, every_byte: bool = True) -> tuple[dict
 
 
 def _with_sources(storage: Storage, plan: Plan) -> Plan:
-    """Which parts were shared is known to the plan that began the dataset alone."""
+    """Add the sources of shared parts, which only the stored plan knows."""
     kept = read_plan(storage)
     return replace(plan, sources=kept.sources) if kept is not None and kept.sources else plan
 
@@ -170,7 +170,7 @@ def read_present(storage: Storage, plan: Plan, *, known: Mapping[int, Commit]) -
 def finalize(
     storage: Storage, plan: Plan, commits: Iterable[Commit], confirm: Callable[[], None] = lambda: None
 ) -> dict[str, int]:
-    """Check that the commits cover the plan, clear what nobody refers to, write ``_SUCCESS``.
+    """Check that the commits cover the plan, clear unused files, write ``_SUCCESS``.
 
     ``confirm`` is called before anything is cleared or written, and raises if the output is another run's by now.
 
@@ -234,9 +234,9 @@ def _parse(data: bytes | None) -> Commit | None:
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """A commit file that was looked at: what it holds, and what is wrong with it or its part, if anything.
+    """A checked commit file: its content, and the problem of it or its part, if any.
 
-    ``kind`` is a short name of the problem; ``data`` are the bytes that were judged.
+    ``kind`` is a short name of the problem; ``data`` are the bytes that were checked.
     """
 
     name: str
@@ -285,7 +285,7 @@ def _is_decided(storage: Storage, plan: Plan, part: str) -> bool:
 
 
 def _discard(storage: Storage, plan: Plan, bad: Checked, *, every_byte: bool) -> None:
-    """Clear a bad commit and its part, unless another run has mended them since they were judged."""
+    """Clear a bad commit and its part, unless another run has repaired them since they were checked."""
 
     def size_of(part: str) -> int | None:
         return storage.size(part) if is_part(part) else None
@@ -293,8 +293,8 @@ def _discard(storage: Storage, plan: Plan, bad: Checked, *, every_byte: bool) ->
     now = check(storage, plan, size_of, bad.name, every_byte=every_byte)
     if now.data is None or not now.problem:
         return
-    # The part first: a damaged one must never outlive its commit and be met by the next. What a bad
-    # commit names is removed only if it is a part of its own shard.
+    # The part first: a damaged one must never outlive its commit and be used by the next. The part that a bad commit
+    # names is removed only if it is one of its own shard.
     commit = now.commit
     if commit is not None and commit.part.startswith(prefix_of(commit.shard)) and is_part(commit.part):
         storage.remove(commit.part)

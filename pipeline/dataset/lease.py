@@ -1,8 +1,8 @@
-"""The lease on an output: who works on it just now, so that two runs do not do the same work.
+"""The lease on an output: two runs do not do the same work at the same time.
 
 Leases are numbered files; a number is created once, and the holder of the highest one works. A lease whose holder
 is gone is taken over by creating the next number, which exactly one run achieves. Correctness never rests on a
-lease: commits are created once, whoever makes them. So a lease may be lost, or held twice for a moment, and the
+lease: a commit is created once, by any run. So a lease may be lost, or held twice for a moment, and the
 dataset is the same.
 """
 
@@ -124,7 +124,7 @@ def take(storage: Storage, *, seconds: float, folder: str = FOLDER) -> Lease:
 class Lease:
     """A lease that this process holds, renewed by a thread until the block ends.
 
-    ``taken_over`` says from whom and why it was taken over; empty where nobody had it.
+    ``taken_over`` says from whom and why it was taken over; empty if it was free.
     """
 
     def __init__(self, storage: Storage, number: int, holder: Holder, *, folder: str, taken_over: str) -> None:
@@ -132,7 +132,7 @@ class Lease:
         self.taken_over = taken_over
         self._name = f"{folder}/{number}.json"
         self._lost = ""
-        self._heard = time.monotonic()
+        self._renewed = time.monotonic()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
 
@@ -156,11 +156,11 @@ class Lease:
         Raises:
             LeaseLost: another run took it over.
         """
-        if self._lost or time.monotonic() - self._heard > self._holder.seconds:
+        if self._lost or time.monotonic() - self._renewed > self._holder.seconds:
             self.confirm()
 
     def confirm(self) -> None:
-        """Go on if the lease is still ours, by asking the storage now; one that does not answer is no verdict.
+        """Go on if the lease is still ours, by asking the storage now; a storage that does not answer decides nothing.
 
         Raises:
             LeaseLost: another run took it over.
@@ -190,7 +190,7 @@ class Lease:
         highest = max(found, default=0)
         own = parse(self._storage.read(self._name))
         if highest <= self._number and own is not None and own.token == self._holder.token:
-            self._heard = time.monotonic()
+            self._renewed = time.monotonic()
             return
         new = parse(self._storage.read(found[highest])) if highest else None
         by = f"was taken over by {new}" if new is not None and new.token != self._holder.token else "is gone"
@@ -201,10 +201,10 @@ class Lease:
         )
 
     def release(self) -> None:
-        """Take the lease's file away, and older ones; that of another run stays."""
+        """Remove the file of the lease, and older ones; that of another run stays."""
         own = parse(self._storage.read(self._name))
         if own is not None and own.token == self._holder.token:
-            # Ours last: as long as it stands, nobody takes a lower one for the newest.
+            # Its own last: while it is there, no other run takes a lower one for the newest.
             for number, name in leases(self._storage, self._folder).items():
                 if number < self._number:
                     self._storage.remove(name)
@@ -215,7 +215,7 @@ class Lease:
 
 
 def _judge(storage: Storage, name: str, seconds: float) -> str | None:
-    """Why the holder of a lease is gone; None if it has just released it.
+    """The reason why the holder of a lease is gone; None if it has just released it.
 
     Raises:
         OutputBusy: it is not.
@@ -252,7 +252,7 @@ def _create(storage: Storage, name: str, data: bytes) -> bool:
         try:
             return storage.create_once(name, data)
         except StorageError as problem:
-            # Whoever releases takes the empty folder away, maybe just before the file came to lie in it.
+            # A run that releases removes the empty folder, maybe just before this file was created in it.
             if not isinstance(problem.__cause__, FileNotFoundError):
                 raise
     return storage.create_once(name, data)

@@ -1,4 +1,4 @@
-"""The plan: what a dataset is. Created once; a run that would write anything else is refused."""
+"""The plan: the definition of a dataset. Created once; a run that would write anything else is refused."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipeline.storage.base import Storage
 
 NAME = "_plan.json"
 VERSION = 1
-# What stands behind a digest, for people.
+# Names of the contents behind a digest, for messages.
 WORDS = {
     "manifest.digest": "what the manifest's files hold",
     "model.architecture": "the model's config",
@@ -29,7 +29,7 @@ WORDS = {
 class Plan:
     """Everything that the bytes of the dataset follow from.
 
-    ``fingerprints`` are compared on resume; ``about`` is for people, and ``config`` is what the job was told, for a
+    ``fingerprints`` are compared on resume; ``about`` is for readers, and ``config`` are the settings of the job, for a
     repair (see :mod:`pipeline.dataset.saved_config`); both may differ. The shard list is not spelled out: it follows
     from the manifest's row groups and ``shard_rows``, so a plan stays small at any size. ``sources`` are the manifests
     (see :func:`source_of`) of other datasets of the same kind that this one may share whole parts with.
@@ -74,7 +74,7 @@ def new_plan(
 ) -> Plan:
     """The plan of a dataset of ``rows`` rows that is made with ``config``.
 
-    ``about`` is for people; without it, model and manifest of the config. ``sources`` see :class:`Plan`.
+    ``about`` is for readers; without it, model and manifest of the config. ``sources`` see :class:`Plan`.
     """
     shard_rows = config.manifest.shard_rows
     return Plan(
@@ -115,7 +115,7 @@ def read(storage: Storage) -> Plan | None:
     return plan
 
 
-def settle(storage: Storage, plan: Plan) -> bool:
+def write_once(storage: Storage, plan: Plan) -> bool:
     """Create the plan, or find the same one; True when the dataset is new.
 
     Raises:
@@ -180,7 +180,7 @@ def _differences(found: Any, wanted: Any, key: str) -> Iterator[str]:
         and isinstance(wanted, list)
         and sorted(map(str, found)) != sorted(map(str, wanted))
     ):
-        # Of two long lists only what they do not share tells them apart.
+        # Of two long lists only the differing values are shown.
         missing = [value for value in found if value not in wanted]
         added = [value for value in wanted if value not in found]
         yield f"{key}: there also {_short(missing)}, now instead {_short(added)}"
@@ -194,6 +194,6 @@ def _short(value: Any) -> str:
         return "some" if value else "none"
     text = json.dumps(value, ensure_ascii=False)
     if re.fullmatch(r'"[0-9a-f]{64}"', text):
-        # A digest says no more than that it differs.
+        # The rest of a digest tells nothing more.
         return f"{text[1:9]}..."
     return text if len(text) <= 80 else f"{text[:77]}..."

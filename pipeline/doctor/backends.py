@@ -10,14 +10,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NoReturn
 
-from pipeline.config.ranges import PRECISIONS
+from pipeline.config.choices import BACKENDS
 from pipeline.config.schema import BackendConfig, ParityConfig
 from pipeline.core.errors import BackendUnavailable
 from pipeline.doctor.check import Check, Status, Subject
 
 GROUP = "backends"
-# Backends that compile the model whatever backend.compile is.
-COMPILED = ("torch_int8", "torch_fp8")
 
 
 class _RequirementsMet(BaseException):
@@ -36,13 +34,13 @@ def look(subject: Subject) -> Iterator[Check]:
     config = subject.job.backend
     yield from _cuda()
     problem = compiler_problem()
-    compiles = config.compile != "none" or config.name in COMPILED
+    compiles = config.compile != "none" or BACKENDS[config.name].torch_compile
     if problem:
         yield Check(GROUP, "torch.compile", Status.FAIL if compiles else Status.SKIP, problem)
     else:
         yield Check(GROUP, "torch.compile", Status.OK, "compiles for this machine")
-    for name, precisions in PRECISIONS.items():
-        yield _backend(name, precisions, config, problem)
+    for name, info in BACKENDS.items():
+        yield _backend(name, info.precisions, config, problem)
 
 
 def can_run(config: BackendConfig) -> None:
@@ -51,7 +49,7 @@ def can_run(config: BackendConfig) -> None:
     Raises:
         BackendUnavailable: something is missing.
     """
-    from pipeline.backends import factory
+    from pipeline.backends.base import factory
 
     checkpoint: Any = _NoCheckpoint()
     try:
@@ -105,7 +103,7 @@ def _backend(name: str, precisions: tuple[str, ...], config: BackendConfig, comp
     asked = {one: one if len(precisions) > 1 else "auto" for one in precisions}
     problems = {one: _problem(replace(plain, precision=precision)) for one, precision in asked.items()}
     runs = [one for one, problem in problems.items() if not problem]
-    if name in COMPILED and runs and compiler:
+    if BACKENDS[name].torch_compile and runs and compiler:
         return Check(GROUP, name, Status.FAIL if own else Status.SKIP, compiler)
     if not runs:
         return Check(GROUP, name, Status.FAIL if own else Status.SKIP, problems[precisions[0]])

@@ -90,7 +90,7 @@ def _shortened(config: Config, scratch: Path) -> Config:
 
 def _few_labels(config: Config) -> PromptsConfig:
     from pipeline.engine.demo.folder import prompts_of
-    from pipeline.models.text import read_labels
+    from pipeline.models.label_files import read_labels
 
     prompts = prompts_of(config)
     names = list(read_labels(prompts).names)

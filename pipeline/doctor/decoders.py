@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pipeline.core.errors import BackendUnavailable, PipelineError
@@ -41,7 +40,7 @@ def _in_process(config: Config, kind: str, data: bytes, spec: PreprocessSpec) ->
 
     wanted = kind == config.images.decoder
     try:
-        decoder = decoder_of(replace(config, images=replace(config.images, decoder=kind, max_pixels=2**30)))
+        decoder = decoder_of(config.changed({"images.decoder": kind, "images.max_pixels": 2**30}))
         if "JPEG" not in decoder.formats:
             return Check(GROUP, kind, Status.SKIP, "images.formats is without JPEG")
         result = decoder.pixels(data, spec)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from pipeline.config.choices import BACKENDS, CLUSTERS
 from pipeline.config.schema import Config
 from pipeline.core.errors import install_hint
 from pipeline.doctor.check import Check, Status, Subject
@@ -11,10 +12,8 @@ from pipeline.doctor.versions import NAME, requirements
 from pipeline.storage.urls import is_s3
 
 GROUP = "extras"
-# Purpose of each extra; one that is not listed here is still checked.
+# Purpose of the extras that neither a backend nor a cluster needs; one that is not listed here is still checked.
 USES = {
-    "onnx": "backend=onnx, onnx_int8, tensorrt",
-    "int8": "backend=torch_int8, torch_fp8",
     "gpu": "images=gpu",
     "nightly": "jobs/nightly.py",
     "metrics": "metrics.textfile, metrics.pushgateway",
@@ -24,14 +23,6 @@ USES = {
     "maps": "the map of jobs/analytics",
     "search": "search --index, FAISS",
     "lance": "Lance tables",
-    "dask": "cluster=local, cuda, address",
-    "slurm": "cluster=slurm",
-    "kubernetes": "cluster=kubernetes",
-}
-OF_BACKEND = {"onnx": "onnx", "onnx_int8": "onnx", "tensorrt": "onnx", "torch_int8": "int8", "torch_fp8": "int8"}
-OF_CLUSTER = {
-    **{name: ("dask",) for name in ("local", "cuda", "address")},
-    **{name: ("dask", name) for name in ("slurm", "kubernetes")},
 }
 
 
@@ -50,7 +41,7 @@ def look(subject: Subject) -> Iterator[Check]:
             continue
         missing = [one.name for one in parts if one.version is None]
         fact = f"not installed: {', '.join(missing)}" if len(missing) == len(broken) else "; ".join(broken)
-        use = USES.get(extra, "")
+        use = _use(extra)
         if extra in needed:
             status, fact = Status.FAIL, f"{needed[extra]} needs it; {fact}"
         else:
@@ -60,14 +51,22 @@ def look(subject: Subject) -> Iterator[Check]:
         yield Check(GROUP, extra, status, fact, install_hint(extra))
 
 
+def _use(extra: str) -> str:
+    """The settings that need an extra."""
+    backends = [name for name, info in BACKENDS.items() if info.extra == extra]
+    clusters = [name for name, extras in CLUSTERS.items() if extras[-1:] == (extra,)]
+    names = f"backend={', '.join(backends)}" if backends else f"cluster={', '.join(clusters)}" if clusters else ""
+    return USES.get(extra, names)
+
+
 def needed_by(config: Config) -> dict[str, str]:
     """Return the extras that a job needs, each with the setting that needs it."""
     needed = {}
-    if config.backend.name in OF_BACKEND:
-        needed[OF_BACKEND[config.backend.name]] = f"backend={config.backend.name}"
+    if extra := BACKENDS[config.backend.name].extra:
+        needed[extra] = f"backend={config.backend.name}"
     if config.images.decoder == "gpu":
         needed["gpu"] = "images.decoder=gpu"
-    for extra in OF_CLUSTER.get(config.cluster.name, ()):
+    for extra in CLUSTERS[config.cluster.name]:
         needed[extra] = f"cluster={config.cluster.name}"
     metrics = config.metrics
     if metrics.textfile is not None or metrics.pushgateway is not None:

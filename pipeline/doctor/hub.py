@@ -32,31 +32,27 @@ def look(subject: Subject) -> Iterator[Check]:
     """Check that the hub answers, and that the model can be opened."""
     from huggingface_hub import constants
 
-    config = subject.job.model
-    where, offline = constants.ENDPOINT, bool(constants.HF_HUB_OFFLINE)
-    if is_local(config):
-        if subject.quick or offline:
-            yield Check(GROUP, "hub", Status.SKIP, "not checked: this job does not need it")
-        elif problem := hub_problem(None):
-            yield Check(GROUP, "hub", Status.SKIP, f"{problem}; this job does not need it")
-        else:
-            yield Check(GROUP, "hub", Status.OK, f"{where} answers")
-        yield _opened(config, None)
-        return
-    problem = "not checked: HF_HUB_OFFLINE is set" if offline else hub_problem(config.name)
-    cached = find_cached(config)
-    if not problem:
-        yield Check(GROUP, "hub", Status.OK, f"{where} answers, and has {config.name}")
-    elif offline:
+    config, where = subject.job.model, constants.ENDPOINT
+    local, problem = is_local(config), ""
+    if constants.HF_HUB_OFFLINE:
+        problem = "not checked: HF_HUB_OFFLINE is set"
+    elif not (local and subject.quick):
+        problem = hub_problem(None if local else config.name)
+    if local and (problem or subject.quick):
+        yield Check(GROUP, "hub", Status.SKIP, f"{problem or 'not checked'}; this job does not need it")
+    elif not problem:
+        yield Check(GROUP, "hub", Status.OK, f"{where} answers" + ("" if local else f", and has {config.name}"))
+    elif constants.HF_HUB_OFFLINE:
         yield Check(GROUP, "hub", Status.SKIP, problem)
     else:
         way_out = "check the model's name, the network and HF_TOKEN, or set HF_ENDPOINT to a mirror"
         yield Check(GROUP, "hub", Status.WARN, problem, way_out)
-    yield _from_hub(config, cached, problem, constants.HF_HUB_CACHE)
+    yield _opened(config, None) if local else _from_hub(config, problem, constants.HF_HUB_CACHE)
 
 
-def _from_hub(config: ModelConfig, cached: Cached | None, problem: str, cache: str) -> Check:
+def _from_hub(config: ModelConfig, problem: str, cache: str) -> Check:
     """Check that a job gets the model: from the cache, or from a hub that answers."""
+    cached = find_cached(config)
     if cached is not None and problem and cached.conversion is not None:
         # A job looks up the number of the pull request on the hub.
         fact = f"{config.name}: main has no safetensors, and the hub, which has their conversion, does not answer"
@@ -132,11 +128,9 @@ def hub_problem(name: str | None) -> str:
         return f"{where} has no model {name}, or it is private (HF_TOKEN)"
     except HFValidationError as error:
         return f"{name} is no valid name on the hub: {error}"
-    except (HfHubHTTPError, OSError) as error:
-        return f"{where} does not answer ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
     except Exception as error:
         # The types that its HTTP client raises change with its version.
-        if not type(error).__module__.startswith("http"):
+        if not isinstance(error, (HfHubHTTPError, OSError)) and not type(error).__module__.startswith("http"):
             raise
         return f"{where} does not answer ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
     return ""
@@ -149,21 +143,12 @@ def _opened(config: ModelConfig, cached: Path | None) -> Check:
     try:
         folder = cached or find_folder(config)
     except ModelError as error:
-        return Check(
-            GROUP,
-            "model",
-            Status.FAIL,
-            str(error),
-            "set model.name to a folder with a checkpoint, or to a model of the hub",
-        )
+        way_out = "set model.name to a folder with a checkpoint, or to a model of the hub"
+        return Check(GROUP, "model", Status.FAIL, str(error), way_out)
     if not (folder / "config.json").is_file():
-        return Check(
-            GROUP,
-            "model",
-            Status.FAIL,
-            f"{folder}: no config.json, so this is not a Hugging Face checkpoint",
-            "set model.name to the folder that holds config.json and model.safetensors",
-        )
+        fact = f"{folder}: no config.json, so this is not a Hugging Face checkpoint"
+        way_out = "set model.name to the folder that holds config.json and model.safetensors"
+        return Check(GROUP, "model", Status.FAIL, fact, way_out)
     size = sum(os.path.getsize(path) for path in folder.glob("*.safetensors"))
     if not size and config.weights != "random":
         way_out = "choose a model.revision that has them, or convert the checkpoint with save_pretrained()"

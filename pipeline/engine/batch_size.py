@@ -24,6 +24,7 @@ from pipeline.backends.base import ImageEncoder
 from pipeline.backends.devices import choose, choose_device, out_of_memory
 from pipeline.backends.streams import count_streams
 from pipeline.backends.timing import Clock, images_per_second
+from pipeline.config.choices import BACKENDS
 from pipeline.config.schema import BackendConfig, Config
 from pipeline.core.errors import BackendUnavailable, StorageError
 from pipeline.core.machine import machine
@@ -93,7 +94,8 @@ class Benchmark:
     @property
     def compiles(self) -> bool:
         """True if opening takes long at every size, because the size is compiled in."""
-        return self.config.compile != "none" or self.config.name in ("torch_int8", "torch_fp8", "tensorrt")
+        info = BACKENDS[self.config.name]
+        return self.config.compile != "none" or info.torch_compile or info.builds
 
     def sizes(self, largest: int) -> list[int]:
         """The sizes to try, none of them above ``largest`` but the first."""

@@ -1,4 +1,4 @@
-"""Which rows of a shard hold the same bytes, so that a picture is embedded once however often it stands there."""
+"""Rows of a shard with the same bytes, so that each picture is embedded once."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import threading
 
 import xxhash
 
-# Nobody who sends images can know which of them would collide in this run.
+# A sender of images cannot know which of them would collide in this run.
 _SEED = secrets.randbits(64)
 
 

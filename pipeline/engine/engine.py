@@ -11,8 +11,7 @@ from functools import cached_property, partial
 
 import torch
 
-from pipeline.backends import factory
-from pipeline.backends.base import Draw, ImageEncoder
+from pipeline.backends.base import Draw, ImageEncoder, factory
 from pipeline.backends.devices import choose_device
 from pipeline.backends.oom import HalvingEncoder
 from pipeline.backends.parity import Reference, check, embed_reference
@@ -32,11 +31,12 @@ from pipeline.manifest.ids import check_ids
 from pipeline.manifest.manifest import Manifest, open_manifest
 from pipeline.manifest.overlap import check_places
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
-from pipeline.models.text import build_bank, read_labels
+from pipeline.models.label_files import read_labels
+from pipeline.models.text import build_bank
 from pipeline.storage.base import Storage
 from pipeline.telemetry.tracing import span
 
-# So long nothing else begins while the ids are checked; millions of rows are checked in that time.
+# Seconds to wait for the check of the ids before the model is opened; millions of rows are checked in that time.
 IDS_SECONDS = 0.5
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class Engine:
     """The opened parts of a config; each is opened once, at its first use. Use it as a context manager.
 
     Args:
-        config: config of the job; an open batch size is settled by :meth:`open`.
+        config: config of the job; an open batch size is measured by :meth:`open`.
         manifest: its manifest with unique ids, where another process has opened it.
         bank: returns its text bank, where another process embeds the prompts.
         decoders: decoder processes that were started before.
@@ -85,7 +85,7 @@ class Engine:
             # A wrong manifest of ordinary size is reported before a model is opened.
             self._ids.result(IDS_SECONDS)
         log.info("%s: %d rows in %d files", config.manifest.path, manifest.rows, len(manifest.files))
-        # Opens the model in this thread.
+        # The model is opened in this thread, the prompts are embedded in another one.
         _ = self._bank
 
     def open(self, storage: Storage) -> None:
@@ -99,7 +99,7 @@ class Engine:
         """
         # A decoder that this machine does not have is reported before a batch size is measured.
         _ = self.reader
-        self._settle_batch_size(storage)
+        self._choose_batch_size(storage)
         _ = self.encoder
 
     @cached_property
@@ -152,20 +152,20 @@ class Engine:
         device = choose_device(self.config.backend.device)
         return replace(self.cpu_reader, gpu=NvidiaDecoder(self.spec, device, self.cpu_reader.decoder))
 
-    def drawn(self) -> Sample | None:
+    def job_sample(self) -> Sample | None:
         """Images of the manifest for comparisons and calibration; None where the ones that were tried are damaged."""
         return self._drawn
 
-    def drawn_exactly(self) -> Sample | None:
-        """The same images by the decoder with which the others are compared."""
+    def exact_sample(self) -> Sample | None:
+        """The same images by the decoder ``exact``, with which the other decoders are compared."""
         with self.reader.exact() as reader:
             return self._draw(reader)
 
     def sample(self) -> Sample:
-        """The images of :meth:`drawn`, or rendered scenes: backends can be compared on those, decoders cannot."""
+        """The images of :meth:`job_sample`, or rendered scenes: backends can be compared on those, decoders cannot."""
         return self._sample
 
-    def _settle_batch_size(self, storage: Storage) -> None:
+    def _choose_batch_size(self, storage: Storage) -> None:
         def alone() -> None:
             # Nothing else may run while speeds are compared.
             self.bank()

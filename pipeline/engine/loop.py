@@ -17,7 +17,7 @@ from pipeline.backends.streams import Streams
 from pipeline.config.schema import Config
 from pipeline.core.failpoints import failpoint
 from pipeline.core.log_format import within
-from pipeline.core.records import ImageBatch, PreprocessSpec, Shard, ShardReport, ShardRows, Stage, TextBank
+from pipeline.core.records import ImageBatch, Shard, ShardReport, ShardRows, Stage, TextBank
 from pipeline.dataset.commits import commit_part
 from pipeline.dataset.parts import PartFormat, ShardResult, build_table, count_statuses
 from pipeline.engine.forward import Labelling, PendingBatch, ShardResults, launch, memory_explained
@@ -38,7 +38,6 @@ class Job:
 
     config: Config
     manifest: Manifest
-    spec: PreprocessSpec
     form: PartFormat
     bank: TextBank | None
 

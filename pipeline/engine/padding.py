@@ -8,10 +8,10 @@ import torch
 
 
 def repeats(count: int, size: int) -> torch.Tensor:
-    """Which of the ``count`` pictures of a batch fill its free places: int64 ``[size - count]``.
+    """The pictures of the ``count`` in a batch that fill its free places: int64 ``[size - count]``.
 
-    Pictures that stand there twice cost nothing, and show whether an encoder keeps its rows in order. A square,
-    because a row of pictures that is turned round or reversed could look like a simpler pattern.
+    Pictures that are in a batch twice cost nothing, and show if an encoder keeps its rows in order. The numbers follow
+    a square, because rotated or reversed rows could look like a simpler pattern.
     """
     place = torch.arange(size - count)
     return (place * place + 3 * place + 1) % count

@@ -53,12 +53,12 @@ def prepare(engine: Engine, storage: Storage) -> Prepared:
 
     prints = fingerprints(engine)
     wanted = plan.new_plan(config, prints, rows=manifest.rows)
-    # A wrong output.dir is reported at once; a backend that misses the gate leaves no plan.
+    # Before the gates, which take time: the output may hold another dataset.
     plan.compare(storage, wanted)
     gate = Gate(limits=config.parity, fingerprints=prints, storage=storage, bank=bank)
     with span("gates"):
         parity = pass_gate(encoder, engine.checkpoint, engine.sample, gate)
-        decoded = decoder_gate.pass_gate(encoder, config.images.decoder, engine.drawn, engine.drawn_exactly, gate)
+        decoded = decoder_gate.pass_gate(encoder, config.images.decoder, engine.job_sample, engine.exact_sample, gate)
     return Prepared(
         config=config,
         plan=wanted,
@@ -73,29 +73,28 @@ def prepare(engine: Engine, storage: Storage) -> Prepared:
 
 
 def job_of(engine: Engine, prepared: Prepared) -> Job:
-    """The job as the processes that embed get it."""
+    """Return the specification of the job for the processes that embed."""
     return Job(
         config=prepared.config,
         manifest=engine.manifest,
-        spec=engine.spec,
         form=parts.format_of(prepared.plan, engine.manifest.schema, prepared.dim),
         bank=engine.bank(),
     )
 
 
-def settle(prepared: Prepared, storage: Storage, held: lease.Lease) -> None:
+def write_plan(prepared: Prepared, storage: Storage, held: lease.Lease) -> None:
     """Write the plan, unless it is there.
 
     Raises:
         PlanMismatch: the output holds another dataset by now.
     """
     held.confirm()
-    plan.settle(storage, prepared.plan)
+    plan.write_once(storage, prepared.plan)
     failpoint("plan.settled")
 
 
 def note(engine: Engine, prepared: Prepared, storage: Storage) -> None:
-    """Write what the gates measured into the output, whose plan is settled."""
+    """Write the figures of the gates into the output, whose plan is written."""
     gate = Gate(limits=engine.config.parity, fingerprints=prepared.plan.fingerprints, storage=storage)
     if prepared.parity is not None:
         record(prepared.parity, engine.encoder, gate)
@@ -130,3 +129,14 @@ def prompts_fingerprint(config: Config, bank: TextBank) -> dict[str, Any]:
         "top_k": config.labels.top_k,
         "threshold": config.labels.threshold,
     }
+
+
+def log_labels(bank: TextBank | None) -> None:
+    """Log the number of labels and the origin of their features."""
+    if bank is None:
+        log.warning(
+            "no labels: the columns label and score stay null; prompts.labels=[cat,dog] or prompts.path fills them"
+        )
+    else:
+        features = "from the cache" if bank.cached else "embedded and cached"
+        log.info("%d labels, text features %s", len(bank.names), features)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pipeline.models.checkpoint import Checkpoint
-    from pipeline.models.text import LabelSet
+    from pipeline.models.label_files import LabelSet
 
 
 def config_of_dataset(dataset: Dataset, model: ModelConfig | None = None) -> Config:
@@ -61,7 +61,7 @@ def labels_of(config: Config) -> LabelSet:
         PromptsError: its file cannot be read.
     """
     from pipeline.engine.demo.folder import prompts_of
-    from pipeline.models.text import read_labels
+    from pipeline.models.label_files import read_labels
 
     return read_labels(prompts_of(config))
 
@@ -72,7 +72,8 @@ def embed_text(checkpoint: Checkpoint, texts: list[str]) -> NDArray[np.float32]:
     Raises:
         PromptsError: one is no text, such as what a terminal of another encoding sends.
     """
-    from pipeline.models.text import embed_prompts, is_text
+    from pipeline.models.label_files import is_text
+    from pipeline.models.text import embed_prompts
 
     for text in texts:
         if not is_text(text):

@@ -32,7 +32,7 @@ def draw_sample(manifest: Manifest, reader: PixelReader, count: int) -> Sample |
     groups = [(file, group) for file, f in enumerate(manifest.files) for group, rows in enumerate(f.row_groups) if rows]
     places = min(PLACES, len(groups), count)
     chosen = [groups[place * len(groups) // places] for place in range(places)]
-    # Where a place has too few good pictures, the next ones give more; the rest of the manifest stands by.
+    # If a place has too few good pictures, more are taken from the next ones, and then from the rest of the manifest.
     spare = [place for place in groups[: PLACES * TRIES] if place not in chosen]
     ids: list[str] = []
     pictures: list[Pixels] = []

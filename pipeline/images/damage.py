@@ -1,4 +1,4 @@
-"""Why an image has no pixels: from what Pillow raised, and from the bytes, to the failure of a row."""
+"""The failure of a row whose image has no pixels, from Pillow's error and the bytes."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ _REFUSED = (
 )
 _HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
 _KNOWN = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"\0\0\1\0", b"\0\0\0\x0cjP  ", b"qoif")
-# Boxes looked at in a file of boxes (AVIF, JPEG 2000); a sound one has a handful.
+# The most boxes that are read of a file of boxes (AVIF, JPEG 2000); a valid one has a handful.
 _BOXES = 64
 
 
 def too_large(error: Image.DecompressionBombError, most: int) -> Failure:
-    """Of an image of more pixels than ``most``; Pillow's own words name another limit."""
+    """The failure of an image of more pixels than ``most``; Pillow's own message names another limit."""
     found = re.search(r"\((\d+) pixels\)", str(error))
     pixels = f"{int(found[1]):,} pixels" if found else "too many pixels"
     return Failure("too_many_pixels", f"{pixels}, over images.max_pixels={most:,}")
 
 
 def unidentified(data: bytes, formats: Sequence[str]) -> Failure:
-    """Of bytes that Pillow does not know, or may not open: what they are instead."""
+    """The failure of bytes that Pillow does not know, or may not open."""
     head = data[:512].lstrip()
     if head.startswith(_REFUSED) or (data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS):
         return Failure("format_not_allowed", f"starts with {head[:8]!r}; images.formats holds {', '.join(formats)}")
-    # Pillow's own tests of the first bytes; the plugins behind them are not let near the data.
+    # Pillow's own tests of the first bytes; the plugins themselves do not read the data.
     for name, (_, accept) in Image.OPEN.items():
         with suppress(IndexError, struct.error):
             if name not in formats and accept is not None and accept(data[:16]) is True:
@@ -71,7 +71,7 @@ def _ends_early(data: bytes) -> bool:
 
 
 def damaged(error: Exception, data: bytes) -> Failure:
-    """Of what a plugin of Pillow raised: how the file is damaged."""
+    """The failure of a file for which a plugin of Pillow raised ``error``."""
     text = str(error) or type(error).__name__
     lowered = text.lower()
     # The last two are torch's.

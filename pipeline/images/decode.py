@@ -37,17 +37,17 @@ T = TypeVar("T")
 
 # The decoder that the others are compared with.
 EXACT = "exact"
-# Shows people what can be seen of a damaged file, in a process of its own; no dataset is made with it.
+# Decodes as much of a damaged file as possible, for thumbnails; in a process of its own, and never for a dataset.
 GLANCE, GLANCE_SIZE = "glance", (320, 320)
 # Rows of deep samples that are scaled at a time.
 BAND = 256
-_one_giant = threading.Lock()
+_large_lock = threading.Lock()
 
-# Pillow warns of odd metadata that changes no pixel; a run over millions of files would drown in it.
+# Pillow warns of odd metadata that changes no pixel; a run over millions of files would log nothing else.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 _BACKGROUNDS = {"white": (255, 255, 255), "black": (0, 0, 0)}
-# What takes an image that was turned by its EXIF orientation back to how it is stored.
+# The inverse of each EXIF orientation: from the upright image to the stored one.
 _UNTURNED = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -65,7 +65,7 @@ class Decoder:
 
     ``kind`` is ``exact``, or ``fast`` or ``scaled`` (:mod:`pipeline.images.fast`), which change how :meth:`pixels`
     are computed and nothing else: what Pillow refuses is refused.
-    ``turn`` is held for as long as a giant is in memory; without one, the giants of this process take turns.
+    ``large_lock`` is held for as long as a large image is in memory; by default it is one for this process.
     """
 
     formats: tuple[str, ...]
@@ -73,7 +73,7 @@ class Decoder:
     exif: str = "apply"
     transparency: str = "white"
     kind: str = EXACT
-    turn: AbstractContextManager[Any] = field(default=_one_giant, repr=False, compare=False)
+    large_lock: AbstractContextManager[Any] = field(default=_large_lock, repr=False, compare=False)
 
     def rules(self) -> dict[str, Any]:
         """The arguments that make the same decoder elsewhere, fit for JSON."""
@@ -108,7 +108,7 @@ class Decoder:
     ) -> T | Failure:
         """Decode, and hand the RGB image to ``finish`` while its buffers are there.
 
-        A giant has its turn until ``finish`` is done with it: of several threads one holds one. ``read`` gets the
+        A large image holds the lock until ``finish`` is done with it: threads handle one at a time. ``read`` gets the
         image before it is loaded, and may give the result at once; where it gives None, Pillow loads the image.
 
         Statuses of a failure: ``not_an_image``, ``format_not_allowed``, ``truncated``, ``corrupt``,
@@ -136,7 +136,7 @@ class Decoder:
                     "too_many_pixels",
                     f"{image.width} x {image.height} pixels, over images.max_pixels={self.max_pixels:,}",
                 )
-            with self.turn if pixels > LARGE_PIXELS else nullcontext():
+            with self.large_lock if pixels > LARGE_PIXELS else nullcontext():
                 if (done := read(image)) is not None:
                     return done
                 rgb = self._load(image)
@@ -147,7 +147,7 @@ class Decoder:
         turned_on_load = self.exif == "ignore" and image.format == "TIFF"
         orientation = image.getexif().get(ExifTags.Base.Orientation) if turned_on_load else None
         if self.kind == GLANCE:
-            # JPEG at a fraction of its size, where that is large enough for people.
+            # JPEG at a fraction of its size, where that is large enough for a thumbnail.
             image.draft(None, GLANCE_SIZE)
         # JPEG decodes to RGB at once; other formats keep their own mode until the rule is known.
         image.load()

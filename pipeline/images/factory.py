@@ -1,4 +1,4 @@
-"""From the config to what reads and decodes images; light enough to start its processes before torch is imported."""
+"""Readers and decoders of images from the config; light enough to start processes before torch is imported."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def decoder_of(config: Config) -> Decoder:
         max_pixels=images.max_pixels,
         exif=images.exif,
         transparency=images.transparency,
-        # What the GPU does not take is decoded on the cores meanwhile.
+        # The CPU decodes the images that the GPU does not take.
         kind="fast" if images.decoder == "gpu" else images.decoder,
     )
 
 
 def open_decoders(config: Config) -> Decoders | None:
-    """The processes that decode, none of which is started yet; None where this one decodes by itself."""
+    """Decoder processes, none of which is started yet; None if images are decoded in this process."""
     loader = config.loader
     if loader.isolation != "process":
         return None

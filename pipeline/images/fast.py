@@ -5,7 +5,7 @@ small picture is left to the code of ``exact``.
 
 - ``fast``: the pixels of Pillow's decoder, resized to within 2 levels of Pillow's.
 - ``scaled``: JPEG files are decoded at a half, a quarter or an eighth of their size where both sides stay at twice the
-  wanted length or more, and the picture is not small anyway.
+  wanted length or more, and the picture is not small already.
 
 Pillow resizes strips, images over ``LARGE_PIXELS`` that it has decoded itself (a copy of one would take more memory
 than ``exact``), and all images where the model wants another filter than bilinear or bicubic, which it then decodes
@@ -32,8 +32,8 @@ from pipeline.images.preprocess import centre_crop, is_strip, preprocess, resize
 _MODES = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicubic"}
 # A scaled decode keeps both sides at this many times the wanted length.
 OVERSAMPLED = 2
-# Pictures of fewer pixels are decoded whole, in about a millisecond. They could be scaled for small models alone, which
-# feel it most: the demo model's cosines of photos of 0.2 megapixels, a quarter scale, went down to 0.987.
+# Pictures of fewer pixels are decoded whole, in about a millisecond. They could be scaled for small models only, which
+# lose most by it: the demo model's cosines of photos of 0.2 megapixels, a quarter scale, went down to 0.987.
 LEAST_PIXELS = 500_000
 # Keeps a product that should be a whole number from falling short of it, and moves no pixel by a hundredth.
 _UPWARD = 1 + 1e-6
@@ -54,10 +54,10 @@ def read(data: bytes, image: Image.Image, spec: PreprocessSpec, *, scaled: bool,
     """
     if not (_takes(image.size, spec) and jpeg.takes(data, image)):
         return None
-    # Not before: to read the metadata of a damaged PNG loads it, and the damage is reported once.
+    # Not before: reading the metadata of a damaged PNG loads it, and the damage is reported once.
     size = resized_size(image.size, spec)
-    on_its_side = turned and _lies_on_its_side(image)
-    if on_its_side:
+    sideways = turned and _swaps_sides(image)
+    if sideways:
         width, height = resized_size((image.height, image.width), spec)
         size = height, width
     scaled = scaled and image.width * image.height >= LEAST_PIXELS
@@ -66,7 +66,7 @@ def read(data: bytes, image: Image.Image, spec: PreprocessSpec, *, scaled: bool,
     if rgb is None:
         return None
     extent = image.width / scale, image.height / scale
-    small = resize(rgb, size, spec.resample, extent=extent, on_its_side=on_its_side)
+    small = resize(rgb, size, spec.resample, extent=extent, sideways=sideways)
     if turned and _orientation(image) != 1:
         stored = Image.fromarray(small)
         stored.info = image.info
@@ -92,7 +92,7 @@ def resize(
     resample: int,
     *,
     extent: tuple[float, float],
-    on_its_side: bool = False,
+    sideways: bool = False,
 ) -> NDArray[np.uint8]:
     """uint8 ``[H, W, 3]`` to ``size`` (width, height), antialiased as Pillow does it.
 
@@ -102,7 +102,7 @@ def resize(
         resample: Pillow's number of the filter.
         extent: width and height of the picture in pixels of ``rgb``: a scaled decode is rounded up, so that its last
             column and row may stand for less than a whole pixel.
-        on_its_side: the picture's rows are columns of ``rgb``.
+        sideways: the rows of the upright picture are columns of ``rgb``.
 
     Raises:
         RuntimeError: there is no memory for it.
@@ -113,7 +113,7 @@ def resize(
     mode = _MODES[Image.Resampling(resample)]
     # The new axis goes first: torch would take the strides of [None] behind a permute for those of planes.
     pixels = torch.from_numpy(rgb)[None].permute(0, 3, 1, 2)
-    if on_its_side:
+    if sideways:
         vertical_first = not _vertical_first((height, width), size[::-1])
     else:
         vertical_first = _vertical_first((width, height), size)
@@ -143,7 +143,7 @@ def _interpolate(pixels: torch.Tensor, size: tuple[int, int], extent: tuple[floa
 
 
 def warm_up() -> None:
-    """Do all once, so that nothing is loaded later.
+    """Call every function of the libraries once, so that nothing is loaded later.
 
     Raises:
         RuntimeError, ValueError: simplejpeg or torch does not work here.
@@ -159,7 +159,7 @@ def _takes(size: tuple[int, int], spec: PreprocessSpec) -> bool:
     return spec.resample in _MODES and not is_strip(size, spec)
 
 
-def _lies_on_its_side(image: Image.Image) -> bool:
+def _swaps_sides(image: Image.Image) -> bool:
     """True if the orientation of ``image`` swaps width and height; tried on an image of two pixels."""
     if _orientation(image) == 1:
         return False
@@ -169,9 +169,9 @@ def _lies_on_its_side(image: Image.Image) -> bool:
 
 
 def _orientation(image: Image.Image) -> object:
-    """1 where nothing is turned; anything else is for :func:`upright` to judge."""
+    """1 if the image is upright as it is stored; other values are interpreted by :func:`upright`."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:
-        # Metadata fails in as many ways as images do, and is of no account then.
+        # Damaged metadata raises errors of many types, and is ignored.
         return None

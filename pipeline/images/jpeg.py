@@ -1,8 +1,8 @@
-"""JPEG files to pixels by simplejpeg (libjpeg-turbo), where it does so without a complaint.
+"""JPEG files to pixels by simplejpeg (libjpeg-turbo), where it decodes without a warning.
 
-What Pillow would refuse is never read here: Pillow has read the header before, a file is taken only if its pixels
-are the ones that the header promised, and the first warning of libjpeg-turbo leaves the file to Pillow, which then
-decides. simplejpeg takes a file that ends early, or whose data is damaged, for a warning, as Pillow does for an error.
+A file that Pillow would refuse is never read here: Pillow has read the header before, a file is accepted only if its
+pixels have the size in the header, and the first warning of libjpeg-turbo leaves the file to Pillow, which then
+decides. For a file that ends early, or whose data is damaged, simplejpeg warns where Pillow raises an error.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
-# Markers of a frame: baseline, extended and progressive, all by Huffman's code. Lossless and arithmetic ones are
-# decoded or not by how a library was built.
+# Markers of a frame: baseline, extended and progressive, all by Huffman's code. Whether lossless and arithmetic
+# ones are decoded depends on the build of a library.
 _ORDINARY = (0xC0, 0xC1, 0xC2)
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-# Segments looked at before the frame; a sound file with a large colour profile and metadata has some dozens.
+# The most segments that are read before the frame; one with a large colour profile and metadata has some dozens.
 _SEGMENTS = 1024
 # Scales of the inverse DCT that have vector code; the eighths between them take longer than the next larger one.
 _SCALES = (8, 4, 2)
@@ -36,7 +36,7 @@ def decode(data: bytes, size: tuple[int, int], *, scale: int = 1) -> NDArray[np.
     """The pixels of a JPEG file as it is stored, uint8 ``[H, W, 3]``; None where Pillow has to decode it.
 
     Args:
-        data: the file, which :func:`takes` said yes to.
+        data: the file, for which :func:`takes` is true.
         size: the width and height that Pillow found.
         scale: what width and height are divided by, and then rounded up: 1, 2, 4 or 8.
 
@@ -48,7 +48,7 @@ def decode(data: bytes, size: tuple[int, int], *, scale: int = 1) -> NDArray[np.
     # Without a scale no minimum: of a picture of a few pixels seven eighths are, rounded up, as many.
     least = {"min_height": wanted[0], "min_width": wanted[1]} if scale > 1 else {}
     try:
-        # A file may hold a second frame, of another size than the one that the limits were held against.
+        # A file may hold a second frame, of another size than the one that was checked.
         if tuple(simplejpeg.decode_jpeg_header(data, strict=True)[:2]) != (height, width):
             return None
         pixels: Any = simplejpeg.decode_jpeg(data, "RGB", strict=True, **least)
@@ -64,7 +64,7 @@ def scale_for(size: tuple[int, int], least: tuple[int, int]) -> int:
 
 
 def _frame(data: bytes) -> int:
-    """The marker of the first frame; 0 where something else than segments comes before it."""
+    """The marker of the first frame; 0 if anything but segments comes before it."""
     position = 2
     for _ in range(_SEGMENTS):
         if data[position : position + 1] != b"\xff" or position + 4 > len(data):

@@ -7,7 +7,7 @@ import zlib
 
 from PIL import ExifTags, Image, ImageOps
 
-# An image above this is decoded alone, so that several threads cannot hold several giants at once.
+# An image above this is decoded alone, so that several threads cannot hold several of them at once.
 LARGE_PIXELS = 16_000_000
 # The exceptions of Pillow's plugins on damaged files.
 DAMAGE = (

@@ -16,24 +16,24 @@ from pipeline.core.errors import ShardsGivenUp, StorageError, TooManyFailures
 from pipeline.core.failpoints import failpoint
 from pipeline.core.machine import memory, versions
 from pipeline.core.processes import cores
-from pipeline.core.records import OK, TextBank, Timeline
+from pipeline.core.records import OK, Timeline
 from pipeline.core.run_report import Pace, RunReport
 from pipeline.dataset.commits import Commit
 from pipeline.engine.engine import Engine
 from pipeline.engine.prepare import Prepared
 from pipeline.job.cluster.part import Part
 from pipeline.report import summary
+from pipeline.report.bottleneck import Bottleneck, Loop, Setup, find_bottleneck, find_pace
 from pipeline.report.faster_decoder import faster_decoder
 from pipeline.report.history import earlier_runs, is_stale
+from pipeline.report.load import REPORT
 from pipeline.report.page import place_of
 from pipeline.report.render import PAGE, Pictures, draw, try_to_publish
 from pipeline.report.summary import DatasetSummary
-from pipeline.report.throughput import Bottleneck, Loop, Setup, find_bottleneck, find_pace
 from pipeline.storage.base import Storage
 from pipeline.telemetry.run_stats import RunStats, WorkerStats
 
-REPORT = "_report.json"
-# With a smaller share of the cores at work than this, the model is not what to change.
+# Below this share of busy cores, something else than the model slows the run.
 BUSY = 0.6
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,10 @@ class Embedded:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A run after its last commit; ``began`` and ``ended`` are seconds since the epoch."""
+    """A run after its last commit; ``began`` and ``ended`` are seconds since the epoch.
+
+    ``committed`` are the commits of all parts of the job, ``part`` is the one of this run.
+    """
 
     prepared: Prepared
     engine: Engine
@@ -73,14 +76,14 @@ class Outcome:
     ended: float
     embedded: Embedded
     workers: tuple[WorkerStats, ...]
-    settled: tuple[Commit, ...]
+    committed: tuple[Commit, ...]
     given_up: tuple[int, ...]
 
     @property
     def counts(self) -> dict[str, int]:
         """Rows by status, ``ok`` first."""
         counts: Counter[str] = Counter()
-        for commit in self.settled:
+        for commit in self.committed:
             counts.update(commit.counts)
         return {OK: counts.pop(OK, 0), **dict(sorted(counts.items()))}
 
@@ -97,12 +100,12 @@ class Outcome:
     @property
     def missing(self) -> int:
         """Shards without a commit."""
-        return self.prepared.plan.shards - len(self.settled)
+        return self.prepared.plan.shards - len(self.committed)
 
     @property
-    def parts(self) -> list[tuple[str, int]]:
+    def files(self) -> list[tuple[str, int]]:
         """The files of the dataset, each with the number of its first row."""
-        return [(commit.part, commit.shard * self.prepared.plan.shard_rows) for commit in self.settled]
+        return [(commit.part, commit.shard * self.prepared.plan.shard_rows) for commit in self.committed]
 
     @property
     def stats(self) -> RunStats:
@@ -127,7 +130,7 @@ def report_of(outcome: Outcome) -> ReportDraft:
     """
     config = outcome.prepared.config
     content = summary.summarize(
-        config.output.dir, outcome.parts, id=outcome.engine.manifest.id, examples=config.report.examples
+        config.output.dir, outcome.files, id=outcome.engine.manifest.id, examples=config.report.examples
     )
     ran = outcome.part.merged(outcome.storage, outcome.stats)
     previous = outcome.storage.read(REPORT)
@@ -155,7 +158,7 @@ def publish(outcome: Outcome, draft: ReportDraft) -> None:
 
 
 def check(outcome: Outcome) -> None:
-    """Raise what a finished dataset with missing shards or many failed rows ends with.
+    """Check a finished dataset for missing shards and for too many failed rows.
 
     Raises:
         ShardsGivenUp: shards ended every worker that had them.
@@ -188,7 +191,7 @@ def _report(outcome: Outcome, ran: RunStats, content: DatasetSummary) -> RunRepo
     # The parts of a job need not run at the same time, and then have no common throughput.
     pace = find_pace(ran, setup_of(prepared), embedded.loop) if whole else None
     bottleneck = _bottleneck(outcome, ran, pace, startup)
-    committed = sum(commit.rows for commit in outcome.settled)
+    committed = sum(commit.rows for commit in outcome.committed)
     return RunReport(
         started=datetime.fromtimestamp(ran.began, UTC).isoformat(timespec="milliseconds"),
         rows=ran.rows,
@@ -242,17 +245,6 @@ def _bottleneck(outcome: Outcome, ran: RunStats, pace: Pace | None, startup: flo
         faster = faster_decoder(engine.manifest, engine.cpu_reader, pace, ran, setup)
         return Bottleneck(found.stage, faster.advice) if faster is not None else found
     return found
-
-
-def log_labels(bank: TextBank | None) -> None:
-    """Log the number of labels and the origin of their features."""
-    if bank is None:
-        log.warning(
-            "no labels: the columns label and score stay null; prompts.labels=[cat,dog] or prompts.path fills them"
-        )
-    else:
-        features = "from the cache" if bank.cached else "embedded and cached"
-        log.info("%d labels, text features %s", len(bank.names), features)
 
 
 def log_summary(result: RunReport, config: Config) -> None:

@@ -7,7 +7,6 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from pathlib import Path
 
 from pipeline.config.schema import Config
 from pipeline.core.errors import StorageError
@@ -17,7 +16,7 @@ from pipeline.core.run_report import RunReport
 from pipeline.dataset import commits, lease
 from pipeline.engine.demo import folder as demo
 from pipeline.engine.engine import Engine
-from pipeline.engine.prepare import Prepared, job_of, settle
+from pipeline.engine.prepare import Prepared, job_of, log_labels, write_plan
 from pipeline.images.pool.pool import Decoders
 from pipeline.job import finish
 from pipeline.job.cluster.executor import Executor, executor_of
@@ -27,7 +26,6 @@ from pipeline.manifest.manifest import Manifest
 from pipeline.manifest.shards import cut
 from pipeline.storage.base import Storage
 from pipeline.storage.factory import open_storage
-from pipeline.storage.urls import is_local, local_path
 from pipeline.telemetry.logs import log_to, log_to_terminal, progress_mode
 from pipeline.telemetry.monitor import Monitor, monitored
 from pipeline.telemetry.progress import Progress
@@ -78,24 +76,28 @@ def run_job(config: Config, options: RunOptions | None = None) -> RunReport:
     with ExitStack() as opened:
         if options.decoders is not None:
             opened.callback(options.decoders.close)
+        # Open: the output with its lease, then manifest, model and prompts.
         config, output = _open_output(config, options, opened)
-        config, rendering = with_demo_scenes(config)
+        config, rendering_seconds = with_demo_scenes(config)
         # Rendering the scenes of the demo is not part of the job.
-        began += rendering or 0.0
+        began += rendering_seconds or 0.0
         executor = opened.enter_context(executor_of(config, output.storage, output.held.check))
         engine = opened.enter_context(Engine(config, decoders=options.decoders))
         engine.begin()
 
+        # Plan: a backend that misses its gate writes nothing, and no part is written before the plan.
         with span("prepare"):
             prepared = executor.prepare(engine)
-        settle(prepared, output.storage, output.held)
-        finish.log_labels(engine.bank())
+        log_labels(engine.bank())
+        write_plan(prepared, output.storage, output.held)
         executor.begin(job_of(engine, prepared))
         done = commits.find_done(output.storage, prepared.plan, output.held.confirm, every_byte=options.every_byte)
 
+        # Embed: what has no commit yet; _SUCCESS is written when the commits cover the plan.
         embedded = _embed(output, executor, engine.manifest, prepared, done)
-        settled = _settled(output, executor, prepared, done)
+        committed = _finalize(output, executor, prepared, done)
 
+        # Finish: the report of this run, and the errors of a complete dataset.
         outcome = Outcome(
             prepared=prepared,
             engine=engine,
@@ -106,25 +108,22 @@ def run_job(config: Config, options: RunOptions | None = None) -> RunReport:
             ended=time.time(),
             embedded=embedded,
             workers=executor.workers,
-            settled=tuple(settled),
+            committed=tuple(committed),
             given_up=executor.given_up,
         )
         draft = finish.report_of(outcome)
-        output.monitor.finished(draft.report, dataset_bytes=sum(commit.size for commit in settled))
+        output.monitor.finished(draft.report, dataset_bytes=sum(commit.size for commit in committed))
         output.held.confirm()
         if outcome.missing and not outcome.given_up:
-            log.info(
-                "%s: %d of %d shards are missing; other parts do them",
-                config.output.dir,
-                outcome.missing,
-                prepared.plan.shards,
-            )
+            # The part of the job that commits the last shard publishes the report, and counts the failures.
+            missing, shards = outcome.missing, prepared.plan.shards
+            log.info("%s: %d of %d shards are missing; other parts do them", config.output.dir, missing, shards)
             return draft.report
         finish.publish(outcome, draft)
         if options.summary:
             finish.log_summary(draft.report, prepared.config)
-        if rendering is not None:
-            truth = demo.accuracy(config.output.dir, [commit.part for commit in settled])
+        if rendering_seconds is not None:
+            truth = demo.accuracy(config.output.dir, [commit.part for commit in committed])
             log.info("%.1f %% of the scenes got their true label", 100 * truth)
         finish.check(outcome)
         return draft.report
@@ -138,8 +137,7 @@ def with_demo_scenes(config: Config) -> tuple[Config, float | None]:
     """
     if config.manifest.path is not None:
         return config, None
-    began, output = time.time(), config.output.dir
-    folder = Path(local_path(output)).parent / "scenes" if is_local(output) else Path("outputs/scenes")
+    began, folder = time.time(), demo.scenes_folder(config.output.dir)
     log.info("manifest.path is not set: embedding %d rendered scenes in %s", config.manifest.demo_scenes, folder)
     path = demo.render_folder(folder, config.manifest.demo_scenes)
     return demo.with_scenes(config, path), time.time() - began
@@ -151,7 +149,7 @@ def _open_output(config: Config, options: RunOptions, opened: ExitStack) -> tupl
     # All packages can open this address, which has no ~.
     config = config.changed({"output.dir": storage.url})
     part, run = Part.of(config), options.run or new_run()
-    # Before the log is opened and a GPU's memory is allocated: a run without the lease changes nothing.
+    # The lease comes before the log and before any memory of a GPU: a run that does not get it changes nothing.
     monitor = opened.enter_context(monitored(config, run, began=options.began or time.time()))
     with log_to_terminal(config.log, run):
         held = opened.enter_context(lease.take(storage, seconds=config.output.lease_seconds, folder=part.lease))
@@ -182,7 +180,7 @@ def _embed(
             output.held.check()
             shard_span(report)
             rows += report.rows if report.committed else 0
-            # Not those of the progress: the images of a worker that died are embedded again.
+            # The progress counts the images of a worker that died twice, since they are embedded again.
             images += report.counts[OK] - report.repeats
             progress.failed(report.rows - report.counts[OK])
             progress.shared(report.repeats)
@@ -197,20 +195,20 @@ def _embed(
     )
 
 
-def _settled(
+def _finalize(
     output: _Output, executor: Executor, prepared: Prepared, done: Mapping[int, commits.Commit]
 ) -> list[commits.Commit]:
-    """The commits of all parts; publish the dataset if they cover the plan.
+    """Return the commits of all parts of the job, after writing ``_SUCCESS`` if they cover the plan.
 
     Raises:
         StorageError: a shard of this part has lost its commit.
     """
     storage, plan = output.storage, prepared.plan
-    settled = commits.read_present(storage, plan, known=done)
-    left = {*range(plan.shards)} - {commit.shard for commit in settled} - {*executor.given_up}
+    committed = commits.read_present(storage, plan, known=done)
+    left = {*range(plan.shards)} - {commit.shard for commit in committed} - {*executor.given_up}
     lost = [shard for shard in sorted(left) if output.part.has(shard)]
     if lost:
         raise StorageError(f"{storage.url}: shard {lost[0]} has no commit any more; run the same command again")
-    if len(settled) == plan.shards:
-        commits.finalize(storage, plan, settled, output.held.confirm)
-    return settled
+    if len(committed) == plan.shards:
+        commits.finalize(storage, plan, committed, output.held.confirm)
+    return committed

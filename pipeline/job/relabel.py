@@ -34,6 +34,7 @@ from pipeline.engine.query import labels_of, open_model
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.labels import label
 from pipeline.models.text import build_bank
+from pipeline.report.load import REPORT
 from pipeline.report.render import PAGE, redraw, try_to_publish
 from pipeline.report.summary import summarize
 from pipeline.storage.base import Storage
@@ -44,7 +45,6 @@ from pipeline.telemetry.progress import Progress
 
 # Rows are scored in the batches of the source's job, so that even rounding is the same, but in no larger ones.
 MOST = 1024
-REPORT = "_report.json"
 log = logging.getLogger(__name__)
 
 
@@ -104,7 +104,7 @@ def relabel(source: Dataset, config: Config, *, began: float | None = None) -> R
         wanted = _plan(source, config, bank)
         plan.compare(storage, wanted)
         held.confirm()
-        plan.settle(storage, wanted)
+        plan.write_once(storage, wanted)
         failpoint("plan.settled")
         work = _work(source, storage, config, bank, wanted)
         done = commits.find_done(storage, wanted, held.confirm)
@@ -112,9 +112,9 @@ def relabel(source: Dataset, config: Config, *, began: float | None = None) -> R
         if done:
             log.info("%d of %d shards (%d rows) are done already", len(done), wanted.shards, resumed)
         labelled = _run(work, done, held)
-        settled = commits.read_commits(storage, wanted, known=done)
-        commits.finalize(storage, wanted, settled, held.confirm)
-        report = _report(work, labelled, settled, began)
+        committed = commits.read_commits(storage, wanted, known=done)
+        commits.finalize(storage, wanted, committed, held.confirm)
+        report = _report(work, labelled, committed, began)
         held.confirm()
         if report.rows or storage.read(REPORT) is None:
             storage.write(REPORT, report.to_json())
@@ -186,11 +186,11 @@ def _run(work: _Work, done: Mapping[int, Commit], held: lease.Lease) -> _Labelle
     return _Labelled(rows, vectors, changed, began, (spent() - before).own)
 
 
-def _report(work: _Work, labelled: _Labelled, settled: Sequence[Commit], began: float) -> RelabelReport:
+def _report(work: _Work, labelled: _Labelled, committed: Sequence[Commit], began: float) -> RelabelReport:
     source, config, bank, core = work.source, work.config, work.bank, labelled.core_seconds
-    parts = [(commit.part, int(start)) for commit, start in zip(settled, source.starts, strict=True)]
+    parts = [(commit.part, int(start)) for commit, start in zip(committed, source.starts, strict=True)]
     content = summarize(config.output.dir, parts, id=source.id, examples=0)
-    counts = sum((Counter(commit.counts) for commit in settled), Counter[str]())
+    counts = sum((Counter(commit.counts) for commit in committed), Counter[str]())
     wall = round(time.time() - began, 3)
     return RelabelReport(
         source={"dataset": source.address, **source.fingerprint},
@@ -274,9 +274,10 @@ def _failures(table: pa.Table, rows: NDArray[np.int64]) -> dict[int, Failure]:
     failed = np.ones(table.num_rows, dtype=bool)
     failed[rows] = False
     places = np.flatnonzero(failed)
-    told = table.select(["status", "error"]).take(pa.array(places)).to_pylist()
+    failed_rows = table.select(["status", "error"]).take(pa.array(places)).to_pylist()
     return {
-        int(place): Failure(status=row["status"], error=row["error"]) for place, row in zip(places, told, strict=True)
+        int(place): Failure(status=row["status"], error=row["error"])
+        for place, row in zip(places, failed_rows, strict=True)
     }
 
 

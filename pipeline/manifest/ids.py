@@ -86,8 +86,8 @@ def _check(manifest: Manifest, position: int, ids: pa.Array) -> None:
     if ids.null_count:
         row = pc.index(ids.is_null(), pa.scalar(True)).as_py()
         raise ManifestError(
-            f"{_place(manifest, position + row)}: {manifest.id} is null; every row needs an id, or nobody could "
-            f"find its embedding{_example(manifest, position + row)}"
+            f"{_place(manifest, position + row)}: {manifest.id} is null; every row needs an id, or its embedding "
+            f"could not be found{_example(manifest, position + row)}"
         )
     try:
         ids.validate(full=True)

@@ -1,16 +1,13 @@
-"""Prompts to a :class:`~pipeline.core.records.TextBank`: embedded once in fp32, and cached on disk."""
+"""Text bank: the prompts of a label set, embedded once in fp32 and cached on disk."""
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,61 +16,17 @@ from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
 from pipeline.config.schema import LabelsConfig, PromptsConfig
-from pipeline.core.errors import PromptsError, StorageError
+from pipeline.core.errors import StorageError
 from pipeline.core.records import TextBank
 from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.label_files import LabelSet
 from pipeline.storage.base import Storage
 from pipeline.storage.factory import open_storage
-from pipeline.storage.urls import from_here
 
 BATCH = 256
 # Part of the cache key: raise it when the features of the same prompts change.
 VERSION = 1
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class LabelSet:
-    """Distinct names, each with the prompts whose features are averaged."""
-
-    names: tuple[str, ...]
-    prompts: tuple[tuple[str, ...], ...]
-
-
-def read_labels(config: PromptsConfig) -> LabelSet:
-    """The label set of a config; empty where it names none.
-
-    A YAML file holds a list of labels, or a mapping from a label to its prompt or prompts. A CSV or
-    Parquet file has a column ``label`` and, if wanted, a column ``prompt``; several rows of one label are
-    averaged. A label without prompts of its own takes every template.
-
-    Raises:
-        PromptsError: the file cannot be read, or a label is empty or not text.
-    """
-    if config.path is None:
-        pairs: Iterable[tuple[Any, Any]] = [(name, None) for name in config.labels]
-        place = "prompts.labels"
-    else:
-        place = f"prompts.path={config.path}"
-        pairs = _read_pairs(Path(config.path).expanduser(), place)
-    collected: dict[str, list[str]] = {}
-    for number, (name, prompt) in enumerate(pairs, start=1):
-        if not isinstance(name, str) or not name.strip() or not is_text(name):
-            raise PromptsError(
-                f"{place}: label {number} is {name!r}; labels are texts (in YAML, quote yes, no and numbers)"
-            )
-        prompts = collected.setdefault(name, [])
-        if prompt is None:
-            if prompts:
-                raise PromptsError(f"{place}: the label {name!r} stands there twice; take one out")
-            prompts += [template.replace("{}", name) for template in config.templates]
-        elif isinstance(prompt, str) and prompt.strip() and is_text(prompt):
-            prompts.append(prompt)
-        else:
-            raise PromptsError(f"{place}: the prompt of {name!r} is {prompt!r}; prompts are texts")
-    if config.path is not None and not collected:
-        raise PromptsError(f"{place}: the file holds no labels")
-    return LabelSet(names=tuple(collected), prompts=tuple(map(tuple, collected.values())))
 
 
 def build_bank(
@@ -125,15 +78,6 @@ def embed_prompts(checkpoint: Checkpoint, prompts: Sequence[Sequence[str]]) -> n
     return torch.nn.functional.normalize(sums, dim=1).numpy()
 
 
-def is_text(text: str) -> bool:
-    """True if the text can be encoded as UTF-8, unlike a string with half a character of a terminal or a file."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def default_cache() -> Path:
     """The default folder of text banks."""
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "clip-pipeline" / "text"
@@ -164,48 +108,3 @@ def _to_cache(store: Storage, name: str, features: np.ndarray) -> None:
         store.write(name, save_safetensors({"features": np.ascontiguousarray(features)}))
     except StorageError as error:
         log.warning("the text features are not cached: %s", error)
-
-
-def _read_pairs(path: Path, place: str) -> Iterable[tuple[Any, Any]]:
-    if not path.is_file():
-        raise PromptsError(f"{place}: no such file{from_here(str(path))}")
-    kind = path.suffix.lower()
-    try:
-        if kind in (".yaml", ".yml"):
-            return _yaml_pairs(path, place)
-        if kind == ".csv":
-            with path.open(newline="", encoding="utf-8-sig") as file:
-                rows = list(csv.DictReader(file))
-            return _table_pairs(rows, list(rows[0]) if rows else [], place)
-        if kind in (".parquet", ".pq"):
-            import pyarrow.parquet as pq
-
-            table = pq.read_table(path)
-            return _table_pairs(table.to_pylist(), table.column_names, place)
-    except (OSError, ValueError, csv.Error) as error:
-        raise PromptsError(f"{place}: {error}") from error
-    raise PromptsError(f"{place}: wanted a file that ends in .yaml, .yml, .csv, .parquet or .pq")
-
-
-def _yaml_pairs(path: Path, place: str) -> Iterable[tuple[Any, Any]]:
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise PromptsError(f"{place}: not YAML: {error}") from error
-    if isinstance(content, list):
-        return [(name, None) for name in content]
-    if isinstance(content, dict):
-        return [
-            (name, prompt)
-            for name, value in content.items()
-            for prompt in (value if isinstance(value, list) and value else [value])
-        ]
-    raise PromptsError(f"{place}: wanted a list of labels, or a mapping from labels to prompts")
-
-
-def _table_pairs(rows: list[dict[str, Any]], columns: Sequence[str], place: str) -> Iterable[tuple[Any, Any]]:
-    if rows and "label" not in columns:
-        raise PromptsError(f"{place}: no column 'label'; its columns are {', '.join(columns)}")
-    return [(row["label"], row.get("prompt") or None) for row in rows]

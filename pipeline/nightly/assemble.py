@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline.config.schema import OUTPUT_COLUMNS
@@ -24,7 +25,7 @@ from pipeline.nightly.embed import EmbeddedRows
 from pipeline.nightly.prepare import PendingNight, Target
 from pipeline.nightly.records import Kind
 from pipeline.nightly.rows import RowReader, fingerprints_of, in_order_of, read_rows, rechunk
-from pipeline.nightly.store import open_night, share_file
+from pipeline.nightly.store import open_night, share_file, url_of
 from pipeline.storage.base import Storage
 
 
@@ -58,7 +59,7 @@ def assemble(pending: PendingNight, target: Target, embedded: EmbeddedRows, held
     if pending.snapshot and pending.carried_from is not None:
         previous = open_dataset(open_night(pending.store, pending.carried_from.date).url)
     work, storage = _assembly(pending, target, embedded, previous), pending.output
-    plan.settle(storage, work.plan)
+    plan.write_once(storage, work.plan)
     done = commits.find_done(storage, work.plan, held.confirm)
 
     def step(shard: Shard) -> None:
@@ -70,10 +71,10 @@ def assemble(pending: PendingNight, target: Target, embedded: EmbeddedRows, held
     with closing(in_order(step, shards, threads=storage.threads)) as steps:
         for _ in steps:
             pass
-    settled = commits.read_commits(storage, work.plan, known=done)
-    commits.finalize(storage, work.plan, settled, held.confirm)
+    committed = commits.read_commits(storage, work.plan, known=done)
+    commits.finalize(storage, work.plan, committed, held.confirm)
     before = {commit.sha256 for commit in previous.commits} if previous is not None else set()
-    return sum(commit.sha256 in before for commit in settled)
+    return sum(commit.sha256 in before for commit in committed)
 
 
 def _assembly(pending: PendingNight, target: Target, embedded: EmbeddedRows, previous: Dataset | None) -> Assembly:
@@ -101,9 +102,8 @@ def _assembly(pending: PendingNight, target: Target, embedded: EmbeddedRows, pre
 
 def _origins(pending: PendingNight) -> Iterator[pa.RecordBatch]:
     """The compared rows that the dataset holds."""
-    for batch in pending.compared("kind", "prev", "delta"):
-        own = np.ones(batch.num_rows, bool) if pending.snapshot else batch.column("kind").to_numpy() != Kind.CARRIED
-        yield batch.filter(pa.array(own))
+    for batch in pending.compared("position", "kind", "prev", "delta"):
+        yield batch if pending.snapshot else batch.filter(pc.not_equal(batch["kind"], int(Kind.CARRIED)))
 
 
 def _shards(work: Assembly, origins: Iterable[pa.RecordBatch], retried: NDArray[np.int64]) -> Iterator[Shard]:
@@ -134,7 +134,7 @@ def _share_part(work: Assembly, previous: Dataset, shard: Shard) -> bool:
     if previous.schema.names != [*names, *OUTPUT_COLUMNS]:
         return False
     if previous.storage.size(commit.part) != commit.size:
-        url = f"{previous.url.rstrip('/')}/{commit.part}"
+        url = url_of(previous.storage, commit.part)
         raise StorageError(f"{url}: missing or torn; python -m pipeline.verify {previous.url} --repair does it again")
     there = previous.read(commit, names)
     if not _same_job(fingerprints_of(there.schema), work.plan):
@@ -170,7 +170,7 @@ def _write_part(work: Assembly, shard: Shard) -> None:
     schema = work.form.schema
     table = pa.Table.from_arrays([_as(columns[field.name], field.type) for field in schema], schema=schema)
     table = table.combine_chunks()
-    statuses = Counter(table.column("status").to_pylist())
+    statuses = Counter(table["status"].to_pylist())
     counts = {"ok": statuses.pop("ok", 0), **dict(sorted(statuses.items()))}
     commits.commit_part(work.storage, shard.index, table, work.form, counts)
 

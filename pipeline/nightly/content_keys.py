@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 
 from pipeline.core.concurrency import in_order
 from pipeline.core.processes import cores
-from pipeline.manifest.manifest import Manifest, ManifestFile
+from pipeline.manifest.manifest import Manifest
 from pipeline.nightly.records import NightError
-from pipeline.storage.urls import is_local, local_path, open_arrow, scheme_of
+from pipeline.storage.urls import explained, is_local, local_path, open_arrow, scheme_of
 
 AUTO, STAT, BYTES = "auto", "stat", "bytes"
 # Columns that auto takes: the first of these that exist.
@@ -48,7 +48,7 @@ def find_content(manifest: Manifest, option: str) -> Content:
     Raises:
         NightError: a column is missing, or there is no key for the content; the message lists the columns.
     """
-    known = [(file.url, _schema(file)) for file in manifest.files]
+    known = [(file.url, read_schema(file.url)) for file in manifest.files]
     url, schema = known[0]
     listing = ", ".join(f"{field.name} ({field.type})" for field in schema)
     if option == AUTO:
@@ -134,9 +134,10 @@ def scan(
                     position += batch.num_rows
 
 
-def _schema(file: ManifestFile) -> pa.Schema:
-    with open_arrow(file.url) as handle:
-        return pq.read_schema(handle)
+def read_schema(url: str) -> pa.Schema:
+    """The schema of a Parquet file."""
+    with explained(url), open_arrow(url) as file:
+        return pq.read_schema(file)
 
 
 def _keys(batch: pa.RecordBatch, manifest: Manifest, content: Content, image: Sequence[str]) -> pa.Array:

@@ -62,7 +62,7 @@ where kind not in ({CARRIED}, {DUPLICATE})
 """,
 )
 _RESULT = """
-select p.id, p.key, cast(p.kind as tinyint) as kind, cast(p.prev as bigint) as prev,
+select p.position, p.id, p.key, cast(p.kind as tinyint) as kind, cast(p.prev as bigint) as prev,
   cast(coalesce(e.delta, d.delta) as bigint) as delta, p.was
 from placed p
 left join embedded e on p.position = e.position
@@ -91,10 +91,10 @@ class Rule:
 class Compared:
     """Result of a comparison.
 
-    ``rows`` is a Parquet file with ``id``, ``key``, ``kind`` (:class:`Kind`), ``prev`` (the row of the previous night
-    that holds the result), ``delta`` (the row among the embedded ones, in order, that holds it) and ``was`` (the
-    previous status). ``dropped`` is a Parquet file with the ``id`` of the rows that left. ``counts`` is rows by kind,
-    in lower case, and ``dropped``.
+    ``rows`` is a Parquet file with ``position`` (the row of the manifest), ``id``, ``key``, ``kind`` (:class:`Kind`),
+    ``prev`` (the row of the previous night that holds the result), ``delta`` (the row among the embedded ones, in
+    order, that holds it) and ``was`` (the previous status). ``dropped`` is a Parquet file with the ``id`` of the rows
+    that left. ``counts`` is rows by kind, in lower case, and ``dropped``.
     """
 
     rows: Path

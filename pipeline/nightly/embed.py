@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline.config.schema import Config
@@ -22,7 +23,7 @@ from pipeline.nightly.diff import OF_COPYING, OF_DECODING, OF_READING
 from pipeline.nightly.prepare import PendingNight, Target
 from pipeline.nightly.records import EMBEDDED, Kind
 from pipeline.nightly.rows import copy_rows
-from pipeline.nightly.store import open_below, open_night
+from pipeline.nightly.store import open_below, open_night, url_of
 from pipeline.storage.urls import open_file
 
 # Fingerprints of a dataset that two nights may differ in.
@@ -143,7 +144,7 @@ def _embed_rows(pending: PendingNight, positions: NDArray[np.int64], name: str) 
     output = open_below(work, name).url
     config = config.changed(
         {
-            "manifest.path": f"{work.url.rstrip('/')}/{file}",
+            "manifest.path": url_of(work, file),
             "manifest.keep": [],
             "manifest.root": manifest.root,
             "output.dir": output,
@@ -158,14 +159,13 @@ def _embed_rows(pending: PendingNight, positions: NDArray[np.int64], name: str) 
 def _duplicates_of_unread(pending: PendingNight, dataset: Dataset) -> NDArray[np.int64]:
     """Duplicates of rows that could not be read: their own file may be readable."""
     statuses = pa.concat_tables(dataset.stream(["status"]))["status"]
-    unread = np.isin(statuses.to_numpy(), [*OF_READING, *OF_COPYING, *OF_DECODING])
-    found = [np.empty(0, dtype=np.int64)]
-    for batch in pending.compared("kind", "delta"):
-        delta = batch.column("delta").fill_null(-1).to_numpy()
-        duplicates = (batch.column("kind").to_numpy() == Kind.DUPLICATE) & (delta >= 0)
-        duplicates[duplicates] = unread[delta[duplicates]]
-        found.append(batch.column("position").to_numpy()[duplicates])
-    return np.concatenate(found)
+    temporary = pa.array([*OF_READING, *OF_COPYING, *OF_DECODING])
+    unread, found = pc.is_in(statuses, temporary).combine_chunks(), []
+    for batch in pending.compared("position", "kind", "delta"):
+        copies = batch.filter(pc.and_(pc.equal(batch["kind"], int(Kind.DUPLICATE)), batch["delta"].is_valid()))
+        found.append(copies["position"].filter(unread.take(copies["delta"])))
+    rows: NDArray[np.int64] = pa.chunked_array(found, pa.int64()).to_numpy()
+    return rows
 
 
 def _differences(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline.config.schema import Config
@@ -21,7 +21,7 @@ from pipeline.dataset import plan
 from pipeline.manifest.ids import check_ids
 from pipeline.manifest.manifest import Manifest, open_manifest
 from pipeline.manifest.overlap import check_places
-from pipeline.nightly.content_keys import BYTES, Content, find_content, id_type, read_keys
+from pipeline.nightly.content_keys import BYTES, Content, find_content, id_type, read_keys, read_schema
 from pipeline.nightly.diff import OF_COPYING, OF_DECODING, OF_READING, Rule, compare
 from pipeline.nightly.records import (
     DROPPED,
@@ -36,12 +36,14 @@ from pipeline.nightly.records import (
     NightOptions,
 )
 from pipeline.nightly.rows import copy_rows, read_batches
-from pipeline.nightly.store import newest_before, open_below, open_night, remove_folder
+from pipeline.nightly.store import newest_before, open_below, open_night, remove_folder, url_of
 from pipeline.storage.base import Storage
 from pipeline.storage.local import LocalStorage
-from pipeline.storage.urls import explained, open_arrow
+from pipeline.storage.urls import explained
 
 BEGUN, COUNTS, COMPARED, COPIED = "begun.json", "counts.json", "rows.parquet", "changed.json"
+# The layout of the work folder: a night that was begun with another one begins again.
+FORMAT = 2
 log = logging.getLogger(__name__)
 
 
@@ -75,19 +77,16 @@ class PendingNight:
         return None if self.anew else self.previous
 
     def compared(self, *columns: str) -> Iterator[pa.RecordBatch]:
-        """Columns of the comparison, a few rows at a time, after ``position``, the row of the manifest."""
-        start = 0
-        for batch in read_batches(self.work, COMPARED, columns):
-            numbers = pa.array(np.arange(start, start + batch.num_rows))
-            yield pa.RecordBatch.from_arrays([numbers, *map(batch.column, columns)], names=["position", *columns])
-            start += batch.num_rows
+        """Columns of the comparison (see :class:`~pipeline.nightly.diff.Compared`), a few rows at a time."""
+        return read_batches(self.work, COMPARED, columns)
 
     def positions(self, kinds: Iterable[Kind]) -> NDArray[np.int64]:
         """The rows of the manifest of these kinds."""
-        found = [np.empty(0, dtype=np.int64)]
-        for batch in self.compared("kind"):
-            found.append(batch.column(0).to_numpy()[np.isin(batch.column(1).to_numpy(), [*kinds])])
-        return np.concatenate(found)
+        wanted = pa.array([*kinds], pa.int8())
+        batches = self.compared("position", "kind")
+        found = [batch["position"].filter(pc.is_in(batch["kind"], wanted)) for batch in batches]
+        rows: NDArray[np.int64] = pa.chunked_array(found, pa.int64()).to_numpy()
+        return rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +124,7 @@ def prepare(config: Config, options: NightOptions, store: Storage, day: str) -> 
         # auto measures for the rows of a job, and tonight's are few.
         config = config.changed({"loader.batch_size": _batch_size(store, previous)})
     facts = {
+        "format": FORMAT,
         "layout": options.layout,
         "manifest": manifest.fingerprint,
         "content": str(content),
@@ -188,7 +188,7 @@ def open_target(pending: PendingNight) -> Target:
         columns = [manifest.id, manifest.image, *manifest.schema.names[1:]]
         copy_rows(manifest, pending.positions({*Kind} - {Kind.CARRIED}), columns, folder, name)
         pending.work.write(COPIED, b"{}\n")
-    config = config.changed({"manifest.path": f"{folder.url.rstrip('/')}/{name}", "manifest.root": manifest.root})
+    config = config.changed({"manifest.path": url_of(folder, name), "manifest.root": manifest.root})
     return Target(config, open_manifest(config.manifest))
 
 
@@ -240,9 +240,7 @@ def _incomparable(store: Storage, previous: Night, manifest: Manifest, content: 
 
 
 def _id_type(store: Storage, previous: Night) -> pa.DataType:
-    url = f"{open_night(store, previous.date).url.rstrip('/')}/{ROWS}"
-    with explained(url), open_arrow(url) as file:
-        return pq.read_schema(file).field("id").type
+    return read_schema(url_of(open_night(store, previous.date), ROWS)).field("id").type
 
 
 def _retried(content: Content, manifest: Manifest) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from typing import Any
 
@@ -113,38 +113,33 @@ def night_report(
         advice += f"; everything was embedded anew: {night.anew}"
     if job:
         advice += f". Of embedding: {job['advice']}"
-    of_job = ("steady_images_per_second", "parity", "decoder_parity", "batch_sizes", "pace", "workers", "given_up",
-              "repeats", "timeline", "scores", "run", "labels")  # fmt: skip
-    return NightReport(
-        **{name: job[name] for name in of_job if name in job},
-        started=night.started,
-        rows=night.rows,
-        total_rows=night.rows,
-        resumed_rows=0,
-        images=night.images,
-        wall_seconds=night.seconds,
-        images_per_second=night.images / night.seconds if night.seconds else 0.0,
-        startup_seconds=min(job.get("startup_seconds", 0.0), night.seconds),
-        stages=job.get("stages", {}),
-        bound=job.get("bound", "nothing"),
-        counts=night.counts,
-        advice=advice,
-        prompts=job.get("prompts", {"labels": 0, "cached": True}),
-        memory=job.get("memory", {}),
-        machine=job.get("machine", {"device": "cpu", "cores": 1}),
-        exit_code=night.exit_code,
-        versions=night.versions,
-        fingerprints=fingerprints,
-        config=asdict(config),
-        night={
-            "date": night.date,
-            "previous": night.previous,
-            "kinds": night.kinds,
-            "embedded": night.embedded,
-            "verdict": night.verdict,
-            "job": {name: job[name] for name in ("started", "wall_seconds") if name in job},
-        },
-    )
+    # Figures that are not of the night as a whole are those of the job.
+    values: dict[str, Any] = {
+        "stages": {},
+        "bound": "nothing",
+        "prompts": {"labels": 0, "cached": True},
+        "memory": {},
+        "machine": {"device": "cpu", "cores": 1},
+        **{field.name: job[field.name] for field in fields(RunReport) if field.name in job},
+        "started": night.started,
+        "rows": night.rows,
+        "total_rows": night.rows,
+        "resumed_rows": 0,
+        "images": night.images,
+        "wall_seconds": night.seconds,
+        "images_per_second": night.images / night.seconds if night.seconds else 0.0,
+        "startup_seconds": min(job.get("startup_seconds", 0.0), night.seconds),
+        "counts": night.counts,
+        "advice": advice,
+        "exit_code": night.exit_code,
+        "versions": night.versions,
+        "fingerprints": fingerprints,
+        "config": asdict(config),
+        "history": (),
+    }
+    about = {name: getattr(night, name) for name in ("date", "previous", "kinds", "embedded", "verdict")}
+    timed = {name: job[name] for name in ("started", "wall_seconds") if name in job}
+    return NightReport(**values, night={**about, "job": timed})
 
 
 def report_of(dataset: Dataset) -> Mapping[str, Any]:

@@ -17,6 +17,7 @@ from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.parts import METADATA_KEY
 from pipeline.manifest.manifest import Manifest
 from pipeline.nightly.content_keys import FEW_ROWS, MANY_ROWS, scan
+from pipeline.nightly.store import url_of
 from pipeline.storage.base import Storage
 from pipeline.storage.urls import explained, open_arrow
 
@@ -63,7 +64,7 @@ def fingerprints_of(schema: pa.Schema) -> dict[str, Any]:
 
 def read_batches(storage: Storage, name: str, columns: Sequence[str] | None = None) -> Generator[pa.RecordBatch]:
     """The rows of a Parquet file of a storage, a few at a time."""
-    url = f"{storage.url.rstrip('/')}/{name}"
+    url = url_of(storage, name)
     with explained(url), open_arrow(url) as file:
         parquet = pq.ParquetFile(file, pre_buffer=False)
         yield from parquet.iter_batches(columns=None if columns is None else list(columns), use_threads=False)

@@ -23,8 +23,8 @@ from pipeline.nightly.records import MANIFESTS, NIGHT, PREFIX, RUNS, WORK, Night
 from pipeline.storage.base import Storage
 from pipeline.storage.factory import open_storage
 from pipeline.storage.local import LocalStorage, sync
+from pipeline.storage.object_store import ObjectStorage
 from pipeline.storage.retry import retried
-from pipeline.storage.s3 import ObjectStorage
 from pipeline.storage.urls import explained
 
 log = logging.getLogger(__name__)
@@ -39,9 +39,14 @@ RUN_SCHEMA = pa.schema([
 ])  # fmt: skip
 
 
+def url_of(storage: Storage, *names: str) -> str:
+    """The address of a file or a folder in a storage."""
+    return "/".join([storage.url.rstrip("/"), *names])
+
+
 def open_below(storage: Storage, *names: str) -> Storage:
     """A folder of a storage as a storage of its own."""
-    return open_storage("/".join([storage.url.rstrip("/"), *names]))
+    return open_storage(url_of(storage, *names))
 
 
 def open_night(store: Storage, day: str) -> Storage:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from markupsafe import Markup
 
-from pipeline.core.records import OK
-from pipeline.report.page import environment, place_of, settings, throughput_of, timeline_of, when
-from pipeline.report.plots import bare, clock
-from pipeline.report.svg import LINE, SERIES, WIDTH, plot
-from pipeline.report.throughput import WAITS, in_words, share_of_limit
+from pipeline.report.bottleneck import WAITS, in_words, share_of_limit
+from pipeline.report.history import failed_rows
+from pipeline.report.page import MISSING, environment, place_of, settings, throughput_of, timeline_of, when
+from pipeline.report.plots import amount_axes, clock
+from pipeline.report.svg import SERIES, WIDTH, plot
 from pipeline.telemetry.timeline import IMAGES
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 # Labels whose share changed most.
 MOVED = 12
-NEVER = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +30,7 @@ class Line:
     name: str
     a: str
     b: str
-    change: str = NEVER
+    change: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +63,7 @@ def compare_page(a: Mapping[str, Any], b: Mapping[str, Any], *, names: tuple[str
         statuses=_counts(a["counts"], b["counts"]),
         labels=_labels(a, b),
         settings=_settings(a["config"], b["config"]),
-        versions=_counts_of_text(a["versions"], b["versions"]),
+        versions=_different(a["versions"], b["versions"]),
         advice=(a["advice"], b["advice"]),
     )  # fmt: skip
     return page.encode()
@@ -91,8 +90,8 @@ def _lines(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Line]:
     def number(name: str, of: Any, form: str = "{:,.1f}") -> Line:
         one, other = of(a), of(b)
         if one is None or other is None:
-            return Line(name, *("—" if value is None else form.format(value) for value in (one, other)))
-        change = f"x {other / one:.2f}" if one and other and one != other else NEVER
+            return Line(name, *(MISSING if value is None else form.format(value) for value in (one, other)))
+        change = f"x {other / one:.2f}" if one and other and one != other else ""
         return Line(name, form.format(one), form.format(other), change)
 
     def bound(report: Mapping[str, Any]) -> str:
@@ -112,25 +111,21 @@ def _lines(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Line]:
         number("GPU memory, MiB", lambda report: report["memory"].get("peak_gpu_mib"), "{:,.0f}"),
         number("rows of the dataset", lambda report: report["total_rows"], "{:,}"),
         number("images embedded", lambda report: report["images"], "{:,}"),
-        number("rows failed", _failed, "{:,}"),
+        number("rows failed", lambda report: failed_rows(report["counts"]), "{:,}"),
         number("lowest cosine to fp32", lambda report: (report["parity"] or {}).get("lowest_cosine"), parity),
         number("lowest cosine to exact", lambda report: (report["decoder_parity"] or {}).get("lowest_cosine"), parity),
         Line("exit code", str(a["exit_code"]), str(b["exit_code"])),
     ]
     lines += [
-        Line(name, str(a["machine"].get(name, "—")), str(b["machine"].get(name, "—")))
+        Line(name, str(a["machine"].get(name, MISSING)), str(b["machine"].get(name, MISSING)))
         for name in dict.fromkeys([*a["machine"], *b["machine"]])
     ]
-    return [line for line in lines if {line.a, line.b} != {"—"}]
+    return [line for line in lines if {line.a, line.b} != {MISSING}]
 
 
 def _share(report: Mapping[str, Any]) -> float | None:
     share = share_of_limit(report)
     return None if share is None else 100 * share
-
-
-def _failed(report: Mapping[str, Any]) -> int:
-    return sum(count for status, count in report["counts"].items() if status != OK)
 
 
 def _stages(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Bars]:
@@ -168,7 +163,7 @@ def _plot(a: Mapping[str, Any], b: Mapping[str, Any]) -> Markup | None:
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         figure.subplots_adjust(left=0.8 / WIDTH, right=1 - 0.15 / WIDTH, top=0.96, bottom=0.18)
-        bare(axes)
+        amount_axes(axes, "images/s")
         last = 0.0
         for line, colour in zip(lines, (SERIES[0], SERIES[1]), strict=True):
             assert line is not None
@@ -180,12 +175,8 @@ def _plot(a: Mapping[str, Any], b: Mapping[str, Any]) -> Markup | None:
                 last = max(last, float(edges[-1]))
         axes.set_xlim(0, last or 1.0)
         axes.set_ylim(bottom=0)
-        axes.set_ylabel("images/s")
         axes.set_xlabel("since the first image")
         axes.xaxis.set_major_formatter(lambda seconds, _: clock(seconds))
-        axes.yaxis.set_major_formatter("{x:,g}")
-        axes.locator_params(axis="y", nbins=4)
-        axes.grid(axis="y", color=LINE, linewidth=0.6)
 
     return plot("throughput", "Images per second of both runs over time", 2.6, draw)
 
@@ -194,10 +185,9 @@ def _counts(a: Mapping[str, int], b: Mapping[str, int]) -> list[tuple[str, int, 
     return [(name, a.get(name, 0), b.get(name, 0)) for name in dict.fromkeys([*a, *b])]
 
 
-def _counts_of_text(a: Mapping[str, str], b: Mapping[str, str]) -> list[Line]:
-    return [
-        Line(name, a.get(name, "—"), b.get(name, "—")) for name in dict.fromkeys([*a, *b]) if a.get(name) != b.get(name)
-    ]
+def _different(a: Mapping[str, str], b: Mapping[str, str]) -> list[Line]:
+    names = dict.fromkeys([*a, *b])
+    return [Line(name, a.get(name, MISSING), b.get(name, MISSING)) for name in names if a.get(name) != b.get(name)]
 
 
 def _labels(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, float, float]]:
@@ -212,4 +202,4 @@ def _labels(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, float
 def _settings(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Line]:
     one = {setting.key: setting.value for setting in settings(a)}
     other = {setting.key: setting.value for setting in settings(b)}
-    return _counts_of_text(one, other)
+    return _different(one, other)

@@ -12,7 +12,7 @@ from pipeline.core.records import ImageRef, Stage
 from pipeline.core.run_report import Pace
 from pipeline.images.reader import PixelReader
 from pipeline.manifest.manifest import Manifest
-from pipeline.report.throughput import Cost, Setup, find_limit, in_words
+from pipeline.report.bottleneck import Cost, Setup, find_limit, in_words
 from pipeline.report.thumbnails import find
 from pipeline.telemetry.run_stats import RunStats
 

@@ -33,6 +33,11 @@ def is_stale(previous: bytes | None, counts: Mapping[str, int]) -> bool:
         return True
 
 
+def failed_rows(counts: Mapping[str, int]) -> int:
+    """Return the number of rows without an embedding, from the rows by status."""
+    return sum(count for status, count in counts.items() if status != OK)
+
+
 def in_short(report: Mapping[str, Any]) -> dict[str, Any]:
     """The figures of a report for a comparison of runs.
 
@@ -44,18 +49,18 @@ def in_short(report: Mapping[str, Any]) -> dict[str, Any]:
         "started": report["started"],
         "rows": report["rows"],
         "images": report["images"],
-        "failed": sum(count for status, count in report["counts"].items() if status != OK),
+        "failed": failed_rows(report["counts"]),
         "wall_seconds": report["wall_seconds"],
         "startup_seconds": report["startup_seconds"],
         "images_per_second": report["images_per_second"],
         "steady_images_per_second": report["steady_images_per_second"],
-        "bound": report["bound"],
+        "bound": report.get("bound", "nothing"),
         "backend": config["backend"]["name"],
         "precision": config["backend"]["precision"],
         "decoder": config["images"]["decoder"],
         "cluster": config["cluster"]["name"],
         "device": machine.get("gpu", machine["device"]),
         "cores": machine["cores"],
-        "peak_rss_mib": report["memory"].get("peak_rss_mib"),
-        "exit_code": report["exit_code"],
+        "peak_rss_mib": report.get("memory", {}).get("peak_rss_mib"),
+        "exit_code": report.get("exit_code", 0),
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from dataclasses import MISSING, Field, fields
 from typing import Any
 
 from pipeline.core.errors import StorageError
@@ -27,9 +27,11 @@ def report_of(storage: Storage) -> dict[str, Any]:
             found = json.loads(data)
             # A night has the reports of its jobs too, of which the one on the whole night is this.
             report: dict[str, Any] = found["report"] if name == NIGHT else found
-            missing = {field.name for field in fields(RunReport)} - set(report)
-            if missing:
-                raise KeyError(", ".join(sorted(missing)))  # noqa: TRY301
+            # An older version may not have written every field.
+            absent = [field for field in fields(RunReport) if field.name not in report]
+            if missing := [field.name for field in absent if _default(field) is MISSING]:
+                raise KeyError(", ".join(missing))  # noqa: TRY301
+            report |= {field.name: _default(field) for field in absent}
         except (ValueError, TypeError, KeyError) as error:
             raise StorageError(
                 f"{storage.url}/{name}: not readable as a report ({type(error).__name__}: {error}); move it away and "
@@ -37,3 +39,7 @@ def report_of(storage: Storage) -> dict[str, Any]:
             ) from error
         return report
     raise StorageError(f"{storage.url}: has no {REPORT}; run the job again, which writes a new one")
+
+
+def _default(field: Field[Any]) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()

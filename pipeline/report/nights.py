@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from pipeline.core.errors import NoDataset, StorageError
 from pipeline.report.page import environment
-from pipeline.report.plots import bare
+from pipeline.report.plots import KINDS, amount_axes
 from pipeline.report.summary import in_words_of_time
 from pipeline.report.svg import INK, LINE, SERIES, SOFT, WAIT, WIDTH, plot
 from pipeline.storage.urls import explained, filesystem, open_arrow
@@ -28,8 +28,6 @@ RUNS = "runs.parquet"
 RECENT = 8
 # Nights on the page of all nights.
 SHOWN = 120
-# Kinds of the rows that were not carried from the night before, and their colours.
-KINDS = {"new": SERIES[0], "changed": SERIES[1], "retried": SERIES[2], "anew": SERIES[3], "duplicate": SERIES[4]}
 _COLUMNS = (
     "date", "started", "seconds", "rows", "carried", *KINDS, "dropped", "embedded", "images", "images_per_second",
     "failed", "exit_code", "reason",
@@ -86,7 +84,6 @@ def history_page(path: str) -> bytes:
         path=path,
         headline=_headline(nights),
         nights=list(reversed(nights)),
-        kinds=list(KINDS),
         older=len(every) - len(nights),
         missing=missing,
         bad=bad,
@@ -124,12 +121,8 @@ def _plot(nights: Sequence[dict[str, Any]]) -> Markup:
         _line(panels[2], days, [night["images_per_second"] or np.nan for night in nights], SERIES[0])
         panels[3].bar(days, [night["failed"] for night in nights], color=SERIES[5], width=0.8)
         for panel, name in zip(panels, ("rows not carried", "seconds", "images/s", "failed rows"), strict=True):
-            bare(panel)
-            panel.set_ylabel(name)
+            amount_axes(panel, name, bins=3)
             panel.set_ylim(0, 1.1 * panel.get_ylim()[1])
-            panel.locator_params(axis="y", nbins=3)
-            panel.yaxis.set_major_formatter("{x:,g}")
-            panel.grid(axis="y", color=LINE, linewidth=0.6)
             for begin, end in gaps:
                 panel.axvspan(begin + 0.5, end - 0.5, color=LINE, alpha=0.5, linewidth=0)
             for night, day in zip(nights, days, strict=True):

@@ -11,15 +11,15 @@ from datetime import datetime
 from functools import cache
 from typing import Any
 
-from jinja2 import Environment, PackageLoader
+from jinja2 import ChoiceLoader, Environment, PackageLoader
 
 from pipeline.config.schema import Config
 from pipeline.core.records import OK, Timeline
 from pipeline.report import plots
-from pipeline.report.history import in_short
+from pipeline.report.bottleneck import WAITS, in_words, share_of_limit
+from pipeline.report.history import failed_rows, in_short
 from pipeline.report.scores import Row
 from pipeline.report.summary import HINTS, DatasetSummary, Failed, headline, in_words_of_time
-from pipeline.report.throughput import WAITS, in_words, share_of_limit
 
 MOST_LABELS = 25
 # Earlier runs that are listed.
@@ -82,17 +82,17 @@ def to_html(
 
     def tiles(rows: Sequence[Row]) -> list[Tile]:
         # The gallery leaves out rows whose image could not be read again.
-        return [_tile(row, pictures) for row in rows if row.number in pictures]
+        shown = [row for row in rows if row.number in pictures]
+        return [Tile(row.id, row.label, row.score, _jpeg(row.number, pictures)) for row in shown]
 
     most = max(content.labels.values(), default=1)
-    failed = sum(count for status, count in report["counts"].items() if status != OK)
     page = environment().get_template("page.html.j2").render(
         report=report,
         headline=_headline(report),
         output=output,
         model=report["config"]["model"]["name"],
         started=when(report["started"]),
-        failed=failed,
+        failed=failed_rows(report["counts"]),
         share_of_limit=share_of_limit(report),
         stages=stage_rows(report),
         timeline=_timeline(report),
@@ -120,9 +120,11 @@ def to_html(
 
 
 @cache
-def environment() -> Environment:
-    """The environment of the templates in this package, with their filters; it keeps what it has compiled."""
-    made = Environment(loader=PackageLoader("pipeline.report", "."), autoescape=True, trim_blocks=True)
+def environment(*packages: str) -> Environment:
+    """Return the environment of the templates here and in other packages, which keeps what it compiles."""
+    loader = ChoiceLoader([PackageLoader(package, ".") for package in (*packages, "pipeline.report")])
+    made = Environment(loader=loader, autoescape=True, trim_blocks=True)
+    made.globals["night_kinds"] = list(plots.KINDS)
     made.filters["rate"] = lambda value: in_words(value) if value else MISSING
     # A key such as images.decoder=fast keeps its case.
     made.filters["capital"] = lambda text: text if re.match(r"\S*[.=]\S", text) else f"{text[:1].upper()}{text[1:]}"
@@ -225,10 +227,8 @@ def _headline(report: Mapping[str, Any]) -> str:
     return re.sub(r"(\d) (s|min)\b", "\\1\N{NO-BREAK SPACE}\\2", text)
 
 
-def _tile(row: Row, pictures: Mapping[int, bytes]) -> Tile:
-    picture = pictures.get(row.number)
-    jpeg = base64.b64encode(picture).decode() if picture is not None else None
-    return Tile(id=row.id, label=row.label, score=row.score, jpeg=jpeg)
+def _jpeg(number: int, pictures: Mapping[int, bytes]) -> str | None:
+    return base64.b64encode(pictures[number]).decode() if number in pictures else None
 
 
 def _statuses(
@@ -238,14 +238,7 @@ def _statuses(
     found, failed = [], by_status(content.failed)
     for status, count in counts.items():
         rows = failed.get(status, [])
-        tiles = [
-            Tile(
-                id=str(row.id),
-                jpeg=base64.b64encode(pictures[row.number]).decode() if row.number in pictures else None,
-                note=row.error,
-            )
-            for row in rows
-        ]
+        tiles = [Tile(str(row.id), jpeg=_jpeg(row.number, pictures), note=row.error) for row in rows]
         found.append((status, count, "" if status == OK else HINTS.get(status, ""), tiles))
     return found
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 WORK = (Stage.READ, Stage.DECODE, Stage.COPY, Stage.ENCODE, Stage.LABEL, Stage.WRITE)
 WAITS = (Stage.WAIT_INPUT, Stage.WAIT_OUTPUT)
 COLOURS = dict(zip(WORK, SERIES, strict=False))
+# Kinds of the rows that were not carried from the night before, and their colours.
+KINDS = {"new": SERIES[0], "changed": SERIES[1], "retried": SERIES[2], "anew": SERIES[3], "duplicate": SERIES[4]}
 # A last slice with a smaller share of its width has no meaningful rate.
 FULL = 0.3
 LANE_INCHES = 0.27
@@ -36,8 +38,8 @@ def timeline_plot(timeline: Timeline, *, began: float, wall: float, startup: flo
         figure.subplots_adjust(
             left=1.12 / WIDTH, right=1 - 0.55 / WIDTH, top=0.97, bottom=0.42 / figure.get_figheight()
         )
+        bare(lanes)
         for axes in (rates, lanes):
-            bare(axes)
             axes.axvspan(0, startup, color=LINE, alpha=0.45, linewidth=0)
         edges = timeline.began - began + timeline.width * np.arange(len(next(iter(timeline.amounts.values()))) + 1)
         edges = np.clip(edges, 0, max(wall, edges[0] + timeline.width))
@@ -65,10 +67,7 @@ def _draw_rates(axes: Axes, timeline: Timeline, edges: np.ndarray) -> None:
     axes.stairs(np.nan_to_num(rate), edges, fill=True, color=SERIES[0], alpha=0.22, linewidth=0)
     axes.stairs(np.nan_to_num(rate), edges, color=SERIES[0], linewidth=1.4)
     axes.set_ylim(0, 1.15 * float(np.nanmax(rate, initial=1.0)))
-    axes.set_ylabel("images/s")
-    axes.yaxis.set_major_formatter("{x:,g}")
-    axes.locator_params(axis="y", nbins=4)
-    axes.grid(axis="y", color=LINE, linewidth=0.6)
+    amount_axes(axes, "images/s")
 
 
 def _draw_lanes(axes: Axes, timeline: Timeline, edges: np.ndarray, stages: Sequence[Stage]) -> None:
@@ -96,21 +95,26 @@ def score_plot(histogram: Sequence[int]) -> Markup:
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         figure.subplots_adjust(left=0.75 / WIDTH, right=1 - 0.2 / WIDTH, top=0.96, bottom=0.2)
-        bare(axes)
+        amount_axes(axes, "rows", integer=True)
         edges = np.linspace(0, 1, len(histogram) + 1)
         axes.stairs(histogram, edges, fill=True, color=SERIES[0])
         axes.set_xlim(0, 1)
         axes.set_xlabel("score of the best label")
-        axes.set_ylabel("rows")
-        axes.yaxis.set_major_formatter("{x:,g}")
-        axes.locator_params(axis="y", nbins=4, integer=True)
-        axes.grid(axis="y", color=LINE, linewidth=0.6)
 
     return plot("scores", "Rows by the score of their best label", 2.2, draw)
 
 
+def amount_axes(axes: Axes, name: str, *, bins: int = 4, integer: bool = False) -> None:
+    """Make axes of amounts, such as images/s: without a box, with a grid and about ``bins`` values."""
+    bare(axes)
+    axes.set_ylabel(name)
+    axes.yaxis.set_major_formatter("{x:,g}")
+    axes.locator_params(axis="y", nbins=bins, integer=integer)
+    axes.grid(axis="y", color=LINE, linewidth=0.6)
+
+
 def bare(axes: Axes) -> None:
-    """Axes without a box."""
+    """Make axes without a box."""
     axes.patch.set_alpha(0)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.set_axisbelow(True)

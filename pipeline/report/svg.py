@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
@@ -32,42 +32,30 @@ STYLE: Any = {
 WIDTH = 5.2
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """A figure without a window; sizes are inches."""
-    # Its messages about its caches have nothing to do with the run.
+def plot(name: str, title: str, height: float, draw: Callable[[Figure], None]) -> Markup:
+    """Return a plot as an SVG element with unique ids, the CSS variables of the page as colours, and its font.
+
+    ``draw`` fills a figure that is :data:`WIDTH` by ``height`` inches; the page scales it to the width that it has.
+    """
+    # Messages of matplotlib about its caches have nothing to do with the run.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height))
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def to_svg(figure: Figure, name: str, title: str, *, variables: Mapping[str, str] = VARIABLES) -> str:
-    """The figure as an SVG element with unique ids, the CSS variables of the page as colours, and its font."""
-    import matplotlib
 
     buffer = io.BytesIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
+        figure = Figure(figsize=(WIDTH, height))
+        FigureCanvasAgg(figure)
+        draw(figure)
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     text = buffer.getvalue().decode()
     text = text[text.index("<svg") :]
     text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)
     text = re.sub(r'font: ([^;"]*?)\'DejaVu Sans\'[^;"]*', r"font: \1system-ui, sans-serif", text)
-    for colour, variable in variables.items():
+    for colour, variable in VARIABLES.items():
         text = text.replace(colour, f"var(--{variable})")
     head = f'<svg viewBox="@" role="img" aria-label="{Markup.escape(title)}">'
     text = re.sub(r'<svg [^>]*viewBox="([^"]+)"[^>]*>', lambda match: head.replace("@", match[1], 1), text, count=1)
-    return text.strip()
-
-
-def plot(name: str, title: str, height: float, draw: Callable[[Figure], None]) -> Markup:
-    """A plot of the page's width; ``draw`` fills a figure that is :data:`WIDTH` by ``height`` inches."""
-    import matplotlib
-
-    with matplotlib.rc_context(STYLE):
-        figure = new_figure(WIDTH, height)
-        draw(figure)
-        return Markup(f'<div class="plot">{to_svg(figure, name, title)}</div>')
+    return Markup(f'<div class="plot">{text.strip()}</div>')

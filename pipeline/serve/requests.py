@@ -27,7 +27,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 
 from pipeline.config.schema import ServeConfig
-from pipeline.models.text import is_text
+from pipeline.models.label_files import is_text
 from pipeline.serve.errors import Refused, invalid
 
 REFERENCE = "#/components/schemas/{model}"

@@ -16,7 +16,8 @@ from pipeline.config.schema import Config
 from pipeline.core.records import TextBank
 from pipeline.engine.forward import Labelling
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.models.text import LabelSet, build_bank, embed_prompts
+from pipeline.models.label_files import LabelSet
+from pipeline.models.text import build_bank, embed_prompts
 
 _Value = TypeVar("_Value")
 # Bytes of an entry in addition to its features and text.

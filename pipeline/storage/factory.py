@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pipeline.storage.base import Storage
 from pipeline.storage.local import LocalStorage
-from pipeline.storage.s3 import ObjectStorage
+from pipeline.storage.object_store import ObjectStorage
 from pipeline.storage.urls import is_local, local_path
 
 

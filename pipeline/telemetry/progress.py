@@ -50,7 +50,7 @@ class Progress:
 
     @property
     def first_batch_seconds(self) -> float:
-        """From the start of this progress to the end of the first batch; 0 before it."""
+        """Seconds from the start of this progress to the end of the first batch; 0 before it."""
         return self._first - self._started
 
     @property

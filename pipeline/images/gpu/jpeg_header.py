@@ -1,8 +1,8 @@
-"""The header and the structure of a baseline JPEG file: what a decoder on the GPU may be given.
+"""The header and the structure of a baseline JPEG file, to select the files for a decoder on the GPU.
 
-nvJPEG is less strict about damage than Pillow is. So only files without anything odd pass here: whole from the first
-marker to the last, one scan, no marker in it but restarts in their order. What remains unseen is damage within the
-entropy-coded data; libjpeg-turbo, and with it Pillow, mostly takes that without an error too.
+nvJPEG is less strict about damage than Pillow is. So only ordinary files pass here: complete from the first marker to
+the last, one scan, no marker in it but restarts in their order. Damage within the entropy-coded data is not detected;
+libjpeg-turbo, and with it Pillow, mostly decodes that without an error too.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from pipeline.images.orientation import upright
 _SOI, _EOI = b"\xff\xd8", b"\xff\xd9"
 _SOF0, _DHT, _SOS, _DQT, _DRI, _APP0, _APP1, _APP14, _COM = 0xC0, 0xC4, 0xDA, 0xDB, 0xDD, 0xE0, 0xE1, 0xEE, 0xFE
 _RST0, _RESTARTS = 0xD0, 8
-# Segments before the scan; a sound file has a dozen, one with a large colour profile some more.
+# Segments before the scan; a valid file has a dozen, one with a large colour profile some more.
 _SEGMENTS = 256
 # Sampling factors of Y (its colours are 1 x 1) that every decoder has: 4:4:4, 4:2:2, 4:4:0, 4:2:0.
 _SAMPLINGS = (0x11, 0x21, 0x12, 0x22)
-# With these numbers, and no other word from the file, libjpeg takes the components for Y, Cb and Cr.
+# With these numbers, and nothing else in the file about them, libjpeg takes the components for Y, Cb and Cr.
 _YCBCR = (b"\1\2\3", b"\0\1\2")
 # EXIF's tag of the orientation, in either byte order.
 _TAGS = (b"\x01\x12", b"\x12\x01")
-# The picture of four pixels 0 1 / 2 3 as it looks once it was turned, and the EXIF orientation that turns it so.
+# A picture of four pixels 0 1 / 2 3, and how each EXIF orientation shows it.
 _PROBE = b"\0\1\2\3"
 _TURNED = {
     b"\0\1\2\3": 1,
@@ -88,7 +88,7 @@ def baseline(data: bytes, *, exif: str) -> Baseline | None:
     if len(tables) < 2 or not _ordinary(frame, segment, transform):
         return None
     height, width = frame[1] << 8 | frame[2], frame[3] << 8 | frame[4]
-    if not _undisturbed(data, at, interval and -(-_units(frame, height, width) // interval)):
+    if not _only_restarts(data, at, interval and -(-_units(frame, height, width) // interval)):
         return None
     orientation = _orientation(metadata) if exif == "apply" and metadata else 1
     return Baseline(height=height, width=width, orientation=orientation)
@@ -128,7 +128,7 @@ def _units(frame: bytes, height: int, width: int) -> int:
     return -(-width // across) * -(-height // down)
 
 
-def _undisturbed(data: bytes, start: int, stretches: int) -> bool:
+def _only_restarts(data: bytes, start: int, stretches: int) -> bool:
     """True if a scan from ``start`` on has no marker but the restarts between its ``stretches`` (0: none)."""
     if start >= len(data) - 2:
         return False

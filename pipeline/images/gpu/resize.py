@@ -93,7 +93,7 @@ def _padded(length: int) -> int:
 
 @lru_cache(maxsize=4096)
 def _axes(height: int, width: int, spec: PreprocessSpec) -> tuple[_Axis, _Axis]:
-    """Which rows and columns of a picture become which of the model's input."""
+    """The rows and columns of a picture for those of the model's input."""
     columns, rows = resized_size((width, height), spec)
     reach = FILTERS[spec.resample][0]
     found = []

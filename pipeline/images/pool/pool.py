@@ -1,8 +1,7 @@
-"""Decoder processes: a pool that decodes encoded images, whatever they do to the process that decodes them.
+"""A pool of processes that decode images: a crash, a hang or a lack of memory costs one process and one image.
 
-A crash, a hang or a want of memory costs one process and names one image. The processes are started with ``exec``
-and never forked (CUDA, threads), hold nothing of this process but two files of their own, need no /dev/shm, and are
-no ``multiprocessing`` children, which workers that are daemons may not have.
+The processes are started with ``exec`` and never forked (CUDA, threads), hold nothing of this process but two files of
+their own, need no /dev/shm, and are no ``multiprocessing`` children, which workers that are daemons may not have.
 """
 
 from __future__ import annotations
@@ -16,17 +15,17 @@ from pipeline.core.errors import DecoderUnavailable
 from pipeline.core.records import Failure, Pixels, PreprocessSpec
 from pipeline.images.decode import Decoder
 from pipeline.images.pool.processes import TICK, Child, Children, nameless_file, never, unavailable
-from pipeline.images.pool.protocol import CRASHED, DONE, OUT_OF_MEMORY, TIMEOUT, Answer, Nonsense, State, request
+from pipeline.images.pool.protocol import CRASHED, DONE, OUT_OF_MEMORY, TIMEOUT, Answer, InvalidAnswer, State, request
 
 # A file of encoded images larger than this is emptied after use, in bytes.
 KEEP = 32 * 2**20
-# Somebody else killed the process. It is known by its identity: no process can say it of itself.
-_KILLED = Failure(CRASHED, "the decoder was killed by SIGKILL")
+# Compared by identity, as a process may report an equal failure itself.
+_KILLED_BY_OTHERS = Failure(CRASHED, "the decoder was killed by SIGKILL")
 _NO_TURN = "its turn among the large images did not come"
 
 
 class _Overdue(Exception):
-    """The image at ``index`` takes too long, or its turn does not come."""
+    """The image at ``index`` takes too long, or its turn among the large images does not come."""
 
     def __init__(self, *, index: int, queued: bool) -> None:
         super().__init__(index, queued)
@@ -39,38 +38,38 @@ class Decoders:
     Args:
         decoder: the rules of decoding.
         processes: at most so many are started, when they are first needed.
-        seconds: what one image may take, apart from waiting for its turn among the giants.
+        seconds: what one image may take, apart from waiting for its turn among the large images.
         memory: what one image may take, in bytes, besides the process itself.
     """
 
     def __init__(self, decoder: Decoder, *, processes: int, seconds: float, memory: int) -> None:
         self.seconds = seconds
         self.children = Children(decoder, memory=memory)
-        # The last one used is the next one used; the empty places lie at the bottom.
-        self._seats: queue.LifoQueue[_Seat | None] = queue.LifoQueue()
+        # The last one used is the next one used; slots without a process lie at the bottom.
+        self._slots: queue.LifoQueue[_Slot | None] = queue.LifoQueue()
         for _ in range(processes):
-            self._seats.put(None)
+            self._slots.put(None)
         self.processes = processes
 
     def start(self) -> None:
         """Start every process and do not wait for them; errors are raised when one is needed."""
-        for seat in [self._seats.get() for _ in range(self.processes)]:
-            threading.Thread(target=self._start, args=(seat,), name="start", daemon=True).start()
+        for slot in [self._slots.get() for _ in range(self.processes)]:
+            threading.Thread(target=self._start, args=(slot,), name="start", daemon=True).start()
 
-    def _start(self, seat: _Seat | None) -> None:
+    def _start(self, slot: _Slot | None) -> None:
         try:
-            seat = seat or _Seat(self)
-            seat.start()
+            slot = slot or _Slot(self)
+            slot.start()
         except (DecoderUnavailable, RuntimeError):
-            # The next one who wants it tries again; the pool may be closed by now.
+            # The next request tries again; the pool may be closed by now.
             pass
         finally:
-            self._seats.put(seat)
+            self._slots.put(slot)
 
     def decode(
         self, encoded: list[bytes], spec: PreprocessSpec, abandoned: Callable[[], bool] = never
     ) -> list[Pixels | Failure]:
-        """Pixels, or why there are none, for up to ``CHUNK`` images; takes them out of ``encoded``.
+        """Pixels or a failure for each of up to ``CHUNK`` images; takes them out of ``encoded``.
 
         Statuses of a failure: those of :meth:`Decoder.apply`, ``decoder_timeout`` and ``decoder_crashed``.
 
@@ -78,17 +77,17 @@ class Decoders:
             DecoderUnavailable: a process cannot be started, or the machine kills them.
             Abandoned: ``abandoned`` became true before all was done.
         """
-        seat = self._seats.get()
+        slot = self._slots.get()
         try:
             self.children.check_wanted(abandoned)
-            seat = seat or _Seat(self)
-            return seat.decode(encoded, spec, abandoned)
+            slot = slot or _Slot(self)
+            return slot.decode(encoded, spec, abandoned)
         except BaseException:
-            if seat is not None:
-                seat.retire()
+            if slot is not None:
+                slot.retire()
             raise
         finally:
-            self._seats.put(seat)
+            self._slots.put(slot)
 
     def like(self, decoder: Decoder) -> Decoders:
         """Another pool of as many processes, with the same limits, by the rules of ``decoder``."""
@@ -104,20 +103,20 @@ class Decoders:
         return self.children.peak_rss()
 
     def close(self) -> None:
-        """End all processes; what a thread has them decode right now is lost to it."""
+        """End all processes; images that are being decoded are lost."""
         if not self.children.stop():
             return
         for _ in range(self.processes):
-            seat = self._seats.get()
-            if seat is not None:
-                seat.close()
+            slot = self._slots.get()
+            if slot is not None:
+                slot.close()
         # A later call raises.
-        self._seats.put(None)
+        self._slots.put(None)
         self.children.close()
 
 
-class _Seat:
-    """Two files, and the process that works with them just now; used by one thread at a time."""
+class _Slot:
+    """A place of the pool: two files, and the process that works with them now; used by one thread at a time."""
 
     def __init__(self, decoders: Decoders) -> None:
         self._decoders = decoders
@@ -141,18 +140,18 @@ class _Seat:
             if trouble is not None and len(results) < len(pieces):
                 results.append(trouble)
         for index, result in enumerate(results):
-            # Another image may be to blame: this one is tried once more, by a process that has met no other.
-            if isinstance(result, Failure) and _may_be_innocent(result):
+            # Another image may be the cause: this one is tried once more, by a new process.
+            if isinstance(result, Failure) and _worth_a_retry(result):
                 self.retire()
                 found, trouble = self._ask([pieces[index]], spec, abandoned)
                 again = found[0] if found else trouble or result
-                if again is _KILLED and result is _KILLED:
+                if again is _KILLED_BY_OTHERS and result is _KILLED_BY_OTHERS:
                     raise DecoderUnavailable(
                         f"two decoder processes were killed by SIGKILL over one image of {pieces[index][1]:,} bytes, "
                         "and not by this job: the machine, or the job's share of it, has too little memory. Lower "
                         "loader.workers or loader.decode_memory, or give the job more memory"
                     )
-                results[index] = result if again is _KILLED else again
+                results[index] = result if again is _KILLED_BY_OTHERS else again
         if os.fstat(self._inbox.fileno()).st_size > KEEP:
             os.ftruncate(self._inbox.fileno(), 0)
         return results
@@ -204,19 +203,19 @@ class _Seat:
             answer.clear()
         except OSError as error:
             raise unavailable(f"no room for its output: {error}") from error
-        said, overdue = b"", None
+        answered, overdue = b"", None
         try:
             child.control.sendall(request(pieces, spec))
-            said = self._listen(child, answer, len(pieces), abandoned)
+            answered = self._listen(child, answer, len(pieces), abandoned)
         except _Overdue as error:
             overdue = error
         except OSError:
             pass
-        # It ends before its answer is read, or an image that was finished just now would be blamed.
-        trouble = None if said == DONE else self._end(child, wait=said == b"" and overdue is None)
+        # It ends before its answer is read: an image that was finished just now has not failed.
+        trouble = None if answered == DONE else self._end(child, wait=answered == b"" and overdue is None)
         try:
             found = answer.finished(len(pieces))
-        except Nonsense as error:
+        except InvalidAnswer as error:
             found, trouble = [], Failure(CRASHED, f"the decoder's answer makes no sense: {error}")
         if overdue is not None and found[overdue.index :]:
             return found, None
@@ -232,7 +231,7 @@ class _Seat:
         self._child = None
         self._decoders.children.check_open()
         if killed_by_others:
-            return _KILLED
+            return _KILLED_BY_OTHERS
         return Failure(CRASHED, f"the decoder was {how}" if "killed" in how else f"the decoder {how}")
 
     def _too_long(self, overdue: _Overdue) -> Failure:
@@ -242,10 +241,10 @@ class _Seat:
         return Failure(TIMEOUT, f"not decoded in {limit}")
 
     def _listen(self, child: Child, answer: Answer, count: int, abandoned: Callable[[], bool]) -> bytes:
-        """Byte that the process sends at its end; empty if the process has ended.
+        """The byte that the process sends when it is done; empty if the process has ended.
 
-        A machine that sleeps, or a job that is stopped, does not count. An image that was finished stays finished,
-        so that no process can set its clock back for ever.
+        Time in which the machine sleeps or the job is stopped does not count. A finished image stays finished, so that
+        no process can restart its clock for ever.
 
         Raises:
             _Overdue: one image takes too long.
@@ -273,6 +272,6 @@ class _Seat:
                 raise _Overdue(index=current, queued=spent < limit)
 
 
-def _may_be_innocent(failure: Failure) -> bool:
+def _worth_a_retry(failure: Failure) -> bool:
     late = failure.status == TIMEOUT and failure.error.startswith(_NO_TURN)
     return late or failure.status in (CRASHED, OUT_OF_MEMORY)

@@ -1,4 +1,4 @@
-"""The processes of a decoder pool: how they are started, and how they end."""
+"""Start and end of the processes of a decoder pool."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from pipeline.images.pool.shared_memory import seal
 START_SECONDS = 120.0
 # A process that closed its socket has this long to end by itself, in seconds.
 END_SECONDS = 5.0
-# How often one that waits for a process looks whether it is still wanted, in seconds.
+# Interval at which a thread that waits for a process looks whether its pixels are still needed, in seconds.
 TICK = 0.2
 ROOT = Path(__file__).resolve().parents[3]
 # Decoding is one thread; malloc's arenas for others would count against the memory limit. With its usual thresholds
@@ -40,17 +40,17 @@ _ENVIRONMENT = {
     "OPENBLAS_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
 }
-# What a process may know of the environment, where credentials lie too.
-_KNOWN = ("PATH", "HOME", "LANG", "LANGUAGE", "TMPDIR", "TZ", VARIABLE)
-_KNOWN_BEGINNINGS = ("LC_", "LD_", "DYLD_", "PYTHON", "MALLOC_", "COVERAGE_")
+# Variables of the environment that a process gets; others may hold credentials.
+_PASSED = ("PATH", "HOME", "LANG", "LANGUAGE", "TMPDIR", "TZ", VARIABLE)
+_PASSED_PREFIXES = ("LC_", "LD_", "DYLD_", "PYTHON", "MALLOC_", "COVERAGE_")
 
 
 class Abandoned(Exception):
-    """Nobody wants the pixels any more; nothing went wrong."""
+    """The pixels are not needed any more; nothing went wrong."""
 
 
 def never() -> bool:
-    """For those who wait for their pixels, whatever happens."""
+    """Return False: the default of callers that always need their pixels."""
     return False
 
 
@@ -73,7 +73,7 @@ class Children:
 
     def __init__(self, decoder: Decoder, *, memory: int) -> None:
         self._decoder, self.memory = decoder, memory
-        self._giants = nameless_file()
+        self._large_lock = nameless_file()
         self._alive: dict[int, Child] = {}
         self._peak = 0
         # A process dies with the thread that started it, so that the decoding threads, which come and go, start none.
@@ -91,7 +91,7 @@ class Children:
         with nameless_file() as errors:
             child = self._spawn(inbox, outbox, errors)
             try:
-                ready = self._first_word(child, abandoned)
+                ready = self._first_byte(child, abandoned)
             except BaseException:
                 self.end(child, wait=False)
                 raise
@@ -111,7 +111,7 @@ class Children:
             "control": theirs.fileno(),
             "inbox": inbox.fileno(),
             "outbox": outbox.fileno(),
-            "giants": self._giants.fileno(),
+            "large_lock": self._large_lock.fileno(),
         }
         settings = {
             **fds,
@@ -131,7 +131,7 @@ class Children:
                     stderr=errors,
                     pass_fds=list(fds.values()),
                     env=environment(os.environ),
-                    # Ctrl-C goes to a whole group; it is for the job to decide what becomes of its decoders.
+                    # Ctrl-C goes to a whole group; the job itself ends its decoders.
                     process_group=0,
                 ).result()
             except OSError as error:
@@ -144,7 +144,7 @@ class Children:
         self._alive[process.pid] = child
         return child
 
-    def _first_word(self, child: Child, abandoned: Callable[[], bool]) -> bytes:
+    def _first_byte(self, child: Child, abandoned: Callable[[], bool]) -> bytes:
         child.control.settimeout(TICK)
         until = time.monotonic() + START_SECONDS
         while time.monotonic() < until:
@@ -158,7 +158,7 @@ class Children:
         return b""
 
     def end(self, child: Child, *, wait: bool) -> Ending:
-        """Make sure that a process has ended; how it ended by itself, if ``wait`` lets it."""
+        """End a process, or with ``wait`` let it end by itself first; returns how it ended."""
         self._peak = self.peak_rss()
         if wait:
             with suppress(subprocess.TimeoutExpired):
@@ -196,18 +196,18 @@ class Children:
         return True
 
     def close(self) -> None:
-        """Let go of what is left, once every process has ended."""
+        """Release what is left, once every process has ended."""
         self._starter.shutdown()
-        self._giants.close()
+        self._large_lock.close()
 
 
 def nameless_file(*, lasting: bool = False) -> IO[bytes]:
     """A file in memory where the system has such files, and in the temporary folder elsewhere.
 
-    A ``lasting`` one can grow and not shrink, where the system can see to that.
+    A ``lasting`` one can grow and not shrink, where the system supports that.
 
     Raises:
-        DecoderUnavailable: there can be none.
+        DecoderUnavailable: it cannot be created.
     """
     try:
         if hasattr(os, "memfd_create"):
@@ -223,13 +223,13 @@ def nameless_file(*, lasting: bool = False) -> IO[bytes]:
 
 def environment(ours: Mapping[str, str]) -> dict[str, str]:
     """Variables of the environment ``ours`` that a process gets."""
-    known = {name: value for name, value in ours.items() if name in _KNOWN or name.startswith(_KNOWN_BEGINNINGS)}
+    known = {name: value for name, value in ours.items() if name in _PASSED or name.startswith(_PASSED_PREFIXES)}
     path = os.pathsep.join([str(ROOT), *filter(None, [ours.get("PYTHONPATH")])])
     return {**known, **_ENVIRONMENT, "PYTHONPATH": path}
 
 
 def unavailable(why: str) -> DecoderUnavailable:
-    """The error of a process that cannot start or work, and the way out."""
+    """The error of a process that cannot start or work, with the alternative."""
     return DecoderUnavailable(
         f"a decoder process cannot be started ({sys.executable}): {why}. loader.isolation=none decodes without, and "
         "an image that crashes the decoder then ends the run"

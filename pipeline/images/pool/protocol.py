@@ -1,14 +1,14 @@
 """Protocol between a reader and a decoder process: requests as JSON, answers in a file of a fixed layout.
 
-The process decodes files of strangers, so that nothing it says is trusted: an answer is states, numbers of a known
-size and short texts, each checked as it is read, and never an object that could run code.
+The process decodes untrusted files, so that its answer is not trusted either: it consists of states, numbers of a known
+size and short texts, each checked as it is read, and never of an object that could run code.
 
-Each process has two files without a name, which the reader owns. The encoded images lie in the first one behind one
+Each process has two files without a name, which the reader owns. The first one holds the encoded images, one after
 another. The second one holds a byte of state for each image, room for the text of each failure, and the pixels; as it
-outlives the process, it tells which image a crash or a hang met, and what was finished before.
+outlives the process, it shows which image crashed or hung the process, and what was finished before.
 
-The process has the second file as memory. So has the reader, if the file is sealed: nobody can shorten it then, which
-would kill the reader. What it finds there it copies first and judges then, as the process can still change it.
+The process has the second file as memory. So has the reader, if the file is sealed: it cannot be shortened then, which
+would kill the reader. The reader copies the content before it checks it, as the process can still change it.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from pipeline.images.pool.shared_memory import cannot_shrink, shared
 CHUNK = 8
 # Bytes kept for a failure's status and text.
 TEXT = 4096
-# What a process says on its socket: that it can begin, and that it is done with a request.
+# Bytes that a process sends on its socket: it is ready for requests; it is done with one.
 READY, DONE = b"R", b"D"
 CRASHED, TIMEOUT, OUT_OF_MEMORY = "decoder_crashed", "decoder_timeout", "out_of_memory"
-# What a process may say of an image.
+# Statuses of a failure that a process may report.
 STATUSES = frozenset(
     {
         *("not_an_image", "format_not_allowed", "truncated", "corrupt", "too_many_pixels", "unsupported"),
@@ -58,8 +58,8 @@ _STATES = frozenset(int(state) for state in State)
 _FINAL = frozenset({int(State.PIXELS), int(State.FAILED)})
 
 
-class Nonsense(Exception):
-    """An answer that no sound process gives."""
+class InvalidAnswer(Exception):
+    """An answer that breaks the protocol."""
 
 
 def request(pieces: Sequence[tuple[int, int]], spec: PreprocessSpec) -> bytes:
@@ -69,7 +69,7 @@ def request(pieces: Sequence[tuple[int, int]], spec: PreprocessSpec) -> bytes:
 
 
 def parse_request(text: bytes) -> tuple[list[tuple[int, int]], PreprocessSpec]:
-    """The other end of :func:`request`."""
+    """The images and the spec of a :func:`request`."""
     pieces, _, spec = text.partition(b"\n")
     return [(offset, size) for offset, size in json.loads(pieces)], _spec_of(spec)
 
@@ -87,7 +87,7 @@ def _spec_of(text: bytes) -> PreprocessSpec:
 
 
 class Answer:
-    """The second file of a process, from either end."""
+    """The second file of a process, as both sides use it."""
 
     def __init__(self, fd: int, spec: PreprocessSpec) -> None:
         self._fd, self.spec = fd, spec
@@ -100,7 +100,7 @@ class Answer:
         return self._pixels_at(CHUNK)
 
     def clear(self) -> None:
-        """Make room, and forget the last answer.
+        """Make room, and clear the last answer.
 
         Raises:
             OSError: there is no room.
@@ -113,11 +113,11 @@ class Answer:
             os.pwrite(self._fd, bytes(CHUNK), 0)
 
     def mark(self, index: int, state: State) -> None:
-        """Say how far an image is."""
+        """Set the state of an image."""
         self._memory[index] = state
 
     def put(self, index: int, result: Pixels | Failure) -> None:
-        """Give an image's result."""
+        """Write an image's result."""
         if isinstance(result, Failure):
             text = f"{result.status}\n{result.error}".encode(errors="replace")[: TEXT - 4]
             os.pwrite(self._fd, len(text).to_bytes(4, "little") + text, self._text_at(index))
@@ -137,18 +137,18 @@ class Answer:
         return self._memory[self._pixels_at(0) :].reshape(CHUNK, *self._shape)
 
     def states(self, count: int) -> list[int]:
-        """The states of the first ``count`` images, as they are just now."""
+        """The states of the first ``count`` images, at this moment."""
         return list(os.pread(self._fd, count, 0))
 
     def finished(self, count: int) -> list[Pixels | Failure]:
         """The results of the first images, up to the first that is not finished.
 
         Raises:
-            Nonsense: the file does not hold what its layout says.
+            InvalidAnswer: the content does not fit the layout.
         """
         states = self.states(count)
         if not _STATES.issuperset(states):
-            raise Nonsense("a state that does not exist")
+            raise InvalidAnswer("a state that does not exist")
         done = next((i for i, state in enumerate(states) if state not in _FINAL), len(states))
         pixels = self._copy(done)
         return [
@@ -162,12 +162,12 @@ class Answer:
             return self._pixels[:count].copy()
         pixels = np.empty((count, *self._shape), dtype=np.uint8)
         if count and os.preadv(self._fd, [pixels.data], self._pixels_at(0)) != pixels.nbytes:
-            raise Nonsense("fewer pixels than it says")
+            raise InvalidAnswer("fewer pixels than it says")
         return pixels
 
     @cached_property
     def _lasting(self) -> bool:
-        # To read what a process has cut off a file kills the reader, where the file is mapped.
+        # Reading mapped pages behind the end of a shortened file kills the reader.
         return cannot_shrink(self._fd)
 
     def _failure(self, index: int) -> Failure:
@@ -175,7 +175,7 @@ class Answer:
         length = int.from_bytes(record[:4], "little")
         status, _, error = record[4 : 4 + length].decode(errors="replace").partition("\n")
         if length > TEXT - 4 or status not in STATUSES:
-            raise Nonsense(f"a failure with the status {status[:40]!r}")
+            raise InvalidAnswer(f"a failure with the status {status[:40]!r}")
         return Failure(status, error)
 
     @staticmethod

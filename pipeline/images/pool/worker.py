@@ -1,7 +1,7 @@
 """A decoder process: ``python -m pipeline.images.pool.worker SETTINGS``, started by :mod:`pipeline.images.pool.pool`.
 
-It decodes bytes of strangers with libraries written in C, so that it gives up what it does not need before the first
-one: it opens no file, writes no core and little else, gains no rights, holds no more memory than it was given, and
+It decodes untrusted bytes with libraries written in C, so that it gives up all rights that it does not need before the
+first image: it can open no file, write no core dump, gain no privileges and take no more memory than its limit, and it
 ends with the process that started it.
 """
 
@@ -33,15 +33,15 @@ PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
 OWN = 512 * 2**20
 # Text in images; Python loads these from files when they are first used.
 _CODECS = ("ascii", "latin-1", "utf-8", "utf-16", "utf-16-be", "utf-16-le", "utf-32", "cp1252", "mac-roman")
-# What may be said of an image that no memory was left for.
+# Statuses that a lack of memory may cause.
 _DAMAGE = frozenset({"corrupt", "truncated", "unsupported"})
 _libc = ctypes.CDLL(None)
 _errno_location = getattr(_libc, "__errno_location" if sys.platform == "linux" else "__error")
 _errno_location.restype = ctypes.POINTER(ctypes.c_int)
 
 
-class Turn:
-    """The turn of a giant, among the processes that share the file; the kernel ends it if the process dies."""
+class LargeImageLock:
+    """Lock of the processes that share the file: one large image at a time. The kernel frees it if a process dies."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
@@ -52,7 +52,7 @@ class Turn:
         try:
             fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            # The wait is not the image's fault, and its clock stands still.
+            # Waiting does not count as decoding time.
             self._mark(State.QUEUED)
             fcntl.lockf(self._fd, fcntl.LOCK_EX)
             self._mark(State.DECODING)
@@ -71,23 +71,23 @@ def main() -> None:
     """Answer requests until the socket closes."""
     settings = json.loads(sys.argv[1])
     _end_with(settings["parent"])
-    # Some send these to every process of a job; it is for the job to say when its decoders end.
+    # Some schedulers send these to every process of a job; the job itself ends its decoders.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     control = socket.socket(fileno=settings["control"])
-    turn = Turn(settings["giants"])
+    lock = LargeImageLock(settings["large_lock"])
     rules: dict[str, Any] = settings["decoder"]
-    decoder = Decoder(**{**rules, "formats": tuple(rules["formats"])}, turn=turn)
+    decoder = Decoder(**{**rules, "formats": tuple(rules["formats"])}, large_lock=lock)
     _load_all(decoder)
     _give_up_rights(settings["memory"], settings["written"])
     control.sendall(READY)
     while head := control.recv(4, socket.MSG_WAITALL):
         pieces, spec = parse_request(control.recv(int.from_bytes(head, "little"), socket.MSG_WAITALL))
-        if turn.answer is None or turn.answer.spec != spec:
-            turn.answer = Answer(settings["outbox"], spec)
-        answer = turn.answer
+        if lock.answer is None or lock.answer.spec != spec:
+            lock.answer = Answer(settings["outbox"], spec)
+        answer = lock.answer
         for index, (offset, size) in enumerate(pieces):
-            turn.index = index
+            lock.index = index
             answer.mark(index, State.DECODING)
             answer.put(index, _decode(settings["inbox"], offset, size, decoder, spec))
         control.sendall(DONE)

@@ -1,4 +1,4 @@
-"""Which network addresses a request may reach, and sockets that reach exactly those.
+"""Network addresses that a request may reach, and sockets to exactly those.
 
 A host's name is looked up once for each connection, and the connection goes to an address that was checked:
 a name server that gives another answer a moment later changes nothing.
@@ -22,10 +22,10 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 CONNECT_SECONDS = 10.0
 # Hosts, and connections to each, that are kept open between requests.
 POOLS, CONNECTIONS = 64, 32
-# The only range of IPv6 that is handed out for the internet, and what carries an IPv4 address.
+# The only range of IPv6 for the internet, and the range that carries IPv4 addresses.
 _UNICAST = ipaddress.IPv6Network("2000::/3")
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
-# What Python's tables take for public, or did in some version.
+# Ranges that are public in Python's tables, or were in some version, and are not.
 _NOT_PUBLIC = tuple(
     ipaddress.ip_network(text) for text in ("192.0.0.0/24", "192.88.99.0/24", "2001::/23", "2001:db8::/32", "3fff::/20")
 )
@@ -34,7 +34,7 @@ _INTERNAL = tuple(
     ipaddress.ip_network(text)
     for text in ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "127.0.0.0/8", "::1/128", "fc00::/7")
 )
-# Metadata services of clouds, which hold secrets: never opened, whatever is allowed. Link-local ones go without saying.
+# Metadata services of clouds, which hold secrets: never opened, whatever is allowed. Link-local ones are never public.
 _METADATA = tuple(
     ipaddress.ip_address(text) for text in ("100.100.100.200", "168.63.129.16", "192.0.0.192", "fd00:ec2::254")
 )
@@ -46,8 +46,8 @@ class AddressNotAllowed(Exception):
     """A host has no address that may be opened."""
 
 
-# Nobody said anything; or: the host said no, this machine said no, the name server knows no such name.
-Said = Literal["nothing", "refused", "refused here", "no such name"]
+# Why there is no connection; "refused locally" is by this machine itself.
+Outcome = Literal["no answer", "refused", "refused locally", "unknown name"]
 
 
 class NoConnection(Exception):
@@ -56,20 +56,26 @@ class NoConnection(Exception):
     Args:
         place: the host and the port.
         text: the sentence of the failure.
-        said: what the network said, see :class:`~pipeline.images.sources.outage.Network`.
+        outcome: see :class:`~pipeline.images.sources.outage.OutageDetector`.
         passing: a second try may help.
         late: the deadline of the thread came first.
     """
 
     def __init__(
-        self, place: tuple[str, int], text: str, *, said: Said = "nothing", passing: bool = False, late: bool = False
+        self,
+        place: tuple[str, int],
+        text: str,
+        *,
+        outcome: Outcome = "no answer",
+        passing: bool = False,
+        late: bool = False,
     ) -> None:
         super().__init__(text)
-        self.place, self.said, self.passing, self.late = place, said, passing, late
+        self.place, self.outcome, self.passing, self.late = place, outcome, passing, late
 
 
 class _Clock(threading.local):
-    """When the request of this thread ends, by :func:`time.monotonic`."""
+    """End of the request of this thread, by :func:`time.monotonic`."""
 
     deadline = float("inf")
 
@@ -83,7 +89,7 @@ def set_deadline(deadline: float) -> None:
 
 
 def seconds_left() -> float:
-    """Until the deadline of this thread.
+    """The seconds until the deadline of this thread.
 
     Raises:
         TimeoutError: it is over.
@@ -153,7 +159,7 @@ def connect(host: str, port: int, private: frozenset[str]) -> socket.socket:
         places = ", ".join(sorted({str(one[4][0]) for one in found}))
         raise AddressNotAllowed(f"{host} is {places}, which is not an address of the internet")
     failed: OSError = TimeoutError(f"no answer within {CONNECT_SECONDS:g} s")
-    said: Said = "nothing"
+    outcome: Outcome = "no answer"
     for family, kind, protocol, _, address in good:
         left = ends - time.monotonic()
         if left <= 0:
@@ -166,12 +172,12 @@ def connect(host: str, port: int, private: frozenset[str]) -> socket.socket:
         except OSError as error:
             one.close()
             failed = error
-            if isinstance(error, ConnectionRefusedError | ConnectionResetError) and said != "refused":
-                said = "refused here" if _parse(address[0]).is_loopback else "refused"
+            if isinstance(error, ConnectionRefusedError | ConnectionResetError) and outcome != "refused":
+                outcome = "refused locally" if _parse(address[0]).is_loopback else "refused"
         else:
             return one
     text = f"{host}:{port}: {failed.strerror or failed}"
-    raise NoConnection((host, port), text, said=said, late=said == "nothing" and _is_late()) from failed
+    raise NoConnection((host, port), text, outcome=outcome, late=outcome == "no answer" and _is_late()) from failed
 
 
 def is_internal_or_public(text: str) -> bool:
@@ -186,7 +192,7 @@ def is_listed(host: str, port: int, private: frozenset[str]) -> bool:
 
 
 class _Timed(socket.socket):
-    """Waits no longer than its thread's deadline, however often a server sends one more byte."""
+    """Socket that waits until its thread's deadline at most, however often a server sends one more byte."""
 
     def recv_into(self, *arguments: Any) -> int:
         self.settimeout(seconds_left())
@@ -194,7 +200,7 @@ class _Timed(socket.socket):
 
 
 class _TimedTLS(ssl.SSLSocket):
-    """The same for what is encrypted."""
+    """The same for an encrypted connection."""
 
     def recv_into(self, *arguments: Any) -> int:
         self.settimeout(seconds_left())
@@ -229,7 +235,7 @@ def _parse(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
 
 
 def _look_up(host: str, port: int, ends: float) -> list[Any]:
-    """What the system's resolver says; it has no time-out of its own, so it is asked in a thread."""
+    """Addresses from the system's resolver; it has no timeout of its own, so it runs in a thread."""
     answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
     threading.Thread(target=_ask, args=(socket.getaddrinfo, host, port, answers.put), daemon=True).start()
     try:
@@ -239,11 +245,11 @@ def _look_up(host: str, port: int, ends: float) -> list[Any]:
         raise NoConnection((host, port), text, passing=True, late=_is_late()) from None
     if isinstance(found, Exception):
         passing = isinstance(found, socket.gaierror) and found.errno == socket.EAI_AGAIN
-        # What is no name at all is told by this machine, without a question to anybody.
-        said: Said = "refused here" if isinstance(found, UnicodeError) else "nothing"
+        # An invalid name is refused by this machine, without a request to the name server.
+        outcome: Outcome = "refused locally" if isinstance(found, UnicodeError) else "no answer"
         if isinstance(found, socket.gaierror) and found.errno in _NO_NAME:
-            said = "no such name"
-        raise NoConnection((host, port), f"{host}: {found}", said=said, passing=passing) from found
+            outcome = "unknown name"
+        raise NoConnection((host, port), f"{host}: {found}", outcome=outcome, passing=passing) from found
     return list(found)
 
 

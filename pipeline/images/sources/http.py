@@ -1,4 +1,4 @@
-"""Images over http and https: bytes, or a failure that says why not.
+"""Images over http and https: bytes, or a failure with the reason.
 
 The addresses in a manifest are untrusted, so every step has a limit: addresses (see
 :mod:`pipeline.images.sources.allowlist`), redirects, bytes, time, and tries. Nothing is sent but the request: no
@@ -7,7 +7,6 @@ cookies, no passwords, no referrer.
 
 from __future__ import annotations
 
-import email.utils
 import random
 import re
 import time
@@ -17,15 +16,15 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin
 
 import tenacity
-from urllib3 import Timeout
-from urllib3.exceptions import HTTPError, LocationParseError, ReadTimeoutError
+from urllib3 import Retry, Timeout
+from urllib3.exceptions import HTTPError, InvalidHeader, LocationParseError, ReadTimeoutError
 from urllib3.exceptions import SSLError as TLSError
 from urllib3.exceptions import TimeoutError as RequestTimeout
 from urllib3.util import Url, parse_url
 
 from pipeline.core.records import Failure
 from pipeline.images.sources.allowlist import AddressNotAllowed, NoConnection, pools, seconds_left, set_deadline
-from pipeline.images.sources.outage import Network
+from pipeline.images.sources.outage import OutageDetector
 
 if TYPE_CHECKING:
     from urllib3 import BaseHTTPResponse
@@ -39,12 +38,12 @@ _MOVED = (301, 302, 303, 307, 308)
 _PASSING = (429, 502, 503, 504)
 _STATUSES = {404: "not_found", 410: "not_found", 401: "permission", 403: "permission", 204: "empty", 416: "empty"}
 _CHUNK = 1 << 16
-# What no address may hold: what ends a line, and what some take for a slash.
+# Characters that no address may hold: control characters, and one that some take for a slash.
 _FORBIDDEN = re.compile(r"[\x00-\x1f\x7f\\]")
 
 
 class _Refused(Exception):
-    """This image ends here, with a status."""
+    """The failure of this image; no other try would help."""
 
     def __init__(self, status: str, reason: str) -> None:
         super().__init__(reason)
@@ -52,7 +51,7 @@ class _Refused(Exception):
 
 
 class _Passing(Exception):
-    """The server or the way there had a bad moment. ``after`` is how long the server asks to wait, in seconds."""
+    """A failure of the server or the network that may pass. ``after`` are the seconds that the server asks to wait."""
 
     def __init__(self, reason: str, *, after: float = 0.0) -> None:
         super().__init__(reason)
@@ -86,18 +85,18 @@ class Fetcher:
         self._max_bytes, self._seconds, self._schemes = max_bytes, seconds, schemes
         self._private = frozenset(host.rstrip(".").lower() for host in private_hosts)
         self._pools = pools(self._private)
-        self._network = Network(self._private)
+        self._outages = OutageDetector(self._private)
 
     def fetch(self, url: str, start: int = 0, stop: int | None = None) -> bytes | Failure:
         """The bytes at ``url``, or the range of them.
 
         Statuses of a failure: ``address_not_allowed`` (private, link-local, ...), ``scheme_not_allowed``,
         ``not_found`` (404, 410), ``permission`` (401, 403), ``empty``, ``too_many_bytes``, ``timeout``, and
-        ``unreadable`` for all others. What may pass (429, 502, 503, 504, a broken connection, a busy name server)
-        is tried four times within the time; ``Retry-After`` counts.
+        ``unreadable`` for all others. After 429, 502, 503, 504, a broken connection or an error of a busy name server
+        it tries again, four times in all and within the time; ``Retry-After`` counts.
 
         Raises:
-            StorageError: nobody answers any more, also not the servers that did; the network is at fault.
+            StorageError: no server answers any more, not even those that did; the network is at fault.
         """
         if stop is not None and stop <= start:
             return Failure("empty", f"{url}: 0 bytes")
@@ -113,7 +112,7 @@ class Fetcher:
         try:
             data = tries(self._follow, url, _Range(start, stop))
         except NoConnection as error:
-            self._network.failed(error)
+            self._outages.failed(error)
             if error.late:
                 return self._too_late(url)
             return Failure("unreadable", f"{url}: no connection: {error}")
@@ -143,7 +142,7 @@ class Fetcher:
                     return self._body(response, url, wanted)
                 here = urljoin(target.url, location)
             finally:
-                _leave(response)
+                _release(response)
         raise _Refused("unreadable", f"{url}: more than {REDIRECTS} redirects, the last one to {here}")
 
     def _target(self, here: str, url: str) -> Url:
@@ -181,7 +180,7 @@ class Fetcher:
             raise
         except (HTTPError, OSError) as error:
             raise _Passing(f"the connection broke: {error}") from error
-        self._network.answered(target.host or "", target.port or SCHEMES[target.scheme or "http"])
+        self._outages.answered(target.host or "", target.port or SCHEMES[target.scheme or "http"])
         return response
 
     def _body(self, response: BaseHTTPResponse, url: str, wanted: _Range) -> bytes | Failure:
@@ -227,7 +226,7 @@ class Fetcher:
         return Failure("too_many_bytes", f"{url}: {size:,} bytes or more, over images.max_bytes={self._max_bytes:,}")
 
 
-def _leave(response: BaseHTTPResponse) -> None:
+def _release(response: BaseHTTPResponse) -> None:
     """Give the connection back; a short rest of the body is read, so that it can be used again."""
     rest = response.length_remaining
     with suppress(HTTPError, OSError):
@@ -242,7 +241,7 @@ def _may_pass(error: BaseException) -> bool:
 
 
 def _tried_enough(state: tenacity.RetryCallState) -> bool:
-    """Also where the deadline would come before the next try."""
+    """True after the last try, or if the deadline would come before the next one."""
     if state.attempt_number >= TRIES:
         return True
     try:
@@ -259,10 +258,8 @@ def _wait(state: tenacity.RetryCallState) -> float:
 
 
 def _retry_after(text: str) -> float:
-    """Seconds of a ``Retry-After`` header (RFC 9110, 10.2.3): a number, or a date."""
-    if text.strip().isdecimal():
-        return float(text.strip()[:9])
+    """Seconds of a ``Retry-After`` header (RFC 9110, 10.2.3), a number or a date; 0 if it is neither."""
     try:
-        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
-    except (ValueError, OverflowError):
+        return Retry().parse_retry_after(text)
+    except (InvalidHeader, ValueError, OverflowError):
         return 0.0

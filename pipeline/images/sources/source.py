@@ -1,8 +1,8 @@
-"""From a reference to encoded bytes, or a failure that names why not.
+"""Encoded bytes of an image reference, or a failure with the reason.
 
-Relative paths start at the manifest's root, and no path leaves it, symbolic links included; a hard link cannot
-be told from the file itself. A path may end in ``#bytes=START-STOP`` to name a range of a file: that is how
-members of a tar are addressed. What a row says never chooses a driver's settings, and no address is a chain.
+Relative paths start at the manifest's root, and no path leaves it, symbolic links included; a hard link looks like the
+file itself. A path may end in ``#bytes=START-STOP`` to name a range of a file, such as a member of a tar. A row
+never chooses the settings of a driver, and chained addresses are not read.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from pipeline.config.validate import WRAPPERS
 from pipeline.core.errors import StorageError
 from pipeline.core.records import Failure, ImageRef
 from pipeline.images.sources.http import SCHEMES, Fetcher
-from pipeline.storage.urls import filesystem, from_driver, is_local, local_path, scheme_of
+from pipeline.storage.urls import filesystem, from_driver, is_local, local_path, no_driver, scheme_of
 
-# What says that the machine is broken, and nothing about the image.
+# Errors of the machine, not of the image.
 _BROKEN = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN)
 # No more digits than a file offset has.
 _RANGE = re.compile(r"#bytes=(\d{1,18})-(\d{1,18})$")
-# Where Linux says which file a descriptor belongs to.
+# The folder in which Linux lists the file of each descriptor.
 _DESCRIPTORS = "/proc/self/fd"
 
 
@@ -79,13 +79,16 @@ class Source:
             return Failure("not_found", f"{ref.path}: no such file")
         except PermissionError as error:
             return Failure("permission", f"{ref.path}: {error.strerror or error}")
+        except ImportError as error:
+            # The machine lacks the driver for every row of this scheme.
+            raise StorageError(f"{scheme}:// addresses cannot be read: {no_driver(path, error)}") from error
         except Exception as error:
             broken = isinstance(error, ConnectionError | TimeoutError) or from_driver(error)
             if broken or (isinstance(error, OSError) and error.errno in _BROKEN):
                 raise StorageError(
                     f"{ref.path}: {error}; the machine or the store is at fault, not the image"
                 ) from error
-            if not isinstance(error, OSError | ValueError | ImportError):
+            if not isinstance(error, OSError | ValueError):
                 raise
             return Failure("unreadable", f"{ref.path}: {error}")
 
@@ -125,7 +128,7 @@ class Source:
             if length > self.max_bytes:
                 return self._too_large(path, length)
             file.seek(start)
-            # No more than the file says to have: those of /proc say nothing, and some never end.
+            # No more than the size of the file: those in /proc report none, and some never end.
             return self._checked(file.read(max(0, min(length, status.st_size - start))) or b"", path)
 
     def _holds(self, real: str) -> bool:
@@ -155,7 +158,7 @@ class Source:
         return self._checked(fs.cat_file(name, start=start, end=stop), path)
 
     def _open_system(self, scheme: str) -> tuple[Any, str]:
-        """The driver and its name for the root, as the root says; of another scheme without any settings."""
+        """The driver and its path of the root, with the settings of the root; other schemes have no settings."""
         if scheme == scheme_of(self.root):
             return filesystem(self.root)
         if scheme in WRAPPERS:

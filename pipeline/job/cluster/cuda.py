@@ -22,18 +22,27 @@ def open_client(config: Config) -> AbstractContextManager[Client]:
     Raises:
         ClusterUnavailable: there are not so many GPUs.
     """
-    cluster, found = config.cluster, visible()
-    if not found or cluster.workers > len(found):
-        raise ClusterUnavailable(
-            f"cluster=cuda: {cluster.workers or 'some'} GPUs are asked for, and {len(found)} can be seen "
-            f"({VISIBLE}={os.environ.get(VISIBLE, '')!r}); lower cluster.workers, or take cluster=local"
-        )
-    chosen = found[: cluster.workers or len(found)]
-    cores = shares(len(chosen), cluster.cores)
+    chosen = chosen_gpus(config.cluster.workers)
+    cores = shares(len(chosen), config.cluster.cores)
     return open_processes(
         config,
         [{VARIABLE: ",".join(map(str, share)), VISIBLE: gpu} for gpu, share in zip(chosen, cores, strict=True)],
     )
+
+
+def chosen_gpus(workers: int) -> list[str]:
+    """The first ``workers`` GPUs that this process may use; all of them for 0.
+
+    Raises:
+        ClusterUnavailable: there are not so many, or none.
+    """
+    found = visible()
+    if not found or workers > len(found):
+        raise ClusterUnavailable(
+            f"cluster=cuda: {workers or 'some'} GPUs are asked for, and {len(found)} can be seen "
+            f"({VISIBLE}={os.environ.get(VISIBLE, '')!r}); lower cluster.workers, or take cluster=local"
+        )
+    return found[: workers or len(found)]
 
 
 def visible() -> list[str]:

@@ -1,9 +1,8 @@
-"""Shards on the workers of a Dask cluster: as many at a time as the workers take, while workers join and leave.
+"""Executor on the workers of a Dask cluster: as many shards at a time as they take, while workers join and leave.
 
-Workers report by events, in order and over the connection that exists anyway: nothing is
-fetched from a worker, so that nothing reported is lost with a worker that dies. A shard whose worker dies runs again;
-one to which that happens twice waits until the rest is through, and then has a worker to itself, so that no other is
-blamed.
+Workers report by events, in order and over the connection that exists anyway. Nothing is fetched from a worker, so that
+no report is lost with a worker that dies. A shard whose worker dies runs again. A shard whose workers die twice runs
+after all others, on a worker that has no other shard, so that the cause is certain.
 """
 
 from __future__ import annotations
@@ -73,7 +72,7 @@ class DaskExecutor:
         self._config, self._storage, self._check = config, storage, check
         self._token = uuid.uuid4().hex
         self._opened = ExitStack()
-        self._told: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._workers: dict[tuple[str, int], WorkerStats] = {}
         self._client: Client
         self._spec: JobSpec
@@ -96,7 +95,7 @@ class DaskExecutor:
             PipelineError: what the worker found.
         """
         self._client = self._opened.enter_context(open_cluster(self._config))
-        self._client.subscribe_topic(f"pipeline-{self._token}", lambda event: self._told.put(event[1]))
+        self._client.subscribe_topic(f"pipeline-{self._token}", lambda event: self._events.put(event[1]))
         self._spec = JobSpec(
             token=self._token, config=self._config, manifest=engine.manifest, model=engine.checkpoint.fingerprint
         )
@@ -111,7 +110,7 @@ class DaskExecutor:
             while not future.done():
                 self._tick()
                 for message in self._messages():
-                    self._hear(message)
+                    self._handle(message)
             if future.status in ("cancelled", "lost"):
                 raise ClusterLost(LOST)
             error = future.exception()
@@ -126,7 +125,7 @@ class DaskExecutor:
 
     @connected()
     def begin(self, job: Job) -> None:
-        """Tell all workers that the plan is settled."""
+        """Send the job, whose plan is written, to all workers."""
         # The worker that measured may be gone by now; then the next one measures again.
         with suppress(OSError, ValueError, KeyError):
             self._client.run(tasks.note, self._token, workers=[self._first], on_error="ignore")
@@ -162,7 +161,7 @@ class DaskExecutor:
                 single = True
                 continue
             for message in self._messages():
-                report = self._hear(message, on_batch)
+                report = self._handle(message, on_batch)
                 if report is not None and under.pop(report.shard, None) is not None:
                     yield report
             self._tick()
@@ -238,19 +237,19 @@ class DaskExecutor:
     def _messages(self) -> Iterator[dict[str, Any]]:
         """Events received by now; waits a moment if there are none."""
         with suppress(queue.Empty):
-            yield self._told.get(timeout=TICK)
+            yield self._events.get(timeout=TICK)
             while True:
-                yield self._told.get_nowait()
+                yield self._events.get_nowait()
 
-    def _hear(self, message: dict[str, Any], on_batch: Callable[[int], None] = lambda _: None) -> ShardReport | None:
+    def _handle(self, message: dict[str, Any], on_batch: Callable[[int], None] = lambda _: None) -> ShardReport | None:
         if "log" in message:
             known = {**message["fields"], "plain": message["log"]}
             logger = logging.getLogger(message["logger"])
             logger.log(message["level"], "%s: %s", message["from"], message["log"], extra=known)
         if "images" in message:
             on_batch(message["images"])
-        if "worker" in message:
-            worker = WorkerStats.from_json(message["worker"])
+        if "stats" in message:
+            worker = WorkerStats.from_json(message["stats"])
             self._workers[worker.host, worker.pid] = worker
         return ShardReport(**message["report"]) if "report" in message else None
 

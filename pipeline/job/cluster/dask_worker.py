@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 # A stream that brings no shard ends, so that rows which wait for more are embedded: after so many seconds, at least,
 # without a batch, or twice what batches take here.
-PATIENCE, LONGEST, TICK = 0.25, 5.0, 0.02
+SHORTEST, LONGEST, TICK = 0.25, 5.0, 0.02
 _STATES: dict[str, WorkerState] = {}
 _GUARD = threading.Lock()
 
@@ -49,7 +49,7 @@ def receive(worker: Any, spec: JobSpec) -> WorkerState:
             found = _STATES[spec.token] = WorkerState(worker, spec)
     job = spec.exact_job
     if job is not None:
-        found.settled(job)
+        found.take(job)
     return found
 
 
@@ -95,7 +95,7 @@ class WorkerState:
             # One worker measures the batch size, and the others wait for it; they can import meanwhile.
             aside(partial(import_module, "pipeline.engine.prepare"), name="imports")
 
-    def settled(self, job: Job) -> None:
+    def take(self, job: Job) -> None:
         """The plan is there: from now on shards may come."""
         if not self._job.done():
             self._job.set_result(job)
@@ -244,7 +244,7 @@ class WorkerState:
             try:
                 yield self._queue.get(timeout=TICK)
             except queue.Empty:
-                if self.drained or time.monotonic() - self._alive > max(PATIENCE, min(LONGEST, 2 * self._gap)):
+                if self.drained or time.monotonic() - self._alive > max(SHORTEST, min(LONGEST, 2 * self._gap)):
                     return
 
     def _on_batch(self, images: int) -> None:
@@ -260,7 +260,8 @@ class WorkerState:
         # In this order: the events of a shard arrive before its task ends.
         self._events.flush()
         shard = {**asdict(report), "counts": dict(report.counts)}
-        self._events.send({"report": shard, "worker": meter.stats().to_json()})
+        # Dask adds a key worker of its own.
+        self._events.send({"report": shard, "stats": meter.stats().to_json()})
         with self._lock:
             future = self._waiting.pop(report.shard, None)
         if future is not None:

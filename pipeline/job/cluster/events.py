@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.core.log_format import fields_of
 
 # Batches are reported together, at most once in so many seconds.
-TOLD = 0.5
+INTERVAL = 0.5
 
 
 class EventSender:
@@ -19,9 +19,9 @@ class EventSender:
 
     def __init__(self, worker: Any, topic: str) -> None:
         self._worker, self._topic = worker, topic
-        self._images, self._told = 0, 0.0
-        # The process in whose name a line stands.
-        self.who = {"worker": str(worker.name), "worker_host": socket.gethostname(), "worker_process": os.getpid()}
+        self._images, self._sent = 0, 0.0
+        # The process that a log line comes from.
+        self.origin = {"worker": str(worker.name), "worker_host": socket.gethostname(), "worker_process": os.getpid()}
 
     def send(self, message: dict[str, Any]) -> None:
         """Send a message."""
@@ -30,25 +30,25 @@ class EventSender:
     def count(self, images: int) -> None:
         """Count the images of a batch; sent soon."""
         self._images += images
-        if time.monotonic() - self._told > TOLD:
+        if time.monotonic() - self._sent > INTERVAL:
             self.flush()
 
     def flush(self) -> None:
-        """Tell what was counted."""
-        images, self._images, self._told = self._images, 0, time.monotonic()
+        """Send the images that were counted."""
+        images, self._images, self._sent = self._images, 0, time.monotonic()
         if images:
             self.send({"images": images})
 
 
 class Forward(logging.Handler):
-    """Tells the driver every sentence of the log from ``level`` on, with the name of the worker."""
+    """Send log lines of ``level`` or above to the driver, with the name of the worker."""
 
     def __init__(self, events: EventSender, name: str, level: int) -> None:
         super().__init__(level)
         self._events, self._from = events, name
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Tell one sentence."""
-        fields = {**fields_of(record), **self._events.who}
+        """Send one line."""
+        fields = {**fields_of(record), **self._events.origin}
         known = {"log": record.getMessage(), "logger": record.name, "level": record.levelno}
         self._events.send({**known, "from": self._from, "fields": fields})

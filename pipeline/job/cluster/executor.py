@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator, Iterable
 from types import TracebackType
 from typing import Protocol, Self
 
+from pipeline.config.choices import CLUSTERS
 from pipeline.config.schema import Config
 from pipeline.core.errors import ClusterUnavailable, install_hint
 from pipeline.core.records import Shard, ShardReport
@@ -61,6 +62,5 @@ def executor_of(config: Config, storage: Storage, check: Callable[[], None]) -> 
     try:
         from pipeline.job.cluster.dask_executor import DaskExecutor
     except ImportError as error:
-        extra = name if name in ("slurm", "kubernetes") else "dask"
-        raise ClusterUnavailable(f"cluster={name} needs Dask ({error}): {install_hint(extra)}") from error
+        raise ClusterUnavailable(f"cluster={name} needs Dask ({error}): {install_hint(CLUSTERS[name][-1])}") from error
     return DaskExecutor(config, storage, check)

@@ -43,7 +43,7 @@ class Inline:
         return self._prepared
 
     def begin(self, job: Job) -> None:
-        """The plan is settled."""
+        """Take the job, whose plan is written."""
         self.rehearse(job)
         note(self._engine, self._prepared, self._storage)
 

@@ -20,7 +20,7 @@ class JobSpec:
     """A job as workers get it: no model, no pixels.
 
     ``token`` tells jobs of one cluster apart. ``model`` is the fingerprint of the checkpoint as the driver found it.
-    ``job`` is there once the plan is settled, with the ``schema`` of its parts as Arrow writes it; its config has a
+    ``job`` is there once the plan is written, with the ``schema`` of its parts as Arrow writes it; its config has a
     batch size, which that of the spec may leave open.
     """
 
@@ -32,7 +32,7 @@ class JobSpec:
     schema: bytes = b""
 
     def with_job(self, job: Job) -> JobSpec:
-        """The same with the job, once the plan is settled."""
+        """The same with the job, once the plan is written."""
         return replace(self, job=job, schema=job.form.schema.serialize().to_pybytes())
 
     @property

@@ -17,7 +17,7 @@ def prepare(token: str, bank: TextBank | None) -> tuple[str, Prepared]:
 
 
 def note(token: str) -> None:
-    """Write what this worker's gates measured into the output's books."""
+    """Write what this worker's gates measured into the output."""
     dask_worker.of(token).note()
 
 

@@ -17,7 +17,7 @@ from pipeline.job import finish
 from pipeline.job.estimate.record import Estimate
 from pipeline.job.estimate.scaling import Processes
 from pipeline.job.estimate.trial import Mark, Trial
-from pipeline.report.throughput import Loop, find_bottleneck, find_pace
+from pipeline.report.bottleneck import Loop, find_bottleneck, find_pace
 from pipeline.storage.urls import free_bytes, is_local
 from pipeline.telemetry.run_stats import RunStats, WorkerStats
 

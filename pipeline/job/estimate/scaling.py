@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pipeline.config.schema import Config
-from pipeline.core.errors import ClusterUnavailable
 from pipeline.core.processes import cores
 
 
@@ -47,15 +46,9 @@ def processes_of(config: Config) -> Processes:
         count = cluster.workers or WORKERS
         return Processes(count, words=f"one process was measured; {count} share the same cores")
     if cluster.name == "cuda":
-        from pipeline.job.cluster.cuda import visible
+        from pipeline.job.cluster.cuda import chosen_gpus
 
-        found = len(visible())
-        count = cluster.workers or found
-        if not found or count > found:
-            raise ClusterUnavailable(
-                f"cluster=cuda: {count or 'some'} GPUs are asked for, and {found} can be seen; "
-                "lower cluster.workers, or take cluster=local"
-            )
+        count = len(chosen_gpus(cluster.workers))
         words = f"one GPU was measured; {count} are assumed to be {count} times as fast, as far as the cores keep up"
         return Processes(count, gain=count, words=words)
     if cluster.name == "address":

@@ -1,0 +1,42 @@
+"""Backends and clusters that the config can name, with what they need: one row each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class BackendInfo:
+    """Facts of the backend in the module of its name in :mod:`pipeline.backends`.
+
+    Attributes:
+        precisions: those that it computes in; ``auto`` takes the only one where there is one.
+        extra: extra of this package that it needs; empty for none.
+        torch_compile: it is compiled by torch, whatever ``backend.compile`` is.
+        builds: it builds an engine for each batch size.
+    """
+
+    precisions: tuple[str, ...]
+    extra: str = ""
+    torch_compile: bool = False
+    builds: bool = False
+
+
+BACKENDS = {
+    "torch": BackendInfo(("fp32", "bf16", "fp16")),
+    "torchscript": BackendInfo(("fp32", "bf16", "fp16")),
+    "torch_int8": BackendInfo(("int8",), extra="int8", torch_compile=True),
+    "torch_fp8": BackendInfo(("fp8",), extra="int8", torch_compile=True),
+    "onnx": BackendInfo(("fp32", "fp16"), extra="onnx"),
+    "onnx_int8": BackendInfo(("int8",), extra="onnx"),
+    "tensorrt": BackendInfo(("fp16",), extra="onnx", builds=True),
+}
+# Clusters and the extras of this package that they need.
+CLUSTERS: dict[str, tuple[str, ...]] = {
+    "inline": (),
+    "local": ("dask",),
+    "cuda": ("dask",),
+    "address": ("dask",),
+    "slurm": ("dask", "slurm"),
+    "kubernetes": ("dask", "kubernetes"),
+}
