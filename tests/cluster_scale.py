@@ -53,7 +53,7 @@ class Stub:
         }
         for _ in range(8):
             self._events.send({"images": 512})
-        self._events.send({"report": report, "worker": self._stats.to_json()})
+        self._events.send({"report": report, "stats": self._stats.to_json()})
         done: Future[None] = Future()
         done.set_result(None)
         return done

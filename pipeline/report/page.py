@@ -121,7 +121,7 @@ def to_html(
 
 @cache
 def environment(*packages: str) -> Environment:
-    """Return the environment of the templates in this package and in others, with their filters; it keeps what it compiles."""
+    """Return the environment of the templates here and in other packages, which keeps what it compiles."""
     loader = ChoiceLoader([PackageLoader(package, ".") for package in (*packages, "pipeline.report")])
     made = Environment(loader=loader, autoescape=True, trim_blocks=True)
     made.globals["night_kinds"] = list(plots.KINDS)

@@ -248,8 +248,8 @@ class DaskExecutor:
             logger.log(message["level"], "%s: %s", message["from"], message["log"], extra=known)
         if "images" in message:
             on_batch(message["images"])
-        if "worker" in message:
-            worker = WorkerStats.from_json(message["worker"])
+        if "stats" in message:
+            worker = WorkerStats.from_json(message["stats"])
             self._workers[worker.host, worker.pid] = worker
         return ShardReport(**message["report"]) if "report" in message else None
 

@@ -260,7 +260,8 @@ class WorkerState:
         # In this order: the events of a shard arrive before its task ends.
         self._events.flush()
         shard = {**asdict(report), "counts": dict(report.counts)}
-        self._events.send({"report": shard, "worker": meter.stats().to_json()})
+        # Dask adds a key worker of its own.
+        self._events.send({"report": shard, "stats": meter.stats().to_json()})
         with self._lock:
             future = self._waiting.pop(report.shard, None)
         if future is not None:

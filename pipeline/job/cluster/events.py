@@ -41,14 +41,14 @@ class EventSender:
 
 
 class Forward(logging.Handler):
-    """Tells the driver every sentence of the log from ``level`` on, with the name of the worker."""
+    """Send log lines of ``level`` or above to the driver, with the name of the worker."""
 
     def __init__(self, events: EventSender, name: str, level: int) -> None:
         super().__init__(level)
         self._events, self._from = events, name
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Tell one sentence."""
+        """Send one line."""
         fields = {**fields_of(record), **self._events.origin}
         known = {"log": record.getMessage(), "logger": record.name, "level": record.levelno}
         self._events.send({**known, "from": self._from, "fields": fields})
