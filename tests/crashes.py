@@ -67,7 +67,7 @@ def at(config: Config, output: Path | str) -> dict[str, dict[str, Any]]:
     return asdict(replace(config, output=replace(config.output, dir=str(output))))
 
 
-def check_books(output: Path, ids: list[str]) -> int:
+def check_dataset(output: Path, ids: list[str]) -> int:
     """Check a dataset, also of a killed run; return the number of committed rows.
 
     Every committed part is there, whole, with the rows that its commit says; readers see no row twice and

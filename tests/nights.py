@@ -75,7 +75,7 @@ class Collection:
 
     def config(self, **groups: dict[str, Any]) -> Config:
         defaults: dict[str, dict[str, Any]] = {
-            "manifest": {"image": "path", "keep": ["truth"], "shard_rows": 8, "root": str(self.folder)},
+            "manifest": {"image": "path", "keep": ["truth"], "shard_rows": 8, "root": str(self.folder)}
         }
         for name, values in groups.items():
             defaults[name] = {**defaults.get(name, {}), **values}

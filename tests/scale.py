@@ -2,7 +2,7 @@
 
 Every figure is of a process of its own: its CPU time, its wall time, and the most memory it ever held. The manifest is
 real Parquet (ids of 20 characters, paths of about 60); the dataset of the resume has real commits and real, but tiny
-parts, one inode for all of a kind, so that what is timed is the books and not the disk.
+parts, one inode for all of a kind, so that plans and commits are timed and not the disk.
 """
 
 from __future__ import annotations
@@ -92,9 +92,9 @@ def measure_resume(folder: str) -> dict[str, Any]:
         assert verify.verify(storage).state == "healthy"
     with measured() as figures["collect"]:
         assert not verify.collect(storage, age=0, confirm=lambda: None)
-    books = Path(folder)
-    figures["commit_bytes"] = sum(path.stat().st_size for path in (books / "_commits").iterdir())
-    figures["success_bytes"] = (books / "_SUCCESS").stat().st_size
+    dataset = Path(folder)
+    figures["commit_bytes"] = sum(path.stat().st_size for path in (dataset / "_commits").iterdir())
+    figures["success_bytes"] = (dataset / "_SUCCESS").stat().st_size
     return figures
 
 

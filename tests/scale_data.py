@@ -1,4 +1,4 @@
-"""Inputs of :mod:`tests.scale`: manifests of any size, and datasets that are all books."""
+"""Inputs of :mod:`tests.scale`: manifests of any size, and datasets of tiny parts."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ import psutil
 from pipeline.config.schema import ClusterConfig, Config
 from pipeline.engine.demo.folder import render_folder
 from pipeline.job.main import run_job
-from tests.crashes import check_books, leftovers
+from tests.crashes import check_dataset, leftovers
 
 
 def files(output: Path) -> dict[str, bytes]:
@@ -107,7 +107,7 @@ def main() -> None:
     import pyarrow.parquet as pq
 
     ids = pq.read_table(manifest, columns=["id"])["id"].to_pylist()
-    checked = check_books(folder / "killed", ids)
+    checked = check_dataset(folder / "killed", ids)
     print(json.dumps({"kills": len(killed), "rows_checked": checked, "orphans": workers(), "runs": results}, indent=2))
 
 

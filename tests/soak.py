@@ -21,7 +21,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from pipeline.config.schema import Config
-from tests.crashes import PLACES, at, check_books, leftovers, small_job
+from tests.crashes import PLACES, at, check_dataset, leftovers, small_job
 from tests.forks import Child, Forks
 from tests.jobs import content, overrides_of, start
 
@@ -101,10 +101,10 @@ class Soak:
                 last = self._start(output, "")
                 assert last.wait() == 0, last.said()
                 break
-            rows = check_books(output, self.ids)
+            rows = check_dataset(output, self.ids)
             if self.options.verbose:
                 print(f"round {self.rounds}: exit code {code}, {rows} rows committed", flush=True)
-        assert check_books(output, self.ids) == len(self.ids), "rows are missing"
+        assert check_dataset(output, self.ids) == len(self.ids), "rows are missing"
         found = content(output)
         different = sorted(name for name in {*found, *self.expected} if found.get(name) != self.expected.get(name))
         assert not different, f"{output} differs from the unbroken dataset in {different}"
@@ -118,8 +118,8 @@ class Soak:
             action = self.dice.choice(["kill", "raise:EIO", "raise:ENOSPC", "delay:0.3"])
             rule = f"{self.dice.choice(PLACES)}={action}@{self.dice.randint(1, 6)}"
         number = signal.SIGTERM if self.dice.random() < TERMINATE else signal.SIGKILL
-        # Signals are the door's to answer.
-        job = self._start(output, rule, door=number == signal.SIGTERM)
+        # The command handles signals.
+        job = self._start(output, rule, as_command=number == signal.SIGTERM)
         self.runs += 1
         try:
             # Later than a run takes, too: some blows fall on its last files, and some miss.
@@ -136,10 +136,10 @@ class Soak:
             self.states[state(output, len(self.ids))] += 1
         return code
 
-    def _start(self, output: Path, rule: str, *, door: bool = False) -> Child | Process:
+    def _start(self, output: Path, rule: str, *, as_command: bool = False) -> Child | Process:
         if self.options.processes:
             return Process(command(self.config, output))
-        if door:
+        if as_command:
             return self.forks.start("tests.forks:run_command", *command(self.config, output), failpoints=rule)
         return self.forks.start("tests.forks:job", at(self.config, output), failpoints=rule)
 

@@ -29,7 +29,7 @@ from pipeline.job.cluster.dask_cluster import shards_at_once
 from pipeline.job.cluster.kubernetes import pod_settings
 from pipeline.job.cluster.part import Part
 from pipeline.job.main import run_job
-from tests.crashes import check_books
+from tests.crashes import check_dataset
 from tests.forks import forks
 from tests.grid import ROWS, SHARDS, at, failpoints, grid, nine_shards, on, same, when_committed
 from tests.jobs import overrides_of
@@ -172,7 +172,7 @@ def test_a_shard_that_kills_every_worker_is_given_up_and_the_rest_is_done(
     ):
         run_job(config)
     assert caught.value.exit_code == 3
-    assert check_books(output, ids_of(single)) == ROWS - 8
+    assert check_dataset(output, ids_of(single)) == ROWS - 8
     assert not (output / "_SUCCESS").exists()
     report = json.loads((output / "_report.json").read_text())
     assert (report["given_up"], report["exit_code"]) == ([4], 3)

@@ -19,7 +19,7 @@ import pytest
 from pipeline.config.schema import Config
 from pipeline.core.failpoints import POINTS, arm, armed, failpoint
 from tests.conftest import ROOT
-from tests.crashes import BEGIN, END, PLACES, SHARDS, SPECIAL, at, check_books, leftovers, small_job
+from tests.crashes import BEGIN, END, PLACES, SHARDS, SPECIAL, at, check_dataset, leftovers, small_job
 from tests.forks import forks
 from tests.jobs import content, overrides_of
 from tests.s3 import BUCKET, environment, moto_server, objects
@@ -194,7 +194,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Config:
     child = forks().start("tests.forks:job", at(config, config.output.dir))
     assert child.wait() == 0, child.said()
     ids = pq.read_table(str(config.manifest.path))["id"].to_pylist()
-    assert check_books(Path(config.output.dir), ids) == len(ids)
+    assert check_dataset(Path(config.output.dir), ids) == len(ids)
     return config
 
 
@@ -222,7 +222,7 @@ def besiege(unbroken: Config, case: str) -> None:
         child = forks().start("tests.forks:job", config, failpoints=rule, environment=environment)
         code, said = child.wait(), child.said()
         check_outcome(rule, code, said, output)
-        rows = check_books(output, ids)
+        rows = check_dataset(output, ids)
     assert rows == len(ids)
     assert content(output) == content(whole)
     assert {"_report.json", "_run.log", *(["_report.html"] if page else [])} <= {path.name for path in output.iterdir()}
@@ -297,7 +297,7 @@ def test_a_run_whose_shard_was_committed_by_another_meanwhile_loses_quietly(unbr
         shutil.copy(first, output / first.name)
         shutil.copy(whole / "_commits" / "00000.json", output / "_commits" / "00000.json")
         assert child.wait() == code, child.said()
-        check_books(output, pq.read_table(str(unbroken.manifest.path))["id"].to_pylist())
+        check_dataset(output, pq.read_table(str(unbroken.manifest.path))["id"].to_pylist())
         if code == 0:
             assert content(output) == content(whole)
         shutil.rmtree(output)
@@ -372,7 +372,7 @@ def test_what_the_siege_looks_for_it_finds(unbroken: Config, tmp_path: Path, sai
     output = Path(shutil.copytree(unbroken.output.dir, tmp_path / "out"))
     DAMAGES[said](output)
     with pytest.raises((AssertionError, FileNotFoundError), match=said):
-        check_books(output, pq.read_table(str(unbroken.manifest.path))["id"].to_pylist())
+        check_dataset(output, pq.read_table(str(unbroken.manifest.path))["id"].to_pylist())
 
 
 def test_no_process_outlives_its_job(unbroken: Config) -> None:

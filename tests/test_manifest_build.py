@@ -18,7 +18,7 @@ import pytest
 from pipeline.config.schema import ManifestConfig
 from pipeline.core.errors import ManifestError, PipelineError, StorageError
 from pipeline.images.sources.source import Source
-from pipeline.manifest import __main__ as door
+from pipeline.manifest import __main__ as command
 from pipeline.manifest import build
 from pipeline.manifest.ids import check_ids
 from pipeline.manifest.manifest import Manifest, open_manifest
@@ -385,7 +385,7 @@ def test_a_manifest_can_be_written_to_a_new_folder(tmp_path: Path) -> None:
 def test_only_a_parquet_file_is_written_so_that_a_forgotten_output_destroys_no_tar(tmp_path: Path) -> None:
     tars = [write_tar(tmp_path / f"{n}.tar", {"1.jpg": b"x"}) for n in range(2)]
     before = Path(tars[1]).read_bytes()
-    assert door.main(["tar", *tars]) == 2
+    assert command.main(["tar", *tars]) == 2
     assert Path(tars[1]).read_bytes() == before
 
 
@@ -411,7 +411,7 @@ def test_the_command_says_what_was_written_and_what_comes_next(
 ) -> None:
     fill(tmp_path, ["a.jpg", "b.jpg"])
     out = str(tmp_path / "m.parquet")
-    assert door.main(["folder", str(tmp_path), out]) == 0
+    assert command.main(["folder", str(tmp_path), out]) == 0
     assert (
         capsys.readouterr().out == f"{out}: 2 rows; next: python -m pipeline.run manifest.path={out} output.dir=...\n"
     )
@@ -420,14 +420,14 @@ def test_the_command_says_what_was_written_and_what_comes_next(
 def test_the_command_reads_csvs_with_named_columns(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "m.csv", "sku,file\n007,a.jpg\n")
     out = str(tmp_path / "m.parquet")
-    assert door.main(["csv", path, out, "--image", "file", "--id", "sku", "--root", "/photos"]) == 0
+    assert command.main(["csv", path, out, "--image", "file", "--id", "sku", "--root", "/photos"]) == 0
     manifest = opened(out, id="sku", image="file")
     assert (manifest.rows, manifest.root) == (1, "/photos")
 
 
 def test_the_command_reads_several_tars(tmp_path: Path) -> None:
     tars = [write_tar(tmp_path / f"{n}.tar", {"1.jpg": b"x"}) for n in range(3)]
-    assert door.main(["tar", *tars, str(tmp_path / "m.parquet")]) == 0
+    assert command.main(["tar", *tars, str(tmp_path / "m.parquet")]) == 0
     assert opened(tmp_path / "m.parquet").rows == 3
 
 
@@ -443,16 +443,12 @@ def test_the_command_reads_several_tars(tmp_path: Path) -> None:
     ],
 )
 def test_a_wrong_command_ends_with_code_2_one_plain_message_and_no_file(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    arguments: list[str],
-    part: str,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], part: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     write_tar(tmp_path / "texts.tar", {"1.txt": b"x"})
-    assert door.main(arguments) == 2
+    assert command.main(arguments) == 2
     message = capsys.readouterr().err
     assert message.startswith("error: ")
     assert part in message
@@ -469,7 +465,7 @@ def test_a_wrong_command_ends_with_code_2_one_plain_message_and_no_file(
 )
 def test_the_parser_answers(capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, part: str) -> None:
     with pytest.raises(SystemExit) as left:
-        door.main(arguments)
+        command.main(arguments)
     assert left.value.code == code
     assert part in "".join(capsys.readouterr())
 

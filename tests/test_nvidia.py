@@ -347,12 +347,7 @@ class HostCodec(PillowCodec):
         )
 
     def decode(self, encoded: Sequence[bytes]) -> list[torch.Tensor | None]:
-        return nvimgcodec.decode(
-            self.module,
-            self.decoder,
-            encoded,
-            lambda image: torch.from_numpy(np.asarray(image)),
-        )
+        return nvimgcodec.decode(self.module, self.decoder, encoded, lambda image: torch.from_numpy(np.asarray(image)))
 
 
 def test_nvimagecodec_is_called_as_it_wants_to_be() -> None:

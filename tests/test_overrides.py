@@ -70,10 +70,7 @@ WRONG = [
     ("loader.batch_size", "the argument = 'loader.batch_size': has no key or no =; write GROUP=OPTION"),
     ("~loader.batch_size", "loader.batch_size = '~loader.batch_size': a key cannot be removed"),
     ("~model", "model = '~model': a key cannot be removed"),
-    (
-        "+loader.batch_size=8",
-        "loader.batch_size = '+loader.batch_size=8': is in the config already (leave out the +)",
-    ),
+    ("+loader.batch_size=8", "loader.batch_size = '+loader.batch_size=8': is in the config already (leave out the +)"),
     ("+loader.extra=8", "loader.extra = '8': there is no such key"),
     ("loader={batch_size:8}", "loader = '{batch_size:8}': must be one of default"),
     (

@@ -200,7 +200,9 @@ def test_the_reference_is_not_compared_with_itself(manifest: Path, tmp_path: Pat
     assert not (tmp_path / "out" / FILE).exists()
 
 
-def test_the_figures_go_into_the_books_the_report_and_the_card(finished: tuple[Config, RunReport], store: Path) -> None:
+def test_the_figures_go_into_the_dataset_the_report_and_the_metadata(
+    finished: tuple[Config, RunReport], store: Path
+) -> None:
     config, report = finished
     output = Path(config.output.dir)
     assert report.parity is not None
@@ -218,7 +220,7 @@ def test_the_figures_go_into_the_books_the_report_and_the_card(finished: tuple[C
     assert [c for _, c in report.parity.worst] == sorted(c for _, c in report.parity.worst)
 
 
-def test_a_second_run_takes_the_figures_from_the_books(
+def test_a_second_run_takes_the_figures_from_the_dataset(
     finished: tuple[Config, RunReport], copied: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.backends.parity.measure", lambda *_: pytest.fail("measured again"))
@@ -251,7 +253,7 @@ def test_a_graph_with_fixed_scales_is_judged_on_other_pictures(manifest: Path, t
 
 
 @pytest.mark.parametrize("spoiled", [b"", b"[1]", b"no json", b'{"key": 3}'])
-def test_books_that_cannot_be_read_are_written_anew(copied: Config, tmp_path: Path, spoiled: bytes) -> None:
+def test_figures_that_cannot_be_read_are_written_anew(copied: Config, tmp_path: Path, spoiled: bytes) -> None:
     good = content(tmp_path / "out")
     (tmp_path / "out" / FILE).write_bytes(spoiled)
     run_job(copied)
@@ -268,7 +270,7 @@ def test_a_miss_ends_the_job_before_anything_is_computed(manifest: Path, tmp_pat
     assert run_job(job(manifest, tmp_path / "out", "torch")).total_rows == ROWS
 
 
-def test_a_dataset_of_another_backend_keeps_its_books(copied: Config, manifest: Path, tmp_path: Path) -> None:
+def test_a_dataset_of_another_backend_keeps_its_files(copied: Config, manifest: Path, tmp_path: Path) -> None:
     before = content(tmp_path / "out")
     with pytest.raises(PlanMismatch, match="backend"):
         run_job(job(manifest, tmp_path / "out", "torch", backend={"precision": "bf16"}))

@@ -44,9 +44,7 @@ def ran(home: Path) -> dict[str, tuple[int, str]]:
         assert isinstance(row, Run)
         texts.append(shlex.join(words_of(command, row.more)))
     child = forks().start(
-        "tests.mistakes:typed",
-        *(str(home), texts, []),
-        environment={"XDG_CACHE_HOME": os.environ["XDG_CACHE_HOME"]},
+        "tests.mistakes:typed", *(str(home), texts, []), environment={"XDG_CACHE_HOME": os.environ["XDG_CACHE_HOME"]}
     )
     child.wait(400)
     pieces = re.split(rf"^{END} (\d+)\n", child.said(), flags=re.MULTILINE)
@@ -153,7 +151,7 @@ def test_the_overrides_in_the_text_are_valid() -> None:
 
 def test_the_commands_that_the_text_names_exist() -> None:
     named = {f"pipeline.{name}" for text in PAGES.values() for name in re.findall(r"python -m pipeline\.(\w+)", text)}
-    assert named <= {"pipeline.run", "pipeline.nightly", *(door.split()[0] for door in PARSERS)}
+    assert named <= {"pipeline.run", "pipeline.nightly", *(command.split()[0] for command in PARSERS)}
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -169,10 +169,7 @@ def test_another_model_is_refused(folder: Path, tmp_path: Path, capsys: pytest.C
 @pytest.mark.parametrize(
     ("typed", "said"),
     [
-        (
-            ["output.dir=x", "loader.batch_size=3"],
-            "loader.batch_size=3': must be as in the source",
-        ),
+        (["output.dir=x", "loader.batch_size=3"], "loader.batch_size=3': must be as in the source"),
         (["output.dir=x", "output.dtype=float16"], "must be as in the source"),
         (["prompts.labels=[a]"], "must name the new dataset's folder"),
         (["output.dir=SOURCE", "prompts.labels=[a]"], "is the source itself"),

@@ -21,16 +21,7 @@ from pipeline.core.processes import spent
 from pipeline.core.records import Clocks, Parity, Stage, Timeline
 from pipeline.core.run_report import Pace, RunReport, StagePace
 from pipeline.report import page
-from pipeline.report.bottleneck import (
-    Cost,
-    Limit,
-    Loop,
-    Setup,
-    find_bottleneck,
-    find_limit,
-    find_pace,
-    verdict,
-)
+from pipeline.report.bottleneck import Cost, Limit, Loop, Setup, find_bottleneck, find_limit, find_pace, verdict
 from pipeline.report.history import earlier_runs
 from pipeline.report.scores import Extremes, Row
 from pipeline.report.summary import HINTS, DatasetSummary, Failed
@@ -161,10 +152,7 @@ def test_the_plots_follow_the_colours_of_the_page_and_fit_a_phone() -> None:
     found = Collector()
     found.feed(html)
     plots = [values for tag, values in found.tags if tag == "svg"]
-    assert [str(values["aria-label"])[:10] for values in plots] == [
-        "Images per",
-        "Rows by th",
-    ]
+    assert [str(values["aria-label"])[:10] for values in plots] == ["Images per", "Rows by th"]
     for svg in re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL):
         used = set(re.findall(r"var\(--([a-z0-9-]+)\)", svg))
         assert {"ink", "soft"} & used
@@ -381,12 +369,7 @@ def test_statistics_of_parts_add_up() -> None:
     [
         (Limit(20.0, "encode", cores=True), None, "cpu", "core time: encode 60%, decode 40%"),
         (Limit(20.0, "encode", cores=True), 22.0, "cpu", "core time: encode 60%, decode 40%"),
-        (
-            Limit(20.0, "encode", cores=True),
-            20.5,
-            "cpu",
-            "2 cores allow at most 20.0 images/s; this run had 20.5 (10",
-        ),
+        (Limit(20.0, "encode", cores=True), 20.5, "cpu", "2 cores allow at most 20.0 images/s; this run had 20.5 (10"),
         (Limit(9e3, "encode", cores=False), 9e3, "cuda", "the GPU allows at most 9,000 images/s; this run had 9,000"),
         (Limit(15.0, "read", cores=False), 15.0, "cpu", "the stage read allows at most 15.0 images/s"),
     ],

@@ -27,7 +27,7 @@ from tests.forks import forks, run_command
 from tests.jobs import config_for, content, overrides_of, scenes_manifest, start
 from tests.processes import wait_until
 
-# PIPELINE_TEST_KILLS=50 for a longer siege.
+# PIPELINE_TEST_KILLS=50 for a longer test.
 KILLS = int(os.environ.get("PIPELINE_TEST_KILLS", "5"))
 SHARDS = 8 * max(KILLS, 5)
 ROWS = 4 * SHARDS

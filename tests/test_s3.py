@@ -473,7 +473,7 @@ def test_of_many_runs_in_s3_one_gets_the_lease_and_a_silent_one_is_taken_over(st
     assert not lease.leases(storage)
 
 
-def test_the_door_reads_its_manifest_from_s3_and_writes_there(proxy: Proxy, server: str, manifest: Path) -> None:
+def test_the_command_reads_its_manifest_from_s3_and_writes_there(proxy: Proxy, server: str, manifest: Path) -> None:
     prefix = uuid.uuid4().hex
     fs = s3fs.S3FileSystem(endpoint_url=server, key="test", secret="test")
     fs.put_file(str(manifest), f"{BUCKET}/{prefix}/m.parquet")

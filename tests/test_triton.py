@@ -134,10 +134,7 @@ def reference() -> tuple[np.ndarray, np.ndarray]:
     inputs = CLIPImageProcessorPil.from_pretrained(DEMO_FOLDER)(pictures(), return_tensors="pt")
     tokens = AutoTokenizer.from_pretrained(DEMO_FOLDER)(TEXTS, padding=True, return_tensors="pt")
     with torch.inference_mode():
-        features = (
-            model.get_image_features(**inputs).pooler_output,
-            model.get_text_features(**tokens).pooler_output,
-        )
+        features = (model.get_image_features(**inputs).pooler_output, model.get_text_features(**tokens).pooler_output)
     image, text = (torch.nn.functional.normalize(one).numpy() for one in features)
     return image, text
 
@@ -146,7 +143,7 @@ def test_a_repository_holds_a_model_for_each_tower_and_nothing_else_in_folders(r
     # Triton reads every folder as a model, and starts only if all are valid.
     assert sorted(path.name for path in repository.iterdir() if path.is_dir()) == ["demo_image", "demo_text"]
     assert sorted(path.name for path in repository.iterdir() if path.is_file()) == [
-        *("README.md", "card.json", "client.py"),
+        *("README.md", "card.json", "client.py")
     ]
     for name, others in (("demo_image", set()), ("demo_text", {"warmup", "tokenizer.json"})):
         assert {path.name for path in (repository / name).iterdir()} == {"1", "config.pbtxt", *others}

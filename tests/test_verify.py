@@ -462,7 +462,7 @@ def test_a_plan_of_before_is_read_without_a_config(out: Path, whole: Config) -> 
     assert run_job(replace(whole, output=replace(whole.output, dir=str(out)))).rows == 0
 
 
-def test_the_door_opens_without_torch_and_tells_the_codes() -> None:
+def test_the_command_imports_no_torch_and_its_help_has_the_exit_codes() -> None:
     assert loads("import pipeline.verify, pipeline.dataset.verify", "torch") == []
     told = run_python("-m", "pipeline.verify", "--help").stdout
     assert "exit codes: 0 healthy, 1 damaged, 2 no dataset" in told

@@ -91,10 +91,10 @@ def names(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in found}
 
 
-def test_every_room_is_named_in_the_project() -> None:
-    rooms = {path.parent.relative_to(ROOT) for path in (ROOT / "pipeline").rglob("__init__.py")}
+def test_every_package_is_named_in_the_project() -> None:
+    packages = {path.parent.relative_to(ROOT) for path in (ROOT / "pipeline").rglob("__init__.py")}
     named = {*PROJECT["tool"]["setuptools"]["packages"]} - {"pipeline.conf"}
-    assert named == {".".join(room.parts) for room in rooms}
+    assert named == {".".join(package.parts) for package in packages}
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
@@ -150,7 +150,7 @@ print((made.embeddings == open_dataset("out").embeddings).all(), made.search("a 
 
 
 @pytest.mark.slow
-def test_the_command_opens_every_door_and_names_them(elsewhere: Path, tmp_path: Path) -> None:
+def test_the_short_command_runs_every_command_and_names_them(elsewhere: Path, tmp_path: Path) -> None:
     assert "GROUP=OPTION" in say([elsewhere / "clip-pipeline", "--help"], tmp_path)
     assert "is complete" in say([elsewhere / "clip-pipeline", "--cfg", "job", "output.dir=is complete"], tmp_path)
     assert "WebDataset" in say([elsewhere / "clip-pipeline", "manifest", "--help"], tmp_path)
@@ -161,7 +161,7 @@ def test_the_command_opens_every_door_and_names_them(elsewhere: Path, tmp_path: 
     assert "the config has a problem" in say([elsewhere / "clip-pipeline", "run", "labels.top_k=0"], tmp_path, code=2)
 
 
-@pytest.mark.parametrize("door", COMMANDS)
-def test_every_door_of_the_command_is_there(door: str) -> None:
-    place = ROOT / "pipeline" / COMMANDS[door].removeprefix("pipeline.")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_a_module(command: str) -> None:
+    place = ROOT / "pipeline" / COMMANDS[command].removeprefix("pipeline.")
     assert place.with_suffix(".py").is_file() or (place / "__main__.py").is_file()

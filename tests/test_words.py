@@ -97,23 +97,23 @@ def test_the_examples_of_the_main_help_are_good_configs(main_help: str) -> None:
     assert max(map(len, main_help.partition("Groups and")[0].splitlines())) <= 120
 
 
-@pytest.mark.parametrize("door", PARSERS)
-def test_the_help_of_a_door_has_examples_that_it_takes_and_its_exit_codes(
-    monkeypatch: pytest.MonkeyPatch, door: str
+@pytest.mark.parametrize("command", PARSERS)
+def test_the_help_of_a_command_has_examples_that_it_takes_and_its_exit_codes(
+    monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
     monkeypatch.setenv("COLUMNS", "100")
-    text = parser_of(door).format_help()
+    text = parser_of(command).format_help()
     assert re.search(r"^exit codes: 0 ", text, re.MULTILINE)
     assert max(map(len, text.splitlines())) <= 120
     found = examples(text)
     assert len(found) >= 3
     for words in found:
-        assert " ".join(words).startswith(door)
+        assert " ".join(words).startswith(command)
         prove(words)
 
 
-def test_every_door_of_the_short_command_is_looked_at() -> None:
-    looked_at = {"pipeline.run", "pipeline.nightly", *(door.split()[0] for door in PARSERS)}
+def test_every_command_of_the_short_command_has_a_parser_here() -> None:
+    looked_at = {"pipeline.run", "pipeline.nightly", *(command.split()[0] for command in PARSERS)}
     assert set(COMMANDS.values()) <= looked_at
 
 
