@@ -7,14 +7,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from pipeline import backends
 from pipeline.backends.base import ImageEncoder
 from pipeline.config.schema import Config
 from pipeline.engine.demo.folder import jpeg
@@ -114,13 +115,13 @@ class StubEncoder(ImageEncoder):
 @contextmanager
 def stub_backend(encoder: type[StubEncoder]) -> Iterator[None]:
     """Let ``backend=torch`` open ``encoder`` instead."""
-    module = type(sys)("tests_stub_backend")
-    module.open_encoder = lambda checkpoint, config, *, batch_size, sample, limits: encoder(batch_size)  # type: ignore[attr-defined]
-    sys.modules[module.__name__] = module
-    before = dict(backends.TABLE)
-    backends.TABLE["torch"] = module.__name__
+    name = "pipeline.backends.torch"
+    # A copy of the module, so that the reference of a comparison stays the real one.
+    real, stub = import_module(name), ModuleType(name)
+    vars(stub).update(vars(real))
+    vars(stub)["open_encoder"] = lambda checkpoint, config, *, batch_size, sample, limits: encoder(batch_size)
+    sys.modules[name] = stub
     try:
         yield
     finally:
-        backends.TABLE.update(before)
-        del sys.modules[module.__name__]
+        sys.modules[name] = real

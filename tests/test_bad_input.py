@@ -202,14 +202,16 @@ def test_too_many_failures_end_with_3_and_a_whole_dataset(tmp_path: Path) -> Non
     assert "1 of 2 rows failed (50.0%" in child.said()
 
 
+# In one job, and quicker: test_decoder_pool.py.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rule", "status", "said"),
     [
         ("kill:SIGSEGV", "decoder_crashed", "SIGSEGV"),
-        pytest.param("kill:SIGABRT", "decoder_crashed", "SIGABRT", marks=pytest.mark.slow),
+        ("kill:SIGABRT", "decoder_crashed", "SIGABRT"),
         ("delay:600", "decoder_timeout", "loader.decode_seconds"),
         ("grow:1e12", "out_of_memory", "memory"),
-        pytest.param("raise:EIO", "decoder_crashed", "failpoint", marks=pytest.mark.slow),
+        ("raise:EIO", "decoder_crashed", "failpoint"),
     ],
 )
 def test_a_decoder_that_dies_hangs_or_grows_costs_one_row(tmp_path: Path, rule: str, status: str, said: str) -> None:

@@ -192,7 +192,7 @@ def marked(*rows: int) -> list[bytes]:
     ("action", "settings", "status", "words"),
     [
         ("kill:SIGSEGV", {}, "decoder_crashed", "killed by SIGSEGV"),
-        ("kill:SIGABRT", {}, "decoder_crashed", "killed by SIGABRT"),
+        pytest.param("kill:SIGABRT", {}, "decoder_crashed", "killed by SIGABRT", marks=pytest.mark.slow),
         ("raise:EPERM", {}, "decoder_crashed", "PermissionError"),
         ("delay:100", {"seconds": 0.4}, "decoder_timeout", "not decoded in 0.4 s (loader.decode_seconds)"),
         ("grow:1e10", {}, "out_of_memory", "not enough memory"),
@@ -255,7 +255,9 @@ def webp(side: int) -> bytes:
     return saved(Image.new("RGB", (side, side), (1, 2, 3)), "WEBP", quality=20, method=0)
 
 
-@pytest.mark.parametrize(("make", "memory"), [(progressive, 64), (progressive, 128), (webp, 64)])
+@pytest.mark.parametrize(
+    ("make", "memory"), [(progressive, 64), pytest.param(progressive, 128, marks=pytest.mark.slow), (webp, 64)]
+)
 def test_a_library_that_gets_no_memory_is_no_damage(make: Callable[[int], bytes], memory: int) -> None:
     data = make(3950)
     damaged = data[:-100]

@@ -152,6 +152,17 @@ def test_terminal_and_file_have_the_same_lines(tmp_path: Path, capsys: pytest.Ca
     assert {line["run"] for line in file} == {"r-1"}
 
 
+def test_a_log_within_another_takes_its_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with log_to(open_storage(str(tmp_path / "outer")), run="r-1"):
+        log.info("before")
+        with log_to(open_storage(str(tmp_path / "inner")), run="r-1"):
+            log.info("between")
+        log.info("after")
+    assert capsys.readouterr().err == "before\nbetween\nafter\n"
+    found = [(tmp_path / name / "_run.log").read_text().splitlines()[1:] for name in ("outer", "inner")]
+    assert [[line.rpartition(": ")[2] for line in lines] for lines in found] == [["before", "after"], ["between"]]
+
+
 def test_a_file_of_text_names_the_run_once(tmp_path: Path) -> None:
     with log_to(open_storage(str(tmp_path)), run="r-1"):
         log.warning("a \udc80 name")

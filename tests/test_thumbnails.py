@@ -31,11 +31,12 @@ def photo(shade: int, *, size: tuple[int, int] = (300, 200)) -> bytes:
     return saved(Image.fromarray(noise + np.uint8(shade)), "JPEG")
 
 
-def manifest_of(folder: Path, images: list[bytes | None], group: int = 5) -> tuple[Manifest, Config]:
+def manifest_of(folder: Path, images: list[bytes | None], isolation: str = "none") -> tuple[Manifest, Config]:
     path = folder / "m.parquet"
-    pq.write_table(pa.table({"id": [f"n{i}" for i in range(len(images))], "image": images}), path, row_group_size=group)
+    pq.write_table(pa.table({"id": [f"n{i}" for i in range(len(images))], "image": images}), path, row_group_size=5)
     config = Config()
     config = replace(config, manifest=replace(config.manifest, path=str(path), image="image"))
+    config = replace(config, loader=replace(config.loader, isolation=isolation))
     return open_manifest(config.manifest), config
 
 
@@ -52,7 +53,7 @@ def test_the_pictures_are_those_of_their_rows(tmp_path: Path) -> None:
 
 def test_of_a_damaged_file_whatever_can_be_seen_is_shown(tmp_path: Path) -> None:
     whole = photo(150)
-    manifest, config = manifest_of(tmp_path, [whole[: len(whole) // 2], b"no picture", None, b""])
+    manifest, config = manifest_of(tmp_path, [whole[: len(whole) // 2], b"no picture", None, b""], "process")
     with pixel_reader(config, manifest.root, THUMBNAIL) as reader:
         made = thumbnails(manifest, reader, {i: f"n{i}" for i in range(4)})
     assert sorted(made) == [0]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from argparse import Namespace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,10 +77,15 @@ def _check_composed(options: Namespace) -> list[Problem]:
         composed, chosen = _hydra_node(loader, name, options.overrides)
     except (HydraException, OmegaConfBaseException, YAMLError, OSError, ValueError) as error:
         return [Problem("--config-name", name, f"cannot be composed: {' '.join(str(error).split())}")]
-    logging = [f"{group}={chosen[group]}" for group in LOGGING if chosen.get(group) in _shipped(group)]
-    own, _ = _hydra_node(_loader(str(conf_dir()), None), "config", logging)
+    own = _own_node(*(f"{group}={chosen[group]}" for group in LOGGING if chosen.get(group) in _shipped(group)))
     changed = [key for key, value in composed.items() if key not in own or own[key] != value]
     return [Problem(f"hydra.{key}", composed[key], _REFUSED, _HINT) for key in changed]
+
+
+@cache
+def _own_node(*logging: str) -> dict[str, Any]:
+    """Return Hydra's node of the package's own config with these choices of log formats."""
+    return _hydra_node(_loader(str(conf_dir()), None), "config", list(logging))[0]
 
 
 def _loader(folder: str, extra: str | None) -> Any:
