@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -25,14 +26,22 @@ from tests.conftest import ROOT
 DAMAGED = {3: b"no picture at all", 20: b""}
 
 
+@cache
+def scene(number: int, seed: int = 11) -> tuple[bytes, str]:
+    """Return a scene as JPEG and its label; a process draws each one once."""
+    drawn = sample(seed, number)
+    return jpeg(drawn, 64, 64), drawn.label
+
+
 def scenes_manifest(path: Path, rows: int, *, damaged: dict[int, bytes] | None = None, group: int = 16) -> Path:
     """A manifest with a bytes column, a nested column to keep, and a few damaged cells."""
     spoiled = DAMAGED if damaged is None else damaged
+    scenes = [scene(i) for i in range(rows)]
     table = pa.table(
         {
             "id": [f"scene/{i:04d}.jpg" for i in range(rows)],
-            "image": [spoiled.get(i, jpeg(sample(11, i), 64, 64)) for i in range(rows)],
-            "truth": [sample(11, i).label for i in range(rows)],
+            "image": [spoiled.get(i, data) for i, (data, _) in enumerate(scenes)],
+            "truth": [label for _, label in scenes],
             "meta": [{"n": i, "tags": [str(i), "x"]} for i in range(rows)],
         }
     )

@@ -24,11 +24,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors.torch import load_file, save_file
 
-from pipeline.engine.demo.folder import jpeg
-from pipeline.engine.demo.scenes import sample
 from pipeline.models.hub import DEMO_FOLDER
 from tests.conftest import ROOT
 from tests.forks import Child, forks
+from tests.jobs import scene
 
 RESULT = ROOT / "jobs" / "results" / "mistakes.md"
 NOWHERE = {"AWS_EC2_METADATA_DISABLED": "true", "AWS_SHARED_CREDENTIALS_FILE": "/none", "AWS_CONFIG_FILE": "/none"}
@@ -147,7 +146,7 @@ def furnish(folder: Path) -> None:
     (folder / "pictures").mkdir()
     names = [f"pictures/{i}.jpg" for i in range(7)]
     for i, name in enumerate(names):
-        (folder / name).write_bytes(jpeg(sample(11, i), 64, 64))
+        (folder / name).write_bytes(scene(i)[0])
     (folder / "photos.csv").write_text("id,path\n" + "".join(f"{i},{name}\n" for i, name in enumerate(names)))
     ids = [str(i) for i in range(7)]
     tables = {

@@ -17,12 +17,10 @@ from pipeline.config.schema import Config
 from pipeline.core.errors import PipelineError, TooManyFailures
 from pipeline.dataset import lease
 from pipeline.dataset.verify import verify
-from pipeline.engine.demo.folder import jpeg
-from pipeline.engine.demo.scenes import sample
 from pipeline.nightly.records import Night, NightOptions
 from pipeline.nightly.run import run_night
 from pipeline.storage.factory import open_storage
-from tests.jobs import config_for
+from tests.jobs import config_for, scene
 
 
 @dataclass
@@ -42,9 +40,9 @@ class Collection:
         name = f"{number:04d}"
         path = self.folder / f"{name}.jpg"
         self.content[name] = version
-        drawn = sample(7, number + 1000 * version)
+        drawn, label = scene(number + 1000 * version, seed=7)
         path.unlink(missing_ok=True)
-        data = b"no picture at all" if damaged else jpeg(drawn, 64, 64)
+        data = b"no picture at all" if damaged else drawn
         if not missing:
             path.write_bytes(data)
         self.rows[name] = {
@@ -53,13 +51,13 @@ class Collection:
             "size": len(data),
             # Stands in for a modification time; it differs for files written within the same microsecond.
             "modified": number * 10_000 + version,
-            "truth": drawn.label,
+            "truth": label,
         }
 
     def restore(self, number: int) -> None:
         """Write the file of a missing image."""
-        drawn = sample(7, number + 1000 * self.content[f"{number:04d}"])
-        (self.folder / f"{number:04d}.jpg").write_bytes(jpeg(drawn, 64, 64))
+        drawn, _ = scene(number + 1000 * self.content[f"{number:04d}"], seed=7)
+        (self.folder / f"{number:04d}.jpg").write_bytes(drawn)
 
     def drop(self, number: int) -> None:
         del self.rows[f"{number:04d}"]

@@ -12,11 +12,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.compose import check_overrides
-from pipeline.engine.demo.folder import jpeg
-from pipeline.engine.demo.scenes import sample
 from tests.commands import PARSERS, prove
 from tests.conftest import ROOT
 from tests.forks import forks
+from tests.jobs import scene
 from tests.mistakes import END
 from tests.readme import PAGES, Elsewhere, Prove, Run, Slow, blocks, commands, row_of, spans, substituted, words_of
 from tests.test_words import EXTRAS
@@ -31,7 +30,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("readme")
     (folder / "Pictures").mkdir()
     for i in range(12):
-        (folder / "Pictures" / f"{i:03}.jpg").write_bytes(jpeg(sample(11, i), 64, 64))
+        (folder / "Pictures" / f"{i:03}.jpg").write_bytes(scene(i)[0])
     return folder
 
 

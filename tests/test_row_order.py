@@ -48,7 +48,7 @@ def job_of(tmp_path: Path, rows: int, encoder: type[StubEncoder]) -> None:
         run_job(config)
 
 
-@pytest.mark.parametrize("rows", [24, 20], ids=["full batches", "a batch with free places"])
+@pytest.mark.parametrize("rows", [8, 5], ids=["a full batch", "a batch with free places"])
 @pytest.mark.parametrize("spoil", SPOILS)
 def test_wrong_rows_are_never_committed(tmp_path: Path, rows: int, spoil: str) -> None:
     class Spoiled(StubEncoder):

@@ -24,18 +24,16 @@ pytest.importorskip("uvicorn", reason="needs the extra serve")
 from prometheus_client.parser import text_string_to_metric_families
 
 from pipeline.config.schema import ModelConfig
-from pipeline.engine.demo.folder import jpeg
-from pipeline.engine.demo.scenes import sample
 from pipeline.engine.query import embed_text
 from pipeline.job.main import run_job
 from pipeline.models.checkpoint import open_checkpoint
-from tests.jobs import config_for, scenes_manifest
+from tests.jobs import config_for, scene, scenes_manifest
 from tests.processes import wait_until
 from tests.service import BOUNDARY, Answer, Served, form, send, start
 
 ROWS = 70
 FORM = {"content-type": f"multipart/form-data; boundary={BOUNDARY}"}
-DAMAGED = {3: b"no picture at all", 20: b"", 33: jpeg(sample(11, 33), 64, 64)[:400]}
+DAMAGED = {3: b"no picture at all", 20: b"", 33: scene(33)[0][:400]}
 COMMON = ("loader.batch_size=8", "loader.workers=2", "serve.max_body_bytes=3000000", "serve.max_images=70")
 
 
@@ -75,7 +73,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def picture(place: int) -> bytes:
-    return jpeg(sample(11, place), 64, 64)
+    return scene(place)[0]
 
 
 def is_error(answer: Answer, status: int, name: str) -> bool:
