@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ def small_job(folder: Path, rows: int = ROWS, **groups: dict[str, Any]) -> Confi
 
 def at(config: Config, output: Path | str) -> dict[str, dict[str, Any]]:
     """The job with another output, as :func:`tests.forks.job` takes it."""
-    return asdict(replace(config, output=replace(config.output, dir=str(output))))
+    return asdict(config.changed({"output.dir": str(output)}))
 
 
 def check_dataset(output: Path, ids: list[str]) -> int:

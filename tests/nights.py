@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,7 @@ def from_scratch(config: Config, output: Path) -> pa.Table:
 
     shutil.rmtree(output, ignore_errors=True)
     try:
-        run_job(replace(config, output=replace(config.output, dir=str(output))))
+        run_job(config.changed({"output.dir": str(output)}))
     except TooManyFailures:
         print("too many failures", file=sys.stderr)
     return read(output)

@@ -57,7 +57,7 @@ def kill(times: int, pause: float, seed: int, over: threading.Event, killed: lis
 
 
 def run(config: Config, name: str) -> dict[str, Any]:
-    report = run_job(replace(config, output=replace(config.output, dir=str(Path(config.output.dir) / name))))
+    report = run_job(config.changed({"output.dir": str(Path(config.output.dir) / name)}))
     return {
         "name": name,
         "wall_seconds": report.wall_seconds,

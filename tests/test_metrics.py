@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 import subprocess
 import sys
@@ -191,12 +190,12 @@ def test_a_pushgateway_is_told_when_a_run_has_ended_however_it_ends(job: Callabl
 
 
 def test_a_part_of_a_job_has_a_group_of_its_own_at_the_pushgateway(job: Callable[..., Config]) -> None:
-    config = job(job="photos")
-    config = dataclasses.replace(config, cluster=dataclasses.replace(config.cluster, part="3/16"))
-    with serve({}, other=answer(200)) as server:
-        metrics = dataclasses.replace(config.metrics, pushgateway=server.url)
-        with monitored(dataclasses.replace(config, metrics=metrics), "r", began=0.0):
-            pass
+    config = job(job="photos").changed({"cluster.part": "3/16"})
+    with (
+        serve({}, other=answer(200)) as server,
+        monitored(config.changed({"metrics.pushgateway": server.url}), "r", began=0.0),
+    ):
+        pass
     assert "/part@base64/" in server.requests[0][0]
     assert b'part="3/16"' in server.requests[0][1]
 

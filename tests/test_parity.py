@@ -185,7 +185,7 @@ def copied(finished: tuple[Config, RunReport], tmp_path: Path) -> Config:
     """The job with a copy of its dataset."""
     config, _ = finished
     shutil.copytree(config.output.dir, tmp_path / "out")
-    return replace(config, output=replace(config.output, dir=str(tmp_path / "out")))
+    return config.changed({"output.dir": str(tmp_path / "out")})
 
 
 def job(manifest: Path, output: Path, name: str, *, store: Path | None = None, **groups: dict[str, Any]) -> Config:
@@ -226,7 +226,7 @@ def test_a_second_run_takes_the_figures_from_the_dataset(
     monkeypatch.setattr("pipeline.backends.parity.measure", lambda *_: pytest.fail("measured again"))
     assert run_job(copied).parity == finished[1].parity
     with pytest.raises(ParityError, match=r"lowest_cosine\.int8 wants 0\.99999"):
-        run_job(replace(copied, parity=replace(copied.parity, lowest_cosine={"int8": 0.99999})))
+        run_job(copied.changed({"parity.lowest_cosine": {"int8": 0.99999}}))
 
 
 def test_figures_of_other_hardware_do_not_count(

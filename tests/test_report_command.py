@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
 from datetime import date, timedelta
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config.schema import Config, ErrorsConfig
+from pipeline.config.schema import Config
 from pipeline.job.main import run_job
 from pipeline.nightly.store import RUN_SCHEMA
 from pipeline.report.__main__ import main
@@ -72,8 +71,7 @@ def test_without_its_manifest_the_page_has_no_pictures(
 
 
 def test_two_runs_stand_side_by_side(finished: Config, tmp_path: Path) -> None:
-    prompts = replace(finished.prompts, labels=["a red circle", "a star"])
-    other = replace(finished, prompts=prompts, output=replace(finished.output, dir=str(tmp_path / "other")))
+    other = finished.changed({"prompts.labels": ["a red circle", "a star"], "output.dir": str(tmp_path / "other")})
     run_job(other)
     page = tmp_path / "compare.html"
     assert main(["--compare", finished.output.dir, other.output.dir, "--out", str(page)]) == 0
@@ -185,19 +183,19 @@ def test_the_nights_are_drawn_with_those_that_are_missing_or_bad(tmp_path: Path)
 def test_a_dataset_without_a_good_row_has_a_page_too(tmp_path: Path) -> None:
     damaged = dict.fromkeys(range(24), b"no picture")
     half = small_job(tmp_path / "half", 48, damaged)
-    run_job(replace(half, errors=ErrorsConfig(max_fraction=1.0)))
+    run_job(half.changed({"errors.max_fraction": 1.0}))
     page = (tmp_path / "half" / "_report.html").read_text()
     assert "Some of the images" in page, "those of the second part"
     assert "not_an_image (3 of 24)" in re.sub(r"<[^>]+>", "", page)
     none = small_job(tmp_path / "none", 6, damaged)
-    run_job(replace(none, errors=ErrorsConfig(max_fraction=1.0)))
+    run_job(none.changed({"errors.max_fraction": 1.0}))
     assert "6 of 6 rows failed" in (tmp_path / "none" / "_report.html").read_text()
     assert main([none.output.dir]) == 0
 
 
 def test_scores_under_the_threshold_are_shown_and_counted(tmp_path: Path) -> None:
     config = small_job(tmp_path / "out", 24, damaged={})
-    run_job(replace(config, labels=replace(config.labels, threshold=1.0)))
+    run_job(config.changed({"labels.threshold": 1.0}))
     page = (tmp_path / "out" / "_report.html").read_text()
     assert re.search(r"\d+ embedded rows have no label", page)
     assert "score of the best label" in page

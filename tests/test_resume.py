@@ -49,11 +49,6 @@ def out(unbroken: Config, tmp_path: Path) -> Path:
     return Path(shutil.copytree(unbroken.output.dir, tmp_path / "out"))
 
 
-def other_output(config: Config, output: Path) -> Config:
-    manifest, loader = vars(config.manifest), vars(config.loader)
-    return config_for(Path(str(config.manifest.path)), output, manifest=dict(manifest), loader=dict(loader))
-
-
 def plan_of(output: Path) -> Plan:
     plan = read(open_storage(str(output)))
     assert plan is not None
@@ -107,7 +102,7 @@ DAMAGES: dict[str, Callable[[Path, int], object]] = {
 def test_damage_counts_as_not_done_and_is_mended(unbroken: Config, out: Path) -> None:
     for shard, damage in enumerate(DAMAGES.values(), 3):
         damage(out, shard)
-    assert run_job(other_output(unbroken, out)).rows == 4 * len(DAMAGES)
+    assert run_job(unbroken.changed({"output.dir": str(out)})).rows == 4 * len(DAMAGES)
     assert (out / "_run.log").read_text().count("the shard is done again") == len(DAMAGES) - 2
     assert content(out) == content(Path(unbroken.output.dir))
 
@@ -122,7 +117,7 @@ def test_what_does_not_belong_is_removed_and_no_shard_is_done_again(
     shutil.copy(commit_of(out, 3), commit_of(out, SHARDS))
     (out / f"part-00003-{'0' * 16}.parquet").write_bytes(b"old")
     (out / f"_tmp-{socket.gethostname()}-999999999-ab").write_bytes(b"half")
-    assert run_job(other_output(unbroken, out)).rows == 0
+    assert run_job(unbroken.changed({"output.dir": str(out)})).rows == 0
     assert (out / "_run.log").read_text().count("the shard is done again") == 1
     assert content(out) == content(Path(unbroken.output.dir))
 
@@ -138,7 +133,7 @@ def test_a_commit_that_points_out_of_the_dataset_removes_nothing_there(unbroken:
     (out.parent / "precious").write_text("mine")
     commit = commit_of(out, 3)
     commit.write_text(json.dumps({**json.loads(commit.read_text()), "part": "../precious"}))
-    run_job(other_output(unbroken, out))
+    run_job(unbroken.changed({"output.dir": str(out)}))
     assert (out.parent / "precious").read_text() == "mine"
     assert content(out) == content(Path(unbroken.output.dir))
 
@@ -176,7 +171,7 @@ def test_finalize_looks_at_the_parts(out: Path) -> None:
     ("number", "seconds"), [(signal.SIGINT, 0.0), (signal.SIGTERM, 0.4), (signal.SIGINT, 0.9), (signal.SIGTERM, 1.6)]
 )
 def test_a_signal_during_start_up_ends_with_75(unbroken: Config, tmp_path: Path, number: int, seconds: float) -> None:
-    process = start(*overrides_of(other_output(unbroken, tmp_path / "out")))
+    process = start(*overrides_of(unbroken.changed({"output.dir": str(tmp_path / "out")})))
     wait_until(lambda: catches_sigterm(process.pid))
     time.sleep(seconds)
     process.send_signal(number)
@@ -195,7 +190,7 @@ def run_without_a_reader(*overrides: str) -> int:
 
 
 def test_a_terminal_that_went_away_does_not_end_the_job(unbroken: Config, tmp_path: Path) -> None:
-    overrides = overrides_of(other_output(unbroken, tmp_path / "out"))
+    overrides = overrides_of(unbroken.changed({"output.dir": str(tmp_path / "out")}))
     child = forks().start(
         "tests.test_resume:run_without_a_reader", *overrides, "loader.isolation=none", "report.html=false"
     )

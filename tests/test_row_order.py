@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,7 +43,7 @@ SPOILS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 def job_of(tmp_path: Path, rows: int, encoder: type[StubEncoder]) -> None:
     manifest = scenes_manifest(tmp_path / "m.parquet", rows, damaged={})
     config = config_for(manifest, tmp_path / "out", prompts={"labels": []})
-    config = replace(config, model=replace(config.model, name=str(DEMO_FOLDER)))
+    config = config.changed({"model.name": str(DEMO_FOLDER)})
     with stub_backend(encoder):
         run_job(config)
 

@@ -6,7 +6,6 @@ import os
 import signal
 import time
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,7 +59,7 @@ def ended(child: Child, number: int) -> float:
 
 
 def finishes(config: Config, output: Path) -> None:
-    run_job(replace(config, output=replace(config.output, dir=str(output))))
+    run_job(config.changed({"output.dir": str(output)}))
     assert content(output) == content(Path(config.output.dir))
 
 

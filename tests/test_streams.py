@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,11 +32,7 @@ def small_job(where: Path, **groups: Any) -> Config:
 def unlabelled(where: Path) -> Config:
     """A job for stub encoders, whose embeddings are too short for the demo's prompts."""
     config = small_job(where, prompts={"labels": []})
-    return replace(config, model=replace(config.model, name=str(DEMO_FOLDER)))
-
-
-def with_streams(config: Config, count: int, out: Path) -> Config:
-    return replace(config, backend=replace(config.backend, streams=count), output=replace(config.output, dir=str(out)))
+    return config.changed({"model.name": str(DEMO_FOLDER)})
 
 
 def test_a_cpu_gets_a_stream_for_each_core_and_a_gpu_one() -> None:
@@ -65,7 +60,7 @@ def test_the_rows_do_not_depend_on_how_many_batches_are_encoded_at_once(tmp_path
     config = small_job(tmp_path)
     many = 2 * cores()
     for count in (cores(), many):
-        run_job(with_streams(config, count, tmp_path / str(count)))
+        run_job(config.changed({"backend.streams": count, "output.dir": str(tmp_path / str(count))}))
     assert content(tmp_path / str(cores())) == content(tmp_path / str(many))
 
 
@@ -88,9 +83,9 @@ def test_batches_that_end_out_of_turn_are_written_in_turn(tmp_path: Path) -> Non
 
     config = unlabelled(tmp_path)
     with stub_backend(StubEncoder):
-        run_job(with_streams(config, 1, tmp_path / "even"))
+        run_job(config.changed({"backend.streams": 1, "output.dir": str(tmp_path / "even")}))
     with stub_backend(Uneven):
-        run_job(with_streams(config, 3, tmp_path / "uneven"))
+        run_job(config.changed({"backend.streams": 3, "output.dir": str(tmp_path / "uneven")}))
     assert Uneven.most == 3
     assert content(tmp_path / "uneven") == content(tmp_path / "even")
 
@@ -106,7 +101,7 @@ def test_an_error_in_one_stream_ends_the_run_and_names_its_batch(tmp_path: Path)
 
     config = unlabelled(tmp_path)
     with stub_backend(Broken), pytest.raises(NumericalError, match=r"shard \d, batch \d: "):
-        run_job(with_streams(config, 3, tmp_path / "out"))
+        run_job(config.changed({"backend.streams": 3, "output.dir": str(tmp_path / "out")}))
     assert not (tmp_path / "out" / "_SUCCESS").exists()
 
 

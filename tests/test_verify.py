@@ -7,7 +7,6 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +162,7 @@ def test_only_the_damaged_shards_are_done_again(
         report = json.loads((out / "_report.json").read_text())
         assert (report["rows"], report["resumed_rows"]) == (SHARD_ROWS * len(DAMAGES), 2 * SHARD_ROWS)
     else:
-        report = run_job(replace(whole, output=replace(whole.output, dir=str(out))))
+        report = run_job(whole.changed({"output.dir": str(out)}))
         assert (report.rows, report.resumed_rows) == (SHARD_ROWS * len(DAMAGES), 2 * SHARD_ROWS)
         assert (out / "_run.log").read_text().count("the shard is done again") == len(DAMAGES) - 1
     assert content(out) == content(Path(whole.output.dir))
@@ -339,7 +338,7 @@ def test_a_holder_that_was_overtaken_collects_nothing(out: Path) -> None:
 def test_files_that_others_named_like_parts_are_left_alone(whole: Config, out: Path) -> None:
     for name in ("part-00000-6cb3-c000.snappy.parquet", "part-0.parquet"):
         (out / name).write_bytes(b"mine")
-    run_job(replace(whole, output=replace(whole.output, dir=str(out))))
+    run_job(whole.changed({"output.dir": str(out)}))
     assert (out / "part-0.parquet").exists()
     assert (out / "part-00000-6cb3-c000.snappy.parquet").exists()
     assert {finding.kind for finding in look(out).findings} == {"foreign file"}
@@ -403,7 +402,7 @@ def test_an_object_store_is_verified_and_repaired_too(whole: Config) -> None:
 
     url = "memory://verify/dataset"
     fs = fsspec.filesystem("memory")
-    run_job(replace(whole, output=replace(whole.output, dir=url)))
+    run_job(whole.changed({"output.dir": url}))
     assert main([url]) == 0
     name = next(name for name in fs.find("/verify/dataset") if "part-00003" in name)
     fs.pipe_file(name, fs.cat_file(name)[:-1] + b"?")
@@ -416,8 +415,8 @@ def test_a_repair_needs_the_manifest_where_it_was(
     whole: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copy(str(whole.manifest.path), tmp_path / "m.parquet")
-    config = replace(whole, manifest=replace(whole.manifest, path=str(tmp_path / "m.parquet")))
-    run_job(replace(config, output=replace(config.output, dir=str(tmp_path / "out"))))
+    config = whole.changed({"manifest.path": str(tmp_path / "m.parquet")})
+    run_job(config.changed({"output.dir": str(tmp_path / "out")}))
     flip(part_of(tmp_path / "out", 3))
     (tmp_path / "m.parquet").unlink()
     assert main([str(tmp_path / "out"), "--repair"]) == 2
@@ -438,7 +437,7 @@ def test_the_plan_keeps_what_the_rows_follow_from(whole: Config, monkeypatch: py
     assert (again.loader.batch_size, again.errors.max_fraction) == (4, 0.5)
     folder = Path(str(whole.manifest.path)).parent
     monkeypatch.chdir(folder)
-    relative = replace(whole, manifest=replace(whole.manifest, path="m.parquet"))
+    relative = whole.changed({"manifest.path": "m.parquet"})
     assert recipe_of(relative)["manifest"]["path"] == str(folder / "m.parquet")
 
 
@@ -459,7 +458,7 @@ def test_a_plan_of_before_is_read_without_a_config(out: Path, whole: Config) -> 
     wanted = plan.read(open_storage(str(out)))
     assert wanted is not None
     assert wanted.config == {}
-    assert run_job(replace(whole, output=replace(whole.output, dir=str(out)))).rows == 0
+    assert run_job(whole.changed({"output.dir": str(out)})).rows == 0
 
 
 def test_the_command_imports_no_torch_and_its_help_has_the_exit_codes() -> None:
