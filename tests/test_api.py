@@ -41,7 +41,8 @@ from tests.forks import forks
 from tests.jobs import config_for, content, overrides_of, scenes_manifest
 from tests.processes import loads, run_python
 
-QUICK: dict[str, Any] = {"settings": {"loader.isolation": "none"}, "progress": False, "device": "cpu"}
+SETTINGS = {"loader.isolation": "none", "report.html": False}
+QUICK: dict[str, Any] = {"settings": SETTINGS, "progress": False, "device": "cpu"}
 # A batch of another size is computed in another order.
 ROUNDING = 1e-5
 
@@ -290,7 +291,7 @@ def test_a_dataset_with_output_stays_and_the_same_call_resumes_it(
 def test_an_interrupted_call_is_resumed(tmp_path: Path) -> None:
     manifest = scenes_manifest(tmp_path / "m.parquet", 160, damaged={})
     arguments: dict[str, Any] = {**QUICK, "image": "image", "batch_size": 8}
-    arguments["settings"] = {"loader.isolation": "none", "manifest.shard_rows": 8}
+    arguments["settings"] = {**SETTINGS, "manifest.shard_rows": 8}
     place, stopped = tmp_path / "out", threading.Event()
 
     def interrupt() -> None:

@@ -101,8 +101,7 @@ def test_the_root_has_packages_and_commands_only() -> None:
 
 
 def test_an_init_file_imports_nothing() -> None:
-    # The table of backends is where callers look one up.
-    inits = {name for name, path in NAMES.items() if path.name == "__init__.py"} - {"pipeline", "pipeline.backends"}
+    inits = {name for name, path in NAMES.items() if path.name == "__init__.py"} - {"pipeline"}
     assert {name: found for name in inits if (found := imports(NAMES[name]))} == {}
 
 

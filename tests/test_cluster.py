@@ -9,6 +9,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, replace
+from importlib import import_module
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -19,6 +20,7 @@ pytest.importorskip("distributed", reason="needs the extra dask")
 import psutil
 from distributed import Client
 
+from pipeline.config.choices import CLUSTERS
 from pipeline.config.schema import ClusterConfig, Config, LoaderConfig
 from pipeline.config.validate import check, part_of
 from pipeline.core import errors
@@ -29,6 +31,7 @@ from pipeline.job.cluster.dask_cluster import shards_at_once
 from pipeline.job.cluster.kubernetes import pod_settings
 from pipeline.job.cluster.part import Part
 from pipeline.job.main import run_job
+from tests.conftest import ROOT
 from tests.crashes import check_dataset
 from tests.forks import forks
 from tests.grid import ROWS, SHARDS, at, failpoints, grid, nine_shards, on, same, when_committed
@@ -236,6 +239,13 @@ def test_every_error_survives_the_way_from_a_worker() -> None:
         error = kind([problem]) if kind is errors.ConfigError else kind("what happened")
         back = pickle.loads(pickle.dumps(error))
         assert (type(back), str(back), back.exit_code) == (kind, str(error), error.exit_code)
+
+
+def test_every_cluster_has_a_module_and_a_config() -> None:
+    for name in CLUSTERS:
+        assert (ROOT / "conf" / "cluster" / f"{name}.yaml").is_file()
+        if name != "inline":
+            assert callable(import_module(f"pipeline.job.cluster.{name}").open_client)
 
 
 def test_cores_are_shared_without_overlap_while_there_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:

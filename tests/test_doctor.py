@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,13 @@ def test_every_wrong_place_has_its_line(look: Any, tmp_path: Path) -> None:
     assert "Not a directory" in named(content, "write access")["fact"]
     if not torch.cuda.is_available():
         assert "backend.device=cuda" in named(content, "GPU")["fact"]
+
+
+def test_every_group_of_checks_has_a_probe_of_its_name() -> None:
+    names = [path.stem for path in (ROOT / "pipeline" / "doctor").glob("*.py")]
+    modules = {name: import_module(f"pipeline.doctor.{name}") for name in names if name != "__main__"}
+    groups = {name: module.GROUP for name, module in modules.items() if hasattr(module, "look")}
+    assert groups == {probe.module: probe.group for probe in PROBES}
 
 
 def test_a_probe_that_hangs_is_reported_and_the_others_go_on(tmp_path: Path) -> None:

@@ -309,7 +309,7 @@ def test_what_a_worker_says_is_passed_on_with_its_name_and_its_shard(
     fleet = DaskExecutor(Config(), open_storage(str(tmp_path)), lambda: None)
     for form in (JSON, LogConfig()):
         with log_to_terminal(form, "r-1"):
-            fleet._hear(messages[0])
+            fleet._handle(messages[0])
     first, second = capsys.readouterr().err.splitlines()
     line = json.loads(first)
     assert (line["message"], line["logger"], line["level"]) == ("s3://b/x: try 2", "pipeline.x", "warning")

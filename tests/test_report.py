@@ -369,9 +369,14 @@ def test_statistics_of_parts_add_up() -> None:
     [
         (Limit(20.0, "encode", cores=True), None, "cpu", "core time: encode 60%, decode 40%"),
         (Limit(20.0, "encode", cores=True), 22.0, "cpu", "core time: encode 60%, decode 40%"),
-        (Limit(20.0, "encode", cores=True), 20.5, "cpu", "2 cores allow at most 20.0 images/s; this run had 20.5 (10"),
-        (Limit(9e3, "encode", cores=False), 9e3, "cuda", "the GPU allows at most 9,000 images/s; this run had 9,000"),
-        (Limit(15.0, "read", cores=False), 15.0, "cpu", "the stage read allows at most 15.0 images/s"),
+        (Limit(20.0, "encode", cores=True), 20.5, "cpu", "2 cores allow about 20.0 images/s, which this run reached"),
+        (Limit(9e3, "encode", cores=False), 9e3, "cuda", "the GPU allows about 9,000 images/s, which this run"),
+        (
+            Limit(15.0, "read", cores=False),
+            14.7,
+            "cpu",
+            "the stage read allows at most 15.0 images/s; this run had 14.7 (98%)",
+        ),
     ],
 )
 def test_a_run_too_short_for_a_comparison_has_none(limit: Limit, rate: float | None, device: str, words: str) -> None:

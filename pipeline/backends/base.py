@@ -112,6 +112,9 @@ class BackendFactory(Protocol):
     ) -> ImageEncoder:
         """Open the backend for batches of ``batch_size``; the checkpoint stays as it is.
 
+        Device, precision and packages are checked before the checkpoint is read, since the doctor opens a backend
+        only so far.
+
         A model that is exported now is calibrated on ``sample()`` where it must be, and then compared with fp32
         on it; ``limits`` says how near it must come.
 

@@ -11,13 +11,14 @@ from pipeline.bench import command
 from pipeline.bench.backends_run import Plan
 from pipeline.bench.records import Bench
 from pipeline.bench.selection import ROWS, read_batches, read_only
+from pipeline.config.choices import BACKENDS
 from pipeline.config.compose import compose_config
 from pipeline.config.ranges import AUTO
 from pipeline.config.schema import BackendConfig, Config, LoaderConfig
 from pipeline.core.errors import ConfigError, Problem
 
 # Packages whose versions decide the speed, besides those of every report.
-PACKAGES = ("onnxruntime-gpu", "onnxruntime", "onnx", "torchao", "tensorrt", "tensorrt-cu12", "tensorrt-cu13", "triton")
+PACKAGES = tuple(dict.fromkeys([name for info in BACKENDS.values() for name in info.packages] + ["onnx", "triton"]))
 EXAMPLES = """\
 examples:
   python -m pipeline.bench

@@ -120,7 +120,7 @@ class Benchmark:
             "sizes": [sizes[0], sizes[-1]],
             "version": VERSION,
         }
-        return recipe(KIND, self.checkpoint, options, ("onnxruntime", "torchao"))
+        return recipe(KIND, self.checkpoint, options, BACKENDS[self.config.name].packages)
 
     def run(self, sizes: Sequence[int]) -> Measured:
         """Measure one size after the other until the next is not worth it.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 from collections import Counter
 from contextlib import suppress
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 
+from pipeline.config.choices import BACKENDS
 from pipeline.config.schema import Config
 from pipeline.core.errors import ShardsGivenUp, StorageError, TooManyFailures
 from pipeline.core.failpoints import failpoint
@@ -26,7 +26,7 @@ from pipeline.report import summary
 from pipeline.report.bottleneck import Bottleneck, Loop, Setup, find_bottleneck, find_pace
 from pipeline.report.faster_decoder import faster_decoder
 from pipeline.report.history import earlier_runs, is_stale
-from pipeline.report.load import REPORT
+from pipeline.report.load import REPORT, read_report
 from pipeline.report.page import place_of
 from pipeline.report.render import PAGE, Pictures, draw, try_to_publish
 from pipeline.report.summary import DatasetSummary
@@ -151,7 +151,7 @@ def publish(outcome: Outcome, draft: ReportDraft) -> None:
         storage.write(REPORT, report.to_json())
         failpoint("report.written")
     else:
-        content = json.loads(draft.previous or b"null")
+        content = read_report(draft.previous or b"")
     if config.report.html and storage.size(PAGE) is None:
         pictures = Pictures(outcome.engine.manifest, outcome.engine.cpu_reader)
         try_to_publish(storage, partial(draw, content, draft.content, config.report.examples, pictures))
@@ -216,7 +216,7 @@ def _report(outcome: Outcome, ran: RunStats, content: DatasetSummary) -> RunRepo
         pace=pace,
         memory=ran.memory or memory(),
         machine={**prepared.machine, "cores": available},
-        versions=versions(),
+        versions=versions(BACKENDS[config.backend.name].packages),
         fingerprints=prepared.plan.fingerprints,
         config=dataclasses.asdict(config),
         exit_code=TooManyFailures.exit_code if outcome.too_many_failed or outcome.given_up else 0,

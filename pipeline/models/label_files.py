@@ -115,7 +115,7 @@ def _read_parquet(path: Path, place: str) -> list[Pair]:
 def _pairs_of(rows: list[dict[str, Any]], columns: Sequence[str], place: str) -> list[Pair]:
     if rows and "label" not in columns:
         raise PromptsError(f"{place}: no column 'label'; its columns are {', '.join(columns)}")
-    return [(row["label"], row.get("prompt") or None) for row in rows]
+    return [(row.get("label"), row.get("prompt") or None) for row in rows]
 
 
 # Readers by the ending of the file. Each takes the file and its name in messages, and returns labels with prompts.

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from pipeline.config.choices import BACKENDS
 from pipeline.config.schema import Config
 from pipeline.core.errors import TooManyFailures
 from pipeline.dataset import plan
@@ -130,7 +131,12 @@ def signs_of(config: Config, model: Any) -> dict[str, Any]:
     if config.prompts.path is not None:
         with open_file(config.prompts.path) as file:
             labels = hashlib.file_digest(file, "sha256").hexdigest()
-    signs = {"recipe": recipe, "labels": labels, "versions": versions(), "model": model}
+    signs = {
+        "recipe": recipe,
+        "labels": labels,
+        "versions": versions(BACKENDS[config.backend.name].packages),
+        "model": model,
+    }
     found: dict[str, Any] = json.loads(json.dumps(signs))
     return found
 

@@ -191,10 +191,11 @@ def verdict(limit: Limit, shares: Mapping[str, float], *, rate: float | None, co
     what = "1 core allows" if cores == 1 else f"{cores} cores allow"
     if not limit.cores:
         what = "the GPU allows" if device != "cpu" and limit.by == Stage.ENCODE else f"the stage {limit.by} allows"
-    ratio = min(1.0, rate / limit.images_per_second)
-    compared = (
-        f"{what} at most {in_words(limit.images_per_second)} images/s; this run had {in_words(rate)} ({ratio:.0%})"
-    )
+    highest = in_words(limit.images_per_second)
+    if rate >= limit.images_per_second:
+        return f"{what} about {highest} images/s, which this run reached; {core_time}"
+    ratio = rate / limit.images_per_second
+    compared = f"{what} at most {highest} images/s; this run had {in_words(rate)} ({ratio:.0%})"
     if ratio < NEAR:
         compared += ", the rest went to waiting, contention or other programs"
     return f"{compared}; {core_time}"

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.core.records import OK
+from pipeline.report.load import read_report
 
 # Earlier runs that a report keeps.
 KEPT = 20
@@ -27,8 +28,8 @@ def earlier_runs(previous: bytes | None) -> tuple[Mapping[str, Any], ...]:
 def is_stale(previous: bytes | None, counts: Mapping[str, int]) -> bool:
     """Return whether a ``_report.json`` does not describe a complete dataset with ``counts``."""
     try:
-        report = json.loads(previous or b"null")
-        return bool(report["counts"] != counts or report.get("given_up"))
+        report = read_report(previous or b"")
+        return bool(report["counts"] != counts or report["given_up"])
     except (ValueError, TypeError, KeyError, AttributeError):
         return True
 

@@ -24,21 +24,28 @@ def report_of(storage: Storage) -> dict[str, Any]:
         if data is None:
             continue
         try:
-            found = json.loads(data)
-            # A night has the reports of its jobs too, of which the one on the whole night is this.
-            report: dict[str, Any] = found["report"] if name == NIGHT else found
-            # An older version may not have written every field.
-            absent = [field for field in fields(RunReport) if field.name not in report]
-            if missing := [field.name for field in absent if _default(field) is MISSING]:
-                raise KeyError(", ".join(missing))  # noqa: TRY301
-            report |= {field.name: _default(field) for field in absent}
+            # A night has the reports of its jobs too; its own has a key.
+            return read_report(data, key="report" if name == NIGHT else None)
         except (ValueError, TypeError, KeyError) as error:
             raise StorageError(
                 f"{storage.url}/{name}: not readable as a report ({type(error).__name__}: {error}); move it away and "
                 "run the job again, which has nothing left to do but writes a new report"
             ) from error
-        return report
     raise StorageError(f"{storage.url}: has no {REPORT}; run the job again, which writes a new one")
+
+
+def read_report(data: bytes, key: str | None = None) -> dict[str, Any]:
+    """Return a report from JSON, under ``key`` if it is given; fields that an older version lacked get their default.
+
+    Raises:
+        ValueError, TypeError, KeyError: it is not a report.
+    """
+    content = json.loads(data)
+    report: dict[str, Any] = content if key is None else content[key]
+    absent = [field for field in fields(RunReport) if field.name not in report]
+    if missing := [field.name for field in absent if _default(field) is MISSING]:
+        raise KeyError(", ".join(missing))
+    return {**report, **{field.name: _default(field) for field in absent}}
 
 
 def _default(field: Field[Any]) -> Any:

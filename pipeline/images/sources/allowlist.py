@@ -152,7 +152,8 @@ def connect(host: str, port: int, private: frozenset[str]) -> socket.socket:
         TimeoutError: that deadline had passed before anything was tried.
     """
     allowed = is_internal_or_public if is_listed(host, port, private) else is_public
-    ends = time.monotonic() + min(CONNECT_SECONDS, seconds_left())
+    seconds_left()  # raises once the deadline has passed
+    ends = min(time.monotonic() + CONNECT_SECONDS, _clock.deadline)
     found = _look_up(host, port, ends)
     good = [one for one in found if allowed(one[4][0])]
     if not good:
