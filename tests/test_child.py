@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.core.child import Child, ChildEnded, ChildError
-from tests.test_bench import assert_ended, running
+from tests.processes import is_running, wait_until
 
 
 def test_a_child_ends_with_all_that_it_started(tmp_path: Path) -> None:
@@ -20,9 +20,9 @@ def test_a_child_ends_with_all_that_it_started(tmp_path: Path) -> None:
     )
     child = Child([sys.executable, "-c", code], log=tmp_path / "log")
     grandchild = child.receive(timeout=20)["pid"]
-    assert running(grandchild)
+    assert is_running(grandchild)
     child.kill()
-    assert_ended([grandchild])
+    wait_until(lambda: not is_running(grandchild), seconds=2)
     with pytest.raises(ChildEnded, match="SIGKILL"):
         child.send({})
     child.close()
