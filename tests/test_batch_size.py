@@ -272,7 +272,7 @@ def test_a_resume_keeps_the_batch_size_of_the_plan(tmp_path: Path, caplog: pytes
     config = auto(tmp_path)
     assert settled(config, Machine(RISING)) == 32
     storage = LocalStorage(config.output.dir)
-    plan.settle(storage, plan.Plan(rows=5000, shards=1, shard_rows=5000, fingerprints={"batch_size": 48}, about={}))
+    plan.write_once(storage, plan.Plan(rows=5000, shards=1, shard_rows=5000, fingerprints={"batch_size": 48}, about={}))
     machine = Machine({})
     with caplog.at_level(logging.INFO):
         assert settled(config, machine) == 48
