@@ -9,10 +9,12 @@ import hashlib
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Iterator
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -59,6 +61,17 @@ def pytest_collection_finish() -> None:
     """Leave the imported modules out of every later garbage collection, which would take a second each time."""
     gc.collect()
     gc.freeze()
+    _load_the_demo_once()
+
+
+def _load_the_demo_once() -> None:
+    """Load the demo's model once a process: no test changes an opened model, and most jobs have this one."""
+    checkpoint: Any = sys.modules.get("pipeline.models.checkpoint")
+    # Without the module, no test of this run opens a model.
+    if checkpoint is not None:
+        load = checkpoint._load
+        once = cache(load)
+        checkpoint._load = lambda folder: (once if folder == checkpoint.DEMO_FOLDER else load)(folder)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -198,6 +198,7 @@ def test_a_dataset_without_near_duplicates_has_no_group(
     assert "0 groups" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_script_whose_reader_has_gone_ends_without_a_word(store: Path) -> None:
     ours, theirs = os.pipe()
     os.close(ours)

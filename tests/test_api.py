@@ -288,6 +288,7 @@ def test_a_dataset_with_output_stays_and_the_same_call_resumes_it(
         open_dataset(tmp_path)
 
 
+@pytest.mark.slow
 def test_an_interrupted_call_is_resumed(tmp_path: Path) -> None:
     manifest = scenes_manifest(tmp_path / "m.parquet", 160, damaged={})
     arguments: dict[str, Any] = {**QUICK, "image": "image", "batch_size": 8}

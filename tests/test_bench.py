@@ -205,6 +205,7 @@ def test_rows_that_cannot_run_are_listed_with_the_reason_and_the_rest_goes_on(tm
     assert found["tensorrt"].failure == f"stopped after batch 1: {died}: last words"
 
 
+@pytest.mark.slow
 def test_a_row_that_does_not_answer_in_time_is_ended(tmp_path: Path) -> None:
     results, _ = backends_run.run(Config(), plan("torch_fp8", timeout=3.0), tmp_path, start=stub)
     assert results[1].failure == "no answer within 3 s; --timeout sets another limit"

@@ -161,6 +161,7 @@ def probe(module: str) -> Probe:
     return next(one for one in PROBES if one.module == module)
 
 
+@pytest.mark.slow
 def test_a_large_config_is_handed_to_the_process_of_a_probe(tmp_path: Path) -> None:
     labels = [f"label {number}" for number in range(20_000)]
     config = replace(Config(), prompts=PromptsConfig(labels=labels), backend=BackendConfig(device="cpu"))

@@ -259,6 +259,7 @@ def test_the_command_prints_json_and_exits_with_the_code_of_the_run(scenes: Path
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_signal_during_an_estimate_leaves_nothing(scenes: Path, tmp_path: Path) -> None:
     temporary = tmp_path / "temporary"
     temporary.mkdir()

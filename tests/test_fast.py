@@ -304,6 +304,7 @@ def test_the_libraries_are_named() -> None:
 # In processes
 
 
+@pytest.mark.slow
 def test_a_process_gives_the_same_pixels_and_outlives_a_want_of_memory() -> None:
     large = encoded(Image.radial_gradient("L").resize((3950, 3950)).convert("RGB"), progressive=True)
     side = Image.Exif()

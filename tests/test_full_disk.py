@@ -186,6 +186,7 @@ def limited_command(*overrides: str) -> int:
     return run_command(*overrides)
 
 
+@pytest.mark.slow
 def test_a_limit_on_the_size_of_files(manifest: Path, unbroken: dict[str, bytes], tmp_path: Path) -> None:
     config = config_of(manifest, tmp_path / "out")
     arguments = [*overrides_of(config), f"manifest.keep=[{','.join(KEEP)}]"]

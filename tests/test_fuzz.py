@@ -85,6 +85,7 @@ def test_thousands_of_broken_files_end_as_rows(tmp_path: Path) -> None:
     assert fuzzer.figures.statuses["corrupt"] > FILES / 20
 
 
+@pytest.mark.slow
 def test_what_a_decoder_died_of_is_counted_and_kept(tmp_path: Path) -> None:
     kept = tmp_path / "kept"
     fuzzer = Fuzzer(

@@ -520,6 +520,7 @@ def test_a_store_holds_one_layout_and_one_night_at_a_time(photos: Collection, st
         night(config, store, SECOND)
 
 
+@pytest.mark.slow
 def test_nights_are_kept_and_an_older_date_carries_from_its_own_past(photos: Collection, store: Path) -> None:
     config = photos.config()
     for day in (1, 2, 4):

@@ -65,6 +65,7 @@ def catches_sigterm(process: int) -> bool:
     return bool(int(line, 16) >> (signal.SIGTERM - 1) & 1)
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_and_run_again(unbroken: Config, tmp_path: Path) -> None:
     groups = at(unbroken, tmp_path / "out")
     groups["loader"]["isolation"] = "process"

@@ -333,6 +333,7 @@ def test_slow_clients_are_let_go(strict: Served) -> None:
     assert strict.figure("clip_service_held_bytes") == 0
 
 
+@pytest.mark.slow
 def test_who_does_not_read_its_answers_loses_them(strict: Served) -> None:
     texts = [f"a {place}" for place in range(1000)]
     asked = json.dumps({"texts": texts}).encode()

@@ -247,6 +247,7 @@ def test_a_folder_in_place_of_the_package_s_own_is_no_way_around(mine: Path, mar
     assert not marker.exists()
 
 
+@pytest.mark.slow
 def test_config_files_that_set_values_and_folders_are_fine(mine: Path) -> None:
     texts = {
         "values": HEAD + "manifest: {demo_scenes: 3}",
