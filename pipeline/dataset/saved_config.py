@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.schema import DEMO_MODEL, Config, value_of
+from pipeline.config.schema import DEMO_MODEL, Config, from_dict, value_of
 from pipeline.config.validate import check
 from pipeline.core.errors import ConfigError, PlanMismatch
 from pipeline.storage.urls import is_local, local_path
@@ -48,11 +48,8 @@ def config_of(recipe: Mapping[str, Any], output: str) -> Config:
     """
     if not recipe:
         raise PlanMismatch(f"{output}/_plan.json: keeps no config to repair with; run the command that began it")
-    config = Config()
     try:
-        groups = {name: replace(getattr(config, name), **values) for name, values in recipe.items()}
-        config = replace(config, **groups)
-        config = replace(config, output=replace(config.output, dir=output))
+        config = from_dict(recipe).changed({"output.dir": output})
         problems = check(config)
     except (TypeError, AttributeError) as error:
         known = ", ".join(each.name for each in fields(Config))

@@ -76,15 +76,16 @@ def _shortened(config: Config, scratch: Path) -> Config:
     size = config.loader.batch_size or LoaderConfig().batch_size
     if choose_device(config.backend.device).type == "cpu":
         size = min(size, CPU_BATCH)
-    return replace(
-        config,
-        manifest=manifest,
-        loader=replace(config.loader, batch_size=size),
-        prompts=replace(_few_labels(config), cache=str(scratch / "text")),
-        parity=replace(config.parity, images=min(config.parity.images, IMAGES)),
-        backend=replace(config.backend, artifacts=str(scratch / "artifacts")),
-        cluster=ClusterConfig(),
-        output=replace(config.output, dir=str(scratch / "output")),
+    return config.changed(
+        {
+            "manifest": manifest,
+            "loader.batch_size": size,
+            "prompts": replace(_few_labels(config), cache=str(scratch / "text")),
+            "parity.images": min(config.parity.images, IMAGES),
+            "backend.artifacts": str(scratch / "artifacts"),
+            "cluster": ClusterConfig(),
+            "output.dir": str(scratch / "output"),
+        }
     )
 
 
