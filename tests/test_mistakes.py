@@ -21,7 +21,7 @@ def test_the_message_for_every_mistake_has_its_place_and_a_way_out() -> None:
 
 
 def _problems(mistake: Mistake, code: int, output: str, folder: Path, table: list[str]) -> Iterator[str]:
-    """What is wrong with the output of a mistake, each with the output itself."""
+    """Yield a message for every difference between the output of a mistake and its row."""
     if mistake.what == "no GPU" and torch.cuda.is_available():
         return
     text = message(output, folder)

@@ -239,3 +239,13 @@ class ShardReport:
     repeats: int = 0
     began: float = 0.0
     ended: float = 0.0
+
+
+def by_status(counts: Mapping[str, int]) -> dict[str, int]:
+    """Return rows by status: ``ok`` first, the others by name."""
+    return {OK: counts.get(OK, 0), **{status: counts[status] for status in sorted(counts) if status != OK}}
+
+
+def failed_rows(counts: Mapping[str, int]) -> int:
+    """Return the number of rows without an embedding, from the rows by status."""
+    return sum(count for status, count in counts.items() if status != OK)

@@ -16,7 +16,7 @@ from pipeline.core.errors import ShardsGivenUp, StorageError, TooManyFailures
 from pipeline.core.failpoints import failpoint
 from pipeline.core.machine import memory, versions
 from pipeline.core.processes import cores
-from pipeline.core.records import OK, Timeline
+from pipeline.core.records import OK, Timeline, by_status, failed_rows
 from pipeline.core.run_report import Pace, RunReport
 from pipeline.dataset.commits import Commit
 from pipeline.engine.engine import Engine
@@ -85,12 +85,12 @@ class Outcome:
         counts: Counter[str] = Counter()
         for commit in self.committed:
             counts.update(commit.counts)
-        return {OK: counts.pop(OK, 0), **dict(sorted(counts.items()))}
+        return by_status(counts)
 
     @property
     def failed(self) -> int:
         """Rows that failed."""
-        return sum(count for status, count in self.counts.items() if status != OK)
+        return failed_rows(self.counts)
 
     @property
     def too_many_failed(self) -> bool:

@@ -23,7 +23,7 @@ from pipeline.core.errors import PromptsError
 from pipeline.core.failpoints import failpoint
 from pipeline.core.machine import machine, memory, versions
 from pipeline.core.processes import cores, spent
-from pipeline.core.records import OK, Embeddings, Failure, Shard, ShardReport, ShardRows, Stage, TextBank
+from pipeline.core.records import OK, Embeddings, Failure, Shard, ShardReport, ShardRows, Stage, TextBank, by_status
 from pipeline.core.run_report import RunReport
 from pipeline.dataset import commits, lease, plan
 from pipeline.dataset.commits import Commit
@@ -153,9 +153,14 @@ def _plan(source: Dataset, config: Config, bank: TextBank) -> plan.Plan:
 
 @dataclass(frozen=True, slots=True)
 class _Labelled:
-    """What the loop did: rows committed and, of them, vectors and changed labels; its beginning, its core seconds."""
+    """Counts of the loop, its start and its core seconds.
+
+    ``rows`` were committed, ``vectors`` of them have an embedding, ``changed`` of them another label than in the
+    source. ``resumed_rows`` were committed before.
+    """
 
     rows: int
+    resumed_rows: int
     vectors: int
     changed: int
     began: float
@@ -183,7 +188,7 @@ def _run(work: _Work, done: Mapping[int, Commit], held: lease.Lease) -> _Labelle
             if report.committed:
                 rows, vectors = rows + report.rows, vectors + report.counts[OK]
                 changed += moved
-    return _Labelled(rows, vectors, changed, began, (spent() - before).own)
+    return _Labelled(rows, resumed, vectors, changed, began, (spent() - before).own)
 
 
 def _report(work: _Work, labelled: _Labelled, committed: Sequence[Commit], began: float) -> RelabelReport:
@@ -199,7 +204,7 @@ def _report(work: _Work, labelled: _Labelled, committed: Sequence[Commit], began
         images=labelled.vectors,
         vectors=labelled.vectors,
         changed=labelled.changed,
-        resumed_rows=source.plan.rows - labelled.rows,
+        resumed_rows=labelled.resumed_rows,
         total_rows=source.plan.rows,
         wall_seconds=wall,
         startup_seconds=round(labelled.began - began, 3),
@@ -212,7 +217,7 @@ def _report(work: _Work, labelled: _Labelled, committed: Sequence[Commit], began
             f"{labelled.changed:,} rows have another label than in {source.address}, from whose embeddings these "
             "labels come; no image was read"
         ),
-        counts={OK: counts.pop(OK, 0), **dict(sorted(counts.items()))},
+        counts=by_status(counts),
         labels=content.labels,
         scores=content.scores,
         prompts={"labels": len(bank.names), "cached": bank.cached},

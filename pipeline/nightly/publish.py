@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from pipeline.config.schema import Config
 from pipeline.core.errors import TooManyFailures
+from pipeline.core.records import by_status, failed_rows
 from pipeline.core.run_report import RunReport
 from pipeline.dataset import plan
 from pipeline.dataset.dataset import Dataset
@@ -151,7 +152,7 @@ def report_of(dataset: Dataset) -> Mapping[str, Any]:
 def _verdict(pending: PendingNight, counts: Mapping[str, int]) -> str:
     """A message if more rows of the manifest failed than are allowed, else an empty text."""
     rows, limit = pending.manifest.rows, pending.config.errors.max_fraction
-    failed = sum(count for status, count in counts.items() if status != "ok")
+    failed = failed_rows(counts)
     if failed <= limit * rows:
         return ""
     return (
@@ -183,7 +184,7 @@ def _write_rows(pending: PendingNight, statuses: pa.ChunkedArray) -> dict[str, i
         if writer is not None:
             writer.close()
         staged.publish(ROWS, replace=True)
-    return {"ok": counts.pop("ok", 0), **dict(sorted(counts.items()))}
+    return by_status(counts)
 
 
 def _iso(seconds: float) -> str:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from markupsafe import Markup
 
+from pipeline.core.records import failed_rows
 from pipeline.report.bottleneck import WAITS, in_words, share_of_limit
-from pipeline.report.history import failed_rows
 from pipeline.report.page import MISSING, environment, place_of, settings, throughput_of, timeline_of, when
 from pipeline.report.plots import amount_axes, clock
 from pipeline.report.svg import SERIES, WIDTH, plot

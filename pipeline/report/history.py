@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.core.records import OK
+from pipeline.core.records import failed_rows
 from pipeline.report.load import read_report
 
 # Earlier runs that a report keeps.
@@ -32,11 +32,6 @@ def is_stale(previous: bytes | None, counts: Mapping[str, int]) -> bool:
         return bool(report["counts"] != counts or report["given_up"])
     except (ValueError, TypeError, KeyError, AttributeError):
         return True
-
-
-def failed_rows(counts: Mapping[str, int]) -> int:
-    """Return the number of rows without an embedding, from the rows by status."""
-    return sum(count for status, count in counts.items() if status != OK)
 
 
 def in_short(report: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,10 +14,10 @@ from typing import Any
 from jinja2 import ChoiceLoader, Environment, PackageLoader
 
 from pipeline.config.schema import Config
-from pipeline.core.records import OK, Timeline
+from pipeline.core.records import OK, Timeline, failed_rows
 from pipeline.report import plots
 from pipeline.report.bottleneck import WAITS, in_words, share_of_limit
-from pipeline.report.history import failed_rows, in_short
+from pipeline.report.history import in_short
 from pipeline.report.scores import Row
 from pipeline.report.summary import HINTS, DatasetSummary, Failed, headline, in_words_of_time
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.core.processes import Spent, spent
-from pipeline.core.records import OK, Clocks, Shard
+from pipeline.core.records import Clocks, Shard, by_status
 from pipeline.dataset import commits
 from pipeline.dataset.parts import PartFormat, write_part
 from pipeline.engine.loop import Job
@@ -227,7 +227,7 @@ def measure(executor: Inline, sample: Sample, job: Job, limits: Limits) -> Trial
         whole=whole,
         worker=worker,
         rows=sum(commit.rows for commit in done),
-        counts={OK: counts.pop(OK, 0), **dict(sorted(counts.items()))},
+        counts=by_status(counts),
         repeats=repeats / reported if reported else 0.0,
         largest=max((commit.rows for commit in done), default=0),
         bytes_per_row=per_row,
