@@ -27,6 +27,11 @@ import torch
 if TYPE_CHECKING:
     from pipeline.models.checkpoint import Checkpoint
 
+# Packages that were installed with --no-compile are compiled at their first import. Where that is not kept, as is usual
+# in containers, each of the hundreds of child processes takes ten seconds more.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("PIPELINE_TEST_DATA", ROOT.parent / "shared" / "data"))
 

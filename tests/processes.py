@@ -12,6 +12,10 @@ from pathlib import Path
 
 from tests.conftest import ROOT
 
+# PYTHONWARNINGS of a child process: warnings are errors, but for those of the source of other packages, which Python
+# may compile at its first import.
+WARNINGS = "error,ignore:invalid escape sequence:DeprecationWarning,ignore:invalid escape sequence:SyntaxWarning"
+
 
 def run_python(*arguments: str, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run Python with these arguments at the root of the checkout, with additions to the environment."""

@@ -15,7 +15,7 @@ from pipeline import export
 from pipeline.backends.artifacts import exports
 from pipeline.backends.artifacts.store import ArtifactStore
 from tests.jobs import scenes_manifest
-from tests.processes import run_python
+from tests.processes import WARNINGS, run_python
 from tests.test_run import HEAVY, imported
 
 pytestmark = pytest.mark.usefixtures("exported_once")
@@ -33,7 +33,7 @@ def call(capsys: pytest.CaptureFixture[str], root: Path, *arguments: str) -> tup
 
 
 def shell(*arguments: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    return run_python(*options, "-m", "pipeline.export", *arguments, PYTHONWARNINGS="error")
+    return run_python(*options, "-m", "pipeline.export", *arguments, PYTHONWARNINGS=WARNINGS)
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from pipeline.config.schema import conf_dir
 from pipeline.core.cli import ErrorOutput
 from tests.conftest import ROOT
 from tests.forks import forks
+from tests.processes import WARNINGS
 
 HEAVY = {"torch", "transformers", "pandas", "pyarrow", "PIL", "dask", "fsspec"}
 
@@ -31,7 +32,7 @@ def run(
     return subprocess.run(
         [sys.executable, *options, "-m", "pipeline.run", *arguments],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error", "HOME": str(folder), **environment},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": WARNINGS, "HOME": str(folder), **environment},
         capture_output=True,
         text=True,
         check=False,
