@@ -306,15 +306,15 @@ def test_a_model_of_the_hub_is_there_to_be_downloaded_or_it_is_not(
     assert (there.status, model.status) == (Status.SKIP, Status.FAIL)
 
 
-def test_a_model_in_the_cache_needs_no_hub_but_its_conversion_does(hub_cache: Path) -> None:
+def test_a_model_in_the_cache_needs_no_hub_and_neither_does_its_conversion(hub_cache: Path) -> None:
     assert [check.status for check in ask_hub("someone/clip")] == [Status.WARN, Status.FAIL]
     cache(hub_cache, "main", "config.json", "model.safetensors")
     assert [check.status for check in ask_hub("someone/clip")] == [Status.WARN, Status.OK]
     (hub_cache / "models--someone--clip/snapshots/main/model.safetensors").unlink()
     cache(hub_cache, "refs/pr/7", "config.json", "model.safetensors")
     _, model = ask_hub("someone/clip")
-    assert model.status is Status.FAIL
-    assert model.way_out.endswith("model.revision=refs/pr/7")
+    assert model.status is Status.OK
+    assert model.fact.endswith("its safetensors from the hub's conversion refs/pr/7")
 
 
 def cache(root: Path, revision: str, *files: str) -> None:

@@ -34,7 +34,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     def snapshot_download(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
         assert name == NAME
-        assert "*.safetensors" in allow_patterns
+        assert "model.safetensors" in allow_patterns
+        assert not any("*" in pattern for pattern in allow_patterns), "a second file of weights is not downloaded"
         assert not any(pattern.endswith((".bin", ".py", ".pt", ".pkl")) for pattern in allow_patterns)
         asked.append(revision)
         return str(DEMO_FOLDER if revision in ("refs/pr/7", "v2") else main)

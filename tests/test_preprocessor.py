@@ -78,10 +78,77 @@ def test_a_step_that_is_not_done_here_is_refused(values: dict[str, Any]) -> None
         to_spec(values, "clip", "here")
 
 
+def write(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps(values))
+
+
 def test_both_file_names_are_read(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no preprocessor_config"):
         read_spec(tmp_path, "clip")
-    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": {"size": 100, "crop_size": 90}}))
-    assert read_spec(tmp_path, "clip").size == (90, 90)
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": 80, "crop_size": 70}))
+    write(tmp_path / "preprocessor_config.json", size=80, crop_size=70)
     assert read_spec(tmp_path, "clip").size == (70, 70)
+    # A processor_config.json of another time names classes only.
+    write(tmp_path / "processor_config.json", processor_class="CLIPProcessor")
+    assert read_spec(tmp_path, "clip").size == (70, 70)
+
+
+NEW = {"size": {"shortest_edge": 96}, "crop_size": {"height": 90, "width": 90}, "resample": 3}
+
+
+@pytest.mark.parametrize(
+    ("stale", "said"),
+    [
+        ({"size": 80, "crop_size": 70}, True),
+        ({**NEW, "resample": 2}, True),
+        ({**NEW, "image_mean": [0.5, 0.5, 0.5]}, True),
+        ({**NEW, "do_normalize": False}, True),
+        ({"size": "rubbish"}, True),
+        (NEW, False),
+        ({"size": 96, "crop_size": 90}, False),
+        (None, False),
+    ],
+)
+def test_a_nested_processor_is_read_before_a_stale_file_as_transformers_does(
+    stale: dict[str, Any] | None, said: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    write(tmp_path / "processor_config.json", image_processor=NEW, processor_class="CLIPProcessor")
+    if stale is not None:
+        write(tmp_path / "preprocessor_config.json", **stale)
+    spec, theirs = read_spec(tmp_path, "clip"), CLIPImageProcessorPil.from_pretrained(tmp_path)
+    assert (spec.crop, spec.resize, spec.resample) == ((90, 90), 96, 3)
+    assert (theirs.crop_size["height"], theirs.size["shortest_edge"], theirs.resample) == (90, 96, 3)
+    assert spec.mean == tuple(theirs.image_mean)
+    assert ("is not read, since" in caplog.text) == said
+
+
+WRONG = ["48", [48, 48], {"shortest_edge": "48"}, {"height": 48}, 48.0, True, 0, -48, {}, {"shortest_edge": 10**9}]
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("size", WRONG),
+        ("crop_size", [*WRONG, {"shortest_edge": 48}]),
+        ("image_mean", [0.5, "0.5", ["0.5"] * 3, [0.5, 0.5], [None] * 3, [float("nan")] * 3, [True] * 3, {}]),
+        ("image_std", [0.5, [0.5, 0.5, 0.0], [-0.5] * 3, [float("inf")] * 3, []]),
+        ("resample", ["bicubic", 3.0, 9, -1, True, [3]]),
+        ("rescale_factor", ["1/255", 0, [1 / 255], float("nan"), True]),
+        ("do_resize", [1, "true", []]),
+        ("do_normalize", [0, 1, "no", {}]),
+        ("do_center_crop", [1, "yes", []]),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused_with_its_key(key: str, values: list[Any]) -> None:
+    for value in values:
+        with pytest.raises(ModelError, match=rf"here: .*{key}"):
+            to_spec({key: value}, "clip", "here")
+
+
+@pytest.mark.parametrize("content", [b"[]", b"{", b"null", b"\xef\xbb\xbf{}", '{"size": 48}'.encode("utf-16"), b"\xff"])
+@pytest.mark.parametrize("name", ["preprocessor_config.json", "processor_config.json"])
+def test_a_file_that_is_no_json_object_is_named(name: str, content: bytes, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ModelError, match=name):
+        read_spec(tmp_path, "clip")

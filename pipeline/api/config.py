@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from pipeline.config.compose import check_one, groups, joined, merge, read_config
@@ -61,18 +61,59 @@ def check_model(model: str | os.PathLike[str]) -> list[Problem]:
     return [Problem("model", name, allowed, nearest(name, options))]
 
 
-def label_settings(
-    labels: Sequence[str] | str | os.PathLike[str] | None, templates: Sequence[str] | str | None
-) -> dict[str, object]:
-    """Return the settings of labels, given as a list or as a file; None leaves the defaults."""
+def label_settings(labels: object, templates: Sequence[str] | str | None) -> dict[str, object]:
+    """Return the settings of labels, given as a list or as a file; None leaves the defaults.
+
+    Raises:
+        ConfigError: they are neither, or one is not a text.
+    """
     found: dict[str, object] = {}
     if isinstance(labels, str | os.PathLike):
         found["prompts.path"] = os.fspath(labels)
     elif labels is not None:
-        found["prompts.labels"] = [str(label) for label in labels]
+        found["prompts.labels"] = _texts(labels)
     if templates is not None:
         found["prompts.templates"] = [templates] if isinstance(templates, str) else list(templates)
     return found
+
+
+def prompts_of(labels: object) -> dict[str, list[str] | None] | None:
+    """Return the prompts by label of a mapping, None for a label that takes the templates; None for other labels.
+
+    Raises:
+        ConfigError: a label or a prompt is not a text.
+    """
+    if not isinstance(labels, Mapping):
+        return None
+    _texts(list(labels))
+    problems, found = [], dict[str, list[str] | None]()
+    for name, given in labels.items():
+        prompts = [given] if isinstance(given, str) else given
+        if prompts is not None and not (
+            isinstance(prompts, list | tuple) and prompts and all(isinstance(prompt, str) for prompt in prompts)
+        ):
+            problems.append(Problem(f"labels[{name!r}]", given, "must be a prompt, a list of prompts, or None"))
+            continue
+        found[str(name)] = None if prompts is None else [str(prompt) for prompt in prompts]
+    if problems:
+        raise ConfigError(problems[:3])
+    return found
+
+
+def _texts(labels: object) -> list[str]:
+    """The labels of a list, an array or a column, which are texts.
+
+    Raises:
+        ConfigError: one is not.
+    """
+    if isinstance(labels, bytes | bytearray | set | frozenset | Mapping) or not isinstance(labels, Iterable):
+        allowed = "must be a list of texts, whose order is that of equal scores, or the path of a label file"
+        raise ConfigError([Problem("labels", labels, allowed)])
+    given = list(labels)
+    wrong = [(place, label) for place, label in enumerate(given) if not isinstance(label, str)]
+    if wrong:
+        raise ConfigError([Problem(f"labels[{place}]", label, "must be a text") for place, label in wrong[:3]])
+    return [str(label) for label in given]
 
 
 def _without_interpolation(value: object) -> object:

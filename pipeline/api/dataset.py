@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -18,12 +18,12 @@ import pandas as pd
 import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
 
-from pipeline.api.config import config_from, label_settings
+from pipeline.api.config import config_from, label_settings, prompts_of
 from pipeline.api.encode import encode
 from pipeline.api.notebook import Hits, Tile, heading, sheet
 from pipeline.api.paths import absolute
 from pipeline.api.process_state import settings_restored
-from pipeline.api.scratch import Scratch
+from pipeline.api.scratch import Scratch, written_prompts
 from pipeline.core.errors import ConfigError, NoDataset, Problem
 from pipeline.core.records import OK
 from pipeline.dataset import dataset
@@ -188,7 +188,7 @@ class Dataset:
 
     def relabel(
         self,
-        labels: Sequence[str] | str | os.PathLike[str],
+        labels: Sequence[str] | Mapping[str, str | Sequence[str] | None] | str | os.PathLike[str],
         *,
         templates: Sequence[str] | str | None = None,
         top_k: int | None = None,
@@ -209,15 +209,20 @@ class Dataset:
         stored, scratch = self._stored, Scratch() if output is None else None
         place = str(scratch.path / "dataset") if scratch is not None else absolute(os.fspath(output or ""))
         numbers = {"labels.top_k": top_k, "labels.threshold": threshold}
+        prompts, files = prompts_of(labels), ExitStack()
         settings = {
-            **label_settings(labels, templates),
+            **label_settings(labels if prompts is None else [*prompts], templates),
             **{key: value for key, value in numbers.items() if value is not None},
             "output.dir": place,
             "report.progress": "bar" if progress else "none",
             "log.level": "warning",
         }
         try:
-            with settings_restored():
+            with files, settings_restored():
+                if prompts is not None:
+                    config_from(settings)
+                    del settings["prompts.labels"]
+                    settings["prompts.path"] = files.enter_context(written_prompts(prompts, scratch, place))
                 relabel(stored, derive(stored, config_from(settings), list(settings)))
             return Dataset(dataset.open_dataset(place), scratch)
         except BaseException:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline.api.config import check_model, config_from, label_settings, model_settings
+from pipeline.api.config import check_model, config_from, label_settings, model_settings, prompts_of
 from pipeline.core.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def embed(
     images: str | os.PathLike[str] | pd.DataFrame | Iterable[Any],
     *,
     model: str | os.PathLike[str] = "demo",
-    labels: Sequence[str] | str | os.PathLike[str] | None = None,
+    labels: Sequence[str] | Mapping[str, str | Sequence[str] | None] | str | os.PathLike[str] | None = None,
     templates: Sequence[str] | str | None = None,
     output: str | os.PathLike[str] | None = None,
     ids: Sequence[str] | Sequence[int] | None = None,
@@ -66,8 +66,9 @@ def embed(
             manifest: a Parquet file, a folder of them or a glob. Relative paths start where Python runs, or at
             ``root``; http and https addresses in a list or table are fetched.
         model: A name under ``conf/model`` such as ``clip_vit_b32``, an id of the Hugging Face hub, or a folder.
-        labels: The labels, or a YAML, CSV or Parquet file of them; the default is the demo model's own labels, and no
-            labels for any other model.
+        labels: The labels; a mapping from each label to its prompt, its prompts, or None for the templates, which is
+            written beside ``output`` as a label file; or a YAML, CSV or Parquet file of them. The default is the demo
+            model's own labels, and no labels for any other model.
         templates: Sentences around a label, such as ``"a photo of a {}"``.
         output: The folder or address of the dataset; the same call resumes it. The default is a temporary folder that
             is removed with the returned object. If ``images`` is not a manifest, one is written beside ``output`` as
@@ -91,9 +92,10 @@ def embed(
         PlanMismatch: ``output`` holds a dataset of other images or settings.
         PipelineError: any other expected error; see :mod:`pipeline.core.errors`.
     """
+    prompts = prompts_of(labels)
     own = {
         **model_settings(model),
-        **label_settings(labels, templates),
+        **label_settings(labels if prompts is None else [*prompts], templates),
         "backend": backend,
         "images": decoder,
         "backend.precision": precision,
@@ -117,16 +119,18 @@ def embed(
         id=id, image=image, keep=[keep] if isinstance(keep, str) else keep, ids=id_list(ids),
         root=None if root is None else os.fspath(root),
     )  # fmt: skip
-    return _run(config, images, columns, None if output is None else os.fspath(output))
+    return _run(config, images, columns, prompts, None if output is None else os.fspath(output))
 
 
-def _run(config: Config, images: object, columns: Columns, output: str | None) -> Dataset:
+def _run(
+    config: Config, images: object, columns: Columns, prompts: Mapping[str, list[str] | None] | None, output: str | None
+) -> Dataset:
     """Write the manifest, run the job, and open its dataset; without ``output``, in a temporary folder."""
     from pipeline.api.dataset import Dataset
     from pipeline.api.inputs import manifest_of
     from pipeline.api.paths import absolute
     from pipeline.api.process_state import settings_restored
-    from pipeline.api.scratch import Scratch, manifest_beside
+    from pipeline.api.scratch import Scratch, manifest_beside, written_prompts
     from pipeline.dataset.dataset import open_dataset
     from pipeline.job.main import run_job
 
@@ -141,6 +145,9 @@ def _run(config: Config, images: object, columns: Columns, output: str | None) -
         if manifest.written is not None and output is not None:
             path = opened.enter_context(manifest_beside(manifest.written, place))
             config = config.changed({"manifest.path": path})
+        if prompts is not None:
+            path = opened.enter_context(written_prompts(prompts, scratch if output is None else None, place))
+            config = config.changed({"prompts.labels": [], "prompts.path": path})
         with settings_restored():
             run_job(config)
         stored = open_dataset(place)

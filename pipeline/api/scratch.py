@@ -6,8 +6,8 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from pipeline.core.errors import ConfigError, PipelineError, PlanMismatch, Problem
@@ -31,14 +31,34 @@ class Scratch:
 
 
 @contextmanager
+def written_prompts(prompts: Mapping[str, list[str] | None], scratch: Scratch | None, output: str) -> Iterator[str]:
+    """Write a label file with prompts into ``scratch``, or without one beside a local output; yield its path.
+
+    Raises:
+        ConfigError: the output is not local, and label files are.
+    """
+    import yaml
+
+    if scratch is None and not is_local(output):
+        allowed = "with prompts are written beside the output, which must be local for that"
+        raise ConfigError([Problem("labels", [*prompts][:3], allowed, "give the path of a label file")])
+    text = yaml.safe_dump(dict(prompts), allow_unicode=True, sort_keys=False)
+    with ExitStack() as opened:
+        folder = scratch.path if scratch is not None else Path(opened.enter_context(_temporary()))
+        path = folder / "labels.yaml"
+        path.write_text(text, encoding="utf-8")
+        yield str(path) if scratch is not None else opened.enter_context(manifest_beside(path, output))
+
+
+@contextmanager
 def manifest_beside(written: Path, output: str) -> Iterator[str]:
-    """Copy a manifest beside an output and yield its address; its name holds its digest, so the same call finds it.
+    """Copy a file beside an output and yield its address; its name holds its digest, so the same call finds it.
 
     It stays with the dataset, for repairs and thumbnails. After an error it is removed if this call wrote it and no
     dataset was begun with it.
     """
     parent, name = _parent(output)
-    storage, name = open_storage(parent), f"{name}.{sha256(written)[:16]}.parquet"
+    storage, name = open_storage(parent), f"{name}.{sha256(written)[:16]}{written.suffix}"
     new = storage.size(name) is None
     if new:
         with storage.staged() as staged:
@@ -52,6 +72,11 @@ def manifest_beside(written: Path, output: str) -> Iterator[str]:
             if new and (isinstance(error, PlanMismatch) or open_storage(output).size(plan.NAME) is None):
                 storage.remove(name)
         raise
+
+
+def _temporary() -> tempfile.TemporaryDirectory[str]:
+    with explained("a temporary folder (TMPDIR)"):
+        return tempfile.TemporaryDirectory(prefix="clip-pipeline-")
 
 
 def _remove(folder: str, process: int) -> None:

@@ -115,6 +115,18 @@ def read(storage: Storage) -> Plan | None:
     return plan
 
 
+def recorded_model(storage: Storage) -> Mapping[str, Any] | None:
+    """The fingerprint of the model in an output's plan, which may say the same in other words than today's.
+
+    None where there is no plan, or none that can be read, which :func:`compare` refuses.
+    """
+    try:
+        found = json.loads(storage.read(NAME) or b"{}")["fingerprints"]["model"]
+    except (ValueError, TypeError, KeyError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
 def write_once(storage: Storage, plan: Plan) -> bool:
     """Create the plan, or find the same one; True when the dataset is new.
 

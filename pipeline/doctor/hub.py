@@ -6,26 +6,18 @@ import os
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from pipeline.config.schema import DEMO_MODEL, ModelConfig
 from pipeline.core.errors import ModelError
 from pipeline.doctor.check import Check, Status, Subject
 from pipeline.models.architectures import ARCHITECTURES
-from pipeline.models.hub import DEMO_FOLDER, WANTED_FILES, find_folder
+from pipeline.models.hub import DEMO_FOLDER, WANTED_FILES, Cached, find_cached, find_folder
 
 GROUP = "hub and model"
 HUB_SECONDS = 5.0
 OFFLINE = "copy the checkpoint here and set model.name to its folder"
-
-
-@dataclass(frozen=True, slots=True)
-class Cached:
-    """Folder of a model in the hub's cache; ``conversion`` is the pull request that its safetensors are from."""
-
-    folder: Path
-    conversion: str | None
 
 
 def look(subject: Subject) -> Iterator[Check]:
@@ -53,13 +45,8 @@ def look(subject: Subject) -> Iterator[Check]:
 def _from_hub(config: ModelConfig, problem: str, cache: str) -> Check:
     """Check that a job gets the model: from the cache, or from a hub that answers."""
     cached = find_cached(config)
-    if cached is not None and problem and cached.conversion is not None:
-        # A job looks up the number of the pull request on the hub.
-        fact = f"{config.name}: main has no safetensors, and the hub, which has their conversion, does not answer"
-        way_out = f"the conversion is in the cache: model.revision={cached.conversion}"
-        return Check(GROUP, "model", Status.FAIL, fact, way_out)
     if cached is not None:
-        return _opened(config, cached.folder)
+        return _opened(config, cached)
     fact = f"{config.name}, revision {config.revision or 'main'}, is not in {cache}"
     if problem:
         way_out = f"connect this machine to the hub once, or {OFFLINE}"
@@ -82,31 +69,8 @@ def as_cached(config: ModelConfig) -> ModelConfig | None:
     if is_local(config):
         return config
     cached = find_cached(config)
-    return None if cached is None else replace(config, name=str(cached.folder))
-
-
-def find_cached(config: ModelConfig) -> Cached | None:
-    """Return what a job would take from the hub's cache; None where it would have to download."""
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-    from huggingface_hub.file_download import repo_folder_name
-
-    conversions = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=config.name, repo_type="model"), "refs/refs/pr")
-    # Where main has no safetensors, a job takes those of the hub's own conversion.
-    numbers = sorted(path.name for path in conversions.glob("*")) if config.revision is None else []
-    for revision in (config.revision, *(f"refs/pr/{number}" for number in numbers)):
-        try:
-            folder = Path(
-                snapshot_download(
-                    config.name, revision=revision, allow_patterns=list(WANTED_FILES), local_files_only=True
-                )
-            )
-        except (LocalEntryNotFoundError, HFValidationError, OSError):
-            continue
-        if (folder / "config.json").is_file() and (config.weights == "random" or any(folder.glob("*.safetensors"))):
-            conversion = revision if revision != config.revision else None
-            return Cached(folder=folder, conversion=conversion)
-    return None
+    # A folder has all its files in one place.
+    return None if cached is None or cached.weights != cached.folder else replace(config, name=str(cached.folder))
 
 
 def hub_problem(name: str | None) -> str:
@@ -136,12 +100,12 @@ def hub_problem(name: str | None) -> str:
     return ""
 
 
-def _opened(config: ModelConfig, cached: Path | None) -> Check:
+def _opened(config: ModelConfig, cached: Cached | None) -> Check:
     """Check the files of the model's folder, without opening them."""
     if config.weights == "random" and config.name in ARCHITECTURES:
         return Check(GROUP, "model", Status.OK, f"{config.name} with random weights, which need no download")
     try:
-        folder = cached or find_folder(config)
+        folder = cached.folder if cached is not None else find_folder(config)
     except ModelError as error:
         way_out = "set model.name to a folder with a checkpoint, or to a model of the hub"
         return Check(GROUP, "model", Status.FAIL, str(error), way_out)
@@ -149,9 +113,12 @@ def _opened(config: ModelConfig, cached: Path | None) -> Check:
         fact = f"{folder}: no config.json, so this is not a Hugging Face checkpoint"
         way_out = "set model.name to the folder that holds config.json and model.safetensors"
         return Check(GROUP, "model", Status.FAIL, fact, way_out)
-    size = sum(os.path.getsize(path) for path in folder.glob("*.safetensors"))
+    weights = cached.weights if cached is not None else folder
+    size = sum(os.path.getsize(path) for path in weights.glob("*.safetensors"))
     if not size and config.weights != "random":
         way_out = "choose a model.revision that has them, or convert the checkpoint with save_pretrained()"
         return Check(GROUP, "model", Status.FAIL, f"{folder}: no *.safetensors", way_out)
     place = "comes with the package" if folder == DEMO_FOLDER else f"in {folder}"
+    if cached is not None and cached.conversion is not None:
+        place += f", its safetensors from the hub's conversion {cached.conversion}"
     return Check(GROUP, "model", Status.OK, f"{config.name}, {size / 1e6:,.1f} MB of weights, {place}")

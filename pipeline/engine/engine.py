@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 
@@ -30,7 +31,7 @@ from pipeline.images.reader import PixelReader
 from pipeline.manifest.ids import check_ids
 from pipeline.manifest.manifest import Manifest, open_manifest
 from pipeline.manifest.overlap import check_places
-from pipeline.models.checkpoint import Checkpoint, open_checkpoint
+from pipeline.models.checkpoint import Checkpoint, as_recorded, open_checkpoint
 from pipeline.models.label_files import read_labels
 from pipeline.models.text import build_bank
 from pipeline.storage.base import Storage
@@ -49,6 +50,8 @@ class Engine:
         manifest: its manifest with unique ids, where another process has opened it.
         bank: returns its text bank, where another process embeds the prompts.
         decoders: decoder processes that were started before.
+        recorded: the model's fingerprint in a dataset that this one belongs to (see
+            :func:`~pipeline.models.checkpoint.as_recorded`).
     """
 
     def __init__(
@@ -58,8 +61,9 @@ class Engine:
         manifest: Manifest | None = None,
         bank: Callable[[], TextBank | None] | None = None,
         decoders: Decoders | None = None,
+        recorded: Mapping[str, Any] | None = None,
     ) -> None:
-        self.config = config
+        self.config, self._recorded = config, recorded
         self._manifest, self._given_bank, self._decoders = manifest, bank, decoders
         self._opened = ExitStack()
 
@@ -112,7 +116,7 @@ class Engine:
     def checkpoint(self) -> Checkpoint:
         """Model of the config."""
         with span("model"):
-            return open_checkpoint(self.config.model)
+            return as_recorded(open_checkpoint(self.config.model), self._recorded)
 
     @cached_property
     def spec(self) -> PreprocessSpec:

@@ -18,10 +18,9 @@ from pipeline.core.records import Embeddings, ImageBatch, Shard, ShardRows, Stag
 from pipeline.dataset.parts import ShardResult
 from pipeline.engine.padding import repeats_on
 from pipeline.models.labels import label
+from pipeline.models.numbers import UNIT_TOLERANCE, check_scores
 from pipeline.telemetry.clocks import StageClocks
 
-# An embedding of length 1 in float32 is off by rounding only.
-UNIT_TOLERANCE = 1e-3
 # Of the shards whose batches are all full, one in so many has its first batch encoded twice.
 PROVED_SHARDS = 8
 
@@ -206,11 +205,14 @@ class ShardResults:
         """Add a batch's results; wait until they are copied.
 
         Raises:
-            NumericalError: they are not embeddings, or not those of their images; the shard is not committed.
+            NumericalError: they are not embeddings and scores, or not those of their images; the shard is not
+                committed.
         """
         if batch.copied is not None:
             batch.copied.synchronize()
-        check(batch, batch.rows, f"shard {self._shard.index}, batch {self._batches}")
+        where = f"shard {self._shard.index}, batch {self._batches}"
+        check(batch, batch.rows, where)
+        check_scores(batch.scores, where)
         self._batches += 1
         self._vectors[batch.rows] = batch.vectors.numpy()
         self._top[batch.rows] = batch.top.numpy()

@@ -39,10 +39,10 @@ def open_model(dataset: Dataset, model: ModelConfig) -> Checkpoint:
     Raises:
         ModelError: it is another one now, so that its texts would not fit to the embeddings; or it cannot be opened.
     """
-    from pipeline.models.checkpoint import open_checkpoint
+    from pipeline.models.checkpoint import as_recorded, open_checkpoint
 
-    checkpoint = open_checkpoint(model)
     wanted = dataset.plan.fingerprints["model"]
+    checkpoint = as_recorded(open_checkpoint(model), wanted)
     found = json.loads(json.dumps(checkpoint.fingerprint))
     if found != wanted:
         differing = ", ".join(sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name)))
@@ -87,6 +87,7 @@ def embed_image(checkpoint: Checkpoint, config: Config, path: Path) -> NDArray[n
 
     Raises:
         ConfigError: it is no picture that the dataset's job would have taken; the message says why.
+        ModelError: the image tower does not give an embedding.
     """
     import numpy as np
     import torch
@@ -94,6 +95,7 @@ def embed_image(checkpoint: Checkpoint, config: Config, path: Path) -> NDArray[n
     from pipeline.core.records import Failure, ImageRef
     from pipeline.engine.engine import spec_of
     from pipeline.images.factory import pixel_reader
+    from pipeline.models.numbers import are_unit, not_finite
     from pipeline.models.towers import ImageTower, Normaliser
 
     place, spec = path.resolve(), spec_of(config, checkpoint)
@@ -103,8 +105,15 @@ def embed_image(checkpoint: Checkpoint, config: Config, path: Path) -> NDArray[n
         raise ConfigError([Problem("--image", str(path), f"{pixels.status}: {pixels.error}")])
     batch = torch.from_numpy(np.ascontiguousarray(pixels.rgb)).permute(2, 0, 1)[None]
     with torch.inference_mode():
-        vector: NDArray[np.float32] = ImageTower(checkpoint)(Normaliser(spec, torch.device("cpu"))(batch))[0].numpy()
-    return vector
+        vectors: NDArray[np.float32] = ImageTower(checkpoint)(Normaliser(spec, torch.device("cpu"))(batch)).numpy()
+    if not are_unit(vectors).all():
+        damaged = not_finite(checkpoint.model)
+        where = f" (its tensor {damaged} holds NaN or infinity)" if damaged else ""
+        raise ModelError(
+            f"{checkpoint.name}: the image tower{where} gives NaN, infinity or zeros for {path}, which is near to "
+            "nothing; the checkpoint is damaged: download or convert it again"
+        )
+    return vectors[0]
 
 
 def derive(source: Dataset, composed: Config, typed: Sequence[str]) -> Config:

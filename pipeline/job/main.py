@@ -7,13 +7,14 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from typing import Any
 
 from pipeline.config.schema import Config
 from pipeline.core.errors import StorageError
 from pipeline.core.log_format import new_run
 from pipeline.core.records import OK
 from pipeline.core.run_report import RunReport
-from pipeline.dataset import commits, lease
+from pipeline.dataset import commits, lease, plan
 from pipeline.engine.demo import folder as demo
 from pipeline.engine.engine import Engine
 from pipeline.engine.prepare import Prepared, job_of, log_labels, write_plan
@@ -44,6 +45,8 @@ class RunOptions:
         decoders: decoder processes that were started before the run, which closes them.
         every_byte: read committed parts in an object store whole, instead of comparing the store's digests (see
             :func:`~pipeline.dataset.commits.find_done`).
+        recorded: the model's fingerprint in another dataset whose rows these will be put beside; that of the output's
+            own plan comes first.
         run: name of the run in its log and its metrics; empty: a new one.
         summary: log the summary of the report at the end.
     """
@@ -51,6 +54,7 @@ class RunOptions:
     began: float | None = None
     decoders: Decoders | None = None
     every_byte: bool = False
+    recorded: Mapping[str, Any] | None = None
     run: str = ""
     summary: bool = True
 
@@ -82,7 +86,8 @@ def run_job(config: Config, options: RunOptions | None = None) -> RunReport:
         # Rendering the scenes of the demo is not part of the job.
         began += rendering_seconds or 0.0
         executor = opened.enter_context(executor_of(config, output.storage, output.held.check))
-        engine = opened.enter_context(Engine(config, decoders=options.decoders))
+        recorded = plan.recorded_model(output.storage) or options.recorded
+        engine = opened.enter_context(Engine(config, decoders=options.decoders, recorded=recorded))
         engine.begin()
 
         # Plan: a backend that misses its gate writes nothing, and no part is written before the plan.

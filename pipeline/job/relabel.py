@@ -33,6 +33,7 @@ from pipeline.engine.prepare import prompts_fingerprint
 from pipeline.engine.query import labels_of, open_model
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.labels import label
+from pipeline.models.numbers import check_scores
 from pipeline.models.text import build_bank
 from pipeline.report.load import REPORT
 from pipeline.report.render import PAGE, redraw, try_to_publish
@@ -263,6 +264,7 @@ def _label(work: _Work, commit: Commit, table: pa.Table, columns: list[str]) -> 
         # Copied: Arrow's memory is read-only, of which torch warns.
         batch = torch.from_numpy(stored[start : start + size].astype(np.float32))
         found = label(Embeddings(batch), work.bank, work.features, top_k=k)
+        check_scores(found.scores, f"shard {commit.shard}")
         top[places], scores[places] = found.indices, found.scores
     return ShardResult(
         rows=ShardRows(shard=shard, table=table.select(columns), failures=failures),

@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 from transformers import logging as transformers_logging
 
@@ -19,10 +18,15 @@ from pipeline.config.schema import ModelConfig
 from pipeline.core.errors import ModelError
 from pipeline.core.log_format import silence
 from pipeline.core.records import PreprocessSpec
+from pipeline.models.architecture import digests as architecture_digests
 from pipeline.models.architectures import ARCHITECTURES
-from pipeline.models.hub import DEMO_FOLDER, find_folder
+from pipeline.models.config_check import open_config
+from pipeline.models.files import CONFIG, explain_other_layout, guarded, loaded_weights, read_json
+from pipeline.models.hub import DEMO_FOLDER, TOKENIZER_FILES, find_folder, find_weights
+from pipeline.models.numbers import scale_and_bias
 from pipeline.models.preprocessor import read_spec, to_spec
-from pipeline.models.trust import check_config, check_weights
+from pipeline.models.trust import check_config
+from pipeline.models.weights import check_tensors, load_model
 from pipeline.storage.base import sha256
 
 
@@ -61,11 +65,6 @@ FAMILIES = {
     # BERT, pooled at CLS: padding is masked. It has 512 positions, and was trained on 52 (cn_clip.clip.tokenize).
     "chinese_clip": Family(scoring="softmax", vocabularies=("tokenizer.json", "vocab.txt"), tokens=52),
 }
-TOKENIZER_FILES = (
-    *("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "tokenizer.model"),
-    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-)
-
 # The imports of transformers for loading a model log messages as well.
 silence()
 
@@ -74,7 +73,8 @@ silence()
 class Checkpoint:
     """An opened model in fp32 on the CPU; ``dim`` is the length of an embedding.
 
-    ``scale`` is the factor of the cosine and ``bias`` the summand, as the model was trained.
+    ``scale`` is the factor of the cosine and ``bias`` the summand, as the model was trained. ``earlier`` are digests of
+    the same architecture by other releases of transformers, see :func:`as_recorded`.
     """
 
     name: str
@@ -88,6 +88,7 @@ class Checkpoint:
     bias: float
     fingerprint: dict[str, Any]
     revision: str | None = None
+    earlier: tuple[str, ...] = ()
 
     def tokenize(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
         """Token ids (and the attention mask, for families that use one), int64 ``[N, T]``."""
@@ -131,40 +132,19 @@ def open_checkpoint(config: ModelConfig) -> Checkpoint:
     if config.weights == "random":
         return _open_random(config)
     folder = find_folder(config)
-    settings = _read_config(folder)
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        raise ModelError(
-            f"{config.name}: no *.safetensors in {folder}; other formats can run code when they are loaded. Choose a "
-            "revision that has them (model.revision=...), or convert the checkpoint with save_pretrained()"
-        )
-    check_weights(folder, weights)
-    model = _load(folder)
+    values, settings = _read_config(folder)
+    place = find_weights(config, folder)
+    weights = loaded_weights(place)
+    check_tensors(weights)
+    model = _load(folder) if place == folder else load_model(folder, place)
     tokenizer, spec = _tokenizer(folder, settings.model_type), read_spec(folder, settings.model_type)
     digests = {"weights": {path.name: sha256(path) for path in weights}, "tokenizer": _digest_files(folder)}
-    return _assemble(config, model, tokenizer, spec, digests)
+    return _assemble(config, model, Parts(folder, tokenizer, spec, values, digests))
 
 
 def _load(folder: Path) -> Any:
-    try:
-        model, facts = AutoModel.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        raise ModelError(f"{folder}: the weights cannot be loaded ({error}); download the checkpoint again") from error
-    # transformers fills missing tensors with random numbers, with a warning at most.
-    missing = sorted(facts["missing_keys"])
-    if missing:
-        raise ModelError(
-            f"{folder}: the weights lack {len(missing)} tensors of the model, for example {', '.join(missing[:3])}; "
-            "the download or the conversion is incomplete"
-        )
-    return model
+    """The model of a folder with config and weights."""
+    return load_model(folder, folder)
 
 
 def _open_random(config: ModelConfig) -> Checkpoint:
@@ -176,24 +156,33 @@ def _open_random(config: ModelConfig) -> Checkpoint:
         folder = DEMO_FOLDER
     else:
         folder = find_folder(config)
-        settings = _read_config(folder)
+        values, settings = _read_config(folder)
         spec = read_spec(folder, settings.model_type)
     tokenizer = _tokenizer(folder, settings.model_type)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(settings.text_config, name, getattr(tokenizer, name))
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), guarded(folder, "no model can be built from its config"):
         torch.manual_seed(config.seed)
         model = AutoModel.from_config(settings, dtype=torch.float32)
     digests = {"weights": {"random": str(config.seed)}, "tokenizer": _digest_files(folder)}
-    return _assemble(config, model, tokenizer, spec, digests)
+    return _assemble(config, model, Parts(folder, tokenizer, spec, values, digests))
 
 
-def _assemble(
-    config: ModelConfig, model: Any, tokenizer: Any, spec: PreprocessSpec, digests: dict[str, Any]
-) -> Checkpoint:
-    """Check that the parts belong together; ``digests`` are those of the weights and of the tokenizer."""
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What was read beside the model; ``values`` are its config's, ``digests`` of the weights and the tokenizer."""
+
+    folder: Path
+    tokenizer: Any
+    spec: PreprocessSpec
+    values: dict[str, Any]
+    digests: dict[str, Any]
+
+
+def _assemble(config: ModelConfig, model: Any, parts: Parts) -> Checkpoint:
+    """Check that the parts belong together."""
     model.eval().requires_grad_(False)
-    settings = model.config
+    settings, tokenizer, spec = model.config, parts.tokenizer, parts.spec
     side = settings.vision_config.image_size
     if spec.size != (side, side):
         raise ModelError(
@@ -209,13 +198,9 @@ def _assemble(
             f"{config.name}: the model takes a text's features at token {eos} (text_config.eos_token_id), and its "
             "tokenizer does not write that token; config.json and tokenizer belong to different checkpoints"
         )
-    # The folder and the library's version are no part of the architecture.
-    architecture = {
-        key: value
-        for key, value in settings.to_dict().items()
-        if key not in ("_name_or_path", "transformers_version", "dtype", "architectures")
-    }
-    bias = getattr(model, "logit_bias", None)
+    _check_tokens(config, model, tokenizer)
+    today, *earlier = architecture_digests(settings.to_dict(), parts.values)
+    scale, bias = scale_and_bias(config.name, model)
     return Checkpoint(
         name=config.name,
         family=family,
@@ -224,38 +209,72 @@ def _assemble(
         spec=spec,
         dim=int(settings.projection_dim if FAMILIES[family].projected else settings.vision_config.hidden_size),
         scoring=FAMILIES[family].scoring,
-        scale=float(model.logit_scale.exp()),
+        scale=scale,
         revision=config.revision,
-        bias=float(bias) if bias is not None else 0.0,
+        bias=bias,
         fingerprint={
             "family": family,
-            "weights": digests["weights"],
-            "architecture": hashlib.sha256(json.dumps(architecture, sort_keys=True, default=str).encode()).hexdigest(),
-            "tokenizer": digests["tokenizer"],
+            "weights": parts.digests["weights"],
+            "architecture": today,
+            "tokenizer": parts.digests["tokenizer"],
             "preprocess": dataclasses.asdict(spec),
         },
+        earlier=tuple(earlier),
     )
 
 
-def _read_config(folder: Path) -> Any:
-    path = folder / "config.json"
+def as_recorded(checkpoint: Checkpoint, recorded: Mapping[str, Any] | None) -> Checkpoint:
+    """The same checkpoint with the fingerprint that a dataset recorded of it, where that says the same in other words.
+
+    Other words are a digest of the architecture as another release of transformers wrote it, and files of weights that
+    are not loaded. Any other difference stays.
+    """
+    ours = checkpoint.fingerprint
+    if recorded is None or not isinstance(recorded.get("weights"), Mapping):
+        return checkpoint
+    same = dict(ours)
+    if recorded.get("architecture") in checkpoint.earlier:
+        same["architecture"] = recorded["architecture"]
+    if ours["weights"].items() <= recorded["weights"].items():
+        same["weights"] = dict(recorded["weights"])
+    whole = json.loads(json.dumps(same)) == json.loads(json.dumps(dict(recorded)))
+    return dataclasses.replace(checkpoint, fingerprint=same) if whole else checkpoint
+
+
+def _check_tokens(config: ModelConfig, model: Any, tokenizer: Any) -> None:
+    """Hold the tokenizer's ids against the rows of the embedding of tokens, which an unknown id would end."""
+    rows = int(model.text_model.get_input_embeddings().weight.shape[0])
+    beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= rows}
+    if beyond:
+        token, number = min(beyond.items(), key=lambda item: item[1])
+        raise ModelError(
+            f"{config.name}: {len(beyond)} tokens of the tokenizer have no row in the text embedding ({rows} rows), "
+            f"for example {token!r} with the id {number}: tokens were added, and the embedding was not resized "
+            "(resize_token_embeddings), or tokenizer and weights belong to different checkpoints"
+        )
+
+
+def _read_config(folder: Path) -> tuple[dict[str, Any], Any]:
+    """The values of ``config.json``, and the config that transformers makes of them."""
+    path = folder / CONFIG
+    other = explain_other_layout(folder)
     if not path.is_file():
-        raise ModelError(f"{folder}: no config.json, so this is not a Hugging Face checkpoint")
-    try:
-        values = json.loads(path.read_text())
-        family = values.get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise ModelError(f"{path}: not a JSON object: {error}") from error
+        raise ModelError(f"{folder}: no config.json, so this is not a Hugging Face checkpoint{other and '; '}{other}")
+    values = read_json(path)
+    family = values.get("model_type")
     if family == "siglip2":
         raise ModelError(
             f"{folder}: model_type 'siglip2' is SigLIP 2's NaFlex variant, which gives every picture its own number of "
             "patches, and batches here have one shape; take SigLIP 2 at a fixed resolution, such as "
             "google/siglip2-base-patch16-224 or google/siglip2-so400m-patch16-256"
         )
-    if family not in FAMILIES:
-        raise ModelError(f"{folder}: model_type {family!r} is not supported; supported are {', '.join(FAMILIES)}")
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise ModelError(
+            f"{folder}: model_type {family!r} is not supported; supported are {', '.join(FAMILIES)}"
+            f"{other and '; '}{other}"
+        )
     check_config(path, values)
-    return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    return values, open_config(path, values)
 
 
 def _tokenizer(folder: Path, family: str) -> Any:
@@ -266,10 +285,11 @@ def _tokenizer(folder: Path, family: str) -> Any:
     # transformers needs sentencepiece for SigLIP's own files; tokenizer.json has the same content without it.
     complete = family == "siglip" and (folder / "tokenizer.json").is_file()
     reader = PreTrainedTokenizerFast if complete else AutoTokenizer
-    try:
-        return reader.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        raise ModelError(f"{folder}: the tokenizer cannot be loaded: {error}") from error
+    with guarded(folder, "the tokenizer cannot be loaded"):
+        tokenizer = reader.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        # A wrong padding or end is noticed at the first texts only.
+        tokenizer(["a", "a photo"], padding=True, truncation=True, max_length=16, return_tensors="pt")
+    return tokenizer
 
 
 def _digest_files(folder: Path) -> str:

@@ -3,18 +3,44 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config.schema import DEMO_MODEL, ModelConfig
 from pipeline.core.errors import ModelError
+from pipeline.models.files import CONFIG, INDEX, WEIGHTS, shards_of
 from pipeline.storage.urls import from_here
 
 DEMO_FOLDER = Path(__file__).resolve().parents[1] / "engine" / "demo" / "model"
-WANTED_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")
+TOKENIZER_FILES = (
+    *("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "tokenizer.model"),
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+)
+# What is read of a checkpoint, and the marks of other libraries' layouts; a second file of weights is not downloaded.
+WANTED_FILES = (
+    *(CONFIG, "preprocessor_config.json", "processor_config.json", *TOKENIZER_FILES, WEIGHTS, INDEX),
+    *("modules.json", "open_clip_config.json"),
+)
 # The hub's own bot adds safetensors to older checkpoints as pull requests; OpenAI's CLIP has them only there.
 # transformers trusts the same author and title.
 CONVERTER, CONVERSION = "SFconvertbot", "Adding `safetensors` variant of this model"
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Cached:
+    """A checkpoint in the hub's cache.
+
+    Attributes:
+        folder: where its files are.
+        weights: where its weights are; another folder where the cache has only those of a conversion.
+        conversion: the pull request that the weights are from, such as ``refs/pr/7``; None: the revision itself.
+    """
+
+    folder: Path
+    weights: Path
+    conversion: str | None
 
 
 def find_folder(config: ModelConfig) -> Path:
@@ -30,18 +56,98 @@ def find_folder(config: ModelConfig) -> Path:
         return local
     if config.name.startswith((".", "/", "~")) or config.name.count("/") > 1:
         raise ModelError(f"model.name={config.name}: no such folder{from_here(config.name)}")
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HFValidationError
 
     try:
         return _download(config)
     except HFValidationError as error:
         raise ModelError(f"model.name={config.name}: neither a folder nor a hub id: {error}") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+    except Exception as error:
+        if not _from_hub(error):
+            raise
+        cached = find_cached(config)
+        if cached is not None:
+            log.warning("%s: %s; taking it from the cache, %s", config.name, _reason(error), cached.folder)
+            return cached.folder
         raise ModelError(
             f"model.name={config.name}, revision {config.revision or 'main'}: the Hugging Face hub did not give it: "
             f"{_reason(error)}. On a machine without a network, copy the checkpoint's folder there and give it as "
             "model.name, or measure with model.weights=random"
         ) from error
+
+
+def find_weights(config: ModelConfig, folder: Path) -> Path:
+    """The folder with the weights of the checkpoint in ``folder``: itself, or the cache's conversion of them."""
+    if folder == DEMO_FOLDER or Path(config.name).expanduser().is_dir() or _has_weights(folder):
+        return folder
+    cached = find_cached(config)
+    return cached.weights if cached is not None and cached.folder == folder else folder
+
+
+def find_cached(config: ModelConfig) -> Cached | None:
+    """A checkpoint of the hub as the cache has it, without asking the hub; None where something of it is missing.
+
+    The weights may be in a pull request of the hub's bot alone (:data:`CONVERTER`). Its number is known to the hub, so
+    a cache with several pull requests is no answer; model.revision says which then.
+    """
+    folder = _snapshot(config.name, config.revision or "main")
+    whole = config.weights == "random"
+    if folder is not None and (whole or _has_weights(folder)):
+        return Cached(folder, folder, None)
+    if whole or config.revision is not None:
+        return None
+    found: dict[Path, Cached] = {}
+    for revision in _pull_requests(config.name):
+        place = _snapshot(config.name, revision, WEIGHTS, INDEX)
+        if place is None or not _has_weights(place):
+            continue
+        configs = [each / CONFIG for each in (place, folder) if each is not None and (each / CONFIG).is_file()]
+        # A conversion changes nothing but the format of the weights.
+        if configs and configs[0].read_bytes() == configs[-1].read_bytes():
+            found[place] = Cached(configs[0].parent, place, revision)
+    if len(found) > 1:
+        choice = " or ".join(str(each.conversion) for each in found.values())
+        log.warning("%s: the cache has weights of several pull requests: model.revision=%s", config.name, choice)
+        return None
+    return next(iter(found.values()), None)
+
+
+def _snapshot(name: str, revision: str, *files: str) -> Path | None:
+    """The cache's folder of a revision that holds one of the files, by default ``config.json``."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    for file in files or (CONFIG,):
+        try:
+            found = try_to_load_from_cache(name, file, revision=revision)
+        except (HFValidationError, OSError):
+            return None
+        if isinstance(found, str):
+            return Path(found).parent
+    return None
+
+
+def _pull_requests(name: str) -> list[str]:
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    folder = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="model"), "refs/refs/pr")
+    return [f"refs/pr/{path.name}" for path in sorted(folder.glob("*"))]
+
+
+def _has_weights(folder: Path) -> bool:
+    """True if the weights that are loaded are all in the folder."""
+    if (folder / WEIGHTS).is_file():
+        return True
+    shards = shards_of(folder)
+    return bool(shards) and all((folder / name).is_file() for name in shards)
+
+
+def _from_hub(error: Exception) -> bool:
+    """True for an error of the hub, of its cache or of the network; its HTTP client's types change with its version."""
+    clients = ("http", "requests", "urllib3", "huggingface_hub")
+    types = {each.__module__.partition(".")[0] for each in type(error).__mro__}
+    return isinstance(error, OSError) or any(name.startswith(clients) for name in types)
 
 
 def _reason(error: Exception) -> str:
@@ -70,15 +176,28 @@ def _reason(error: Exception) -> str:
 
 
 def _download(config: ModelConfig) -> Path:
-    from huggingface_hub import get_repo_discussions, snapshot_download
+    from huggingface_hub import get_repo_discussions
 
-    wanted = list(WANTED_FILES)
-    folder = Path(snapshot_download(config.name, revision=config.revision, allow_patterns=wanted))
-    if config.weights == "random" or config.revision is not None or any(folder.glob("*.safetensors")):
+    folder = _fetch(config.name, config.revision)
+    if config.weights == "random" or config.revision is not None or _has_weights(folder):
         return folder
+    # Without the hub, the cache may have the conversion.
     for discussion in get_repo_discussions(config.name, author=CONVERTER, discussion_type="pull_request"):
         if discussion.title == CONVERSION and discussion.status == "open":
             revision = f"refs/pr/{discussion.num}"
             log.info("%s has no safetensors on main; taking the hub's own conversion, %s", config.name, revision)
-            return Path(snapshot_download(config.name, revision=revision, allow_patterns=wanted))
+            return _fetch(config.name, revision)
     return folder
+
+
+def _fetch(name: str, revision: str | None) -> Path:
+    """Download what is read of a revision; then the shards of its weights, if an index names them."""
+    from huggingface_hub import snapshot_download
+
+    def fetch(files: Sequence[str]) -> Path:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=[*files]))
+
+    folder = fetch(WANTED_FILES)
+    shards = [] if (folder / WEIGHTS).is_file() else shards_of(folder)
+    # An index that names other places is refused when the weights are opened.
+    return fetch([*WANTED_FILES, *shards]) if shards and all("/" not in each for each in shards) else folder

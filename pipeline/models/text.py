@@ -16,14 +16,17 @@ from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
 from pipeline.config.schema import LabelsConfig, PromptsConfig
-from pipeline.core.errors import StorageError
+from pipeline.core.errors import ModelError, StorageError
 from pipeline.core.records import TextBank
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.label_files import LabelSet
+from pipeline.models.numbers import TEXT_TENSORS, alike, are_unit, not_finite
 from pipeline.storage.base import Storage
 from pipeline.storage.factory import open_storage
 
 BATCH = 256
+# Pairs of labels with the same features that are named.
+WARNED = 5
 # Part of the cache key: raise it when the features of the same prompts change.
 VERSION = 1
 log = logging.getLogger(__name__)
@@ -36,6 +39,9 @@ def build_bank(
 
     The features of a label's prompts are normalised, averaged and normalised again (the ensembling of
     Radford et al. 2021, section 3.1.4).
+
+    Raises:
+        ModelError: the text tower does not give features.
     """
     fingerprint = bank_fingerprint(checkpoint, labels)
     store = open_storage(config.cache or str(default_cache()))
@@ -46,6 +52,7 @@ def build_bank(
         features = embed_prompts(checkpoint, labels.prompts)
         if keep:
             _to_cache(store, name, features)
+    _warn_of_alike(labels.names, features)
     return TextBank(
         names=labels.names,
         features=features,
@@ -65,7 +72,11 @@ def bank_fingerprint(checkpoint: Checkpoint, labels: LabelSet) -> str:
 
 @torch.inference_mode()
 def embed_prompts(checkpoint: Checkpoint, prompts: Sequence[Sequence[str]]) -> np.ndarray:
-    """One L2-normalised float32 row for each sequence of prompts, ``[L, D]``."""
+    """One L2-normalised float32 row for each sequence of prompts, ``[L, D]``.
+
+    Raises:
+        ModelError: one is NaN, infinite or zero.
+    """
     texts = [text for group in prompts for text in group]
     _warn_of_long(checkpoint, texts)
     rows = []
@@ -74,8 +85,36 @@ def embed_prompts(checkpoint: Checkpoint, prompts: Sequence[Sequence[str]]) -> n
         rows.append(torch.nn.functional.normalize(features, dim=1))
     owner = torch.repeat_interleave(torch.arange(len(prompts)), torch.tensor([len(group) for group in prompts]))
     every = torch.cat(rows)
+    _refuse_wrong(checkpoint, every.numpy(), texts)
     sums = torch.zeros(len(prompts), every.shape[1]).index_add_(0, owner, every)
-    return torch.nn.functional.normalize(sums, dim=1).numpy()
+    features: np.ndarray = torch.nn.functional.normalize(sums, dim=1).numpy()
+    _refuse_wrong(checkpoint, features, [" + ".join(group) for group in prompts])
+    return features
+
+
+def _refuse_wrong(checkpoint: Checkpoint, features: np.ndarray, texts: Sequence[str]) -> None:
+    wrong = np.flatnonzero(~are_unit(features))
+    if len(wrong):
+        damaged = not_finite(checkpoint.model, TEXT_TENSORS)
+        where = f" (its tensor {damaged} holds NaN or infinity)" if damaged else ""
+        raise ModelError(
+            f"{checkpoint.name}: the text tower{where} gives NaN, infinity or zeros for {len(wrong)} of {len(texts)} "
+            f"texts, for example {texts[wrong[0]][:80]!r}, so that no score could be right; the checkpoint is damaged, "
+            "or was not trained: download or convert it again"
+        )
+
+
+def _warn_of_alike(names: Sequence[str], features: np.ndarray) -> None:
+    pairs = alike(features)
+    for one, other in pairs[:WARNED]:
+        log.warning(
+            "the labels %r and %r have the same text features, so every image scores the same for both: the model does "
+            "not tell them apart; take one out, or give them other prompts",
+            names[one],
+            names[other],
+        )
+    if len(pairs) > WARNED:
+        log.warning("%d or more further pairs of labels have the same text features", len(pairs) - WARNED)
 
 
 def default_cache() -> Path:
@@ -100,7 +139,7 @@ def _from_cache(store: Storage, name: str, shape: tuple[int, int]) -> np.ndarray
         features: np.ndarray = load_safetensors(data)["features"]
     except (SafetensorError, KeyError, StorageError):
         return None
-    return features if features.shape == shape and np.isfinite(features).all() else None
+    return features if features.shape == shape and are_unit(features).all() else None
 
 
 def _to_cache(store: Storage, name: str, features: np.ndarray) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,37 +11,37 @@ from pipeline.core.errors import ModelError
 # transformers downloads a value with a slash from the hub as a kernel, and runs it.
 _KERNELS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal", "experts_implementation")
 
+# The ways of attention that PyTorch has on every device.
+_ATTENTION = ("eager", "sdpa")
+# Keys with which transformers reads other files, or weights that are packed.
+_LOADING = ("quantization_config", "compression_config", "transformers_weights", "adapter_config")
+
 
 def check_config(path: Path, values: Any) -> None:
-    """Refuse a ``config.json`` that names code, except ``auto_map``, which is never followed.
+    """Refuse a ``config.json`` that names code, except ``auto_map``, which is never followed; or another way to load.
 
     Raises:
         ModelError: with the key.
     """
+    for place, settings in (("", values), *((f"{key}.", one) for key, one in values.items() if isinstance(one, dict))):
+        for key in _LOADING:
+            if settings.get(key) is not None:
+                method = settings[key].get("quant_method") if isinstance(settings[key], dict) else settings[key]
+                raise ModelError(
+                    f"{path}: {place}{key} asks for weights that are loaded in another way ({method}); only plain "
+                    "weights in safetensors are read here: take the checkpoint without it (backend=torch_int8 and "
+                    "others quantise it here)"
+                )
     for key, value in _texts("", values):
+        if any(part in _KERNELS for part in key.split(".")) and "/" not in value and value not in _ATTENTION:
+            raise ModelError(
+                f"{path}: {key}={value!r} asks for a way of attention that needs other packages or a GPU; take the "
+                f"entry out of a copy of the checkpoint, or set it to {' or '.join(_ATTENTION)}"
+            )
         if "/" in value and any(part in _KERNELS for part in key.split(".")):
             raise ModelError(
                 f"{path}: {key}={value!r} names code on the hub, and no code of a checkpoint is run; take the entry "
                 "out of a copy of the checkpoint, and give its folder as model.name"
-            )
-
-
-def check_weights(folder: Path, weights: list[Path]) -> None:
-    """Refuse an index of weights that names other files than the safetensors files of the folder.
-
-    Raises:
-        ModelError: the index names another file, or cannot be read.
-    """
-    names = {path.name for path in weights}
-    for path in folder.glob("*.safetensors.index.json"):
-        try:
-            named = set(json.loads(path.read_text())["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(f"{path}: not an index of weights: {error!r}") from error
-        if not named <= names:
-            raise ModelError(
-                f"{path}: names {', '.join(sorted(map(str, named - names))[:3])}; only *.safetensors files in the same "
-                "folder are read, since other formats can run code when they are loaded"
             )
 
 

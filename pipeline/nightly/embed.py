@@ -53,7 +53,7 @@ def embed_target(pending: PendingNight, target: Target) -> Dataset:
         config = config.changed({"errors.max_fraction": 1.0})
     # The dataset is complete then; failures are counted over the night when it is published.
     with suppress(TooManyFailures):
-        run_main_job(config, run=pending.options.run)
+        run_main_job(config, run=pending.options.run, **_recorded(pending))
     return open_dataset(pending.output.url)
 
 
@@ -94,20 +94,33 @@ def check_job_without_rows(pending: PendingNight) -> None:
 
     If one of them differs, a few images of the manifest are embedded to get the fingerprints.
     """
-    from pipeline.models.checkpoint import open_checkpoint
+    from pipeline.models.checkpoint import as_recorded, open_checkpoint
 
     previous, config = pending.carried_from, pending.config
-    if previous is not None and signs_of(config, open_checkpoint(config.model).fingerprint) != previous.signs:
+    if previous is None:
+        return
+    checkpoint = as_recorded(open_checkpoint(config.model), _recorded(pending).get("recorded"))
+    if signs_of(config, checkpoint.fingerprint) != previous.signs:
         rows = np.arange(min(config.parity.images, pending.manifest.rows))
         check_job(pending, _embed_rows(pending, rows, "probe"))
 
 
-def run_main_job(config: Config, *, run: str) -> None:
-    """Run the main job without its page and closing message, which the night has itself."""
+def run_main_job(config: Config, *, run: str, recorded: Mapping[str, Any] | None = None) -> None:
+    """Run the main job without its page and closing message, which the night has itself.
+
+    ``recorded`` is the model's fingerprint on the previous night, beside whose rows those of tonight are put.
+    """
     # The command answers --help without this import.
     from pipeline.job.main import RunOptions, run_job
 
-    run_job(config.changed({"report.html": False}), RunOptions(run=run, summary=False))
+    run_job(config.changed({"report.html": False}), RunOptions(run=run, summary=False, recorded=recorded))
+
+
+def _recorded(pending: PendingNight) -> dict[str, Mapping[str, Any]]:
+    """The argument ``recorded`` of :func:`run_main_job`, where there is a previous night."""
+    previous = pending.previous
+    found = None if previous is None else plan.recorded_model(open_night(pending.store, previous.date))
+    return {} if found is None else {"recorded": found}
 
 
 def digest_of(fingerprints: Mapping[str, Any]) -> str:
@@ -158,7 +171,7 @@ def _embed_rows(pending: PendingNight, positions: NDArray[np.int64], name: str) 
             "errors.max_fraction": 1.0,
         }
     )
-    run_main_job(config, run=pending.options.run)
+    run_main_job(config, run=pending.options.run, **_recorded(pending))
     return open_dataset(output)
 
 

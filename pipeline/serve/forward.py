@@ -17,6 +17,7 @@ from pipeline.core.records import Embeddings
 from pipeline.engine.buffers import Slot, new_slot
 from pipeline.engine.forward import PROVED_SHARDS, Labelling, check, encode, memory_explained
 from pipeline.models.labels import label
+from pipeline.models.numbers import check_scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +113,9 @@ class Forward:
         labellings = [each for each in wanted.values() if each is not None]
         first, most = labellings[0], max(each.top_k for each in labellings)
         found = label(Embeddings(encoded), first.bank, first.features, top_k=most)
+        # Rows of padding are copies of others.
         top, scores = found.indices.cpu().numpy(), found.scores.cpu().numpy()
+        check_scores(scores, "labels")
         for place, each in wanted.items():
             if each is not None:
                 labels[place] = (top[place, : each.top_k], scores[place, : each.top_k])

@@ -27,7 +27,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 
 from pipeline.config.schema import ServeConfig
-from pipeline.models.label_files import is_text
+from pipeline.models.label_files import as_read, is_text
 from pipeline.serve.errors import Refused, invalid
 
 REFERENCE = "#/components/schemas/{model}"
@@ -141,9 +141,13 @@ class PredictRequest(_Closed):
             raise _error(f"{name} is empty; give at least one, or leave it out to use those of the service")
         _check_count("templates", len(templates), limits.max_texts, "serve.max_texts")
         _check_count("labels in templates", len(labels) * max(1, len(templates)), limits.max_texts, "serve.max_texts")
-        if len(set(labels)) < len(labels):
-            duplicate = next(label for place, label in enumerate(labels) if label in labels[:place])
-            raise _error(f"labels: {duplicate[:80]!r} is a duplicate; remove it")
+        seen: dict[str, str] = {}
+        for label in labels:
+            same = seen.get(as_read(label))
+            seen[as_read(label)] = label
+            if same is not None:
+                what = "is a duplicate" if same == label else f"and {same[:80]!r} differ in spaces or Unicode form only"
+                raise _error(f"labels: {label[:80]!r} {what}; remove it")
         for place, template in enumerate(templates):
             if template.count("{}") != 1:
                 raise _error(f"templates.{place}: must contain {{}} exactly once, for the label")

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from pipeline.config.schema import Config
 from pipeline.core.concurrency import aside
-from pipeline.core.errors import DecoderUnavailable
+from pipeline.core.errors import DecoderUnavailable, ModelError
 from pipeline.core.records import OK, Failure, Pixels
 from pipeline.engine.forward import Labelling
 from pipeline.serve.batching import Batcher, BatchLimits
@@ -152,14 +152,22 @@ class Service:
         top_k = request.top_k or self.config.labels.top_k
         if request.labels is not None:
             templates = request.templates or tuple(self.config.prompts.templates)
-            return await self._timed("text", engine.texts.labelling(request.labels, templates, top_k))
+            return await self._text(engine.texts.labelling(request.labels, templates, top_k))
         if engine.labelling is None:
             raise invalid("this service has no default labels (prompts.labels, prompts.path); give labels")
         return replace(engine.labelling, top_k=min(top_k, len(engine.labelling.bank.names)))
 
     async def texts(self, texts: Sequence[str]) -> list[NDArray[np.float32]]:
         """Return the features of each text."""
-        return await self._timed("text", self.ready_engine().texts.embed(texts)) if texts else []
+        return await self._text(self.ready_engine().texts.embed(texts)) if texts else []
+
+    async def _text(self, work: Future[_T]) -> _T:
+        try:
+            return await self._timed("text", work)
+        except ModelError as error:
+            # A text tower that gives NaN for one text is damaged.
+            self._fail(error)
+            raise Refused(503, "not_ready", self.not_ready_reason or "", retry=RETRY) from error
 
     async def _chunk(self, engine: Engine, data: Sequence[bytes], labelling: Labelling | None) -> list[Row | Failure]:
         assert self._opened is not None

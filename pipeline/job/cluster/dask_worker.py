@@ -161,7 +161,7 @@ class WorkerState:
         # Unless this one measures it, the batch size is that of the job.
         config = self._job.result().config if self._job.done() else self._spec.config
         # The driver has checked the ids.
-        engine = Engine(config, manifest=self._spec.manifest, bank=self._bank.result)
+        engine = Engine(config, manifest=self._spec.manifest, bank=self._bank.result, recorded=self._spec.model)
         found = engine.checkpoint.fingerprint
         if found != self._spec.model:
             raise WorkerMismatch(

@@ -1,0 +1,133 @@
+"""The files of a checkpoint's folder: JSON, read with errors that name it, and the names of the weights."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.errors import ModelError, PipelineError
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file, in UTF-8 without a byte order mark, as transformers reads it.
+
+    Raises:
+        ModelError: it is none.
+    """
+    try:
+        text = path.read_bytes().decode()
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise ModelError(
+            f"{path}: not UTF-8 (byte {error.object[error.start]:#04x} at {error.start}); save it as UTF-8"
+        ) from error
+    if text.startswith("\ufeff"):
+        raise ModelError(f"{path}: begins with a byte order mark, which JSON does not allow; save it as UTF-8 without")
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: not a JSON object: {error}; copy it from the original checkpoint") from error
+    if not isinstance(values, dict):
+        raise ModelError(f"{path}: not a JSON object: it holds a {type(values).__name__}")
+    return values
+
+
+@contextmanager
+def guarded(folder: Path, what: str) -> Iterator[None]:
+    """Turn any error of a library that reads a checkpoint into one that names the file, or else the folder.
+
+    Raises:
+        ModelError: ``what`` and the first line of the error; or the JSON file that is none.
+    """
+    try:
+        yield
+    except PipelineError:
+        raise
+    # Libraries raise anything for values that they do not expect.
+    except Exception as error:
+        for path in sorted(folder.glob("*.json")):
+            read_json(path)
+        raise ModelError(f"{folder}: {what} ({first_line(error)})") from error
+
+
+def first_line(error: BaseException) -> str:
+    """The type and the beginning of an error's message, on one line."""
+    text = " ".join(str(error).split())
+    name = type(error).__name__
+    return f"{name}: {text[:200]}{'...' if len(text) > 200 else ''}" if text else name
+
+
+def loaded_weights(folder: Path) -> list[Path]:
+    """The safetensors files that transformers loads: ``model.safetensors``, or the shards that its index names.
+
+    Raises:
+        ModelError: there are none, or one that the index names is not there.
+    """
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    if not others or not (folder / INDEX).is_file():
+        found = f", only {', '.join(others[:3])}, which transformers does not load" if others else ""
+        raise ModelError(
+            f"{folder}: no *.safetensors in the layout of transformers ({WEIGHTS}, or {INDEX} and its shards){found}; "
+            "other formats can run code when they are loaded. Choose a revision that has them (model.revision=...), or "
+            "convert the checkpoint with save_pretrained()"
+        )
+    names = shards_of(folder)
+    foreign = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
+    if foreign or not names:
+        raise ModelError(
+            f"{folder / INDEX}: names {', '.join(foreign[:3]) or 'no file'}; only *.safetensors files in the same "
+            "folder are read, since other formats can run code when they are loaded"
+        )
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise ModelError(
+            f"{folder}: {len(missing)} of {len(names)} files of the weights are missing: {', '.join(missing[:3])}, "
+            f"which {INDEX} names; download the checkpoint again, or copy them here"
+        )
+    return [folder / name for name in names]
+
+
+def shards_of(folder: Path) -> list[str]:
+    """The names of the files of sharded weights, as their index has them; empty where there is no index.
+
+    Raises:
+        ModelError: the index cannot be read.
+    """
+    path = folder / INDEX
+    if not path.is_file():
+        return []
+    try:
+        return sorted({str(name) for name in read_json(path)["weight_map"].values()})
+    except (ModelError, KeyError, AttributeError) as error:
+        raise ModelError(f"{path}: not an index of weights: {error}") from error
+
+
+def explain_other_layout(folder: Path) -> str:
+    """The name and the way out of a folder without ``config.json``, where its layout is another library's."""
+    if (folder / "modules.json").is_file():
+        inner = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
+        clip = next((name for name in inner if "clip" in name.lower()), None)
+        way_out = f"give its CLIP, model.name={folder / clip}" if clip else "give the folder of the CLIP within it"
+        return f"this is a folder of sentence-transformers; {way_out}"
+    names = ("open_clip_config.json", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+    if any((folder / name).is_file() for name in names):
+        return (
+            "this is a checkpoint of open_clip, whose tensors have other names; take the same model in the layout of "
+            "transformers, or convert it (convert_clip_original_pytorch_to_hf.py, then save_pretrained())"
+        )
+    return ""
+
+
+def is_number(value: object) -> bool:
+    """True for a finite int or float, which True and False are not."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

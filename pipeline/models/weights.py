@@ -1,0 +1,94 @@
+"""The weights of a checkpoint: the proof that their files are whole, and the model of them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModel
+
+from pipeline.core.errors import ModelError
+from pipeline.models.config_check import explain_model
+from pipeline.models.files import CONFIG, first_line, read_json
+
+# Types of numbers that are read as they are; integers are quantised weights, of which the factors would be lost.
+_NUMBERS = ("F64", "F32", "F16", "BF16")
+# Tensors of one layer of a tower.
+_LAYERS = re.compile(r"\.layers?\.[0-9]+\.")
+
+
+def check_tensors(weights: list[Path]) -> None:
+    """Read the headers of the weights: their files are whole, and hold plain floating-point numbers.
+
+    Raises:
+        ModelError: with the file, and the tensor.
+    """
+    for path in weights:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    part = file.get_slice(name)
+                    # Positions are counted in whole numbers.
+                    if part.get_dtype() not in _NUMBERS and not name.endswith("position_ids"):
+                        raise ModelError(
+                            f"{path}: the tensor {name} holds {part.get_dtype()}, not floating-point numbers as "
+                            f"{', '.join(_NUMBERS)}; take the checkpoint before it was quantised or converted"
+                        )
+        except (SafetensorError, OSError) as error:
+            raise ModelError(
+                f"{path}: the weights cannot be loaded ({first_line(error)}); the file is damaged or truncated: "
+                "download the checkpoint again"
+            ) from error
+
+
+def load_model(folder: Path, weights: Path) -> Any:
+    """The model of the config in ``folder`` with the weights in another folder, or the same, in fp32.
+
+    Raises:
+        ModelError: weights and config do not belong together, or one of them is damaged.
+    """
+    config = folder / CONFIG
+    try:
+        settings = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        model, facts = AutoModel.from_pretrained(
+            weights,
+            config=settings,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            # They are named below; transformers would only log them.
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    # A library raises anything for values that it does not expect.
+    except Exception as error:
+        explain_model(config, read_json(config))
+        raise ModelError(
+            f"{weights}: the weights cannot be loaded ({first_line(error)}); download the checkpoint again"
+        ) from error
+    wrong = sorted(facts["mismatched_keys"])
+    if wrong:
+        name, found, wanted = wrong[0]
+        raise ModelError(
+            f"{weights}: the tensor {name} has the shape {list(found)}, and {config.name} says {list(wanted)}"
+            + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else "")
+            + "; weights and config belong to different checkpoints, or one of them was changed"
+        )
+    # transformers fills missing tensors with random numbers, with a warning at most.
+    missing = sorted(facts["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{weights}: the weights lack {len(missing)} tensors of the model, for example {', '.join(missing[:3])}; "
+            "the download or the conversion is incomplete"
+        )
+    unused = sorted(name for name in facts["unexpected_keys"] if _LAYERS.search(name))
+    if unused:
+        raise ModelError(
+            f"{weights}: the weights hold {len(unused)} tensors of layers that {config.name} leaves out, for example "
+            f"{unused[0]}; num_hidden_layers is not that of these weights"
+        )
+    return model
