@@ -103,7 +103,7 @@ def embed_image(checkpoint: Checkpoint, config: Config, path: Path) -> NDArray[n
         pixels: Any = reader.read(ImageRef(id=str(path), path=place.name))
     if isinstance(pixels, Failure):
         raise ConfigError([Problem("--image", str(path), f"{pixels.status}: {pixels.error}")])
-    batch = torch.from_numpy(np.ascontiguousarray(pixels.rgb)).permute(2, 0, 1)[None]
+    batch = torch.from_numpy(np.array(pixels.rgb)).permute(2, 0, 1)[None]
     with torch.inference_mode():
         vectors: NDArray[np.float32] = ImageTower(checkpoint)(Normaliser(spec, torch.device("cpu"))(batch)).numpy()
     if not are_unit(vectors).all():
@@ -113,7 +113,8 @@ def embed_image(checkpoint: Checkpoint, config: Config, path: Path) -> NDArray[n
             f"{checkpoint.name}: the image tower{where} gives NaN, infinity or zeros for {path}, which is near to "
             "nothing; the checkpoint is damaged: download or convert it again"
         )
-    return vectors[0]
+    vector: NDArray[np.float32] = vectors[0]
+    return vector
 
 
 def derive(source: Dataset, composed: Config, typed: Sequence[str]) -> Config:

@@ -103,9 +103,9 @@ def _value(loader: yaml.SafeLoader, node: yaml.Node) -> Any:
 
     _refuse_tag(node)
     if not isinstance(node, yaml.ScalarNode):
-        return _Other(f"a {node.id}")
+        return _Other("a sequence" if isinstance(node, yaml.SequenceNode) else "a mapping")
     try:
-        return loader.construct_object(node)  # type: ignore[no-untyped-call]
+        return loader.construct_object(node)
     except ValueError:
         # Looks like a date, and is none.
         return _Other(node.value)

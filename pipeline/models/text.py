@@ -87,9 +87,9 @@ def embed_prompts(checkpoint: Checkpoint, prompts: Sequence[Sequence[str]]) -> n
     every = torch.cat(rows)
     _refuse_wrong(checkpoint, every.numpy(), texts)
     sums = torch.zeros(len(prompts), every.shape[1]).index_add_(0, owner, every)
-    features: np.ndarray = torch.nn.functional.normalize(sums, dim=1).numpy()
-    _refuse_wrong(checkpoint, features, [" + ".join(group) for group in prompts])
-    return features
+    means: np.ndarray = torch.nn.functional.normalize(sums, dim=1).numpy()
+    _refuse_wrong(checkpoint, means, [" + ".join(group) for group in prompts])
+    return means
 
 
 def _refuse_wrong(checkpoint: Checkpoint, features: np.ndarray, texts: Sequence[str]) -> None:
