@@ -198,6 +198,15 @@ def _assemble(config: ModelConfig, model: Any, parts: Parts) -> Checkpoint:
             f"{config.name}: the model takes a text's features at token {eos} (text_config.eos_token_id), and its "
             "tokenizer does not write that token; config.json and tokenizer belong to different checkpoints"
         )
+    bos = settings.text_config.bos_token_id
+    if family == "clip" and eos != 2 and bos in tokenizer.added_tokens_decoder:
+        begun = tokenizer("a")["input_ids"][0]
+        if begun != bos:
+            raise ModelError(
+                f"{config.name}: the model was trained on texts that begin with token {bos} "
+                f"(text_config.bos_token_id), and its tokenizer begins them with {begun}; config.json and "
+                "tokenizer_config.json belong to different checkpoints"
+            )
     _check_tokens(config, model, tokenizer)
     today, *earlier = architecture_digests(settings.to_dict(), parts.values)
     scale, bias = scale_and_bias(config.name, model)
@@ -287,8 +296,9 @@ def _tokenizer(folder: Path, family: str) -> Any:
     reader = PreTrainedTokenizerFast if complete else AutoTokenizer
     with guarded(folder, "the tokenizer cannot be loaded"):
         tokenizer = reader.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        # A wrong padding or end is noticed at the first texts only.
+        # Wrong settings are noticed at the first texts only.
         tokenizer(["a", "a photo"], padding=True, truncation=True, max_length=16, return_tensors="pt")
+        tokenizer("a")
     return tokenizer
 
 
