@@ -96,6 +96,8 @@ def _converted(array: pa.Array, kind: pa.DataType) -> pa.Array:
     if types.is_dictionary(given) and not types.is_dictionary(kind):
         return plain_array(array.dictionary, kind).take(array.indices)
     if isinstance(given, pa.BaseExtensionType):
+        if isinstance(given, pa.UuidType) and types.is_string(kind):
+            return pa.array([None if cell is None else str(cell) for cell in array.to_pylist()], kind)
         if not isinstance(kind, pa.BaseExtensionType):
             return plain_array(array.storage, kind)
         return pa.ExtensionArray.from_storage(kind, plain_array(array.storage, kind.storage_type))
@@ -110,22 +112,31 @@ def _converted(array: pa.Array, kind: pa.DataType) -> pa.Array:
     return array.cast(kind)
 
 
-def read_batches(parquet: pq.ParquetFile, group: int, columns: Sequence[str], rows: int) -> Iterator[pa.RecordBatch]:
-    """Columns of a row group, up to ``rows`` rows at a time.
+def read_batches(
+    parquet: pq.ParquetFile, group: int, columns: Sequence[str], rows: int, known: pa.Schema
+) -> Iterator[pa.RecordBatch]:
+    """Plain columns of a row group, see :func:`plain_batch`, up to ``rows`` rows at a time.
 
-    Arrow cannot read a struct or a list whose texts or bytes have more than 2 GiB in these rows; such rows come one by
-    one.
+    Arrow 26 cannot read a struct or a list, nor decode a dictionary, of more than 2 GiB of texts or bytes in these
+    rows; such rows come one by one.
     """
     done = 0
     try:
-        for batch in parquet.iter_batches(rows, row_groups=[group], columns=list(columns), use_threads=False):
-            yield batch
+        for batch in _iter_batches(parquet, group, columns, rows):
+            yield plain_batch(batch, known)
             done += batch.num_rows
-    except pa.ArrowNotImplementedError:
-        for batch in parquet.iter_batches(1, row_groups=[group], columns=list(columns), use_threads=False):
-            if done <= 0:
-                yield batch
-            done -= 1
+    except (pa.ArrowNotImplementedError, pa.ArrowInvalid, pa.ArrowCapacityError):
+        # Any other error is raised again.
+        for row, batch in enumerate(_iter_batches(parquet, group, columns, 1)):
+            if row >= done:
+                yield plain_batch(batch, known)
+
+
+def _iter_batches(parquet: pq.ParquetFile, group: int, columns: Sequence[str], rows: int) -> Iterator[pa.RecordBatch]:
+    found: Iterator[pa.RecordBatch] = parquet.iter_batches(
+        batch_size=rows, row_groups=[group], columns=list(columns), use_threads=False
+    )
+    return found
 
 
 def _plain_field(field: pa.Field) -> pa.Field:

@@ -208,6 +208,6 @@ def _table(file: Any, columns: Sequence[str], known: pa.Schema) -> pa.Table:
         # A kept struct with more than 2 GiB of bytes.
         groups = range(parquet.num_row_groups)
         table = pa.Table.from_batches(
-            [batch for group in groups for batch in read_batches(parquet, group, columns, FEW_ROWS)]
+            [batch for group in groups for batch in read_batches(parquet, group, columns, FEW_ROWS, known)]
         )
     return plain_table(table.select(list(columns)), known)

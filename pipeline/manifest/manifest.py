@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from pipeline.config.schema import ManifestConfig, nearest
 from pipeline.core.concurrency import in_order
 from pipeline.core.errors import ConfigError, ManifestError, Problem
-from pipeline.core.plain import plain_batch, plain_fields, plain_type
+from pipeline.core.plain import plain_fields, plain_type
 from pipeline.core.processes import cores
 from pipeline.manifest.files import common_folder, find_files
 from pipeline.storage.urls import filesystem, is_local, local_path, open_arrow, open_file
@@ -76,10 +76,6 @@ class Manifest:
             "columns": [self.id, self.image, *self.schema.names[1:]],
             "root": None if self.image_kind == "bytes" else self.root,
         }
-
-    def plain(self, batch: pa.RecordBatch) -> pa.RecordBatch:
-        """Rows of a file with the types of ``schema``; other columns are plain too."""
-        return plain_batch(batch, self.schema)
 
 
 def open_manifest(config: ManifestConfig) -> Manifest:

@@ -97,7 +97,8 @@ class ShardReader:
         kind = self.manifest.image_kind
         columns = [*self.manifest.schema.names, self.manifest.image]
         rows = PATH_ROWS if kind == "path" else BYTES_ROWS
-        self._batches = read_batches(self._parquet, piece.row_group, list(dict.fromkeys(columns)), rows)
+        names, known = list(dict.fromkeys(columns)), self.manifest.schema
+        self._batches = read_batches(self._parquet, piece.row_group, names, rows, known)
         self._rest, skip = None, piece.start
         while skip:
             batch = self._next(piece)
@@ -114,7 +115,7 @@ class ShardReader:
             batch = next(self._batches, None) if self._batches is not None else None
             if batch is None:
                 raise EOFError("the rows end early")
-            return self.manifest.plain(batch)
+        return batch
 
     @contextmanager
     def _explained(self, piece: Piece) -> Iterator[None]:

@@ -129,8 +129,8 @@ def scan(
                 if wanted is not None and (ahead is None or ahead[0] >= position + count):
                     position += count
                     continue
-                for batch in read_batches(parquet, group, columns, rows):
-                    yield position, manifest.plain(batch)
+                for batch in read_batches(parquet, group, columns, rows, manifest.schema):
+                    yield position, batch
                     position += batch.num_rows
 
 
