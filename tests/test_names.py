@@ -9,10 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import relabel
 from pipeline.config.schema import OUTPUT_COLUMNS
 from pipeline.core.errors import ConfigError
+from pipeline.dataset.dataset import open_dataset
+from pipeline.engine.query import derive
 from pipeline.job.main import run_job
+from pipeline.job.relabel import relabel
 from pipeline.manifest.names import differing_in_case, named_like_folders
 from tests.jobs import config_for, scene
 from tests.nights import night
@@ -93,16 +95,18 @@ def test_a_night_refuses_a_column_named_date(tmp_path: Path) -> None:
         night(config, tmp_path / "nights", "2026-11-22")
 
 
-def test_a_relabelling_is_refused_in_a_folder_named_like_a_column(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_relabelling_is_refused_in_a_folder_named_like_a_column(tmp_path: Path) -> None:
     config = config_for(manifest(tmp_path, "date"), tmp_path / "out", manifest={"keep": ["date"]})
     run_job(config)
-    target = tmp_path / "date=1"
-    words = ["prompts.labels=[a star,a ring]", "report.progress=none"]
-    assert relabel.main([str(tmp_path / "out"), f"output.dir='{target}'", *words]) == 2
-    assert "manifest.keep = 'date'" in capsys.readouterr().err
-    assert relabel.main([str(tmp_path / "out"), f"output.dir={tmp_path / 'other'}", *words]) == 0
+    source = open_dataset(str(tmp_path / "out"))
+
+    def relabelled(name: str) -> None:
+        other = config.changed({"output.dir": str(tmp_path / name), "prompts.labels": ["a star", "a ring"]})
+        relabel(source, derive(source, other, ["output.dir", "prompts.labels"]))
+
+    with pytest.raises(ConfigError, match=r"manifest\.keep = 'date'"):
+        relabelled("date=1")
+    relabelled("other")
 
 
 def test_a_dataset_that_an_earlier_version_began_is_finished(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
