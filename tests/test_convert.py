@@ -198,3 +198,73 @@ def test_the_command_offers_every_format() -> None:
 
 def test_the_commands_start_without_torch() -> None:
     assert loads("import pipeline.convert, pipeline.relabel, pipeline.search", "torch", "pyarrow") == []
+
+
+LOADERS = [
+    "numpy",
+    *(pytest.param(name, marks=pytest.mark.compat(package)) for name, package in
+      (("faiss", "faiss"), ("datasets", "datasets"), ("lance", "lance"))),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Datasets by name: the first, a middle and the last shard failed wholly; one row; one good row among bad ones."""
+    folder = tmp_path_factory.mktemp("odd")
+    for name, rows, bad in (
+        ("first", 12, range(4)),
+        ("middle", 12, range(4, 8)),
+        ("last", 10, range(8, 10)),
+        ("both", 12, [*range(4), *range(8, 12)]),
+        ("one", 1, []),
+        ("rest", 9, [row for row in range(9) if row != 5]),
+    ):
+        scenes_manifest(folder / f"{name}.parquet", rows, damaged=dict.fromkeys(bad, b"no picture"))
+        limits = {"manifest": {"shard_rows": 4}, "errors": {"max_fraction": 1.0}}
+        run_scenes(folder, name, folder / f"{name}.parquet", **limits)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["first", "middle", "last", "both", "one", "rest"])
+@pytest.mark.parametrize("to", LOADERS)
+def test_shards_without_embeddings_and_single_rows_are_loaded(
+    odd: Path, tmp_path: Path, to: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    dataset = open_dataset(str(odd / name))
+    wanted = good(dataset)
+    conversion.convert(dataset, to, tmp_path / "out")
+    if to == "numpy":
+        ids, matrix = (np.load(tmp_path / "out" / f"{part}.npy") for part in ("ids", "embeddings"))
+        check_metadata(dataset, tmp_path / "out" / "metadata.parquet")
+    elif to == "faiss":
+        import faiss
+
+        index = faiss.read_index(str(tmp_path / "out" / "vectors.faiss"))
+        ids = pq.read_table(tmp_path / "out" / "metadata.parquet")["id"].to_numpy()
+        matrix = index.reconstruct_n(0, index.ntotal)
+    elif to == "datasets":
+        import datasets
+
+        rows = datasets.load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache"))
+        ids, matrix = np.array(rows["id"][:]), np.asarray(rows.with_format("numpy")["embedding"][:])
+        files = sorted(path.name for path in (tmp_path / "out" / "data").iterdir())
+        assert files == [f"train-{number:05d}-of-{len(files):05d}.parquet" for number in range(len(files))]
+    else:
+        import lance
+
+        table = lance.dataset(str(tmp_path / "out" / "vectors.lance")).to_table()
+        ids, matrix = table["id"].to_numpy(), matrix_of(table)
+    assert ids.tolist() == wanted["id"].to_pylist()
+    assert np.array_equal(matrix, matrix_of(wanted))
+
+
+@pytest.mark.parametrize("to", list(conversion.FORMATS))
+def test_a_dataset_without_any_embedding_is_refused_in_every_format(
+    tmp_path: Path, to: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scenes_manifest(tmp_path / "m.parquet", 3, damaged=dict.fromkeys(range(3), b"no picture"))
+    run_scenes(tmp_path, "none", tmp_path / "m.parquet", errors={"max_fraction": 1.0})
+    assert convert.main([str(tmp_path / "none"), "--to", to, "--out", str(tmp_path / "out")]) == 2
+    assert "no row has an embedding" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

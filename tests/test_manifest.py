@@ -172,7 +172,9 @@ def test_ids_of_any_width_travel_unchanged(tmp_path: Path, ids: pa.Array) -> Non
     manifest = opened(write(tmp_path / "m.parquet", pa.table({"id": ids, "path": TEXTS})))
     check_ids(manifest)
     found = rows_of(manifest)["id"].combine_chunks()
-    assert found.type == ids.type == manifest.schema.field("id").type
+    # Views and dictionaries are other encodings of the same texts.
+    plain = ids.type if pa.types.is_integer(ids.type) or pa.types.is_large_string(ids.type) else pa.string()
+    assert found.type == plain == manifest.schema.field("id").type
     assert found.to_pylist() == ids.to_pylist()
 
 

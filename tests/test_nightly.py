@@ -122,7 +122,7 @@ def test_a_night_embeds_what_is_new_changed_or_was_missing_and_carries_the_rest(
     assert second.kinds == expected
     assert second.counts == {"ok": 21, "not_an_image": 1}
     assert second.previous == FIRST
-    dropped = pq.ParquetFile(store / f"date={SECOND}" / "_dropped.parquet").read()
+    dropped = pq.ParquetFile(store / f"date={SECOND}" / "_dropped.night").read()
     assert dropped["id"].to_pylist() == ["0000"]
     same_as_from_scratch(config, store, SECOND)
     assert not (store / "_work" / f"date={SECOND}").exists()

@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -16,6 +17,8 @@ from pipeline.core.records import ImageRef, Piece, Shard
 from pipeline.dataset.plan import count_shards
 from pipeline.manifest.manifest import Manifest, ManifestFile, open_manifest
 from pipeline.manifest.shards import BYTES_ROWS, PATH_ROWS, ShardReader, cut, refs
+from pipeline.nightly.rows import copy_rows
+from pipeline.storage.factory import open_storage
 
 MEGABYTE = 1 << 20
 
@@ -182,3 +185,41 @@ def test_one_shard_of_a_huge_row_group_does_not_load_the_row_group(tmp_path: Pat
     assert seen == [(n, n) for n in [*range(128), *range(40 * 64, 41 * 64)]]
     assert peak < most
     assert pa.total_allocated_bytes() - before < MEGABYTE
+
+
+BIG = 100 * MEGABYTE
+
+
+def big_images(path: Path, kind: str, rows: int) -> None:
+    """Rows of which 22 neighbours hold 100 MiB each, in a small file."""
+    large = pa.array([bytes(BIG), b"small"])
+    codes = pa.array([0 if 5 <= row < 27 else None if row % 3 == 0 else 1 for row in range(rows)], pa.int32())
+    column = pa.DictionaryArray.from_arrays(codes, large)
+    if kind != "flat":
+        struct = pa.StructArray.from_arrays(
+            [column, pa.array([f"{row}.jpg" for row in range(rows)])], ["bytes", "path"]
+        )
+        column = struct
+    # With its own schema, Arrow would read the dictionary instead of the bytes.
+    options = {"compression": "zstd", "store_schema": kind == "dictionary"}
+    pq.write_table(pa.table({"id": range(rows), "image": column}), path, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["flat", "struct", "dictionary"])
+def test_rows_that_hold_more_than_two_gibibytes_are_read(tmp_path: Path, kind: str) -> None:
+    big_images(tmp_path / "m.parquet", kind, 80)
+    manifest = open_manifest(ManifestConfig(path=str(tmp_path / "m.parquet"), image="image"))
+    assert manifest.image_kind == ("bytes" if kind == "flat" else "struct")
+    sizes = dict[str | int, int]()
+    with ShardReader(manifest) as reader:
+        for shard in cut(manifest, 50):
+            for batch in reader.read(shard):
+                sizes |= {ref.id: -1 if ref.data is None else len(ref.data) for ref in refs(manifest, batch)}
+    assert sizes == {row: BIG if 5 <= row < 27 else -1 if row % 3 == 0 else 5 for row in range(80)}
+    positions = np.array([4, 26, 79])
+    copy_rows(manifest, positions, ["id", "image"], open_storage(str(tmp_path)), "copy.parquet")
+    copied = pq.read_table(tmp_path / "copy.parquet")
+    assert copied["id"].to_pylist() == positions.tolist()
+    first = copied["image"][1].as_py()
+    assert len(first if kind == "flat" else first["bytes"]) == BIG

@@ -20,6 +20,7 @@ from pipeline.api.arrow import cell, check_count, id_column, to_column, to_list,
 from pipeline.api.encode import encode
 from pipeline.api.paths import absolute, check_paths, paths_of
 from pipeline.core.errors import ConfigError, ManifestError, Problem
+from pipeline.core.plain import plain_table, plain_type
 from pipeline.manifest.build import EXTENSIONS, from_folder
 from pipeline.manifest.manifest import ROOT_KEY
 from pipeline.storage.urls import explained, is_local, local_path
@@ -71,7 +72,8 @@ def manifest_of(images: object, columns: Columns, out: Path) -> InputManifest:
     if isinstance(images, Mapping):
         raise ManifestError("images: a dict; give a list, a table, a folder or a manifest")
     if hasattr(images, "__arrow_c_stream__"):
-        return _from_table(pa.table(images), columns, out)
+        # Parquet does not hold every encoding of Arrow.
+        return _from_table(plain_table(pa.table(images), kept=True), columns, out)
     if isinstance(images, bytes) or not isinstance(images, Iterable):
         raise ManifestError(f"images: a single {type(images).__name__}; give a list, a table, a folder or a manifest")
     if isinstance(images, np.ndarray) and images.ndim in (2, 3) and images.dtype.kind in "biuf":
@@ -110,6 +112,7 @@ def _from_frame(frame: pd.DataFrame, columns: Columns, out: Path) -> InputManife
     others = frame[list(dict.fromkeys([*([columns.id] if ids is None else []), *columns.keep]))]
     try:
         table = pa.Table.from_pandas(others.set_axis(_names(others.columns), axis=1), preserve_index=False)
+        table = plain_table(table, kept=True)
     except (pa.ArrowException, TypeError, OverflowError, UnicodeEncodeError) as error:
         raise ManifestError(f"images: a column cannot be written to Parquet: {error}") from error
     cells = [cell(value) for value in frame[columns.image]]
@@ -124,8 +127,8 @@ def _from_table(table: pa.Table, columns: Columns, out: Path) -> InputManifest:
         ids = pa.array(range(table.num_rows), pa.int64())
     others = table.select(list(dict.fromkeys([*([id] if ids is None else []), *columns.keep])))
     others = _with_ids(others, id, ids)
-    kind = table.schema.field(image).type
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+    kind = plain_type(table.schema.field(image).type)
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
         return _from_cells(table[image].to_pylist(), others, columns, out)
     # A manifest holds bytes and structs unchanged; its own check refuses any other type.
     config = _config(out, id, image, columns.keep)

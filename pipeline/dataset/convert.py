@@ -20,8 +20,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.core.errors import ConfigError, Problem, install_hint
+from pipeline.core.records import OK
 from pipeline.dataset.dataset import Dataset, vectors_of
 from pipeline.dataset.index import TRAINED, import_faiss, lists_for, spread
+from pipeline.dataset.portable import converted, for_datasets, with_wide_decimals
 from pipeline.storage.local import appearing
 from pipeline.storage.urls import explained, within
 
@@ -117,12 +119,13 @@ def _to_datasets(dataset: Dataset, folder: Path, ivf: bool) -> None:
     """Parquet files and a dataset card for ``datasets.load_dataset(folder)`` and the hub."""
     data = folder / "data"
     data.mkdir()
-    total = len(dataset.commits)
+    total = sum(commit.counts.get(OK, 0) > 0 for commit in dataset.commits)
+    schema = for_datasets(_without_status(dataset))
     with closing(_rows(dataset)) as tables:
-        for number, table in enumerate(tables):
-            # A part without rows is written too: every file of a split needs the same columns.
+        # The library does not read a file without rows.
+        for number, table in enumerate(table for table in tables if table.num_rows):
             pq.write_table(
-                table.drop_columns(["status", "error"]),
+                converted(table, schema),
                 data / f"train-{number:05d}-of-{total:05d}.parquet",
                 compression="zstd",
                 use_dictionary=["label", "top_labels.list.element"],
@@ -138,14 +141,13 @@ def _to_lance(dataset: Dataset, folder: Path, ivf: bool) -> None:
     except ImportError as error:
         allowed = f"pylance is not installed ({error})"
         raise ConfigError([Problem("--to", "lance", allowed, install_hint("lance"))]) from error
-    schema = pa.schema([field for field in dataset.schema if field.name not in ("status", "error")])
-
+    schema = with_wide_decimals(_without_status(dataset)).remove_metadata()
     failed: list[BaseException] = []
 
     def batches() -> Iterator[pa.RecordBatch]:
         try:
             for table in tables:
-                yield from table.select(schema.names).to_batches()
+                yield from converted(table, schema).to_batches()
         except BaseException as error:
             failed.append(error)
             raise
@@ -167,6 +169,11 @@ FORMATS: dict[str, Callable[[Dataset, Path, bool], None]] = {
     "datasets": _to_datasets,
     "lance": _to_lance,
 }
+
+
+def _without_status(dataset: Dataset) -> pa.Schema:
+    fields = [field for field in dataset.schema if field.name not in ("status", "error")]
+    return pa.schema(fields, metadata=dataset.schema.metadata)
 
 
 def _rows(dataset: Dataset) -> Generator[pa.Table, None, None]:

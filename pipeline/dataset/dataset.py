@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from pipeline.config.schema import OUTPUT_COLUMNS
 from pipeline.core.concurrency import AHEAD, in_order
 from pipeline.core.errors import NoDataset, StorageError, UnfinishedDataset
+from pipeline.core.plain import plain_fields, plain_table, read_batches
 from pipeline.core.records import OK
 from pipeline.dataset import commits, plan
 from pipeline.dataset.commits import Commit
@@ -28,6 +29,8 @@ from pipeline.storage.urls import explained, open_arrow
 
 # Limit in bytes on the parts in memory at a time; one part is always read.
 HELD = 1 << 30
+# Rows read at a time of a part that cannot be read at once.
+FEW_ROWS = 32
 _Result = TypeVar("_Result")
 
 
@@ -35,7 +38,7 @@ _Result = TypeVar("_Result")
 class Dataset:
     """A finished dataset; ``marker`` is the content of ``_SUCCESS``, which names every part by its digest.
 
-    ``schema`` is the schema of its parts, ``starts`` the row number at which each part begins.
+    ``schema`` is the schema of its parts with plain types, ``starts`` the row number at which each part begins.
     """
 
     storage: Storage
@@ -106,11 +109,11 @@ class Dataset:
         def load() -> pa.Table:
             if not proven:
                 with open_arrow(url) as file:
-                    return _table(file, columns)
+                    return _table(file, columns, self.schema)
             data = self.storage.read(commit.part)
             if data is None or hashlib.sha256(data).hexdigest() != commit.sha256:
                 raise StorageError(f"{url}: {'missing' if data is None else 'damaged'}; {self._way_out}")
-            return _table(pa.BufferReader(data), columns)
+            return _table(pa.BufferReader(data), columns, self.schema)
 
         try:
             with explained(url):
@@ -176,7 +179,7 @@ def open_dataset(url: str) -> Dataset:
     first = f"{storage.url.rstrip('/')}/{read[0].part}"
     try:
         with explained(first), open_arrow(first) as file:
-            schema = pq.read_schema(file)
+            schema = plain_fields(pq.read_schema(file))
     except pa.ArrowException as error:
         raise StorageError(
             f"{first}: not readable as Parquet ({error}); "
@@ -196,6 +199,15 @@ def vectors_of(column: pa.ChunkedArray) -> tuple[NDArray[Any], NDArray[np.int64]
     return values.reshape(-1, column.type.list_size), np.flatnonzero(valid)
 
 
-def _table(file: Any, columns: Sequence[str]) -> pa.Table:
+def _table(file: Any, columns: Sequence[str], known: pa.Schema) -> pa.Table:
+    """Columns of a part with the types of ``known``: earlier versions wrote views and other encodings too."""
     parquet = pq.ParquetFile(file, pre_buffer=False)
-    return parquet.read(columns=list(columns), use_threads=False).select(list(columns))
+    try:
+        table = parquet.read(columns=list(columns), use_threads=False)
+    except pa.ArrowNotImplementedError:
+        # A kept struct with more than 2 GiB of bytes.
+        groups = range(parquet.num_row_groups)
+        table = pa.Table.from_batches(
+            [batch for group in groups for batch in read_batches(parquet, group, columns, FEW_ROWS, known)]
+        )
+    return plain_table(table.select(list(columns)), known)

@@ -20,6 +20,8 @@ from pipeline.dataset.plan import Plan
 METADATA_KEY = b"pipeline"
 # Version of the encoding of rows as bytes, part of the fingerprints: raise it when the same rows give other bytes.
 LAYOUT = 2
+# Characters of an error.
+LONGEST_ERROR = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +121,7 @@ def build_table(result: ShardResult, form: PartFormat) -> pa.Table:
     columns |= {"embedding": vectors, **_labels(result, failed)}
     statuses, errors = [OK] * count, list[str | None]([None]) * count
     for position, failure in failures.items():
-        statuses[position], errors[position] = failure.status, _utf8(failure.error)
+        statuses[position], errors[position] = failure.status, short_error(_utf8(failure.error))
     columns |= {"status": pa.array(statuses, pa.string()), "error": pa.array(errors, pa.string())}
     return pa.Table.from_arrays([columns[name] for name in form.schema.names], schema=form.schema)
 
@@ -151,6 +153,15 @@ def count_statuses(rows: ShardRows) -> dict[str, int]:
     """Rows by status, ``ok`` first."""
     failed = Counter(failure.status for failure in rows.failures.values())
     return {OK: rows.shard.rows - len(rows.failures), **dict(sorted(failed.items()))}
+
+
+def short_error(text: str) -> str:
+    """A text for the column ``error``: of a longer one than :data:`LONGEST_ERROR`, the beginning and the end."""
+    if len(text) <= LONGEST_ERROR:
+        return text
+    # The end says what happened, behind the address.
+    end = LONGEST_ERROR // 2
+    return f"{text[: LONGEST_ERROR - end - 5]} ... {text[-end:]}"
 
 
 def _utf8(text: str) -> str:

@@ -18,8 +18,8 @@ from pipeline.storage.base import TEMPORARY, Storage
 
 BOOKS = {
     *(plan.NAME, commits.SUCCESS, "_report.json", "_report.html", "_run.log", "_parity.json", "_decoder_parity.json"),
-    # Those of a night.
-    *("_night.json", "_rows.parquet", "_dropped.parquet"),
+    # Those of a night, of this version and of earlier ones.
+    *("_night.json", "_rows.night", "_dropped.night", "_rows.parquet", "_dropped.parquet"),
 }
 
 

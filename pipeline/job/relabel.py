@@ -31,6 +31,8 @@ from pipeline.dataset.dataset import Dataset, vectors_of
 from pipeline.dataset.parts import LAYOUT, PartFormat, ShardResult, build_table, count_statuses, format_of
 from pipeline.engine.prepare import prompts_fingerprint
 from pipeline.engine.query import labels_of, open_model
+from pipeline.manifest.names import named_like_folders
+from pipeline.manifest.overlap import check_names
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.labels import label
 from pipeline.models.numbers import check_scores
@@ -91,6 +93,7 @@ def relabel(source: Dataset, config: Config, *, began: float | None = None) -> R
     """
     storage = open_storage(config.output.dir)
     config = config.changed({"output.dir": storage.url})
+    check_names(storage.url, list(named_like_folders([source.id, *source.kept], storage.url)))
     began = began or time.time()
     with ExitStack() as opened:
         with log_to_terminal(config.log):

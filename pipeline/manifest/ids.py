@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from pipeline.core.concurrency import in_order
 from pipeline.core.errors import ManifestError
+from pipeline.core.plain import plain_array
 from pipeline.core.processes import cores
 from pipeline.manifest.manifest import FILES_AT_A_TIME, Manifest, ManifestFile, example_row
 from pipeline.storage.urls import is_local, open_arrow
@@ -78,7 +79,7 @@ def _batches(manifest: Manifest, file: ManifestFile) -> Iterator[pa.Array]:
     with open_arrow(file.url) as handle:
         parquet = pq.ParquetFile(handle, pre_buffer=False)
         for batch in parquet.iter_batches(batch_size=BATCH_ROWS, columns=[manifest.id], use_threads=False):
-            yield batch.column(0)
+            yield plain_array(batch.column(0), manifest.schema.field(0).type)
 
 
 def _check(manifest: Manifest, position: int, ids: pa.Array) -> None:

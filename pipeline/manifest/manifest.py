@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from pipeline.config.schema import ManifestConfig, nearest
 from pipeline.core.concurrency import in_order
 from pipeline.core.errors import ConfigError, ManifestError, Problem
+from pipeline.core.plain import plain_fields, plain_type
 from pipeline.core.processes import cores
 from pipeline.manifest.files import common_folder, find_files
 from pipeline.storage.urls import filesystem, is_local, local_path, open_arrow, open_file
@@ -49,7 +50,7 @@ class ManifestFile:
 class Manifest:
     """The opened manifest; ``image_kind`` is ``path``, ``bytes`` or ``struct``.
 
-    ``schema`` holds the fields of the id and the kept columns, in the order of the output.
+    ``schema`` holds the fields of the id and the kept columns, in the order of the output, with plain types.
     """
 
     files: tuple[ManifestFile, ...]
@@ -97,7 +98,8 @@ def open_manifest(config: ManifestConfig) -> Manifest:
         if first is None:
             first = schema
         for name in (config.id, config.image, *config.keep):
-            if schema.field(name).type != first.field(name).type:
+            kinds = (plain_type(each.field(name).type, kept=True) for each in (schema, first))
+            if next(kinds) != next(kinds):
                 raise ManifestError(
                     f"{url}: column {name!r} is {schema.field(name).type}, but {first.field(name).type} in "
                     f"{urls[0]}; write all files of a manifest with one schema"
@@ -123,10 +125,10 @@ def open_manifest(config: ManifestConfig) -> Manifest:
     return Manifest(
         files=tuple(files),
         # One schema for all files, though one may promise that a column has no nulls and another not.
-        schema=pa.schema([field.remove_metadata().with_nullable(True) for field in kept]),
+        schema=plain_fields(pa.schema([field.remove_metadata().with_nullable(True) for field in kept])),
         id=config.id,
         image=config.image,
-        image_kind=_image_kind(first.field(config.image).type),
+        image_kind=_image_kind(plain_type(first.field(config.image).type)),
         root=root or roots.pop() or common_folder(urls) or "/",
     )
 
@@ -193,12 +195,12 @@ def _check_columns(url: str, schema: pa.Schema, config: ManifestConfig) -> None:
             f"{url}: no column for {', '.join(parts)}; name one of its columns: {listing}{example_row(url, 0)}"
         )
     id_type = schema.field(config.id).type
-    if not (pa.types.is_integer(id_type) or _is_text(id_type)):
+    if not (pa.types.is_integer(plain_type(id_type)) or _is_text(plain_type(id_type))):
         raise ManifestError(
             f"{url}: manifest.id={config.id} is {id_type}; ids are strings or integers: name another column, or write "
             f"this one as text; its columns are: {listing}{example_row(url, 0)}"
         )
-    if not _image_kind(schema.field(config.image).type):
+    if not _image_kind(plain_type(schema.field(config.image).type)):
         raise ManifestError(
             f"{url}: manifest.image={config.image} is {schema.field(config.image).type}; wanted a string (path or "
             f"URL), binary (encoded image), or struct<bytes, path>; its columns are: {listing}{example_row(url, 0)}"
@@ -210,7 +212,8 @@ def example_row(url: str, row: int) -> str:
     with open_arrow(url) as handle:
         parquet = pq.ParquetFile(handle, pre_buffer=False)
         schema, group = parquet.schema_arrow, 0
-        small = [f.name for f in schema if not (_is_bytes(f.type) or pa.types.is_nested(f.type))]
+        kinds = {f.name: plain_type(f.type) for f in schema}
+        small = [name for name, kind in kinds.items() if not (_is_bytes(kind) or pa.types.is_nested(kind))]
         while group < parquet.num_row_groups and row >= parquet.metadata.row_group(group).num_rows:
             row -= parquet.metadata.row_group(group).num_rows
             group += 1
@@ -234,13 +237,12 @@ def _hint(name: str, known: Sequence[str]) -> str:
 
 
 def _is_text(kind: Any) -> bool:
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 def _is_bytes(kind: Any) -> bool:
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
+    types = pa.types
+    return bool(types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind))
 
 
 def _image_kind(kind: pa.DataType) -> str:

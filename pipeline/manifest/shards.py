@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.core.errors import ManifestError
+from pipeline.core.plain import read_batches
 from pipeline.core.records import ImageRef, Piece, Shard
 from pipeline.manifest.manifest import Manifest
 from pipeline.storage.urls import open_arrow
@@ -95,12 +96,9 @@ class ShardReader:
                 )
         kind = self.manifest.image_kind
         columns = [*self.manifest.schema.names, self.manifest.image]
-        self._batches = self._parquet.iter_batches(
-            batch_size=PATH_ROWS if kind == "path" else BYTES_ROWS,
-            row_groups=[piece.row_group],
-            columns=list(dict.fromkeys(columns)),
-            use_threads=False,
-        )
+        rows = PATH_ROWS if kind == "path" else BYTES_ROWS
+        names, known = list(dict.fromkeys(columns)), self.manifest.schema
+        self._batches = read_batches(self._parquet, piece.row_group, names, rows, known)
         self._rest, skip = None, piece.start
         while skip:
             batch = self._next(piece)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from pipeline.config.schema import OUTPUT_COLUMNS
 from pipeline.core.concurrency import in_order
 from pipeline.core.errors import StorageError
+from pipeline.core.plain import plain_table
 from pipeline.dataset import commits, lease, plan
 from pipeline.dataset.dataset import Dataset, open_dataset
 from pipeline.dataset.parts import PartFormat, format_of
@@ -139,7 +140,9 @@ def _share_part(work: Assembly, previous: Dataset, shard: Shard) -> bool:
     there = previous.read(commit, names)
     if not _same_job(fingerprints_of(there.schema), work.plan):
         return False
-    if not there.replace_schema_metadata(None).equals(shard.table.replace_schema_metadata(None)):
+    # Equal values of a dictionary column may have other indices.
+    one, other = (plain_table(table.replace_schema_metadata(None)) for table in (there, shard.table))
+    if not one.equals(other):
         return False
     name = f"part-{shard.index:05d}-{commit.sha256[:16]}.parquet"
     share_file(previous.storage, commit.part, work.storage, name)

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.core.concurrency import in_order
+from pipeline.core.plain import read_batches
 from pipeline.core.processes import cores
 from pipeline.manifest.manifest import Manifest
 from pipeline.nightly.records import NightError
@@ -128,8 +129,7 @@ def scan(
                 if wanted is not None and (ahead is None or ahead[0] >= position + count):
                     position += count
                     continue
-                batches = parquet.iter_batches(rows, row_groups=[group], columns=list(columns), use_threads=False)
-                for batch in batches:
+                for batch in read_batches(parquet, group, columns, rows, manifest.schema):
                     yield position, batch
                     position += batch.num_rows
 
@@ -162,6 +162,10 @@ def _keys(batch: pa.RecordBatch, manifest: Manifest, content: Content, image: Se
 def _texts(column: pa.Array) -> pa.Array:
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
+    if isinstance(column.type, pa.BaseExtensionType):
+        column = column.storage
+    if pa.types.is_fixed_size_binary(column.type):
+        return pa.array([None if cell is None else _decoded(cell) for cell in column.to_pylist()], pa.string())
     if pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):
         return pa.array([None if cell is None else cell.hex() for cell in column.to_pylist()], pa.string())
     texts = column.cast(pa.string())
@@ -172,6 +176,14 @@ def _texts(column: pa.Array) -> pa.Array:
         raw = texts.cast(pa.binary()).to_pylist()
         texts = pa.array([None if cell is None else cell.decode(errors="backslashreplace") for cell in raw])
     return texts
+
+
+def _decoded(cell: bytes) -> str:
+    """A digest of a fixed size, which may be bytes or their hex digits."""
+    try:
+        return cell.decode()
+    except UnicodeDecodeError:
+        return cell.hex()
 
 
 def _filled(texts: pa.Array) -> pa.Array:

@@ -25,6 +25,7 @@ from pipeline.nightly.content_keys import BYTES, Content, find_content, id_type,
 from pipeline.nightly.diff import OF_COPYING, OF_DECODING, OF_READING, Rule, compare
 from pipeline.nightly.records import (
     DROPPED,
+    EARLIER,
     MANIFESTS,
     PREFIX,
     ROWS,
@@ -166,11 +167,12 @@ def compare_rows(pending: PendingNight) -> dict[str, int]:
     )
     before: Iterable[pa.RecordBatch] = ()
     if pending.previous is not None and _id_type(pending.store, pending.previous) == rule.id_type:
-        before = read_batches(open_night(pending.store, pending.previous.date), ROWS)
+        before = read_batches(*_rows_of(pending.store, pending.previous))
     with _scratch(work) as scratch:
         found = compare(read_keys(pending.manifest, pending.content), before, rule, scratch)
         work.adopt(found.rows, COMPARED, replace=True)
-        work.adopt(found.dropped, DROPPED, replace=True)
+        # Nobody reads the work folder as a dataset; the name is the one that earlier versions know.
+        work.adopt(found.dropped, EARLIER[DROPPED], replace=True)
     work.write(COUNTS, json.dumps(found.counts).encode())
     return found.counts
 
@@ -240,7 +242,13 @@ def _incomparable(store: Storage, previous: Night, manifest: Manifest, content: 
 
 
 def _id_type(store: Storage, previous: Night) -> pa.DataType:
-    return read_schema(url_of(open_night(store, previous.date), ROWS)).field("id").type
+    return read_schema(url_of(*_rows_of(store, previous))).field("id").type
+
+
+def _rows_of(store: Storage, previous: Night) -> tuple[Storage, str]:
+    """The folder of a night, and the name of the file with id, key and status of its rows."""
+    night = open_night(store, previous.date)
+    return night, ROWS if night.size(ROWS) is not None else EARLIER[ROWS]
 
 
 def _retried(content: Content, manifest: Manifest) -> tuple[str, ...]:

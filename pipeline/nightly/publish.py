@@ -1,4 +1,4 @@
-"""Publication of a night: ``_rows.parquet``, ``_dropped.parquet``, and ``_night.json`` last, which makes it count."""
+"""Publication of a night: ``_rows.night``, ``_dropped.night``, and ``_night.json`` last, which makes it count."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pipeline.dataset import plan
 from pipeline.dataset.dataset import Dataset
 from pipeline.nightly.embed import digest_of, signs_of
 from pipeline.nightly.prepare import PendingNight
-from pipeline.nightly.records import DROPPED, NIGHT, ROWS, Kind, Night
+from pipeline.nightly.records import DROPPED, EARLIER, NIGHT, ROWS, Kind, Night
 from pipeline.nightly.rows import fingerprints_of
 from pipeline.nightly.store import share_file
 
@@ -54,7 +54,10 @@ def publish(pending: PendingNight, made: NightDataset, began: float) -> Night:
         statuses = pa.concat_tables(parts)["status"]
         digest, model = digest_of(dataset.plan.fingerprints), dataset.plan.fingerprints["model"]
     counts = _write_rows(pending, statuses)
-    share_file(pending.work, DROPPED, pending.output, DROPPED)
+    share_file(pending.work, EARLIER[DROPPED], pending.output, DROPPED)
+    for name in EARLIER.values():
+        # An earlier version may have begun to publish this night.
+        pending.output.remove(name)
     verdict = _verdict(pending, counts)
     signs = signs_of(config, model)
     # The report of a continued job covers its last run only.
@@ -162,7 +165,7 @@ def _verdict(pending: PendingNight, counts: Mapping[str, int]) -> str:
 
 
 def _write_rows(pending: PendingNight, statuses: pa.ChunkedArray) -> dict[str, int]:
-    """Write ``_rows.parquet``: id, key and status of every row of the manifest, for the next night's comparison.
+    """Write ``_rows.night``: id, key and status of every row of the manifest, for the next night's comparison.
 
     ``statuses`` are those of the night's dataset. Returns the rows of the manifest by status, ``ok`` first.
     """

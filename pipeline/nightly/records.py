@@ -10,8 +10,11 @@ from pipeline.core.errors import PipelineError
 
 # Names within a store of nights.
 WORK, MANIFESTS, RUNS, PREFIX = "_work", "_manifests", "runs.parquet", "date="
-# Names within a night.
-NIGHT, ROWS, DROPPED = "_night.json", "_rows.parquet", "_dropped.parquet"
+# Names within a night. Rows and dropped ids are Parquet files too, but readers of a folder must not take them for rows
+# of the dataset, and many read every *.parquet.
+NIGHT, ROWS, DROPPED = "_night.json", "_rows.night", "_dropped.night"
+# The names that earlier versions gave them.
+EARLIER = {ROWS: "_rows.parquet", DROPPED: "_dropped.parquet"}
 SNAPSHOT, PARTITION = "snapshot", "partition"
 
 

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from pipeline.config.schema import Config
 from pipeline.core.errors import PipelineError
+from pipeline.core.plain import plain_table
 from pipeline.dataset.dataset import Dataset, open_dataset
 from pipeline.dataset.saved_config import config_of
 from pipeline.images.factory import pixel_reader
@@ -122,7 +123,7 @@ def _examples(content: DatasetSummary, count: int) -> list[Row]:
         with open_arrow(f"{content.folder.rstrip('/')}/{name}") as file:
             parquet = pq.ParquetFile(file)
             columns = [parquet.schema_arrow.names[0], "label", "score", "status"]
-            table = parquet.read(columns=columns).slice(0, REACH)
+            table = plain_table(parquet.read(columns=columns).slice(0, REACH))
         chosen = spread(table["status"].to_pylist(), count)
         if chosen:
             rows = table.take(pa.array(chosen, pa.int64())).to_pylist()

@@ -12,7 +12,9 @@ import pyarrow.parquet as pq
 
 from pipeline.core.concurrency import in_order
 from pipeline.core.errors import StorageError
+from pipeline.core.plain import plain_table
 from pipeline.core.records import OK
+from pipeline.dataset.parts import short_error
 from pipeline.report.scores import Extremes, Row, Scores
 from pipeline.storage.factory import open_storage
 from pipeline.storage.urls import open_arrow
@@ -85,7 +87,8 @@ def summarize(folder: str, parts: Sequence[tuple[str, int]], *, id: str, example
         place = f"{folder.rstrip('/')}/{part[0]}"
         try:
             with open_arrow(place) as file:
-                table = pq.read_table(file, columns=[id, "label", "score", "status", "error"], use_threads=False)
+                found = pq.read_table(file, columns=[id, "label", "score", "status", "error"], use_threads=False)
+                table = plain_table(found)
         except pa.ArrowException as error:
             raise StorageError(
                 f"{place}: not readable as Parquet ({error}); python -m pipeline.verify {folder} --repair does it again"
@@ -104,7 +107,8 @@ def summarize(folder: str, parts: Sequence[tuple[str, int]], *, id: str, example
         ):
             seen[row["status"]] += 1
             if len(failed) < examples and seen[row["status"]] <= max(3, examples // 8):
-                failed.append(Failed(start + place, row[id], row["status"], row["error"]))
+                # Earlier versions wrote longer ones.
+                failed.append(Failed(start + place, row[id], row["status"], short_error(row["error"])))
     return DatasetSummary(
         folder=folder,
         parts=tuple(parts),

@@ -21,6 +21,7 @@ import fsspec
 from pipeline.config.validate import WRAPPERS
 from pipeline.core.errors import StorageError
 from pipeline.core.records import Failure, ImageRef
+from pipeline.images.sources.cell_text import describe, too_long
 from pipeline.images.sources.http import SCHEMES, Fetcher
 from pipeline.storage.urls import filesystem, from_driver, is_local, local_path, no_driver, scheme_of
 
@@ -62,6 +63,8 @@ class Source:
             return self._checked(ref.data, "the manifest's cell")
         if not ref.path:
             return Failure("no_image", "the manifest's cell holds neither bytes nor a path")
+        if held := describe(ref.path):
+            return Failure("unreadable", held)
         path, start, stop = _split(ref.path)
         if stop is not None and stop < start:
             return Failure("unreadable", f"{ref.path}: the range ends before it starts")
@@ -76,7 +79,7 @@ class Source:
                 return self._read_local(path, start, stop)
             return self._read_remote(scheme, path, start, stop)
         except (FileNotFoundError, NotADirectoryError):
-            return Failure("not_found", f"{ref.path}: no such file")
+            return Failure("not_found", describe(ref.path, missing=True) or f"{ref.path}: no such file")
         except PermissionError as error:
             return Failure("permission", f"{ref.path}: {error.strerror or error}")
         except ImportError as error:
@@ -90,6 +93,8 @@ class Source:
                 ) from error
             if not isinstance(error, OSError | ValueError):
                 raise
+            if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+                return Failure("unreadable", too_long(ref.path))
             return Failure("unreadable", f"{ref.path}: {error}")
 
     def _read_web(self, path: str, start: int, stop: int | None) -> bytes | Failure:

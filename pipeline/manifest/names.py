@@ -1,0 +1,48 @@
+"""Names of columns that readers of a dataset take for others: in another case, or as a part of its address."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from urllib.parse import unquote
+
+from pipeline.config.schema import OUTPUT_COLUMNS
+from pipeline.core.errors import Problem
+from pipeline.storage.urls import is_local, local_path
+
+
+def differing_in_case(columns: Sequence[str]) -> Iterator[Problem]:
+    """The columns from the manifest, the id first, that differ in case only from another column of the dataset.
+
+    DuckDB, Spark and others ignore the case of names, and read one column where another was meant.
+    """
+    taken = {name: "the output" for name in OUTPUT_COLUMNS}
+    for place, name in enumerate(columns):
+        same = next((other for other in taken if other != name and other.casefold() == name.casefold()), None)
+        if same is not None:
+            allowed = f"differs in case only from the column {same} of {taken[same]}, and DuckDB, Spark and others "
+            allowed += "ignore case, so that they would read one for the other"
+            yield Problem(_key(place), name, allowed, "rename the column in the manifest")
+        taken.setdefault(name, _key(place))
+
+
+def named_like_folders(columns: Sequence[str], address: str) -> Iterator[Problem]:
+    """The columns, the id first, named like a partition such as ``date=2026-11-22`` in the address of a dataset.
+
+    Readers of partitioned folders show the value of the folder in place of that of each row.
+    """
+    place = os.path.abspath(os.path.expanduser(local_path(address))) if is_local(address) else address
+    folders = {unquote(folder.partition("=")[0]).casefold(): folder for folder in place.split("/") if "=" in folder}
+    for number, name in enumerate([*columns, *OUTPUT_COLUMNS]):
+        folder = folders.get(name.casefold())
+        if folder is None:
+            continue
+        allowed = f"is named like the folder {folder} of {address}, whose value readers would show in every row"
+        if number < len(columns):
+            yield Problem(_key(number), name, allowed, "rename the column in the manifest, or take another folder")
+        else:
+            yield Problem("output.dir", address, f"its column {name} {allowed}", "take another folder")
+
+
+def _key(place: int) -> str:
+    return "manifest.keep" if place else "manifest.id"
