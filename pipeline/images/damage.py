@@ -96,7 +96,7 @@ def _ends_early(data: bytes) -> bool:
 
 def damaged(error: Exception, data: bytes) -> Failure:
     """The failure of a file for which a plugin of Pillow raised ``error``."""
-    text = str(error) or type(error).__name__
+    text = str(error).strip() or type(error).__name__
     lowered = text.lower()
     # The last two are torch's.
     if any(words in lowered for words in ("out of memory", "can't allocate memory", "bad_alloc")):

@@ -17,11 +17,12 @@ from pipeline.core.records import Failure
 from pipeline.images import bitmaps, tiff
 
 HEIF, JXL = "HEIF", "JXL"
-# Formats that a package besides Pillow decodes: its module, and how to install it.
+# Formats that a package besides Pillow decodes: the package, what it is for, and how to install it.
 PACKAGES = {
-    HEIF: ("pi_heif", "HEIC and HEIF photos", "pip install pi-heif"),
-    JXL: ("pillow_jxl", "JPEG XL pictures", install_hint("jxl")),
+    HEIF: ("pi-heif", "HEIC and HEIF photos", "pip install pi-heif"),
+    JXL: ("pillow-jxl-plugin", "JPEG XL pictures", install_hint("jxl")),
 }
+_MODULES = {HEIF: "pi_heif", JXL: "pillow_jxl"}
 # Brands of files of boxes (ISO/IEC 23008-12) by the codec of the picture.
 _AVIF_BRANDS = frozenset((b"avif", b"avis"))
 _HEVC_BRANDS = frozenset((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"))
@@ -114,7 +115,7 @@ def not_allowed(name: str, formats: Sequence[str]) -> Failure:
 
 def installed(name: str) -> bool:
     """True if the package that decodes a format is there."""
-    return name not in PACKAGES or find_spec(PACKAGES[name][0]) is not None
+    return name not in _MODULES or find_spec(_MODULES[name]) is not None
 
 
 def load(formats: Sequence[str]) -> None:
@@ -134,8 +135,8 @@ def load(formats: Sequence[str]) -> None:
 def _missing(kind: str) -> Failure | None:
     if installed(kind):
         return None
-    module, what, way_out = PACKAGES[kind]
-    return Failure("unsupported", f"{what} are decoded by the package {module}, which is not installed: {way_out}")
+    package, what, way_out = PACKAGES[kind]
+    return Failure("unsupported", f"{what} are decoded by the package {package}, which is not installed: {way_out}")
 
 
 def _open_heif(data: bytes) -> Image.Image | Failure:
@@ -168,7 +169,7 @@ class JxlImage(ImageFile.ImageFile):
                 # libjxl has turned the picture; a JPEG that was packed losslessly is turned by its EXIF.
                 self.info = image.info if image.jpeg else {}
             self._encoded = b""
-        return super().load()
+        return super().load()  # type: ignore[no-untyped-call]
 
 
 class _Bits:

@@ -59,15 +59,11 @@ def is_whole(data: bytes, image: Image.Image) -> bool:
     Raises:
         MemoryError: there is no memory for the pixels.
     """
-    # An eighth of the size where the shape of the pixels is not looked at: the data of the scans is read all the same.
-    least = {"min_height": 1, "min_width": 1}
     try:
-        if not takes(data, image) or simplejpeg.decode_jpeg_header(data, strict=True)[:2] != (
-            image.height,
-            image.width,
-        ):
+        if not takes(data, image) or simplejpeg.decode_jpeg_header(data, strict=True)[:2] != image.size[::-1]:
             return False
-        simplejpeg.decode_jpeg(data, "RGB", strict=True, **least)
+        # At an eighth of the size: the data of the scans is read all the same.
+        simplejpeg.decode_jpeg(data, "RGB", strict=True, min_height=1, min_width=1)
     except (ValueError, RuntimeError):
         return False
     return True

@@ -122,16 +122,16 @@ def described(data: bytes) -> str | None:
     """The layout of a file in words; None where its tags cannot be read."""
     try:
         page = _first(data)
+        if page is None or not page.all(WIDTH) or not page.all(HEIGHT):
+            return None
+        bits, samples = "/".join(map(str, page.all(BITS)[:8])) or "1", page.one(SAMPLES, 1)
+        order = "big" if page.order == ">" else "little"
+        return (
+            f"photometric interpretation {page.one(PHOTOMETRIC, 0)}, {samples} samples of {bits} bits, extra samples "
+            f"{list(page.all(EXTRA)[:8])}, fill order {page.one(FILL, 1)}, {order}-endian"
+        )
     except (struct.error, LookupError):
         return None
-    if page is None or not page.all(WIDTH) or not page.all(HEIGHT):
-        return None
-    bits, samples = "/".join(map(str, page.all(BITS)[:8])) or "1", page.one(SAMPLES, 1)
-    order = "big" if page.order == ">" else "little"
-    return (
-        f"photometric interpretation {page.one(PHOTOMETRIC, 0)}, {samples} samples of {bits} bits, extra samples "
-        f"{list(page.all(EXTRA)[:8])}, fill order {page.one(FILL, 1)}, {order}-endian"
-    )
 
 
 def _unsupported(reason: str) -> Failure:

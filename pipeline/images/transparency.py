@@ -64,7 +64,8 @@ def _with_key(image: Image.Image, data: bytes) -> Image.Image:
 
 
 def _equal(plane: Image.Image, value: int) -> NDArray[np.bool_]:
-    return np.equal(np.asarray(plane), value)
+    alike: NDArray[np.bool_] = np.asarray(plane) == value
+    return alike
 
 
 def _on_screen(image: Image.Image, frame: Box) -> Image.Image:
