@@ -173,7 +173,8 @@ def test_a_large_jpeg_with_an_oddity_is_judged_as_by_exact(options: dict[str, An
     ]
     for data in spoiled:
         check_alike(data, SMALL)
-    assert len(taken) == 2 * len(spoiled)
+    # The one without an end is read again with one.
+    assert len(taken) == 2 * (len(spoiled) + 1)
     # A picture of this size is scaled indeed.
     assert apart(decoder("scaled").pixels(large, SMALL), decoder("fast").pixels(large, SMALL)) > 0
 

@@ -23,10 +23,12 @@ OUTPUT_COLUMNS = ("embedding", "label", "score", "top_labels", "top_scores", "st
 # Formats that Pillow decodes from bytes alone. Formats that start another program or read other files (EPS, PDF, WMF,
 # ...) and scientific stubs (FITS, HDF5, GRIB, BUFR) are left out on purpose. MPO, the format of 3-D cameras and gain
 # maps, opens as the JPEG that it begins with.
-FORMATS = (
+PILLOW_FORMATS = (
     "AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "QOI", "SGI",
     "TGA", "TIFF", "WEBP",
 )  # fmt: skip
+# HEIF, of which HEIC is the usual kind, is decoded by pi-heif, and JXL (JPEG XL) by the extra jxl.
+FORMATS = (*PILLOW_FORMATS, "HEIF", "JXL")
 
 
 DEVICE = Text(

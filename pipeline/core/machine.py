@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-PACKAGES = ("torch", "transformers", "tokenizers", "pillow", "pyarrow", "numpy", "hydra-core", "fsspec")
+PACKAGES = ("torch", "transformers", "tokenizers", "pillow", "pi-heif", "pyarrow", "numpy", "hydra-core", "fsspec")
 
 
 def memory() -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from pipeline.core.errors import BackendUnavailable, PipelineError
@@ -23,6 +24,7 @@ def look(subject: Subject) -> Iterator[Check]:
     from pipeline.core.records import PreprocessSpec
     from pipeline.engine.demo.folder import jpeg
     from pipeline.engine.demo.scenes import sample
+    from pipeline.images.formats import PACKAGES
     from pipeline.models.architectures import OPENAI_MEAN, OPENAI_STD
 
     config = subject.job
@@ -30,7 +32,24 @@ def look(subject: Subject) -> Iterator[Check]:
     spec = PreprocessSpec(resize=224, crop=(224, 224), resample=3, mean=OPENAI_MEAN, std=OPENAI_STD)
     for kind in CHOICES["images.decoder"]:
         yield _gpu(config, spec) if kind == "gpu" else _in_process(config, kind, data, spec)
+    for name in PACKAGES:
+        yield _further(config, name)
     yield _isolated(config, data, spec)
+
+
+def _further(config: Config, name: str) -> Check:
+    """Check the package that decodes a format besides Pillow."""
+    from pipeline.images.formats import HEIF, PACKAGES, installed
+
+    package, what, way_out = PACKAGES[name]
+    if name not in config.images.formats:
+        return Check(GROUP, name, Status.SKIP, f"images.formats is without {name}")
+    if not installed(name):
+        status = Status.WARN if name == HEIF else Status.SKIP
+        return Check(
+            GROUP, name, status, f"{package} is not installed: {what} are rows with status unsupported", way_out
+        )
+    return Check(GROUP, name, Status.OK, f"{what} by {package} {version(package)}")
 
 
 def _in_process(config: Config, kind: str, data: bytes, spec: PreprocessSpec) -> Check:

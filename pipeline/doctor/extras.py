@@ -15,6 +15,7 @@ GROUP = "extras"
 # Purpose of the extras that neither a backend nor a cluster needs; one that is not listed here is still checked.
 USES = {
     "gpu": "images=gpu",
+    "jxl": "JPEG XL pictures",
     "nightly": "jobs/nightly.py",
     "metrics": "metrics.textfile, metrics.pushgateway",
     "otel": "metrics.opentelemetry",

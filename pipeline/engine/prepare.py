@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from pipeline.core.records import Parity, TextBank
 from pipeline.dataset import lease, parts, plan
 from pipeline.engine.engine import Engine
 from pipeline.engine.loop import Job
-from pipeline.images.versions import library
+from pipeline.images.versions import fingerprint as decoding
 from pipeline.storage.base import Storage
 from pipeline.telemetry.tracing import span
 
@@ -107,7 +106,7 @@ def fingerprints(engine: Engine) -> dict[str, Any]:
     config, bank = engine.config, engine.bank()
     return {
         "model": engine.checkpoint.fingerprint,
-        "images": {**dataclasses.asdict(config.images), "library": library(config.images.decoder)},
+        "images": decoding(config.images),
         "backend": engine.encoder.fingerprint,
         "batch_size": config.loader.batch_size,
         "prompts": None if bank is None else prompts_fingerprint(config, bank),

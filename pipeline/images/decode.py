@@ -8,16 +8,17 @@ The rules (all part of the dataset's fingerprint):
   (``ignore``). Metadata that cannot be read turns nothing.
 - Animation, several pages or sizes: the first frame (of an icon, the largest).
 - Palettes: expanded, with their transparency.
-- Transparency: composed onto ``images.transparency``; ``drop`` keeps the hidden colour.
+- Transparency: composed onto ``images.transparency``; ``drop`` keeps the hidden colour. So is the screen around a GIF's
+  first frame. An alpha channel of zeros alone is none in BMP, ICO and TGA.
 - 16 bits a sample: the high byte counts. 32-bit integers are read as 16-bit samples, which is what
   they hold in PNG, TIFF and PGM files; floats are scaled from their lowest and highest value.
 - CMYK, YCbCr, LAB and HSV: Pillow's conversion; embedded colour profiles are not applied.
-- Damage: a truncated or corrupt image is a failure, never half a picture.
+- Variants that Pillow would show wrongly: ``unsupported`` (see :mod:`pipeline.images.tiff`).
+- Damage: a truncated or corrupt image is a failure, never half a picture. Metadata that is too large is left out.
 """
 
 from __future__ import annotations
 
-import io
 import threading
 import warnings
 from collections.abc import Callable
@@ -25,13 +26,16 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from pipeline.core.records import Failure, Pixels, PreprocessSpec
 from pipeline.images.damage import damaged, too_large, unidentified
+from pipeline.images.deep import flattened
+from pipeline.images.formats import open_image
 from pipeline.images.orientation import DAMAGE, LARGE_PIXELS, upright
 from pipeline.images.preprocess import preprocess
+from pipeline.images.transparency import frame_of, settled
+from pipeline.images.whole import without_cause
 
 T = TypeVar("T")
 
@@ -39,8 +43,6 @@ T = TypeVar("T")
 EXACT = "exact"
 # Decodes as much of a damaged file as possible, for thumbnails; in a process of its own, and never for a dataset.
 GLANCE, GLANCE_SIZE = "glance", (320, 320)
-# Rows of deep samples that are scaled at a time.
-BAND = 256
 _large_lock = threading.Lock()
 
 # Pillow warns of odd metadata that changes no pixel; a run over millions of files would log nothing else.
@@ -112,9 +114,21 @@ class Decoder:
         image before it is loaded, and may give the result at once; where it gives None, Pillow loads the image.
 
         Statuses of a failure: ``not_an_image``, ``format_not_allowed``, ``truncated``, ``corrupt``,
-        ``too_many_pixels``, ``unsupported`` (a variant that Pillow does not decode, or a colour mode
-        without a rule), ``out_of_memory``.
+        ``too_many_pixels``, ``unsupported`` (a variant that is not decoded, or a colour mode without a rule),
+        ``out_of_memory``.
         """
+        result = self._attempt(data, finish, read)
+        if isinstance(result, Failure) and self.kind != GLANCE:
+            # It may decode whole pictures, too, and few files come here.
+            with self.large_lock:
+                lean = without_cause(data, result)
+            if lean is not None and not isinstance(again := self._attempt(lean, finish, read), Failure):
+                return again
+        return result
+
+    def _attempt(
+        self, data: bytes, finish: Callable[[Image.Image], T], read: Callable[[Image.Image], T | None]
+    ) -> T | Failure:
         try:
             return self._decode(data, finish, read)
         except Image.DecompressionBombError as error:
@@ -129,7 +143,10 @@ class Decoder:
     def _decode(
         self, data: bytes, finish: Callable[[Image.Image], T], read: Callable[[Image.Image], T | None]
     ) -> T | Failure:
-        with Image.open(io.BytesIO(data), formats=self.formats) as image:
+        opened = open_image(data, self.formats)
+        if isinstance(opened, Failure):
+            return opened
+        with opened as image:
             pixels = image.width * image.height
             if pixels > self.max_pixels:
                 return Failure(
@@ -139,33 +156,36 @@ class Decoder:
             with self.large_lock if pixels > LARGE_PIXELS else nullcontext():
                 if (done := read(image)) is not None:
                     return done
-                rgb = self._load(image)
+                rgb = self._load(image, data)
                 return rgb if isinstance(rgb, Failure) else finish(rgb)
 
-    def _load(self, image: Image.Image) -> Image.Image | Failure:
+    def _load(self, image: Image.Image, data: bytes) -> Image.Image | Failure:
         # Pillow turns a TIFF as it loads it, and leaves other formats as they are stored.
         turned_on_load = self.exif == "ignore" and image.format == "TIFF"
         orientation = image.getexif().get(ExifTags.Base.Orientation) if turned_on_load else None
         if self.kind == GLANCE:
             # JPEG at a fraction of its size, where that is large enough for a thumbnail.
             image.draft(None, GLANCE_SIZE)
+        frame = frame_of(image)
         # JPEG decodes to RGB at once; other formats keep their own mode until the rule is known.
         image.load()
         if image.width * image.height > self.max_pixels:
             return Failure("too_many_pixels", f"{image.width} x {image.height} pixels once decoded")
+        whole = settled(image, data, frame)
         if self.exif == "apply":
-            turned = upright(image)
+            turned = upright(whole)
         elif orientation in _UNTURNED:
-            turned = image.transpose(_UNTURNED[orientation])
+            turned = whole.transpose(_UNTURNED[orientation])
         else:
-            turned = image
+            turned = whole
         return self._to_rgb(turned)
 
-    def _to_rgb(self, image: Image.Image) -> Image.Image:
+    def _to_rgb(self, image: Image.Image) -> Image.Image | Failure:
         if image.mode == "RGB" and "transparency" not in image.info:
             return image
         if image.mode.startswith("I") or image.mode == "F":
-            return _deep_to_rgb(image)
+            grey = flattened(image)
+            return grey if isinstance(grey, Failure) else self._to_rgb(grey)
         if image.has_transparency_data and self.transparency != "drop":
             rgba = image if image.mode == "RGBA" else image.convert("RGBA")
             background = Image.new("RGBA", rgba.size, (*_BACKGROUNDS[self.transparency], 255))
@@ -180,24 +200,3 @@ def limit_pixels(count: int) -> None:
     """
     Image.MAX_IMAGE_PIXELS = max(1, count // 2)
     ImageFile.LOAD_TRUNCATED_IMAGES = False
-
-
-def _deep_to_rgb(image: Image.Image) -> Image.Image:
-    samples = np.asarray(image)
-    grey = np.empty(samples.shape, dtype=np.uint8)
-    # Some rows at a time: the sums need eight bytes a sample.
-    bands = [slice(start, start + BAND) for start in range(0, len(samples), BAND)]
-    if image.mode != "F":
-        for band in bands:
-            grey[band] = np.clip(samples[band].astype(np.int64), 0, 65_535) >> 8
-        return Image.fromarray(grey).convert("RGB")
-    low = min(float(_finite(samples[band]).min()) for band in bands)
-    high = max(float(_finite(samples[band]).max()) for band in bands)
-    for band in bands:
-        finite = _finite(samples[band])
-        grey[band] = ((finite - low) / (high - low) * 255).round() if high > low else 0
-    return Image.fromarray(grey).convert("RGB")
-
-
-def _finite(samples: np.ndarray) -> np.ndarray:
-    return np.nan_to_num(samples.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)

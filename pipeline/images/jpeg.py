@@ -15,12 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
-# Markers of a frame: baseline, extended and progressive, all by Huffman's code. Whether lossless and arithmetic
-# ones are decoded depends on the build of a library.
-_ORDINARY = (0xC0, 0xC1, 0xC2)
-_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-# The most segments that are read before the frame; one with a large colour profile and metadata has some dozens.
-_SEGMENTS = 1024
+from pipeline.images.jpeg_frame import ORDINARY, frame
+
 # Scales of the inverse DCT that have vector code; the eighths between them take longer than the next larger one.
 _SCALES = (8, 4, 2)
 
@@ -29,7 +25,7 @@ def takes(data: bytes, image: Image.Image) -> bool:
     """True if a file is an ordinary JPEG; ``image`` is the same file, opened by Pillow and not loaded yet."""
     if not isinstance(image, JpegImageFile) or image.mode not in ("RGB", "L"):
         return False
-    return [tile.offset for tile in image.tile] == [0] and _frame(data) in _ORDINARY
+    return [tile.offset for tile in image.tile] == [0] and frame(data)[0] in ORDINARY
 
 
 def decode(data: bytes, size: tuple[int, int], *, scale: int = 1) -> NDArray[np.uint8] | None:
@@ -57,20 +53,23 @@ def decode(data: bytes, size: tuple[int, int], *, scale: int = 1) -> NDArray[np.
     return pixels if pixels.shape == wanted else None
 
 
+def is_whole(data: bytes, image: Image.Image) -> bool:
+    """True if every block of a file was there, for all that libjpeg-turbo says; ``image`` as for :func:`takes`.
+
+    Raises:
+        MemoryError: there is no memory for the pixels.
+    """
+    try:
+        if not takes(data, image) or simplejpeg.decode_jpeg_header(data, strict=True)[:2] != image.size[::-1]:
+            return False
+        # At an eighth of the size: the data of the scans is read all the same.
+        simplejpeg.decode_jpeg(data, "RGB", strict=True, min_height=1, min_width=1)
+    except (ValueError, RuntimeError):
+        return False
+    return True
+
+
 def scale_for(size: tuple[int, int], least: tuple[int, int]) -> int:
     """The largest of 8, 4, 2 and 1 that divides ``size`` into no less than ``least`` on either axis."""
     fits = (scale for scale in _SCALES if all(have >= scale * want for have, want in zip(size, least, strict=True)))
     return next(fits, 1)
-
-
-def _frame(data: bytes) -> int:
-    """The marker of the first frame; 0 if anything but segments comes before it."""
-    position = 2
-    for _ in range(_SEGMENTS):
-        if data[position : position + 1] != b"\xff" or position + 4 > len(data):
-            return 0
-        marker = data[position + 1]
-        if marker in _FRAMES:
-            return marker
-        position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-    return 0

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import PIL
 
+from pipeline.config.schema import FORMATS, PILLOW_FORMATS, ImagesConfig
 from pipeline.images.decode import EXACT
+
+# Packages that decode further formats, and the version with which that began. It is left out of fingerprints, so that
+# datasets from before stay the same ones.
+_FURTHER = {"HEIF": ("pi-heif", "1.4.0"), "JXL": ("pillow-jxl-plugin", "1.3.8")}
+
+
+def fingerprint(images: ImagesConfig) -> dict[str, Any]:
+    """What decides how images become pixels: the config, and the versions of the libraries."""
+    formats = list(images.formats)
+    if formats == list(FORMATS):
+        # The default: that of earlier datasets is the same one.
+        formats = list(PILLOW_FORMATS)
+    return {**asdict(images), "formats": formats, "library": library(images.decoder) + _further(images.formats)}
 
 
 def library(kind: str) -> str:
@@ -29,3 +46,13 @@ def _codec() -> str:
         with suppress(PackageNotFoundError):
             return version(f"nvidia-nvimgcodec-{cuda}")
     return "of unknown version"
+
+
+def _further(formats: Sequence[str]) -> str:
+    """The versions behind further formats, where they are installed and not those that began it."""
+    words = ""
+    for name, (package, first) in _FURTHER.items():
+        with suppress(PackageNotFoundError):
+            if name in formats and version(package) != first:
+                words += f", {package} {version(package)}"
+    return words

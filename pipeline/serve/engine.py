@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import logging
@@ -30,7 +29,7 @@ from pipeline.engine.forward import Labelling, memory_explained
 from pipeline.images.factory import decoder_of, open_decoders, worker_threads
 from pipeline.images.reader import PixelReader
 from pipeline.images.sources.source import Source
-from pipeline.images.versions import library
+from pipeline.images.versions import fingerprint as decoding
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.serve.forward import Forward, Picture, Row
 from pipeline.serve.text_cache import Texts
@@ -177,7 +176,7 @@ def _fingerprints(parts: job.Engine, encoder: ImageEncoder) -> dict[str, Any]:
     config, bank = parts.config, parts.bank()
     return {
         "model": parts.checkpoint.fingerprint,
-        "images": {**dataclasses.asdict(config.images), "library": library(config.images.decoder)},
+        "images": decoding(config.images),
         "backend": encoder.fingerprint,
         "batch_sizes": shapes(config),
         "prompts": None if bank is None else {"text": bank.fingerprint, "count": len(bank.names)},

@@ -25,6 +25,7 @@ from PIL import AvifImagePlugin, Image, ImageCms, ImageColor, ImageFile, ImageOp
 
 from pipeline.core.failpoints import failpoint
 from pipeline.core.records import Failure, Pixels, PreprocessSpec
+from pipeline.images import formats, jpeg  # noqa: F401
 from pipeline.images.decode import EXACT, GLANCE, Decoder, limit_pixels
 from pipeline.images.pool.protocol import CRASHED, DONE, OUT_OF_MEMORY, READY, Answer, State, parse_request
 
@@ -127,6 +128,7 @@ def _end_with(parent: int) -> None:
 def _load_all(decoder: Decoder) -> None:
     """Load whatever decoding may need later, when no file can be opened any more."""
     Image.init()
+    formats.load(decoder.formats)
     limit_pixels(decoder.max_pixels)
     # As many decoders run as there are cores; threads of their own would only take memory.
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1
