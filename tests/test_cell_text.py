@@ -49,7 +49,7 @@ def encoded() -> dict[str, tuple[str, str]]:
         "python-bytes": (repr(JPEG), "bytes as Python prints them"),
         "python-dict": (repr({"bytes": JPEG}), "a dict as Python prints it"),
         "long-text": ("word " * 2000, "longer than a path can be"),
-        "long-name": ("x" * 300, "longer than a path can be"),
+        "long-name": ("x" * 450, "longer than a path can be"),
         "long-cjk": ("日本" * 3000, "longer than a path can be"),
     }
 

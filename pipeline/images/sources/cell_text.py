@@ -8,6 +8,8 @@ import re
 
 # Linux opens no longer path, and stores have no longer names; only web addresses may be longer.
 LONGEST = 4096
+# A path of up to so many characters is shown whole.
+SHOWN = 400
 # Names of files have at most as many bytes.
 _NAME = 255
 _URL = re.compile(r"data:(?:[\w.+-]+/[\w.+-]+)?(?:;[^,/]{0,100})*,", re.IGNORECASE)

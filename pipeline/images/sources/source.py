@@ -21,7 +21,7 @@ import fsspec
 from pipeline.config.validate import WRAPPERS
 from pipeline.core.errors import StorageError
 from pipeline.core.records import Failure, ImageRef
-from pipeline.images.sources.cell_text import describe, too_long
+from pipeline.images.sources.cell_text import SHOWN, describe, too_long
 from pipeline.images.sources.http import SCHEMES, Fetcher
 from pipeline.storage.urls import filesystem, from_driver, is_local, local_path, no_driver, scheme_of
 
@@ -94,7 +94,8 @@ class Source:
             if not isinstance(error, OSError | ValueError):
                 raise
             if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-                return Failure("unreadable", too_long(ref.path))
+                shown = f"{ref.path}: {error.strerror}" if len(ref.path) <= SHOWN else too_long(ref.path)
+                return Failure("unreadable", shown)
             return Failure("unreadable", f"{ref.path}: {error}")
 
     def _read_web(self, path: str, start: int, stop: int | None) -> bytes | Failure:
