@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline.config.schema import DEMO_MODEL, ModelConfig
 from pipeline.core.errors import ModelError
@@ -25,6 +27,8 @@ WANTED_FILES = (
 # The hub's own bot adds safetensors to older checkpoints as pull requests; OpenAI's CLIP has them only there.
 # transformers trusts the same author and title.
 CONVERTER, CONVERSION = "SFconvertbot", "Adding `safetensors` variant of this model"
+# Seconds to wait for an answer of the hub.
+HUB_SECONDS = 20.0
 log = logging.getLogger(__name__)
 
 
@@ -59,7 +63,8 @@ def find_folder(config: ModelConfig) -> Path:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return _download(config)
+        with _no_endless_wait():
+            return _download(config)
     except HFValidationError as error:
         raise ModelError(f"model.name={config.name}: neither a folder nor a hub id: {error}") from error
     except Exception as error:
@@ -141,6 +146,19 @@ def _has_weights(folder: Path) -> bool:
         return True
     shards = shards_of(folder)
     return bool(shards) and all((folder / name).is_file() for name in shards)
+
+
+@contextmanager
+def _no_endless_wait() -> Iterator[None]:
+    """Give requests to the hub a limit, which its client has for downloads only: a network may swallow packets."""
+    from huggingface_hub.utils import get_session
+
+    session: Any = get_session()
+    before, session.timeout = session.timeout, HUB_SECONDS
+    try:
+        yield
+    finally:
+        session.timeout = before
 
 
 def _from_hub(error: Exception) -> bool:
