@@ -175,7 +175,11 @@ class Case:
 
 def numpy_loads(out: Path, ids: list[Any]) -> None:
     assert np.load(out / "ids.npy").tolist() == ids
-    assert len(np.load(out / "embeddings.npy")) == pq.read_table(out / "metadata.parquet").num_rows == len(ids)
+    assert len(np.load(out / "embeddings.npy")) == len(ids)
+    table = pq.read_table(out / "metadata.parquet")
+    assert table["id"].to_pylist() == ids
+    for name in {*KEPT} & {*table.column_names}:
+        assert table[name].to_pylist() == KEPT[name].to_pylist()[: len(ids)], name
 
 
 def faiss_loads(out: Path, ids: list[Any]) -> None:
@@ -192,12 +196,20 @@ def datasets_loads(out: Path, ids: list[Any]) -> None:
     assert rows["id"][:] == ids
     assert len(rows.with_format("numpy")["embedding"][:]) == len(ids)
     assert len(list(rows)) == len(ids)
+    for name in {*KEPT} & {*rows.column_names}:
+        found, given = rows.data[name].to_pylist(), KEPT[name].to_pylist()[: len(ids)]
+        if name.startswith("map"):
+            given = [None if pairs is None else [{"key": a, "value": b} for a, b in pairs] for pairs in given]
+        assert found == ([None if value is None else str(value) for value in given] if name == "uuid" else given), name
 
 
 def lance_loads(out: Path, ids: list[Any]) -> None:
     import lance
 
-    assert lance.dataset(str(out / "vectors.lance")).to_table()["id"].to_pylist() == ids
+    table = lance.dataset(str(out / "vectors.lance")).to_table()
+    assert table["id"].to_pylist() == ids
+    for name in {*KEPT} & {*table.column_names}:
+        assert table[name].to_pylist() == KEPT[name].to_pylist()[: len(ids)], name
 
 
 LOADED: dict[str, Callable[[Path, list[Any]], None]] = {
