@@ -16,7 +16,7 @@ import pytest
 
 import pipeline
 from pipeline import convert, search, verify
-from pipeline.config.schema import OUTPUT_COLUMNS, Config
+from pipeline.config.schema import OUTPUT_COLUMNS, Config, ManifestConfig
 from pipeline.core.plain import plain_array, plain_type
 from pipeline.dataset import commits, plan
 from pipeline.dataset.dataset import open_dataset
@@ -24,9 +24,11 @@ from pipeline.dataset.parts import format_of
 from pipeline.engine.query import derive
 from pipeline.job.main import run_job
 from pipeline.job.relabel import relabel
+from pipeline.manifest.manifest import open_manifest
+from pipeline.nightly.content_keys import find_content, read_keys
 from pipeline.report.__main__ import main as report
 from pipeline.storage.factory import open_storage
-from tests.encodings import IDS, IMAGES, ROWS, TEXTS, dictionary, images, kept, runs
+from tests.encodings import IDS, IMAGES, NUMBERS, ROWS, TEXTS, dictionary, images, kept, runs
 from tests.jobs import config_for
 from tests.nights import healthy, night
 
@@ -161,7 +163,21 @@ class Case:
         expected = {"carried": ROWS - 3, "new": 1, "retried": 1, "dropped": 1}
         assert {kind: count for kind, count in made.kinds.items() if count} == expected
 
-    def everything(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def partitions(self) -> None:
+        """Two nights of which the second holds only what is new or is tried again."""
+        store = self.folder / "partitions"
+        for day, away in ((FIRST, 10), (SECOND, 4)):
+            write(without(self.table, away), self.folder / "m.parquet")
+            made = night(self.config, store, day, layout="partition")
+            assert (made.anew, made.rows, made.counts["ok"]) == ("", ROWS - 1, ROWS - 2)
+            assert healthy(store / f"date={day}")
+        rows = self.table
+        for _ in range(ROWS - 2):
+            rows = without(rows, 0)
+        self.check(made.dataset, rows)
+        assert pq.read_table(store / f"date={SECOND}" / "_dropped.night")["id"].to_pylist() == [self.ids[4]]
+
+    def commands(self, capsys: pytest.CaptureFixture[str]) -> None:
         self.run()
         self.resume()
         self.verify()
@@ -170,12 +186,19 @@ class Case:
         self.search(capsys)
         self.convert("numpy")
         self.api()
+
+    def everything(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self.commands(capsys)
         self.nights()
 
 
 def numpy_loads(out: Path, ids: list[Any]) -> None:
     assert np.load(out / "ids.npy").tolist() == ids
-    assert len(np.load(out / "embeddings.npy")) == pq.read_table(out / "metadata.parquet").num_rows == len(ids)
+    assert len(np.load(out / "embeddings.npy")) == len(ids)
+    table = pq.read_table(out / "metadata.parquet")
+    assert table["id"].to_pylist() == ids
+    for name in {*KEPT} & {*table.column_names}:
+        assert table[name].to_pylist() == KEPT[name].to_pylist()[: len(ids)], name
 
 
 def faiss_loads(out: Path, ids: list[Any]) -> None:
@@ -192,12 +215,20 @@ def datasets_loads(out: Path, ids: list[Any]) -> None:
     assert rows["id"][:] == ids
     assert len(rows.with_format("numpy")["embedding"][:]) == len(ids)
     assert len(list(rows)) == len(ids)
+    for name in {*KEPT} & {*rows.column_names}:
+        found, given = rows.data[name].to_pylist(), KEPT[name].to_pylist()[: len(ids)]
+        if name.startswith("map"):
+            given = [None if pairs is None else [{"key": a, "value": b} for a, b in pairs] for pairs in given]
+        assert found == ([None if value is None else str(value) for value in given] if name == "uuid" else given), name
 
 
 def lance_loads(out: Path, ids: list[Any]) -> None:
     import lance
 
-    assert lance.dataset(str(out / "vectors.lance")).to_table()["id"].to_pylist() == ids
+    table = lance.dataset(str(out / "vectors.lance")).to_table()
+    assert table["id"].to_pylist() == ids
+    for name in {*KEPT} & {*table.column_names}:
+        assert table[name].to_pylist() == KEPT[name].to_pylist()[: len(ids)], name
 
 
 LOADED: dict[str, Callable[[Path, list[Any]], None]] = {
@@ -219,12 +250,22 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
     return cases
 
 
+@pytest.fixture
+def mixed(tmp_path: Path) -> Case:
+    """Views as ids, in structs of images, and every type of a kept column."""
+    image = images(tmp_path / "photos")["struct-binary_view-string"]
+    return Case(tmp_path, table_of(tmp_path, id=IDS["string_view"], image=image, **KEPT))
+
+
 def test_views_dictionaries_and_every_kept_type_work_with_every_command(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    mixed: Case, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    image = images(tmp_path / "photos")["struct-binary_view-string_view"]
-    table = table_of(tmp_path, id=IDS["string_view"], image=image, **kept())
-    Case(tmp_path, table).everything(capsys)
+    mixed.commands(capsys)
+
+
+def test_views_dictionaries_and_every_kept_type_work_night_after_night(mixed: Case) -> None:
+    mixed.nights()
+    mixed.partitions()
 
 
 @pytest.mark.slow
@@ -376,3 +417,34 @@ def test_a_nested_column_keeps_its_values_in_every_slice(depth: int, leaf: pa.Da
         assert part.to_pylist() == array.slice(start, length).to_pylist()
         # Arrow's own operations take it.
         assert pa.table({"x": part}).take(pa.array([*range(length)], pa.int64())).num_rows == length
+
+
+DIGESTS = [bytes([number]) * 16 for number in range(ROWS)]
+HEX = [digest.hex() for digest in DIGESTS]
+
+
+@pytest.mark.parametrize(
+    ("column", "wanted"),
+    [
+        (pa.array(HEX, pa.string_view()), HEX),
+        (dictionary(HEX, index=pa.int8()), HEX),
+        (pa.array(HEX, pa.large_string()), HEX),
+        (pa.array([text.encode() for text in HEX], pa.binary(32)), HEX),
+        (pa.array(DIGESTS, pa.binary_view()), HEX),
+        (pa.array(DIGESTS, pa.large_binary()), HEX),
+        (dictionary(DIGESTS), HEX),
+        (pa.array([b"\xff" + digest for digest in DIGESTS], pa.binary(17)), [f"ff{text}" for text in HEX]),
+        (pa.array([b"\xff" * 15 + bytes([number]) for number in range(ROWS)], pa.uuid()),
+         ["ff" * 15 + f"{number:02x}" for number in range(ROWS)]),
+        (pa.array(NUMBERS, pa.uint8()), [str(number) for number in NUMBERS]),
+    ],
+    ids=lambda value: str(value.type)[:40] if isinstance(value, pa.Array) else "",
+)  # fmt: skip
+def test_a_digest_of_every_type_is_a_key_of_the_content(tmp_path: Path, column: pa.Array, wanted: list[str]) -> None:
+    write(table_of(tmp_path, digest=column), tmp_path / "m.parquet")
+    manifest = open_manifest(ManifestConfig(path=str(tmp_path / "m.parquet"), image="image", root=str(tmp_path)))
+    content = find_content(manifest, "auto")
+    assert content.digest
+    keys = pa.Table.from_batches(read_keys(manifest, content))
+    assert keys["key"].to_pylist() == wanted
+    assert keys["id"].to_pylist() == TEXTS

@@ -206,6 +206,31 @@ def test_kept_columns_of_any_type_travel_unchanged(tmp_path: Path, name: str) ->
     assert found[name].to_pylist() == NESTED[name].to_pylist()
 
 
+@pytest.mark.parametrize("place", range(5))
+def test_files_of_one_manifest_may_encode_the_same_type_differently(tmp_path: Path, place: int) -> None:
+    encodings = [
+        pa.array(TEXTS),
+        pa.array(TEXTS, pa.string_view()),
+        pa.array(TEXTS).dictionary_encode(),
+        pa.array(TEXTS).dictionary_encode().cast(pa.dictionary(pa.int8(), pa.string())),
+        pa.array(TEXTS[::-1]).dictionary_encode(),
+    ]
+    (tmp_path / "many").mkdir()
+    wanted = []
+    for number, column in enumerate(encodings[place:] + encodings[:place]):
+        ids = pa.array([f"{number}{text}" for text in column.to_pylist()]).cast(column.type)
+        write(tmp_path / "many" / f"{number}.parquet", pa.table({"id": ids, "kind": column, "path": column}))
+        wanted += [{"id": id, "kind": kind} for id, kind in zip(ids.to_pylist(), column.to_pylist(), strict=True)]
+    manifest = opened(tmp_path / "many", keep=["kind"])
+    check_ids(manifest)
+    assert manifest.schema.types == [pa.string(), pa.string()]
+    found = rows_of(manifest)
+    assert found.select(["id", "kind"]).to_pylist() == wanted
+    assert [ref.path for batch in found.to_batches() for ref in refs(manifest, batch)] == [
+        row["kind"] for row in wanted
+    ]
+
+
 def test_kept_columns_come_in_the_order_of_the_config_and_may_hold_the_image(tmp_path: Path) -> None:
     manifest = opened(write(tmp_path / "m.parquet", NESTED), keep=["price", "path", "tags"])
     assert manifest.schema.names == ["id", "price", "path", "tags"]

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config.schema import ManifestConfig
 from pipeline.core.errors import ManifestError
 from pipeline.core.records import ImageRef, Piece, Shard
+from pipeline.dataset.dataset import _table
 from pipeline.dataset.plan import count_shards
 from pipeline.manifest.manifest import Manifest, ManifestFile, open_manifest
 from pipeline.manifest.shards import BYTES_ROWS, PATH_ROWS, ShardReader, cut, refs
@@ -223,3 +225,14 @@ def test_rows_that_hold_more_than_two_gibibytes_are_read(tmp_path: Path, kind: s
     assert copied["id"].to_pylist() == positions.tolist()
     first = copied["image"][1].as_py()
     assert len(first if kind == "flat" else first["bytes"]) == BIG
+
+
+@pytest.mark.slow
+def test_a_part_with_a_kept_column_of_more_than_two_gibibytes_is_read(tmp_path: Path) -> None:
+    big_images(tmp_path / "part.parquet", "struct", 40)
+    schema = pq.read_schema(tmp_path / "part.parquet")
+    table = _table(pa.OSFile(str(tmp_path / "part.parquet")), ["image", "id"], schema)
+    assert table.column_names == ["image", "id"]
+    assert table["id"].to_pylist() == [*range(40)]
+    sizes = [size for chunk in table["image"].chunks for size in pc.binary_length(chunk.field("bytes")).to_pylist()]
+    assert sizes == [BIG if 5 <= row < 27 else None if row % 3 == 0 else 5 for row in range(40)]

@@ -87,7 +87,7 @@ def open_manifest(config: ManifestConfig) -> Manifest:
     if config.path is None:
         raise ManifestError("manifest.path is null; give a Parquet file, a folder of them, or a glob")
     urls = find_files(config.path)
-    files, first, roots = [], None, set()
+    files, first, roots, mixed = [], None, set(), set[str]()
     local = is_local(config.path)
     # A store has digests of its own.
     total = sum(_size(url) for url in urls) if local else 0
@@ -98,8 +98,10 @@ def open_manifest(config: ManifestConfig) -> Manifest:
         if first is None:
             first = schema
         for name in (config.id, config.image, *config.keep):
-            kinds = (plain_type(each.field(name).type, kept=True) for each in (schema, first))
-            if next(kinds) != next(kinds):
+            one, other = schema.field(name).type, first.field(name).type
+            if plain_type(one, kept=True) != plain_type(other, kept=True):
+                mixed.add(name)
+            if plain_type(one) != plain_type(other):
                 raise ManifestError(
                     f"{url}: column {name!r} is {schema.field(name).type}, but {first.field(name).type} in "
                     f"{urls[0]}; write all files of a manifest with one schema"
@@ -117,7 +119,9 @@ def open_manifest(config: ManifestConfig) -> Manifest:
             f"manifest.path={config.path}: its files were built with different roots ({places}); build them from one "
             f"folder, or set manifest.root"
         )
-    kept = [first.field(config.id), *(first.field(name) for name in config.keep)]
+    kept = [first.field(name) for name in (config.id, *config.keep)]
+    # A dictionary in one file, and its values in another.
+    kept = [field.with_type(plain_type(field.type)) if field.name in mixed else field for field in kept]
     root = config.root
     if root and is_local(root):
         # A relative path would mean another folder in a process with another working directory.
