@@ -11,6 +11,7 @@ from PIL import Image
 
 from pipeline.core.records import Failure
 from pipeline.images.bitmaps import looks_like_tga
+from pipeline.images.formats import family
 from pipeline.images.jpeg_frame import undecoded
 from pipeline.images.tiff import described, is_tiff
 
@@ -52,7 +53,7 @@ def unidentified(data: bytes, formats: Sequence[str]) -> Failure:
         return Failure("truncated", "shorter than its header says")
     if reason := _variant(data):
         return Failure("unsupported", reason)
-    if head.startswith(_KNOWN) or (data[:4] == b"RIFF" and data[8:12] == b"WEBP"):
+    if head.startswith(_KNOWN) or family(data) or (data[:4] == b"RIFF" and data[8:12] == b"WEBP"):
         return Failure("corrupt", "the header is damaged")
     return Failure("not_an_image", f"no known image format; starts with {data[:8]!r}")
 
@@ -70,7 +71,7 @@ def _variant(data: bytes) -> str | None:
 
 
 def _ends_early(data: bytes) -> bool:
-    """True if a PNG, WebP, TIFF, AVIF or JPEG 2000 file is shorter than its header says; Pillow does not check this."""
+    """True if a PNG, WebP, TIFF, AVIF, HEIF, JPEG XL or JPEG 2000 file is shorter than its header says; Pillow does not check this."""
     if data[:4] == b"\x89PNG":
         return b"IEND" not in data
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
@@ -79,7 +80,7 @@ def _ends_early(data: bytes) -> bool:
         return len(data) <= int.from_bytes(data[4:8], "little" if data[:2] == b"II" else "big")
     if data[:4] == b"\xff\x4f\xff\x51":
         return b"\xff\xd9" not in data[-64:]
-    if data[4:8] not in (b"ftyp", b"jP  "):
+    if data[4:8] not in (b"ftyp", b"jP  ", b"JXL "):
         return False
     position = 0
     for _ in range(_BOXES):
