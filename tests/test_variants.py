@@ -155,6 +155,16 @@ def test_a_targa_that_pillow_does_not_decode_is_unsupported(data: bytes) -> None
     assert status(data) == "unsupported"
 
 
+# PCX
+
+
+@pytest.mark.parametrize(("bits", "planes"), [(2, 1), (4, 1), (8, 4), (8, 2)])
+def test_a_pcx_file_of_another_layout_is_unsupported(bits: int, planes: int) -> None:
+    data = bytearray(saved(Image.fromarray(COLOURS), "PCX"))
+    data[3], data[65] = bits, planes
+    assert status(bytes(data)) == "unsupported"
+
+
 # ICO
 
 
@@ -268,7 +278,7 @@ OPTIONS = [
 ]
 JPEGS = [
     saved(Image.fromarray(np.tile(COLOURS, (times, times, 1))).convert(mode), "JPEG", quality=90, **options)
-    for times, mode, options in itertools.product((1, 8), ("RGB", "L"), OPTIONS)
+    for times, mode, options in itertools.product((1, 8), ("RGB", "L", "CMYK"), OPTIONS)
 ]
 
 

@@ -22,7 +22,13 @@ _KNOWN = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"\0\
 # In errors of plugins about variants that they do not decode.
 _UNSUPPORTED = (
     *("unknown raw mode", "invalid palette size", "has not been built in", "not supported", "unsupported feature"),
-    *("unsupported codec", "unsupported color", "unsupported image type", "unrecognized image mode"),
+    *(
+        "unsupported codec",
+        "unsupported color",
+        "unsupported image type",
+        "unrecognized image mode",
+        "unknown pcx mode",
+    ),
 )
 # The most boxes that are read of a file of boxes (AVIF, JPEG 2000); a valid one has a handful.
 _BOXES = 64
@@ -71,7 +77,7 @@ def _variant(data: bytes) -> str | None:
 
 
 def _ends_early(data: bytes) -> bool:
-    """True if a PNG, WebP, TIFF, AVIF, HEIF, JPEG XL or JPEG 2000 file is shorter than its header says; Pillow does not check this."""
+    """True if a PNG, WebP or TIFF file or one of boxes is shorter than its header says; Pillow does not check this."""
     if data[:4] == b"\x89PNG":
         return b"IEND" not in data
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
