@@ -58,7 +58,9 @@ def decode(data: bytes, size: tuple[int, int], *, scale: int = 1) -> NDArray[np.
 
 
 def is_whole(data: bytes, image: Image.Image) -> bool:
-    """True if every block of a file was there, for all that libjpeg-turbo says; ``image`` as for :func:`takes`, and CMYK too.
+    """True if every block of a file was there, for all that libjpeg-turbo says.
+
+    CMYK with subsampled inks, which simplejpeg does not decode, is not whole. ``image`` is as for :func:`takes`.
 
     Raises:
         MemoryError: there is no memory for the pixels.
