@@ -279,6 +279,7 @@ OPTIONS = [
 JPEGS = [
     saved(Image.fromarray(np.tile(COLOURS, (times, times, 1))).convert(mode), "JPEG", quality=90, **options)
     for times, mode, options in itertools.product((1, 8), ("RGB", "L", "CMYK"), OPTIONS)
+    if mode != "CMYK" or options.get("subsampling") != "4:2:0"
 ]
 
 
