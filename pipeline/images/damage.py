@@ -21,14 +21,8 @@ _RAW = (b"IIRO", b"IIRS", b"MMOR", b"IIU\0", b"FUJIFILMCCD-RAW", b"II\x1a\0\0\0H
 _KNOWN = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"\0\0\1\0", b"\0\0\0\x0cjP  ", b"qoif")
 # In errors of plugins about variants that they do not decode.
 _UNSUPPORTED = (
-    *("unknown raw mode", "invalid palette size", "has not been built in", "not supported", "unsupported feature"),
-    *(
-        "unsupported codec",
-        "unsupported color",
-        "unsupported image type",
-        "unrecognized image mode",
-        "unknown pcx mode",
-    ),
+    *("unknown raw mode", "invalid palette size", "has not been built in", "not supported", "unrecognized image mode"),
+    "unknown pcx mode",
 )
 # The most boxes that are read of a file of boxes (AVIF, JPEG 2000); a valid one has a handful.
 _BOXES = 64

@@ -182,12 +182,12 @@ class JxlImage(ImageFile.ImageFile):
                 # Its own message is about how libjxl was built.
                 raise OSError("libjxl cannot decode it: the data ends early or is damaged") from error
             with image:
-                image.load()
+                image.load()  # type: ignore[no-untyped-call]
                 self._mode, self._size, self.im = image.mode, image.size, image.im
                 # libjxl has turned the picture; a JPEG that was packed losslessly is turned by its EXIF.
                 self.info = image.info if image.jpeg else {}
             self._encoded = b""
-        return super().load()  # type: ignore[no-untyped-call]
+        return super().load()
 
 
 class _Bits:
