@@ -14,6 +14,7 @@ from PIL import ExifTags, Image
 
 from pipeline.config.schema import FORMATS, PILLOW_FORMATS, ImagesConfig
 from pipeline.core.records import Failure, Pixels, PreprocessSpec
+from pipeline.images import versions
 from pipeline.images.decode import Decoder
 from pipeline.images.formats import family, jxl_size, open_image
 from pipeline.images.pool.pool import Decoders
@@ -198,6 +199,21 @@ def test_avif_is_known_by_all_its_brands(major: bytes, rest: tuple[bytes, ...]) 
     assert near(decode(branded), PHOTO, 4)
 
 
+@pytest.mark.compat("imagecodecs")
+@pytest.mark.parametrize("bits", [8, 10, 12])
+@pytest.mark.parametrize("alpha", [False, True])
+def test_avif_of_every_depth_is_what_another_decoder_sees(bits: int, alpha: bool) -> None:
+    import imagecodecs
+
+    pixels = PHOTO if not alpha else np.dstack([PHOTO, np.where(PHOTO[:, :, :1] > 100, 255, 0)])
+    samples = np.round(pixels / 255 * (2**bits - 1)).astype(np.uint8 if bits == 8 else np.uint16)
+    data = imagecodecs.avif_encode(samples, level=95, bitspersample=bits)
+    theirs = imagecodecs.avif_decode(data).astype(float) / (2**bits - 1) * 255
+    if alpha:
+        theirs = theirs[:, :, :3] * theirs[:, :, 3:] / 255 + 255 - theirs[:, :, 3:]
+    assert near(decode(data), theirs, 1.5)
+
+
 def test_avif_that_is_not_listed_is_named() -> None:
     data = saved(photo(), "AVIF")
     result = failure(data[:8] + b"miaf" + data[12:], formats=("HEIF", "PNG"))
@@ -296,3 +312,10 @@ def test_the_default_formats_have_the_fingerprint_of_earlier_datasets() -> None:
     assert found["library"].split(",")[0].startswith("Pillow ")
     named = fingerprint(ImagesConfig(formats=["JPEG", "HEIF"]))
     assert named["formats"] == ["JPEG", "HEIF"]
+
+
+def test_another_version_of_what_decodes_heic_is_another_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = ImagesConfig(formats=["JPEG", "HEIF"])
+    monkeypatch.setattr(versions, "_FURTHER", {"HEIF": ("pi-heif", "0.1")})
+    assert ", pi-heif " in fingerprint(images)["library"]
+    assert "pi-heif" not in fingerprint(ImagesConfig(formats=["JPEG"]))["library"]

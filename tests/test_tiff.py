@@ -26,8 +26,9 @@ DOWN, ACROSS = np.mgrid[:HEIGHT, :WIDTH].astype(np.float64)
 GREY = (ACROSS * 3 + DOWN * 2) / ((WIDTH - 1) * 3 + (HEIGHT - 1) * 2) * 255
 RGB = np.stack([ACROSS / WIDTH * 255, DOWN / HEIGHT * 255, (ACROSS + DOWN) / (WIDTH + HEIGHT) * 255], axis=2)
 ALPHA = np.where(ACROSS < WIDTH // 2, 255.0, 128.0)
-# Byte order, compression, tiles of 16 pixels, planes.
-STORED = tuple(itertools.product("<>", (False, True), (0, 16), (1, 2)))
+# Byte order, compression, pieces, planes.
+PIECES: dict[str, dict[str, int]] = {"one strip": {}, "strips": {"strip": 10}, "tiles": {"tile": 16}}
+STORED = tuple(itertools.product("<>", (False, True), PIECES, (1, 2)))
 LITTLE, PACKED, RAW, ONE_PLANE = (
     frozenset(stored for stored in STORED if stored[index] == value)
     for index, value in ((0, "<"), (1, True), (1, False), (3, 1))
@@ -68,8 +69,8 @@ def difference(data: bytes, wanted: Array) -> float | str:
 def check(samples: Array, wanted: Array, faithful: frozenset[Any], near: float = 1.0, **layout: Any) -> None:
     """In each way in which the samples can be stored, the file is near ``wanted``, or unsupported."""
     for stored in STORED:
-        order, deflate, tile, planar = stored
-        data = tiff(samples, Layout(order=order, deflate=deflate, tile=tile, planar=planar, **layout))
+        order, deflate, pieces, planar = stored
+        data = tiff(samples, Layout(order=order, deflate=deflate, planar=planar, **PIECES[pieces], **layout))
         found = difference(data, wanted)
         if stored in faithful:
             assert isinstance(found, float), (stored, layout, found)
