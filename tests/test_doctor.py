@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import torch
 from huggingface_hub import constants
 
 from pipeline.config.compose import compose_config
-from pipeline.config.schema import BackendConfig, Config, ModelConfig, PromptsConfig
+from pipeline.config.schema import BackendConfig, Config, LoaderConfig, ModelConfig, PromptsConfig
 from pipeline.core.errors import BackendUnavailable
 from pipeline.doctor import __main__ as doctor
 from pipeline.doctor import backends, batch, decoders, disk, extras, hub, output, versions
@@ -445,8 +446,22 @@ def test_decoders_decode_and_the_gpu_is_left_out() -> None:
     config = replace(Config(), backend=BackendConfig(device="cpu"))
     checks = list(decoders.look(Subject(config, False, "", None)))
     statuses = {check.name: check.status for check in checks}
-    wanted = {name: Status.OK for name in ("exact", "fast", "scaled", "isolation")}
-    assert statuses == {**wanted, "gpu": Status.SKIP}
+    wanted = {name: Status.OK for name in ("exact", "fast", "scaled", "HEIF", "isolation")}
+    # An extra decodes JPEG XL.
+    jxl = Status.OK if find_spec("pillow_jxl") else Status.SKIP
+    assert statuses == {**wanted, "JXL": jxl, "gpu": Status.SKIP}
+
+
+def test_formats_without_their_package_are_named_with_the_way_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("pi_heif", "pillow_jxl"):
+        monkeypatch.setitem(sys.modules, name, None)
+    config = replace(Config(), backend=BackendConfig(device="cpu"), loader=LoaderConfig(isolation="none"))
+    checks = list(decoders.look(Subject(config, False, "", None)))
+    heif, jxl = found(iter(checks), "HEIF"), found(iter(checks), "JXL")
+    assert (heif.status, jxl.status) == (Status.WARN, Status.SKIP)
+    assert "HEIC" in heif.fact
+    assert "pi-heif" in heif.way_out
+    assert "jxl" in jxl.way_out
 
 
 # One batch.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import struct
 import zlib
@@ -25,8 +26,9 @@ DOWN, ACROSS = np.mgrid[:HEIGHT, :WIDTH].astype(np.float64)
 GREY = (ACROSS * 3 + DOWN * 2) / ((WIDTH - 1) * 3 + (HEIGHT - 1) * 2) * 255
 RGB = np.stack([ACROSS / WIDTH * 255, DOWN / HEIGHT * 255, (ACROSS + DOWN) / (WIDTH + HEIGHT) * 255], axis=2)
 ALPHA = np.where(ACROSS < WIDTH // 2, 255.0, 128.0)
-# Byte order, compression, tiles of 16 pixels, planes.
-STORED = tuple(itertools.product("<>", (False, True), (0, 16), (1, 2)))
+# Byte order, compression, pieces, planes.
+PIECES: dict[str, dict[str, int]] = {"one strip": {}, "strips": {"strip": 10}, "tiles": {"tile": 16}}
+STORED = tuple(itertools.product("<>", (False, True), PIECES, (1, 2)))
 LITTLE, PACKED, RAW, ONE_PLANE = (
     frozenset(stored for stored in STORED if stored[index] == value)
     for index, value in ((0, "<"), (1, True), (1, False), (3, 1))
@@ -67,8 +69,8 @@ def difference(data: bytes, wanted: Array) -> float | str:
 def check(samples: Array, wanted: Array, faithful: frozenset[Any], near: float = 1.0, **layout: Any) -> None:
     """In each way in which the samples can be stored, the file is near ``wanted``, or unsupported."""
     for stored in STORED:
-        order, deflate, tile, planar = stored
-        data = tiff(samples, Layout(order=order, deflate=deflate, tile=tile, planar=planar, **layout))
+        order, deflate, pieces, planar = stored
+        data = tiff(samples, Layout(order=order, deflate=deflate, planar=planar, **PIECES[pieces], **layout))
         found = difference(data, wanted)
         if stored in faithful:
             assert isinstance(found, float), (stored, layout, found)
@@ -250,6 +252,12 @@ def test_bands_of_satellites(bits: int, bands: int) -> None:
     check(np.dstack([levels(GREY, bits)] * bands), GREY, NONE, bits=bits, extra=(0,) * (bands - 1))
 
 
+@pytest.mark.parametrize(("predictor", "compression"), [(2, 32_773), (3, 32_773), (34_892, 8), (7, 5)])
+def test_predictors_that_decoders_disagree_about_are_named(predictor: int, compression: int) -> None:
+    found = difference(tiff(levels(GREY, 8), Layout(tags={259: [compression], 317: [predictor]})), GREY)
+    assert f"predictor {predictor}" in str(found)
+
+
 @pytest.mark.parametrize("compression", [9, 34_661, 34_712, 34_887, 50_001, 50_002, 65_000])
 def test_compressions_that_are_not_decoded_are_named(compression: int) -> None:
     found = difference(tiff(levels(GREY, 8), Layout(tags={259: [compression]})), GREY)
@@ -348,3 +356,79 @@ def test_damaged_tags_raise_nothing(seed: int) -> None:
 def test_a_truncated_file_of_an_unsupported_layout_is_no_picture() -> None:
     data = tiff(levels(RGB, 16), Layout(bits=16, photometric=2, planar=2))
     assert isinstance(DECODER.decode(data[: len(data) // 2]), Failure)
+
+
+# Files of an independent writer, which reads them back too.
+
+COMPRESSIONS = [
+    "packbits",
+    "lzw",
+    "adobe_deflate",
+    "deflate",
+    "lzma",
+    "zstd",
+    "jpeg",
+    "webp",
+    "lerc",
+    "jpeg2000",
+    "png",
+]
+WRITTEN: dict[str, tuple[Array, Array, dict[str, Any]]] = {
+    "grey": (levels(GREY, 8).astype(np.uint8), GREY, {"photometric": "minisblack"}),
+    "grey, white is zero": (levels(255 - GREY, 8).astype(np.uint8), GREY, {"photometric": "miniswhite"}),
+    "16 bits": (levels(GREY, 16).astype(np.uint16), GREY, {"photometric": "minisblack"}),
+    "16 bits, white is zero": (levels(255 - GREY, 16).astype(np.uint16), GREY, {"photometric": "miniswhite"}),
+    "floats": ((GREY / 255).astype(np.float32), GREY, {"photometric": "minisblack"}),
+    "32 bits": (levels(GREY, 16).astype(np.uint32), GREY, {"photometric": "minisblack"}),
+    "RGB": (levels(RGB, 8).astype(np.uint8), RGB, {"photometric": "rgb"}),
+    "RGB of 16 bits": (levels(RGB, 16).astype(np.uint16), RGB, {"photometric": "rgb"}),
+    "CMYK": (levels(np.dstack([255 - RGB, 0 * GREY]), 8).astype(np.uint8), RGB, {"photometric": "separated"}),
+    "RGBA": (
+        levels(np.dstack([RGB, ALPHA]), 8).astype(np.uint8),
+        on_white(RGB),
+        {"photometric": "rgb", "extrasamples": ["unassalpha"]},
+    ),
+    "one bit": (GREY > 127, np.where(GREY > 127, 255.0, 0.0), {"photometric": "minisblack"}),
+}
+
+
+@pytest.mark.compat("tifffile", "imagecodecs")
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+@pytest.mark.parametrize("name", WRITTEN)
+def test_files_of_another_writer_are_what_its_reader_sees_or_unsupported(name: str, compression: str) -> None:
+    import tifffile
+
+    samples, wanted, options = WRITTEN[name]
+    count = 0
+    for order, tile, planar, predictor in itertools.product(
+        "<>", (None, (16, 16)), ("contig", "separate"), (None, True)
+    ):
+        if samples.ndim == 2 and planar == "separate":
+            continue
+        file = io.BytesIO()
+        stored = samples.transpose(2, 0, 1) if planar == "separate" else samples
+        layout = {"tile": tile, "planarconfig": planar if samples.ndim == 3 else None, "predictor": predictor}
+        try:
+            tifffile.imwrite(file, stored, byteorder=order, compression=compression, metadata=None, **layout, **options)
+            tifffile.imread(io.BytesIO(file.getvalue()))
+        except (ValueError, TypeError, KeyError, RuntimeError, NotImplementedError):
+            # Not every writer combines all of these.
+            continue
+        found = difference(file.getvalue(), wanted)
+        count += isinstance(found, float)
+        assert isinstance(found, str) or found <= 2.5, (order, tile, planar, predictor)
+    assert count or compression in ("jpeg", "webp", "lerc", "jpeg2000", "png")
+
+
+@pytest.mark.compat("cv2")
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("photometric", [1, 2])
+def test_another_decoder_sees_the_same(photometric: int, bits: int) -> None:
+    import cv2
+
+    samples = levels(RGB if photometric == 2 else GREY, bits)
+    data = tiff(samples, Layout(bits=bits, photometric=photometric, tags={339: None}))
+    theirs = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    found = difference(data, theirs[:, :, ::-1].astype(np.float64))
+    assert isinstance(found, float)
+    assert found <= 1

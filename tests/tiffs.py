@@ -19,7 +19,10 @@ _REVERSED = np.packbits(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], a
 
 @dataclass(frozen=True)
 class Layout:
-    """The tags that say how samples are stored; ``tags`` are further ones, or None for one that is left out."""
+    """The tags that say how samples are stored; ``tags`` are further ones, or None for one that is left out.
+
+    ``tile`` is the side of tiles, and ``strip`` the rows of a strip; 0 is none, and all rows.
+    """
 
     bits: int = 8
     photometric: int = 1
@@ -29,6 +32,7 @@ class Layout:
     fill: int = 1
     deflate: bool = False
     tile: int = 0
+    strip: int = 0
     big: bool = False
     extra: tuple[int, ...] = ()
     tags: Mapping[int, Sequence[int] | None] = field(default_factory=dict)
@@ -55,7 +59,7 @@ def tiff(samples: Array, layout: Layout) -> bytes:
     if layout.tile:
         tags |= {322: [layout.tile], 323: [layout.tile]}
     else:
-        tags |= {278: [height]}
+        tags |= {278: [layout.strip or height]}
     if layout.extra:
         tags[338] = layout.extra
     return assemble([tags | dict(layout.tags)], pieces, layout)
@@ -103,7 +107,8 @@ def _directory(tags: Mapping[int, Sequence[int] | None], at: int, order: str, *,
 
 def _pieces(plane: Array, layout: Layout) -> list[Array]:
     if not layout.tile:
-        return [plane]
+        rows = layout.strip or len(plane)
+        return [plane[row : row + rows] for row in range(0, len(plane), rows)]
     height, width = plane.shape[:2]
     side = layout.tile
     padded = np.pad(plane, ((0, -height % side), (0, -width % side), (0, 0)), mode="edge")

@@ -57,7 +57,7 @@ def looks_like_tga(data: bytes) -> bool:
         return False
     width, height = struct.unpack_from("<HH", data, 12)
     (colours,) = struct.unpack_from("<H", data, 5)
-    size = width * height * ((data[16] + 7) // 8)
+    size: int = width * height * ((data[16] + 7) // 8)
     before: int = _TGA_HEADER + data[0] + data[1] * colours * ((data[7] + 7) // 8)
     if data[2] & _TGA_RUNS:
         return data.endswith(_TGA_FOOTER)

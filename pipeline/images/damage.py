@@ -11,6 +11,7 @@ from PIL import Image
 
 from pipeline.core.records import Failure
 from pipeline.images.bitmaps import looks_like_tga
+from pipeline.images.formats import family
 from pipeline.images.jpeg_frame import undecoded
 from pipeline.images.tiff import described, is_tiff
 
@@ -20,8 +21,8 @@ _RAW = (b"IIRO", b"IIRS", b"MMOR", b"IIU\0", b"FUJIFILMCCD-RAW", b"II\x1a\0\0\0H
 _KNOWN = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"\0\0\1\0", b"\0\0\0\x0cjP  ", b"qoif")
 # In errors of plugins about variants that they do not decode.
 _UNSUPPORTED = (
-    *("unknown raw mode", "invalid palette size", "has not been built in", "not supported", "unsupported feature"),
-    *("unsupported codec", "unsupported color", "unsupported image type", "unrecognized image mode"),
+    *("unknown raw mode", "invalid palette size", "has not been built in", "not supported", "unrecognized image mode"),
+    "unknown pcx mode",
 )
 # The most boxes that are read of a file of boxes (AVIF, JPEG 2000); a valid one has a handful.
 _BOXES = 64
@@ -52,7 +53,7 @@ def unidentified(data: bytes, formats: Sequence[str]) -> Failure:
         return Failure("truncated", "shorter than its header says")
     if reason := _variant(data):
         return Failure("unsupported", reason)
-    if head.startswith(_KNOWN) or (data[:4] == b"RIFF" and data[8:12] == b"WEBP"):
+    if head.startswith(_KNOWN) or family(data) or (data[:4] == b"RIFF" and data[8:12] == b"WEBP"):
         return Failure("corrupt", "the header is damaged")
     return Failure("not_an_image", f"no known image format; starts with {data[:8]!r}")
 
@@ -70,7 +71,7 @@ def _variant(data: bytes) -> str | None:
 
 
 def _ends_early(data: bytes) -> bool:
-    """True if a PNG, WebP, TIFF, AVIF or JPEG 2000 file is shorter than its header says; Pillow does not check this."""
+    """True if a PNG, WebP or TIFF file or one of boxes is shorter than its header says; Pillow does not check this."""
     if data[:4] == b"\x89PNG":
         return b"IEND" not in data
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
@@ -79,7 +80,7 @@ def _ends_early(data: bytes) -> bool:
         return len(data) <= int.from_bytes(data[4:8], "little" if data[:2] == b"II" else "big")
     if data[:4] == b"\xff\x4f\xff\x51":
         return b"\xff\xd9" not in data[-64:]
-    if data[4:8] not in (b"ftyp", b"jP  "):
+    if data[4:8] not in (b"ftyp", b"jP  ", b"JXL "):
         return False
     position = 0
     for _ in range(_BOXES):

@@ -32,6 +32,8 @@ _HEIF_BRANDS = _HEVC_BRANDS | {b"mif1", b"mif2", b"msf1", b"miaf", b"1pic", b"jp
 _PILLOW_AVIF = (b"avif", b"avis", b"mif1", b"msf1")
 # A valid file has a handful of brands.
 _MOST_BRANDS = 64
+_JPEG_2000 = (b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51")
+_FULL_DEPTH = 8
 _JXL_CODESTREAM, _JXL_BOXES = b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n"
 
 
@@ -51,7 +53,8 @@ def open_image(data: bytes, formats: Sequence[str]) -> Image.Image | Failure:
             return _open_heif(data)
         if kind == JXL:
             return JxlImage(io.BytesIO(data))
-        if data[8:12] not in _PILLOW_AVIF:
+        # A still picture that is said to be a sequence has no track that libavif could open.
+        if data[8:12] not in _PILLOW_AVIF or (data[8:12] == b"avis" and b"moov" not in data):
             data = data[:8] + b"avif" + data[12:]
     if (name := _by_signature(data)) is not None and name not in formats:
         return not_allowed(name, formats)
@@ -70,10 +73,20 @@ def _prepared(data: bytes) -> tiff.Reading | Failure:
     """A file for Pillow, without what it would misread."""
     if tiff.is_tiff(data):
         return tiff.prepare(data)
+    if data.startswith(_JPEG_2000) and (depth := _jpeg_2000_depth(data)) < _FULL_DEPTH:
+        # Pillow leaves their white at 128 to 254.
+        return Failure("unsupported", f"a JPEG 2000 file of {depth} bits a sample is not decoded")
     if not data.startswith((bitmaps.BMP, bitmaps.ICO)):
         return tiff.Reading(data)
     sound = bitmaps.prepare(data)
     return sound if isinstance(sound, Failure) else tiff.Reading(sound)
+
+
+def _jpeg_2000_depth(data: bytes) -> int:
+    """The least number of bits of a component; 8 where that cannot be read."""
+    at = data.find(_JPEG_2000[1]) + 2
+    components = data[at + 40 : at + 40 + 3 * int.from_bytes(data[at + 38 : at + 40], "big") : 3] if at > 1 else b""
+    return min(((byte & 127) + 1 for byte in components), default=_FULL_DEPTH)
 
 
 def family(data: bytes) -> str | None:
@@ -163,13 +176,18 @@ class JxlImage(ImageFile.ImageFile):
         if self._encoded:
             from pillow_jxl.JpegXLImagePlugin import JXLImageFile
 
-            with JXLImageFile(io.BytesIO(self._encoded)) as image:
-                image.load()
+            try:
+                image = JXLImageFile(io.BytesIO(self._encoded))
+            except RuntimeError as error:
+                # Its own message is about how libjxl was built.
+                raise OSError("libjxl cannot decode it: the data ends early or is damaged") from error
+            with image:
+                image.load()  # type: ignore[no-untyped-call]
                 self._mode, self._size, self.im = image.mode, image.size, image.im
                 # libjxl has turned the picture; a JPEG that was packed losslessly is turned by its EXIF.
                 self.info = image.info if image.jpeg else {}
             self._encoded = b""
-        return super().load()  # type: ignore[no-untyped-call]
+        return super().load()
 
 
 class _Bits:

@@ -23,7 +23,11 @@ _SCALES = (8, 4, 2)
 
 def takes(data: bytes, image: Image.Image) -> bool:
     """True if a file is an ordinary JPEG; ``image`` is the same file, opened by Pillow and not loaded yet."""
-    if not isinstance(image, JpegImageFile) or image.mode not in ("RGB", "L"):
+    return image.mode in ("RGB", "L") and _is_ordinary(data, image)
+
+
+def _is_ordinary(data: bytes, image: Image.Image) -> bool:
+    if not isinstance(image, JpegImageFile):
         return False
     return [tile.offset for tile in image.tile] == [0] and frame(data)[0] in ORDINARY
 
@@ -54,16 +58,19 @@ def decode(data: bytes, size: tuple[int, int], *, scale: int = 1) -> NDArray[np.
 
 
 def is_whole(data: bytes, image: Image.Image) -> bool:
-    """True if every block of a file was there, for all that libjpeg-turbo says; ``image`` as for :func:`takes`.
+    """True if every block of a file was there, for all that libjpeg-turbo says.
+
+    CMYK with subsampled inks, which simplejpeg does not decode, is not whole. ``image`` is as for :func:`takes`.
 
     Raises:
         MemoryError: there is no memory for the pixels.
     """
     try:
-        if not takes(data, image) or simplejpeg.decode_jpeg_header(data, strict=True)[:2] != image.size[::-1]:
+        if not _is_ordinary(data, image) or simplejpeg.decode_jpeg_header(data, strict=True)[:2] != image.size[::-1]:
             return False
         # At an eighth of the size: the data of the scans is read all the same.
-        simplejpeg.decode_jpeg(data, "RGB", strict=True, min_height=1, min_width=1)
+        colours = "CMYK" if image.mode == "CMYK" else "RGB"
+        simplejpeg.decode_jpeg(data, colours, strict=True, min_height=1, min_width=1)
     except (ValueError, RuntimeError):
         return False
     return True

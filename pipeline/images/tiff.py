@@ -14,7 +14,7 @@ from pipeline.core.records import Failure
 
 WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC, FILL, STRIPS = 256, 257, 258, 259, 262, 266, 273
 SAMPLES, SIZES, PLANAR, COLOURS, TILES, SUBPAGES, INKS, EXTRA, FORM = 277, 279, 284, 320, 324, 330, 332, 338, 339
-SUBFILE, SUBSAMPLING, REFERENCE, DNG_VERSION = 254, 530, 532, 50_706
+SUBFILE, PREDICTOR, SUBSAMPLING, REFERENCE, DNG_VERSION = 254, 317, 530, 532, 50_706
 _MARKS = (b"II*\0", b"MM\0*", b"MM*\0", b"II\0*", b"II+\0", b"MM\0+")
 # Types of whole numbers: format, and numbers in one value (a rational has two).
 _TYPES = {1: ("B", 1), 3: ("H", 1), 4: ("I", 1), 5: ("I", 2), 13: ("I", 1), 16: ("Q", 1)}
@@ -37,6 +37,7 @@ _KINDS: Mapping[int, tuple[str, int, tuple[int, ...]]] = {
 # Not compressed, fax, LZW, JPEG, Deflate, PackBits, ThunderScan, LZMA and Zstandard.
 _RAW, _FAX, _OLD_JPEG, _JPEG = 1, (2, 3, 4), 6, 7
 _COMPRESSIONS = (_RAW, *_FAX, 5, _OLD_JPEG, _JPEG, 8, 32_771, 32_773, 32_809, 32_946, 34_925, 50_000)
+_NOT_PREDICTED = (32_771, 32_773, 32_809)
 _FORMS = {1: "unsigned", 2: "signed", 3: "floating-point"}
 
 
@@ -143,6 +144,10 @@ def _problems(page: Page) -> Iterator[str]:
     compression, photometric = page.one(COMPRESSION, _RAW), _photometric(page)
     if compression not in _COMPRESSIONS:
         yield f"compression {compression}"
+    predictor = page.one(PREDICTOR, 1)
+    if predictor not in (1, 2, 3) or (predictor != 1 and compression in _NOT_PREDICTED):
+        # libtiff does not apply it, and other decoders do.
+        yield f"predictor {predictor} and compression {compression}"
     if photometric is None:
         yield "no photometric interpretation"
     elif photometric not in _KINDS:
