@@ -70,7 +70,7 @@ def test_what_systems_hide_and_throw_away_is_no_image(place: str, tmp_path: Path
     left_out = LeftOut()
     assert ids_of(place, tmp_path / "m.parquet", left_out=left_out) == ["a.jpg", "d/b.jpg"]
     assert sum(left_out.reasons.values()) == 2 * len(JUNK_FILES) + 2 * len(JUNK_FOLDERS)
-    for part in ("2 folders __MACOSX", "2 files of macOS's metadata", "hidden files", "Thumbs.db and the like"):
+    for part in ("folders __MACOSX (2)", "macOS's metadata (._*) (2)", "hidden files", "Thumbs.db and the like"):
         assert part in str(left_out)
 
 
@@ -85,8 +85,8 @@ def test_what_is_left_out_is_counted_by_extension_and_all_takes_it(place: str, t
     left_out = LeftOut()
     assert ids_of(place, tmp_path / "m.parquet", left_out=left_out) == ["a.jpg", "b.HEIC"]
     assert left_out.extensions == {".dng": 3, ".part": 1, "without an extension": 1, ".mov": 1}
-    assert str(left_out).startswith("left out: 6 files whose names are not those of images (3 .dng, 1 ")
-    assert str(left_out).endswith("; 1 hidden files; --all takes every file")
+    assert str(left_out).startswith("left out: files whose names are not those of images (6: 3 .dng, 1 ")
+    assert str(left_out).endswith("; hidden files (1); --all takes every file")
     assert ids_of(place, tmp_path / "m.parquet", every=True) == sorted(names)
 
 
@@ -134,7 +134,7 @@ def test_an_address_that_is_no_folder_is_refused(
 
 def test_a_folder_without_images_says_what_it_holds(tmp_path: Path) -> None:
     fill(str(tmp_path / "photos"), ["a.dng", "__MACOSX/b.jpg"])
-    with pytest.raises(ManifestError, match=r"no files that end in .*1 \.dng.*1 folders __MACOSX; --all takes every"):
+    with pytest.raises(ManifestError, match=r"no files that end in .*1 \.dng.*folders __MACOSX \(1\); --all takes"):
         build.from_folder(str(tmp_path / "photos"), str(tmp_path / "m.parquet"))
 
 
@@ -143,7 +143,7 @@ def test_the_command_says_what_it_left_out(tmp_path: Path, capsys: pytest.Captur
     out = str(tmp_path / "m.parquet")
     assert command.main(["folder", str(tmp_path / "photos"), out]) == 0
     said = capsys.readouterr().out
-    assert "1 files whose names are not those of images (1 .dng)" in said
+    assert "files whose names are not those of images (1: 1 .dng)" in said
     assert f"{out}: 1 rows; next" in said
     assert command.main(["folder", "--all", str(tmp_path / "photos"), out]) == 0
     assert capsys.readouterr().out.startswith(f"{out}: 3 rows; next")

@@ -131,7 +131,7 @@ def test_partitions_that_readers_skip_are_refused_and_a_glob_names_them(place: s
     put(place, f"{name}/p.parquet", PATHS)
     said = refused(place)
     hidden = next(part for part in name.split("/") if part[0] in "_.")
-    assert f"1 of its Parquet files lie in partitions whose names begin with _ or . ({hidden})" in said
+    assert f"some of its Parquet files (1) lie in partitions whose names begin with _ or . ({hidden})" in said
     assert f"'manifest.path=\"{place}/**/*.parquet\"'" in said
     assert len(find_files(f"{place}/**/*.parquet")) == 2
 
@@ -141,7 +141,7 @@ def test_other_files_that_readers_skip_are_said(place: str, name: str, caplog: p
     put(place, "p.parquet")
     put(place, name)
     assert find_files(place) == [f"{place}/p.parquet"]
-    assert f"1 Parquet files are left out, as their names or folders begin with _ or .: {name}" in caplog.text
+    assert f"Parquet files whose names or folders begin with _ or . are left out (1): {name}" in caplog.text
 
 
 def test_a_folder_of_skipped_files_only_says_so(place: str) -> None:
@@ -153,7 +153,7 @@ def test_a_folder_of_images_and_parquet_files_is_refused_with_what_was_found(pla
     put(place, "a/1.jpg", None)
     put(place, "a/2.HEIC", None)
     put(place, "m.parquet")
-    assert "a folder with both 1 Parquet files (m.parquet, ...) and 2 images (a/1.jpg, ...)" in refused(place)
+    assert "a folder with both Parquet files (1, such as m.parquet) and images (2, such as a/1.jpg)" in refused(place)
     with pytest.raises(ManifestError):
         holds_images(place)
 

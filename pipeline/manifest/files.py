@@ -46,7 +46,7 @@ def find_files(path: str) -> list[str]:
     if found.skipped:
         shown = f"{', '.join(found.skipped[:3])}{', ...' if len(found.skipped) > 3 else ''}"
         log.warning(
-            "manifest.path=%s: %d Parquet files are left out, as their names or folders begin with _ or .: %s",
+            "manifest.path=%s: Parquet files whose names or folders begin with _ or . are left out (%d): %s",
             *(path, len(found.skipped), shown),
         )
     return [name if is_local(path) else found.fs.unstrip_protocol(name) for name in found.parquet]
@@ -79,8 +79,8 @@ def look(path: str) -> Found:
         raise ManifestError(f"manifest.path={path}: {_reason(path, error)}") from error
     if found.parquet and found.images:
         raise ManifestError(
-            f"manifest.path={path}: a folder with both {len(found.parquet):,} Parquet files "
-            f"({_relative(found.parquet[0], root)}, ...) and {len(found.images):,} images ({found.images[0]}, ...); "
+            f"manifest.path={path}: a folder with both Parquet files ({len(found.parquet):,}, such as "
+            f"{_relative(found.parquet[0], root)}) and images ({len(found.images):,}, such as {found.images[0]}); "
             f"name the Parquet files by a glob, 'manifest.path=\"{path.rstrip('/')}/**/*.parquet\"', or make a "
             f"manifest of the images elsewhere: python -m pipeline.manifest folder {path} manifest.parquet"
         )
@@ -92,7 +92,7 @@ def _nothing(path: str, found: Found) -> str:
     way_out = f"python -m pipeline.manifest folder {path} manifest.parquet"
     if found.images:
         return (
-            f"a folder without *.parquet files, but with {len(found.images):,} images ({found.images[0]}, ...); "
+            f"a folder without *.parquet files, but with images ({len(found.images):,}, such as {found.images[0]}); "
             f"python -m pipeline.run makes a manifest of it by itself; other commands take one made by: {way_out}"
         )
     if found.skipped:

@@ -47,10 +47,10 @@ class LeftOut:
 
     def __str__(self) -> str:
         """One sentence; empty if nothing was left out."""
-        parts = [f"{count:,} {what}" for what, count in sorted(self.reasons.items())]
+        parts = [f"{what} ({count:,})" for what, count in sorted(self.reasons.items())]
         if self.extensions:
             kinds = ", ".join(f"{count:,} {name}" for name, count in self.extensions.most_common())
-            parts.insert(0, f"{self.extensions.total():,} files whose names are not those of images ({kinds})")
+            parts.insert(0, f"files whose names are not those of images ({self.extensions.total():,}: {kinds})")
         return f"left out: {'; '.join(parts)}; --all takes every file" if parts else ""
 
 
