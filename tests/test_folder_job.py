@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +22,7 @@ from pipeline.job.main import run_job
 from pipeline.nightly import folder as nightly_folder
 from pipeline.nightly.folder import folder_job
 from pipeline.report.load import report_of
+from tests.conftest import ROOT
 from tests.jobs import config_for, scene
 from tests.nights import differences, from_scratch, healthy, read
 
@@ -347,3 +350,28 @@ def test_parts_of_a_job_do_not_update(album: Album) -> None:
     with pytest.raises(PipelineError, match=r"is made in parts \(cluster.part\)"):
         album.run(cluster={"part": "1/2"})
     shutil.rmtree(album.store, ignore_errors=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["storage.staged[_plan.json]", "commit.done", "storage.replaced[_SUCCESS]"])
+def test_a_process_that_was_killed_during_an_update_is_continued(album: Album, place: str) -> None:
+    command = [
+        *(sys.executable, "-m", "pipeline.run", str(album.folder), f"output.dir={album.output}", "backend.device=cpu"),
+        *("manifest.shard_rows=4", "report.html=false", "loader.batch_size=8", "report.progress=none"),
+    ]
+
+    def ended(failpoints: str = "") -> int:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PIPELINE_FAILPOINTS": failpoints}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert "Traceback" not in done.stderr
+        return done.returncode
+
+    assert ended() == 0
+    album.change()
+    assert ended(f"{place}=kill") == -9
+    album.draw(50)
+    assert ended() == 0
+    assert ended() == 0
+    assert len(read(album.output)) == 22
+    assert healthy(album.output)
+    assert not album.store.exists()

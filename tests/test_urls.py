@@ -67,6 +67,15 @@ def test_of_files_whose_names_are_one_anothers_encoding_the_right_one_is_read(tm
         assert source.read(ImageRef(id=0, path=address)) == name.encode()
 
 
+def test_a_relative_path_that_begins_like_an_address_is_that_file(tmp_path: Path) -> None:
+    for name in ("file:a.jpg", "a.jpg"):
+        (tmp_path / name).write_bytes(name.encode())
+    source = Source(root=str(tmp_path), max_bytes=1000)
+    assert source.read(ImageRef(id=0, path="file:a.jpg")) == b"file:a.jpg"
+    assert source.read(ImageRef(id=0, path="a.jpg")) == b"a.jpg"
+    assert source.read(ImageRef(id=0, path=f"file:{tmp_path}/a.jpg")) == b"a.jpg"
+
+
 def test_a_percent_sign_of_a_plain_path_stays_one(tmp_path: Path) -> None:
     (tmp_path / "a b.jpg").write_bytes(b"another")
     source = Source(root=str(tmp_path), max_bytes=1000)

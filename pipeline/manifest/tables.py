@@ -93,8 +93,8 @@ def refuse_skipped(path: str, skipped: Sequence[str]) -> None:
         count = len({name for name, _ in hidden})
         raise ManifestError(
             f"manifest.path={path}: some of its Parquet files ({count:,}) lie in partitions whose names begin with _ "
-            f"or . ({hidden[0][1]}), which readers of Parquet folders skip; rename those folders, or name all files by a "
-            f"glob: 'manifest.path=\"{path.rstrip('/')}/**/*.parquet\"'"
+            f"or . ({hidden[0][1]}), which readers of Parquet folders skip; rename those folders, or name all files by "
+            f"a glob: 'manifest.path=\"{path.rstrip('/')}/**/*.parquet\"'"
         )
 
 

@@ -114,7 +114,9 @@ def folder_job(config: Config, scratch: Path, *, run: str) -> Config:
             log.info("%s has changed since %s was made: %s", folder, output.url, changes or "an update was begun")
         _update(job, fresh, changes)
     elif changes is None or changes:
-        publish_manifest(fresh, job.manifest)
+        # A job that has begun has opened the manifest, and must not read another one.
+        with lease.take(output, seconds=config.output.lease_seconds):
+            publish_manifest(fresh, job.manifest)
     return job.config
 
 
