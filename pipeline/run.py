@@ -1,4 +1,4 @@
-"""``python -m pipeline.run [GROUP=OPTION ...] [KEY=VALUE ...]``: embed and label the images of a manifest."""
+"""``python -m pipeline.run [FOLDER] [GROUP=OPTION ...] [KEY=VALUE ...]``: embed and label the images of a manifest."""
 
 from __future__ import annotations
 
@@ -7,18 +7,23 @@ import os
 import sys
 import time
 from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from pipeline.config.compose import check_overrides, groups, known_keys, register, to_config
 from pipeline.config.hydra_guard import check_files
-from pipeline.config.options import read_options
+from pipeline.config.options import read_options, take_folder
 from pipeline.config.schema import conf_dir
 from pipeline.core.cli import ErrorOutput, interrupt_within, on_signals, own_exit_code, run_command
 from pipeline.core.errors import ConfigError
 from pipeline.core.log_format import JsonLines, new_run
+from pipeline.core.processes import give_home
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+
+    from pipeline.config.schema import Config
 
 # For the first job of a process, which began with it; the process itself may be older, if a shell became it.
 _began = iter([time.time()])
@@ -37,7 +42,9 @@ def main() -> None:
     gc.set_threshold(100_000, 20, 50)
     import hydra
 
+    give_home()
     options, problems = read_options([*groups(conf_dir()), *known_keys()])
+    problems += take_folder(options)
     register()
     if options.shell_completion:
         options.overrides = [text for text in options.overrides if text.partition("=")[0] not in COMPLETION]
@@ -74,6 +81,8 @@ def _run(composed: DictConfig, errors: ErrorOutput, opened: ExitStack) -> int:
     opened.enter_context(library_messages(config.log, run))
     from pipeline.images.factory import open_decoders
 
+    if config.manifest.path is not None and not config.manifest.path.endswith((".parquet", ".pq")):
+        config = _with_manifest(config, run, errors, opened)
     # The decoders start while this process imports torch, which takes seconds.
     decoders = open_decoders(config) if config.cluster.name == "inline" else None
     if decoders is not None:
@@ -88,6 +97,19 @@ def _run(composed: DictConfig, errors: ErrorOutput, opened: ExitStack) -> int:
     interrupt_within(config.errors.grace_seconds, errors.leave)
     run_job(config, RunOptions(began=next(_began, None), decoders=decoders, run=run))
     return 0
+
+
+def _with_manifest(config: Config, run: str, errors: ErrorOutput, opened: ExitStack) -> Config:
+    """Return the config with a manifest of the images in place of a folder that ``manifest.path`` names."""
+    from pipeline.manifest.files import holds_images
+
+    if not holds_images(config.manifest.path or ""):
+        return config
+    from pipeline.nightly.folder import folder_job
+
+    interrupt_within(config.errors.grace_seconds, errors.leave)
+    scratch = opened.enter_context(TemporaryDirectory(prefix="clip-pipeline-"))
+    return folder_job(config, Path(scratch), run=run)
 
 
 def _replace_closed_stderr() -> None:

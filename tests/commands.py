@@ -40,7 +40,8 @@ def prove(words: list[str]) -> None:
     """
     command, *rest = words
     if command == "pipeline.run":
-        if problems := check_overrides([word for word in rest if not word.startswith("-")]):
+        # A folder of images is any folder of the user.
+        if problems := check_overrides([word for word in rest if not word.startswith(("-", "~/"))]):
             raise ConfigError(problems)
         return
     if command == "pipeline.bench" and rest[:1] in (["pipeline"], ["backends"]):

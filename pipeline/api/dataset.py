@@ -241,7 +241,7 @@ class Dataset:
 
         config = config_of_dataset(self._stored)
         if isinstance(image, str | os.PathLike):
-            return embed_image(self._model, config, Path(image).expanduser())
+            return embed_image(self._model, config, Path(os.path.expanduser(image)))
         with tempfile.TemporaryDirectory(prefix="clip-pipeline-") as folder:
             path = Path(folder) / "image"
             path.write_bytes(encode(image, "image"))

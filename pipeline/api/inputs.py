@@ -19,11 +19,12 @@ import pyarrow.parquet as pq
 from pipeline.api.arrow import cell, check_count, id_column, to_column, to_list, utf8
 from pipeline.api.encode import encode
 from pipeline.api.paths import absolute, check_paths, paths_of
+from pipeline.config.extensions import EXTENSIONS
 from pipeline.core.errors import ConfigError, ManifestError, Problem
 from pipeline.core.plain import plain_table, plain_type
-from pipeline.manifest.build import EXTENSIONS, from_folder
+from pipeline.manifest.build import from_folder
 from pipeline.manifest.manifest import ROOT_KEY
-from pipeline.storage.urls import explained, is_local, local_path
+from pipeline.storage.urls import explained, is_local, local_file
 
 # Images that are encoded and written at a time; a photo as PNG takes megabytes.
 CHUNK = 64
@@ -84,7 +85,7 @@ def manifest_of(images: object, columns: Columns, out: Path) -> InputManifest:
 
 def _from_address(address: str, columns: Columns, out: Path) -> InputManifest:
     """A manifest, a folder of images, or one image."""
-    path = Path(local_path(address)).expanduser()
+    path = local_file(address)
     if is_local(address) and path.is_dir() and all(_WRITTEN.search(one.name) for one in path.glob("*.parquet")):
         _refuse_columns(columns, "a folder of images has no columns; ids are the relative paths")
         if columns.ids is not None:

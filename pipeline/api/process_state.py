@@ -6,6 +6,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from pipeline.core.processes import give_home
+
 # Reentrant, as an iterator of images may call the API itself.
 _LOCK = threading.RLock()
 
@@ -19,6 +21,7 @@ def settings_restored() -> Iterator[None]:
     import torch
     from PIL import Image
 
+    give_home()
     with _LOCK:
         threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
         tf32, pixels = torch.backends.cudnn.allow_tf32, Image.MAX_IMAGE_PIXELS

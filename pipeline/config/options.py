@@ -5,6 +5,8 @@ Hydra's own messages for them are about tokens of its grammar.
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 from argparse import Namespace
 from collections.abc import Collection, Sequence
@@ -26,7 +28,7 @@ def read_options(names: Sequence[str]) -> tuple[Namespace, list[Problem]]:
     from hydra._internal.utils import get_args_parser
 
     parser = get_args_parser()
-    parser.prog, parser.usage = PROGRAM, f"{PROGRAM} [GROUP=OPTION ...] [KEY=VALUE ...] [--help] [--cfg job]"
+    parser.prog, parser.usage = PROGRAM, f"{PROGRAM} [FOLDER] [GROUP=OPTION ...] [KEY=VALUE ...] [--help] [--cfg job]"
     options, rest = parser.parse_known_args()
     unknown = [text for text in rest if text.startswith("-")]
     if unknown:
@@ -35,12 +37,55 @@ def read_options(names: Sequence[str]) -> tuple[Namespace, list[Problem]]:
     return options, [_no_option(text, sys.argv[1:], names) for text in unknown]
 
 
+def take_folder(options: Namespace) -> list[Problem]:
+    """Put ``manifest.path=FOLDER`` in the place of an argument that is a folder, or an address, of images.
+
+    Without another ``output.dir``, the output is ``outputs/`` and the name of the folder. Hydra reads the command line
+    itself, so the change is made there. Return the problem of a second manifest.
+    """
+    folders = [text for text in options.overrides if _is_folder(text)]
+    if not folders:
+        return []
+    named = [text for text in options.overrides if text.startswith("manifest.path=")]
+    if named or len(folders) > 1:
+        options.overrides = [text for text in options.overrides if text not in folders]
+        allowed = f"names the images, and so does {named[0] if named else folders[1]}; a job has one manifest"
+        return [Problem("the argument", folders[0], allowed, "leave one out")]
+    folder = os.path.expanduser(folders[0])
+    settings = [f"manifest.path={_quoted(folder)}"]
+    last = os.path.basename(folder.rstrip("/") if "://" in folder else os.path.abspath(folder))
+    name = re.sub(r"[^\w.-]+", "_", last)
+    own = options.config_name or options.config_dir or options.config_path
+    if name and not own and not any(text.startswith(("output.dir=", "output=")) for text in options.overrides):
+        settings.append(f"output.dir={_quoted(f'outputs/{name}')}")
+    for arguments in (sys.argv, options.overrides):
+        at = len(arguments) - 1 - arguments[::-1].index(folders[0])
+        arguments[at : at + 1] = settings
+    return []
+
+
+def _is_folder(argument: str) -> bool:
+    """True for an argument that is no override, but an existing folder or an address."""
+    if "=" in argument.partition("/")[0] or argument.startswith("-"):
+        return False
+    return "://" in argument or argument.startswith("file:/") or os.path.isdir(os.path.expanduser(argument))
+
+
+def _quoted(text: str) -> str:
+    """A text as a value that Hydra's grammar reads unchanged."""
+    text = re.sub(r'(\\*)"', r'\1\1\\"', text)
+    text = re.sub(r"(\\+)$", r"\1\1", text).replace("${", "\\${")
+    return f'"{text}"'
+
+
 def unread(argument: str, names: Collection[str]) -> Problem:
     """Return the problem of an argument that Hydra's grammar does not accept."""
     key, equals, value = argument.partition("=")
     if not equals or not key:
         allowed = "has no key or no =; write GROUP=OPTION or KEY=VALUE"
-        hint = f"{argument}=..." if argument in names else "no spaces around the =, and quotes where a text has some"
+        hint = "there is no such folder" if "/" in argument else ""
+        hint = hint or "no spaces around the =, and quotes where a text has some"
+        hint = f"{argument}=..." if argument in names else hint
         return Problem("the argument", argument, allowed, hint)
     if value.count("[") != value.count("]"):
         allowed = "its brackets do not close; the shell splits a list at its spaces"

@@ -19,6 +19,7 @@ from typing import NoReturn
 from pipeline.core.concurrency import unfinished
 from pipeline.core.errors import Interrupted, PipelineError, exit_code_of
 from pipeline.core.log_format import JsonLines, ending
+from pipeline.core.processes import give_home
 
 # The exit code that shells report for a program that SIGPIPE ended.
 BROKEN_PIPE = 141
@@ -81,6 +82,7 @@ def run_command(work: Callable[[], int | None], errors: ErrorOutput) -> int:
     An unforeseen error is raised, or printed with its traceback where the log has a format of its own.
     """
     try:
+        give_home()
         return work() or 0
     except PipelineError as error:
         return errors.print(error)

@@ -6,6 +6,8 @@ import getpass
 import os
 import resource
 import socket
+import stat
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +35,28 @@ class Process:
 def cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def give_home() -> None:
+    """Name a home folder and a user to the libraries of a process that has none, as under a number without a name.
+
+    Their caches would otherwise land in a folder ``~`` of the current one, or end with a traceback. The folder is a
+    temporary one, kept for later processes of this user, and readable by them alone.
+    """
+    if os.path.expanduser("~") == "~":
+        folder = os.path.join(tempfile.gettempdir(), f"clip-pipeline-home-{os.getuid()}")
+        try:
+            os.mkdir(folder, 0o700)
+        except FileExistsError:
+            found = os.lstat(folder)
+            if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+                # Another user may have planted it.
+                folder = tempfile.mkdtemp(prefix="clip-pipeline-home-")
+        os.environ["HOME"] = folder
+    try:
+        getpass.getuser()
+    except (OSError, KeyError):
+        os.environ["USER"] = str(os.getuid())
 
 
 def this_process() -> Process:

@@ -72,7 +72,7 @@ def places(config: Config, temporary: str) -> dict[str, Path]:
     found["backend.artifacts"] = Path(config.backend.artifacts) if config.backend.artifacts else cache / "artifacts"
     if config.prompts.cache is None or is_local(config.prompts.cache):
         found["prompts.cache"] = Path(local_path(config.prompts.cache)) if config.prompts.cache else cache / "text"
-    return {name: place.expanduser().absolute() for name, place in found.items()}
+    return {name: Path(os.path.expanduser(place)).absolute() for name, place in found.items()}
 
 
 def _size(count: int) -> str:

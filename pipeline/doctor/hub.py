@@ -58,7 +58,7 @@ def _from_hub(config: ModelConfig, problem: str, cache: str) -> Check:
 
 def is_local(config: ModelConfig) -> bool:
     """Return True if the model does not come from the hub."""
-    folder = config.name == DEMO_MODEL or Path(config.name).expanduser().is_dir()
+    folder = config.name == DEMO_MODEL or Path(os.path.expanduser(config.name)).is_dir()
     # Such a name can only be a folder.
     path = config.name.startswith((".", "/", "~")) or config.name.count("/") > 1
     return folder or path or (config.weights == "random" and config.name in ARCHITECTURES)

@@ -13,7 +13,7 @@ from pathlib import Path
 from pipeline.core.errors import StorageError
 from pipeline.doctor.check import Check, Status, Subject, unless_in
 from pipeline.storage.base import TEMPORARY, Storage
-from pipeline.storage.urls import explained, is_local, local_path
+from pipeline.storage.urls import explained, is_local, local_file
 
 GROUP = "output"
 # The next run removes files of such a name that an interrupted check leaves in a dataset.
@@ -68,7 +68,7 @@ def _place(url: str) -> Iterator[tuple[Storage, str]]:
         storage = open_storage(url)
         yield storage, f"{storage.url} can be written"
         return
-    wanted = Path(local_path(url)).expanduser().absolute()
+    wanted = local_file(url).absolute()
     folder = nearest_folder(wanted)
     if folder == wanted:
         yield LocalStorage(str(folder)), f"{wanted} exists and can be written"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from pipeline.core.cli import ErrorOutput, command_parser, run_command, run_process
+from pipeline.core.cli import ErrorOutput, command_parser, print_showable, run_command, run_process
 
 EXAMPLES = """\
 examples:
@@ -24,13 +24,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _build(options: argparse.Namespace) -> None:
     from pipeline.manifest import build
+    from pipeline.manifest.folder import LeftOut
 
+    left_out = LeftOut()
     if options.kind == "folder":
-        rows = build.from_folder(options.folder, options.out)
+        rows = build.from_folder(options.folder, options.out, left_out=left_out, every=options.all)
     elif options.kind == "csv":
         rows = build.from_csv(options.csv, options.out, image=options.image, id=options.id, root=options.root)
     else:
         rows = build.from_tars(options.tars, options.out)
+    if str(left_out):
+        print_showable(f"{options.folder}: {left_out}")
     print(f"{options.out}: {rows:,} rows; next: python -m pipeline.run manifest.path={options.out} output.dir=...")
 
 
@@ -38,7 +42,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = command_parser("python -m pipeline.manifest", "Make a Parquet manifest for pipeline.run.", EXAMPLES)
     kinds = parser.add_subparsers(dest="kind", required=True)
     folder = kinds.add_parser("folder", help="every image below a folder; ids are relative paths")
-    folder.add_argument("folder", help="the folder of the images, at any depth")
+    folder.add_argument("folder", help="the folder of the images, at any depth; also s3:// and the like")
+    folder.add_argument("--all", action="store_true", help="take every file, whatever its name is")
     csv = kinds.add_parser("csv", help="a CSV with a header; all columns are kept")
     csv.add_argument("csv", help="the file, or a TSV; its columns travel with manifest.keep")
     csv.add_argument("--image", default="path", help="the column of image paths (default: path)")

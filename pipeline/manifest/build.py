@@ -11,76 +11,58 @@ import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import groupby, islice
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
+from pipeline.config.extensions import BY_FORMAT, EXTENSIONS, extension_of
 from pipeline.core.errors import ManifestError, StorageError
+from pipeline.manifest.csv_table import read_table
+from pipeline.manifest.folder import LeftOut, list_files
 from pipeline.manifest.manifest import ROOT_KEY
 from pipeline.storage.factory import open_storage
-from pipeline.storage.urls import from_here, is_local, local_path, open_file
+from pipeline.storage.urls import is_local, local_file, open_file, scheme_of
 
-EXTENSIONS = frozenset(
-    [
-        ".avif",
-        ".bmp",
-        ".gif",
-        ".ico",
-        ".j2k",
-        ".jfif",
-        ".jp2",
-        ".jpe",
-        ".jpeg",
-        ".jpg",
-        ".pcx",
-        ".pgm",
-        ".png",
-        ".ppm",
-        ".qoi",
-        ".tga",
-        ".tif",
-        ".tiff",
-        ".webp",
-    ]
-)
 SIDECARS = ("txt", "json", "cls")
 GROUP_ROWS = 65_536
 
 
-def from_folder(folder: str, out: str, *, extensions: frozenset[str] = EXTENSIONS) -> int:
+def from_folder(folder: str, out: str, *, left_out: LeftOut | None = None, every: bool = False) -> int:
     """Write a row for every image file below ``folder``, sorted by path; return the number of rows.
 
     Columns: ``id`` (the relative path), ``path`` (the same), ``size`` (bytes) and ``modified`` (UTC).
     Files are chosen by their extensions; the job checks their content. Links to folders are not followed; a broken
     link has neither size nor date.
 
+    Args:
+        folder: a path or an fsspec address.
+        out: the Parquet file to write.
+        left_out: counts the files that are left out.
+        every: take every file, whatever its name is.
+
     Raises:
         ManifestError: no such folder, no images in it, or a name that is not UTF-8.
     """
-    root = Path(folder).expanduser()
-    if not root.is_dir():
-        raise ManifestError(f"{folder}: no such folder{from_here(folder)}")
+    left_out = LeftOut() if left_out is None else left_out
+    root = str(local_file(folder).resolve()) if is_local(folder) else folder.rstrip("/")
     schema = pa.schema(
         [("id", pa.string()), ("path", pa.string()), ("size", pa.int64()), ("modified", pa.timestamp("us", tz="UTC"))]
     )
+    left_out.own = str(local_file(out).resolve()) if is_local(out) else out
 
     def rows() -> Iterator[dict[str, Any]]:
-        for path in _walk(root):
-            if path.suffix.lower() not in extensions:
-                continue
-            name = path.relative_to(root).as_posix()
-            try:
-                name.encode()
-            except UnicodeEncodeError as error:
-                raise ManifestError(f"{name!r}: the file's name is not UTF-8; rename it") from error
-            yield {"id": name, "path": name, **_facts(path)}
+        for file in list_files(folder, left_out, every=every):
+            # A name that looks like an address is no address.
+            path = f"./{file.name}" if scheme_of(file.name) and is_local(root) else file.name
+            yield {"id": file.name, "path": path, "size": file.size, "modified": file.modified}
 
-    written = _write(rows(), schema, out, root=str(root.resolve()))
+    written = _write(rows(), schema, out, root=root)
     if not written:
-        raise ManifestError(f"{folder}: no files that end in {', '.join(sorted(extensions))}")
+        usual = ", ".join(each[0] for each in BY_FORMAT.values())
+        said = f"; {left_out}" if str(left_out) else ""
+        raise ManifestError(f"{folder}: no files that end in {usual} or the like{said}")
     return written
 
 
@@ -89,38 +71,21 @@ def from_csv(path: str, out: str, *, image: str, id: str | None, root: str | Non
 
     The id and image columns are read as text, so that ``00123`` stays ``00123``; other types are inferred
     from all rows, for which the table is held in memory. Without ``id``, a column ``id`` is made of the
-    image paths. Relative paths start at ``root``, by default the folder of the CSV. In a ``.tsv``, tabs
-    separate the columns.
+    image paths. Relative paths start at ``root``, by default the folder of the CSV. Encoding and delimiter see
+    :func:`pipeline.manifest.csv_table.read_table`.
 
     Raises:
         ManifestError: not readable, a column is missing, or there are no rows.
     """
-    source = Path(path).expanduser()
-    parsing = pa_csv.ParseOptions(delimiter="\t" if source.suffix.lower() == ".tsv" else ",", newlines_in_values=True)
-    try:
-        header = pa_csv.open_csv(source, parse_options=parsing).schema.names
-        missing = [name for name in (image, id) if name is not None and name not in header]
-        if missing:
-            raise ManifestError(
-                f"{path}: no column {missing[0]!r}; its columns are {', '.join(header)}; --id and --image name them"
-            )
-        if id is None and "id" in header:
-            id = "id"
-        texts = {name: pa.string() for name in (image, id) if name is not None}
-        # The streaming reader infers types from the first block, and fails at a later 3.5 in a column of 3s.
-        table = pa_csv.read_csv(
-            source, parse_options=parsing, convert_options=pa_csv.ConvertOptions(column_types=texts)
-        )
-    except (OSError, pa.ArrowException) as error:
-        raise ManifestError(f"{path}: not readable as CSV: {error}") from error
+    table, id = read_table(path, image, id)
     if not table.num_rows:
         raise ManifestError(f"{path}: a header without rows")
     if id is None:
         table = table.add_column(0, "id", table.column(image))
     if root is None:
-        root = str(source.resolve().parent)
+        root = str(local_file(path).resolve().parent) if is_local(path) else path.rpartition("/")[0]
     elif is_local(root):
-        root = str(Path(local_path(root)).expanduser().resolve())
+        root = str(local_file(root).resolve())
     return _write_tables([table], out, root=root)
 
 
@@ -134,7 +99,7 @@ def from_tars(paths: Sequence[str], out: str) -> int:
         ManifestError: a tar is compressed or damaged, or holds no images.
     """
     local = all(is_local(path) for path in paths)
-    names = [str(Path(local_path(path)).resolve()) if local else path for path in paths]
+    names = [str(local_file(path).resolve()) if local else path for path in paths]
     if len({PurePosixPath(name).name for name in names}) != len(names):
         raise ManifestError("two tars have the same name, and ids begin with it; rename one")
     root = os.path.commonpath([os.path.dirname(name) for name in names]) if local else names[0].rpartition("/")[0]
@@ -146,28 +111,6 @@ def from_tars(paths: Sequence[str], out: str) -> int:
             f"{', '.join(paths)}: no images; a WebDataset tar holds members such as 0001.jpg and 0001.txt"
         )
     return written
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    """Every file below, in the order of the whole relative path."""
-    try:
-        with os.scandir(folder) as entries:
-            found = [(entry.name, entry.is_dir(), entry.is_symlink()) for entry in entries]
-    except OSError as error:
-        raise ManifestError(f"{folder}: {error.strerror}") from error
-    for name, is_folder, is_link in sorted(found, key=lambda entry: f"{entry[0]}/" if entry[1] else entry[0]):
-        if not is_folder:
-            yield folder / name
-        elif not is_link:
-            yield from _walk(folder / name)
-
-
-def _facts(path: Path) -> dict[str, int | None]:
-    try:
-        status = path.stat()
-    except OSError:
-        return {"size": None, "modified": None}
-    return {"size": status.st_size, "modified": status.st_mtime_ns // 1000}
 
 
 def _tar_rows(url: str, shown: str) -> Iterator[dict[str, Any]]:
@@ -185,7 +128,7 @@ def _tar_rows(url: str, shown: str) -> Iterator[dict[str, Any]]:
                     if kind in SIDECARS:
                         content = tar.extractfile(member)
                         texts[kind] = content.read().decode(errors="replace") if content is not None else None
-                images = [m for m in sample if f".{_key(m.name)[1].rpartition('.')[2]}" in EXTENSIONS]
+                images = [m for m in sample if extension_of(f"x.{_key(m.name)[1]}") in EXTENSIONS]
                 for member in images:
                     name = key if len(images) == 1 else f"{key}.{_key(member.name)[1]}"
                     stop = member.offset_data + member.size
@@ -227,7 +170,7 @@ def _write_tables(tables: Iterable[pa.Table], out: str, *, root: str) -> int:
     # `manifest tar *.tar` without an output would overwrite the last tar.
     if not out.endswith((".parquet", ".pq")):
         raise ManifestError(f"{out}: the last argument is the manifest to write, and ends in .parquet")
-    target = str(Path(local_path(out)).expanduser().absolute()) if is_local(out) else out
+    target = str(local_file(out).absolute()) if is_local(out) else out
     folder, _, name = target.rpartition("/")
     writer, rows = None, 0
     try:

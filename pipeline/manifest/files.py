@@ -2,53 +2,129 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import takewhile
-from pathlib import Path
 from typing import Any
 
 from pipeline.config.schema import nearest
 from pipeline.core.errors import ManifestError
-from pipeline.storage.urls import filesystem, from_driver, from_here, is_local, local_path, no_driver
+from pipeline.manifest.folder import is_image
+from pipeline.manifest.tables import refuse_parts_of_tables, refuse_skipped, refuse_tables
+from pipeline.storage.urls import filesystem, from_driver, from_here, is_local, local_file, no_driver
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The files at an address, sorted by name.
+
+    ``skipped`` are Parquet files of a folder whose names, or folders, begin with ``_`` or ``.``, and ``images`` its
+    images by their names; both are relative to the folder.
+    """
+
+    fs: Any
+    root: str
+    parquet: tuple[str, ...]
+    skipped: tuple[str, ...] = ()
+    images: tuple[str, ...] = ()
 
 
 def find_files(path: str) -> list[str]:
     """The Parquet files at a file, folder or glob address, sorted by name.
 
     Raises:
-        ManifestError: no such file; the message names a similar one.
+        ManifestError: no such file (the message names a similar one), a folder of images, or a table whose own log
+            says which files count.
+    """
+    found = look(path)
+    if not found.parquet:
+        raise ManifestError(f"manifest.path={path}: {_nothing(path, found)}")
+    if found.skipped:
+        shown = f"{', '.join(found.skipped[:3])}{', ...' if len(found.skipped) > 3 else ''}"
+        log.warning(
+            "manifest.path=%s: Parquet files whose names or folders begin with _ or . are left out (%d): %s",
+            *(path, len(found.skipped), shown),
+        )
+    return [name if is_local(path) else found.fs.unstrip_protocol(name) for name in found.parquet]
+
+
+def holds_images(path: str) -> bool:
+    """True if an address is a folder of images, without a Parquet file in it.
+
+    Raises:
+        ManifestError: see :func:`look`.
+    """
+    found = look(path)
+    return bool(found.images) and not found.parquet
+
+
+def look(path: str) -> Found:
+    """List what is at an address; without a file, nothing was found.
+
+    Raises:
+        ManifestError: it cannot be listed, holds both Parquet files and images, or is a table with a log of its own.
     """
     try:
         fs, root = filesystem(path)
-        found = _listed(fs, root)
+        found = _listed(path, fs, root)
+        if found.parquet:
+            refuse_parts_of_tables(path, fs, found.parquet)
     except Exception as error:
         if not isinstance(error, OSError | ImportError | ValueError) and not from_driver(error):
             raise
         raise ManifestError(f"manifest.path={path}: {_reason(path, error)}") from error
-    if not found:
-        if fs.exists(root):
-            raise ManifestError(
-                f"manifest.path={path}: a folder without *.parquet files; for a folder of images run: "
-                f"python -m pipeline.manifest folder {path} manifest.parquet"
-            )
-        raise ManifestError(f"manifest.path={path}: no such file, folder or match{_similar(path)}{from_here(path)}")
-    return [name if is_local(path) else fs.unstrip_protocol(name) for name in found]
-
-
-def _listed(fs: Any, root: str) -> list[str]:
-    if any(mark in root for mark in "*?[") and not fs.exists(root):
-        return sorted(name for name in fs.glob(root) if fs.isfile(name))
-    if fs.isdir(root):
-        found = fs.find(root)
-        relative = {name: name[len(root) :].lstrip("/") for name in found}
-        # Names with a leading _ or . are metadata of other tools, as in all readers of Parquet folders.
-        return sorted(
-            name
-            for name, rest in relative.items()
-            if rest.endswith((".parquet", ".pq")) and not any(part.startswith(("_", ".")) for part in rest.split("/"))
+    if found.parquet and found.images:
+        raise ManifestError(
+            f"manifest.path={path}: a folder with both Parquet files ({len(found.parquet):,}, such as "
+            f"{_relative(found.parquet[0], root)}) and images ({len(found.images):,}, such as {found.images[0]}); "
+            f"name the Parquet files by a glob, 'manifest.path=\"{path.rstrip('/')}/**/*.parquet\"', or make a "
+            f"manifest of the images elsewhere: python -m pipeline.manifest folder {path} manifest.parquet"
         )
-    return [root] if fs.exists(root) else []
+    return found
+
+
+def _nothing(path: str, found: Found) -> str:
+    """Why there is no Parquet file, and the remedy."""
+    way_out = f"python -m pipeline.manifest folder {path} manifest.parquet"
+    if found.images:
+        return (
+            f"a folder without *.parquet files, but with images ({len(found.images):,}, such as {found.images[0]}); "
+            f"python -m pipeline.run makes a manifest of it by itself; other commands take one made by: {way_out}"
+        )
+    if found.skipped:
+        return f"the names or folders of all its Parquet files begin with _ or . ({found.skipped[0]}); name one of them"
+    if found.fs.exists(found.root):
+        return f"a folder without *.parquet files; for a folder of images run: {way_out}"
+    return f"no such file, folder or match{_similar(path)}{from_here(path)}"
+
+
+def _relative(name: str, root: str) -> str:
+    return name[len(root) :].lstrip("/")
+
+
+def _listed(path: str, fs: Any, root: str) -> Found:
+    if any(mark in root for mark in "*?[") and not fs.exists(root):
+        return Found(fs, root, tuple(sorted(name for name in fs.glob(root) if fs.isfile(name))))
+    if not fs.isdir(root):
+        return Found(fs, root, (root,) if fs.exists(root) else ())
+    names = {name: _relative(name, root) for name in sorted(fs.find(root))}
+    refuse_tables(path, root, names.values())
+    parquet = {name: rest for name, rest in names.items() if rest.endswith((".parquet", ".pq"))}
+    # Names with a leading _ or . are metadata of other tools, as in all readers of Parquet folders.
+    skipped = [rest for rest in parquet.values() if any(part.startswith(("_", ".")) for part in rest.split("/"))]
+    refuse_skipped(path, skipped)
+    left_out = {*skipped}
+    return Found(
+        fs=fs,
+        root=root,
+        parquet=tuple(name for name, rest in parquet.items() if rest not in left_out),
+        skipped=tuple(skipped),
+        images=tuple(rest for rest in names.values() if is_image(rest)),
+    )
 
 
 def _reason(path: str, error: Exception) -> str:
@@ -64,7 +140,7 @@ def _reason(path: str, error: Exception) -> str:
 
 def _similar(path: str) -> str:
     """A hint at a file of a similar name in the same folder."""
-    given = Path(local_path(path)).expanduser()
+    given = local_file(path)
     if not is_local(path) or not given.parent.is_dir():
         return ""
     near = nearest(given.name, [name for name in os.listdir(given.parent) if not name.startswith((".", "_"))])

@@ -19,6 +19,7 @@ from pipeline.core.errors import ConfigError, ManifestError, Problem
 from pipeline.core.plain import plain_fields, plain_type
 from pipeline.core.processes import cores
 from pipeline.manifest.files import common_folder, find_files
+from pipeline.manifest.hints import for_missing, refuse_text
 from pipeline.storage.urls import filesystem, is_local, local_path, open_arrow, open_file
 
 ROOT_KEY = b"pipeline.root"
@@ -79,10 +80,10 @@ class Manifest:
 
 
 def open_manifest(config: ManifestConfig) -> Manifest:
-    """Find the files and check every schema; no row is read.
+    """Find the files and check every schema; of rows, a few images are looked at.
 
     Raises:
-        ManifestError: no file, not Parquet, or a column that is missing or of the wrong type.
+        ManifestError: no file, not Parquet, a column that is missing or of the wrong type, or text for images.
     """
     if config.path is None:
         raise ManifestError("manifest.path is null; give a Parquet file, a folder of them, or a glob")
@@ -112,6 +113,8 @@ def open_manifest(config: ManifestConfig) -> Manifest:
         raise ManifestError(
             f"manifest.path={config.path}: the manifest has no rows, so there is nothing to embed; see what wrote it"
         )
+    if _image_kind(first.field(config.image).type) != "path":
+        refuse_text(next(file.url for file in files if file.rows), config.image)
     _check_count(sum(file.rows for file in files), config)
     if config.root is None and len(roots) > 1:
         places = ", ".join(sorted(root or "none" for root in roots))
@@ -195,8 +198,10 @@ def _check_columns(url: str, schema: pa.Schema, config: ManifestConfig) -> None:
     missing = [(key, name) for key, name in wanted if name not in schema.names]
     if missing:
         parts = [f"{key}={name}" + _hint(name, schema.names) for key, name in missing]
+        ways_out = "".join(dict.fromkeys(for_missing(url, schema, key, name) for key, name in missing))
         raise ManifestError(
-            f"{url}: no column for {', '.join(parts)}; name one of its columns: {listing}{example_row(url, 0)}"
+            f"{url}: no column for {', '.join(parts)}; name one of its columns: {listing}"
+            f"{example_row(url, 0)}{ways_out}"
         )
     id_type = schema.field(config.id).type
     if not (pa.types.is_integer(plain_type(id_type)) or _is_text(plain_type(id_type))):

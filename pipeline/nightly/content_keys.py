@@ -199,7 +199,7 @@ def _stat(path: str | None, root: str) -> str | None:
     if not path or not is_local(path) or (scheme_of(root) and not is_local(root)):
         return None
     try:
-        found = os.stat(os.path.join(local_path(root), local_path(path).partition("#bytes=")[0]))
+        found = os.stat(os.path.join(local_path(root), local_path(path.partition("#bytes=")[0])))
     except (OSError, ValueError):
         return None
     return f"{found.st_size}|{found.st_mtime_ns}|{path}"

@@ -59,10 +59,10 @@ def _make(config: Config, options: NightOptions, store: Storage, day: str, held:
     try:
         pending = prepare(config, options, store, day)
         try:
-            dataset = _make_dataset(pending, held)
+            dataset = make_dataset(pending, held)
         except OtherJob as other:
             pending = begin_anew(pending, str(other))
-            dataset = _make_dataset(pending, held)
+            dataset = make_dataset(pending, held)
     except PlanMismatch as error:
         begun = f"{store.url}/{WORK}/{PREFIX}{day} and {open_night(store, day).url}"
         raise NightError(
@@ -76,7 +76,7 @@ def _make(config: Config, options: NightOptions, store: Storage, day: str, held:
     return publish(pending, dataset, began)
 
 
-def _make_dataset(pending: PendingNight, held: lease.Lease) -> NightDataset:
+def make_dataset(pending: PendingNight, held: lease.Lease) -> NightDataset:
     """Embed the rows that need it, and assemble the night's dataset.
 
     Raises:

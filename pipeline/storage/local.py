@@ -24,7 +24,7 @@ class LocalStorage(Storage):
     """A folder on a local disk; hard links make ``create_once`` atomic."""
 
     def __init__(self, url: str) -> None:
-        super().__init__(str(Path(url).expanduser()))
+        super().__init__(str(Path(os.path.expanduser(url))))
         self.root = Path(self.url).absolute()
 
     @property

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 from fsspec.core import url_to_fs
 
@@ -16,22 +18,46 @@ from pipeline.core.errors import StorageError, install_hint
 # Packages whose own errors are raised where a store cannot be reached.
 DRIVERS = ("adlfs", "aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google", "s3fs")
 NO_LINKS = "the file system may lack hard links, which the commits need; choose another disk"
+# The prefix of a local address; only an absolute path may have a host, which is this machine.
+_FILE = re.compile(r"file:(//localhost(?=/)|//)?", re.IGNORECASE)
+# The path of a URI: a raw path with other characters, or with a percent sign that begins no escape, is none.
+_URI = re.compile(r"(?:[!#$&-;=?-Z\[\]_a-z~]|%[0-9A-Fa-f]{2})*")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def is_local(url: str) -> bool:
-    """True if ``url`` is a path of this machine (``file://`` included)."""
+    """True if ``url`` is a path of this machine (``file:`` in all its forms included)."""
     return scheme_of(url) in ("", "file", "local")
 
 
 def scheme_of(url: str) -> str:
-    """The part before ``://``, or an empty string for a plain path."""
+    """The part before ``://``, ``file`` for ``file:``, or an empty string for a plain path."""
+    if _FILE.match(url):
+        return "file"
     return url.split("://", 1)[0].lower() if "://" in url else ""
 
 
 def local_path(url: str) -> str:
-    """A plain path for a local address."""
-    return url.split("://", 1)[1] if "://" in url else url
+    """A plain path for a local address.
+
+    ``file:/a``, ``file:///a`` and ``file://localhost/a`` are one place. Percent escapes of an absolute address are
+    decoded, as ``Path.as_uri`` writes them. Many tools put ``file://`` before a raw path instead: so is read what holds
+    characters that a URI encodes, or what names a file only as it stands. In a plain path a percent sign stays one.
+    """
+    found = _FILE.match(url)
+    if found is None:
+        return url.split("://", 1)[1] if "://" in url else url
+    raw = url[found.end() :]
+    if "%" not in raw or not raw.startswith("/"):
+        return raw
+    decoded = os.fsdecode(unquote_to_bytes(os.fsencode(raw)))
+    likely = (decoded, raw) if _URI.fullmatch(raw) and "\0" not in decoded else (raw, decoded)
+    return next(filter(os.path.lexists, likely), likely[0])
+
+
+def local_file(url: str) -> Path:
+    """The path of a local address, with ``~`` for the home folder; of an unknown user it stays as it is."""
+    return Path(os.path.expanduser(local_path(url)))
 
 
 def is_s3(url: str) -> bool:
@@ -54,6 +80,9 @@ def no_driver(url: str, error: ImportError) -> str:
 
 def filesystem(url: str) -> tuple[Any, str]:
     """The fsspec file system of an address, and the address's path in it."""
+    if is_local(url):
+        # fsspec decodes no percent escapes.
+        url = local_path(url)
     # s3fs would take size and ETag from an earlier listing of this process.
     fs, path = url_to_fs(url, **({"use_listings_cache": False} if is_s3(url) else {}))
     return fs, path

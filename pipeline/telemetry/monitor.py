@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -31,7 +32,7 @@ class Monitor:
 
     def __init__(self, config: Config, run: str, *, began: float) -> None:
         self._job, self._url = config.metrics.job, config.metrics.pushgateway
-        self._path = None if config.metrics.textfile is None else Path(config.metrics.textfile).expanduser()
+        self._path = None if config.metrics.textfile is None else Path(os.path.expanduser(config.metrics.textfile))
         self._group = {} if config.cluster.part is None else {"part": config.cluster.part}
         self.labels = {"job": self._job, "model": config.model.name, "backend": config.backend.name, **self._group}
         self.run, self._state = run, RunState(run=run, began=began)

@@ -91,7 +91,7 @@ class ArtifactStore:
     """Store at ``root``, by default the folder ``clip-pipeline/artifacts`` of the user's cache."""
 
     def __init__(self, root: str | Path | None) -> None:
-        self.root = (default_root() if root is None else Path(root).expanduser()).absolute()
+        self.root = (default_root() if root is None else Path(os.path.expanduser(root))).absolute()
 
     def find(self, recipe: Recipe) -> Artifact | None:
         """Return the artefact of a recipe, verified byte for byte; a damaged one is removed with a warning.

@@ -117,7 +117,10 @@ class Source:
         return found
 
     def _read_local(self, path: str, start: int, stop: int | None) -> bytes | Failure:
-        real = os.path.realpath(Path(self._real_root or ".") / local_path(path))
+        root = Path(self._real_root or ".")
+        # A relative path may begin with the letters of an address.
+        name = path if path.startswith("file:") and (root / path).is_file() else local_path(path)
+        real = os.path.realpath(root / name)
         if not self._holds(real):
             return self._outside(path)
         # A device is not even opened: that alone can do something.
