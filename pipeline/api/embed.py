@@ -128,8 +128,10 @@ def _run(config: Config, images: object, columns: Columns, output: str | None) -
     from pipeline.api.process_state import settings_restored
     from pipeline.api.scratch import Scratch, manifest_beside
     from pipeline.dataset.dataset import open_dataset
+    from pipeline.job.cluster.main_guard import leave_if_run_again
     from pipeline.job.main import run_job
 
+    leave_if_run_again()
     # Before the caller's iterator runs, which may change the current folder.
     place = "" if output is None else absolute(output)
     with ExitStack() as opened:

@@ -17,7 +17,7 @@ from types import FrameType
 from typing import NoReturn
 
 from pipeline.core.concurrency import unfinished
-from pipeline.core.errors import Interrupted, PipelineError, exit_code_of
+from pipeline.core.errors import FolderGone, Interrupted, PipelineError, exit_code_of
 from pipeline.core.log_format import JsonLines, ending
 
 # The exit code that shells report for a program that SIGPIPE ended.
@@ -81,6 +81,7 @@ def run_command(work: Callable[[], int | None], errors: ErrorOutput) -> int:
     An unforeseen error is raised, or printed with its traceback where the log has a format of its own.
     """
     try:
+        check_folder()
         return work() or 0
     except PipelineError as error:
         return errors.print(error)
@@ -92,8 +93,40 @@ def run_command(work: Callable[[], int | None], errors: ErrorOutput) -> int:
         return errors.print(error)
 
 
+def check_folder() -> None:
+    """Check that the current folder exists, where relative paths start, also those of libraries.
+
+    Raises:
+        FolderGone: it was removed, or lies on a disk that does not answer.
+    """
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise FolderGone(
+            f"the current folder is gone ({error.strerror}); change to another one, and run the same command again"
+        ) from error
+
+
+def provide_streams() -> None:
+    """Discard what is written to a standard stream that the process was started without.
+
+    A file that is opened later would get the descriptor of the stream, and what a library writes there.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))  # noqa: SIM115
+
+
 def run_process(main: Callable[[], int]) -> NoReturn:
     """Run a command as this process: SIGTERM interrupts it like Ctrl-C, and its return value is the exit code."""
+    provide_streams()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with own_exit_code():
         raise SystemExit(main())

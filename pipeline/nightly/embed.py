@@ -97,7 +97,10 @@ def check_job_without_rows(pending: PendingNight) -> None:
     from pipeline.models.checkpoint import open_checkpoint
 
     previous, config = pending.carried_from, pending.config
-    if previous is not None and signs_of(config, open_checkpoint(config.model).fingerprint) != previous.signs:
+    if previous is None:
+        return
+    now = signs_of(config, open_checkpoint(config.model).fingerprint)
+    if _without_places(now) != _without_places(previous.signs):
         rows = np.arange(min(config.parity.images, pending.manifest.rows))
         check_job(pending, _embed_rows(pending, rows, "probe"))
 
@@ -139,6 +142,14 @@ def signs_of(config: Config, model: Any) -> dict[str, Any]:
     }
     found: dict[str, Any] = json.loads(json.dumps(signs))
     return found
+
+
+def _without_places(signs: Mapping[str, Any]) -> dict[str, Any]:
+    """The signs without the addresses of model and labels, whose contents they hold too."""
+    recipe = {**signs.get("recipe", {})}
+    for group, name in (("model", "name"), ("prompts", "path")):
+        recipe[group] = {key: value for key, value in recipe.get(group, {}).items() if key != name}
+    return {**signs, "recipe": recipe}
 
 
 def _embed_rows(pending: PendingNight, positions: NDArray[np.int64], name: str) -> Dataset:
