@@ -15,6 +15,7 @@ from pipeline.config.options import read_options
 from pipeline.config.schema import conf_dir
 from pipeline.core.cli import (
     ErrorOutput,
+    FolderGone,
     check_folder,
     interrupt_within,
     on_signals,
@@ -22,7 +23,7 @@ from pipeline.core.cli import (
     provide_streams,
     run_command,
 )
-from pipeline.core.errors import ConfigError, FolderGone
+from pipeline.core.errors import ConfigError
 from pipeline.core.log_format import JsonLines, new_run
 
 if TYPE_CHECKING:

@@ -17,12 +17,18 @@ from types import FrameType
 from typing import NoReturn
 
 from pipeline.core.concurrency import unfinished
-from pipeline.core.errors import FolderGone, Interrupted, PipelineError, exit_code_of
+from pipeline.core.errors import Interrupted, PipelineError, exit_code_of
 from pipeline.core.log_format import JsonLines, ending
 
 # The exit code that shells report for a program that SIGPIPE ended.
 BROKEN_PIPE = 141
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class FolderGone(PipelineError):
+    """The folder that a command was started in does not exist any more."""
+
+    exit_code = 2
 
 
 def command_parser(command: str, description: str, examples: str) -> argparse.ArgumentParser:

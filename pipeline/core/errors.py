@@ -59,12 +59,6 @@ class ConfigError(PipelineError):
         return type(self), (self.problems,)
 
 
-class FolderGone(PipelineError):
-    """The folder that a command was started in does not exist any more."""
-
-    exit_code = 2
-
-
 class ManifestError(PipelineError):
     """The manifest cannot be read as the config says."""
 
