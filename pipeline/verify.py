@@ -36,8 +36,8 @@ examples:
       read every byte, change nothing
   python -m pipeline.verify s3://bucket/photos --repair
       compute only missing and damaged shards again
-  python -m pipeline.verify outputs/photos --repair manifest.root=/mnt/photos
-      the same after the images were moved; manifest.path, prompts.path and model.name can be given too
+  python -m pipeline.verify outputs/photos --repair manifest.path=/mnt/photos.parquet
+      the same after the manifest alone was moved; manifest.root, prompts.path and model.name can be given too
   python -m pipeline.verify outputs/demo --collect 7d
       remove parts without a commit and temporary files that are older than a week
 exit codes: 0 healthy, 1 damaged, 2 no dataset, the storage does not answer, or no repair possible,

@@ -108,12 +108,15 @@ def test_a_night_says_so_once(job: Config, tmp_path: Path, capfd: pytest.Capture
         assert (night["embedded"], night["report"]["notes"]) == (embedded, [NOTICE])
 
 
-def test_the_python_api_says_so(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_python_api_warns_the_caller(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.jpg").write_bytes(scene(1)[0])
     settings = {"loader.isolation": "none", "backend.device": "cpu"}
-    with embed([tmp_path / "a.jpg"], labels=CLOTHES, settings=settings, progress=False) as dataset:
+    with pytest.warns(UserWarning, match="rendered shapes only.*model=clip_vit_b32") as found:
+        dataset = embed([tmp_path / "a.jpg"], labels=CLOTHES, settings=settings, progress=False)
+    with dataset:
         assert dataset.report["notes"] == [NOTICE]
-    assert warned(capfd.readouterr().err) == 1
+    assert [each.filename for each in found] == [__file__]
+    assert capfd.readouterr().err == ""
 
 
 def test_the_doctor_warns_of_it(job: Config, tmp_path: Path) -> None:

@@ -128,6 +128,7 @@ def _run(config: Config, images: object, columns: Columns, output: str | None) -
     from pipeline.api.process_state import settings_restored
     from pipeline.api.scratch import Scratch, manifest_beside
     from pipeline.dataset.dataset import open_dataset
+    from pipeline.engine.demo.notes import notes_of, told
     from pipeline.job.cluster.main_guard import leave_if_run_again
     from pipeline.job.main import run_job
 
@@ -143,7 +144,10 @@ def _run(config: Config, images: object, columns: Columns, output: str | None) -
         if manifest.written is not None and output is not None:
             path = opened.enter_context(manifest_beside(manifest.written, place))
             config = config.changed({"manifest.path": path})
-        with settings_restored():
+        for note in notes_of(config):
+            # Of the caller of embed, so that Python says it once for each place in a program.
+            warnings.warn(note, stacklevel=3)
+        with settings_restored(), told():
             run_job(config)
         stored = open_dataset(place)
         if output is not None:

@@ -15,7 +15,7 @@ from pipeline.core.records import OK
 from pipeline.core.run_report import RunReport
 from pipeline.dataset import commits, lease
 from pipeline.engine.demo import folder as demo
-from pipeline.engine.demo.notes import notes_of
+from pipeline.engine.demo.notes import log_notes
 from pipeline.engine.engine import Engine
 from pipeline.engine.prepare import Prepared, job_of, log_labels, write_plan
 from pipeline.images.pool.pool import Decoders
@@ -47,7 +47,7 @@ class RunOptions:
         every_byte: read committed parts in an object store whole, instead of comparing the store's digests (see
             :func:`~pipeline.dataset.commits.find_done`).
         run: name of the run in its log and its metrics; empty: a new one.
-        summary: log notes about the job before it begins, and the summary of the report at the end.
+        summary: log the summary of the report at the end.
     """
 
     began: float | None = None
@@ -81,9 +81,7 @@ def run_job(config: Config, options: RunOptions | None = None) -> RunReport:
             opened.callback(options.decoders.close)
         # Open: the output with its lease, then manifest, model and prompts.
         config, output = _open_output(config, options, opened)
-        if options.summary:
-            for note in notes_of(config):
-                log.warning("%s", note)
+        log_notes(config)
         config, rendering_seconds = with_demo_scenes(config)
         # Rendering the scenes of the demo is not part of the job.
         began += rendering_seconds or 0.0

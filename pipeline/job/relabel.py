@@ -29,7 +29,7 @@ from pipeline.dataset import commits, lease, plan
 from pipeline.dataset.commits import Commit
 from pipeline.dataset.dataset import Dataset, vectors_of
 from pipeline.dataset.parts import LAYOUT, PartFormat, ShardResult, build_table, count_statuses, format_of
-from pipeline.engine.demo.notes import notes_of
+from pipeline.engine.demo.notes import log_notes, notes_of
 from pipeline.engine.prepare import prompts_fingerprint
 from pipeline.engine.query import labels_of, open_model
 from pipeline.models.checkpoint import Checkpoint
@@ -98,8 +98,7 @@ def relabel(source: Dataset, config: Config, *, began: float | None = None) -> R
         opened.enter_context(log_to(storage, form=config.log))
         if held.taken_over:
             log.warning("took over from %s", held.taken_over)
-        for note in notes_of(config):
-            log.warning("%s", note)
+        log_notes(config)
         torch.set_num_threads(cores())
         bank = read_bank(open_model(source, config.model), config)
         features = "from the cache" if bank.cached else "embedded and cached"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 import time
 from collections.abc import Sequence
@@ -24,7 +23,6 @@ from pipeline.nightly.records import PARTITION, SNAPSHOT, Night, NightOptions
 if TYPE_CHECKING:
     from pipeline.storage.base import Storage
 
-log = logging.getLogger(__name__)
 # Snapshots share unchanged parts, so two weeks of them cost little more than one; a partition has rows of its own.
 KEPT = {SNAPSHOT: 14, PARTITION: 0}
 EXAMPLES = """\
@@ -71,7 +69,7 @@ def _make_nights(options: argparse.Namespace, run: _Run, errors: ErrorOutput) ->
     wanted, run.log = replace(wanted, run=run.name), configs[0].log
     errors.formatter = JsonLines(run.name) if run.log.format == "json" else None
     from pipeline.dataset import lease
-    from pipeline.engine.demo.notes import notes_of
+    from pipeline.engine.demo.notes import log_notes
     from pipeline.nightly.run import run_night
     from pipeline.storage.factory import open_storage
     from pipeline.telemetry.logs import log_to_terminal
@@ -79,8 +77,7 @@ def _make_nights(options: argparse.Namespace, run: _Run, errors: ErrorOutput) ->
     run.store = store = open_storage(wanted.store)
     seconds = configs[0].output.lease_seconds
     with log_to_terminal(run.log, run.name), lease.take(store, seconds=seconds) as held:
-        for note in notes_of(configs[0]):
-            log.warning("%s", note)
+        log_notes(configs[0])
         for day, config in zip(days, configs, strict=True):
             run.night = night = run_night(config, wanted, store, day, held)
             if night.exit_code:

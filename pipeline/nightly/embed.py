@@ -107,10 +107,12 @@ def check_job_without_rows(pending: PendingNight) -> None:
 
 def run_main_job(config: Config, *, run: str) -> None:
     """Run the main job without its page and closing message, which the night has itself."""
-    # The command answers --help without this import.
+    # The command answers --help without these imports.
+    from pipeline.engine.demo.notes import told
     from pipeline.job.main import RunOptions, run_job
 
-    run_job(config.changed({"report.html": False}), RunOptions(run=run, summary=False))
+    with told():
+        run_job(config.changed({"report.html": False}), RunOptions(run=run, summary=False))
 
 
 def digest_of(fingerprints: Mapping[str, Any]) -> str:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 from pipeline.config.schema import DEMO_MODEL, Config
@@ -13,6 +17,8 @@ NOTICE = (
     f'model={DEMO_MODEL}, the default, knows rendered shapes only, such as "red circle": its labels and its embeddings '
     "of other images mean nothing, whatever the scores; model=clip_vit_b32 takes a real model"
 )
+_told = ContextVar("told", default=False)
+log = logging.getLogger(__name__)
 # The name that pipeline.engine.demo.folder gives the manifest of rendered scenes.
 _SCENES = re.compile(r"scenes-\d+-\d+x\d+-\d+\.parquet")
 
@@ -25,3 +31,19 @@ def notes_of(config: Config) -> tuple[str, ...]:
     scenes = path is None or _SCENES.fullmatch(Path(local_path(path)).name) is not None
     known = {f"{colour} {shape}" for colour in COLOURS for shape in SHAPES}
     return () if scenes and prompts.path is None and {*prompts.labels} <= known else (NOTICE,)
+
+
+def log_notes(config: Config) -> None:
+    """Log the notice, unless the caller has told it."""
+    for note in () if _told.get() else notes_of(config):
+        log.warning("%s", note)
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """Mark the notice as told: the body logs it no more."""
+    token = _told.set(True)
+    try:
+        yield
+    finally:
+        _told.reset(token)
