@@ -107,7 +107,7 @@ def _export(engine: Engine, options: argparse.Namespace) -> Iterator[Artifact]:
     from pipeline.backends.artifacts.store import ArtifactStore
     from pipeline.backends.artifacts.torchscript import TraceOptions, traced
 
-    checkpoint, config, sample = engine.checkpoint, engine.config, cache(engine.cpu_sample)
+    checkpoint, config, sample = engine.checkpoint, engine.config, cache(engine.cpu_decoded_sample)
     store, limits = ArtifactStore(config.backend.artifacts), config.parity
     if options.format == "torchscript":
         trace = TraceOptions(options.precision, torch.device("cpu"))

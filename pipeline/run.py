@@ -15,7 +15,16 @@ from pipeline.config.compose import check_overrides, groups, known_keys, registe
 from pipeline.config.hydra_guard import check_files
 from pipeline.config.options import read_options, take_folder
 from pipeline.config.schema import conf_dir
-from pipeline.core.cli import ErrorOutput, interrupt_within, on_signals, own_exit_code, run_command
+from pipeline.core.cli import (
+    ErrorOutput,
+    FolderGone,
+    check_folder,
+    interrupt_within,
+    on_signals,
+    own_exit_code,
+    provide_streams,
+    run_command,
+)
 from pipeline.core.errors import ConfigError
 from pipeline.core.log_format import JsonLines, new_run
 from pipeline.core.processes import give_home
@@ -38,6 +47,11 @@ def main() -> None:
     errors = ErrorOutput(INTERRUPTED)
     # An exception out of a signal handler may get lost among the imports; until they are done, leave at once.
     on_signals(errors.leave)
+    provide_streams()
+    try:
+        check_folder()
+    except FolderGone as error:
+        raise SystemExit(errors.print(error)) from error
     # Imports make a million objects that are no garbage; fewer collections save a tenth of the start-up.
     gc.set_threshold(100_000, 20, 50)
     import hydra

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -73,3 +74,63 @@ def test_a_broken_pipe_that_is_not_standard_output_is_an_error() -> None:
     ended = run_python("-c", code)
     assert ended.returncode == 1
     assert "a store" in ended.stderr
+
+
+STARTED = """
+import os, sys
+CLOSED = {closed}
+for number in CLOSED:
+    os.close(number)
+os.execv(sys.executable, [sys.executable, "-m", *{command}])
+"""
+COMMANDS = [
+    ["pipeline", "--help"],
+    ["pipeline.run", "manifest.path=m.parquet"],
+    ["pipeline.verify", "out"],
+    ["pipeline.search", "out", "a cat"],
+    ["pipeline.relabel", "out", "output.dir=other"],
+    ["pipeline.convert", "out", "--to", "numpy", "--out", "x"],
+    ["pipeline.manifest", "folder", "photos", "m.parquet"],
+    ["pipeline.nightly", "--date", "2026-11-01", "--store", "nights", "manifest.path=m.parquet"],
+    ["pipeline.report", "out"],
+    ["pipeline.artifacts", "list"],
+    ["pipeline.export"],
+    ["pipeline.bench"],
+    ["pipeline.serve"],
+    ["pipeline.doctor", "--quick"],
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
+def test_a_command_in_a_folder_that_was_removed_says_so(command: list[str], tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    remove = f"import os; os.rmdir({str(gone)!r}); "
+    code = remove + STARTED.format(closed=(), command=command)
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=gone, env=env, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert ended.returncode == 2
+    assert "the current folder is gone" in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1
+    assert ended.stdout == ""
+
+
+@pytest.mark.parametrize("closed", [(1,), (2,), (0, 1), (1, 2), (0, 1, 2)])
+def test_a_command_without_standard_streams_ends_with_its_own_exit_code(closed: tuple[int, ...]) -> None:
+    for command, code in ((["pipeline.verify", "nothing"], 2), (["pipeline.search", "nothing", "x"], 2)):
+        ended = run_python("-c", STARTED.format(closed=closed, command=command))
+        assert ended.returncode == code
+        assert "Traceback" not in ended.stderr + ended.stdout
+        assert ("no dataset is here" in ended.stderr) == (2 not in closed)
+
+
+def test_what_opens_later_does_not_take_the_descriptor_of_a_closed_stream(tmp_path: Path) -> None:
+    body = (
+        "import os; os.close(1); from pipeline.core.cli import provide_streams; provide_streams(); "
+        f"file = open({str(tmp_path / 'rows')!r}, 'wb'); os.write(1, b'said by a library'); print('more'); file.close()"
+    )
+    ended = run_python("-c", body)
+    assert ended.returncode == 0, ended.stderr
+    assert (tmp_path / "rows").read_bytes() == b""

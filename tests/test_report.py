@@ -21,7 +21,16 @@ from pipeline.core.processes import spent
 from pipeline.core.records import Clocks, Parity, Stage, Timeline
 from pipeline.core.run_report import Pace, RunReport, StagePace
 from pipeline.report import page
-from pipeline.report.bottleneck import Cost, Limit, Loop, Setup, find_bottleneck, find_limit, find_pace, verdict
+from pipeline.report.bottleneck import (
+    Cost,
+    Limit,
+    LoopFigures,
+    ProcessSetup,
+    find_bottleneck,
+    find_limit,
+    find_pace,
+    verdict,
+)
 from pipeline.report.history import earlier_runs
 from pipeline.report.scores import Extremes, Row
 from pipeline.report.summary import HINTS, DatasetSummary, Failed
@@ -230,7 +239,7 @@ def test_the_json_holds_every_field() -> None:
 def test_the_bound_follows_from_the_clocks(
     seconds: dict[str, float], startup: float, facts: dict[str, object], bound: str, advice: str
 ) -> None:
-    setup = replace(Setup("cpu", "fp32", "fast", threads=4, streams=1, cores=4), **facts)  # type: ignore[arg-type]
+    setup = replace(ProcessSetup("cpu", "fp32", "fast", threads=4, streams=1, cores=4), **facts)  # type: ignore[arg-type]
     found = find_bottleneck(Clocks(seconds), setup, startup=startup, wall=100)
     assert found.stage == bound
     assert advice in found.advice
@@ -326,7 +335,10 @@ def test_the_pace_of_a_run_follows_from_its_clocks_and_its_core_seconds() -> Non
         {Stage.DECODE: 20.0, Stage.ENCODE: 95.0, Stage.WRITE: 1.0, Stage.WAIT_INPUT: 3.0},
         {Stage.DECODE: 1.0, Stage.ENCODE: 90.0, Stage.WRITE: 0.5, Stage.WAIT_INPUT: 0.2},
     )
-    setup, loop = Setup("cpu", "fp32", "exact", threads=2, streams=2, cores=2), Loop(1000, seconds=52.0, steady=18.0)
+    setup, loop = (
+        ProcessSetup("cpu", "fp32", "exact", threads=2, streams=2, cores=2),
+        LoopFigures(1000, seconds=52.0, steady=18.0),
+    )
     worker = WorkerStats("0", "host", 1, "cpu", 2, 1.0, clocks=clocks, own_core_seconds=92.0, child_core_seconds=8.0)
     stats = RunStats(began=0.0, ended=52.0, rows=1000, images=1000, workers=(worker,))
     found = find_pace(stats, setup, loop)
@@ -348,7 +360,7 @@ def test_the_pace_of_a_run_follows_from_its_clocks_and_its_core_seconds() -> Non
     assert together is not None
     assert together.stages[Stage.ENCODE].core_seconds == pytest.approx(90.5)
     assert "other" not in together.stages
-    assert find_pace(stats, setup, Loop(0, seconds=52.0, steady=0.0)) is None
+    assert find_pace(stats, setup, LoopFigures(0, seconds=52.0, steady=0.0)) is None
     assert find_pace(replace(stats, workers=()), setup, loop) is None
 
 

@@ -178,6 +178,30 @@ def test_the_probes_and_the_version_answer(service: Served) -> None:
     assert "dir" not in version["config"]["output"]
 
 
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics", "/version", "/openapi.json"])
+def test_head_answers_as_get_does_without_a_body(service: Served, path: str) -> None:
+    asked, told = service.ask("HEAD", path), service.ask("GET", path)
+    assert (asked.status, asked.body, told.status) == (200, b"", 200)
+    assert asked.headers["content-type"] == told.headers["content-type"]
+    assert int(asked.headers["content-length"]) > 0
+    raw_answer = raw(service, f"HEAD {path} HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n".encode())
+    assert raw_answer.endswith(b"\r\n\r\n")
+    assert is_error(service.ask("GET", "/nothing"), 404, "not_found")
+    assert service.ask("HEAD", "/predict").status == 405
+
+
+def test_one_image_and_labels_with_commas_are_answered_as_the_long_form_is(service: Served) -> None:
+    short = service.send_files("/predict", [("image", "a.jpg", picture(2)), ("texts", None, b"red circle, blue star")])
+    labels = [("labels", None, b"red circle"), ("labels", None, b"blue star")]
+    assert short.json == service.send_files("/predict", [("images", "a.jpg", picture(2)), *labels]).json
+    assert short.json["images"][0]["id"] == "a.jpg"
+
+
+def test_the_log_says_that_the_demo_model_knows_shapes_only(service: Served) -> None:
+    assert "model=demo, the default, knows rendered shapes only" in service.child.said()
+    assert "model=clip_vit_b32" in service.child.said()
+
+
 def test_metrics_are_what_prometheus_reads(service: Served) -> None:
     service.send_files("/predict", [("images", "a", picture(2))])
     answer = service.ask("GET", "/metrics")

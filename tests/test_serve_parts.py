@@ -34,7 +34,7 @@ from pipeline.serve.forward import Forward, Picture
 from pipeline.serve.limits import Admission
 from pipeline.serve.metrics import Metrics
 from pipeline.serve.middleware import RequestMiddleware
-from pipeline.serve.requests import EmbedRequest, PredictRequest, read_request
+from pipeline.serve.requests import EmbedRequest, PredictRequest, body_of, read_request, request_schemas
 from pipeline.serve.service import Service
 from pipeline.serve.settings import VARIABLE, config_of_environment, service_config
 from pipeline.serve.text_cache import Recent
@@ -220,6 +220,89 @@ def test_a_form_s_top_k_is_one_number_of_few_digits(value: bytes) -> None:
     body = form([("images", None, b"x"), ("top_k", None, value)])
     with pytest.raises(Refused, match="top_k"):
         read_request(PredictRequest, f"multipart/form-data; boundary={BOUNDARY}", body, ServeConfig())
+
+
+LABELS = ["a cat", "a dog"]
+FORMS: list[tuple[list[tuple[str, str | None, bytes]], list[str] | None]] = [
+    ([("image", "cat.jpg", b"x")], None),
+    ([("image", "cat.jpg", b"x"), ("texts", None, b"a cat,a dog")], LABELS),
+    ([("image", "cat.jpg", b"x"), ("texts", None, b" a cat ,\ta dog\n")], LABELS),
+    ([("image", "cat.jpg", b"x"), ("texts", None, b"a cat"), ("texts", None, b"a dog")], LABELS),
+    ([("image", "cat.jpg", b"x"), ("texts", None, b'["a cat", "a dog"]')], LABELS),
+    ([("image", "cat.jpg", b"x"), ("texts", None, b' ["a cat, asleep"]')], ["a cat, asleep"]),
+    ([("image", "cat.jpg", b"x"), ("texts", None, b"a cat, asleep"), ("texts", None, b"b")], ["a cat, asleep", "b"]),
+    ([("image", "cat.jpg", b"x"), ("texts", None, "\u732b,\u72ac".encode())], ["\u732b", "\u72ac"]),
+    ([("image", "cat.jpg", b"x"), ("labels", None, b"a cat"), ("labels", None, b"a dog")], LABELS),
+    ([("images", "cat.jpg", b"x"), ("texts", None, b"a cat,a dog")], LABELS),
+    # As before: one label with a comma.
+    ([("images", "cat.jpg", b"x"), ("labels", None, b"a cat,a dog")], ["a cat,a dog"]),
+]
+
+
+@pytest.mark.parametrize(("parts", "labels"), FORMS)
+def test_a_form_gives_one_image_and_labels_as_people_write_them(
+    parts: list[tuple[str, str | None, bytes]], labels: list[str] | None
+) -> None:
+    found = read_request(PredictRequest, f"multipart/form-data; boundary={BOUNDARY}", form(parts), ServeConfig())
+    assert ([image.id for image in found.images], found.images[0].data, found.labels) == (["cat.jpg"], b"x", labels)
+    assert found.image is found.texts is None
+
+
+@pytest.mark.parametrize(
+    ("asked", "labels"),
+    [
+        ({"image": "eA==", "texts": LABELS}, LABELS),
+        ({"image": {"data": "eA=="}, "texts": "a cat, a dog"}, LABELS),
+        ({"image": [{"data": "eA=="}], "texts": '["a cat", "a dog"]'}, LABELS),
+        ({"images": [{"data": "eA=="}], "image": None, "texts": ["a cat, asleep"]}, ["a cat, asleep"]),
+        ({"image": "eA==", "labels": LABELS, "texts": None}, LABELS),
+    ],
+)
+def test_json_gives_one_image_and_labels_as_people_write_them(asked: dict[str, Any], labels: list[str]) -> None:
+    found = read_request(PredictRequest, "application/json", json.dumps(asked).encode(), ServeConfig())
+    assert ([image.data for image in found.images], found.labels) == ([b"x"], labels)
+
+
+IMAGE = ("image", "cat.jpg", b"x")
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ([IMAGE, IMAGE], "image: 2 images; give several as images"),
+        ([IMAGE, ("images", "b", b"x")], "image and images; give one of them"),
+        ([IMAGE, ("texts", None, b"a"), ("labels", None, b"b")], "texts and labels; give one of them"),
+        ([IMAGE, ("texts", None, b"[a cat]")], "texts: begins like a JSON list, and is none"),
+        ([IMAGE, ("texts", None, b"[" * 100_000)], "texts: begins like a JSON list, and is none"),
+        ([IMAGE, ("texts", None, b"[[1],2]")], "texts.0"),
+        ([IMAGE, ("texts", None, b"[" + b"1," * 10**6 + b"1]")], "more values"),
+        ([IMAGE, ("texts", None, b"," * 10**6)], "over serve.max_texts"),
+        ([IMAGE, ("texts", None, b"a,,b")], "texts.1: is empty"),
+        ([IMAGE, ("texts", None, b"a,a")], "'a' is a duplicate"),
+        ([IMAGE, ("texts", None, b"x" * 5000)], "over serve.max_text_chars"),
+        ([IMAGE, ("templates", None, b"a {}")], "templates without labels"),
+        ([("texts", None, b"a")], "images is empty"),
+    ],
+)
+def test_a_form_that_says_two_things_or_nothing_is_refused_in_words(
+    parts: list[tuple[str, str | None, bytes]], message: str
+) -> None:
+    with pytest.raises(Refused) as refused:
+        read_request(PredictRequest, f"multipart/form-data; boundary={BOUNDARY}", form(parts), ServeConfig())
+    assert message in refused.value.message
+    assert len(refused.value.message) < 600
+
+
+def test_an_embedding_takes_no_second_names() -> None:
+    with pytest.raises(Refused, match="image: is not known; there are images, texts"):
+        read_request(EmbedRequest, f"multipart/form-data; boundary={BOUNDARY}", form([IMAGE]), ServeConfig())
+
+
+def test_the_schema_has_both_ways_to_write_a_request() -> None:
+    fields = request_schemas()["PredictRequest"]["properties"]
+    written = body_of(PredictRequest)["requestBody"]["content"]["multipart/form-data"]["schema"]["properties"]
+    wanted = {"images", "image", "labels", "texts", "templates", "top_k"}
+    assert set(fields) == set(written) == wanted
 
 
 def test_a_json_body_at_its_limits_is_read_and_one_of_a_million_values_is_not() -> None:

@@ -19,7 +19,7 @@ from pipeline.images.factory import pixel_reader
 from pipeline.images.sources.source import Source
 from pipeline.manifest.manifest import Manifest, open_manifest
 from pipeline.report import thumbnails as module
-from pipeline.report.bottleneck import Setup
+from pipeline.report.bottleneck import ProcessSetup
 from pipeline.report.faster_decoder import Faster, faster_decoder
 from pipeline.report.thumbnails import THUMBNAIL, find, spread, thumbnails
 from pipeline.telemetry.run_stats import RunStats, WorkerStats
@@ -90,7 +90,7 @@ def pace(decode: float) -> Pace:
 
 # A run of 1,000 images in 100 s on two cores.
 LONG = RunStats(0.0, 100.0, rows=1000, images=1000, workers=(WorkerStats("0", "host", 1, "cpu", 2, 1.0),))
-SETUP = Setup("cpu", "fp32", "exact", threads=2, streams=1, cores=2)
+SETUP = ProcessSetup("cpu", "fp32", "exact", threads=2, streams=1, cores=2)
 
 
 def test_what_the_faster_decoder_would_give_is_measured_on_the_pictures(tmp_path: Path) -> None:

@@ -132,8 +132,11 @@ def _run(
     from pipeline.api.process_state import settings_restored
     from pipeline.api.scratch import Scratch, manifest_beside, written_prompts
     from pipeline.dataset.dataset import open_dataset
+    from pipeline.engine.demo.notes import notes_of, told
+    from pipeline.job.cluster.main_guard import leave_if_run_again
     from pipeline.job.main import run_job
 
+    leave_if_run_again()
     # Before the caller's iterator runs, which may change the current folder.
     place = "" if output is None else absolute(output)
     with ExitStack() as opened:
@@ -148,7 +151,10 @@ def _run(
         if prompts is not None:
             path = opened.enter_context(written_prompts(prompts, scratch if output is None else None, place))
             config = config.changed({"prompts.labels": [], "prompts.path": path})
-        with settings_restored():
+        for note in notes_of(config):
+            # Of the caller of embed, so that Python says it once for each place in a program.
+            warnings.warn(note, stacklevel=3)
+        with settings_restored(), told():
             run_job(config)
         stored = open_dataset(place)
         if output is not None:

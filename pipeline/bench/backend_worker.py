@@ -44,7 +44,7 @@ class Backend:
         config = self._config
         device = choose_device(config.backend.device)
         with Engine(config) as engine:
-            checkpoint, bank, sample = engine.checkpoint, engine.bank(), engine.cpu_sample()
+            checkpoint, bank, sample = engine.checkpoint, engine.bank(), engine.cpu_decoded_sample()
         assert bank is not None, "the command gives labels"
         self._checkpoint = checkpoint
         # In the loader's layout of memory: [N, H, W, 3].

@@ -26,6 +26,12 @@ BROKEN_PIPE = 141
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+class FolderGone(PipelineError):
+    """The folder that a command was started in does not exist any more."""
+
+    exit_code = 2
+
+
 def command_parser(command: str, description: str, examples: str) -> argparse.ArgumentParser:
     """Return a parser whose help ends with examples and exit codes.
 
@@ -82,6 +88,7 @@ def run_command(work: Callable[[], int | None], errors: ErrorOutput) -> int:
     An unforeseen error is raised, or printed with its traceback where the log has a format of its own.
     """
     try:
+        check_folder()
         give_home()
         return work() or 0
     except PipelineError as error:
@@ -94,8 +101,40 @@ def run_command(work: Callable[[], int | None], errors: ErrorOutput) -> int:
         return errors.print(error)
 
 
+def check_folder() -> None:
+    """Check that the current folder exists, where relative paths start, also those of libraries.
+
+    Raises:
+        FolderGone: it was removed, or lies on a disk that does not answer.
+    """
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise FolderGone(
+            f"the current folder is gone ({error.strerror}); change to another one, and run the same command again"
+        ) from error
+
+
+def provide_streams() -> None:
+    """Discard what is written to a standard stream that the process was started without.
+
+    A file that is opened later would get the descriptor of the stream, and what a library writes there.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))  # noqa: SIM115
+
+
 def run_process(main: Callable[[], int]) -> NoReturn:
     """Run a command as this process: SIGTERM interrupts it like Ctrl-C, and its return value is the exit code."""
+    provide_streams()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with own_exit_code():
         raise SystemExit(main())

@@ -14,21 +14,26 @@ PACKAGES = ("torch", "transformers", "tokenizers", "pillow", "pi-heif", "pyarrow
 
 def memory() -> dict[str, float]:
     """Peak memory of this process in MiB: resident, and on the GPU if one was used."""
-    figures = {"peak_rss_mib": round(_peak_rss() / 2**20, 1)}
+    figures = {"peak_rss_mib": round((peak_rss() or _peak_of_usage()) / 2**20, 1)}
     torch: Any = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         figures["peak_gpu_mib"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
     return figures
 
 
-def _peak_rss() -> int:
-    """Bytes; getrusage would include the memory of the parent process at the fork."""
+def peak_rss(process: int | str = "self") -> int:
+    """Peak resident memory of a process in bytes; 0 where the system does not tell."""
     try:
-        with open("/proc/self/status", encoding="ascii") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))
-    except (OSError, StopIteration):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
+        with open(f"/proc/{process}/status", encoding="ascii") as file:
+            return next((int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:")), 0)
+    except OSError:
+        return 0
+
+
+def _peak_of_usage() -> int:
+    """The same of this process from getrusage, which includes the memory of the parent process at the fork."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def machine(device: str, cores: int) -> dict[str, object]:

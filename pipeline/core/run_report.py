@@ -48,6 +48,7 @@ class RunReport:
     ``repeats`` counts the rows that share the embedding of an earlier row of their shard with the same bytes.
     ``timeline`` adds up all processes, ``scores`` counts rows by their best score in equal steps from 0 to 1,
     ``history`` are earlier runs in short, oldest first. ``run`` is the name of the run in its log and its metrics.
+    ``notes`` are sentences about the whole dataset that its readers must know.
     """
 
     started: str
@@ -83,6 +84,7 @@ class RunReport:
     scores: tuple[int, ...] = ()
     history: tuple[Mapping[str, object], ...] = ()
     run: str = ""
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of ``_report.json`` as types that JSON has."""

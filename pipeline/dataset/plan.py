@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipeline.config.schema import Config
 from pipeline.core.errors import PlanMismatch
+from pipeline.dataset.places import moved_root
 from pipeline.dataset.saved_config import recipe_of
 from pipeline.storage.base import Storage
 
@@ -23,6 +25,7 @@ WORDS = {
     "model.tokenizer": "its tokenizer",
     "prompts.text": "the labels, their templates, or the text tower",
 }
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,12 +136,30 @@ def write_once(storage: Storage, plan: Plan) -> bool:
     Raises:
         PlanMismatch: see :func:`compare`.
     """
-    if compare(storage, plan):
-        return False
-    if storage.create_once(NAME, plan.to_json()):
+    if not compare(storage, plan) and storage.create_once(NAME, plan.to_json()):
         return True
-    compare(storage, plan)
+    kept = settle(storage, plan)
+    if kept.fingerprints != json.loads(plan.to_json())["fingerprints"]:
+        raise PlanMismatch(f"{storage.url}: was begun from another folder meanwhile; run the same command again")
     return False
+
+
+def settle(storage: Storage, plan: Plan) -> Plan:
+    """The plan with the fingerprints that the output holds, if it holds the same plan.
+
+    What does not decide the rows, such as the folder of the images, stays as the dataset was begun: every part has the
+    same fingerprints then, whatever moved meanwhile.
+
+    Raises:
+        PlanMismatch: see :func:`compare`.
+    """
+    kept = read(storage) if compare(storage, plan) else None
+    if kept is None:
+        return plan
+    there, now = (each.fingerprints.get("manifest", {}).get("root") for each in (kept, plan))
+    if there != now:
+        log.warning("%s: its images were in %s when it was begun, and are in %s now", storage.url, there, now)
+    return replace(plan, fingerprints=kept.fingerprints)
 
 
 def compare(storage: Storage, plan: Plan) -> bool:
@@ -163,6 +184,8 @@ def compare(storage: Storage, plan: Plan) -> bool:
             f"{storage.url}/{NAME}: not readable as JSON ({error}); choose another output.dir"
         ) from error
     wanted = json.loads(plan.to_json())
+    if (root := moved_root(found, wanted)) is not None:
+        wanted["fingerprints"]["manifest"]["root"] = root
     for content in (found, wanted):
         content.pop("config", None)
         content.pop("sources", None)

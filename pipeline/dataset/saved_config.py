@@ -11,6 +11,7 @@ from typing import Any
 from pipeline.config.schema import DEMO_MODEL, Config, from_dict, value_of
 from pipeline.config.validate import check
 from pipeline.core.errors import ConfigError, PlanMismatch
+from pipeline.storage.moved import find_again, is_gone, moved_with
 from pipeline.storage.urls import is_local, local_file
 
 # Settings that do not change the rows, and must not change the plan.
@@ -21,6 +22,8 @@ _OF_THE_RUN = {
 }  # fmt: skip
 # Addresses that may be relative to the current folder.
 _PLACES = ("manifest.path", "manifest.root", "prompts.path")
+# Addresses of a plan that may move.
+PLACES = (*_PLACES, "model.name")
 
 
 def recipe_of(config: Config) -> dict[str, Any]:
@@ -44,13 +47,16 @@ def recipe_of(config: Config) -> dict[str, Any]:
 def config_of(recipe: Mapping[str, Any], output: str) -> Config:
     """The config that makes the same rows at ``output``; settings that the plan does not keep have defaults.
 
+    What is no longer where the plan says is looked for at the same place relative to the dataset, as in a project
+    folder that was renamed. Manifest, model and labels are compared with the plan's fingerprints by every command.
+
     Raises:
         PlanMismatch: the plan keeps no config, or one of another version.
     """
     if not recipe:
         raise PlanMismatch(f"{output}/_plan.json: keeps no config to repair with; run the command that began it")
     try:
-        config = from_dict(recipe).changed({"output.dir": output})
+        config = _with_moved_places(from_dict(recipe).changed({"output.dir": output}))
         problems = check(config)
     except (TypeError, AttributeError) as error:
         known = ", ".join(each.name for each in fields(Config))
@@ -61,6 +67,29 @@ def config_of(recipe: Mapping[str, Any], output: str) -> Config:
     if problems:
         raise ConfigError(problems)
     return config
+
+
+def gone_places(config: Config) -> list[str]:
+    """The keys of a config's local addresses that lead to nothing."""
+    return [key for key in PLACES if value_of(config, key) is not None and is_gone(value_of(config, key))]
+
+
+def _with_moved_places(config: Config) -> Config:
+    """The config with the new places of what moved together with the dataset."""
+    found: dict[str, str] = {}
+    for key in gone_places(config):
+        # A model is a folder of files; another folder of its name is none.
+        address, file = value_of(config, key), "/config.json" if key == "model.name" else ""
+        again = next(find_again(f"{address}{file}", config.output.dir), None)
+        if key != "manifest.root" and again is not None:
+            found[key] = again.removesuffix(file)
+    # The folder of the images is found by the move of their manifest alone, whose digest the plan knows.
+    root, old = config.manifest.root, config.manifest.path
+    if root is not None and old is not None and "manifest.path" in found and is_gone(root):
+        moved = moved_with(root, old, found["manifest.path"])
+        if moved is not None and not is_gone(moved):
+            found["manifest.root"] = moved
+    return config.changed(found)
 
 
 def _absolute(address: str) -> str:

@@ -156,17 +156,17 @@ class Engine:
         device = choose_device(self.config.backend.device)
         return replace(self.cpu_reader, gpu=NvidiaDecoder(self.spec, device, self.cpu_reader.decoder))
 
-    def job_sample(self) -> Sample | None:
+    def manifest_sample(self) -> Sample | None:
         """Images of the manifest for comparisons and calibration; None where the ones that were tried are damaged."""
         return self._drawn
 
-    def exact_sample(self) -> Sample | None:
+    def exactly_decoded_sample(self) -> Sample | None:
         """The same images by the decoder ``exact``, with which the other decoders are compared."""
         with self.reader.exact() as reader:
             return self._draw(reader)
 
-    def sample(self) -> Sample:
-        """The images of :meth:`job_sample`, or rendered scenes: backends can be compared on those, decoders cannot."""
+    def sample_or_scenes(self) -> Sample:
+        """Images of the manifest, or rendered scenes: backends can be compared on those, decoders cannot."""
         return self._sample
 
     def _choose_batch_size(self, storage: Storage) -> None:
@@ -179,7 +179,7 @@ class Engine:
         size = settle_batch_size(self.config, benchmark, rows=self.manifest.rows, storage=storage)
         self.config = self.config.changed({"loader.batch_size": size})
 
-    def cpu_sample(self) -> Sample:
+    def cpu_decoded_sample(self) -> Sample:
         """Images of the manifest by a decoder of the CPU; rendered scenes where the config names no manifest.
 
         Raises:
@@ -205,7 +205,7 @@ class Engine:
 
         def judge(encoder: ImageEncoder) -> None:
             def reference() -> Reference:
-                return embed_reference(encoder, self.checkpoint, self.sample())
+                return embed_reference(encoder, self.checkpoint, self.sample_or_scenes())
 
             check(encoder, self.checkpoint, reference, bank=self.bank(), limits=self.config.parity)
 
@@ -219,7 +219,9 @@ class Engine:
         device = choose_device(self.config.backend.device)
         streams = count_streams(self.config.backend.streams, device)
         with Streams(device, streams) as threads:
-            encoder = threads.submit(partial(open_backend, self.config, self.checkpoint, self.sample, size)).result()
+            encoder = threads.submit(
+                partial(open_backend, self.config, self.checkpoint, self.sample_or_scenes, size)
+            ).result()
         encoder.streams = streams
         return encoder
 

@@ -51,13 +51,14 @@ def prepare(engine: Engine, storage: Storage) -> Prepared:
     engine.check_ids()
 
     prints = fingerprints(engine)
-    wanted = plan.new_plan(config, prints, rows=manifest.rows)
     # Before the gates, which take time: the output may hold another dataset.
-    plan.compare(storage, wanted)
-    gate = Gate(limits=config.parity, fingerprints=prints, storage=storage, bank=bank)
+    wanted = plan.settle(storage, plan.new_plan(config, prints, rows=manifest.rows))
+    gate = Gate(limits=config.parity, fingerprints=wanted.fingerprints, storage=storage, bank=bank)
     with span("gates"):
-        parity = pass_gate(encoder, engine.checkpoint, engine.sample, gate)
-        decoded = decoder_gate.pass_gate(encoder, config.images.decoder, engine.job_sample, engine.exact_sample, gate)
+        parity = pass_gate(encoder, engine.checkpoint, engine.sample_or_scenes, gate)
+        decoded = decoder_gate.pass_gate(
+            encoder, config.images.decoder, engine.manifest_sample, engine.exactly_decoded_sample, gate
+        )
     return Prepared(
         config=config,
         plan=wanted,

@@ -13,6 +13,7 @@ from pipeline.core.errors import ConfigError, ModelError, Problem, PromptsError
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.saved_config import config_of
 from pipeline.storage.factory import open_storage
+from pipeline.storage.moved import is_gone
 from pipeline.storage.urls import within
 
 if TYPE_CHECKING:
@@ -41,6 +42,11 @@ def open_model(dataset: Dataset, model: ModelConfig) -> Checkpoint:
     """
     from pipeline.models.checkpoint import as_recorded, open_checkpoint
 
+    if is_gone(model.name):
+        raise ModelError(
+            f"model.name={model.name}: no such folder, and {dataset.url} was made with it; if it moved, give its new "
+            "place: --model FOLDER in a search, model.name=FOLDER in a relabelling"
+        )
     wanted = dataset.plan.fingerprints["model"]
     checkpoint = as_recorded(open_checkpoint(model), wanted)
     found = json.loads(json.dumps(checkpoint.fingerprint))

@@ -19,11 +19,12 @@ from pipeline.core.processes import cores
 from pipeline.core.records import OK, Timeline, by_status, failed_rows
 from pipeline.core.run_report import Pace, RunReport
 from pipeline.dataset.commits import Commit
+from pipeline.engine.demo.notes import notes_of
 from pipeline.engine.engine import Engine
 from pipeline.engine.prepare import Prepared
 from pipeline.job.cluster.part import Part
 from pipeline.report import summary
-from pipeline.report.bottleneck import Bottleneck, Loop, Setup, find_bottleneck, find_pace
+from pipeline.report.bottleneck import Bottleneck, LoopFigures, ProcessSetup, find_bottleneck, find_pace
 from pipeline.report.faster_decoder import faster_decoder
 from pipeline.report.history import earlier_runs, is_stale
 from pipeline.report.load import REPORT, read_report
@@ -55,9 +56,9 @@ class Embedded:
     images_per_second: float
 
     @property
-    def loop(self) -> Loop:
+    def loop(self) -> LoopFigures:
         """The figures of the loop alone."""
-        return Loop(images=self.images, seconds=self.seconds, steady=self.images_per_second)
+        return LoopFigures(images=self.images, seconds=self.seconds, steady=self.images_per_second)
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +227,7 @@ def _report(outcome: Outcome, ran: RunStats, content: DatasetSummary) -> RunRepo
         timeline=ran.timeline,
         scores=content.scores,
         run=outcome.run,
+        notes=notes_of(config),
     )
 
 
@@ -266,10 +268,10 @@ def log_summary(result: RunReport, config: Config) -> None:
     log.info("dataset: %s   report: %s/%s", config.output.dir, config.output.dir, name)
 
 
-def setup_of(prepared: Prepared) -> Setup:
+def setup_of(prepared: Prepared) -> ProcessSetup:
     """The work of each process of a job, for its report."""
     config, each = prepared.config, int(str(prepared.machine["cores"]))
-    return Setup(
+    return ProcessSetup(
         device=prepared.device.partition(":")[0],
         precision=prepared.precision,
         decoder=config.images.decoder,

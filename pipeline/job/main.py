@@ -16,11 +16,13 @@ from pipeline.core.records import OK
 from pipeline.core.run_report import RunReport
 from pipeline.dataset import commits, lease, plan
 from pipeline.engine.demo import folder as demo
+from pipeline.engine.demo.notes import log_notes
 from pipeline.engine.engine import Engine
 from pipeline.engine.prepare import Prepared, job_of, log_labels, write_plan
 from pipeline.images.pool.pool import Decoders
 from pipeline.job import finish
 from pipeline.job.cluster.executor import Executor, executor_of
+from pipeline.job.cluster.main_guard import leave_if_run_again
 from pipeline.job.cluster.part import Part
 from pipeline.job.finish import Embedded, Outcome
 from pipeline.manifest.manifest import Manifest
@@ -75,6 +77,7 @@ def run_job(config: Config, options: RunOptions | None = None) -> RunReport:
     Raises:
         PipelineError: one of :mod:`pipeline.core.errors`, each with its exit code.
     """
+    leave_if_run_again()
     options = options or RunOptions()
     began = options.began or time.time()
     with ExitStack() as opened:
@@ -82,6 +85,7 @@ def run_job(config: Config, options: RunOptions | None = None) -> RunReport:
             opened.callback(options.decoders.close)
         # Open: the output with its lease, then manifest, model and prompts.
         config, output = _open_output(config, options, opened)
+        log_notes(config)
         config, rendering_seconds = with_demo_scenes(config)
         # Rendering the scenes of the demo is not part of the job.
         began += rendering_seconds or 0.0

@@ -29,6 +29,7 @@ from pipeline.dataset import commits, lease, plan
 from pipeline.dataset.commits import Commit
 from pipeline.dataset.dataset import Dataset, vectors_of
 from pipeline.dataset.parts import LAYOUT, PartFormat, ShardResult, build_table, count_statuses, format_of
+from pipeline.engine.demo.notes import log_notes, notes_of
 from pipeline.engine.prepare import prompts_fingerprint
 from pipeline.engine.query import labels_of, open_model
 from pipeline.manifest.names import named_like_folders
@@ -101,12 +102,12 @@ def relabel(source: Dataset, config: Config, *, began: float | None = None) -> R
         opened.enter_context(log_to(storage, form=config.log))
         if held.taken_over:
             log.warning("took over from %s", held.taken_over)
+        log_notes(config)
         torch.set_num_threads(cores())
         bank = read_bank(open_model(source, config.model), config)
         features = "from the cache" if bank.cached else "embedded and cached"
         log.info("%s: %d rows; %d labels, text features %s", source.url, source.plan.rows, len(bank.names), features)
-        wanted = _plan(source, config, bank)
-        plan.compare(storage, wanted)
+        wanted = plan.settle(storage, _plan(source, config, bank))
         held.confirm()
         plan.write_once(storage, wanted)
         failpoint("plan.settled")
@@ -230,6 +231,7 @@ def _report(work: _Work, labelled: _Labelled, committed: Sequence[Commit], began
         versions=versions(),
         fingerprints=work.plan.fingerprints,
         config=asdict(config),
+        notes=notes_of(config),
     )
 
 

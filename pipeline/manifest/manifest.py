@@ -20,6 +20,7 @@ from pipeline.core.plain import plain_fields, plain_type
 from pipeline.core.processes import cores
 from pipeline.manifest.files import common_folder, find_files
 from pipeline.manifest.hints import for_missing, refuse_text
+from pipeline.manifest.root import find_root
 from pipeline.storage.urls import filesystem, is_local, local_path, open_arrow, open_file
 
 ROOT_KEY = b"pipeline.root"
@@ -136,7 +137,7 @@ def open_manifest(config: ManifestConfig) -> Manifest:
         id=config.id,
         image=config.image,
         image_kind=_image_kind(plain_type(first.field(config.image).type)),
-        root=root or roots.pop() or common_folder(urls) or "/",
+        root=root or find_root(roots.pop(), urls[0], config.image) or common_folder(urls) or "/",
     )
 
 

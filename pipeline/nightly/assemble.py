@@ -91,7 +91,8 @@ def _assembly(pending: PendingNight, target: Target, embedded: EmbeddedRows, pre
     sources = set[str]()
     if previous is not None and pending.previous is not None:
         sources = {*pending.previous.sources, plan.source_of(previous.plan.fingerprints)}
-    wanted = plan.new_plan(config, fingerprints, rows=manifest.rows, sources=sorted(sources))
+    planned = plan.new_plan(config, fingerprints, rows=manifest.rows, sources=sorted(sources))
+    wanted = plan.settle(pending.output, planned)
     return Assembly(
         manifest=manifest,
         plan=wanted,

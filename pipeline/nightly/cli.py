@@ -69,6 +69,7 @@ def _make_nights(options: argparse.Namespace, run: _Run, errors: ErrorOutput) ->
     wanted, run.log = replace(wanted, run=run.name), configs[0].log
     errors.formatter = JsonLines(run.name) if run.log.format == "json" else None
     from pipeline.dataset import lease
+    from pipeline.engine.demo.notes import log_notes
     from pipeline.nightly.run import run_night
     from pipeline.storage.factory import open_storage
     from pipeline.telemetry.logs import log_to_terminal
@@ -76,6 +77,7 @@ def _make_nights(options: argparse.Namespace, run: _Run, errors: ErrorOutput) ->
     run.store = store = open_storage(wanted.store)
     seconds = configs[0].output.lease_seconds
     with log_to_terminal(run.log, run.name), lease.take(store, seconds=seconds) as held:
+        log_notes(configs[0])
         for day, config in zip(days, configs, strict=True):
             run.night = night = run_night(config, wanted, store, day, held)
             if night.exit_code:

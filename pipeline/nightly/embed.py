@@ -100,7 +100,7 @@ def check_job_without_rows(pending: PendingNight) -> None:
     if previous is None:
         return
     checkpoint = as_recorded(open_checkpoint(config.model), _recorded(pending).get("recorded"))
-    if signs_of(config, checkpoint.fingerprint) != previous.signs:
+    if _without_places(signs_of(config, checkpoint.fingerprint)) != _without_places(previous.signs):
         rows = np.arange(min(config.parity.images, pending.manifest.rows))
         check_job(pending, _embed_rows(pending, rows, "probe"))
 
@@ -110,10 +110,12 @@ def run_main_job(config: Config, *, run: str, recorded: Mapping[str, Any] | None
 
     ``recorded`` is the model's fingerprint on the previous night, beside whose rows those of tonight are put.
     """
-    # The command answers --help without this import.
+    # The command answers --help without these imports.
+    from pipeline.engine.demo.notes import told
     from pipeline.job.main import RunOptions, run_job
 
-    run_job(config.changed({"report.html": False}), RunOptions(run=run, summary=False, recorded=recorded))
+    with told():
+        run_job(config.changed({"report.html": False}), RunOptions(run=run, summary=False, recorded=recorded))
 
 
 def _recorded(pending: PendingNight) -> dict[str, Mapping[str, Any]]:
@@ -152,6 +154,14 @@ def signs_of(config: Config, model: Any) -> dict[str, Any]:
     }
     found: dict[str, Any] = json.loads(json.dumps(signs))
     return found
+
+
+def _without_places(signs: Mapping[str, Any]) -> dict[str, Any]:
+    """The signs without the addresses of model and labels, whose contents they hold too."""
+    recipe = {**signs.get("recipe", {})}
+    for group, name in (("model", "name"), ("prompts", "path")):
+        recipe[group] = {key: value for key, value in recipe.get(group, {}).items() if key != name}
+    return {**signs, "recipe": recipe}
 
 
 def _embed_rows(pending: PendingNight, positions: NDArray[np.int64], name: str) -> Dataset:

@@ -40,6 +40,7 @@ from pipeline.nightly.rows import copy_rows, read_batches
 from pipeline.nightly.store import newest_before, open_below, open_night, remove_folder, url_of
 from pipeline.storage.base import Storage
 from pipeline.storage.local import LocalStorage
+from pipeline.storage.moved import is_gone, same_place
 from pipeline.storage.urls import explained
 
 BEGUN, COUNTS, COMPARED, COPIED = "begun.json", "counts.json", "rows.parquet", "changed.json"
@@ -213,6 +214,9 @@ def _begin(store: Storage, day: str, facts: dict[str, Any]) -> str:
     data = outer.read(BEGUN)
     found: dict[str, Any] = json.loads(data) if data is not None else {}
     anew = str(found.pop("anew", ""))
+    there, now = found.get("manifest"), facts["manifest"]
+    if isinstance(there, dict) and there != now and _is_moved(there.get("root"), now["root"]):
+        facts = {**facts, "manifest": {**now, "root": there["root"]}}
     if found == facts:
         return anew
     if found:
@@ -222,6 +226,11 @@ def _begin(store: Storage, day: str, facts: dict[str, Any]) -> str:
     remove_folder(store, f"{WORK}/{PREFIX}{day}")
     outer.write(BEGUN, json.dumps(facts).encode())
     return ""
+
+
+def _is_moved(old: str | None, new: str | None) -> bool:
+    """True if the folder of the images was moved since the night was begun: it is no other one."""
+    return old is not None and new is not None and (same_place(old, new) or is_gone(old))
 
 
 def _batch_size(store: Storage, previous: Night) -> int:

@@ -20,6 +20,7 @@ from pipeline.core.records import by_status, failed_rows
 from pipeline.core.run_report import RunReport
 from pipeline.dataset import plan
 from pipeline.dataset.dataset import Dataset
+from pipeline.engine.demo.notes import notes_of
 from pipeline.nightly.embed import digest_of, signs_of
 from pipeline.nightly.prepare import PendingNight
 from pipeline.nightly.records import DROPPED, EARLIER, NIGHT, ROWS, Kind, Night
@@ -140,6 +141,7 @@ def night_report(
         "fingerprints": fingerprints,
         "config": asdict(config),
         "history": (),
+        "notes": notes_of(config),
     }
     about = {name: getattr(night, name) for name in ("date", "previous", "kinds", "embedded", "verdict")}
     timed = {name: job[name] for name in ("started", "wall_seconds") if name in job}

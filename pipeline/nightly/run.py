@@ -17,7 +17,6 @@ from pipeline.nightly.publish import NightDataset, publish, report_of
 from pipeline.nightly.records import EMBEDDED, PREFIX, WORK, Night, NightError, NightOptions, NightUnfinished
 from pipeline.nightly.store import append_runs, clear_work, open_night, read_night, remove_old
 from pipeline.storage.base import Storage
-from pipeline.storage.factory import open_storage
 from pipeline.telemetry.logs import log_to_terminal
 
 log = logging.getLogger(__name__)
@@ -42,11 +41,12 @@ def run_night(config: Config, options: NightOptions, store: Storage, day: str, h
         if night is None:
             night = _make(config, options, store, day, held)
         else:
-            log.info("%s: is published already, in %s; nothing to do", day, night.dataset or store.url)
+            log.info("%s: is published already, in %s; nothing to do", day, open_night(store, day).url)
         held.confirm()
         append_runs(store, night)
         if config.report.html and night.dataset:
-            _write_page(night, config.report.examples)
+            # Its address in the record is that of the day it was made.
+            _write_page(open_night(store, day), config.report.examples)
         if options.keep:
             for removed in remove_old(store, day, keep=options.keep):
                 log.info("%s%s: removed, %d nights are kept", PREFIX, removed, options.keep)
@@ -102,10 +102,9 @@ def make_dataset(pending: PendingNight, held: lease.Lease) -> NightDataset:
     return NightDataset(kinds, made, tuple(map(report_of, embedded.datasets)), shared)
 
 
-def _write_page(night: Night, examples: int) -> None:
+def _write_page(storage: Storage, examples: int) -> None:
     """Write the page of a night unless it exists; a failure of it does not fail the night."""
     from pipeline.report.render import PAGE, redraw, try_to_publish
 
-    storage = open_storage(night.dataset)
-    if storage.size(PAGE) is None and try_to_publish(storage, partial(redraw, night.dataset, examples=examples)):
-        log.info("report: %s/%s", night.dataset, PAGE)
+    if storage.size(PAGE) is None and try_to_publish(storage, partial(redraw, storage.url, examples=examples)):
+        log.info("report: %s/%s", storage.url, PAGE)

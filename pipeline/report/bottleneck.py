@@ -26,7 +26,7 @@ OVER = 1.05
 
 
 @dataclass(frozen=True, slots=True)
-class Setup:
+class ProcessSetup:
     """The work of each process of a run: type of its device such as ``cpu``, threads that read and decode, cores."""
 
     device: str
@@ -51,7 +51,7 @@ class Bottleneck:
 
 
 @dataclass(frozen=True, slots=True)
-class Loop:
+class LoopFigures:
     """The loop of a run: ``images`` in ``seconds``, from the first read to the last write.
 
     ``steady`` are the images/s after the start-up; 0 where the run was too short to tell, and the whole loop counts.
@@ -98,7 +98,7 @@ def find_limit(costs: Mapping[str, Cost], *, cores: int, device: str) -> Limit:
     return min(limits, key=lambda limit: limit.images_per_second)
 
 
-def find_bottleneck(clocks: Clocks, setup: Setup, *, startup: float, wall: float) -> Bottleneck:
+def find_bottleneck(clocks: Clocks, setup: ProcessSetup, *, startup: float, wall: float) -> Bottleneck:
     """Return the bottleneck of a run; ``startup`` and ``wall`` are seconds."""
     seconds, workers, cores = clocks.seconds, setup.threads, setup.cores
     wait_in, wait_out = seconds.get(Stage.WAIT_INPUT, 0.0), seconds.get(Stage.WAIT_OUTPUT, 0.0)
@@ -138,7 +138,7 @@ def find_bottleneck(clocks: Clocks, setup: Setup, *, startup: float, wall: float
     return Bottleneck("encoding", advice)
 
 
-def find_pace(stats: RunStats, setup: Setup, loop: Loop) -> Pace | None:
+def find_pace(stats: RunStats, setup: ProcessSetup, loop: LoopFigures) -> Pace | None:
     """The rates of a run's stages and its share of their limit; None where nothing was embedded.
 
     ``stats`` hold the clocks, and the core seconds of the loop, of processes that worked side by side.

@@ -12,7 +12,7 @@ from pipeline.core.records import ImageRef, Stage
 from pipeline.core.run_report import Pace
 from pipeline.images.reader import PixelReader
 from pipeline.manifest.manifest import Manifest
-from pipeline.report.bottleneck import Cost, Setup, find_limit, in_words
+from pipeline.report.bottleneck import Cost, ProcessSetup, find_limit, in_words
 from pipeline.report.thumbnails import find
 from pipeline.telemetry.run_stats import RunStats
 
@@ -50,7 +50,7 @@ class Faster:
 
 
 def faster_decoder(
-    manifest: Manifest, reader: PixelReader, pace: Pace | None, stats: RunStats, setup: Setup
+    manifest: Manifest, reader: PixelReader, pace: Pace | None, stats: RunStats, setup: ProcessSetup
 ) -> Faster | None:
     """Decode some images with the decoder of the run and with the next faster one; None for a short run.
 

@@ -17,7 +17,7 @@ examples:
       batches of up to 16 images, in shapes of 16, 4 and 1; a log in JSON
   python -m pipeline.serve model=clip_vit_b32 'prompts.labels=[a cat,a dog]' serve.port=0
       labels for requests without labels; any free port, which is logged
-  curl -F images=@photo.jpg http://127.0.0.1:8000/predict
+  curl -F image=@photo.jpg -F 'texts=a cat,a dog' http://127.0.0.1:8000/predict
   curl -H 'content-type: application/json' -d '{"texts": ["a red circle"]}' http://127.0.0.1:8000/embed
 
 POST /embed and /predict, GET /healthz, /readyz, /metrics, /version and /openapi.json. Results equal the rows

@@ -150,6 +150,10 @@ def _add_probes(app: FastAPI, service: Service) -> None:
             }
         )
 
+    for probe in (healthz, readyz, metrics, version):
+        # Load balancers ask so too; the server sends no body then.
+        app.add_api_route(f"/{probe.__name__}", probe, methods=["HEAD"], include_in_schema=False)
+
 
 def _add_inference(app: FastAPI, service: Service) -> None:
     async def answer(request: Request, model: type[_Body], work: Callable[[_Body], _Work[dict[str, Any]]]) -> Response:
@@ -163,7 +167,7 @@ def _add_inference(app: FastAPI, service: Service) -> None:
         parsed = read() if len(body) < LARGE else await asyncio.to_thread(read)
         # The body must not stay in memory while its images are decoded.
         del body, read
-        exchange.facts |= {"images": len(parsed.images), "texts": len(getattr(parsed, "texts", ()))}
+        exchange.facts |= {"images": len(parsed.images), "texts": len(getattr(parsed, "texts", None) or ())}
         with service.admission.images(len(parsed.images)):
             return _json(await _unless_disconnected(request, work(parsed)))
 

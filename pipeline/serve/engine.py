@@ -159,7 +159,7 @@ def _open_shapes(parts: job.Engine, encoding: ThreadPoolExecutor) -> tuple[list[
     encoders: list[ImageEncoder] = []
     parity: list[Parity] = []
     # Embedded once, for the first encoder.
-    wanted = cache(lambda: embed_reference(encoders[0], parts.checkpoint, parts.sample()))
+    wanted = cache(lambda: embed_reference(encoders[0], parts.checkpoint, parts.sample_or_scenes()))
     for size in shapes(parts.config):
         with memory_explained(size):
             encoder = encoding.submit(parts.open_encoder, size).result()

@@ -13,6 +13,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     PlainValidator,
@@ -29,6 +30,7 @@ from python_multipart.multipart import parse_options_header
 from pipeline.config.schema import ServeConfig
 from pipeline.models.label_files import as_read, is_text
 from pipeline.serve.errors import Refused, invalid
+from pipeline.serve.schemas import EMBED_FIELDS, ONE_OF_IMAGES, PREDICT_FIELDS
 
 REFERENCE = "#/components/schemas/{model}"
 JSON, MULTIPART = "application/json", "multipart/form-data"
@@ -98,6 +100,30 @@ class EncodedImage(_Closed):
 Texts = list[Annotated[str, AfterValidator(_text)]]
 
 
+def _as_image(value: Any) -> Any:
+    """Return the fields of one image: given as its data alone, or the only part of its name in a form."""
+    if isinstance(value, list):
+        if len(value) != 1:
+            raise _error(f"{len(value):,} images; give several as images")
+        return value[0]
+    return {"data": value} if isinstance(value, str) else value
+
+
+def _as_list(value: Any, info: ValidationInfo) -> Any:
+    """Return the texts in a single one: a JSON list of them, or separated by commas."""
+    if not isinstance(value, str):
+        return value
+    limits = _limits(info)
+    if value.lstrip().startswith("["):
+        _check_values(value.encode(errors="replace"), limits)
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise _error("begins like a JSON list, and is none") from error
+    _check_count("labels", value.count(",") + 1, limits.max_texts, "serve.max_texts")
+    return [each.strip() for each in value.split(",")]
+
+
 class EmbedRequest(_Closed):
     """Images, texts, or both."""
 
@@ -115,16 +141,25 @@ class EmbedRequest(_Closed):
 
 
 class PredictRequest(_Closed):
-    """Images, and optionally labels in place of those of the service."""
+    """Images, or one image, and optionally labels in place of those of the service."""
 
-    images: list[EncodedImage]
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra=ONE_OF_IMAGES)
+
+    images: list[EncodedImage] = []
+    image: Annotated[
+        EncodedImage | None, BeforeValidator(_as_image, json_schema_input_type=EncodedImage | str | None)
+    ] = Field(None, description="One image in place of images: as there, or in base64 alone.")
     labels: Texts | None = None
+    texts: Annotated[Texts | None, BeforeValidator(_as_list, json_schema_input_type=list[str] | str | None)] = Field(
+        None, description="Labels in place of labels: a list, or one text with commas between them."
+    )
     templates: Texts | None = Field(None, description="Each contains {} once, for the label; only with labels.")
     top_k: int | None = Field(None, ge=1, le=1000)
 
     @model_validator(mode="after")
     def _check(self, info: ValidationInfo) -> PredictRequest:
         limits = _limits(info)
+        self._merge()
         _check_count("images", len(self.images), min(limits.max_images, limits.queue), "serve.max_images")
         if not self.images:
             raise _error("images is empty; give at least one")
@@ -133,6 +168,17 @@ class PredictRequest(_Closed):
         elif self.templates is not None:
             raise _error("templates without labels; give both")
         return self
+
+    def _merge(self) -> None:
+        """Take over what was given under another name."""
+        if self.image is not None:
+            if self.images:
+                raise _error("image and images; give one of them")
+            self.images, self.image = [self.image], None
+        if self.texts is not None:
+            if self.labels is not None:
+                raise _error("texts and labels; give one of them")
+            self.labels, self.texts = self.texts, None
 
     def _check_labels(self, labels: list[str], limits: ServeConfig) -> None:
         templates = self.templates or []
@@ -174,6 +220,9 @@ def read_request(model: type[_Request], content_type: str, body: bytes | bytearr
             return model.model_validate_json(bytes(body), context=limits)
         if kind == MULTIPART.encode():
             values = _read_form(options.get(b"boundary", b""), bytes(body), limits)
+            if model is PredictRequest and len(values.get("texts", ())) == 1:
+                # Once, it may hold several; repeated, each is one label.
+                [values["texts"]] = values["texts"]
             return model.model_validate(values, context=limits)
     except ValidationError as error:
         found = error.errors(include_url=False, include_context=False, include_input=False)
@@ -257,7 +306,7 @@ def _read_form(boundary: bytes, body: bytes, limits: ServeConfig) -> dict[str, A
     for headers, data in form.parts:
         options = parse_options_header(headers.get(b"content-disposition", b""))[1]
         name = options.get(b"name", b"").decode(errors="replace")
-        if name == "images":
+        if name in ("images", "image"):
             file = options.get(b"filename")
             image = {"data": bytes(data), "id": None if file is None else file.decode(errors="replace")}
             values.setdefault(name, []).append(image)
@@ -273,20 +322,9 @@ def _read_form(boundary: bytes, body: bytes, limits: ServeConfig) -> dict[str, A
     return values
 
 
-FILES = {
-    "type": "array",
-    "items": {"type": "string", "format": "binary"},
-    "description": "Files; their names are returned as ids.",
-}
-TEXTS = {"type": "array", "items": {"type": "string"}}
-TOP_K = {"type": "integer", "minimum": 1, "maximum": 1000}
 FORMS: dict[type[BaseModel], dict[str, Any]] = {
-    EmbedRequest: {"type": "object", "properties": {"images": FILES, "texts": TEXTS}},
-    PredictRequest: {
-        "type": "object",
-        "properties": {"images": FILES, "labels": TEXTS, "templates": TEXTS, "top_k": TOP_K},
-        "required": ["images"],
-    },
+    EmbedRequest: {"type": "object", "properties": EMBED_FIELDS},
+    PredictRequest: {"type": "object", "properties": PREDICT_FIELDS, **ONE_OF_IMAGES},
 }
 
 

@@ -1,4 +1,4 @@
-"""Bodies of the answers, for the OpenAPI document; columns and statuses are those of a dataset."""
+"""Bodies of the answers and fields of forms, for the OpenAPI document; columns and statuses are those of a dataset."""
 
 from __future__ import annotations
 
@@ -96,4 +96,21 @@ _DESCRIPTIONS = {
 }
 ERRORS: dict[int | str, dict[str, Any]] = {
     code: {"description": description, "model": ErrorAnswer} for code, description in _DESCRIPTIONS.items()
+}
+
+ONE_OF_IMAGES: dict[str, Any] = {"anyOf": [{"required": ["images"]}, {"required": ["image"]}]}
+_FILES = {
+    "type": "array",
+    "items": {"type": "string", "format": "binary"},
+    "description": "Files; their names are returned as ids.",
+}
+_TEXTS = {"type": "array", "items": {"type": "string"}}
+EMBED_FIELDS = {"images": _FILES, "texts": _TEXTS}
+PREDICT_FIELDS = {
+    "images": _FILES,
+    "image": {"type": "string", "format": "binary", "description": "One file in place of images."},
+    "labels": _TEXTS,
+    "texts": {"anyOf": [_TEXTS, {"type": "string"}], "description": "Labels: repeated, a JSON list, or with commas."},
+    "templates": _TEXTS,
+    "top_k": {"type": "integer", "minimum": 1, "maximum": 1000},
 }

@@ -14,10 +14,11 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.config.schema import Config
+from pipeline.config.schema import DEMO_MODEL, Config
 from pipeline.core.concurrency import aside
 from pipeline.core.errors import DecoderUnavailable, ModelError
 from pipeline.core.records import OK, Failure, Pixels
+from pipeline.engine.demo.notes import NOTICE
 from pipeline.engine.forward import Labelling
 from pipeline.serve.batching import Batcher, BatchLimits
 from pipeline.serve.engine import Engine, open_engine, shapes
@@ -66,6 +67,8 @@ class Service:
 
     async def _start(self, failed: Callable[[BaseException], None]) -> None:
         log.info("opening model %s", self.config.model.name)
+        if self.config.model.name == DEMO_MODEL:
+            log.warning("%s", NOTICE)
         try:
             engine, close = await asyncio.wrap_future(aside(self._open, name="engine"))
         except Exception as error:

@@ -19,6 +19,7 @@ from typing import IO, NamedTuple
 
 from pipeline.core.errors import DecoderUnavailable
 from pipeline.core.failpoints import VARIABLE
+from pipeline.core.machine import peak_rss
 from pipeline.images.decode import Decoder
 from pipeline.images.pool.protocol import READY
 from pipeline.images.pool.shared_memory import seal
@@ -184,7 +185,7 @@ class Children:
 
     def peak_rss(self) -> int:
         """Bytes that the largest process held at its peak; 0 if none ran, or the system does not tell."""
-        return max(self._peak, *(_peak_rss(pid) for pid in list(self._alive)), 0)
+        return max(self._peak, *map(peak_rss, list(self._alive)), 0)
 
     def stop(self) -> bool:
         """Kill all, and start no other one; False if that was done before."""
@@ -241,12 +242,3 @@ def _signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
-
-
-def _peak_rss(pid: int) -> int:
-    """Bytes; 0 where the system does not tell."""
-    try:
-        with open(f"/proc/{pid}/status", encoding="ascii") as file:
-            return next((int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:")), 0)
-    except OSError:
-        return 0

@@ -6,6 +6,7 @@ import importlib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import dask
@@ -15,6 +16,7 @@ from distributed.security import Security
 from pipeline.config.schema import ClusterConfig, Config
 from pipeline.core.errors import ClusterUnavailable
 from pipeline.images.factory import worker_threads
+from pipeline.job.cluster import main_guard
 from pipeline.job.cluster.affinity import quiet
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -127,11 +129,15 @@ def open_processes(config: Config, environments: list[dict[str, str]]) -> Iterat
         for number, environment in enumerate(environments)
     }
     scheduler = {"cls": Scheduler, "options": scheduler_options(cluster)}
-    with _started(cluster, workers, scheduler) as opened, Client(opened, set_as_default=False) as client:
+    with (
+        main_guard.watched() as mark,
+        _started(cluster, workers, scheduler, mark) as opened,
+        Client(opened, set_as_default=False) as client,
+    ):
         yield client
 
 
-def _started(cluster: ClusterConfig, workers: dict[int, Any], scheduler: dict[str, Any]) -> SpecCluster:
+def _started(cluster: ClusterConfig, workers: dict[int, Any], scheduler: dict[str, Any], mark: Path) -> SpecCluster:
     """A cluster that runs; one of which a process died while it began has closed the others, and is started anew."""
     for number in range(1, cluster.tries + 1):
         try:
@@ -139,6 +145,8 @@ def _started(cluster: ClusterConfig, workers: dict[int, Any], scheduler: dict[st
                 workers=workers, scheduler=scheduler, security=security(cluster), silence_logs=logging.CRITICAL
             )
         except RuntimeError as error:
+            if mark.exists():
+                main_guard.refuse(cluster.name)
             reason: BaseException = error
             while reason.__cause__ is not None:
                 reason = reason.__cause__

@@ -15,6 +15,7 @@ from pipeline.config.schema import Config
 from pipeline.core.errors import OutputBusy
 from pipeline.core.records import Piece
 from pipeline.dataset import commits, lease
+from pipeline.engine.demo.notes import log_notes
 from pipeline.engine.engine import Engine
 from pipeline.engine.loop import Job
 from pipeline.engine.prepare import Prepared, job_of
@@ -73,6 +74,7 @@ def estimate_job(
         if decoders is not None:
             opened.callback(decoders.close)
         opened.enter_context(log_to_terminal(config.log, run))
+        log_notes(config)
         estimate = rehearse(config, began or time.time(), limits or Limits(), decoders).estimate
         for line in lines(estimate):
             log.info("%s", line)

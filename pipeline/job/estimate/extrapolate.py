@@ -11,13 +11,14 @@ from pipeline.core.processes import cores
 from pipeline.core.records import OK, Clocks, Shard, Stage
 from pipeline.core.run_report import Pace
 from pipeline.dataset.commits import Commit
+from pipeline.engine.demo.notes import notes_of
 from pipeline.engine.prepare import Prepared
 from pipeline.images.factory import worker_threads
 from pipeline.job import finish
 from pipeline.job.estimate.record import Estimate
 from pipeline.job.estimate.scaling import Processes
 from pipeline.job.estimate.trial import Mark, Trial
-from pipeline.report.bottleneck import Loop, find_bottleneck, find_pace
+from pipeline.report.bottleneck import LoopFigures, find_bottleneck, find_pace
 from pipeline.storage.urls import free_bytes, is_local
 from pipeline.telemetry.run_stats import RunStats, WorkerStats
 
@@ -87,7 +88,7 @@ def pacing(trial: Trial, work: Work, prepared: Prepared) -> Pacing:
     config, counted = prepared.config, trial.counted_images
     window = _between(trial.worker, trial.begin, trial.end)
     stats = RunStats(began=0.0, ended=trial.counted_seconds, rows=counted, images=counted, workers=(window,))
-    pace = find_pace(stats, finish.setup_of(prepared), Loop(counted, trial.counted_seconds, one))
+    pace = find_pace(stats, finish.setup_of(prepared), LoopFigures(counted, trial.counted_seconds, one))
     gpu = not prepared.device.startswith("cpu")
     encoding = pace.stages[Stage.ENCODE].share if pace is not None and Stage.ENCODE in pace.stages else 0.0
     if gpu:
@@ -159,6 +160,7 @@ def figures(trial: Trial | None, work: Work, prepared: Prepared) -> Estimate:
         batch_size=config.loader.batch_size,
         processes=work.processes.count,
         about_processes=work.processes.words,
+        notes=notes_of(config),
     )
     if trial is not None:
         estimate = _measured(estimate, trial, work, prepared)

@@ -23,6 +23,7 @@ class Estimate:
         shard_mib: part of ``memory`` by which whole shards exceed those of the sample.
         failed: expected share of failed rows, likely between ``failed_low`` and ``failed_high``.
         processes: processes that embed; None where the scheduler decides.
+        notes: what a user of the rows must know, as in the report of a run.
         exit_code: expected exit code of the run; ``problems`` explain one that is not 0.
     """
 
@@ -63,6 +64,7 @@ class Estimate:
     processes: int | None = 1
     about_processes: str = ""
     problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     exit_code: int = 0
 
 

@@ -1,0 +1,49 @@
+"""The notice about the demo model for people who try it on images of their own."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+
+from pipeline.config.schema import DEMO_MODEL, Config
+from pipeline.engine.demo.scenes import COLOURS, SHAPES
+from pipeline.storage.urls import local_path
+
+NOTICE = (
+    f'model={DEMO_MODEL}, the default, knows rendered shapes only, such as "red circle": its labels and its embeddings '
+    "of other images mean nothing, whatever the scores; model=clip_vit_b32 takes a real model"
+)
+_told = ContextVar("told", default=False)
+log = logging.getLogger(__name__)
+# The name that pipeline.engine.demo.folder gives the manifest of rendered scenes.
+_SCENES = re.compile(r"scenes-\d+-\d+x\d+-\d+\.parquet")
+
+
+def notes_of(config: Config) -> tuple[str, ...]:
+    """The notice, where a config uses the demo model with other images or labels than the demo's own; else nothing."""
+    if config.model.name != DEMO_MODEL:
+        return ()
+    path, prompts = config.manifest.path, config.prompts
+    scenes = path is None or _SCENES.fullmatch(Path(local_path(path)).name) is not None
+    known = {f"{colour} {shape}" for colour in COLOURS for shape in SHAPES}
+    return () if scenes and prompts.path is None and {*prompts.labels} <= known else (NOTICE,)
+
+
+def log_notes(config: Config) -> None:
+    """Log the notice, unless the caller has told it."""
+    for note in () if _told.get() else notes_of(config):
+        log.warning("%s", note)
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """Mark the notice as told: the body logs it no more."""
+    token = _told.set(True)
+    try:
+        yield
+    finally:
+        _told.reset(token)
