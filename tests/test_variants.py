@@ -195,6 +195,12 @@ def test_an_icon_without_a_mask_is_opaque() -> None:
     assert difference(ico(0, np.zeros((32, 32)), 32, has_mask=False), wanted) == 0
 
 
+def test_an_icon_with_a_clear_png_is_clear() -> None:
+    data = saved(Image.new("RGBA", (32, 32), (255, 0, 0, 0)), "ICO", sizes=[(32, 32)])
+    assert b"\x89PNG" in data
+    assert difference(data, np.full((32, 32), 255.0)) == 0
+
+
 # PNG
 
 
@@ -346,6 +352,45 @@ def test_jpeg_2000_of_every_depth(bits: int, colour: bool) -> None:
     assert np.array_equal(imagecodecs.jpeg2k_decode(data), samples)
     if status(data) != "unsupported":
         assert difference(data, np.round(picture / 255 * (2**bits - 1)) / (2**bits - 1) * 255) <= 1
+
+
+def without(data: bytes, marker: bytes) -> bytes:
+    """A JPEG without its first segment of a kind."""
+    at = data.index(marker)
+    return data[:at] + data[at + 2 + int.from_bytes(data[at + 2 : at + 4], "big") :]
+
+
+def coloured() -> dict[str, bytes]:
+    """JPEG files of every way to say what their components are."""
+    image = Image.fromarray(np.tile(COLOURS, (2, 2, 1)))
+    plain, kept = (saved(image, "JPEG", quality=95, keep_rgb=keep) for keep in (False, True))
+    inks = saved(image.convert("CMYK"), "JPEG", quality=95)
+
+    def adobe(data: bytes, transform: int) -> bytes:
+        return data[:2] + b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0" + bytes([transform]) + data[2:]
+
+    return {
+        "JFIF": plain,
+        "no marker": without(plain, b"\xff\xe0"),
+        "JFIF and Adobe's marker of RGB": adobe(plain, 0),
+        "Adobe's marker of RGB": adobe(without(plain, b"\xff\xe0"), 0),
+        "Adobe's marker of YCbCr": adobe(without(plain, b"\xff\xe0"), 1),
+        "components named RGB": kept,
+        "CMYK": inks,
+        "CMYK without Adobe's marker": without(inks, b"\xff\xee"),
+        "YCCK": inks.replace(b"Adobe\0\x64\0\0\0\0\0", b"Adobe\0\x64\0\0\0\0\2"),
+    }
+
+
+@pytest.mark.compat("cv2")
+@pytest.mark.parametrize("name", coloured())
+def test_another_decoder_sees_the_same_colours_in_a_jpeg(name: str) -> None:
+    import cv2
+
+    data = coloured()[name]
+    theirs = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    # It has a rule of its own for inks.
+    assert difference(data, theirs[:, :, ::-1].astype(float)) <= (1.5 if "C" in name.replace("YCb", "") else 0.5)
 
 
 @pytest.mark.compat("cv2")

@@ -39,6 +39,11 @@ def prepare(data: bytes) -> bytes | Failure:
     return data[:46] + struct.pack("<I", colours + 1) + data[50:]
 
 
+def holds_png(image: Image.Image, data: bytes) -> bool:
+    """True if the picture of an icon is a PNG, whose alpha means what it says."""
+    return data.startswith(b"\x89PNG", image.ico.entry[0].offset)  # type: ignore[attr-defined]
+
+
 def icon_mask(image: Image.Image, data: bytes) -> Image.Image | None:
     """The mask of one bit behind the colours of an icon, which counts where all alpha is zero; None without one."""
     entry = image.ico.entry[0]  # type: ignore[attr-defined]

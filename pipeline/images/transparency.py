@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from PIL.GifImagePlugin import GifImageFile
 
-from pipeline.images.bitmaps import icon_mask
+from pipeline.images.bitmaps import holds_png, icon_mask
 
 Box = tuple[int, int, int, int]
 # Formats whose writers left the fourth byte of a pixel empty, as a rule with zeros.
@@ -78,7 +78,7 @@ def _on_screen(image: Image.Image, frame: Box) -> Image.Image:
 
 
 def _without_empty_alpha(image: Image.Image, data: bytes) -> Image.Image:
-    if not image.has_transparency_data:
+    if not image.has_transparency_data or (image.format == "ICO" and holds_png(image, data)):
         return image
     rgba = image.convert("RGBA")
     if rgba.getchannel("A").getextrema() != (0, 0):
