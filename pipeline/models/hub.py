@@ -151,7 +151,7 @@ def _has_weights(folder: Path) -> bool:
 @contextmanager
 def _no_endless_wait() -> Iterator[None]:
     """Give requests to the hub a limit, which its client has for downloads only: a network may swallow packets."""
-    from huggingface_hub.utils import get_session
+    from huggingface_hub import get_session
 
     session: Any = get_session()
     before, session.timeout = session.timeout, HUB_SECONDS
