@@ -87,6 +87,17 @@ def test_a_bitmap_shows_its_palette(name: str, bits: int, counted: bool) -> None
     assert difference(data, np.array(palette)[indices].astype(float)) == 0
 
 
+@pytest.mark.parametrize("name", PALETTES)
+@pytest.mark.parametrize("bits", [1, 4, 8])
+def test_a_bitmap_without_a_file_header_shows_its_palette_or_is_unsupported(name: str, bits: int) -> None:
+    palette = PALETTES[name]
+    if len(palette) <= 2**bits:
+        indices = np.round(GREY / 255 * (len(palette) - 1)).astype(int)
+        data = bmp(packed(indices, bits), bits, palette, used=len(palette))[14:]
+        if status(data) != "unsupported":
+            assert difference(data, np.array(palette)[indices].astype(float)) == 0
+
+
 MASKS = struct.pack("<IIII", 0xFF0000, 0xFF00, 0xFF, 0xFF000000)
 
 

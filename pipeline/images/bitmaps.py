@@ -10,6 +10,8 @@ from PIL import Image
 from pipeline.core.records import Failure
 
 BMP, ICO = b"BM", b"\0\0\1\0"
+# The sizes of the headers with which a DIB begins.
+DIB = tuple(bytes((size, 0, 0, 0)) for size in (40, 52, 56, 64, 108, 124))
 # Bytes of the header of the file, and of the smallest header of a bitmap that counts its colours.
 _FILE_HEADER, _INFO_HEADER = 14, 40
 _BLACK_AND_WHITE = (b"\0\0\0", b"\xff\xff\xff")
@@ -21,14 +23,15 @@ _TGA_KINDS, _TGA_RUNS, _TGA_DEPTHS = (1, 2, 3, 9, 10, 11), 8, (8, 15, 16, 24, 32
 
 
 def prepare(data: bytes) -> bytes | Failure:
-    """A BMP or ICO file for Pillow, or the failure of one that it would scramble.
+    """A BMP, DIB or ICO file for Pillow, or the failure of one that it would scramble.
 
     Pillow reads 4 or 8 bits a pixel as one bit where the palette is black and white, and 4 bits as 8 where it is a ramp
     of the lowest greys. One more colour in the palette, which no pixel has, keeps it from that.
     """
-    if data.startswith(ICO):
-        if any(_misread(data, place) for place in _frames(data)):
-            return Failure("unsupported", "an icon of black and white in 4 or 8 bits a pixel is not decoded")
+    if not data.startswith(BMP):
+        places = _frames(data) if data.startswith(ICO) else (0,)
+        if any(_misread(data, place) for place in places):
+            return Failure("unsupported", "an icon or DIB of black and white in 4 or 8 bits a pixel is not decoded")
         return data
     colours = _misread(data, _FILE_HEADER)
     if not colours:
