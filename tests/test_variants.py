@@ -144,6 +144,11 @@ def test_the_attribute_of_all_pixels_of_a_targa_of_16_bits_is_no_alpha(high: int
     assert difference(tga(2, 16, body), np.round((COLOURS >> 3) / 31 * 255)) <= 1
 
 
+def test_an_attribute_that_varies_between_pixels_is_unsupported() -> None:
+    body = np.where(ACROSS < 9, 0x8000, 0x1234).astype("<u2").tobytes()
+    assert status(tga(2, 16, body, flags=0x21)) == "unsupported"
+
+
 @pytest.mark.parametrize(("entry", "alpha"), [(24, 0), (32, 0), (32, 255)])
 def test_a_targa_shows_its_palette(entry: int, alpha: int) -> None:
     palette = PALETTES["sixteen colours"]

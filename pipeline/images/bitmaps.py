@@ -59,6 +59,11 @@ def icon_mask(image: Image.Image, data: bytes) -> Image.Image | None:
     return Image.frombytes("1", image.size, data[end - stride * height : end], "raw", ("1;I", stride, -1)).convert("L")
 
 
+def has_attribute_bit(data: bytes) -> bool:
+    """True for a TGA file whose colours have one bit beside 15, which decoders read in both ways."""
+    return (data[7] if data[2] & 7 == 1 else data[16]) == 16 and data[2] & 7 in (1, 2)
+
+
 def looks_like_tga(data: bytes) -> bool:
     """True for a header of TGA, which has no signature, with as many bytes behind it as it asks for."""
     if len(data) < _TGA_HEADER or data[1] > 1 or data[2] not in _TGA_KINDS or data[16] not in _TGA_DEPTHS:
