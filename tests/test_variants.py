@@ -144,6 +144,25 @@ def test_the_attribute_of_all_pixels_of_a_targa_of_16_bits_is_no_alpha(high: int
     assert difference(tga(2, 16, body), np.round((COLOURS >> 3) / 31 * 255)) <= 1
 
 
+@pytest.mark.parametrize("length", [1, 7, 128])
+@pytest.mark.parametrize("depth", [24, 32])
+def test_the_runs_of_a_targa_may_cross_rows(length: int, depth: int) -> None:
+    pixels = np.dstack([COLOURS[:, :, ::-1], np.full((HEIGHT, WIDTH), 255, np.uint8)])[:, :, : depth // 8]
+    flat = pixels.reshape(HEIGHT * WIDTH, -1)
+    runs = [flat[start : start + length] for start in range(0, len(flat), length)]
+    # Every second packet is one colour, repeated.
+    for number in range(0, len(runs), 2):
+        runs[number] = np.repeat(runs[number][:1], len(runs[number]), axis=0)
+    wanted = np.concatenate(runs).reshape(HEIGHT, WIDTH, -1)[:, :, 2::-1].astype(float)
+    packets = [
+        bytes([127 + len(run)]) + run[0].tobytes() if number % 2 == 0 else bytes([len(run) - 1]) + run.tobytes()
+        for number, run in enumerate(runs)
+    ]
+    data = tga(10, depth, b"".join(packets))
+    assert difference(data, wanted) == 0
+    assert status(data[: len(data) // 2]) in ("truncated", "corrupt")
+
+
 def test_an_attribute_that_varies_between_pixels_is_unsupported() -> None:
     body = np.where(ACROSS < 9, 0x8000, 0x1234).astype("<u2").tobytes()
     assert status(tga(2, 16, body, flags=0x21)) == "unsupported"

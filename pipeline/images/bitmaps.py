@@ -64,6 +64,27 @@ def has_attribute_bit(data: bytes) -> bool:
     return (data[7] if data[2] & 7 == 1 else data[16]) == 16 and data[2] & 7 in (1, 2)
 
 
+def without_runs(data: bytes) -> bytes | None:
+    """A run-length encoded TGA file as a plain one, for Pillow, whose decoder ends at a run that crosses rows.
+
+    None if it is none, or its runs do not make up the picture, whose pixels were counted before.
+    """
+    if len(data) < _TGA_HEADER or data[2] not in (9, 10, 11) or data.endswith(_TGA_FOOTER):
+        return None
+    (colours,), (width, height) = struct.unpack_from("<H", data, 5), struct.unpack_from("<HH", data, 12)
+    step, at = (data[16] + 7) // 8, _TGA_HEADER + data[0] + data[1] * colours * ((data[7] + 7) // 8)
+    head, pixels = data[:2] + bytes((data[2] - _TGA_RUNS,)) + data[3:at], bytearray()
+    while len(pixels) < width * height * step and at < len(data):
+        count = (data[at] & 127) + 1
+        if data[at] & 128:
+            pixels += data[at + 1 : at + 1 + step] * count
+            at += 1 + step
+        else:
+            pixels += data[at + 1 : at + 1 + step * count]
+            at += 1 + step * count
+    return head + bytes(pixels) if len(pixels) == width * height * step else None
+
+
 def looks_like_tga(data: bytes) -> bool:
     """True for a header of TGA, which has no signature, with as many bytes behind it as it asks for."""
     if len(data) < _TGA_HEADER or data[1] > 1 or data[2] not in _TGA_KINDS or data[16] not in _TGA_DEPTHS:
