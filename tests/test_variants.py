@@ -87,6 +87,17 @@ def test_a_bitmap_shows_its_palette(name: str, bits: int, counted: bool) -> None
     assert difference(data, np.array(palette)[indices].astype(float)) == 0
 
 
+@pytest.mark.parametrize("name", PALETTES)
+@pytest.mark.parametrize("bits", [1, 4, 8])
+def test_a_bitmap_without_a_file_header_shows_its_palette_or_is_unsupported(name: str, bits: int) -> None:
+    palette = PALETTES[name]
+    if len(palette) <= 2**bits:
+        indices = np.round(GREY / 255 * (len(palette) - 1)).astype(int)
+        data = bmp(packed(indices, bits), bits, palette, used=len(palette))[14:]
+        if status(data) != "unsupported":
+            assert difference(data, np.array(palette)[indices].astype(float)) == 0
+
+
 MASKS = struct.pack("<IIII", 0xFF0000, 0xFF00, 0xFF, 0xFF000000)
 
 
@@ -131,6 +142,30 @@ def test_the_attribute_of_all_pixels_of_a_targa_of_16_bits_is_no_alpha(high: int
     red, green, blue = (COLOURS[:, :, plane].astype(int) >> 3 for plane in range(3))
     body = (red << 10 | green << 5 | blue | high).astype("<u2").tobytes()
     assert difference(tga(2, 16, body), np.round((COLOURS >> 3) / 31 * 255)) <= 1
+
+
+@pytest.mark.parametrize("length", [1, 7, 128])
+@pytest.mark.parametrize("depth", [24, 32])
+def test_the_runs_of_a_targa_may_cross_rows(length: int, depth: int) -> None:
+    pixels = np.dstack([COLOURS[:, :, ::-1], np.full((HEIGHT, WIDTH), 255, np.uint8)])[:, :, : depth // 8]
+    flat = pixels.reshape(HEIGHT * WIDTH, -1)
+    runs = [flat[start : start + length] for start in range(0, len(flat), length)]
+    # Every second packet is one colour, repeated.
+    for number in range(0, len(runs), 2):
+        runs[number] = np.repeat(runs[number][:1], len(runs[number]), axis=0)
+    wanted = np.concatenate(runs).reshape(HEIGHT, WIDTH, -1)[:, :, 2::-1].astype(float)
+    packets = [
+        bytes([127 + len(run)]) + run[0].tobytes() if number % 2 == 0 else bytes([len(run) - 1]) + run.tobytes()
+        for number, run in enumerate(runs)
+    ]
+    data = tga(10, depth, b"".join(packets))
+    assert difference(data, wanted) == 0
+    assert status(data[: len(data) // 2]) in ("truncated", "corrupt")
+
+
+def test_an_attribute_that_varies_between_pixels_is_unsupported() -> None:
+    body = np.where(ACROSS < 9, 0x8000, 0x1234).astype("<u2").tobytes()
+    assert status(tga(2, 16, body, flags=0x21)) == "unsupported"
 
 
 @pytest.mark.parametrize(("entry", "alpha"), [(24, 0), (32, 0), (32, 255)])

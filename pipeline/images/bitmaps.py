@@ -10,6 +10,8 @@ from PIL import Image
 from pipeline.core.records import Failure
 
 BMP, ICO = b"BM", b"\0\0\1\0"
+# The sizes of the headers with which a DIB begins.
+DIB = tuple(bytes((size, 0, 0, 0)) for size in (40, 52, 56, 64, 108, 124))
 # Bytes of the header of the file, and of the smallest header of a bitmap that counts its colours.
 _FILE_HEADER, _INFO_HEADER = 14, 40
 _BLACK_AND_WHITE = (b"\0\0\0", b"\xff\xff\xff")
@@ -21,14 +23,15 @@ _TGA_KINDS, _TGA_RUNS, _TGA_DEPTHS = (1, 2, 3, 9, 10, 11), 8, (8, 15, 16, 24, 32
 
 
 def prepare(data: bytes) -> bytes | Failure:
-    """A BMP or ICO file for Pillow, or the failure of one that it would scramble.
+    """A BMP, DIB or ICO file for Pillow, or the failure of one that it would scramble.
 
     Pillow reads 4 or 8 bits a pixel as one bit where the palette is black and white, and 4 bits as 8 where it is a ramp
     of the lowest greys. One more colour in the palette, which no pixel has, keeps it from that.
     """
-    if data.startswith(ICO):
-        if any(_misread(data, place) for place in _frames(data)):
-            return Failure("unsupported", "an icon of black and white in 4 or 8 bits a pixel is not decoded")
+    if not data.startswith(BMP):
+        places = _frames(data) if data.startswith(ICO) else (0,)
+        if any(_misread(data, place) for place in places):
+            return Failure("unsupported", "an icon or DIB of black and white in 4 or 8 bits a pixel is not decoded")
         return data
     colours = _misread(data, _FILE_HEADER)
     if not colours:
@@ -54,6 +57,32 @@ def icon_mask(image: Image.Image, data: bytes) -> Image.Image | None:
     if header != _INFO_HEADER or entry.size < header + 4 * width * height + stride * height:
         return None
     return Image.frombytes("1", image.size, data[end - stride * height : end], "raw", ("1;I", stride, -1)).convert("L")
+
+
+def has_attribute_bit(data: bytes) -> bool:
+    """True for a TGA file whose colours have one bit beside 15, which decoders read in both ways."""
+    return (data[7] if data[2] & 7 == 1 else data[16]) == 16 and data[2] & 7 in (1, 2)
+
+
+def without_runs(data: bytes) -> bytes | None:
+    """A run-length encoded TGA file as a plain one, for Pillow, whose decoder ends at a run that crosses rows.
+
+    None if it is none, or its runs do not make up the picture, whose pixels were counted before.
+    """
+    if len(data) < _TGA_HEADER or data[2] not in (9, 10, 11) or data.endswith(_TGA_FOOTER):
+        return None
+    (colours,), (width, height) = struct.unpack_from("<H", data, 5), struct.unpack_from("<HH", data, 12)
+    step, at = (data[16] + 7) // 8, _TGA_HEADER + data[0] + data[1] * colours * ((data[7] + 7) // 8)
+    head, pixels = data[:2] + bytes((data[2] - _TGA_RUNS,)) + data[3:at], bytearray()
+    while len(pixels) < width * height * step and at < len(data):
+        count = (data[at] & 127) + 1
+        if data[at] & 128:
+            pixels += data[at + 1 : at + 1 + step] * count
+            at += 1 + step
+        else:
+            pixels += data[at + 1 : at + 1 + step * count]
+            at += 1 + step * count
+    return head + bytes(pixels) if len(pixels) == width * height * step else None
 
 
 def looks_like_tga(data: bytes) -> bool:

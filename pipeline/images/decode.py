@@ -172,6 +172,8 @@ class Decoder:
         if image.width * image.height > self.max_pixels:
             return Failure("too_many_pixels", f"{image.width} x {image.height} pixels once decoded")
         whole = settled(image, data, frame)
+        if isinstance(whole, Failure):
+            return whole
         if self.exif == "apply":
             turned = upright(whole)
         elif orientation in _UNTURNED:

@@ -76,7 +76,7 @@ def _prepared(data: bytes) -> tiff.Reading | Failure:
     if data.startswith(_JPEG_2000) and (depth := _jpeg_2000_depth(data)) < _FULL_DEPTH:
         # Pillow leaves their white at 128 to 254.
         return Failure("unsupported", f"a JPEG 2000 file of {depth} bits a sample is not decoded")
-    if not data.startswith((bitmaps.BMP, bitmaps.ICO)):
+    if not data.startswith((bitmaps.BMP, bitmaps.ICO, *bitmaps.DIB)):
         return tiff.Reading(data)
     sound = bitmaps.prepare(data)
     return sound if isinstance(sound, Failure) else tiff.Reading(sound)

@@ -108,11 +108,8 @@ def prepare(data: bytes) -> Reading | Failure:
         page = _first(data)
         if page is None or not (page.all(WIDTH) and page.all(HEIGHT) and (page.all(STRIPS) or page.all(TILES))):
             return Reading(data)
-        if _is_raw(page):
-            return Failure(
-                "unsupported",
-                "the raw file of a camera, whose sensor data is not decoded; export the photo as JPEG or TIFF",
-            )
+        if raw := _raw(page):
+            return Failure("unsupported", f"{raw} is not decoded; export the photo as JPEG or TIFF")
         reason = next(_problems(page), None)
         return _reading(page) if reason is None else _unsupported(reason)
     except (struct.error, LookupError):
@@ -247,15 +244,15 @@ def _reading(page: Page) -> Reading:
     )
 
 
-def _is_raw(page: Page) -> bool:
-    """True for the raw file of a camera, whose first picture is often a thumbnail."""
-    if page.data[8:10] == b"CR" or DNG_VERSION in page.entries:
-        return True
+def _raw(page: Page) -> str | None:
+    """The raw file of a camera in words, whose first picture is often a thumbnail; None for all others."""
     others = list(_pages(page))
-    if any(other.one(PHOTOMETRIC, 0) in _SENSOR for other in (page, *others)):
-        return True
-    # A reduced picture of another one in the file.
-    return bool(others) and page.one(SUBFILE, 0) & 1 == 1
+    sensor = any(other.one(PHOTOMETRIC, 0) in _SENSOR for other in (page, *others))
+    if sensor or page.data[8:10] == b"CR" or DNG_VERSION in page.entries:
+        return "the raw file of a camera"
+    if others and page.one(SUBFILE, 0) & 1:
+        return "a file whose first picture is the thumbnail of another one, as cameras write raw files,"
+    return None
 
 
 def _pages(page: Page) -> Iterator[Page]:

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from PIL.GifImagePlugin import GifImageFile
 
-from pipeline.images.bitmaps import holds_png, icon_mask
+from pipeline.core.records import Failure
+from pipeline.images.bitmaps import has_attribute_bit, holds_png, icon_mask
 
 Box = tuple[int, int, int, int]
 # Formats whose writers left the fourth byte of a pixel empty, as a rule with zeros.
@@ -24,8 +25,8 @@ def frame_of(image: Image.Image) -> Box | None:
     return image.tile[0].extents if isinstance(image, GifImageFile) and image.tile else None
 
 
-def settled(image: Image.Image, data: bytes, frame: Box | None) -> Image.Image:
-    """The loaded image with the transparency that its file means.
+def settled(image: Image.Image, data: bytes, frame: Box | None) -> Image.Image | Failure:
+    """The loaded image with the transparency that its file means, or the failure of one that decoders disagree about.
 
     Args:
         image: as Pillow loaded it from ``data``.
@@ -77,11 +78,14 @@ def _on_screen(image: Image.Image, frame: Box) -> Image.Image:
     return result
 
 
-def _without_empty_alpha(image: Image.Image, data: bytes) -> Image.Image:
+def _without_empty_alpha(image: Image.Image, data: bytes) -> Image.Image | Failure:
     if not image.has_transparency_data or (image.format == "ICO" and holds_png(image, data)):
         return image
     rgba = image.convert("RGBA")
-    if rgba.getchannel("A").getextrema() != (0, 0):
+    extrema = rgba.getchannel("A").getextrema()
+    if extrema == (0, 255) and image.format == "TGA" and has_attribute_bit(data):
+        return Failure("unsupported", "a TGA file of 16 bits whose attribute bit varies: decoders disagree about it")
+    if extrema != (0, 0):
         return image
     rgb = rgba.convert("RGB")
     rgb.info = {key: value for key, value in image.info.items() if key != "transparency"}

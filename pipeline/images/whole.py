@@ -1,4 +1,4 @@
-"""Files that Pillow refuses for a part that no pixel needs: a missing end of a JPEG, metadata of a PNG."""
+"""Files that Pillow refuses though their pixels are there: a JPEG without its end, a PNG with much text, some TGA."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import io
 from PIL import Image, UnidentifiedImageError
 
 from pipeline.core.records import Failure
+from pipeline.images.bitmaps import without_runs
 from pipeline.images.jpeg_frame import has_all_scans
 from pipeline.images.orientation import DAMAGE
 
@@ -27,6 +28,8 @@ def without_cause(data: bytes, failure: Failure) -> bytes | None:
         return _with_end(data)
     if failure.status == "corrupt" and data.startswith(_PNG):
         return _without_metadata(data)
+    if failure.error.startswith("buffer overrun"):
+        return without_runs(data)
     return None
 
 
