@@ -7,7 +7,7 @@ from pathlib import Path
 from pipeline.config.schema import Config
 from pipeline.core.errors import ManifestError
 from pipeline.manifest.manifest import Manifest
-from pipeline.storage.urls import is_local, local_file, local_path
+from pipeline.storage.urls import is_local, local_path
 
 
 def check_places(config: Config, manifest: Manifest) -> None:
@@ -26,7 +26,7 @@ def check_places(config: Config, manifest: Manifest) -> None:
             raise _in_one_another(config)
         return
     folder = Path(local_path(output)).resolve()
-    given = local_file(given_path).resolve()
+    given = Path(local_path(given_path)).expanduser().resolve()
     inside = [file.url for file in manifest.files if folder in Path(local_path(file.url)).resolve().parents]
     if inside or (given.is_dir() and (given == folder or given in folder.parents)):
         raise _in_one_another(config)
