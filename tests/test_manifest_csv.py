@@ -56,7 +56,7 @@ def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], data: bytes, *ar
     return said
 
 
-@pytest.mark.parametrize("end", ["\n", "\r\n"], ids=["lf", "crlf"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"], ids=["lf", "crlf", "cr"])
 @pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
 @pytest.mark.parametrize("encoding", [*UTF_8, *WIDE])
 def test_a_csv_of_any_unicode_and_delimiter_gives_its_rows(

@@ -60,6 +60,7 @@ TABLES = [
     ),
     ("metadata/v1.metadata.json", "data/p.parquet", "an Iceberg table", "iceberg_scan('{table}')"),
     ("metadata/00001-ab-cd.metadata.json", "data/day=1/p.parquet", "an Iceberg table", "iceberg_scan('{table}')"),
+    ("metadata/snap-12-1-ab.avro", "data/p.parquet", "an Iceberg table", "iceberg_scan('{table}')"),
     (".hoodie/hoodie.properties", "p.parquet", "a Hudi table", "load('{table}')"),
     (".hoodie/20240101.commit", "2024/01/p.parquet", "a Hudi table", "load('{table}')"),
 ]

@@ -87,9 +87,9 @@ def run_command(work: Callable[[], int | None], errors: ErrorOutput) -> int:
 
     An unforeseen error is raised, or printed with its traceback where the log has a format of its own.
     """
+    give_home()
     try:
         check_folder()
-        give_home()
         return work() or 0
     except PipelineError as error:
         return errors.print(error)

@@ -175,9 +175,8 @@ def _ragged(text: _Text, count: int) -> str:
     with suppress(csv.Error):
         for line, record in text.records():
             if len(record) != count:
-                shown = text.delimiter.join(record)
-                return (
-                    f"line {line}: Expected {count} columns, got {len(record)}: {shown[:80]}; a cell that holds "
-                    f"{text.delimiter!r} needs quotes"
-                )
+                cells = text.delimiter.join(record)[:80]
+                shown = "".join(each if each.isprintable() else " " for each in cells)
+                quotes = f"; a cell that holds {text.delimiter!r} needs quotes" if len(record) > count else ""
+                return f"line {line}: Expected {count} columns, got {len(record)}: {shown}{quotes}"
     return ""

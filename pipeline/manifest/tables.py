@@ -15,7 +15,7 @@ _WAYS_OUT = {
     "a Hudi table, or a part of one,": "spark.read.format('hudi').load('{folder}').write.parquet('manifest')",
 }
 _HUDI_PARTITION = ".hoodie_partition_metadata"
-_ICEBERG = re.compile(r".*\.metadata\.json(\.gz)?$")
+_ICEBERG = re.compile(r".*\.metadata\.json(\.gz)?$|version-hint\.text$|snap-.*\.avro$")
 _DELTA_LOG = re.compile(r"\d{20}\.|_last_checkpoint$|.*\.json$")
 # Levels from a file up to the folder of its table, through partitions.
 _LEVELS = 8
