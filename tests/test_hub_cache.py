@@ -156,7 +156,6 @@ def test_every_published_checkpoint_is_found_in_the_cache(cache: Cache, tmp_path
         (OTHERS, {}),
         (OTHERS, {"refs/pr/4": ("config.json",)}),
         ((), {"refs/pr/4": (WEIGHTS,)}),
-        ((WEIGHTS,), {}),
     ],
 )
 def test_what_is_not_whole_in_the_cache_is_one_message(

@@ -68,7 +68,7 @@ def _check_values(path: Path, prefix: str, values: dict[str, Any]) -> None:
             raise refuse(name, "a positive whole number")
     if "layer_norm_eps" in values:
         epsilon = values["layer_norm_eps"]
-        if type(epsilon) is not float or not is_number(epsilon) or not 0 < epsilon < 1:
+        if type(epsilon) is not float or not is_number(epsilon) or not 0 < epsilon < 0.01:
             raise refuse("layer_norm_eps", "a small positive number with a point or an exponent, such as 1e-05")
     if "hidden_act" in values:
         act = values["hidden_act"]

@@ -11,7 +11,7 @@ from typing import Any
 
 from pipeline.config.schema import DEMO_MODEL, ModelConfig
 from pipeline.core.errors import ModelError
-from pipeline.models.files import CONFIG, INDEX, WEIGHTS, shards_of
+from pipeline.models.files import CONFIG, INDEX, WEIGHTS, first_line, shards_of
 from pipeline.storage.urls import from_here
 
 DEMO_FOLDER = Path(__file__).resolve().parents[1] / "engine" / "demo" / "model"
@@ -72,7 +72,7 @@ def find_folder(config: ModelConfig) -> Path:
             raise
         cached = find_cached(config)
         if cached is not None:
-            log.warning("%s: %s; taking it from the cache, %s", config.name, _reason(error), cached.folder)
+            log.info("%s: not asked on the hub (%s); taken from %s", config.name, first_line(error), cached.folder)
             return cached.folder
         raise ModelError(
             f"model.name={config.name}, revision {config.revision or 'main'}: the Hugging Face hub did not give it: "
@@ -150,15 +150,20 @@ def _has_weights(folder: Path) -> bool:
 
 @contextmanager
 def _no_endless_wait() -> Iterator[None]:
-    """Give requests to the hub a limit, which its client has for downloads only: a network may swallow packets."""
-    from huggingface_hub import get_session
+    """Limit the wait for answers that the hub's client waits for without end: a network may swallow packets."""
+    from huggingface_hub.utils import get_session
 
-    session: Any = get_session()
-    before, session.timeout = session.timeout, HUB_SECONDS
+    def limit(request: Any) -> None:
+        given = request.extensions.get("timeout", {})
+        limits = {kind: given.get(kind) or HUB_SECONDS for kind in ("connect", "read", "write", "pool")}
+        request.extensions = {**request.extensions, "timeout": limits}
+
+    hooks: Any = get_session().event_hooks["request"]
+    hooks.append(limit)
     try:
         yield
     finally:
-        session.timeout = before
+        hooks.remove(limit)
 
 
 def _from_hub(error: Exception) -> bool:
