@@ -16,12 +16,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config.schema import Config
-from pipeline.core.errors import ConfigError, ManifestError, PipelineError, PlanMismatch, TooManyFailures
+from pipeline.core.errors import ConfigError, ManifestError, OutputBusy, PipelineError, PlanMismatch, TooManyFailures
+from pipeline.dataset import lease
 from pipeline.dataset.dataset import open_dataset
 from pipeline.job.main import run_job
+from pipeline.manifest.build import from_folder
 from pipeline.nightly import folder as nightly_folder
 from pipeline.nightly.folder import folder_job
 from pipeline.report.load import report_of
+from pipeline.storage.factory import open_storage
 from tests.conftest import ROOT
 from tests.jobs import config_for, scene
 from tests.nights import differences, from_scratch, healthy, read
@@ -239,6 +242,17 @@ def test_an_update_that_was_killed_anywhere_is_continued(
     assert (album.output / "mine.txt").read_text() == "mine"
     (album.output / "mine.txt").unlink()
     assert is_like_a_new_one(album, config)
+
+
+def test_a_manifest_is_not_replaced_while_another_run_holds_the_output(album: Album) -> None:
+    storage = open_storage(str(album.output))
+    with lease.take(storage, seconds=60):
+        with pytest.raises(OutputBusy):
+            album.run()
+        assert not album.manifest.exists()
+        # Another part of the same job has listed the same folder.
+        from_folder(str(album.folder), str(album.manifest))
+        assert folder_job(album.config(), album.scratch, run="").manifest.path == str(album.manifest)
 
 
 def test_an_update_of_another_job_is_refused_and_changes_nothing(album: Album) -> None:

@@ -88,7 +88,7 @@ def look(path: str) -> Found:
 
 
 def _nothing(path: str, found: Found) -> str:
-    """Why there is no Parquet file, and the remedy."""
+    """The reason why no Parquet file was found, and the remedy."""
     way_out = f"python -m pipeline.manifest folder {path} manifest.parquet"
     if found.images:
         return (

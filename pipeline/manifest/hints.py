@@ -20,7 +20,7 @@ _USUAL_IDS = ("id", "key", "sku", "name")
 
 
 def for_missing(url: str, schema: pa.Schema, key: str, name: str) -> str:
-    """What to do about a column that a file lacks, as the end of a message; empty if nothing is known.
+    """The remedy for a column that a file lacks, as the end of a message; empty if none is known.
 
     Args:
         url: the file.

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config.schema import Config
-from pipeline.core.errors import ConfigError, ManifestError, PlanMismatch, Problem, TooManyFailures
+from pipeline.core.errors import ConfigError, ManifestError, OutputBusy, PlanMismatch, Problem, TooManyFailures
 from pipeline.core.run_report import RunReport
 from pipeline.dataset import commits, lease, plan
 from pipeline.dataset.commits import SUCCESS
@@ -114,9 +114,14 @@ def folder_job(config: Config, scratch: Path, *, run: str) -> Config:
             log.info("%s has changed since %s was made: %s", folder, output.url, changes or "an update was begun")
         _update(job, fresh, changes)
     elif changes is None or changes:
-        # A job that has begun has opened the manifest, and must not read another one.
-        with lease.take(output, seconds=config.output.lease_seconds):
-            publish_manifest(fresh, job.manifest)
+        try:
+            # A job that has begun has opened the manifest, and must not read another one.
+            with lease.take(output, seconds=config.output.lease_seconds):
+                publish_manifest(fresh, job.manifest)
+        except OutputBusy:
+            # Another part of the same job may have written the same one.
+            if changes_of(job.manifest, fresh, folder=folder, output=output.url) != "":
+                raise
     return job.config
 
 
