@@ -151,7 +151,7 @@ def _has_weights(folder: Path) -> bool:
 @contextmanager
 def _no_endless_wait() -> Iterator[None]:
     """Limit the wait for answers that the hub's client waits for without end: a network may swallow packets."""
-    from huggingface_hub.utils import get_session
+    from huggingface_hub import get_session
 
     def limit(request: Any) -> None:
         given = request.extensions.get("timeout", {})
