@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config.schema import PromptsConfig
+from pipeline.config.schema import PromptsConfig, ServeConfig
 from pipeline.core.errors import PromptsError
 from pipeline.models.label_files import LabelSet, read_labels
+from pipeline.serve.errors import Refused
+from pipeline.serve.requests import PredictRequest, read_request
 
 TEMPLATES = ["a photo of a {}", "a {}"]
 TWO = LabelSet(("cat", "dog"), (("a photo of a cat", "a cat"), ("a photo of a dog", "a dog")))
@@ -267,3 +270,11 @@ def test_a_template_that_is_not_filled_makes_all_labels_the_same() -> None:
     with pytest.raises(PromptsError, match=r"'cat' .*and 'dog' .*same prompts \('a photo of a'\).*template with \{\}"):
         read_labels(PromptsConfig(labels=["cat", "dog"], templates=["a photo of a"]))
     assert read_labels(PromptsConfig(labels=["cat", "dog"], templates=["a photo", "{}"])).names == ("cat", "dog")
+
+
+@pytest.mark.parametrize(("one", "other"), [*SAME_NAMES, ("cat", "cat")])
+def test_a_request_with_labels_that_nobody_can_tell_apart_is_refused(one: str, other: str) -> None:
+    body = {"images": [{"data": ""}], "labels": [one, "dog", other]}
+    with pytest.raises(Refused, match=r"Unicode form only|is a duplicate") as caught:
+        read_request(PredictRequest, "application/json", json.dumps(body).encode(), ServeConfig())
+    assert caught.value.status == 422
