@@ -76,6 +76,33 @@ def test_a_broken_pipe_that_is_not_standard_output_is_an_error() -> None:
     assert "a store" in ended.stderr
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["pipeline.verify", "FILE"],
+        ["pipeline.verify", "FILE", "--repair"],
+        ["pipeline.search", "FILE/within", "a cat"],
+        ["pipeline.convert", "FILE", "--to", "numpy", "--out", "FILE/x"],
+        ["pipeline.report", "FILE"],
+        ["pipeline.manifest", "folder", "tests", "FILE/m.parquet"],
+        pytest.param(["pipeline.run", "output.dir=FILE", "report.html=false"], marks=pytest.mark.slow),
+        pytest.param(
+            ["pipeline.nightly", "--date", "2026-11-01", "--store", "FILE", "manifest.path=m.parquet"],
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=lambda command: " ".join(command[:2]),
+)
+def test_a_file_in_the_place_of_a_folder_is_told_in_one_line(command: list[str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    ended = run_python("-m", *(word.replace("FILE", str(tmp_path / "file")) for word in command))
+    assert ended.returncode in (1, 2)
+    assert "Traceback" not in ended.stderr
+    assert str(tmp_path / "file") in ended.stderr
+    assert len([line for line in ended.stderr.splitlines() if line.startswith("error: ")]) == 1
+    assert (tmp_path / "file").read_text() == "no folder"
+
+
 STARTED = """
 import os, sys
 CLOSED = {closed}
@@ -124,6 +151,31 @@ def test_a_command_without_standard_streams_ends_with_its_own_exit_code(closed: 
         assert ended.returncode == code
         assert "Traceback" not in ended.stderr + ended.stdout
         assert ("no dataset is here" in ended.stderr) == (2 not in closed)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    ("command", "code", "wanted"),
+    [
+        (["pipeline.artifacts", "--store", "STORE", "list"], 1, "error: standard output cannot be written: No space"),
+        (["pipeline.run", "--help"], 1, "error: standard output cannot be written: No space"),
+        (["pipeline.verify", "nothing"], 2, "error: nothing: no dataset is here"),
+    ],
+)
+def test_output_that_cannot_be_written_is_told_in_one_line(
+    command: list[str], code: int, wanted: str, unbuffered: str, tmp_path: Path
+) -> None:
+    words = [str(tmp_path) if word == "STORE" else word for word in command]
+    env = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-m", *words], cwd=ROOT, env=env, stdout=full, stderr=subprocess.PIPE, text=True,
+            timeout=60, check=False,
+        )  # fmt: skip
+    assert ended.returncode == code, ended.stderr
+    [line] = ended.stderr.splitlines()
+    assert line.startswith(wanted)
 
 
 def test_what_opens_later_does_not_take_the_descriptor_of_a_closed_stream(tmp_path: Path) -> None:

@@ -156,22 +156,42 @@ def own_exit_code() -> Iterator[None]:
     """End the process with the exit code of the body's SystemExit, even if background threads are still running.
 
     Python stops such a thread when it returns from C++, and torch then aborts the process with exit code 134.
-    If the reader of standard output is gone, as behind ``| head``, the process ends without a message.
+    If the reader of standard output is gone, as behind ``| head``, the process ends without a message; if it takes
+    nothing more for another reason, as on a full disk, with exit code 1 and the reason.
     """
     try:
         yield
-    except BrokenPipeError:
-        if not _without_reader():
-            raise
-        raise SystemExit(BROKEN_PIPE) from None
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) and _without_reader():
+            raise SystemExit(BROKEN_PIPE) from None
+        _check_output(b"\n")
+        raise
     except SystemExit as end:
-        _without_reader()
+        if not _without_reader():
+            _check_output()
         if unfinished():
             for stream in (sys.stdout, sys.stderr):
                 with suppress(OSError, ValueError, AttributeError):
                     stream.flush()
             os._exit(end.code if isinstance(end.code, int) else int(end.code is not None))
         raise
+
+
+def _check_output(probe: bytes = b"") -> None:
+    """End the process with a message if standard output cannot be written; ``probe`` is written to see that."""
+    try:
+        number = sys.stdout.fileno()
+        sys.stdout.flush()
+        if probe:
+            os.write(number, probe)
+    except (BrokenPipeError, ValueError, AttributeError):
+        return
+    except OSError as error:
+        # Python flushes once more at its end, and would print an error.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+        with suppress(OSError, ValueError):
+            print(f"error: standard output cannot be written: {error.strerror}", file=sys.stderr)
+        raise SystemExit(1) from None
 
 
 def _without_reader() -> bool:
