@@ -114,7 +114,7 @@ def open_manifest(config: ManifestConfig) -> Manifest:
         raise ManifestError(
             f"manifest.path={config.path}: the manifest has no rows, so there is nothing to embed; see what wrote it"
         )
-    if _image_kind(first.field(config.image).type) != "path":
+    if _image_kind(plain_type(first.field(config.image).type)) != "path":
         refuse_text(next(file.url for file in files if file.rows), config.image)
     _check_count(sum(file.rows for file in files), config)
     if config.root is None and len(roots) > 1:
