@@ -350,7 +350,7 @@ def test_a_dataset_that_an_earlier_version_wrote_works_with_every_command(
     case.api()
 
 
-def test_the_night_after_one_that_an_earlier_version_wrote_shares_its_parts(tmp_path: Path) -> None:
+def test_the_night_after_one_that_an_earlier_version_wrote_carries_its_rows_in_one_encoding(tmp_path: Path) -> None:
     case = Case(tmp_path, table_of(tmp_path, id=IDS["string_view"], text_dictionary_int8=KEPT["text_dictionary_int8"]))
     store, config = tmp_path / "nights", case.config
     night(config, store, FIRST)
@@ -362,7 +362,10 @@ def test_the_night_after_one_that_an_earlier_version_wrote_shares_its_parts(tmp_
     (tmp_path / "earlier").rename(folder)
     second = night(config, store, SECOND)
     assert (second.anew, second.kinds["carried"], second.kinds["retried"]) == ("", ROWS - 1, 1)
-    assert (second.shared, second.written) == (2, 1)
+    assert (second.shared, second.written) == (0, 3)
+    case.check(second.dataset)
+    third = night(config, store, "2026-11-03")
+    assert (third.shared, third.written) == (3, 0)
     assert healthy(store / f"date={SECOND}")
 
 

@@ -39,6 +39,7 @@ class Dataset:
     """A finished dataset; ``marker`` is the content of ``_SUCCESS``, which names every part by its digest.
 
     ``schema`` is the schema of its parts with plain types, ``starts`` the row number at which each part begins.
+    ``encoded`` is True if an earlier version wrote other encodings of these types, such as views.
     """
 
     storage: Storage
@@ -47,6 +48,7 @@ class Dataset:
     marker: bytes
     schema: pa.Schema
     starts: NDArray[np.int64]
+    encoded: bool = False
 
     @property
     def url(self) -> str:
@@ -179,14 +181,15 @@ def open_dataset(url: str) -> Dataset:
     first = f"{storage.url.rstrip('/')}/{read[0].part}"
     try:
         with explained(first), open_arrow(first) as file:
-            schema = plain_fields(pq.read_schema(file))
+            stored = pq.read_schema(file)
     except pa.ArrowException as error:
         raise StorageError(
             f"{first}: not readable as Parquet ({error}); "
             f"python -m pipeline.verify {storage.url} --repair does it again"
         ) from error
     starts = np.cumsum([0, *(commit.rows for commit in read[:-1])], dtype=np.int64)
-    return Dataset(storage=storage, plan=found, commits=read, marker=marker, schema=schema, starts=starts)
+    schema = plain_fields(stored)
+    return Dataset(storage, found, commits=read, marker=marker, schema=schema, starts=starts, encoded=schema != stored)
 
 
 def vectors_of(column: pa.ChunkedArray) -> tuple[NDArray[Any], NDArray[np.int64]]:

@@ -133,7 +133,8 @@ def _share_part(work: Assembly, previous: Dataset, shard: Shard) -> bool:
     if commit.rows != len(rows) or not np.array_equal(rows, np.arange(rows[0], rows[0] + len(rows))):
         return False
     names = work.manifest.schema.names
-    if previous.schema.names != [*names, *OUTPUT_COLUMNS]:
+    # Some readers do not take parts with several encodings of one column.
+    if previous.encoded or previous.schema.names != [*names, *OUTPUT_COLUMNS]:
         return False
     if previous.storage.size(commit.part) != commit.size:
         url = url_of(previous.storage, commit.part)
