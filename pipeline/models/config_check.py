@@ -21,6 +21,10 @@ _COUNTS = (
 )
 
 
+# No model is larger: a size that is a slip of the pen would take all memory, and layers all time, before an error.
+_MOST, _MOST_LAYERS, _MOST_TOKENS = 100_000, 1_000, 10_000_000
+
+
 def open_config(path: Path, values: dict[str, Any]) -> Any:
     """The config of a ``config.json`` with these values, as transformers reads it.
 
@@ -64,8 +68,9 @@ def _check_values(path: Path, prefix: str, values: dict[str, Any]) -> None:
         value = values.get(name, 1)
         # A tower has no projection of its own in some families.
         optional = value is None and name.startswith("projection")
-        if not optional and (type(value) is not int or value < 1):
-            raise refuse(name, "a positive whole number")
+        most = {"num_hidden_layers": _MOST_LAYERS, "vocab_size": _MOST_TOKENS}.get(name, _MOST)
+        if not optional and (type(value) is not int or not 1 <= value <= most):
+            raise refuse(name, f"a positive whole number, up to {most}")
     if "layer_norm_eps" in values:
         epsilon = values["layer_norm_eps"]
         if type(epsilon) is not float or not is_number(epsilon) or not 0 < epsilon < 0.01:
