@@ -223,7 +223,7 @@ def test_a_command_runs_from_the_cache(tmp_path: Path, way: Any, variables: dict
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
-    missing = run_python("-m", "pipeline.run", "model=siglip_b16", f"output.dir={tmp_path / 'other'}", **where)
+    missing = run_python("-m", "pipeline.run", "model=siglip_base", f"output.dir={tmp_path / 'other'}", **where)
     assert missing.returncode == 2, missing.stderr
     assert "Traceback" not in missing.stderr
     assert "copy the checkpoint's folder there" in missing.stderr
