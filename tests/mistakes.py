@@ -66,7 +66,7 @@ MISTAKES = (
     Mistake("no GPU", f"{JOB} backend.device=cuda", 2, "backend.device=cuda", "backend.device=cpu", varies=True),
     Mistake("a typo in a backend", f"{JOB} backend=onx", 2, "backend = 'onx'", "did you mean onnx?"),
     Mistake("no disk space", JOB, 1, "/out/", "free some space", failpoints="storage.staged[part-]=raise:ENOSPC", varies=True),
-    Mistake("pictures and manifests in one folder", f"{RUN} manifest.path=mixed", 2, "manifest.path=mixed", "pipeline.manifest folder"),
+    Mistake("a folder without pictures", f"{RUN} manifest.path=papers", 2, "manifest.path=papers", "pipeline.manifest folder"),
     Mistake("an id twice", f"{RUN} manifest.path=twice.parquet", 2, "row 0 and at", "drop a row, or set manifest.id"),
     Mistake("a missing extra", f"{JOB} backend=onnx", 2, "onnxruntime", "pip install", absent=("onnxruntime",)),
     Mistake(
@@ -165,9 +165,8 @@ def furnish(folder: Path) -> None:
     shutil.copytree(DEMO_FOLDER, folder / "other")
     weights = load_file(folder / "other" / "model.safetensors")
     save_file({name: tensor * 1.01 for name, tensor in weights.items()}, folder / "other" / "model.safetensors")
-    for name in ("photos.parquet", "pictures/0.jpg"):
-        (folder / "mixed").mkdir(exist_ok=True)
-        shutil.copy(folder / name, folder / "mixed")
+    (folder / "papers").mkdir()
+    (folder / "papers" / "letter.txt").write_text("Dear reader")
     (folder / "tables").mkdir()
     shutil.copy(folder / "photos.parquet", folder / "tables")
     done = Mistake("", f"{RUN} manifest.path=photos.parquet output.dir=done", 0, "", "")

@@ -70,6 +70,7 @@ def test_a_mapping_keeps_its_prompts_in_embed_and_relabel(tmp_path: Path) -> Non
     assert kept.frame()["label"].tolist() == wanted
 
 
+@pytest.mark.slow
 def test_a_mapping_is_kept_beside_the_output_and_the_same_call_resumes(tmp_path: Path) -> None:
     for _ in range(2):
         made = embed(PICTURES, labels=PROMPTS, output=tmp_path / "dataset", **QUICK)

@@ -144,7 +144,9 @@ def test_a_command_in_a_folder_that_was_removed_says_so(command: list[str], tmp_
     assert ended.stdout == ""
 
 
-@pytest.mark.parametrize("closed", [(1,), (2,), (0, 1), (1, 2), (0, 1, 2)])
+@pytest.mark.parametrize(
+    "closed", [(0, 1, 2), *(pytest.param(closed, marks=pytest.mark.slow) for closed in ((1,), (2,), (0, 1), (1, 2)))]
+)
 def test_a_command_without_standard_streams_ends_with_its_own_exit_code(closed: tuple[int, ...]) -> None:
     for command, code in ((["pipeline.verify", "nothing"], 2), (["pipeline.search", "nothing", "x"], 2)):
         ended = run_python("-c", STARTED.format(closed=closed, command=command))
@@ -159,7 +161,10 @@ def test_a_command_without_standard_streams_ends_with_its_own_exit_code(closed: 
     ("command", "code", "wanted"),
     [
         (["pipeline.artifacts", "--store", "STORE", "list"], 1, "error: standard output cannot be written: No space"),
-        (["pipeline.run", "--help"], 1, "error: standard output cannot be written: No space"),
+        pytest.param(
+            *(["pipeline.run", "--help"], 1, "error: standard output cannot be written: No space"),
+            marks=pytest.mark.slow,
+        ),
         (["pipeline.verify", "nothing"], 2, "error: nothing: no dataset is here"),
     ],
 )

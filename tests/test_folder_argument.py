@@ -110,6 +110,7 @@ def test_what_is_no_folder_stays(argument: str) -> None:
     assert taken(argument) == ([argument], [])
 
 
+@pytest.mark.slow
 def test_the_command_embeds_a_folder(tmp_path: Path) -> None:
     (tmp_path / "my photos").mkdir()
     for number in range(3):

@@ -150,13 +150,16 @@ def test_a_folder_of_skipped_files_only_says_so(place: str) -> None:
     assert "begin with _ or . (_private/p.parquet); name one of them" in refused(place)
 
 
-def test_a_folder_of_images_and_parquet_files_is_refused_with_what_was_found(place: str) -> None:
+def test_of_images_beside_parquet_files_those_are_taken_that_the_manifest_names(
+    place: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     put(place, "a/1.jpg", None)
     put(place, "a/2.HEIC", None)
     put(place, "m.parquet")
-    assert "a folder with both Parquet files (1, such as m.parquet) and images (2, such as a/1.jpg)" in refused(place)
-    with pytest.raises(ManifestError):
-        holds_images(place)
+    assert [name.rpartition("/")[2] for name in find_files(place)] == ["m.parquet"]
+    assert "manifest (1, such as m.parquet); of the images beside them (2, such as a/1.jpg)" in caplog.text
+    assert not holds_images(place)
 
 
 @pytest.mark.parametrize(

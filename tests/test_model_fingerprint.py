@@ -102,7 +102,7 @@ def test_a_dataset_of_another_release_is_resumed_searched_and_relabelled(
 
 
 @pytest.mark.parametrize("release", RELEASES)
-@pytest.mark.parametrize("layout", ["snapshot", "partition"])
+@pytest.mark.parametrize("layout", ["snapshot", pytest.param("partition", marks=pytest.mark.slow)])
 def test_a_night_after_another_release_carries_the_rows(
     siglip: Path, tmp_path: Path, release: str, layout: str
 ) -> None:

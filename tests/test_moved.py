@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -110,8 +111,21 @@ def lose_half(output: Path) -> None:
         commit_of(output, shard).unlink()
 
 
-@pytest.mark.parametrize("root", [RECORDED, GIVEN, NEITHER])
-@pytest.mark.parametrize(("place", "move"), MOVES, ids=[place for place, _ in MOVES])
+def _variants() -> list[Any]:
+    """Every move with every kind of root; all but the first of each move are slow."""
+    roots = (RECORDED, GIVEN, NEITHER)
+    marks = [(), pytest.mark.slow, pytest.mark.slow]
+    return [
+        pytest.param(place, move, root, id=f"{place}-{root}", marks=mark)
+        for number, (place, move) in enumerate(MOVES)
+        for root, mark in zip(roots[number % 3 :] + roots[: number % 3], marks, strict=True)
+    ]
+
+
+VARIANTS = _variants()
+
+
+@pytest.mark.parametrize(("place", "move", "root"), VARIANTS)
 def test_a_half_done_job_goes_on_in_a_folder_that_moved_and_ends_with_the_same_bytes(
     made: Path, tmp_path: Path, place: str, move: Callable[[Path, Path], Path], root: str
 ) -> None:
@@ -127,8 +141,7 @@ def test_a_half_done_job_goes_on_in_a_folder_that_moved_and_ends_with_the_same_b
     assert verify.main([str(new / "outputs" / "run")]) == 0
 
 
-@pytest.mark.parametrize("root", [RECORDED, GIVEN, NEITHER])
-@pytest.mark.parametrize(("place", "move"), MOVES, ids=[place for place, _ in MOVES])
+@pytest.mark.parametrize(("place", "move", "root"), VARIANTS)
 def test_a_repair_finds_what_it_needs_beside_the_dataset(
     made: Path, tmp_path: Path, place: str, move: Callable[[Path, Path], Path], root: str
 ) -> None:
@@ -142,6 +155,7 @@ def test_a_repair_finds_what_it_needs_beside_the_dataset(
     assert content(output) == whole
 
 
+@pytest.mark.slow
 def test_in_the_new_folder_labels_search_and_report_work_as_in_the_old_one(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,6 +231,7 @@ def test_a_night_that_was_begun_goes_on_after_the_move(
     assert healthy(new / "nights" / "date=2026-11-01")
 
 
+@pytest.mark.slow
 def test_photos_alone_that_moved_are_named_in_the_next_run_or_the_repair(
     made: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -285,6 +300,7 @@ def test_a_recorded_root_is_not_replaced_by_a_folder_of_its_name_without_the_ima
         run_job(config_in(new))
 
 
+@pytest.mark.slow
 def test_a_model_that_is_gone_is_named_with_the_way_to_give_its_new_place(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -303,6 +319,7 @@ def test_a_model_that_is_gone_is_named_with_the_way_to_give_its_new_place(
     assert verify.main([output, "--repair", f"model.name={model}"]) == 0
 
 
+@pytest.mark.slow
 def test_a_relabelled_dataset_whose_source_is_gone_says_how_it_is_repaired(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

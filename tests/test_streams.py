@@ -90,14 +90,15 @@ def test_batches_that_end_out_of_turn_are_written_in_turn(tmp_path: Path) -> Non
     assert content(tmp_path / "uneven") == content(tmp_path / "even")
 
 
-def test_an_error_in_one_stream_ends_the_run_and_names_its_batch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("good", [0, 1, 3])
+def test_an_error_in_one_stream_ends_the_run_and_names_its_batch(tmp_path: Path, good: int) -> None:
     class Broken(StubEncoder):
         calls = 0
 
         def encode(self, pixels: torch.Tensor) -> torch.Tensor:
             vectors = super().encode(pixels)
             Broken.calls += 1
-            return vectors[:, :-1] if Broken.calls > 3 else vectors
+            return vectors[:, :-1] if Broken.calls > good else vectors
 
     config = unlabelled(tmp_path)
     with stub_backend(Broken), pytest.raises(NumericalError, match=r"shard \d, batch \d: "):

@@ -80,18 +80,13 @@ def encode(encoder: ImageEncoder, pixels: torch.Tensor, count: int, *, twice: bo
     """
     size = len(pixels)
     with memory_explained(size):
-        encoded = encoder.encode(pixels)
-        expected = (size, encoder.dim)
-        if tuple(encoded.shape) != expected or encoded.dtype != torch.float32:
-            raise NumericalError(
-                f"{encoder.name} returned {encoded.dtype} {tuple(encoded.shape)}, wanted float32 {expected}"
-            )
+        encoded = _forward(encoder, pixels)
         vectors = encoded[:count]
         if count < size:
             again, origin = encoded[count:], repeats_on(encoded.device, count, size)
         elif twice and size > 1:
             shuffled, origin = turned(pixels)
-            again = encoder.encode(shuffled)
+            again = _forward(encoder, shuffled)
         else:
             again, origin = None, None
         proved = torch.ones((), dtype=torch.bool, device=encoded.device)
@@ -99,6 +94,15 @@ def encode(encoder: ImageEncoder, pixels: torch.Tensor, count: int, *, twice: bo
             proved = in_order(vectors, again, origin, pixels[:count])
     lengths = torch.linalg.vector_norm(vectors, dim=1)
     return Encoded(whole=encoded, vectors=vectors, lengths=lengths, in_order=proved)
+
+
+def _forward(encoder: ImageEncoder, pixels: torch.Tensor) -> torch.Tensor:
+    encoded, expected = encoder.encode(pixels), (len(pixels), encoder.dim)
+    if tuple(encoded.shape) != expected or encoded.dtype != torch.float32:
+        raise NumericalError(
+            f"{encoder.name} returned {encoded.dtype} {tuple(encoded.shape)}, wanted float32 {expected}"
+        )
+    return encoded
 
 
 def check(encoded: Encoded | PendingBatch, rows: Sequence[int] | np.ndarray, where: str) -> None:

@@ -43,6 +43,12 @@ def find_files(path: str) -> list[str]:
     found = look(path)
     if not found.parquet:
         raise ManifestError(f"manifest.path={path}: {_nothing(path, found)}")
+    if found.images:
+        log.info(
+            "manifest.path=%s: its Parquet files are the manifest (%d, such as %s); of the images beside them (%d, "
+            "such as %s), only those are taken that it names",
+            *(path, len(found.parquet), _relative(found.parquet[0], found.root), len(found.images), found.images[0]),
+        )
     if found.skipped:
         shown = f"{', '.join(found.skipped[:3])}{', ...' if len(found.skipped) > 3 else ''}"
         log.warning(
@@ -66,7 +72,7 @@ def look(path: str) -> Found:
     """List what is at an address; without a file, nothing was found.
 
     Raises:
-        ManifestError: it cannot be listed, holds both Parquet files and images, or is a table with a log of its own.
+        ManifestError: it cannot be listed, or is a table with a log of its own.
     """
     try:
         fs, root = filesystem(path)
@@ -77,13 +83,6 @@ def look(path: str) -> Found:
         if not isinstance(error, OSError | ImportError | ValueError) and not from_driver(error):
             raise
         raise ManifestError(f"manifest.path={path}: {_reason(path, error)}") from error
-    if found.parquet and found.images:
-        raise ManifestError(
-            f"manifest.path={path}: a folder with both Parquet files ({len(found.parquet):,}, such as "
-            f"{_relative(found.parquet[0], root)}) and images ({len(found.images):,}, such as {found.images[0]}); "
-            f"name the Parquet files by a glob, 'manifest.path=\"{path.rstrip('/')}/**/*.parquet\"', or make a "
-            f"manifest of the images elsewhere: python -m pipeline.manifest folder {path} manifest.parquet"
-        )
     return found
 
 
