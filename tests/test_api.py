@@ -69,6 +69,7 @@ def whole(photos: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Datas
     return embed(photos, output=tmp_path_factory.mktemp("whole") / "dataset", **QUICK)
 
 
+@pytest.mark.slow
 def test_the_rows_are_those_of_the_command_byte_for_byte(tmp_path: Path) -> None:
     manifest = scenes_manifest(tmp_path / "m.parquet", 60)
     config = config_for(manifest, tmp_path / "command")

@@ -18,7 +18,7 @@ from pipeline.core.errors import ModelError, PlanMismatch
 from pipeline.dataset.dataset import open_dataset
 from pipeline.engine.query import config_of_dataset, open_model
 from pipeline.job.main import run_job
-from pipeline.models import architecture
+from pipeline.models import fingerprint
 from pipeline.models.checkpoint import as_recorded, open_checkpoint
 from pipeline.models.hub import DEMO_FOLDER
 from tests.jobs import config_for, content, scenes_manifest
@@ -33,9 +33,9 @@ def earlier(patch: pytest.MonkeyPatch) -> None:
     """As the pipeline wrote digests with a release that did not know ``vision_use_head`` yet."""
 
     def digests(dump: dict[str, Any], given: dict[str, Any]) -> tuple[str, ...]:
-        raw = {key: value for key, value in dump.items() if key not in architecture._LEFT_OUT}
+        raw = {key: value for key, value in dump.items() if key not in fingerprint._LEFT_OUT}
         tower = {key: value for key, value in raw["vision_config"].items() if key != "vision_use_head"}
-        return (architecture.digest({**raw, "vision_config": tower}),)
+        return (fingerprint.digest({**raw, "vision_config": tower}),)
 
     patch.setattr("pipeline.models.checkpoint.architecture_digests", digests)
 
@@ -125,8 +125,8 @@ def test_the_digest_of_today_is_that_of_before(siglip: Path) -> None:
     for name in (str(DEMO_FOLDER), str(siglip)):
         checkpoint = open_checkpoint(ModelConfig(name=name))
         dump = checkpoint.model.config.to_dict()
-        raw = {key: value for key, value in dump.items() if key not in architecture._LEFT_OUT}
-        assert checkpoint.fingerprint["architecture"] == architecture.digest(raw)
+        raw = {key: value for key, value in dump.items() if key not in fingerprint._LEFT_OUT}
+        assert checkpoint.fingerprint["architecture"] == fingerprint.digest(raw)
 
 
 @pytest.mark.parametrize("release", [adds(CLIPTextConfig), adds(CLIPTextConfig, SiglipVisionConfig)])

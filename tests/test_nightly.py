@@ -343,6 +343,7 @@ def test_a_night_with_shards_given_up_is_not_reported_as_published(
     assert command("--date", FIRST, "--store", str(store)) == 1
 
 
+@pytest.mark.slow
 def test_a_night_that_was_killed_before_its_row_gets_it_on_a_later_date(photos: Collection, store: Path) -> None:
     config = photos.config()
     arguments = (asdict(config), str(store), FIRST, "snapshot")

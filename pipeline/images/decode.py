@@ -30,12 +30,12 @@ from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from pipeline.core.records import Failure, Pixels, PreprocessSpec
 from pipeline.images.damage import damaged, too_large, unidentified
-from pipeline.images.deep import flattened
+from pipeline.images.deep_samples import to_eight_bits
 from pipeline.images.formats import open_image
 from pipeline.images.orientation import DAMAGE, LARGE_PIXELS, upright
 from pipeline.images.preprocess import preprocess
+from pipeline.images.recover import recover
 from pipeline.images.transparency import frame_of, settled
-from pipeline.images.whole import without_cause
 
 T = TypeVar("T")
 
@@ -121,7 +121,7 @@ class Decoder:
         if isinstance(result, Failure) and self.kind != GLANCE:
             # It may decode whole pictures, too, and few files come here.
             with self.large_lock:
-                lean = without_cause(data, result)
+                lean = recover(data, result)
             if lean is not None and not isinstance(again := self._attempt(lean, finish, read), Failure):
                 return again
         return result
@@ -186,7 +186,7 @@ class Decoder:
         if image.mode == "RGB" and "transparency" not in image.info:
             return image
         if image.mode.startswith("I") or image.mode == "F":
-            grey = flattened(image)
+            grey = to_eight_bits(image)
             return grey if isinstance(grey, Failure) else self._to_rgb(grey)
         if image.has_transparency_data and self.transparency != "drop":
             rgba = image if image.mode == "RGBA" else image.convert("RGBA")

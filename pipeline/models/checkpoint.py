@@ -18,10 +18,10 @@ from pipeline.config.schema import ModelConfig
 from pipeline.core.errors import ModelError
 from pipeline.core.log_format import silence
 from pipeline.core.records import PreprocessSpec
-from pipeline.models.architecture import digests as architecture_digests
 from pipeline.models.architectures import ARCHITECTURES
 from pipeline.models.config_check import open_config
 from pipeline.models.files import CONFIG, explain_other_layout, guarded, loaded_weights, read_json
+from pipeline.models.fingerprint import digests as architecture_digests
 from pipeline.models.hub import DEMO_FOLDER, TOKENIZER_FILES, find_folder, find_weights
 from pipeline.models.numbers import scale_and_bias
 from pipeline.models.preprocessor import read_spec, to_spec

@@ -13,7 +13,7 @@ BAND = 256
 _FULL = 65_535
 
 
-def flattened(image: Image.Image) -> Image.Image | Failure:
+def to_eight_bits(image: Image.Image) -> Image.Image | Failure:
     """Grey of eight bits in RGB, or in RGBA where the file names a clear grey (``tRNS`` in PNG).
 
     Integers are samples of 16 bits, or of as many as the file says, of which the high byte counts; floats are scaled

@@ -18,7 +18,7 @@ _METADATA = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 _HEAD, _CHECKSUM = 8, 4
 
 
-def without_cause(data: bytes, failure: Failure) -> bytes | None:
+def recover(data: bytes, failure: Failure) -> bytes | None:
     """The file without what it was refused for; None if the failure has another cause.
 
     Raises:
