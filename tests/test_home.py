@@ -89,7 +89,9 @@ def test_a_home_that_there_is_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert os.environ["HOME"] == str(tmp_path)
 
 
-@pytest.mark.parametrize("key", ["manifest.path", "output.dir", "manifest.root", "metrics.textfile"])
+@pytest.mark.parametrize(
+    "key", ["manifest.path", "output.dir", "manifest.root", "metrics.textfile", "model.name", "prompts.path"]
+)
 def test_the_home_of_an_unknown_user_is_no_traceback(tmp_path: Path, key: str) -> None:
     (tmp_path / "a.jpg").write_bytes(scene(0)[0])
     done = subprocess.run(

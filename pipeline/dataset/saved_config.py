@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, fields
-from pathlib import Path
 from typing import Any
 
 from pipeline.config.schema import DEMO_MODEL, Config, from_dict, value_of
 from pipeline.config.validate import check
 from pipeline.core.errors import ConfigError, PlanMismatch
 from pipeline.storage.moved import find_again, is_gone, moved_with
-from pipeline.storage.urls import is_local, local_path
+from pipeline.storage.urls import is_local, local_file
 
 # Settings that do not change the rows, and must not change the plan.
 _OF_THE_RUN = {
@@ -38,7 +37,7 @@ def recipe_of(config: Config) -> dict[str, Any]:
         if address is not None and is_local(address):
             recipe[group][name] = _absolute(address)
     # A model is a name on the hub, unless it is a folder.
-    if config.model.name != DEMO_MODEL and (Path(config.model.name).expanduser() / "config.json").is_file():
+    if config.model.name != DEMO_MODEL and (local_file(config.model.name) / "config.json").is_file():
         recipe["model"]["name"] = _absolute(config.model.name)
     return recipe
 
@@ -92,4 +91,4 @@ def _with_moved_places(config: Config) -> Config:
 
 
 def _absolute(address: str) -> str:
-    return str(Path(local_path(address)).expanduser().absolute())
+    return str(local_file(address).absolute())

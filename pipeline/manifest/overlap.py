@@ -11,7 +11,7 @@ from pipeline.core.errors import ConfigError, ManifestError, Problem
 from pipeline.manifest.manifest import Manifest
 from pipeline.manifest.names import differing_in_case, named_like_folders
 from pipeline.storage.factory import open_storage
-from pipeline.storage.urls import is_local, local_path
+from pipeline.storage.urls import is_local, local_file, local_path
 
 # The plan of a dataset, see pipeline.dataset.plan.
 PLAN = "_plan.json"
@@ -37,7 +37,7 @@ def check_places(config: Config, manifest: Manifest) -> None:
             raise _in_one_another(config)
         return
     folder = Path(local_path(output)).resolve()
-    given = Path(local_path(given_path)).expanduser().resolve()
+    given = local_file(given_path).resolve()
     inside = [file.url for file in manifest.files if folder in Path(local_path(file.url)).resolve().parents]
     if inside or (given.is_dir() and (given == folder or given in folder.parents)):
         raise _in_one_another(config)

@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.config.schema import DEMO_MODEL, ModelConfig
 from pipeline.core.errors import ModelError
 from pipeline.models.files import CONFIG, INDEX, WEIGHTS, first_line, shards_of
-from pipeline.storage.urls import from_here
+from pipeline.storage.urls import from_here, local_file
 
 DEMO_FOLDER = Path(__file__).resolve().parents[1] / "engine" / "demo" / "model"
 TOKENIZER_FILES = (
@@ -55,7 +55,7 @@ def find_folder(config: ModelConfig) -> Path:
     """
     if config.name == DEMO_MODEL:
         return DEMO_FOLDER
-    local = Path(config.name).expanduser()
+    local = local_file(config.name)
     if local.is_dir():
         return local
     if config.name.startswith((".", "/", "~")) or config.name.count("/") > 1:
@@ -83,7 +83,7 @@ def find_folder(config: ModelConfig) -> Path:
 
 def find_weights(config: ModelConfig, folder: Path) -> Path:
     """The folder with the weights of the checkpoint in ``folder``: itself, or the cache's conversion of them."""
-    if folder == DEMO_FOLDER or Path(config.name).expanduser().is_dir() or _has_weights(folder):
+    if folder == DEMO_FOLDER or local_file(config.name).is_dir() or _has_weights(folder):
         return folder
     cached = find_cached(config)
     return cached.weights if cached is not None and cached.folder == folder else folder

@@ -14,7 +14,7 @@ from typing import Any
 from pipeline.config.schema import PromptsConfig
 from pipeline.core.errors import PromptsError
 from pipeline.models.label_yaml import Entry, read_entries
-from pipeline.storage.urls import from_here
+from pipeline.storage.urls import from_here, local_file
 
 # Characters of a label or prompt that a message shows.
 SHOWN = 80
@@ -45,7 +45,7 @@ def read_labels(config: PromptsConfig) -> LabelSet:
         place = "prompts.labels"
     else:
         place = f"prompts.path={config.path}"
-        entries = _read_entries(Path(config.path).expanduser(), place)
+        entries = _read_entries(local_file(config.path), place)
     collected: dict[str, list[str]] = {}
     first: dict[str, Entry] = {}
     for number, entry in enumerate(entries, start=1):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from glob import has_magic, iglob
 from pathlib import Path
 
-from pipeline.storage.urls import is_local, local_path
+from pipeline.storage.urls import is_local, local_file, local_path
 
 # Folders above a dataset or a manifest that are searched: further up lie other projects.
 LEVELS = 4
@@ -35,7 +35,7 @@ def find_again(address: str, near: str) -> Iterator[str]:
     if not is_local(address) or not is_local(near):
         return
     names = Path(local_path(address)).parts[1:]
-    here = Path(local_path(near)).expanduser().absolute()
+    here = local_file(near).absolute()
     folders = [*here.parents[:LEVELS], *here.resolve().parents[:LEVELS]]
     for start in range(len(names)):
         for folder in dict.fromkeys(folders):
