@@ -113,17 +113,18 @@ def test_an_error_of_a_worker_ends_the_job_as_it_is(client: Client, single: Conf
 def spoil(version: str) -> str:
     """Let this process say that its decoder is of another version; what it was."""
     from pipeline.engine import prepare
+    from pipeline.images.versions import fingerprint
 
-    before = prepare.library
-    prepare.library = lambda decoder: version  # type: ignore[assignment]
+    before = prepare.decoding
+    prepare.decoding = lambda images: {**fingerprint(images), "library": version}  # type: ignore[assignment]
     return str(before)
 
 
 def mend() -> None:
     from pipeline.engine import prepare
-    from pipeline.images.versions import library
+    from pipeline.images.versions import fingerprint
 
-    prepare.library = library
+    prepare.decoding = fingerprint
 
 
 @pytest.mark.slow

@@ -204,6 +204,7 @@ class Dataset:
         Raises:
             PipelineError: a setting is wrong, or the model that made the dataset cannot be opened.
         """
+        from pipeline.engine.demo.notes import told
         from pipeline.job.relabel import relabel
 
         stored, scratch = self._stored, Scratch() if output is None else None
@@ -218,7 +219,7 @@ class Dataset:
             "log.level": "warning",
         }
         try:
-            with files, settings_restored():
+            with files, settings_restored(), told():
                 if prompts is not None:
                     config_from(settings)
                     del settings["prompts.labels"]
