@@ -56,7 +56,9 @@ def test_the_notebook_runs_and_shows_what_it_showed(executed: NotebookNode, comm
     for ours, theirs in pairs:
         assert [output.output_type for output in ours.outputs] == [output.output_type for output in theirs.outputs]
         # Bars are all that comes over standard error.
-        assert not [text for text in texts(ours) if "warning" in text.lower()], ours.source
+        # The notice that the demo model knows rendered shapes only, which these pictures are.
+        warned = [text for text in texts(ours) if "warning" in text.lower() and "model=demo, the default" not in text]
+        assert not warned, ours.source
 
 
 def test_the_notebook_finds_what_it_looks_for(executed: NotebookNode) -> None:
