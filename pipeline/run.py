@@ -7,8 +7,6 @@ import os
 import sys
 import time
 from contextlib import ExitStack
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from pipeline.config.compose import check_overrides, groups, known_keys, register, to_config
@@ -95,8 +93,7 @@ def _run(composed: DictConfig, errors: ErrorOutput, opened: ExitStack) -> int:
     opened.enter_context(library_messages(config.log, run))
     from pipeline.images.factory import open_decoders
 
-    if config.manifest.path is not None and not config.manifest.path.endswith((".parquet", ".pq")):
-        config = _with_manifest(config, run, errors, opened)
+    config = _with_manifest(config, run, errors, opened)
     # The decoders start while this process imports torch, which takes seconds.
     decoders = open_decoders(config) if config.cluster.name == "inline" else None
     if decoders is not None:
@@ -117,13 +114,13 @@ def _with_manifest(config: Config, run: str, errors: ErrorOutput, opened: ExitSt
     """Return the config with a manifest of the images in place of a folder that ``manifest.path`` names."""
     from pipeline.manifest.files import holds_images
 
-    if not holds_images(config.manifest.path or ""):
+    if config.manifest.path is None or not holds_images(config.manifest.path):
         return config
     from pipeline.nightly.folder import folder_job
+    from pipeline.storage.local import temporary_folder
 
     interrupt_within(config.errors.grace_seconds, errors.leave)
-    scratch = opened.enter_context(TemporaryDirectory(prefix="clip-pipeline-"))
-    return folder_job(config, Path(scratch), run=run)
+    return folder_job(config, opened.enter_context(temporary_folder()), run=run)
 
 
 def _replace_closed_stderr() -> None:

@@ -74,9 +74,9 @@ def _load_the_demo_once() -> None:
     checkpoint: Any = sys.modules.get("pipeline.models.checkpoint")
     # Without the module, no test of this run opens a model.
     if checkpoint is not None:
-        load = checkpoint._load
+        load = checkpoint.load_model
         once = cache(load)
-        checkpoint._load = lambda folder: (once if folder == checkpoint.DEMO_FOLDER else load)(folder)
+        checkpoint.load_model = lambda *folders: (once if folders[0] == checkpoint.DEMO_FOLDER else load)(*folders)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -92,6 +92,8 @@ class Proxy:
     share: float = 0.0
     _dice: random.Random = field(default_factory=random.Random)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    # moto's server looks for the object and then writes it; in S3 a conditional put is one step.
+    conditional: threading.Lock = field(default_factory=threading.Lock)
 
     def reset(self) -> None:
         with self._lock:
@@ -162,7 +164,8 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "cut":
             self.cut()
             return
-        status, headers, data = self.forward(body)
+        with self.owner.conditional if "If-None-Match" in self.headers else nullcontext():
+            status, headers, data = self.forward(body)
         if fault == "lost":
             self.cut()
         elif fault == "half":

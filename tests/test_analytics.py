@@ -91,6 +91,7 @@ def test_help_says_what_a_script_wants_and_how_it_is_called(
     assert "--picture" in said
 
 
+@pytest.mark.slow
 def test_a_script_runs_from_a_shell(store: Path) -> None:
     done = run_python("jobs/analytics/label_counts.py", str(store))
     assert done.returncode == 0, done.stderr
@@ -309,6 +310,7 @@ def test_another_file_system_reads_the_same(store: Path, load: Callable[[str], A
         memory.rm("/nights", recursive=True)
 
 
+@pytest.mark.slow
 def test_a_dataset_without_labels_is_counted_and_mapped(
     store: Path, load: Callable[[str], Any], tmp_path: Path
 ) -> None:

@@ -37,6 +37,7 @@ from pipeline.config.schema import Config, conf_dir, value_of
 from pipeline.core.errors import ConfigError, ManifestError, NoDataset, PlanMismatch, PromptsError, UnfinishedDataset
 from pipeline.engine.demo.folder import jpeg, render_folder
 from pipeline.engine.demo.scenes import render, sample
+from pipeline.job.main import RunOptions
 from tests.forks import forks
 from tests.jobs import config_for, content, overrides_of, scenes_manifest
 from tests.processes import loads, run_python
@@ -90,6 +91,7 @@ def outcome(compose: Callable[[], Config]) -> Config | set[str]:
         return {str(problem) for problem in error.problems}
 
 
+@pytest.mark.slow
 def test_every_option_composes_as_the_command_composes_it() -> None:
     known = groups(conf_dir())
     register()
@@ -316,6 +318,7 @@ def test_an_interrupted_call_is_resumed(tmp_path: Path) -> None:
     assert content(place) == content(tmp_path / "unbroken")
 
 
+@pytest.mark.slow
 def test_a_thread_and_a_running_event_loop_may_call(photos: list[Path], whole: Dataset) -> None:
     arguments = {**QUICK, "settings": {}}
 
@@ -594,7 +597,7 @@ def test_a_closed_dataset_raises(photos: list[Path]) -> None:
 def test_calls_in_several_threads_run_one_after_another(photos: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     running, most = 0, 0
 
-    def job(config: Config) -> None:
+    def job(config: Config, options: RunOptions) -> None:
         nonlocal running, most
         running += 1
         most = max(most, running)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
+from pipeline.core.cli import ErrorOutput, run_command
 from pipeline.core.concurrency import aside
 from tests.conftest import ROOT
 from tests.processes import run_python
@@ -16,6 +18,7 @@ from tests.processes import run_python
 BUSY = """
 import importlib, time
 from pipeline.core.cli import own_exit_code
+from pipeline.core.cli import ErrorOutput, run_command
 from pipeline.core.concurrency import aside
 
 library = importlib.import_module("LIBRARY")
@@ -39,7 +42,10 @@ def test_a_result_and_an_error_are_in_the_future() -> None:
         aside(lambda: 1 // 0, name="none").result(10)
 
 
-@pytest.mark.parametrize(("library", "code", "wanted"), [("torch", "4", 4), ("numpy", "None", 0), ("numpy", "'no'", 1)])
+@pytest.mark.parametrize(
+    ("library", "code", "wanted"),
+    [pytest.param("torch", "4", 4, marks=pytest.mark.slow), ("numpy", "None", 0), ("numpy", "'no'", 1)],
+)
 def test_a_process_ends_with_its_own_exit_code_while_another_thread_computes(
     library: str, code: str, wanted: int
 ) -> None:
@@ -128,7 +134,16 @@ COMMANDS = [
 ]
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
+@pytest.mark.parametrize(
+    "command",
+    [
+        command
+        if command[0] in ("pipeline.run", "pipeline.verify", "pipeline.nightly")
+        else pytest.param(command, marks=pytest.mark.slow)
+        for command in COMMANDS
+    ],
+    ids=lambda command: command[0],
+)
 def test_a_command_in_a_folder_that_was_removed_says_so(command: list[str], tmp_path: Path) -> None:
     gone = tmp_path / "gone"
     gone.mkdir()
@@ -191,3 +206,22 @@ def test_what_opens_later_does_not_take_the_descriptor_of_a_closed_stream(tmp_pa
     ended = run_python("-c", body)
     assert ended.returncode == 0, ended.stderr
     assert (tmp_path / "rows").read_bytes() == b""
+
+
+def test_an_interrupt_that_leaves_a_condition_without_its_lock_is_an_interrupt(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    condition = threading.Condition()
+
+    def interrupted(release: bool) -> None:
+        with condition:
+            if release:
+                # As where the signal comes while a wait takes back its lock.
+                condition.release()
+            raise KeyboardInterrupt
+
+    assert run_command(lambda: interrupted(True), ErrorOutput("stopped")) == 75
+    assert run_command(lambda: interrupted(False), ErrorOutput("stopped")) == 75
+    assert capsys.readouterr().err == "error: stopped\n" * 2
+    with pytest.raises(RuntimeError, match="un-acquired"):
+        run_command(condition.release, ErrorOutput("stopped"))

@@ -475,7 +475,7 @@ def test_a_variant_that_pillow_does_not_decode_is_unsupported() -> None:
     assert failure(bytes(data)).status == "unsupported"
 
 
-@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize("behind", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize(
     ("name", "head"), [(b"zTXt", b"Comment\0\0"), (b"iTXt", b"Comment\0\1\0\0\0"), (b"iCCP", b"Profile\0\0")]
 )

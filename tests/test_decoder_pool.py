@@ -109,7 +109,7 @@ def statuses(results: list[Result]) -> list[str]:
 # Pixels
 
 
-@pytest.mark.parametrize(("folder", "count"), [("odd", 150), ("clothing", 100)])
+@pytest.mark.parametrize(("folder", "count"), [("odd", 150), pytest.param("clothing", 100, marks=pytest.mark.slow)])
 def test_pixels_and_failures_are_those_of_this_process(folder: str, count: int) -> None:
     files = [path for path in sorted(data_folder(folder).rglob("*.*")) if path.suffix not in (".csv", ".md")]
     images = [path.read_bytes() for path in files[: 2 * count] if path.stat().st_size]
@@ -163,6 +163,7 @@ def test_a_process_loads_nothing_heavy() -> None:
     assert loads("import pipeline.images.pool.worker", *heavy) == []
 
 
+@pytest.mark.slow
 def test_large_lock_take_turns_and_the_wait_is_not_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
     giant = saved(Image.new("L", (4100, 4100), 90), "PNG", compress_level=1)
     monkeypatch.setenv("PIPELINE_FAILPOINTS", "")
@@ -193,7 +194,7 @@ def marked(*rows: int) -> list[bytes]:
     [
         ("kill:SIGSEGV", {}, "decoder_crashed", "killed by SIGSEGV"),
         pytest.param("kill:SIGABRT", {}, "decoder_crashed", "killed by SIGABRT", marks=pytest.mark.slow),
-        ("raise:EPERM", {}, "decoder_crashed", "PermissionError"),
+        pytest.param("raise:EPERM", {}, "decoder_crashed", "PermissionError", marks=pytest.mark.slow),
         ("delay:100", {"seconds": 0.4}, "decoder_timeout", "not decoded in 0.4 s (loader.decode_seconds)"),
         ("grow:1e10", {}, "out_of_memory", "not enough memory"),
     ],
@@ -256,7 +257,12 @@ def webp(side: int) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("make", "memory"), [(progressive, 64), pytest.param(progressive, 128, marks=pytest.mark.slow), (webp, 64)]
+    ("make", "memory"),
+    [
+        (progressive, 64),
+        pytest.param(progressive, 128, marks=pytest.mark.slow),
+        pytest.param(webp, 64, marks=pytest.mark.slow),
+    ],
 )
 def test_a_library_that_gets_no_memory_is_no_damage(make: Callable[[int], bytes], memory: int) -> None:
     data = make(3950)

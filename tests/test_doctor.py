@@ -131,6 +131,7 @@ def test_every_group_of_checks_has_a_probe_of_its_name() -> None:
     assert groups == {probe.module: probe.group for probe in PROBES}
 
 
+@pytest.mark.slow
 def test_a_probe_that_hangs_is_reported_and_the_others_go_on(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "m.parquet")
     began = time.monotonic()

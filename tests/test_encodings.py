@@ -263,6 +263,7 @@ def test_views_dictionaries_and_every_kept_type_work_with_every_command(
     mixed.commands(capsys)
 
 
+@pytest.mark.slow
 def test_views_dictionaries_and_every_kept_type_work_night_after_night(mixed: Case) -> None:
     mixed.nights()
     mixed.partitions()
@@ -321,6 +322,7 @@ def earlier(source: str, out: Path) -> None:
             (out / name).write_bytes((Path(source) / name).read_bytes())
 
 
+@pytest.mark.slow
 def test_a_dataset_that_an_earlier_version_wrote_works_with_every_command(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -350,6 +352,7 @@ def test_a_dataset_that_an_earlier_version_wrote_works_with_every_command(
     case.api()
 
 
+@pytest.mark.slow
 def test_the_night_after_one_that_an_earlier_version_wrote_carries_its_rows_in_one_encoding(tmp_path: Path) -> None:
     case = Case(tmp_path, table_of(tmp_path, id=IDS["string_view"], text_dictionary_int8=KEPT["text_dictionary_int8"]))
     store, config = tmp_path / "nights", case.config

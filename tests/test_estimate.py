@@ -211,6 +211,7 @@ def test_scenes_that_are_gone_are_not_rendered_for_an_estimate(tmp_path: Path) -
         estimate_job(config)
 
 
+@pytest.mark.slow
 def test_a_trial_ends_at_its_limits(scenes: Path, tmp_path: Path) -> None:
     manifest = scenes_manifest(tmp_path / "m.parquet", 600, damaged={})
     config = job(manifest, tmp_path / "out", backend={"device": "cpu", "streams": 1}, loader={"batch_size": 4})
@@ -244,6 +245,7 @@ def test_the_time_follows_from_the_batches_of_which_some_are_padded(tmp_path: Pa
     assert estimate.bound == "encoding" or estimate.startup_seconds > estimate.seconds / 2
 
 
+@pytest.mark.slow
 def test_the_command_prints_json_and_exits_with_the_code_of_the_run(scenes: Path, tmp_path: Path) -> None:
     config = job(scenes, tmp_path / "out")
     given = [*overrides_of(config), "run.dry=true", "loader.isolation=none"]

@@ -259,6 +259,7 @@ def test_a_job_that_is_struck_and_run_again_is_the_unbroken_one(sieges: dict[str
     sieges[case].result()
 
 
+@pytest.mark.slow
 def test_a_job_that_waits_at_every_place_is_the_unbroken_one(unbroken: Config, tmp_path: Path) -> None:
     rules = ";".join(f"{place}=delay:0.005" for place in PLACES)
     config = at(unbroken, tmp_path / "out")
@@ -280,6 +281,7 @@ def test_the_command_reports_a_full_disk_in_one_line(unbroken: Config, tmp_path:
     assert "run the same command again" in last
 
 
+@pytest.mark.slow
 def test_a_run_whose_shard_was_committed_by_another_meanwhile_loses_quietly(unbroken: Config, tmp_path: Path) -> None:
     """Killed as it learns that it lost, and left to end."""
     whole, output = Path(unbroken.output.dir), tmp_path / "out"
@@ -309,7 +311,7 @@ def test_a_run_whose_shard_was_committed_by_another_meanwhile_loses_quietly(unbr
         "decode=kill@20",
         pytest.param("commit.done=kill@3", marks=pytest.mark.slow),
         pytest.param("finalize.checked=kill", marks=pytest.mark.slow),
-        "decode=raise:EIO@9",
+        pytest.param("decode=raise:EIO@9", marks=pytest.mark.slow),
     ],
 )
 def test_decoder_processes_end_with_their_job_and_change_nothing(unbroken: Config, tmp_path: Path, rule: str) -> None:

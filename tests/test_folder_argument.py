@@ -44,7 +44,9 @@ def config_of(*arguments: str) -> Config:
     return compose_config(found)
 
 
-@pytest.mark.parametrize("how", ["{}", "./{}", "{}/", "{folder}/{}"])
+@pytest.mark.parametrize(
+    "how", ["{}", *(pytest.param(how, marks=pytest.mark.slow) for how in ("./{}", "{}/", "{folder}/{}"))]
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_folder_of_any_name_is_the_manifest(tmp_path: Path, name: str, how: str) -> None:
     (tmp_path / name).mkdir()

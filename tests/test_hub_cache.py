@@ -67,7 +67,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cache:
     return Cache(tmp_path / "hub")
 
 
-@pytest.fixture(params=["offline", "refused", "silent"])
+@pytest.fixture(params=["offline", "refused", pytest.param("silent", marks=pytest.mark.slow)])
 def _no_network(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """HF_HUB_OFFLINE, a port where nobody listens, and one that takes a request and never answers."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", request.param == "offline")
@@ -211,19 +211,25 @@ NETWORKS: dict[str, dict[str, str]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variables", NETWORKS.values(), ids=NETWORKS)
-@pytest.mark.parametrize("way", [conversion, weights_alone], ids=lambda way: way.__name__)
-def test_a_command_runs_from_the_cache(tmp_path: Path, way: Any, variables: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    ("way", "network"), [*((conversion, network) for network in NETWORKS), (weights_alone, "refused")]
+)
+def test_a_command_runs_from_the_cache(tmp_path: Path, way: Any, network: str) -> None:
     way(Cache(tmp_path / "home" / "hub"), "openai/clip-vit-base-patch32", tmp_path)
     arguments = ["model=clip_vit_b32", "manifest.demo_scenes=8", "prompts.labels=[red circle,blue star]"]
-    where = {"HF_HOME": str(tmp_path / "home"), **variables}
     done = run_python(
         "-m", "pipeline.run", *arguments, "backend.device=cpu", f"output.dir={tmp_path / 'out'}", "report.html=false",
-        **where,
+        HF_HOME=str(tmp_path / "home"), **NETWORKS[network],
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
-    missing = run_python("-m", "pipeline.run", "model=siglip_base", f"output.dir={tmp_path / 'other'}", **where)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_command_whose_model_is_not_in_the_cache_ends_with_one_message(tmp_path: Path, network: str) -> None:
+    where = {"HF_HOME": str(tmp_path / "home"), **NETWORKS[network]}
+    missing = run_python("-m", "pipeline.run", "model=siglip_base", f"output.dir={tmp_path / 'out'}", **where)
     assert missing.returncode == 2, missing.stderr
     assert "Traceback" not in missing.stderr
     assert "copy the checkpoint's folder there" in missing.stderr

@@ -409,6 +409,7 @@ def test_an_encoder_that_returns_another_shape_is_stopped(tmp_path: Path, shape:
         run_job(config)
 
 
+@pytest.mark.slow
 def test_an_object_store_holds_the_same_dataset(finished: Config) -> None:
     url = "memory://bucket/dataset"
     config = replace(finished, output=replace(finished.output, dir=url))

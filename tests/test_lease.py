@@ -350,6 +350,7 @@ def test_a_shard_that_two_runs_do_at_once_has_one_commit(unbroken: Config, tmp_p
     assert twice > 0, "they never met"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("turn", range(max(1, ROUNDS // 5)))
 def test_a_paused_run_that_was_taken_over_replaces_no_commit(unbroken: Config, tmp_path: Path, turn: int) -> None:
     config = other_output(unbroken, tmp_path / "out")

@@ -414,7 +414,7 @@ def test_closing_early_stops_the_threads(tmp_path: Path) -> None:
     assert threads() == []
 
 
-@pytest.mark.parametrize("step", ["read", "decode"])
+@pytest.mark.parametrize("step", [pytest.param("read", marks=pytest.mark.slow), "decode"])
 def test_closing_waits_for_one_image_and_not_for_a_chunk(tmp_path: Path, step: str) -> None:
     write(tmp_path, range(300), kind="bytes")
     manifest = opened(tmp_path)

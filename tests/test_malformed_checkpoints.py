@@ -55,7 +55,7 @@ def numbers(checkpoint: Checkpoint) -> tuple[np.ndarray, np.ndarray, Any]:
 
 
 def tried(folder: Path) -> tuple[tuple[np.ndarray, np.ndarray, Any] | None, str]:
-    """What comes of a checkpoint, or the message of its refusal."""
+    """Embeddings of an opened checkpoint, or the message of its refusal."""
     try:
         return numbers(opened(folder)), ""
     except ModelError as error:

@@ -12,10 +12,10 @@ import pytest
 from pipeline.config.schema import OUTPUT_COLUMNS
 from pipeline.core.errors import ConfigError
 from pipeline.dataset.dataset import open_dataset
+from pipeline.dataset.names import differing_in_case, named_like_folders
 from pipeline.engine.query import derive
 from pipeline.job.main import run_job
 from pipeline.job.relabel import relabel
-from pipeline.manifest.names import differing_in_case, named_like_folders
 from tests.jobs import config_for, scene
 from tests.nights import night
 

@@ -175,6 +175,7 @@ def test_a_manifest_in_another_order_is_carried_by_its_ids(photos: Collection, s
     same_as_from_scratch(config, store, SECOND)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_complete_first_night")
 def test_a_repair_keeps_shared_parts_and_makes_a_damaged_one_again(photos: Collection, store: Path) -> None:
     config = photos.config()
@@ -267,6 +268,7 @@ def test_another_model_or_prompt_embeds_everything_anew(photos: Collection, stor
     assert (third.kinds["anew"], third.kinds["new"]) == (20, 1)
 
 
+@pytest.mark.slow
 def test_another_prompt_is_found_though_all_that_is_new_are_copies(photos: Collection, store: Path) -> None:
     photos.restore(5)
     photos.write({"sha256": [f"d{number}" for number in range(20)]})
@@ -290,6 +292,7 @@ def test_a_digest_without_text_is_no_digest(photos: Collection, store: Path) -> 
     same_as_from_scratch(config, store, SECOND)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_first_night")
 def test_a_night_of_another_model_that_carries_nothing_anyway_embeds_once(
     photos: Collection, store: Path, seen: list[str]
@@ -336,7 +339,7 @@ def test_a_night_that_another_job_began_names_what_to_remove(
 def test_a_night_with_shards_given_up_is_not_reported_as_published(
     photos: Collection, store: Path, command: Callable[..., int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def given_up(config: Config, *, run: str) -> None:
+    def given_up(config: Config, *, run: str, recorded: object) -> None:
         raise ShardsGivenUp("shard 1")
 
     monkeypatch.setattr("pipeline.nightly.embed.run_main_job", given_up)
@@ -411,8 +414,14 @@ def test_too_many_failures_are_counted_over_the_whole_night(photos: Collection, 
 @pytest.mark.parametrize(
     "point",
     [
-        *("storage.durable[begun.json]", "storage.durable[rows.parquet]", "encoded", "storage.durable[part-]@3"),
-        *("commit.done@4", "storage.staged[_night.json]", "storage.durable[_night.json]"),
+        *("storage.durable[begun.json]", "encoded", "storage.durable[_night.json]"),
+        *(
+            pytest.param(point, marks=pytest.mark.slow)
+            for point in (
+                *("storage.durable[rows.parquet]", "storage.durable[part-]@3", "commit.done@4"),
+                "storage.staged[_night.json]",
+            )
+        ),
     ],
 )
 def test_a_night_that_is_killed_goes_on_with_the_same_command(photos: Collection, store: Path, point: str) -> None:
@@ -749,6 +758,7 @@ def test_static_quantization_is_refused(photos: Collection, store: Path) -> None
         night(config, store, FIRST)
 
 
+@pytest.mark.slow
 def test_a_night_has_a_page_that_compares_it_with_those_before(
     photos: Collection, store: Path, command: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:

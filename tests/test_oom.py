@@ -147,6 +147,7 @@ def test_other_errors_are_no_want_of_memory() -> None:
         HalvingEncoder(Broken, lambda reopened: None, batch_size=4).encode(pictures(4))
 
 
+@pytest.mark.slow
 def test_a_compiler_without_memory_is_no_broken_compiler() -> None:
     class Full(torch.nn.Module):
         def forward(self, pixels: torch.Tensor) -> torch.Tensor:

@@ -238,6 +238,7 @@ def test_figures_of_other_hardware_do_not_count(
     assert json.loads((tmp_path / "out" / FILE).read_text())["key"] != key
 
 
+@pytest.mark.slow
 def test_a_graph_with_fixed_scales_is_judged_on_other_pictures(manifest: Path, tmp_path: Path) -> None:
     quantization = {"quantization": "static"}
     config = job(

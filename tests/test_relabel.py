@@ -95,7 +95,14 @@ def test_a_second_run_finds_nothing_to_do(folder: Path, done: Path, capfd: pytes
     assert (content(done), (done / "_report.json").read_bytes()) == before
 
 
-@pytest.mark.parametrize("point", ["part.published=kill@2", "commit.done=kill@3", "finalize.checked=kill"])
+@pytest.mark.parametrize(
+    "point",
+    [
+        pytest.param("part.published=kill@2", marks=pytest.mark.slow),
+        "commit.done=kill@3",
+        pytest.param("finalize.checked=kill", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_that_is_killed_goes_on_and_ends_with_the_same_bytes(
     folder: Path, done: Path, tmp_path: Path, point: str
 ) -> None:

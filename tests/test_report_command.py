@@ -37,6 +37,7 @@ def out(config: Config) -> Path:
     return Path(config.output.dir)
 
 
+@pytest.mark.slow
 def test_a_page_that_is_drawn_again_is_the_same(finished: Config, capsys: pytest.CaptureFixture[str]) -> None:
     page = out(finished) / "_report.html"
     before = page.read_text()
@@ -52,6 +53,7 @@ def test_a_page_that_is_drawn_again_is_the_same(finished: Config, capsys: pytest
     assert before.partition("Rows by status")[2].partition("<h3>")[0] in again
 
 
+@pytest.mark.slow
 def test_without_its_manifest_the_page_has_no_pictures(
     finished: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -190,6 +190,7 @@ def run_without_a_reader(*overrides: str) -> int:
     return run_command(*overrides)
 
 
+@pytest.mark.slow
 def test_a_terminal_that_went_away_does_not_end_the_job(unbroken: Config, tmp_path: Path) -> None:
     overrides = overrides_of(unbroken.changed({"output.dir": str(tmp_path / "out")}))
     child = forks().start(

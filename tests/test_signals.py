@@ -63,7 +63,9 @@ def finishes(config: Config, output: Path) -> None:
     assert content(output) == content(Path(config.output.dir))
 
 
-@pytest.mark.parametrize(("number", "isolation"), [(signal.SIGTERM, "process"), (signal.SIGINT, "none")])
+@pytest.mark.parametrize(
+    ("number", "isolation"), [(signal.SIGTERM, "process"), pytest.param(signal.SIGINT, "none", marks=pytest.mark.slow)]
+)
 def test_a_shard_that_is_finished_is_written_within_the_grace(
     unbroken: Config, tmp_path: Path, number: int, isolation: str
 ) -> None:

@@ -331,7 +331,7 @@ def test_folders_and_verbosity_of_hydra_are_free(key: str) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("--config-dir", "mine", "--config-name", "callback"),
+        pytest.param(("--config-dir", "mine", "--config-name", "callback"), marks=pytest.mark.slow),
         ("--config-dir", "mine", "--config-name", "handler", "--cfg", "hydra"),
         ("-sc", "--config-dir", "mine", "--config-name", "search path", "install=bash"),
         ("-sc", "install=bash", "--experimental-rerun", "config.pickle"),

@@ -397,6 +397,7 @@ def test_an_overtaken_holder_clears_nothing_that_was_mended(whole: Config, out: 
     assert commit_of(out, 3).exists()
 
 
+@pytest.mark.slow
 def test_an_object_store_is_verified_and_repaired_too(whole: Config) -> None:
     import fsspec
 

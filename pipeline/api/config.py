@@ -62,7 +62,9 @@ def check_model(model: str | os.PathLike[str]) -> list[Problem]:
 
 
 def label_settings(labels: object, templates: Sequence[str] | str | None) -> dict[str, object]:
-    """Return the settings of labels, given as a list or as a file; None leaves the defaults.
+    """Return the settings of labels, given as a list, as a mapping or as a file; None leaves the defaults.
+
+    The prompts of a mapping are :func:`prompts_of` it.
 
     Raises:
         ConfigError: they are neither, or one is not a text.
@@ -71,7 +73,7 @@ def label_settings(labels: object, templates: Sequence[str] | str | None) -> dic
     if isinstance(labels, str | os.PathLike):
         found["prompts.path"] = os.fspath(labels)
     elif labels is not None:
-        found["prompts.labels"] = _texts(labels)
+        found["prompts.labels"] = _texts([*labels] if isinstance(labels, Mapping) else labels)
     if templates is not None:
         found["prompts.templates"] = [templates] if isinstance(templates, str) else list(templates)
     return found
@@ -106,7 +108,7 @@ def _texts(labels: object) -> list[str]:
     Raises:
         ConfigError: one is not.
     """
-    if isinstance(labels, bytes | bytearray | set | frozenset | Mapping) or not isinstance(labels, Iterable):
+    if isinstance(labels, bytes | bytearray | set | frozenset) or not isinstance(labels, Iterable):
         allowed = "must be a list of texts, whose order is that of equal scores, or the path of a label file"
         raise ConfigError([Problem("labels", labels, allowed)])
     given = list(labels)

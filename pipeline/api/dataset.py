@@ -204,7 +204,6 @@ class Dataset:
         Raises:
             PipelineError: a setting is wrong, or the model that made the dataset cannot be opened.
         """
-        from pipeline.engine.demo.notes import told
         from pipeline.job.relabel import relabel
 
         stored, scratch = self._stored, Scratch() if output is None else None
@@ -212,19 +211,19 @@ class Dataset:
         numbers = {"labels.top_k": top_k, "labels.threshold": threshold}
         prompts, files = prompts_of(labels), ExitStack()
         settings = {
-            **label_settings(labels if prompts is None else [*prompts], templates),
+            **label_settings(labels, templates),
             **{key: value for key, value in numbers.items() if value is not None},
             "output.dir": place,
             "report.progress": "bar" if progress else "none",
             "log.level": "warning",
         }
         try:
-            with files, settings_restored(), told():
+            with files, settings_restored():
                 if prompts is not None:
                     config_from(settings)
                     del settings["prompts.labels"]
                     settings["prompts.path"] = files.enter_context(written_prompts(prompts, scratch, place))
-                relabel(stored, derive(stored, config_from(settings), list(settings)))
+                relabel(stored, derive(stored, config_from(settings), list(settings)), notes=False)
             return Dataset(dataset.open_dataset(place), scratch)
         except BaseException:
             if scratch is not None:

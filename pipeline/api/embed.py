@@ -95,7 +95,7 @@ def embed(
     prompts = prompts_of(labels)
     own = {
         **model_settings(model),
-        **label_settings(labels if prompts is None else [*prompts], templates),
+        **label_settings(labels, templates),
         "backend": backend,
         "images": decoder,
         "backend.precision": precision,
@@ -132,9 +132,9 @@ def _run(
     from pipeline.api.process_state import settings_restored
     from pipeline.api.scratch import Scratch, manifest_beside, written_prompts
     from pipeline.dataset.dataset import open_dataset
-    from pipeline.engine.demo.notes import notes_of, told
+    from pipeline.engine.demo.notes import notes_of
     from pipeline.job.cluster.main_guard import leave_if_run_again
-    from pipeline.job.main import run_job
+    from pipeline.job.main import RunOptions, run_job
 
     leave_if_run_again()
     # Before the caller's iterator runs, which may change the current folder.
@@ -154,8 +154,8 @@ def _run(
         for note in notes_of(config):
             # Of the caller of embed, so that Python says it once for each place in a program.
             warnings.warn(note, stacklevel=3)
-        with settings_restored(), told():
-            run_job(config)
+        with settings_restored():
+            run_job(config, RunOptions(notes=False))
         stored = open_dataset(place)
         if output is not None:
             return Dataset(stored)

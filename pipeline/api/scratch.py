@@ -14,6 +14,7 @@ from pipeline.core.errors import ConfigError, PipelineError, PlanMismatch, Probl
 from pipeline.dataset import plan
 from pipeline.storage.base import sha256
 from pipeline.storage.factory import open_storage
+from pipeline.storage.local import temporary_folder
 from pipeline.storage.urls import explained, is_local
 
 
@@ -44,7 +45,7 @@ def written_prompts(prompts: Mapping[str, list[str] | None], scratch: Scratch | 
         raise ConfigError([Problem("labels", [*prompts][:3], allowed, "give the path of a label file")])
     text = yaml.safe_dump(dict(prompts), allow_unicode=True, sort_keys=False)
     with ExitStack() as opened:
-        folder = scratch.path if scratch is not None else Path(opened.enter_context(_temporary()))
+        folder = scratch.path if scratch is not None else opened.enter_context(temporary_folder())
         path = folder / "labels.yaml"
         path.write_text(text, encoding="utf-8")
         yield str(path) if scratch is not None else opened.enter_context(manifest_beside(path, output))
@@ -72,11 +73,6 @@ def manifest_beside(written: Path, output: str) -> Iterator[str]:
             if new and (isinstance(error, PlanMismatch) or open_storage(output).size(plan.NAME) is None):
                 storage.remove(name)
         raise
-
-
-def _temporary() -> tempfile.TemporaryDirectory[str]:
-    with explained("a temporary folder (TMPDIR)"):
-        return tempfile.TemporaryDirectory(prefix="clip-pipeline-")
 
 
 def _remove(folder: str, process: int) -> None:

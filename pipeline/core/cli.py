@@ -96,9 +96,21 @@ def run_command(work: Callable[[], int | None], errors: ErrorOutput) -> int:
     except KeyboardInterrupt:
         return errors.print(Interrupted(errors.interrupted))
     except Exception as error:
+        if isinstance(error, RuntimeError) and _came_of_interrupt(error):
+            return errors.print(Interrupted(errors.interrupted))
         if errors.formatter is None:
             raise
         return errors.print(error)
+
+
+def _came_of_interrupt(error: BaseException | None) -> bool:
+    """True if an error was raised while a KeyboardInterrupt was handled.
+
+    One that comes while Python takes back the lock of a condition leaves it without, and its release is an error.
+    """
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
 
 
 def check_folder() -> None:

@@ -29,6 +29,11 @@ class PipelineError(Exception):
     exit_code = 1
 
 
+def short(text: str, most: int = 80) -> str:
+    """The beginning of a longer text, for a message."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
 @dataclass(frozen=True, slots=True)
 class Problem:
     """One thing wrong with a config: the key, the value given, what is allowed, and a hint."""

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.storage.moved import is_gone, same_place
+from pipeline.storage.moved import has_moved
 from pipeline.storage.urls import is_local, local_path
 
 
@@ -23,7 +23,7 @@ def moved_root(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | Non
     old, new = (_at(content, "fingerprints", "manifest", "root") for content in (found, wanted))
     if not isinstance(old, str) or not isinstance(new, str) or old == new:
         return None
-    if same_place(old, new) or is_gone(old):
+    if has_moved(old, new):
         return old
     before, after = (_at(content, "config", "manifest", "path") for content in (found, wanted))
     inner = _within_project(old, before)

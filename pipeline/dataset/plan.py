@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipeline.config.schema import Config
-from pipeline.core.errors import PlanMismatch
+from pipeline.core.errors import PlanMismatch, short
 from pipeline.dataset.places import moved_root
 from pipeline.dataset.saved_config import recipe_of
 from pipeline.storage.base import Storage
@@ -136,10 +136,12 @@ def write_once(storage: Storage, plan: Plan) -> bool:
     Raises:
         PlanMismatch: see :func:`compare`.
     """
-    if not compare(storage, plan) and storage.create_once(NAME, plan.to_json()):
-        return True
-    kept = settle(storage, plan)
-    if kept.fingerprints != json.loads(plan.to_json())["fingerprints"]:
+    kept = compare(storage, plan)
+    if kept is None:
+        if storage.create_once(NAME, plan.to_json()):
+            return True
+        kept = compare(storage, plan)
+    if kept != json.loads(plan.to_json())["fingerprints"]:
         raise PlanMismatch(f"{storage.url}: was begun from another folder meanwhile; run the same command again")
     return False
 
@@ -153,17 +155,17 @@ def settle(storage: Storage, plan: Plan) -> Plan:
     Raises:
         PlanMismatch: see :func:`compare`.
     """
-    kept = read(storage) if compare(storage, plan) else None
+    kept = compare(storage, plan)
     if kept is None:
         return plan
-    there, now = (each.fingerprints.get("manifest", {}).get("root") for each in (kept, plan))
+    there, now = (each.get("manifest", {}).get("root") for each in (kept, plan.fingerprints))
     if there != now:
         log.warning("%s: its images were in %s when it was begun, and are in %s now", storage.url, there, now)
-    return replace(plan, fingerprints=kept.fingerprints)
+    return replace(plan, fingerprints=kept)
 
 
-def compare(storage: Storage, plan: Plan) -> bool:
-    """Pass if the output holds the same plan (True), or nothing yet (False).
+def compare(storage: Storage, plan: Plan) -> dict[str, Any] | None:
+    """The fingerprints that the output holds, if it holds the same plan; None if it holds nothing yet.
 
     Raises:
         PlanMismatch: the output holds another dataset; the message lists every difference.
@@ -176,7 +178,7 @@ def compare(storage: Storage, plan: Plan) -> bool:
                 f"{storage.url}: holds {stray[0]} but no {NAME}, so it is not a dataset of this pipeline; "
                 "its rows would mix with the new ones. Choose another output.dir"
             )
-        return False
+        return None
     try:
         found = dict(json.loads(data))
     except (ValueError, TypeError) as error:
@@ -201,7 +203,8 @@ def compare(storage: Storage, plan: Plan) -> bool:
                 ]
             )
         )
-    return True
+    kept: dict[str, Any] = found["fingerprints"]
+    return kept
 
 
 def _differences(found: Any, wanted: Any, key: str) -> Iterator[str]:
@@ -231,4 +234,4 @@ def _short(value: Any) -> str:
     if re.fullmatch(r'"[0-9a-f]{64}"', text):
         # The rest of a digest tells nothing more.
         return f"{text[1:9]}..."
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return short(text)

@@ -12,7 +12,7 @@ from pathlib import Path
 from pipeline.config.schema import DEMO_MODEL, ModelConfig
 from pipeline.core.errors import ModelError
 from pipeline.doctor.check import Check, Status, Subject
-from pipeline.engine.demo.notes import notes_of
+from pipeline.engine.demo.notes import FACT, WAY_OUT, notes_of
 from pipeline.models.architectures import ARCHITECTURES
 from pipeline.models.hub import DEMO_FOLDER, WANTED_FILES, Cached, find_cached, find_folder
 
@@ -41,9 +41,8 @@ def look(subject: Subject) -> Iterator[Check]:
         way_out = "check the model's name, the network and HF_TOKEN, or set HF_ENDPOINT to a mirror"
         yield Check(GROUP, "hub", Status.WARN, problem, way_out)
     yield _opened(config, None) if local else _from_hub(config, problem, constants.HF_HUB_CACHE)
-    for note in notes_of(subject.job):
-        fact, _, way_out = note.rpartition("; ")
-        yield Check(GROUP, "demo model", Status.WARN, fact, way_out)
+    if notes_of(subject.job):
+        yield Check(GROUP, "demo model", Status.WARN, FACT, WAY_OUT)
 
 
 def _from_hub(config: ModelConfig, problem: str, cache: str) -> Check:

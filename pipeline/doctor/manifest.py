@@ -19,12 +19,14 @@ def look(subject: Subject) -> Iterator[Check]:
         fact = f"{config.manifest.demo_scenes:,} rendered scenes (manifest.path=null)"
         yield Check(GROUP, "manifest", Status.OK, fact)
         return
+    from pipeline.dataset.names import check_columns
     from pipeline.manifest.manifest import open_manifest
     from pipeline.manifest.overlap import check_places
 
     try:
         first, count = first_file(config)
         manifest = open_manifest(first)
+        check_columns(config)
         check_places(config, manifest)
     except PipelineError as error:
         way_out = unless_in(error, "correct manifest.path, or the names of the columns")

@@ -22,6 +22,7 @@ from pipeline.core.concurrency import aside
 from pipeline.core.errors import ManifestError
 from pipeline.core.processes import cores
 from pipeline.core.records import PreprocessSpec, Sample, TextBank
+from pipeline.dataset.names import check_columns
 from pipeline.engine.batch_size import Benchmark, settle_batch_size
 from pipeline.engine.demo import folder as demo
 from pipeline.engine.sample import draw_sample
@@ -84,6 +85,7 @@ class Engine:
             PipelineError: one of :mod:`pipeline.core.errors`; nothing was written then.
         """
         config, manifest = self.config, self.manifest
+        check_columns(config)
         check_places(config, manifest)
         with suppress(TimeoutError):
             # A wrong manifest of ordinary size is reported before a model is opened.

@@ -101,7 +101,7 @@ def embed_image(checkpoint: Checkpoint, config: Config, path: Path) -> NDArray[n
     from pipeline.core.records import Failure, ImageRef
     from pipeline.engine.engine import spec_of
     from pipeline.images.factory import pixel_reader
-    from pipeline.models.numbers import are_unit, not_finite
+    from pipeline.models.numbers import are_unit, say_damaged
     from pipeline.models.towers import ImageTower, Normaliser
 
     place, spec = path.resolve(), spec_of(config, checkpoint)
@@ -113,11 +113,9 @@ def embed_image(checkpoint: Checkpoint, config: Config, path: Path) -> NDArray[n
     with torch.inference_mode():
         vectors: NDArray[np.float32] = ImageTower(checkpoint)(Normaliser(spec, torch.device("cpu"))(batch)).numpy()
     if not are_unit(vectors).all():
-        damaged = not_finite(checkpoint.model)
-        where = f" (its tensor {damaged} holds NaN or infinity)" if damaged else ""
         raise ModelError(
-            f"{checkpoint.name}: the image tower{where} gives NaN, infinity or zeros for {path}, which is near to "
-            "nothing; the checkpoint is damaged: download or convert it again"
+            f"{checkpoint.name}: {say_damaged(checkpoint.model, 'image')} for {path}, which is near to nothing; the "
+            "checkpoint is damaged: download or convert it again"
         )
     vector: NDArray[np.float32] = vectors[0]
     return vector

@@ -71,8 +71,7 @@ def without_runs(data: bytes) -> bytes | None:
     """
     if len(data) < _TGA_HEADER or data[2] not in (9, 10, 11) or data.endswith(_TGA_FOOTER):
         return None
-    (colours,), (width, height) = struct.unpack_from("<H", data, 5), struct.unpack_from("<HH", data, 12)
-    step, at = (data[16] + 7) // 8, _TGA_HEADER + data[0] + data[1] * colours * ((data[7] + 7) // 8)
+    (width, height), step, at = struct.unpack_from("<HH", data, 12), (data[16] + 7) // 8, _tga_pixels(data)
     head, pixels = data[:2] + bytes((data[2] - _TGA_RUNS,)) + data[3:at], bytearray()
     while len(pixels) < width * height * step and at < len(data):
         count = (data[at] & 127) + 1
@@ -89,13 +88,17 @@ def looks_like_tga(data: bytes) -> bool:
     """True for a header of TGA, which has no signature, with as many bytes behind it as it asks for."""
     if len(data) < _TGA_HEADER or data[1] > 1 or data[2] not in _TGA_KINDS or data[16] not in _TGA_DEPTHS:
         return False
-    width, height = struct.unpack_from("<HH", data, 12)
-    (colours,) = struct.unpack_from("<H", data, 5)
-    size: int = width * height * ((data[16] + 7) // 8)
-    before: int = _TGA_HEADER + data[0] + data[1] * colours * ((data[7] + 7) // 8)
     if data[2] & _TGA_RUNS:
         return data.endswith(_TGA_FOOTER)
-    return 0 < size <= len(data) - before
+    width, height = struct.unpack_from("<HH", data, 12)
+    size: int = width * height * ((data[16] + 7) // 8)
+    return 0 < size <= len(data) - _tga_pixels(data)
+
+
+def _tga_pixels(data: bytes) -> int:
+    """The place of the pixels of a TGA file: behind its header, its name and its colours."""
+    (colours,) = struct.unpack_from("<H", data, 5)
+    return _TGA_HEADER + data[0] + data[1] * int(colours) * ((data[7] + 7) // 8)
 
 
 def _frames(data: bytes) -> Iterator[int]:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from pipeline.core.records import Failure
 from pipeline.images.bitmaps import looks_like_tga
-from pipeline.images.formats import family
+from pipeline.images.formats import boxes, family
 from pipeline.images.jpeg_frame import undecoded
 from pipeline.images.tiff import described, is_tiff
 
@@ -24,8 +24,6 @@ _UNSUPPORTED = (
     *("unknown raw mode", "invalid palette size", "has not been built in", "not supported", "unrecognized image mode"),
     "unknown pcx mode",
 )
-# The most boxes that are read of a file of boxes (AVIF, JPEG 2000); a valid one has a handful.
-_BOXES = 64
 
 
 def too_large(error: Image.DecompressionBombError, most: int) -> Failure:
@@ -82,17 +80,7 @@ def _ends_early(data: bytes) -> bool:
         return b"\xff\xd9" not in data[-64:]
     if data[4:8] not in (b"ftyp", b"jP  ", b"JXL "):
         return False
-    position = 0
-    for _ in range(_BOXES):
-        size = int.from_bytes(data[position : position + 4], "big")
-        if size == 1:
-            size = int.from_bytes(data[position + 8 : position + 16], "big")
-        if size < 8:
-            break
-        position += size
-        if position >= len(data):
-            return position > len(data)
-    return False
+    return any(end > len(data) for _, _, end in boxes(data))
 
 
 def damaged(error: Exception, data: bytes) -> Failure:

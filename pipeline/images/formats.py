@@ -6,7 +6,7 @@ The last two are called directly and not registered, so that Pillow stays as it 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -28,10 +28,10 @@ _AVIF_BRANDS = frozenset((b"avif", b"avis"))
 _HEVC_BRANDS = frozenset((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"))
 # Brands of a picture of any codec; what decodes them has to find out.
 _HEIF_BRANDS = _HEVC_BRANDS | {b"mif1", b"mif2", b"msf1", b"miaf", b"1pic", b"jpeg", b"avci", b"j2ki", b"vvic", b"unif"}
-# What Pillow opens as AVIF, by the major brand alone.
+# Major brands that Pillow opens as AVIF; it looks at no other ones.
 _PILLOW_AVIF = (b"avif", b"avis", b"mif1", b"msf1")
-# A valid file has a handful of brands.
-_MOST_BRANDS = 64
+# The most brands, and boxes, that are read of a file; a valid one has a handful.
+_MOST_BRANDS = _MOST_BOXES = 64
 _JPEG_2000 = (b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51")
 _FULL_DEPTH = 8
 _JXL_CODESTREAM, _JXL_BOXES = b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n"
@@ -118,6 +118,23 @@ def brands(data: bytes) -> list[bytes]:
         return []
     end = min(int.from_bytes(data[:4], "big"), len(data), 16 + 4 * _MOST_BRANDS)
     return [data[8:12], *(data[at : at + 4] for at in range(16, end - 3, 4))]
+
+
+def boxes(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """The boxes of a file (ISO/IEC 14496-12, 4.2): kind, and begin and end of the content.
+
+    The end of a truncated file's last box lies behind the file. A box without a size reaches up to the end of the file.
+    """
+    position = 0
+    for _ in range(_MOST_BOXES):
+        size, kind, head = int.from_bytes(data[position : position + 4], "big"), data[position + 4 : position + 8], 8
+        if size == 1:
+            size, head = int.from_bytes(data[position + 8 : position + 16], "big"), 16
+        end = position + size if size >= 8 else len(data)
+        yield kind, position + head, end
+        position = end
+        if position >= len(data):
+            return
 
 
 def not_allowed(name: str, formats: Sequence[str]) -> Failure:
@@ -239,17 +256,9 @@ def _codestream(data: bytes) -> bytes:
     """The first bytes behind the signature of the codestream."""
     position = 0
     if data.startswith(_JXL_BOXES):
-        for _ in range(_MOST_BRANDS):
-            size, kind = int.from_bytes(data[position : position + 4], "big"), data[position + 4 : position + 8]
-            head = 16 if size == 1 else 8
-            if kind in (b"jxlc", b"jxlp"):
-                position += head + (4 if kind == b"jxlp" else 0)
-                break
-            if size == 1:
-                size = int.from_bytes(data[position + 8 : position + 16], "big")
-            if size < 8:
-                break
-            position += size
+        # A part of a codestream begins with its number.
+        begins = (begin + 4 * (kind == b"jxlp") for kind, begin, _ in boxes(data) if kind in (b"jxlc", b"jxlp"))
+        position = next(begins, 0)
     if data[position : position + 2] != _JXL_CODESTREAM or len(data) < position + 12:
         raise ValueError("truncated: no JPEG XL codestream")
     return data[position + 2 : position + 66]

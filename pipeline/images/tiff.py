@@ -98,7 +98,7 @@ def is_tiff(data: bytes) -> bool:
 
 
 def prepare(data: bytes) -> Reading | Failure:
-    """What Pillow is given of a file, or the failure of a layout that it does not decode.
+    """Return a file for Pillow, or the failure of a layout that it does not decode.
 
     A file whose tags cannot be read is given to Pillow, which names the damage.
     """

@@ -19,7 +19,7 @@ _FURTHER = {"HEIF": ("pi-heif", "1.4.0"), "JXL": ("pillow-jxl-plugin", "1.3.8")}
 
 
 def fingerprint(images: ImagesConfig) -> dict[str, Any]:
-    """What decides how images become pixels: the config, and the versions of the libraries."""
+    """The fingerprint of decoding: the config, and the versions of the libraries."""
     formats = list(images.formats)
     if formats == list(FORMATS):
         # The default: that of earlier datasets is the same one.

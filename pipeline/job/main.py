@@ -50,6 +50,7 @@ class RunOptions:
         recorded: the model's fingerprint in another dataset whose rows these will be put beside; that of the output's
             own plan comes first.
         run: name of the run in its log and its metrics; empty: a new one.
+        notes: log what the readers of the rows must know; False where the caller says it.
         summary: log the summary of the report at the end.
     """
 
@@ -58,6 +59,7 @@ class RunOptions:
     every_byte: bool = False
     recorded: Mapping[str, Any] | None = None
     run: str = ""
+    notes: bool = True
     summary: bool = True
 
 
@@ -85,7 +87,8 @@ def run_job(config: Config, options: RunOptions | None = None) -> RunReport:
             opened.callback(options.decoders.close)
         # Open: the output with its lease, then manifest, model and prompts.
         config, output = _open_output(config, options, opened)
-        log_notes(config)
+        if options.notes:
+            log_notes(config)
         config, rendering_seconds = with_demo_scenes(config)
         # Rendering the scenes of the demo is not part of the job.
         began += rendering_seconds or 0.0

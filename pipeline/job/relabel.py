@@ -28,12 +28,11 @@ from pipeline.core.run_report import RunReport
 from pipeline.dataset import commits, lease, plan
 from pipeline.dataset.commits import Commit
 from pipeline.dataset.dataset import Dataset, vectors_of
+from pipeline.dataset.names import check_names, named_like_folders
 from pipeline.dataset.parts import LAYOUT, PartFormat, ShardResult, build_table, count_statuses, format_of
 from pipeline.engine.demo.notes import log_notes, notes_of
 from pipeline.engine.prepare import prompts_fingerprint
 from pipeline.engine.query import labels_of, open_model
-from pipeline.manifest.names import named_like_folders
-from pipeline.manifest.overlap import check_names
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.labels import label
 from pipeline.models.numbers import check_scores
@@ -82,12 +81,12 @@ class _Work:
     clocks: StageClocks
 
 
-def relabel(source: Dataset, config: Config, *, began: float | None = None) -> RelabelReport:
+def relabel(source: Dataset, config: Config, *, began: float | None = None, notes: bool = True) -> RelabelReport:
     """Label the source's embeddings with ``config``'s prompts, into the dataset ``config.output.dir``.
 
     Ids, kept columns, embeddings, statuses and errors are the source's; shards are too, so that it resumes like any
     job. ``config`` is the source's with other ``model`` (the same checkpoint, elsewhere), ``prompts``, ``labels`` and
-    ``output.dir``.
+    ``output.dir``. ``notes`` logs what the readers of the rows must know, unless the caller says it.
 
     Raises:
         PipelineError: one of :mod:`pipeline.core.errors`, each with its exit code.
@@ -102,7 +101,8 @@ def relabel(source: Dataset, config: Config, *, began: float | None = None) -> R
         opened.enter_context(log_to(storage, form=config.log))
         if held.taken_over:
             log.warning("took over from %s", held.taken_over)
-        log_notes(config)
+        if notes:
+            log_notes(config)
         torch.set_num_threads(cores())
         bank = read_bank(open_model(source, config.model), config)
         features = "from the cache" if bank.cached else "embedded and cached"

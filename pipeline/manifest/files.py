@@ -64,6 +64,9 @@ def holds_images(path: str) -> bool:
     Raises:
         ManifestError: see :func:`look`.
     """
+    # A folder is listed; an address that tells by itself that it is none need not be.
+    if path.endswith((".parquet", ".pq")) or any(mark in path for mark in "*?["):
+        return False
     found = look(path)
     return bool(found.images) and not found.parquet
 

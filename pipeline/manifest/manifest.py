@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from pipeline.config.schema import ManifestConfig, nearest
 from pipeline.core.concurrency import in_order
-from pipeline.core.errors import ConfigError, ManifestError, Problem
+from pipeline.core.errors import ConfigError, ManifestError, Problem, short
 from pipeline.core.plain import plain_fields, plain_type
 from pipeline.core.processes import cores
 from pipeline.manifest.files import common_folder, find_files
@@ -232,13 +232,9 @@ def example_row(url: str, row: int) -> str:
         for batch in parquet.iter_batches(row_groups=[group], columns=small, use_threads=False):
             if row < batch.num_rows:
                 values = zip(batch.schema.names, (column[row].as_py() for column in batch.columns), strict=True)
-                return "; the row: " + ", ".join(f"{name}={_short(repr(value))}" for name, value in values)
+                return "; the row: " + ", ".join(f"{name}={short(repr(value))}" for name, value in values)
             row -= batch.num_rows
     return ""
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _hint(name: str, known: Sequence[str]) -> str:

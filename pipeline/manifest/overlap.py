@@ -1,33 +1,22 @@
-"""Check a job's addresses: the root of the images, the overlap of manifest and output, and names in the output."""
+"""Check a job's addresses: the root of the images, and the overlap of manifest and output."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.config.schema import Config
-from pipeline.core.errors import ConfigError, ManifestError, Problem
+from pipeline.core.errors import ManifestError
 from pipeline.manifest.manifest import Manifest
-from pipeline.manifest.names import differing_in_case, named_like_folders
-from pipeline.storage.factory import open_storage
 from pipeline.storage.urls import is_local, local_file, local_path
-
-# The plan of a dataset, see pipeline.dataset.plan.
-PLAN = "_plan.json"
-log = logging.getLogger(__name__)
 
 
 def check_places(config: Config, manifest: Manifest) -> None:
-    """Refuse a root that does not exist, an output that overlaps with the manifest, and names that readers mix up.
+    """Refuse a root that does not exist, and an output that overlaps with the manifest.
 
     Raises:
         ManifestError: every row would fail, or the next run would read its own parts as manifest files.
-        ConfigError: readers would take a column for another, or for a part of the output's address.
     """
-    output, columns = config.output.dir, [config.manifest.id, *config.manifest.keep]
-    check_names(output, [*differing_in_case(columns), *named_like_folders(columns, output)])
-    root = manifest.root
+    root, output = manifest.root, config.output.dir
     if manifest.image_kind != "bytes" and is_local(root) and not Path(local_path(root)).is_dir():
         raise ManifestError(f"manifest.root={root}: no such folder; is a disk not mounted? manifest.root sets another")
     given_path = config.manifest.path or ""
@@ -41,18 +30,6 @@ def check_places(config: Config, manifest: Manifest) -> None:
     inside = [file.url for file in manifest.files if folder in Path(local_path(file.url)).resolve().parents]
     if inside or (given.is_dir() and (given == folder or given in folder.parents)):
         raise _in_one_another(config)
-
-
-def check_names(output: str, problems: Sequence[Problem]) -> None:
-    """Refuse names that readers mix up, or log them if an earlier version began the dataset, which can be finished.
-
-    Raises:
-        ConfigError: the output holds no dataset yet.
-    """
-    if problems and open_storage(output).size(PLAN) is None:
-        raise ConfigError(problems)
-    for problem in problems:
-        log.warning("%s", problem)
 
 
 def _in_one_another(config: Config) -> ManifestError:

@@ -136,15 +136,10 @@ def open_checkpoint(config: ModelConfig) -> Checkpoint:
     place = find_weights(config, folder)
     weights = loaded_weights(place)
     check_tensors(weights)
-    model = _load(folder) if place == folder else load_model(folder, place)
+    model = load_model(folder, place)
     tokenizer, spec = _tokenizer(folder, settings.model_type), read_spec(folder, settings.model_type)
     digests = {"weights": {path.name: sha256(path) for path in weights}, "tokenizer": _digest_files(folder)}
     return _assemble(config, model, Parts(folder, tokenizer, spec, values, digests))
-
-
-def _load(folder: Path) -> Any:
-    """The model of a folder with config and weights."""
-    return load_model(folder, folder)
 
 
 def _open_random(config: ModelConfig) -> Checkpoint:
@@ -170,7 +165,7 @@ def _open_random(config: ModelConfig) -> Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What was read beside the model; ``values`` are its config's, ``digests`` of the weights and the tokenizer."""
+    """A checkpoint without its model: ``values`` of its config, ``digests`` of its weights and its tokenizer."""
 
     folder: Path
     tokenizer: Any

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModel
 from transformers.activations import ACT2FN
 
-from pipeline.core.errors import ModelError
+from pipeline.core.errors import ModelError, short
 from pipeline.models.files import first_line, is_number
 
 _TOWERS = ("text_config", "vision_config", "text_config_dict", "vision_config_dict")
@@ -37,7 +37,7 @@ def open_config(path: Path, values: dict[str, Any]) -> Any:
         if tower is None:
             continue
         if not isinstance(tower, dict):
-            raise ModelError(f"{path}: {name} is {_short(tower)}; wanted an object with the sizes of the tower")
+            raise ModelError(f"{path}: {name} is {short(repr(tower))}; wanted an object with the sizes of the tower")
         _check_values(path, f"{name}.", tower)
     try:
         settings = AutoConfig.from_pretrained(path.parent, trust_remote_code=False, local_files_only=True)
@@ -61,7 +61,7 @@ def explain_model(path: Path, values: dict[str, Any]) -> None:
 def _check_values(path: Path, prefix: str, values: dict[str, Any]) -> None:
     def refuse(name: str, wanted: str) -> ModelError:
         return ModelError(
-            f"{path}: {prefix}{name} is {_short(values[name])}; wanted {wanted}, as the weights were trained with"
+            f"{path}: {prefix}{name} is {short(repr(values[name]))}; wanted {wanted}, as the weights were trained with"
         )
 
     for name in (*_COUNTS, "projection_dim", "projection_size"):
@@ -105,7 +105,7 @@ def _culprit(values: dict[str, Any]) -> str:
         inner = without if place is None else without[place]
         value = inner.pop(key)
         if _problem(without) is None:
-            return f"{key if place is None else f'{place}.{key}'} is {_short(value)}: "
+            return f"{key if place is None else f'{place}.{key}'} is {short(repr(value))}: "
     return ""
 
 
@@ -117,8 +117,3 @@ def _keys(values: dict[str, Any]) -> Iterator[tuple[str | None, str]]:
         tower = values.get(name)
         for key in tower if isinstance(tower, dict) else ():
             yield name, key
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

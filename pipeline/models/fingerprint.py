@@ -26,7 +26,7 @@ _ANY: dict[str, Any] = {
     "problem_type": None,
     "return_dict": True,
 }
-# What every release writes of those families that have it.
+# Keys that every release writes, of the families that have them.
 _SIZES = (
     *("attention_dropout", "attention_probs_dropout_prob", "bos_token_id", "eos_token_id", "hidden_act"),
     *("hidden_dropout_prob", "hidden_size", "image_size", "initializer_factor", "initializer_range"),
@@ -36,7 +36,7 @@ _SIZES = (
 )
 # Written in towers as well, where they say nothing.
 _OF_TOWERS: dict[str, Any] = {"_name_or_path": "", "architectures": None, "dtype": "float32"}
-# What a release in the supported range has added to the towers of a family, with the value that it had before.
+# Keys that a release in the supported range has added to the towers of a family, and the value that they had before.
 _ADDED: dict[tuple[str, str], dict[str, Any]] = {("siglip", "vision_config"): {"vision_use_head": True}}
 
 

@@ -19,7 +19,8 @@ TOKENIZER_FILES = (
     *("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "tokenizer.model"),
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
 )
-# What is read of a checkpoint, and the marks of other libraries' layouts; a second file of weights is not downloaded.
+# Files of a checkpoint that are read, and those that tell another library's layout. A second file of weights is not
+# downloaded.
 WANTED_FILES = (
     *(CONFIG, "preprocessor_config.json", "processor_config.json", *TOKENIZER_FILES, WEIGHTS, INDEX),
     *("modules.json", "open_clip_config.json"),

@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.schema import PromptsConfig
-from pipeline.core.errors import PromptsError
+from pipeline.core.errors import PromptsError, short
 from pipeline.models.label_yaml import Entry, read_entries
 from pipeline.storage.urls import from_here, local_file
 
-# Characters of a label or prompt that a message shows.
-SHOWN = 80
 log = logging.getLogger(__name__)
 
 
@@ -122,8 +120,7 @@ def is_text(text: str) -> bool:
 
 
 def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
+    return short(repr(value))
 
 
 def _read_entries(path: Path, place: str) -> list[Entry]:

@@ -41,12 +41,19 @@ def check_scores(scores: NDArray[Any] | torch.Tensor, where: str) -> None:
         )
 
 
-def not_finite(model: Any, prefixes: tuple[str, ...] = ("",)) -> str | None:
+def _not_finite(model: Any, prefixes: tuple[str, ...] = ("",)) -> str | None:
     """The name of the first tensor of a model, of those with one of the prefixes, that holds NaN or infinity."""
     for name, tensor in model.state_dict().items():
         if name.startswith(prefixes) and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             return str(name)
     return None
+
+
+def say_damaged(model: Any, tower: str, prefixes: tuple[str, ...] = ("",)) -> str:
+    """The beginning of a message about a tower whose vectors :func:`are_unit` refuses; ``prefixes`` of its tensors."""
+    damaged = _not_finite(model, prefixes)
+    where = f" (its tensor {damaged} holds NaN or infinity)" if damaged else ""
+    return f"the {tower} tower{where} gives NaN, infinity or zeros"
 
 
 def scale_and_bias(name: str, model: Any) -> tuple[float, float]:

@@ -20,7 +20,7 @@ from pipeline.core.errors import ModelError, StorageError
 from pipeline.core.records import TextBank
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.label_files import LabelSet
-from pipeline.models.numbers import TEXT_TENSORS, alike, are_unit, not_finite
+from pipeline.models.numbers import TEXT_TENSORS, alike, are_unit, say_damaged
 from pipeline.storage.base import Storage
 from pipeline.storage.factory import open_storage
 
@@ -95,12 +95,11 @@ def embed_prompts(checkpoint: Checkpoint, prompts: Sequence[Sequence[str]]) -> n
 def _refuse_wrong(checkpoint: Checkpoint, features: np.ndarray, texts: Sequence[str]) -> None:
     wrong = np.flatnonzero(~are_unit(features))
     if len(wrong):
-        damaged = not_finite(checkpoint.model, TEXT_TENSORS)
-        where = f" (its tensor {damaged} holds NaN or infinity)" if damaged else ""
+        tower = say_damaged(checkpoint.model, "text", TEXT_TENSORS)
         raise ModelError(
-            f"{checkpoint.name}: the text tower{where} gives NaN, infinity or zeros for {len(wrong)} of {len(texts)} "
-            f"texts, for example {texts[wrong[0]][:80]!r}, so that no score could be right; the checkpoint is damaged, "
-            "or was not trained: download or convert it again"
+            f"{checkpoint.name}: {tower} for {len(wrong)} of {len(texts)} texts, for example "
+            f"{texts[wrong[0]][:80]!r}, so that no score could be right; the checkpoint is damaged, or was not "
+            "trained: download or convert it again"
         )
 
 

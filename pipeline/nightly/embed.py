@@ -53,7 +53,7 @@ def embed_target(pending: PendingNight, target: Target) -> Dataset:
         config = config.changed({"errors.max_fraction": 1.0})
     # The dataset is complete then; failures are counted over the night when it is published.
     with suppress(TooManyFailures):
-        run_main_job(config, run=pending.options.run, **_recorded(pending))
+        run_main_job(config, run=pending.options.run, recorded=_recorded(pending))
     return open_dataset(pending.output.url)
 
 
@@ -99,7 +99,7 @@ def check_job_without_rows(pending: PendingNight) -> None:
     previous, config = pending.carried_from, pending.config
     if previous is None:
         return
-    checkpoint = as_recorded(open_checkpoint(config.model), _recorded(pending).get("recorded"))
+    checkpoint = as_recorded(open_checkpoint(config.model), _recorded(pending))
     if _without_places(signs_of(config, checkpoint.fingerprint)) != _without_places(previous.signs):
         rows = np.arange(min(config.parity.images, pending.manifest.rows))
         check_job(pending, _embed_rows(pending, rows, "probe"))
@@ -110,19 +110,17 @@ def run_main_job(config: Config, *, run: str, recorded: Mapping[str, Any] | None
 
     ``recorded`` is the model's fingerprint on the previous night, beside whose rows those of tonight are put.
     """
-    # The command answers --help without these imports.
-    from pipeline.engine.demo.notes import told
+    # The command answers --help without this import.
     from pipeline.job.main import RunOptions, run_job
 
-    with told():
-        run_job(config.changed({"report.html": False}), RunOptions(run=run, summary=False, recorded=recorded))
+    options = RunOptions(run=run, notes=False, summary=False, recorded=recorded)
+    run_job(config.changed({"report.html": False}), options)
 
 
-def _recorded(pending: PendingNight) -> dict[str, Mapping[str, Any]]:
-    """The argument ``recorded`` of :func:`run_main_job`, where there is a previous night."""
+def _recorded(pending: PendingNight) -> Mapping[str, Any] | None:
+    """The model's fingerprint on the previous night."""
     previous = pending.previous
-    found = None if previous is None else plan.recorded_model(open_night(pending.store, previous.date))
-    return {} if found is None else {"recorded": found}
+    return None if previous is None else plan.recorded_model(open_night(pending.store, previous.date))
 
 
 def digest_of(fingerprints: Mapping[str, Any]) -> str:
@@ -181,7 +179,7 @@ def _embed_rows(pending: PendingNight, positions: NDArray[np.int64], name: str) 
             "errors.max_fraction": 1.0,
         }
     )
-    run_main_job(config, run=pending.options.run, **_recorded(pending))
+    run_main_job(config, run=pending.options.run, recorded=_recorded(pending))
     return open_dataset(output)
 
 

@@ -58,18 +58,15 @@ log = logging.getLogger(__name__)
 class FolderJob:
     """The job of a folder: its config with the manifest in place of the folder, and the name of the run.
 
-    ``store`` is where an update is made, beside the dataset itself, which a link may lead to.
+    ``manifest`` is its address. ``store`` is where an update is made, beside the dataset itself, which a link may lead
+    to.
     """
 
     config: Config
+    manifest: str
     folder: str
     output: Storage
     run: str
-
-    @property
-    def manifest(self) -> str:
-        """The address of the manifest."""
-        return f"{self.output.url.rstrip('/')}.manifest.parquet"
 
     @property
     def place(self) -> Path:
@@ -102,8 +99,8 @@ def folder_job(config: Config, scratch: Path, *, run: str) -> Config:
     rows = from_folder(folder, str(fresh), left_out=left_out)
     if config.run.dry:
         return config.changed({"manifest.path": str(fresh)})
-    job = FolderJob(config, folder, output, run)
-    job = FolderJob(config.changed({"manifest.path": job.manifest}), folder, output, run)
+    manifest = f"{output.url.rstrip('/')}.manifest.parquet"
+    job = FolderJob(config.changed({"manifest.path": manifest}), manifest, folder, output, run)
     with log_to_terminal(config.log, run):
         said = f"; {str(left_out).partition('; --all')[0]}" if str(left_out) else ""
         log.info("%s: %d images, listed in %s%s", folder, rows, job.manifest, said)

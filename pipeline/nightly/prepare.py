@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from pipeline.config.schema import Config
 from pipeline.dataset import plan
+from pipeline.dataset.names import check_columns
 from pipeline.manifest.ids import check_ids
 from pipeline.manifest.manifest import Manifest, open_manifest
 from pipeline.manifest.overlap import check_places
@@ -40,7 +41,7 @@ from pipeline.nightly.rows import copy_rows, read_batches
 from pipeline.nightly.store import newest_before, open_below, open_night, remove_folder, url_of
 from pipeline.storage.base import Storage
 from pipeline.storage.local import LocalStorage
-from pipeline.storage.moved import is_gone, same_place
+from pipeline.storage.moved import has_moved
 from pipeline.storage.urls import explained
 
 BEGUN, COUNTS, COMPARED, COPIED = "begun.json", "counts.json", "rows.parquet", "changed.json"
@@ -113,6 +114,7 @@ def prepare(config: Config, options: NightOptions, store: Storage, day: str) -> 
     output = open_night(store, day)
     config = config.changed({"output.dir": output.url})
     manifest = open_manifest(config.manifest)
+    check_columns(config)
     check_places(config, manifest)
     check_ids(manifest)
     content = find_content(manifest, options.content)
@@ -214,9 +216,10 @@ def _begin(store: Storage, day: str, facts: dict[str, Any]) -> str:
     data = outer.read(BEGUN)
     found: dict[str, Any] = json.loads(data) if data is not None else {}
     anew = str(found.pop("anew", ""))
-    there, now = found.get("manifest"), facts["manifest"]
-    if isinstance(there, dict) and there != now and _is_moved(there.get("root"), now["root"]):
-        facts = {**facts, "manifest": {**now, "root": there["root"]}}
+    begun, now = found.get("manifest"), facts["manifest"]["root"]
+    there = begun.get("root") if isinstance(begun, dict) else None
+    if there is not None and now is not None and has_moved(there, now):
+        facts = {**facts, "manifest": {**facts["manifest"], "root": there}}
     if found == facts:
         return anew
     if found:
@@ -226,11 +229,6 @@ def _begin(store: Storage, day: str, facts: dict[str, Any]) -> str:
     remove_folder(store, f"{WORK}/{PREFIX}{day}")
     outer.write(BEGUN, json.dumps(facts).encode())
     return ""
-
-
-def _is_moved(old: str | None, new: str | None) -> bool:
-    """True if the folder of the images was moved since the night was begun: it is no other one."""
-    return old is not None and new is not None and (same_place(old, new) or is_gone(old))
 
 
 def _batch_size(store: Storage, previous: Night) -> int:

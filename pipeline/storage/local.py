@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -18,6 +19,19 @@ from pipeline.storage.urls import explained
 
 # Temporary files of another machine are deleted after a day.
 GIVEN_UP_SECONDS = 86_400
+
+
+@contextmanager
+def temporary_folder(what: str = "a temporary folder") -> Iterator[Path]:
+    """Yield a new folder in TMPDIR, which is removed afterwards; ``what`` names it in the message of an error.
+
+    Raises:
+        StorageError: it cannot be made.
+    """
+    with explained(f"{what} (TMPDIR)"):
+        made = tempfile.TemporaryDirectory(prefix="clip-pipeline-")
+    with made as folder:
+        yield Path(folder)
 
 
 class LocalStorage(Storage):

@@ -26,6 +26,11 @@ def same_place(one: str, other: str) -> bool:
     return os.path.realpath(local_path(one)) == os.path.realpath(local_path(other))
 
 
+def has_moved(old: str, new: str) -> bool:
+    """True if ``new`` is the place of the folder ``old`` by now: a link to it, or a place beside nothing."""
+    return same_place(old, new) or is_gone(old)
+
+
 def find_again(address: str, near: str) -> Iterator[str]:
     """Existing paths that end like ``address`` and begin with a folder above ``near``, the longest ending first.
 

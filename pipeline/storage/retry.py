@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, stop_after_delay
 from tenacity.wait import wait_random_exponential
 
-from pipeline.core.errors import StorageError
+from pipeline.core.errors import StorageError, short
 
 # If one request of five fails, eight tries in a row fail once in 400,000 times.
 TRIES = 8
@@ -112,4 +112,4 @@ def _connection_errors() -> Iterator[type[BaseException]]:
 
 def _short(error: BaseException | None) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 160 else f"{text[:157]}..."
+    return short(text, 160)

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from pathlib import Path
 
 from pipeline.config.schema import DEMO_MODEL, Config
 from pipeline.engine.demo.scenes import COLOURS, SHAPES
 from pipeline.storage.urls import local_path
 
-NOTICE = (
+FACT = (
     f'model={DEMO_MODEL}, the default, knows rendered shapes only, such as "red circle": its labels and its embeddings '
-    "of other images mean nothing, whatever the scores; model=clip_vit_b32 takes a real model"
+    "of other images mean nothing, whatever the scores"
 )
-_told = ContextVar("told", default=False)
+WAY_OUT = "model=clip_vit_b32 takes a real model"
+NOTICE = f"{FACT}; {WAY_OUT}"
 log = logging.getLogger(__name__)
 # The name that pipeline.engine.demo.folder gives the manifest of rendered scenes.
 _SCENES = re.compile(r"scenes-\d+-\d+x\d+-\d+\.parquet")
@@ -34,16 +32,6 @@ def notes_of(config: Config) -> tuple[str, ...]:
 
 
 def log_notes(config: Config) -> None:
-    """Log the notice, unless the caller has told it."""
-    for note in () if _told.get() else notes_of(config):
+    """Log the notice."""
+    for note in notes_of(config):
         log.warning("%s", note)
-
-
-@contextmanager
-def told() -> Iterator[None]:
-    """Mark the notice as told: the body logs it no more."""
-    token = _told.set(True)
-    try:
-        yield
-    finally:
-        _told.reset(token)

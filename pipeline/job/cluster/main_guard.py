@@ -9,13 +9,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline.core.errors import ClusterUnavailable
-from pipeline.storage.urls import explained
+from pipeline.storage.local import temporary_folder
 
 # The file that a process creates in which the script began its job again.
 VARIABLE = "PIPELINE_SCRIPT_RAN_AGAIN"
@@ -33,13 +32,12 @@ def leave_if_run_again() -> None:
 @contextmanager
 def watched() -> Iterator[Path]:
     """Yield the file that exists once a process has run the script again."""
-    with explained("a temporary folder (TMPDIR)"):
-        made = tempfile.TemporaryDirectory(prefix="clip-pipeline-")
     before = os.environ.get(VARIABLE)
-    with made as folder:
-        os.environ[VARIABLE] = str(Path(folder, "again"))
+    with temporary_folder() as folder:
+        mark = folder / "again"
+        os.environ[VARIABLE] = str(mark)
         try:
-            yield Path(folder, "again")
+            yield mark
         finally:
             os.environ.pop(VARIABLE)
             if before is not None:

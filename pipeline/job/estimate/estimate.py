@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -32,7 +31,7 @@ from pipeline.manifest.manifest import Manifest
 from pipeline.manifest.shards import cut
 from pipeline.storage.base import Storage
 from pipeline.storage.factory import open_storage
-from pipeline.storage.urls import explained
+from pipeline.storage.local import temporary_folder
 from pipeline.telemetry.logs import log_to_terminal
 
 log = logging.getLogger(__name__)
@@ -99,8 +98,7 @@ def rehearse(config: Config, began: float, limits: Limits, decoders: Decoders | 
     executor_of(config, storage, lambda: None)
     processes = processes_of(config)
     with ExitStack() as opened:
-        with explained("a temporary folder for the trial (TMPDIR)"):
-            scratch = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="clip-pipeline-")))
+        scratch = opened.enter_context(temporary_folder("a temporary folder for the trial"))
         scenes = Scenes(config, storage, scratch / "scenes")
         executor = Inline(storage)
         # Closed before the folder is removed.

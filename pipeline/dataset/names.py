@@ -2,13 +2,40 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from urllib.parse import unquote
 
-from pipeline.config.schema import OUTPUT_COLUMNS
-from pipeline.core.errors import Problem
+from pipeline.config.schema import OUTPUT_COLUMNS, Config
+from pipeline.core.errors import ConfigError, Problem
+from pipeline.dataset.plan import NAME
+from pipeline.storage.factory import open_storage
 from pipeline.storage.urls import is_local, local_path
+
+log = logging.getLogger(__name__)
+
+
+def check_columns(config: Config) -> None:
+    """Check the names of a job's columns, see :func:`check_names`.
+
+    Raises:
+        ConfigError: readers would take one for another, or for a part of the output's address.
+    """
+    output, columns = config.output.dir, [config.manifest.id, *config.manifest.keep]
+    check_names(output, [*differing_in_case(columns), *named_like_folders(columns, output)])
+
+
+def check_names(output: str, problems: Sequence[Problem]) -> None:
+    """Refuse names that readers mix up, or log them if an earlier version began the dataset, which can be finished.
+
+    Raises:
+        ConfigError: the output holds no dataset yet.
+    """
+    if problems and open_storage(output).size(NAME) is None:
+        raise ConfigError(problems)
+    for problem in problems:
+        log.warning("%s", problem)
 
 
 def differing_in_case(columns: Sequence[str]) -> Iterator[Problem]:
