@@ -34,7 +34,9 @@ from pipeline.config.schema import Config
 from pipeline.core import errors
 from pipeline.core.errors import DecoderUnavailable, PipelineError
 from pipeline.core.records import Clocks, ImageBatch, Shard, ShardRows, Stage
+from pipeline.engine.device_copies import DeviceCopies
 from pipeline.engine.feeder_process import FeederSpec, parse_rows
+from pipeline.engine.prefetch import POLL
 from pipeline.images.factory import worker_threads
 from pipeline.images.pool.processes import ROOT, Abandoned, nameless_file
 from pipeline.images.pool.shared_memory import shared
@@ -45,7 +47,6 @@ CORES = 4
 SHARDS = 2
 # A feeder whose stream has ended may take this long to end, in seconds.
 END_SECONDS = 5.0
-POLL = 0.2
 
 
 def count_feeders(config: Config, device: torch.device) -> int:
@@ -93,7 +94,7 @@ class Feeders:
     def __init__(self, spec: FeederSpec, *, count: int, device: torch.device, timer: Callable[[Clocks], None]) -> None:
         self._spec, self._count, self._timer = spec, count, timer
         self._feeders: list[_Feeder] = []
-        self._copies = DeviceCopies(spec, device) if device.type == "cuda" else None
+        self._copies = DeviceCopies(spec.shape[1:], spec.loader.prefetch + 2, device) if device.type == "cuda" else None
         self._open: dict[int, Shard] = {}
         self._ready: queue.SimpleQueue[ImageBatch | ShardRows | BaseException | None] = queue.SimpleQueue()
         self._changed = threading.Condition()
@@ -271,71 +272,6 @@ class Feeders:
             feeder.send(buffer)
             self._timer(Clocks({Stage.COPY: time.perf_counter() - started}, {Stage.COPY: 0.0}))
         return ImageBatch(shard=shard, rows=rows, pixels=pixels.permute(0, 3, 1, 2), slot=slot)
-
-
-class DeviceCopies:
-    """Buffers on a GPU, filled from pinned memory on a stream of their own."""
-
-    def __init__(self, spec: FeederSpec, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
-        shape, count = spec.shape[1:], spec.loader.prefetch + 1 + spec.loader.in_flight
-        self._buffers = [torch.empty(shape, dtype=torch.uint8, device=device) for _ in range(count)]
-        # The memory may be in use by work of the stream that allocated it.
-        self._stream.wait_stream(torch.cuda.current_stream(device))
-        self._encoded: list[torch.cuda.Event | None] = [None] * count
-        self._free: queue.SimpleQueue[int] = queue.SimpleQueue()
-        for number in range(count):
-            self._free.put(number)
-        self._pinned: list[NDArray[np.uint8]] = []
-
-    def pin(self, memory: NDArray[np.uint8]) -> None:
-        """Pin memory of this process, so that copies from it run beside other work.
-
-        Raises:
-            DecoderUnavailable: the driver refuses.
-        """
-        code = torch.cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, 0)
-        if int(code) != 0:
-            raise DecoderUnavailable(
-                f"{memory.nbytes:,} bytes of batch buffers cannot be pinned (CUDA error {int(code)}): raise the limit "
-                "of locked memory (ulimit -l), or lower loader.batch_size or loader.feeders"
-            )
-        self._pinned.append(memory)
-
-    def copy(self, pixels: torch.Tensor, stopped: threading.Event) -> tuple[int, torch.Tensor]:
-        """Copy a batch from pinned memory, and wait for the copy alone; its buffer and the pixels on the device.
-
-        Raises:
-            Abandoned: ``stopped`` was set first.
-        """
-        while True:
-            try:
-                number = self._free.get(timeout=POLL)
-                break
-            except queue.Empty:
-                if stopped.is_set():
-                    raise Abandoned from None
-        encoded, copied = self._encoded[number], torch.cuda.Event(blocking=True)
-        with torch.cuda.stream(self._stream):
-            if encoded is not None:
-                self._stream.wait_event(encoded)
-            self._buffers[number].copy_(pixels, non_blocking=True)
-            copied.record(self._stream)
-        copied.synchronize()
-        return number, self._buffers[number]
-
-    def release(self, number: int) -> None:
-        """Use a buffer again behind all that the current stream has been given."""
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self._buffers[number].device))
-        self._encoded[number] = event
-        self._free.put(number)
-
-    def close(self) -> None:
-        """Wait for the copies, and release the pinned memory."""
-        self._stream.synchronize()
-        for memory in self._pinned:
-            torch.cuda.cudart().cudaHostUnregister(memory.ctypes.data)
 
 
 def _since(before: Clocks, now: Clocks) -> Clocks:

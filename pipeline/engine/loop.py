@@ -126,7 +126,7 @@ def _results(
             if job.bank is not None:
                 features = torch.from_numpy(job.bank.features).to(encoder.device)
                 labelling = Labelling(bank=job.bank, features=features, top_k=config.labels.top_k)
-            loader = _open_loader(job, worker, ahead)
+            loader = open_loader(job, worker, ahead)
         opened.enter_context(loader)
         streams = opened.enter_context(Streams(encoder.device, encoder.streams))
         encoding = _Encoding(job, worker, loader, streams, labelling)
@@ -143,7 +143,7 @@ def _results(
                 yield step.results.finish(step.rows)
 
 
-def _open_loader(job: Job, worker: Worker, ahead: int) -> Loader | Feeders:
+def open_loader(job: Job, worker: Worker, ahead: int) -> Loader | Feeders:
     """The loader of this process, or feeders, each with a loader of its own and its share of the cores."""
     config, device, reader = job.config, worker.encoder.device, worker.reader
     shards = -(-job.manifest.rows // config.manifest.shard_rows)

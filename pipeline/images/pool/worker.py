@@ -27,7 +27,7 @@ from pipeline.core.failpoints import failpoint
 from pipeline.core.processes import end_with
 from pipeline.core.records import Failure, Pixels, PreprocessSpec
 from pipeline.images import formats, jpeg  # noqa: F401
-from pipeline.images.decode import EXACT, GLANCE, Decoder, limit_pixels
+from pipeline.images.decode import BLANK, EXACT, GLANCE, Decoder, limit_pixels
 from pipeline.images.pool.protocol import CRASHED, DONE, OUT_OF_MEMORY, READY, Answer, State, parse_request
 
 PR_SET_NO_NEW_PRIVS = 38
@@ -128,7 +128,7 @@ def _load_all(decoder: Decoder) -> None:
     for name in _CODECS:
         codecs.lookup(name)
     ImageFile.LOAD_TRUNCATED_IMAGES = decoder.kind == GLANCE
-    if decoder.kind not in (EXACT, GLANCE):
+    if decoder.kind not in (BLANK, EXACT, GLANCE):
         import torch
 
         from pipeline.images import fast
