@@ -7,7 +7,7 @@ import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -28,6 +28,9 @@ from pipeline.models.numbers import SAME_COSINE, alike, are_unit, check_scores
 from pipeline.models.text import build_bank
 from pipeline.serve.errors import Refused
 from tests.jobs import config_for, scenes_manifest
+
+if TYPE_CHECKING:
+    from pipeline.serve.service import Service
 
 LABELS = PromptsConfig(labels=["red circle", "blue star"])
 
