@@ -13,12 +13,25 @@ PACKAGES = ("torch", "transformers", "tokenizers", "pillow", "pi-heif", "pyarrow
 
 
 def memory() -> dict[str, float]:
-    """Peak memory of this process in MiB: resident, and on the GPU if one was used."""
+    """Peak memory in MiB: resident of this process, and in use on the GPU by now if this process used one."""
     figures = {"peak_rss_mib": round((peak_rss() or _peak_of_usage()) / 2**20, 1)}
     torch: Any = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
-        figures["peak_gpu_mib"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
+        figures["peak_gpu_mib"] = gpu_memory(None)
     return figures
+
+
+def gpu_memory(device: Any) -> float:
+    """MiB in use on a GPU (None: the current one) as its driver counts, of all programs; 0 if CUDA is not in use here.
+
+    torch knows its own memory alone, and not that of ONNX Runtime, TensorRT, nvImageCodec and CUDA itself. Its peak
+    counts where it is higher: a sample may miss it.
+    """
+    torch: Any = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized() or (device is not None and device.type != "cuda"):
+        return 0.0
+    free, total = torch.cuda.mem_get_info(device)
+    return round(max(total - free, torch.cuda.max_memory_reserved(device)) / 2**20, 1)
 
 
 def peak_rss(process: int | str = "self") -> int:
