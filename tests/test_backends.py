@@ -47,6 +47,8 @@ def _case(name: str, precision: str, device: str, **options: str) -> Any:
     marks: list[pytest.MarkDecorator] = [pytest.mark.gpu] if device == "cuda" else []
     marks += [pytest.mark.needs(*PACKAGES[name])] if name in PACKAGES else []
     marks += [pytest.mark.slow] if "compile" in options and device == "cpu" else []
+    if device == "cuda" and ("compile" in options or PACKAGES.get(name) == ("torchao",)):
+        marks.append(pytest.mark.compiler)
     if name == "tensorrt":
         marks.append(pytest.mark.tensorrt)
     if name == "torch_fp8":

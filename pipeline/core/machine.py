@@ -31,7 +31,8 @@ def gpu_memory(device: Any) -> float:
     if torch is None or not torch.cuda.is_initialized() or (device is not None and device.type != "cuda"):
         return 0.0
     free, total = torch.cuda.mem_get_info(device)
-    return round(max(total - free, torch.cuda.max_memory_reserved(device)) / 2**20, 1)
+    used: int = max(total - free, torch.cuda.max_memory_reserved(device))
+    return round(used / 2**20, 1)
 
 
 def peak_rss(process: int | str = "self") -> int:

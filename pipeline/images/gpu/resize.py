@@ -114,18 +114,17 @@ def _group(
 ) -> torch.Tensor:
     """uint8 ``[N, *spec.size, 3]`` of pictures whose parts that count fit into ``height`` x ``width``."""
     device = members[0][0].device
-    # Before the pictures: the host waits for this copy no more than for them.
-    across, down = _numbers(members, device)
     frames = torch.zeros((len(members), 3, height, width), device=device)
     for frame, (picture, rows, columns) in zip(frames.permute(0, 2, 3, 1).unbind(0), members, strict=True):
         part = picture
         if rows.stop - rows.start < rows.length or columns.stop - columns.start < columns.length:
             part = picture[rows.start : rows.stop, columns.start : columns.stop]
         frame[: part.shape[0], : part.shape[1]].copy_(part)
-    columns = _weights(across, spec.size[1], width, spec.resample)
-    rows = _weights(down, spec.size[0], height, spec.resample)
-    narrow = _rounded(torch.bmm(frames.flatten(1, 2), columns.mT)).view(len(members), 3, height, -1)
-    return _rounded(rows[:, None] @ narrow).permute(0, 2, 3, 1).to(torch.uint8, memory_format=torch.contiguous_format)
+    horizontal, vertical = _numbers(members, device)
+    across = _weights(horizontal, spec.size[1], width, spec.resample)
+    down = _weights(vertical, spec.size[0], height, spec.resample)
+    narrow = _rounded(torch.bmm(frames.flatten(1, 2), across.mT)).view(len(members), 3, height, -1)
+    return _rounded(down[:, None] @ narrow).permute(0, 2, 3, 1).to(torch.uint8, memory_format=torch.contiguous_format)
 
 
 def _rounded(levels: torch.Tensor) -> torch.Tensor:
