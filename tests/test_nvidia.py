@@ -405,6 +405,13 @@ def test_a_machine_without_the_jpeg_engine_is_told_about_the_capability(caplog: 
     assert "NVIDIA_DRIVER_CAPABILITIES=compute,utility,video" in message
 
 
+def test_lanes_with_different_engines_are_refused() -> None:
+    codecs = [PillowCodec(CPU), PillowCodec(CPU)]
+    codecs[1].engine = nvimgcodec.KERNELS
+    with pytest.raises(BackendUnavailable, match="answered only once"):
+        NvidiaDecoder(CLIP, CPU, RULES, open_codec=lambda device: codecs.pop())
+
+
 def test_a_share_of_the_files_goes_to_the_device_by_their_bytes_alone() -> None:
     files = [jpeg(picture(40 + i % 7, 30, seed=i)) for i in range(200)]
 

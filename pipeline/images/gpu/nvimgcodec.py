@@ -84,7 +84,8 @@ class NvidiaDecoder:
         open_codec: opens what decodes.
 
     Raises:
-        BackendUnavailable: the device is no GPU, nvImageCodec is not there, or the model's filter is not offered.
+        BackendUnavailable: the device is no GPU, nvImageCodec is not there, the model's filter is not offered, or the
+            JPEG engine comes and goes.
     """
 
     def __init__(
@@ -108,12 +109,16 @@ class NvidiaDecoder:
         self.chunk = CHUNK
         self._below = round(share * 2**32)
         self._lanes: queue.SimpleQueue[Codec] = queue.SimpleQueue()
-        # What decodes the files of the device, for fingerprints: HARDWARE or KERNELS.
-        self.engine = KERNELS
-        for _ in range(lanes):
-            codec = (open_codec or Nvimgcodec)(device)
-            self.engine = codec.engine
+        codecs = [(open_codec or Nvimgcodec)(device) for _ in range(lanes)]
+        for codec in codecs:
             self._lanes.put(codec)
+        # What decodes the files of the device, for fingerprints: HARDWARE or KERNELS.
+        self.engine = codecs[0].engine
+        if any(codec.engine != self.engine for codec in codecs):
+            raise BackendUnavailable(
+                "images.decoder=gpu: the JPEG engine answered only once; another program may have taken the GPU's "
+                "memory meanwhile: run the same command again"
+            )
         if self.engine == KERNELS:
             log.warning(
                 "images.decoder=gpu: no JPEG engine answers, so the GPU's kernels decode: this GPU has none, or the "
