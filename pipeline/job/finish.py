@@ -216,7 +216,7 @@ def _report(outcome: Outcome, ran: RunStats, content: DatasetSummary) -> RunRepo
         decoder_parity=prepared.decoder_parity,
         batch_sizes=ran.batch_sizes or (config.loader.batch_size,),
         pace=pace,
-        memory=ran.memory or memory(),
+        memory=ran.memory or memory(prepared.device),
         machine={**prepared.machine, "cores": available},
         versions=versions(BACKENDS[config.backend.name].packages),
         fingerprints=prepared.plan.fingerprints,

@@ -183,7 +183,8 @@ class NvidiaDecoder:
             plain = _one_colour(resampled)
         finally:
             codec.wait()
-        for index, picture, flat in zip(found, resampled, plain, strict=True):
+        # Only now, as the host would spin on a core for what is not there yet.
+        for index, picture, flat in zip(found, resampled, plain.tolist(), strict=True):
             results[index] = None if flat else picture
 
 
@@ -203,6 +204,8 @@ class Nvimgcodec:
         self._module = module = _import()
         self._device = device
         self.stream = torch.cuda.Stream(device)
+        # A wait for it does not spin on a core, as one for a stream does.
+        self._done = torch.cuda.Event(blocking=True)
         kinds = [module.BackendKind.HYBRID_CPU_GPU, module.BackendKind.GPU_ONLY]
         hardware = module.BackendKind.HW_GPU_ONLY
         device_id = self.stream.device.index
@@ -224,7 +227,8 @@ class Nvimgcodec:
 
     def wait(self) -> None:
         """See :class:`Codec`."""
-        self.stream.synchronize()
+        self._done.record(self.stream)
+        self._done.synchronize()
 
     def decode(self, encoded: Sequence[bytes]) -> list[torch.Tensor | None]:
         """See :class:`Codec`."""
@@ -320,12 +324,12 @@ def _import() -> Any:
     return nvimgcodec
 
 
-def _one_colour(pictures: Sequence[torch.Tensor]) -> list[bool]:
+def _one_colour(pictures: Sequence[torch.Tensor]) -> torch.Tensor:
+    """A bool for each picture, on its device."""
     if not pictures:
-        return []
+        return torch.zeros(0, dtype=torch.bool)
     all_of_them = torch.stack(list(pictures)).flatten(1, 2)
-    flat: list[bool] = (all_of_them.amax(1) == all_of_them.amin(1)).all(1).tolist()
-    return flat
+    return (all_of_them.amax(1) == all_of_them.amin(1)).all(1)
 
 
 @contextmanager
