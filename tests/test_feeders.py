@@ -7,8 +7,8 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -24,6 +24,8 @@ from tests.crashes import at
 from tests.forks import forks
 from tests.jobs import config_for, content, scene
 
+# Brought by distributed.
+psutil = pytest.importorskip("psutil")
 ROWS = 70
 
 
@@ -91,6 +93,7 @@ def test_an_error_of_a_feeder_is_that_of_the_job(tmp_path: Path) -> None:
     assert not _feeders_of(os.getpid())
 
 
+@pytest.mark.slow
 def test_an_error_that_nobody_foresaw_has_its_traceback(manifest: Path, tmp_path: Path) -> None:
     config = config_with(manifest, tmp_path / "out", 1, isolation="none")
     child = forks().start("tests.forks:job", at(config, tmp_path / "out"), failpoints="read=raise:EIO@5")
@@ -99,7 +102,7 @@ def test_an_error_that_nobody_foresaw_has_its_traceback(manifest: Path, tmp_path
     assert "in read_all" in child.said()
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_feeders_end_with_their_job(manifest: Path, tmp_path: Path, how: int) -> None:
     config = at(config_with(manifest, tmp_path / "out", 2, isolation="none"), tmp_path / "out")
     child = forks().start("tests.forks:job", config, failpoints="read=delay:0.3")
@@ -110,7 +113,7 @@ def test_feeders_end_with_their_job(manifest: Path, tmp_path: Path, how: int) ->
     _until(lambda: not any(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in found))
 
 
-def _feeders_of(pid: int) -> list[psutil.Process]:
+def _feeders_of(pid: int) -> list[Any]:
     return [each for each in psutil.Process(pid).children() if "pipeline.engine.feeder_process" in each.cmdline()]
 
 

@@ -13,9 +13,10 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,9 @@ exit codes: 0 done, 2 wrong options or machine, 1 interrupted or anything else
 """
 # Bytes of an image file of 0.2 megapixels, side of a picture, length and number of embeddings.
 FILE_BYTES, SIDE, DIM, VECTORS = 30_000, 224, 512, 4096
-BATCH, SHARD = 512, 4096
-# Small operations of torch: about those of a forward of ViT-B/32, and for how long they are repeated, in seconds.
-OPERATIONS, LAUNCH_SECONDS = 350, 4.0
+BATCH, SHARD, MOST_SHARDS = 512, 4096, 32
+# Small operations of torch: about those of a forward of ViT-B/32, for how long they are repeated, and how often.
+OPERATIONS, LAUNCH_SECONDS, LAUNCH_ROUNDS = 350, 0.4, 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +135,9 @@ def _write(bench: _Bench) -> None:
     for path, data in zip(paths, images, strict=True):
         (bench.folder / path).write_bytes(data)
     shards = bench.rows // SHARD
-    ids = [f"photo-{number:09d}" for number in range(bench.rows)]
-    pq.write_table(pa.table({"id": ids, "path": paths * shards}), bench.folder / "files.parquet")
+    # Enough for all rounds of the launches.
+    ids = [f"photo-{number:09d}" for number in range(SHARD * max(shards, MOST_SHARDS))]
+    pq.write_table(pa.table({"id": ids, "path": paths * (len(ids) // SHARD)}), bench.folder / "files.parquet")
     with pq.ParquetWriter(
         bench.folder / "bytes.parquet",
         pa.schema([("id", pa.string()), ("image", pa.binary())]),
@@ -159,7 +161,8 @@ def _whole(bench: _Bench, source: str) -> dict[str, float]:
         def mark(*_: object) -> None:
             marks.append((time.perf_counter(), time.process_time()))
 
-        for _ in embed(cut(job.manifest, SHARD), job, worker, on_commit=mark):
+        shards = islice(cut(job.manifest, SHARD), bench.rows // SHARD)
+        for _ in embed(shards, job, worker, on_commit=mark):
             pass
     (began, before), (ended, after) = marks[0], marks[-1]
     images = SHARD * (len(marks) - 1)
@@ -174,7 +177,7 @@ def _whole(bench: _Bench, source: str) -> dict[str, float]:
 
 def _batches(bench: _Bench, source: str) -> dict[str, float]:
     """Batches that are given back at once, without parts."""
-    with _stream(bench, source) as (loader, items):
+    with _stream(bench, source, bench.rows // SHARD) as (loader, items):
         first = next(items)
         loader.release(first)
         before, began, images = time.process_time(), time.perf_counter(), 0
@@ -190,63 +193,90 @@ def _batches(bench: _Bench, source: str) -> dict[str, float]:
 
 
 @contextmanager
-def _stream(bench: _Bench, source: str) -> Iterator[tuple[Any, Iterator[Any]]]:
+def _stream(bench: _Bench, source: str, shards: int | None = None) -> Iterator[tuple[Any, Iterator[Any]]]:
     from pipeline.engine.loop import open_loader
     from pipeline.manifest.shards import cut
 
     job, worker = bench.job(source, "none")
     with worker.reader, open_loader(job, worker, 2) as loader:
-        yield loader, iter(loader.stream(cut(job.manifest, SHARD)))
+        yield loader, iter(loader.stream(islice(cut(job.manifest, SHARD), shards)))
 
 
 def _launches(bench: _Bench) -> dict[str, float]:
-    """Small operations of torch alone, and beside a loader whose batches are taken at a steady rate.
+    """Small operations of torch beside a loader whose batches are taken at a steady rate, and while it is paused.
 
-    The driver has one core and the feeders have the others.
+    Both are measured in turn, several times. The driver has one core and the feeders have the others.
     """
     ours, theirs = _split()
-    _pin(ours)
-    alone = _operations(LAUNCH_SECONDS / 2)
     _pin(theirs)
     with _stream(bench, "files") as (loader, items):
         loader.release(next(items))
         _pin(ours)
-        stopped, taken = threading.Event(), [0]
-
-        def take() -> None:
-            began = time.perf_counter()
-            with suppress(Interrupted):
-                for item in items:
-                    if hasattr(item, "pixels"):
-                        taken[0] += len(item.rows)
-                        loader.release(item)
-                        stopped.wait(began + taken[0] / bench.rate - time.perf_counter())
-
-        thread = threading.Thread(target=take, daemon=True)
-        thread.start()
-        began, before = time.perf_counter(), taken[0]
-        beside = _operations(LAUNCH_SECONDS, thread.is_alive)
-        rate = (taken[0] - before) / (time.perf_counter() - began)
-        stopped.set()
-        loader.fail(Interrupted())
-        thread.join()
+        taker = _Taker(loader, items, bench.rate)
+        times = [_round(taker) for _ in range(LAUNCH_ROUNDS)]
+        taker.end()
     _pin(ours | theirs)
+    alone, beside, rates = map(statistics.median, zip(*times, strict=True))
     return {
         "operations": OPERATIONS,
         "alone_ms": round(alone * 1e3, 3),
         "beside_ms": round(beside * 1e3, 3),
-        "launch_slowdown": round(beside / alone, 2),
-        "images_per_second": round(rate, 1),
+        "launch_slowdown": round(statistics.median(one[1] / one[0] for one in times), 2),
+        "images_per_second": round(rates, 1),
     }
 
 
-def _operations(seconds: float, wanted: Callable[[], bool] = lambda: True) -> float:
+def _round(taker: _Taker) -> tuple[float, float, float]:
+    """Seconds of the operations alone and beside the loader, and its images/s."""
+    # The feeders fill what is free, and wait then.
+    time.sleep(LAUNCH_SECONDS)
+    alone = _operations(LAUNCH_SECONDS)
+    taker.running.set()
+    time.sleep(LAUNCH_SECONDS)
+    began, before = time.perf_counter(), taker.images
+    beside = _operations(2 * LAUNCH_SECONDS)
+    rate = (taker.images - before) / (time.perf_counter() - began)
+    taker.running.clear()
+    return alone, beside, rate
+
+
+class _Taker:
+    """A thread that takes batches at ``rate`` images/s while ``running`` is set, and gives them back."""
+
+    def __init__(self, loader: Any, items: Iterator[Any], rate: float) -> None:
+        self._loader, self._items, self._rate = loader, items, rate
+        self.running, self.images = threading.Event(), 0
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._take, daemon=True)
+        self._thread.start()
+
+    def end(self) -> None:
+        self._ended.set()
+        self.running.set()
+        self._loader.fail(Interrupted())
+        self._thread.join()
+
+    def _take(self) -> None:
+        due = time.perf_counter()
+        with suppress(Interrupted):
+            for item in self._items:
+                if not hasattr(item, "pixels"):
+                    continue
+                self.running.wait()
+                # A rate that is not reached is not made up for.
+                due = max(due + len(item.rows) / self._rate, time.perf_counter())
+                self._ended.wait(due - time.perf_counter())
+                self.images += len(item.rows)
+                self._loader.release(item)
+
+
+def _operations(seconds: float) -> float:
     """Median seconds of some small operations, one after the other."""
     import torch
 
     torch.set_num_threads(1)
     tensor, times, end = torch.zeros(8), list[float](), time.perf_counter() + seconds
-    while time.perf_counter() < end and wanted():
+    while time.perf_counter() < end:
         began = time.perf_counter()
         for _ in range(OPERATIONS):
             tensor.add_(1.0)
