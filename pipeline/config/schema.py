@@ -131,6 +131,7 @@ class LoaderConfig:
     batch_size: Annotated[int, Range(0, 65_536, AUTO)] = 64
     workers: Annotated[int, Range(0, 1_024)] = 0
     prefetch: Annotated[int, Range(1, 64)] = 3
+    feeders: Annotated[int | None, Range(0, 256, "null for automatic")] = None
     isolation: Annotated[str, OneOf("process", "none")] = "process"
     decode_seconds: Annotated[float, Range(0.1)] = 60.0
     decode_memory: Annotated[int, Range(67_108_864)] = 2_147_483_648

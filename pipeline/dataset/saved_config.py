@@ -14,7 +14,8 @@ from pipeline.storage.urls import is_local, local_file
 
 # Settings that do not change the rows, and must not change the plan.
 _OF_THE_RUN = {
-    "cluster", "report", "run", "log", "metrics", "serve", "loader.workers", "loader.prefetch", "loader.isolation",
+    "cluster", "report", "run", "log", "metrics", "serve", "loader.workers", "loader.prefetch", "loader.feeders",
+    "loader.isolation",
     "prompts.cache", "backend.artifacts", "backend.streams", "output.dir", "output.lease_seconds",
     "errors.grace_seconds",
 }  # fmt: skip
