@@ -70,6 +70,7 @@ class BackendConfig:
     compile: Annotated[str, OneOf("none", "default", "reduce-overhead", "max-autotune")] = "none"
     quantization: Annotated[str, OneOf("dynamic", "static")] = "dynamic"
     streams: Annotated[int, Range(0, 1_024)] = 0
+    cuda_graph: bool = True
     artifacts: str | None = None
 
 

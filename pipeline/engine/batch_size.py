@@ -119,6 +119,7 @@ class Benchmark:
             "pixels": list(self.checkpoint.spec.size),
             "sizes": [sizes[0], sizes[-1]],
             "version": VERSION,
+            **({} if self.config.cuda_graph else {"cuda_graph": False}),
         }
         return recipe(KIND, self.checkpoint, options, BACKENDS[self.config.name].packages)
 
