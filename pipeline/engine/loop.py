@@ -20,8 +20,9 @@ from pipeline.core.log_format import within
 from pipeline.core.records import ImageBatch, Shard, ShardReport, ShardRows, Stage, TextBank
 from pipeline.dataset.commits import commit_part
 from pipeline.dataset.parts import PartFormat, ShardResult, build_table, count_statuses
-from pipeline.engine.forward import Labelling, PendingBatch, ShardResults, launch, memory_explained
+from pipeline.engine.forward import Forward, Labelling, PendingBatch, ShardResults, memory_explained
 from pipeline.engine.loader import Loader, LoaderSpec
+from pipeline.engine.static_forward import open_forward
 from pipeline.images.factory import worker_threads
 from pipeline.images.reader import PixelReader
 from pipeline.manifest.manifest import Manifest
@@ -124,6 +125,7 @@ def _results(
             if job.bank is not None:
                 features = torch.from_numpy(job.bank.features).to(encoder.device)
                 labelling = Labelling(bank=job.bank, features=features, top_k=config.labels.top_k)
+            forward = open_forward(encoder, labelling)
             spec = LoaderSpec(
                 batch_size=config.loader.batch_size,
                 # While processes decode, one more thread reads what comes next and hands in what is done.
@@ -135,7 +137,7 @@ def _results(
             loader = Loader(job.manifest, worker.reader, spec, device=encoder.device, timer=clocks.add)
         opened.enter_context(loader)
         streams = opened.enter_context(Streams(encoder.device, encoder.streams))
-        encoding = _Encoding(job, worker, loader, streams, labelling)
+        encoding = _Encoding(job, worker, loader, streams, labelling, forward)
 
         for step in _in_order(encoding.steps(shards), ahead):
             if step.batch is not None:
@@ -167,6 +169,7 @@ class _Encoding:
     loader: Loader
     streams: Streams
     labelling: Labelling | None
+    forward: Forward
 
     def steps(self, shards: Iterable[Shard]) -> Iterator[_Step]:
         """Every batch as it is submitted; each shard ends with its rows."""
@@ -195,7 +198,7 @@ class _Encoding:
     def _encode(self, batch: ImageBatch, number: int) -> PendingBatch:
         try:
             with within(batch.shard.index):
-                return launch(batch, self.worker.encoder, self.labelling, self.worker.clocks, number=number)
+                return self.forward.launch(batch, self.worker.clocks, number=number)
         except BaseException as error:
             # The thread that waits for the next batch raises this at once.
             self.loader.fail(error)

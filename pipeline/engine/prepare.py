@@ -80,7 +80,7 @@ def _launched(encoder: ImageEncoder) -> str:
 
 
 def _machine(encoder: ImageEncoder) -> dict[str, object]:
-    launched = {"batches launched as": _launched(encoder)} if encoder.device.type == "cuda" else {}
+    launched = {"launch": _launched(encoder)} if encoder.device.type == "cuda" else {}
     return {**machine(str(encoder.device), cores()), **launched}
 
 
