@@ -448,7 +448,7 @@ def test_the_demo_model_is_measured_and_remembered(
     with caplog.at_level(logging.INFO):
         size = find()
     assert size in opened
-    assert opened == [8 * 2**i if device == "cpu" else 32 * 2**i for i in range(len(opened))]
+    assert opened == [8 * 2**i if device == "cpu" else 512 * 2**i for i in range(len(opened))]
     found = list(opened)
     assert find() == size
     assert opened == found

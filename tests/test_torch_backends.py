@@ -38,16 +38,19 @@ def test_the_kernels_are_those_that_the_tower_calls(demo: Checkpoint) -> None:
 
 
 def test_cudnn_comes_first_where_it_is_faster_and_no_kernel_is_switched_off() -> None:
-    assert preference(HOPPER)[:2] == [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
-    assert preference(AMPERE)[:2] == [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION]
+    cudnn, flash = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION
+    assert preference(HOPPER, 91900)[:2] == [cudnn, flash]
+    assert preference(HOPPER, 91500)[:2] == preference(HOPPER, 0)[:2] == [flash, cudnn]
+    assert preference(AMPERE, 91900)[:2] == preference((8, 9), 91900)[:2] == [flash, cudnn]
     for capability in ((7, 5), AMPERE, (8, 9), HOPPER, (12, 0)):
-        assert len(set(preference(capability))) == 4
+        assert len(set(preference(capability, 91900))) == 4
 
 
 def test_prompts_that_are_embedded_meanwhile_have_their_kernels(
     demo: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: HOPPER)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
     before = torch._C._get_sdp_priority_order()
     with preferred(CUDA, torch.bfloat16):
         assert torch._C._get_sdp_priority_order() != before

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from pipeline.backends import torch as torch_backend
 from pipeline.backends import torch_module
 from pipeline.backends.base import EncoderInfo
+from pipeline.backends.oom import HalvingEncoder
 from pipeline.backends.torch_graph import Replay, Tensors, Work
 from pipeline.backends.torch_module import ModuleEncoder
 from pipeline.config.schema import BackendConfig, ModelConfig, ParityConfig
@@ -104,12 +107,52 @@ def test_an_encoder_that_replays_gives_the_bits_of_one_that_does_not(
     plain = encoder_for(demo, 3, "cpu")
     assert not plain.graph, "a CPU has no CUDA graphs"
     monkeypatch.setattr(torch_module, "Replay", lambda work, example: Replay(work, example, again))
-    info = EncoderInfo("torch", "fp32", plain.device, 3, weight_bytes=0, graph=True)
-    replayed = ModuleEncoder(plain._forward, demo, info)
+    replayed = graph_encoder(demo, 3)
     first, second = noise(demo, 3, 1), noise(demo, 3, 2)
     kept = replayed.encode(first)
     assert torch.equal(replayed.encode(second), plain.encode(second))
     assert torch.equal(kept, plain.encode(first)), "a result is not written over by the next"
+
+
+def once(work: Work, inputs: Tensors) -> tuple[Callable[[], None], Tensors]:
+    """Keep the first results, and nothing of the work."""
+    return (lambda: None), work(*inputs)
+
+
+def graph_encoder(checkpoint: Checkpoint, size: int) -> ModuleEncoder:
+    plain = encoder_for(checkpoint, size, "cpu")
+    return ModuleEncoder(
+        plain._forward, checkpoint, EncoderInfo("torch", "fp32", plain.device, size, weight_bytes=0, graph=True)
+    )
+
+
+def test_an_encoder_that_is_let_go_frees_its_graph_at_once(demo: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_module, "Replay", lambda work, example: Replay(work, example, once))
+    encoder = graph_encoder(demo, 2)
+    alive = weakref.ref(encoder._replay)
+    gc.disable()
+    try:
+        del encoder
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+def test_a_graph_without_memory_is_captured_for_smaller_batches(
+    demo: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def small(work: Work, inputs: Tensors) -> tuple[Callable[[], None], Tensors]:
+        if len(inputs[0]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return again(work, inputs)
+
+    monkeypatch.setattr(torch_module, "Replay", lambda work, example: Replay(work, example, small))
+    encoder = HalvingEncoder(lambda size: graph_encoder(demo, size), lambda reopened: None, batch_size=5)
+    assert encoder.graph
+    assert encoder.batch_sizes == [5, 3, 2]
+    pixels = noise(demo, 5, 1)
+    wanted = encoder_for(demo, 5, "cpu").encode(pixels)
+    torch.testing.assert_close(encoder.encode(pixels), wanted, atol=1e-5, rtol=0)
 
 
 @pytest.mark.gpu

@@ -14,6 +14,8 @@ from pipeline.core.errors import BackendUnavailable
 
 # The first GPUs with a flash attention kernel in torch, and the first on which cuDNN's is the faster one.
 AMPERE, HOPPER = (8, 0), (9, 0)
+# Up to this version of cuDNN torch itself does not prefer its attention.
+OLD_CUDNN = 91500
 FLASH_FIRST = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
 CUDNN_FIRST = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION)
 # Names of the kernels by the operators that scaled_dot_product_attention is made of.
@@ -34,12 +36,13 @@ def preferred(device: torch.device, dtype: torch.dtype) -> AbstractContextManage
     """
     if device.type != "cuda" or dtype == torch.float32:
         return nullcontext()
-    return sdpa_kernel(preference(torch.cuda.get_device_capability(device)), set_priority=True)
+    order = preference(torch.cuda.get_device_capability(device), torch.backends.cudnn.version() or 0)
+    return sdpa_kernel(order, set_priority=True)
 
 
-def preference(capability: tuple[int, int]) -> list[SDPBackend]:
-    """Kernels of attention for a compute capability, the fastest first."""
-    fast = CUDNN_FIRST if capability >= HOPPER else FLASH_FIRST
+def preference(capability: tuple[int, int], cudnn: int) -> list[SDPBackend]:
+    """Kernels of attention for a compute capability and a version of cuDNN, the fastest first."""
+    fast = CUDNN_FIRST if capability >= HOPPER and cudnn > OLD_CUDNN else FLASH_FIRST
     return [*fast, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 

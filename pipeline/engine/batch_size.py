@@ -36,8 +36,9 @@ from pipeline.storage.base import Storage
 # A size is better than a smaller one only if it is faster by this factor.
 GAIN = 1.03
 # The smallest and the largest size that are tried, by kind of device; and where each has to be compiled, or built.
-SIZES = {"cpu": (8, 256), "cuda": (32, 1024)}
-COMPILED_SIZES = {"cpu": (16, 64), "cuda": (64, 512)}
+# Smaller batches leave a large GPU idle, and let the process that feeds it handle more of them in a second.
+SIZES = {"cpu": (8, 256), "cuda": (512, 1024)}
+COMPILED_SIZES = {"cpu": (16, 64), "cuda": (512, 1024)}
 # About how many seconds one size is measured.
 SECONDS = {"cpu": 1.5, "cuda": 0.5}
 # No further size is begun after so many seconds.
