@@ -109,6 +109,34 @@ def test_a_size_that_is_slower_ends_the_search(tmp_path: Path) -> None:
     assert machine.opened == [8, 16]
 
 
+@pytest.mark.parametrize(
+    ("device", "size", "rows", "said"),
+    [("cuda", 64, 5000, True), ("cuda", 256, 5000, False), ("cuda", 64, 64, False), ("cpu", 64, 5000, False)],
+)
+def test_a_small_batch_on_cuda_is_mentioned(
+    device: str,
+    size: int,
+    rows: int,
+    said: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(batch_size, "choose_device", lambda name: torch.device(device))
+    config = auto(tmp_path).changed({"loader.batch_size": size})
+    assert settled(config, Machine({}), rows=rows) == size
+    assert ("loader.batch_size=auto chooses between 512 and 1024" in caplog.text) == said
+
+
+def test_auto_on_cuda_tries_the_sizes_that_fill_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_size, "choose_device", lambda name: torch.device("cuda"))
+    for more in ({}, {"compile": "default"}):
+        config = auto(tmp_path, backend=more)
+        benchmark = Benchmark(config.backend, demo(), Machine({}).open_at)
+        assert benchmark.sizes(SHARD_ROWS) == [512, 1024]
+        assert benchmark.sizes(700) == [512]
+
+
 def test_doubling_ends_at_the_largest_size_for_the_device(tmp_path: Path) -> None:
     machine = Machine({size: float(size) for size in (8, 16, 32, 64, 128, 256)})
     assert settled(auto(tmp_path), machine) == 256

@@ -39,6 +39,8 @@ GAIN = 1.03
 # Smaller batches leave a large GPU idle, and let the process that feeds it handle more of them in a second.
 SIZES = {"cpu": (8, 256), "cuda": (512, 1024)}
 COMPILED_SIZES = {"cpu": (16, 64), "cuda": (512, 1024)}
+# A smaller batch on CUDA is mentioned in the log.
+SMALL_ON_CUDA = 256
 # About how many seconds one size is measured.
 SECONDS = {"cpu": 1.5, "cuda": 0.5}
 # No further size is begun after so many seconds.
@@ -204,7 +206,14 @@ def settle_batch_size(config: Config, benchmark: Benchmark, *, rows: int, storag
     """
     largest = max(1, min(config.manifest.shard_rows, rows))
     if config.loader.batch_size:
-        return min(config.loader.batch_size, largest)
+        size = min(config.loader.batch_size, largest)
+        if size < min(SMALL_ON_CUDA, largest) and choose_device(config.backend.device).type == "cuda":
+            log.warning(
+                "batches of %d images leave much of a GPU idle: loader.batch_size=auto chooses between %d and %d",
+                size,
+                *SIZES["cuda"],
+            )
+        return size
     planned = _planned(storage)
     if planned:
         log.info("batch size %d, as %s/%s says", planned, storage.url, plan.NAME)
