@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shutil
 import threading
 import weakref
 from collections.abc import Callable
@@ -19,6 +20,9 @@ from pipeline.backends.torch_module import ModuleEncoder
 from pipeline.config.schema import BackendConfig, ModelConfig, ParityConfig
 from pipeline.core.errors import BackendUnavailable, NumericalError
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
+
+
+NEEDS_COMPILER = pytest.mark.skipif(shutil.which("gcc") is None, reason="no C compiler")
 
 
 def again(work: Work, inputs: Tensors) -> tuple[Callable[[], None], Tensors]:
@@ -178,7 +182,7 @@ def test_a_graph_is_replayed_without_waiting_for_the_device(demo: Checkpoint) ->
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("compile", ["none", "reduce-overhead"])
+@pytest.mark.parametrize("compile", ["none", pytest.param("reduce-overhead", marks=NEEDS_COMPILER)])
 def test_a_graph_can_be_captured_and_replayed_in_another_thread(demo: Checkpoint, compile: str) -> None:
     found: list[torch.Tensor | BaseException] = []
     pixels = noise(demo, 4, 1).cuda()

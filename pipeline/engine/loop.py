@@ -125,7 +125,6 @@ def _results(
             if job.bank is not None:
                 features = torch.from_numpy(job.bank.features).to(encoder.device)
                 labelling = Labelling(bank=job.bank, features=features, top_k=config.labels.top_k)
-            forward = open_forward(encoder, labelling)
             spec = LoaderSpec(
                 batch_size=config.loader.batch_size,
                 # While processes decode, one more thread reads what comes next and hands in what is done.
@@ -137,7 +136,7 @@ def _results(
             loader = Loader(job.manifest, worker.reader, spec, device=encoder.device, timer=clocks.add)
         opened.enter_context(loader)
         streams = opened.enter_context(Streams(encoder.device, encoder.streams))
-        encoding = _Encoding(job, worker, loader, streams, labelling, forward)
+        encoding = _Encoding(job, worker, loader, streams, labelling, open_forward(encoder, labelling))
 
         for step in _in_order(encoding.steps(shards), ahead):
             if step.batch is not None:

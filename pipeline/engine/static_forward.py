@@ -17,7 +17,7 @@ import torch
 from pipeline.backends.base import ImageEncoder
 from pipeline.backends.torch_graph import Capture, Replay, Tensors
 from pipeline.core.records import ImageBatch
-from pipeline.engine.forward import Forward, Labelling, PendingBatch, scored
+from pipeline.engine.forward import Forward, Labelling, PendingBatch, memory_explained, scored
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +102,16 @@ class StaticForward(Forward):
 
 
 def open_forward(encoder: ImageEncoder, labelling: Labelling | None) -> Forward:
-    """The forward for the encoder's device."""
-    return (StaticForward if encoder.device.type == "cuda" else Forward)(encoder, labelling)
+    """The forward for the encoder's device.
+
+    Raises:
+        BackendUnavailable: the labels cannot be captured, or the device has no memory for it.
+        NumericalError: the captured labels are others.
+    """
+    if encoder.device.type != "cuda":
+        return Forward(encoder, labelling)
+    with memory_explained(encoder.batch_size):
+        return StaticForward(encoder, labelling)
 
 
 def _unit_noise(encoder: ImageEncoder) -> torch.Tensor:
