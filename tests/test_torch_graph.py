@@ -21,7 +21,6 @@ from pipeline.config.schema import BackendConfig, ModelConfig, ParityConfig
 from pipeline.core.errors import BackendUnavailable, NumericalError
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
 
-
 NEEDS_COMPILER = pytest.mark.skipif(shutil.which("gcc") is None, reason="no C compiler")
 
 
