@@ -12,11 +12,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from pipeline.backends import torch as torch_backend
 from pipeline.backends import torch_module
 from pipeline.backends.torch_attention import AMPERE, HOPPER, kernels, preference, preferred, prove
-from pipeline.backends.torch_module import blank, need_torchao, note_timed, tower_on
+from pipeline.backends.torch_module import QuickNormaliser, blank, need_torchao, note_timed, tower_on
 from pipeline.config.schema import BackendConfig, ModelConfig, ParityConfig
 from pipeline.core.errors import BackendUnavailable
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
-from pipeline.models.towers import ImageTower
+from pipeline.models.towers import ImageTower, Normaliser
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -95,6 +95,14 @@ def test_a_tower_is_copied_in_its_dtype_and_the_checkpoint_stays(demo: Checkpoin
         assert torch.equal(value, before[name].to(value.dtype))
         value.zero_()
     assert all(torch.equal(value, before[name]) for name, value in own.state_dict().items())
+
+
+def test_pixels_for_half_precision_are_those_of_the_reference_but_for_rounding(demo: Checkpoint) -> None:
+    every = torch.arange(256, dtype=torch.uint8).repeat(3, 1).view(1, 3, 16, 16)
+    pixels = every.contiguous(memory_format=torch.channels_last)
+    wanted, found = Normaliser(demo.spec, CPU)(pixels), QuickNormaliser(demo.spec, CPU)(pixels)
+    assert found.is_contiguous()
+    torch.testing.assert_close(found, wanted, atol=5e-7, rtol=1e-6)
 
 
 @pytest.mark.parametrize(("found", "passes"), [("0.15.0", False), ("0.17.1", False), ("0.18.0", True), ("1.0", True)])

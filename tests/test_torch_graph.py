@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gc
+import re
 import shutil
+import subprocess
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -18,8 +21,9 @@ from pipeline.backends.oom import HalvingEncoder
 from pipeline.backends.torch_graph import Replay, Tensors, Work
 from pipeline.backends.torch_module import ModuleEncoder
 from pipeline.config.schema import BackendConfig, ModelConfig, ParityConfig
-from pipeline.core.errors import BackendUnavailable, NumericalError
+from pipeline.core.errors import NumericalError
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
+from tests.conftest import ROOT
 
 NEEDS_COMPILER = pytest.mark.skipif(shutil.which("gcc") is None, reason="no C compiler")
 
@@ -199,12 +203,22 @@ def test_a_graph_can_be_captured_and_replayed_in_another_thread(demo: Checkpoint
     assert torch.equal(found[0], encoder_for(demo, 4, "cuda", compile=compile).encode(pixels))
 
 
-@pytest.mark.gpu
-def test_work_that_waits_for_the_device_cannot_be_captured_and_says_so() -> None:
-    def waits(values: torch.Tensor) -> Tensors:
-        return (values * values.sum().item(),)
+FAILS = """
+import torch
+from pipeline.backends.torch_graph import Replay
+from pipeline.core.errors import BackendUnavailable
 
-    before = torch.cuda.current_stream()
-    with pytest.raises(BackendUnavailable, match=r"cannot be captured .*backend\.cuda_graph=false"):
-        Replay(waits, (torch.ones(4, device="cuda"),))
-    assert torch.cuda.current_stream() == before
+before = torch.cuda.current_stream()
+try:
+    Replay(lambda values: (values * values.sum().item(),), (torch.ones(4, device="cuda"),))
+except BackendUnavailable as error:
+    print(error, torch.cuda.current_stream() == before)
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_work_that_waits_for_the_device_cannot_be_captured_and_says_so() -> None:
+    # In a process of its own: torch does not recover all of its state after a capture that failed.
+    done = subprocess.run([sys.executable, "-c", FAILS], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert re.search(r"cannot be captured .*take backend\.cuda_graph=false.* True$", done.stdout.strip()), done.stdout
