@@ -103,10 +103,11 @@ def cuda_graph(work: Work, inputs: Tensors) -> tuple[Callable[[], None], Tensors
                 reason = failed or error
                 if out_of_memory(reason):
                     raise reason from None
+                words = (str(reason).splitlines() or [type(reason).__name__])[0]
                 raise BackendUnavailable(
                     f"this model cannot be captured as a CUDA graph on {torch.cuda.get_device_name(device)} "
-                    f"({(str(reason).splitlines() or [type(reason).__name__])[0]}): take backend.cuda_graph=false, or a "
-                    "smaller loader.batch_size if its memory is nearly full"
+                    f"({words}): take backend.cuda_graph=false, or a smaller "
+                    "loader.batch_size if its memory is nearly full"
                 ) from reason
         torch.cuda.current_stream(device).wait_stream(stream)
     return graph.replay, results
