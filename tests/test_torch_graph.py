@@ -20,8 +20,9 @@ from pipeline.backends.base import EncoderInfo
 from pipeline.backends.oom import HalvingEncoder
 from pipeline.backends.torch_graph import Replay, Tensors, Work
 from pipeline.backends.torch_module import ModuleEncoder
-from pipeline.config.schema import BackendConfig, ModelConfig, ParityConfig
+from pipeline.config.schema import BackendConfig, Config, ModelConfig, ParityConfig
 from pipeline.core.errors import NumericalError
+from pipeline.dataset.saved_config import recipe_of
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from tests.conftest import ROOT
 
@@ -222,3 +223,9 @@ def test_work_that_waits_for_the_device_cannot_be_captured_and_says_so() -> None
     # In a process of its own: torch does not recover all of its state after a capture that failed.
     done = subprocess.run([sys.executable, "-c", FAILS], cwd=ROOT, capture_output=True, text=True, check=True)
     assert re.search(r"cannot be captured .*take backend\.cuda_graph=false.* True$", done.stdout.strip()), done.stdout
+
+
+def test_a_dataset_is_resumed_with_and_without_graphs() -> None:
+    config = Config()
+    assert recipe_of(config.changed({"backend.cuda_graph": False})) == recipe_of(config)
+    assert "cuda_graph" not in recipe_of(config)["backend"]
