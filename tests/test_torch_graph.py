@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import re
-import shutil
 import subprocess
 import sys
 import threading
@@ -25,8 +24,6 @@ from pipeline.core.errors import NumericalError
 from pipeline.dataset.saved_config import recipe_of
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from tests.conftest import ROOT
-
-NEEDS_COMPILER = pytest.mark.skipif(shutil.which("gcc") is None, reason="no C compiler")
 
 
 def again(work: Work, inputs: Tensors) -> tuple[Callable[[], None], Tensors]:
@@ -186,7 +183,7 @@ def test_a_graph_is_replayed_without_waiting_for_the_device(demo: Checkpoint) ->
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("compile", ["none", pytest.param("reduce-overhead", marks=NEEDS_COMPILER)])
+@pytest.mark.parametrize("compile", ["none", pytest.param("reduce-overhead", marks=pytest.mark.compiler)])
 def test_a_graph_can_be_captured_and_replayed_in_another_thread(demo: Checkpoint, compile: str) -> None:
     found: list[torch.Tensor | BaseException] = []
     pixels = noise(demo, 4, 1).cuda()
