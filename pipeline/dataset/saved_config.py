@@ -17,7 +17,7 @@ _OF_THE_RUN = {
     "cluster", "report", "run", "log", "metrics", "serve", "loader.workers", "loader.prefetch", "loader.feeders",
     "loader.isolation",
     "prompts.cache", "backend.artifacts", "backend.streams", "output.dir", "output.lease_seconds",
-    "errors.grace_seconds",
+    "errors.grace_seconds", "backend.cuda_graph",
 }  # fmt: skip
 # Addresses that may be relative to the current folder.
 _PLACES = ("manifest.path", "manifest.root", "prompts.path")

@@ -22,9 +22,10 @@ from pipeline.dataset.commits import commit_part
 from pipeline.dataset.parts import PartFormat, ShardResult, build_table, count_statuses
 from pipeline.engine.feeder_process import FeederSpec
 from pipeline.engine.feeders import Feeders, count_feeders
-from pipeline.engine.forward import Labelling, PendingBatch, ShardResults, launch, memory_explained
+from pipeline.engine.forward import Forward, Labelling, PendingBatch, ShardResults, memory_explained
 from pipeline.engine.gpu_clock import GpuClock
 from pipeline.engine.loader import Loader, LoaderSpec
+from pipeline.engine.static_forward import open_forward
 from pipeline.images.factory import worker_threads
 from pipeline.images.reader import PixelReader
 from pipeline.manifest.manifest import Manifest
@@ -131,7 +132,7 @@ def _results(
             loader = open_loader(job, worker, ahead)
         opened.enter_context(loader)
         streams = opened.enter_context(Streams(encoder.device, encoder.streams))
-        encoding = _Encoding(job, worker, loader, streams, labelling)
+        encoding = _Encoding(job, worker, loader, streams, labelling, open_forward(encoder, labelling))
 
         for step in _in_order(encoding.steps(shards), ahead):
             if step.batch is not None:
@@ -186,6 +187,7 @@ class _Encoding:
     loader: Loader | Feeders
     streams: Streams
     labelling: Labelling | None
+    forward: Forward
 
     def steps(self, shards: Iterable[Shard]) -> Iterator[_Step]:
         """Every batch as it is submitted; each shard ends with its rows."""
@@ -217,7 +219,7 @@ class _Encoding:
     def _encode(self, batch: ImageBatch, number: int) -> PendingBatch:
         try:
             with within(batch.shard.index), self.worker.gpu.batch():
-                return launch(batch, self.worker.encoder, self.labelling, self.worker.clocks, number=number)
+                return self.forward.launch(batch, self.worker.clocks, number=number)
         except BaseException as error:
             # The thread that waits for the next batch raises this at once.
             self.loader.fail(error)
