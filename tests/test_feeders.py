@@ -69,6 +69,7 @@ def test_the_dataset_is_that_of_a_loader_in_the_job(
     assert content(tmp_path / "out") == alone
     report = report_of(open_storage(str(tmp_path / "out")))
     assert {"read", "decode", "encode"} <= set(report["stages"])
+    assert ("peak_decoder_mib" in report["memory"]) == (isolation == "process")
 
 
 def test_a_feeder_that_is_killed_ends_the_job_and_the_same_command_goes_on(

@@ -13,6 +13,9 @@ from pipeline.core.errors import DecoderUnavailable
 from pipeline.engine.prefetch import POLL
 from pipeline.images.pool.processes import Abandoned
 
+# cudaHostRegisterPortable, of driver_types.h.
+_PORTABLE = 1
+
 
 class DeviceCopies:
     """``count`` buffers of ``shape`` on a GPU, filled from pinned memory on a stream of their own."""
@@ -34,7 +37,9 @@ class DeviceCopies:
         Raises:
             DecoderUnavailable: the driver refuses.
         """
-        code = torch.cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, 0)
+        with torch.cuda.device(self._stream.device):
+            # For every context of this process.
+            code = torch.cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, _PORTABLE)
         if int(code) != 0:
             raise DecoderUnavailable(
                 f"{memory.nbytes:,} bytes of batch buffers cannot be pinned (CUDA error {int(code)}): raise the limit "

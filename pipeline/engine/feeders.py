@@ -89,10 +89,19 @@ class Feeders:
         count: feeders at most; each is started when a shard waits for it.
         device: where the pixels are wanted.
         timer: called with the seconds that a feeder spent, from a thread of this process.
+        on_peak: called with the bytes that the largest decoder of a feeder held.
     """
 
-    def __init__(self, spec: FeederSpec, *, count: int, device: torch.device, timer: Callable[[Clocks], None]) -> None:
-        self._spec, self._count, self._timer = spec, count, timer
+    def __init__(
+        self,
+        spec: FeederSpec,
+        *,
+        count: int,
+        device: torch.device,
+        timer: Callable[[Clocks], None],
+        on_peak: Callable[[int], None] = lambda peak: None,
+    ) -> None:
+        self._spec, self._count, self._timer, self._on_peak = spec, count, timer, on_peak
         self._feeders: list[_Feeder] = []
         self._copies = DeviceCopies(spec.shape[1:], spec.loader.prefetch + 2, device) if device.type == "cuda" else None
         self._open: dict[int, Shard] = {}
@@ -104,7 +113,6 @@ class Feeders:
         self._starter = ThreadPoolExecutor(1, thread_name_prefix="starter")
         self._threads: list[threading.Thread] = []
         self._wake, self._woken = socket.socketpair()
-        self.peak_decoder = 0
 
     def __enter__(self) -> Feeders:
         return self
@@ -252,7 +260,7 @@ class Feeders:
         feeder.clocks = told
         if "end" in content:
             feeder.ended = True
-            self.peak_decoder = max(self.peak_decoder, content["peak_decoder"])
+            self._on_peak(content["peak_decoder"])
         elif "rows" in content:
             self._ready.put(parse_rows(self._open.pop(content["rows"]), content, data))
             with self._changed:

@@ -166,7 +166,8 @@ def open_loader(job: Job, worker: Worker, ahead: int) -> Loader | Feeders:
     # One batch is filled while another one is copied; on a CPU, batches are encoded where they lie.
     buffers = 3 if device.type == "cuda" else 2 + ahead
     feeder = FeederSpec(config=config, manifest=job.manifest, preprocess=reader.spec, loader=spec, buffers=buffers)
-    return Feeders(feeder, count=count, device=device, timer=worker.clocks.merge)
+    on_peak = reader.decoders.count_peak if reader.decoders is not None else lambda peak: None
+    return Feeders(feeder, count=count, device=device, timer=worker.clocks.merge, on_peak=on_peak)
 
 
 @dataclass(frozen=True, slots=True)

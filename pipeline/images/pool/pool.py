@@ -102,6 +102,10 @@ class Decoders:
         """Bytes that the largest process held at its peak; 0 if none ran, or the system does not tell."""
         return self.children.peak_rss()
 
+    def count_peak(self, peak: int) -> None:
+        """Count the peak of decoders that another process started, in bytes."""
+        self.children.count_peak(peak)
+
     def close(self) -> None:
         """End all processes; images that are being decoded are lost."""
         if not self.children.stop():

@@ -187,6 +187,10 @@ class Children:
         """Bytes that the largest process held at its peak; 0 if none ran, or the system does not tell."""
         return max(self._peak, *map(peak_rss, list(self._alive)), 0)
 
+    def count_peak(self, peak: int) -> None:
+        """Count the peak of processes that others started."""
+        self._peak = max(self._peak, peak)
+
     def stop(self) -> bool:
         """Kill all, and start no other one; False if that was done before."""
         if self._closed.is_set():
