@@ -1,4 +1,4 @@
-"""``python -m pipeline.bench``: measure the backends, or the stages of a job, on this machine."""
+"""``python -m pipeline.bench``: measure the backends, the stages of a job, or a GPU, on this machine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from importlib import import_module
 from pipeline.core.cli import run_process
 
 # The benchmarks by the first argument; the first one is the default.
-COMMANDS = {"backends": "pipeline.bench.backends", "pipeline": "pipeline.bench.pipeline"}
+COMMANDS = {
+    "backends": "pipeline.bench.backends",
+    "pipeline": "pipeline.bench.pipeline",
+    "gpu": "pipeline.bench.gpu",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
