@@ -334,9 +334,9 @@ def test_a_package_that_is_absent_is_named() -> None:
 
 
 def test_the_worker_of_a_cluster_is_killed_once_and_not_before_the_first_commit(tmp_path: Path) -> None:
-    killer = gpu_steps.Killer(tmp_path)
+    killer = gpu_collect.Killer(tmp_path)
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
-        killer.look(os.getpid())
+        killer(os.getpid())
         assert process.poll() is None
         (tmp_path / "_commits").mkdir()
         (tmp_path / "_commits" / "00000.json").touch()
@@ -344,7 +344,7 @@ def test_the_worker_of_a_cluster_is_killed_once_and_not_before_the_first_commit(
         if others:
             process.kill()
             pytest.skip("this process has started other ones, which may not be killed")
-        killer.look(os.getpid())
+        killer(os.getpid())
         assert process.wait(10) == -signal.SIGKILL
 
 

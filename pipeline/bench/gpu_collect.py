@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from pipeline.bench.gpu_records import Ran
-from pipeline.bench.gpu_watch import Sample
+from pipeline.bench.gpu_watch import Sample, descendants
 from pipeline.config.schema import ParityConfig
+from pipeline.core.machine import peak_rss
 
 # Points of a run's curve in its JSON file, about.
 CURVE = 400
@@ -121,7 +125,21 @@ def backend_rows(ran: Ran, path: Path) -> dict[str, Any]:
     return {"rows": rows}
 
 
-def cluster_figures(ran: Ran, output: Path, other: Path) -> dict[str, Any]:
+class Killer:
+    """Ends the worker of a cluster, once the dataset has its first commit."""
+
+    def __init__(self, output: Path) -> None:
+        self._output, self.killed = output, 0
+
+    def __call__(self, pid: int) -> None:
+        """Send SIGKILL to the process with the most memory of those that ``pid`` started: it holds the encoder."""
+        if not self.killed and any(self._output.glob("_commits/*.json")) and (found := descendants([pid])):
+            self.killed = max(found, key=peak_rss)
+            with suppress(ProcessLookupError):
+                os.kill(self.killed, signal.SIGKILL)
+
+
+def cluster_figures(ran: Ran, output: Path, other: Path, killer: Killer | None = None) -> dict[str, Any]:
     """Figures of a job that should equal ``other``: the names of parts hold the digests of their bytes."""
     report = json.loads((output / "_report.json").read_bytes())
     row = {
@@ -132,7 +150,13 @@ def cluster_figures(ran: Ran, output: Path, other: Path) -> dict[str, Any]:
         ours, theirs = ({path.name for path in folder.glob("part-*.parquet")} for folder in (output, other))
         if not theirs:
             raise ValueError(f"{other.name}, which it is compared with, left no parts")
-        row |= {"same_bytes": ours == theirs, "lowest_cosine": lowest_cosine(output, other)}
+        cosine = lowest_cosine(output, other)
+        limit = ParityConfig().lowest_cosine[report["fingerprints"]["backend"]["precision"]]
+        row |= {"same_bytes": ours == theirs, "lowest_cosine": cosine, "within_gate": cosine >= limit}
+    if killer is not None:
+        row["remark"] = (
+            f"process {killer.killed} was killed" if killer.killed else "it ended before its worker was killed"
+        )
     return {"rows": [row], "memory": report["memory"], "log": ran.logs[0].read_text(errors="replace")[-4000:]}
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -13,14 +11,12 @@ from typing import Any
 
 from pipeline.bench import gpu_images
 from pipeline.bench.command import quoted
-from pipeline.bench.gpu_collect import backend_rows, cluster_figures, job_figures, junit, read_figures
+from pipeline.bench.gpu_collect import Killer, backend_rows, cluster_figures, job_figures, junit, read_figures
 from pipeline.bench.gpu_micro import Spec
 from pipeline.bench.gpu_records import Step
-from pipeline.bench.gpu_watch import descendants
 from pipeline.bench.pipeline_run import merged
 from pipeline.config.choices import BACKENDS
 from pipeline.config.schema import ParityConfig
-from pipeline.core.machine import peak_rss
 
 JOB = (sys.executable, "-m", "pipeline.run")
 # A job within a share of the GPU's memory: torch raises its own error beyond it.
@@ -102,7 +98,9 @@ def job(plan: Plan, model: str, rows: str, *more: str, part: int = 1) -> list[st
     own = [f"manifest.path={quoted(str(path))}", "manifest.id=id", f"manifest.image={column}", "manifest.keep=[]"]
     labels = f"prompts.labels=[{','.join(LABELS)}]"
     device = f"backend.device={plan.device}"
-    return [f"model={model}", *weights, device, *own, labels, "report.progress=none", *limits, *more]
+    # No page, which needs a library to draw, and is not what is measured.
+    report = "report.progress=none", "report.html=false"
+    return [f"model={model}", *weights, device, *own, labels, *report, *limits, *more]
 
 
 def _pipeline(plan: Plan) -> list[Step]:
@@ -171,9 +169,7 @@ def _job_step(plan: Plan, kind: tuple[str, str, str, str], processes: int, rate:
 
 
 def _tests(plan: Plan) -> list[Step]:
-    import pipeline
-
-    root = Path(pipeline.__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     report = plan.out / "tests.xml"
     absent = missing("pytest") or ("" if (root / "tests").is_dir() else f"{root} has no folder tests")
     mark = ("-m", "gpu", str(root / "tests")) if plan.cuda else ("-m", "", str(root / "tests" / "test_gates.py"))
@@ -242,7 +238,9 @@ def _backends(plan: Plan) -> list[Step]:
 def _cluster(plan: Plan) -> list[Step]:
     model = plan.models[0]
     kind = "cuda" if plan.cuda else "local"
-    shard = max(1, min(512, plan.rows // 8))
+    part = 8 if plan.cuda else 1
+    # In 16 shards, so that a worker has something left when it is killed.
+    shard = max(1, min(512, plan.rows // part // 16))
     folder = plan.work / "cluster"
     # The card by two names, so that two workers share it: a process that reads both sees the first alone.
     both = {"CUDA_VISIBLE_DEVICES": ",".join(plan.card)} if plan.cuda else {}
@@ -252,17 +250,19 @@ def _cluster(plan: Plan) -> list[Step]:
     def step(name: str, title: str, *more: str, **options: Any) -> Step:
         output = folder / name
         own = [f"output.dir={quoted(str(output))}", f"manifest.shard_rows={shard}", "images=fast"]
-        keys = merged(job(plan, model, "files", *own, part=8 if plan.cuda else 1), more)
+        keys = merged(job(plan, model, "files", *own, part=part), more)
         command = (*options.pop("first", JOB), *keys)
+        collect = partial(cluster_figures, output=output, other=folder / options.pop("like", "inline"))
         return Step(
             f"cluster-{name}",
             "cluster",
             title,
             (command,),
-            partial(cluster_figures, output=output, other=folder / options.pop("like", "inline")),
+            partial(collect, killer=options.get("during")),
             least=plan.least(20),
             most=90,
-            **{"absent": missing("simplejpeg"), "needs": gpu_images.files_in(_images(plan)), **options},
+            absent=options.pop("absent", "") or missing("simplejpeg"),
+            **{"needs": gpu_images.files_in(_images(plan)), **options},
         )
 
     workers = [f"cluster={kind}", "cluster.workers=1"], [f"cluster={kind}", "cluster.workers=2"]
@@ -280,9 +280,9 @@ def _cluster(plan: Plan) -> list[Step]:
             *workers[0],
             environment=one,
             absent=distributed,
-            during=Killer(folder / "killed").look,
+            during=Killer(folder / "killed"),
         ),
-        step("memory", "a large batch", *whole, environment=one, absent=alone),
+        step("memory", "a large batch", *whole, environment=one, absent=alone, like="memory"),
         step(
             "halved",
             "the same batch in three quarters of that memory",
@@ -294,23 +294,6 @@ def _cluster(plan: Plan) -> list[Step]:
             like="memory",
         ),
     ]
-
-
-class Killer:
-    """Ends the worker of a cluster once the dataset has its first commit."""
-
-    def __init__(self, output: Path) -> None:
-        self._output, self._done = output, False
-
-    def look(self, pid: int) -> None:
-        """Send SIGKILL, once, to the process with the most memory of those that ``pid`` started."""
-        if self._done or not any(self._output.glob("_commits/*.json")):
-            return
-        found = descendants([pid])
-        if found:
-            self._done = True
-            # The encoder's weights make it the largest one.
-            os.kill(max(found, key=peak_rss), signal.SIGKILL)
 
 
 def missing(*packages: str) -> str:
