@@ -157,7 +157,7 @@ def cluster_figures(ran: Ran, output: Path, other: Path, killer: Killer | None =
         row["remark"] = (
             f"process {killer.killed} was killed" if killer.killed else "it ended before its worker was killed"
         )
-    return {"rows": [row], "memory": report["memory"], "log": ran.logs[0].read_text(errors="replace")[-4000:]}
+    return {"rows": [row], "memory": report["memory"]}
 
 
 def lowest_cosine(output: Path, other: Path) -> float:

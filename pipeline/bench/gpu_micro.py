@@ -5,11 +5,10 @@ Each figure is written as soon as it is known: a step whose time is up keeps wha
 
 from __future__ import annotations
 
-import copy
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -39,30 +38,34 @@ class Spec:
 
 
 class Micro:
-    """The opened tower, and the figures so far."""
+    """The encoder of a job, launched operation by operation, and the figures so far."""
 
     def __init__(self, spec: Spec) -> None:
         import torch
 
-        from pipeline.backends.devices import DTYPES, choose
+        from pipeline.backends.devices import DTYPES
         from pipeline.config.compose import compose_config
         from pipeline.core.machine import machine, versions
         from pipeline.core.processes import cores
         from pipeline.models.checkpoint import open_checkpoint
-        from pipeline.models.towers import ImageTower, Normaliser
 
         self._spec, self._torch = spec, torch
         weights = [] if spec.model == "demo" else ["model.weights=random"]
         self._config = compose_config([f"model={spec.model}", *weights, f"backend.device={spec.device}"])
-        self._device, precision = choose(self._config.backend)
-        self._dtype = DTYPES[precision]
         self._checkpoint = open_checkpoint(self._config.model)
-        tower = copy.deepcopy(ImageTower(self._checkpoint))
-        self._tower = tower.to(device=self._device, dtype=self._dtype)
-        self._normalise = Normaliser(self._checkpoint.spec, self._device)
-        facts = machine(str(self._device), cores())
-        self.figures: dict[str, Any] = {"precision": precision, "machine": facts, "versions": versions(("triton",))}
-        self.figures["rows"] = []
+        # One that captures a graph by itself has a setting against it.
+        eager = {"backend.cuda_graph": False} if hasattr(self._config.backend, "cuda_graph") else {}
+        self._encoder = self._open(spec.sizes[0], eager)
+        self._device, self._dtype = self._encoder.device, DTYPES[self._encoder.precision]
+        facts = {"machine": machine(str(self._device), cores()), "versions": versions(("triton",))}
+        self.figures: dict[str, Any] = {"precision": self._encoder.precision, **facts, "rows": []}
+
+    def _open(self, size: int, values: Mapping[str, Any]) -> Any:
+        from pipeline.engine.demo.folder import rendered_sample
+        from pipeline.engine.engine import open_backend
+
+        spec, config = self._checkpoint.spec, self._config.changed(values)
+        return open_backend(config, self._checkpoint, lambda: rendered_sample(spec, 8), size)
 
     def note(self, case: str, measure: Callable[[], dict[str, Any]]) -> None:
         """Measure one row, and write all; a failure is its remark."""
@@ -82,13 +85,13 @@ class Micro:
         spec = self._spec
         with self._torch.inference_mode():
             self.note("achievable matmul", self._matmul)
-            self.note("as a job opens it", self._own)
+            self.note("as a job opens it", partial(self._own, {}))
             for size in spec.sizes:
                 self.note(f"eager {size}", partial(self._eager, size))
                 self.note(f"graph {size}", partial(self._graph, size))
             self.note(f"launch on the host, eager {spec.sizes[0]}", self._launch)
             self.note("attention kernel", self._kernels)
-            self.note(f"compiled {spec.compiled}", self._compiled)
+            self.note("compiled", partial(self._own, {"backend.compile": "default"}))
 
     def _pixels(self, size: int) -> Any:
         """Pixels in the layout of the loader: [N, H, W, 3] in memory."""
@@ -99,7 +102,7 @@ class Micro:
 
     def _forward(self, size: int) -> Callable[[], Any]:
         pixels = self._pixels(size)
-        return lambda: self._tower(self._normalise(pixels).to(self._dtype))
+        return lambda: self._encoder.encode(pixels)
 
     def _eager(self, size: int) -> dict[str, float]:
         return self._rate(self._forward(size), size)
@@ -151,12 +154,14 @@ class Micro:
         return float(first.elapsed_time(last)) / calls
 
     def _flop(self) -> int:
+        """Floating-point operations of an image; a multiplication and its addition are two."""
         from torch.utils.flop_counter import FlopCounterMode
 
-        height, width = self._checkpoint.spec.size
-        blank = self._torch.zeros(1, 3, height, width, device=self._device, dtype=self._dtype)
-        with FlopCounterMode(display=False) as counter:
-            self._tower(blank)
+        from pipeline.models.towers import ImageTower
+
+        # On the CPU, where no kernel hides what it is made of.
+        with self._torch.inference_mode(False), self._torch.no_grad(), FlopCounterMode(display=False) as counter:
+            ImageTower(self._checkpoint)(self._torch.zeros(1, 3, *self._checkpoint.spec.size))
         return int(counter.get_total_flops())
 
     def _matmul(self) -> dict[str, str]:
@@ -203,25 +208,12 @@ class Micro:
         launches = sum(event.count for event in events)
         return {"remark": f"{named[0][:120] if named else 'none by its name'}; {launches} launches a forward"}
 
-    def _own(self) -> dict[str, Any]:
-        """The encoder as a job opens it, at the size that is compiled."""
-        from pipeline.engine.demo.folder import rendered_sample
-        from pipeline.engine.engine import open_backend
-
+    def _own(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The encoder as a job opens it, at the one size that is compiled."""
         size = self._spec.compiled
-        checkpoint = self._checkpoint
-        encoder = open_backend(self._config, checkpoint, lambda: rendered_sample(checkpoint.spec, 8), size)
-        pixels = self._pixels(size)
+        encoder, pixels = self._open(size, values), self._pixels(size)
         said = ", ".join(f"{name} {text}" for name, text in encoder.fingerprint.items())
         return {**self._rate(lambda: encoder.encode(pixels), size), "remark": f"batch {size}; {said}"}
-
-    def _compiled(self) -> dict[str, float]:
-        from pipeline.backends.torch_module import compiled
-
-        pixels = self._pixels(self._spec.compiled)
-        normalised = self._normalise(pixels).to(self._dtype)
-        forward = compiled(self._tower, mode="default", pixels=normalised)
-        return self._rate(lambda: forward(self._normalise(pixels).to(self._dtype)), self._spec.compiled)
 
 
 def main(text: str) -> None:

@@ -140,6 +140,8 @@ def _gap(best: Outcome | None, outcomes: Sequence[Outcome]) -> list[dict[str, An
     for name, stage in (pace["stages"] if pace else {}).items():
         alone, share = stage["images_per_second"], stage["share"]
         found.append({"layer": f"stage {name}", "images_per_second": alone, "share_of_core_time": share})
+    for name, share in list(forward.get("kernels", {}).items())[:8]:
+        found.append({"layer": f"kernel {name[:70]}", "share_of_forward": share})
     return found
 
 
