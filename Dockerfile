@@ -4,6 +4,9 @@
 # For NVIDIA GPUs add: --build-arg BASE=nvidia/cuda:13.0.2-base-ubuntu24.04 --build-arg TORCH_INDEX=
 # The base sets only what the driver needs: PyTorch's packages contain the CUDA libraries.
 ARG BASE=debian:bookworm-slim
+# PyTorch's CPU build has a fifth of the size of the CUDA build on the package index; an empty value installs the
+# latter.
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 
 FROM ${BASE} AS python
 ARG DEBIAN_FRONTEND=noninteractive
@@ -23,12 +26,10 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/* \
     && python3 -m venv /opt/tools \
     && python3 -m venv --without-pip /opt/venv
-# PyTorch's CPU build has a fifth of the size of the CUDA build on the package index; an empty value installs the
-# latter.
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+ARG TORCH_INDEX
 ARG EXTRAS=onnx,int8,metrics,s3,deploy
 WORKDIR /src
-# Remove files that only compilers and PyTorch's tests read and, without CUDA, a library that needs it: 416 MB.
+# Remove files that only PyTorch's tests read and, without CUDA, those of its compilers and a library: 416 MB.
 COPY pyproject.toml constraints.txt jobs/deploy/requirements.py ./
 RUN --mount=type=cache,target=/root/.cache/pip \
     python3 requirements.py pyproject.toml "${EXTRAS}" > requirements.txt \
@@ -37,9 +38,10 @@ RUN --mount=type=cache,target=/root/.cache/pip \
             -c constraints.txt torch; \
     fi \
     && /opt/tools/bin/pip --python /opt/venv/bin/python install -c constraints.txt -r requirements.txt \
-    && rm -rf /opt/venv/lib/python3*/site-packages/torch/include /opt/venv/lib/python3*/site-packages/torch/test \
+    && rm -rf /opt/venv/lib/python3*/site-packages/torch/test \
     && if [ -n "${TORCH_INDEX}" ]; then \
-        rm -f /opt/venv/lib/python3*/site-packages/onnxruntime/capi/libonnxruntime_providers_cuda.so; \
+        rm -rf /opt/venv/lib/python3*/site-packages/torch/include \
+            /opt/venv/lib/python3*/site-packages/onnxruntime/capi/libonnxruntime_providers_cuda.so; \
     fi
 
 FROM dependencies AS package
@@ -50,15 +52,30 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     /opt/tools/bin/pip install --no-deps --target /opt/clip-pipeline .
 
 FROM python AS runtime
+ARG DEBIAN_FRONTEND=noninteractive
+ARG TORCH_INDEX
+# Kernels for a GPU are compiled when a model is opened with torch.compile, int8 or fp8: with a C++ compiler and Python's
+# headers, 294 MB on Ubuntu 24.04, and PyTorch's headers, 62 MB.
+# hadolint ignore=DL3008
+RUN if [ -z "${TORCH_INDEX}" ]; then \
+        apt-get update \
+        && apt-get install -y --no-install-recommends g++ python3-dev \
+        && rm -rf /var/lib/apt/lists/*; \
+    fi
 RUN groupadd --gid 10001 clip \
     && useradd --uid 10001 --gid clip --no-create-home --home-dir /cache --shell /usr/sbin/nologin clip \
     && install -d -o clip -g clip /cache /work
 COPY --from=dependencies /opt/venv /opt/venv
 COPY --from=package /opt/clip-pipeline /opt/clip-pipeline
-# Models, exports and text embeddings are stored under /cache: mount a volume there.
+# Models, exports, compiled kernels and text embeddings are stored under /cache: mount a volume there. Kernels are loaded
+# as libraries, which Docker forbids in a tmpfs such as /tmp of compose.yaml.
+# The driver's libraries for video contain the JPEG engine of images.decoder=gpu; the base asks for compute and utility.
 ENV PYTHONPATH=/opt/clip-pipeline \
     XDG_CACHE_HOME=/cache \
     HF_HOME=/cache/huggingface \
+    TORCHINDUCTOR_CACHE_DIR=/cache/torchinductor \
+    TRITON_CACHE_DIR=/cache/triton \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility,video \
     MPLCONFIGDIR=/tmp/matplotlib
 USER 10001:10001
 WORKDIR /work

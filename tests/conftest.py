@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import sys
+import sysconfig
 from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
@@ -58,6 +59,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
         if item.get_closest_marker("tensorrt") and torch.cuda.is_available() and not _has_tensorrt():
             item.add_marker(pytest.mark.skip(reason="no TensorRT 10 (libnvinfer.so.10)"))
+        if item.get_closest_marker("compiler") and not _can_compile():
+            item.add_marker(pytest.mark.skip(reason="no C++ compiler, or no Python.h: apt-get install g++ python3-dev"))
         if item.get_closest_marker("hub") and os.environ.get("PIPELINE_TEST_HUB") != "1":
             item.add_marker(pytest.mark.skip(reason="PIPELINE_TEST_HUB=1 allows tests that use the hub"))
 
@@ -129,6 +132,10 @@ def _has_tensorrt() -> bool:
     except OSError:
         return False
     return True
+
+
+def _can_compile() -> bool:
+    return shutil.which("g++") is not None and Path(sysconfig.get_path("include"), "Python.h").is_file()
 
 
 def data_folder(name: str) -> Path:

@@ -33,7 +33,11 @@ from tests.conftest import ROOT
 
 pytestmark = pytest.mark.usefixtures("exported_once")
 BATCH = 8
-PACKAGES = {"onnx": "onnxruntime", "onnx_int8": "onnxruntime", "torch_int8": "torchao", "torch_fp8": "torchao"}
+_ONNX = ("onnxruntime", "onnx", "onnxscript")
+PACKAGES = {
+    **dict.fromkeys(("onnx", "onnx_int8", "tensorrt"), _ONNX),
+    **dict.fromkeys(("torch_int8", "torch_fp8"), ("torchao",)),
+}
 # Lowest cosine to fp32 that a precision must keep on the demo model.
 COSINE = {"fp32": 0.99999, "bf16": 0.995, "fp16": 0.999, "int8": 0.99, "fp8": 0.98}
 
@@ -41,8 +45,10 @@ COSINE = {"fp32": 0.99999, "bf16": 0.995, "fp16": 0.999, "int8": 0.99, "fp8": 0.
 def _case(name: str, precision: str, device: str, **options: str) -> Any:
     words = [name, precision, device, *options.values()]
     marks: list[pytest.MarkDecorator] = [pytest.mark.gpu] if device == "cuda" else []
-    marks += [pytest.mark.needs(PACKAGES[name])] if name in PACKAGES else []
+    marks += [pytest.mark.needs(*PACKAGES[name])] if name in PACKAGES else []
     marks += [pytest.mark.slow] if "compile" in options and device == "cpu" else []
+    if device == "cuda" and ("compile" in options or PACKAGES.get(name) == ("torchao",)):
+        marks.append(pytest.mark.compiler)
     if name == "tensorrt":
         marks.append(pytest.mark.tensorrt)
     if name == "torch_fp8":

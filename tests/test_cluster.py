@@ -302,6 +302,24 @@ def test_visible_gpus_are_taken_as_they_are_named(monkeypatch: pytest.MonkeyPatc
         cuda.open_client(Config(cluster=ClusterConfig(name="cuda", workers=3)))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     assert cuda.visible() == []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-7f,MIG-GPU-5d/1/0")
+    assert cuda.chosen_gpus(0) == ["MIG-7f", "MIG-GPU-5d/1/0"]
+
+
+def test_the_parts_of_a_divided_gpu_are_workers_instead_of_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    listing = tmp_path / "nvidia-smi"
+    listing.write_text(
+        "#!/bin/sh\ncat <<END\n"
+        "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-1a)\n"
+        "  MIG 3g.40gb     Device  0: (UUID: MIG-2b)\n"
+        "  MIG 3g.40gb     Device  1: (UUID: MIG-3c)\n"
+        "GPU 1: NVIDIA H100 80GB HBM3 (UUID: GPU-4d)\nEND\n"
+    )
+    listing.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert cuda.chosen_gpus(0) == ["MIG-2b", "MIG-3c", "GPU-4d"]
+    assert cuda.chosen_gpus(2) == ["MIG-2b", "MIG-3c"]
 
 
 def test_a_slurm_job_is_asked_for_as_the_config_says() -> None:

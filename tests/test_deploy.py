@@ -619,7 +619,24 @@ def test_the_gpu_file_sets_arguments_that_the_dockerfile_has() -> None:
     for name, service in services.items():
         assert name in COMPOSE["services"]
         assert set(service["build"]["args"]) <= arguments
-        assert service["deploy"]["resources"]["reservations"]["devices"][0]["capabilities"] == ["gpu"]
+        [device] = service["deploy"]["resources"]["reservations"]["devices"]
+        assert device["capabilities"] == ["gpu", *CAPABILITIES.split(",")]
+        assert "gpu" in service["build"]["args"]["EXTRAS"].split(",")
+
+
+CAPABILITIES = "compute,utility,video"
+
+
+def test_an_image_with_cuda_can_compile_and_decode() -> None:
+    for name in ("job", "service"):
+        steps = dockerfile()[name]
+        environment = " ".join(rest for word, rest in steps if word == "ENV")
+        assert f"NVIDIA_DRIVER_CAPABILITIES={CAPABILITIES}" in environment
+        # Compiled kernels are libraries: nothing below /tmp, a tmpfs that Docker mounts without the right to execute.
+        assert re.findall(r"(?:TRITON|TORCHINDUCTOR)_CACHE_DIR=(\S+)/", environment) == ["/cache", "/cache"]
+        compilers = [rest for word, rest in steps if word == "RUN" and "g++ python3-dev" in rest]
+        assert len(compilers) == 1
+        assert compilers[0].startswith('if [ -z "${TORCH_INDEX}" ]')
 
 
 def test_the_requirements_of_extras_are_those_of_pyproject() -> None:

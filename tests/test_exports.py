@@ -15,6 +15,7 @@ import pytest
 import torch
 
 pytest.importorskip("onnxruntime", reason="needs the extra onnx")
+pytest.importorskip("onnx", reason="needs the extra onnx")
 
 import onnx
 

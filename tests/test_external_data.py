@@ -11,6 +11,7 @@ import pytest
 import torch
 
 pytest.importorskip("onnxruntime", reason="needs the extra onnx")
+pytest.importorskip("onnx", reason="needs the extra onnx")
 
 import onnx
 from onnx import TensorProto, helper

@@ -16,7 +16,6 @@ from pipeline.config.schema import PromptsConfig, ServeConfig
 from pipeline.core.errors import PromptsError
 from pipeline.models.label_files import LabelSet, read_labels
 from pipeline.serve.errors import Refused
-from pipeline.serve.requests import PredictRequest, read_request
 
 TEMPLATES = ["a photo of a {}", "a {}"]
 TWO = LabelSet(("cat", "dog"), (("a photo of a cat", "a cat"), ("a photo of a dog", "a dog")))
@@ -274,6 +273,9 @@ def test_a_template_that_is_not_filled_makes_all_labels_the_same() -> None:
 
 @pytest.mark.parametrize(("one", "other"), [*SAME_NAMES, ("cat", "cat")])
 def test_a_request_with_labels_that_nobody_can_tell_apart_is_refused(one: str, other: str) -> None:
+    pytest.importorskip("python_multipart", reason="needs the extra serve")
+    from pipeline.serve.requests import PredictRequest, read_request
+
     body = {"images": [{"data": ""}], "labels": [one, "dog", other]}
     with pytest.raises(Refused, match=r"Unicode form only|is a duplicate") as caught:
         read_request(PredictRequest, "application/json", json.dumps(body).encode(), ServeConfig())

@@ -7,7 +7,7 @@ import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -27,8 +27,10 @@ from pipeline.models.label_files import read_labels
 from pipeline.models.numbers import SAME_COSINE, alike, are_unit, check_scores
 from pipeline.models.text import build_bank
 from pipeline.serve.errors import Refused
-from pipeline.serve.service import Service
 from tests.jobs import config_for, scenes_manifest
+
+if TYPE_CHECKING:
+    from pipeline.serve.service import Service
 
 LABELS = PromptsConfig(labels=["red circle", "blue star"])
 
@@ -176,6 +178,10 @@ def test_scores_of_a_job_are_proved(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def service_of(name: str, tmp_path: Path) -> Service:
+    for package in ("fastapi", "prometheus_client", "python_multipart", "uvicorn"):
+        pytest.importorskip(package, reason="needs the extra serve")
+    from pipeline.serve.service import Service
+
     config = Config(model=ModelConfig(name=name), loader=LoaderConfig(batch_size=4, isolation="none"))
     return Service(config.changed({"backend.device": "cpu", "prompts.cache": str(tmp_path / "cache")}))
 

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,9 +21,10 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from pipeline.config.schema import FORMATS, ManifestConfig
-from pipeline.core.errors import BackendUnavailable
+from pipeline.config.schema import FORMATS, Config, ImagesConfig, ManifestConfig
+from pipeline.core.errors import BackendUnavailable, PlanMismatch
 from pipeline.core.records import Failure, ImageBatch, Pixels, PreprocessSpec
+from pipeline.dataset import plan
 from pipeline.engine.loader import Loader, LoaderSpec
 from pipeline.engine.padding import repeats
 from pipeline.images.decode import Decoder
@@ -35,9 +36,11 @@ from pipeline.images.pool.pool import Decoders
 from pipeline.images.preprocess import preprocess
 from pipeline.images.reader import PixelReader
 from pipeline.images.sources.source import Source
+from pipeline.images.versions import fingerprint
 from pipeline.manifest.manifest import Manifest, open_manifest
 from pipeline.manifest.shards import cut
 from pipeline.report.thumbnails import THUMBNAIL, thumbnails
+from pipeline.storage.local import LocalStorage
 from tests.pictures import saved
 
 CPU = torch.device("cpu")
@@ -80,6 +83,8 @@ def orientation(number: int) -> Image.Exif:
 class PillowCodec:
     """A codec on the CPU that writes down in which order it is used and its pictures are let go."""
 
+    engine = nvimgcodec.HARDWARE
+
     def __init__(self, device: torch.device) -> None:
         assert device.type == "cpu"
         self.events: list[str] = []
@@ -106,10 +111,12 @@ class PillowCodec:
         return found
 
 
-def decoder(spec: PreprocessSpec = CLIP, *, exif: str = "apply", **options: Any) -> tuple[NvidiaDecoder, PillowCodec]:
+def decoder(
+    spec: PreprocessSpec = CLIP, *, exif: str = "apply", share: float = 1.0, **options: Any
+) -> tuple[NvidiaDecoder, PillowCodec]:
     codec = PillowCodec(CPU)
     rules = replace(RULES, exif=exif, **options)
-    return NvidiaDecoder(spec, CPU, rules, lanes=1, open_codec=lambda device: codec), codec
+    return NvidiaDecoder(spec, CPU, rules, share=share, lanes=1, open_codec=lambda device: codec), codec
 
 
 def off(found: torch.Tensor | None, reference: np.ndarray) -> int:
@@ -340,11 +347,8 @@ class HostCodec(PillowCodec):
     def __init__(self, module: Any) -> None:
         super().__init__(CPU)
         self.module = module
-        self.decoder = module.Decoder(
-            device_id=module.NVIMGCODEC_DEVICE_CPU_ONLY,
-            max_num_cpu_threads=1,
-            backends=[module.Backend(module.BackendKind.CPU_ONLY, 1.0, module.LoadHintPolicy.IGNORE)],
-        )
+        kinds = [module.BackendKind.CPU_ONLY]
+        self.decoder = nvimgcodec.decoder_of(module, kinds, module.NVIMGCODEC_DEVICE_CPU_ONLY)
 
     def decode(self, encoded: Sequence[bytes]) -> list[torch.Tensor | None]:
         return nvimgcodec.decode(self.module, self.decoder, encoded, lambda image: torch.from_numpy(np.asarray(image)))
@@ -367,6 +371,88 @@ def test_nvimagecodec_is_called_as_it_wants_to_be() -> None:
         assert off(pixels, exact(data, CLIP)) <= 2
     assert codec.decode([b"\xff\xd8 nonsense"]) == [None]
     assert nvimgcodec.version() == module.__version__
+
+
+def test_halved_colours_are_interpolated_as_pillow_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = pytest.importorskip("nvidia.nvimgcodec", reason="nvImageCodec is not installed")
+    dice = np.random.default_rng(5)
+    image = Image.fromarray(dice.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((256, 192), Image.Resampling.BOX)
+    data = jpeg(image, subsampling=2)
+    wanted = np.asarray(Image.open(io.BytesIO(data)))
+    [found] = HostCodec(module).decode([data])
+    assert off(found, wanted) <= 2
+    # Unless the option arrives: it is the default of some versions only.
+    monkeypatch.setattr(nvimgcodec, "OPTIONS", ":fancy_upsampling=0")
+    [other] = HostCodec(module).decode([data])
+    assert off(other, wanted) > 20
+
+
+def test_an_engine_that_is_not_there_is_found_to_be_absent() -> None:
+    module = pytest.importorskip("nvidia.nvimgcodec", reason="nvImageCodec is not installed")
+    kinds, device = module.BackendKind, module.NVIMGCODEC_DEVICE_CPU_ONLY
+    assert nvimgcodec.takes_a_picture(module, kinds.CPU_ONLY, device)
+    assert not nvimgcodec.takes_a_picture(module, kinds.HW_GPU_ONLY, device)
+
+
+def test_a_machine_without_the_jpeg_engine_is_told_about_the_capability(caplog: pytest.LogCaptureFixture) -> None:
+    gpu, codec = decoder()
+    assert gpu.engine == nvimgcodec.HARDWARE
+    assert caplog.messages == []
+    codec.engine = nvimgcodec.KERNELS
+    gpu = NvidiaDecoder(CLIP, CPU, RULES, open_codec=lambda device: codec)
+    assert gpu.engine == nvimgcodec.KERNELS
+    [message] = caplog.messages
+    assert "NVIDIA_DRIVER_CAPABILITIES=compute,utility,video" in message
+
+
+def test_lanes_with_different_engines_are_refused() -> None:
+    codecs = [PillowCodec(CPU), PillowCodec(CPU)]
+    codecs[1].engine = nvimgcodec.KERNELS
+    with pytest.raises(BackendUnavailable, match="answered only once"):
+        NvidiaDecoder(CLIP, CPU, RULES, open_codec=lambda device: codecs.pop())
+
+
+def test_a_share_of_the_files_goes_to_the_device_by_their_bytes_alone() -> None:
+    files = [jpeg(picture(40 + i % 7, 30, seed=i)) for i in range(200)]
+
+    def taken(share: float, some: Sequence[bytes]) -> list[bool]:
+        gpu, _ = decoder(share=share)
+        return [pixels is not None for pixels in gpu.decode(some)]
+
+    half = taken(0.5, files)
+    assert 70 < sum(half) < 130
+    assert taken(0.5, files[::-1]) == half[::-1]
+    assert [taken(0.5, [data])[0] for data in files[:20]] == half[:20]
+    # Less goes to the device with a smaller share, and nothing else.
+    fewer = taken(0.2, files)
+    assert all(whole for whole, part in zip(half, fewer, strict=True) if part)
+    assert (sum(taken(0, files)), sum(taken(1, files))) == (0, 200)
+
+
+def test_the_fingerprint_names_what_decodes_on_a_gpu_alone() -> None:
+    images = ImagesConfig()
+    assert fingerprint(images).keys() == {*asdict(images), "library"} - {"gpu_share"}
+    gpu = replace(images, decoder="gpu")
+    assert fingerprint(gpu, nvimgcodec.KERNELS) == {**fingerprint(gpu), "engine": "kernels"}
+    assert fingerprint(replace(gpu, gpu_share=0.5)) == {**fingerprint(gpu), "gpu_share": 0.5}
+    assert fingerprint(replace(images, gpu_share=0.5)) == fingerprint(images)
+
+
+def test_a_dataset_of_another_engine_is_refused_and_one_from_before_is_accepted(tmp_path: Path) -> None:
+    config = Config(images=ImagesConfig(decoder="gpu"))
+
+    def plan_of(engine: str | None) -> plan.Plan:
+        return plan.new_plan(config, {"images": fingerprint(config.images, engine)}, rows=5)
+
+    old, new = LocalStorage(str(tmp_path / "old")), LocalStorage(str(tmp_path / "new"))
+    plan.write_once(old, plan_of(None))
+    # A resume keeps the fingerprints as they are there: all parts have the same.
+    settled = plan.settle(old, plan_of(nvimgcodec.HARDWARE))
+    assert settled.fingerprints == plan_of(None).fingerprints
+    assert not plan.write_once(old, settled)
+    plan.write_once(new, plan_of(nvimgcodec.HARDWARE))
+    with pytest.raises(PlanMismatch, match=r'images\.engine: there "hardware", now "kernels"'):
+        plan.settle(new, plan_of(nvimgcodec.KERNELS))
 
 
 def corrupted(found: Sequence[torch.Tensor | None], references: Sequence[np.ndarray], *, levels: int = 1) -> list[int]:
@@ -494,7 +580,7 @@ def test_the_gpu_decodes_nearly_as_pillow(name: str) -> None:
     for data, pixels in zip(files, on_gpu(SPECS[name]).decode(files), strict=True):
         assert pixels is not None
         assert pixels.is_cuda
-        # nvJPEG repeats halved colours where libjpeg-turbo interpolates them, which shows at edges.
+        # nvJPEG's inverse transform and its interpolation of colours differ a little from libjpeg-turbo's.
         assert np.abs(pixels.cpu().numpy().astype(int) - exact(data, SPECS[name])).mean() < 2
 
 
@@ -527,6 +613,27 @@ def test_200_rounds_beside_other_kernels_corrupt_no_picture_and_no_tensor() -> N
 
     with ThreadPoolExecutor(4) as pool:
         assert [line for lines in pool.map(rounds, range(4)) for line in lines] == []
+
+
+@pytest.mark.gpu
+def test_the_engine_of_this_gpu_is_named() -> None:
+    engine, name = on_gpu().engine, torch.cuda.get_device_name()
+    if engine == nvimgcodec.KERNELS and any(model in name for model in ("A100", "H100", "H200")):
+        pytest.skip(f"the JPEG engine of {name} does not answer: the container needs the driver capability video")
+    assert engine in nvimgcodec.WORDS
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", SPECS)
+def test_resampling_waits_for_no_device(name: str) -> None:
+    pictures = [torch.full((300 + i, 400, 3), i, dtype=torch.uint8, device="cuda") for i in range(4)]
+    for mode in ("default", "error"):
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            found = resample(pictures, SPECS[name])
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert len(found) == len(pictures)
 
 
 @pytest.mark.gpu

@@ -23,12 +23,14 @@ from pipeline.core.run_report import Pace, RunReport, StagePace
 from pipeline.report import page
 from pipeline.report.bottleneck import (
     Cost,
+    GpuUse,
     Limit,
     LoopFigures,
     ProcessSetup,
     find_bottleneck,
     find_limit,
     find_pace,
+    gpu_use,
     verdict,
 )
 from pipeline.report.history import earlier_runs
@@ -243,6 +245,46 @@ def test_the_bound_follows_from_the_clocks(
     found = find_bottleneck(Clocks(seconds), setup, startup=startup, wall=100)
     assert found.stage == bound
     assert advice in found.advice
+
+
+@pytest.mark.parametrize(
+    ("use", "stage", "advice"),
+    [
+        (GpuUse(busy=0.97, starved=0.0), "encoding", "busy in 97% of the time"),
+        (GpuUse(busy=0.31, starved=0.9), "launching", "31% of the time, and 90% of the batches waited"),
+    ],
+)
+def test_a_gpu_that_waits_for_its_launches_is_not_called_the_bottleneck(use: GpuUse, stage: str, advice: str) -> None:
+    setup = ProcessSetup("cuda", "bf16", "fast", threads=16, streams=1, cores=16)
+    found = find_bottleneck(Clocks({Stage.ENCODE: 9, Stage.WAIT_INPUT: 1}), setup, startup=1, wall=100, gpu=use)
+    assert found.stage == stage
+    assert advice in found.advice
+
+
+def test_the_rate_of_a_gpu_follows_from_its_own_clock() -> None:
+    clocks = Clocks({Stage.ENCODE: 9.0}, {Stage.ENCODE: 9.0})
+    worker = WorkerStats("0", "host", 1, "cuda:0", 16, 1.0, clocks=clocks, own_core_seconds=10.0)
+    setup, loop = (
+        ProcessSetup("cuda", "bf16", "fast", threads=16, streams=1, cores=16),
+        LoopFigures(1000, seconds=10.0, steady=100.0),
+    )
+
+    def stats_of(*workers: WorkerStats) -> RunStats:
+        return RunStats(began=0.0, ended=10.0, rows=1000, images=1000, workers=workers)
+
+    def rate(stats: RunStats) -> float | None:
+        found = find_pace(stats, setup, loop)
+        assert found is not None
+        return found.stages[Stage.ENCODE].images_per_second
+
+    assert gpu_use(stats_of(worker), 10.0) is None
+    assert rate(stats_of(worker)) == pytest.approx(1000 / 9)
+    timed = replace(worker, gpu_batches=10, gpu_seconds=2.5, gpu_starved=9)
+    assert rate(stats_of(timed)) == pytest.approx(400)
+    assert gpu_use(stats_of(timed), 10.0) == GpuUse(busy=0.25, starved=0.9)
+    both = stats_of(timed, replace(timed, name="1", gpu_seconds=7.5, gpu_starved=1))
+    assert gpu_use(both, 10.0) == GpuUse(busy=0.5, starved=0.5)
+    assert RunStats.from_json({**both.to_json(), "workers": 2}) == both
 
 
 def test_clocks_add_up_over_threads_and_over_shards() -> None:

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 pytest.importorskip("moto", reason="needs the extra compat")
+pytest.importorskip("s3fs", reason="needs the extra s3")
 
 import s3fs
 

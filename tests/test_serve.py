@@ -20,6 +20,9 @@ import pyarrow.parquet as pq
 import pytest
 
 pytest.importorskip("uvicorn", reason="needs the extra serve")
+pytest.importorskip("fastapi", reason="needs the extra serve")
+pytest.importorskip("prometheus_client", reason="needs the extra serve")
+pytest.importorskip("python_multipart", reason="needs the extra serve")
 
 from prometheus_client.parser import text_string_to_metric_families
 

@@ -18,6 +18,9 @@ import pytest
 import torch
 
 pytest.importorskip("uvicorn", reason="needs the extra serve")
+pytest.importorskip("fastapi", reason="needs the extra serve")
+pytest.importorskip("prometheus_client", reason="needs the extra serve")
+pytest.importorskip("python_multipart", reason="needs the extra serve")
 
 import uvicorn
 

@@ -23,6 +23,7 @@ from transformers import AutoTokenizer, CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 pytest.importorskip("onnxruntime", reason="needs the extra onnx")
+pytest.importorskip("onnx", reason="needs the extra onnx")
 
 import onnx
 import onnxruntime

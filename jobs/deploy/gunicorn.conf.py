@@ -6,7 +6,7 @@ The environment holds the settings of a machine; all of them are optional.
 ``PIPELINE_SERVE_OVERRIDES`` arguments of ``python -m pipeline.serve``, without serve.host and serve.port
 ``SERVE_HOST``               address of the service; default 127.0.0.1
 ``SERVE_PORT``               port that all workers share; default 8000. Worker n also has port SERVE_PORT + n + 1
-``WEB_CONCURRENCY``          number of workers; default one for each visible GPU, or one without GPUs
+``WEB_CONCURRENCY``          number of workers; default one for each visible GPU or MIG device, or one
 ``FORWARDED_ALLOW_IPS``      proxies whose X-Forwarded-For is trusted; default 127.0.0.1
 ============================ ====================================================================================
 
@@ -20,39 +20,15 @@ and there are no answers until a model is warm.
 """
 
 import os
-import re
 import signal
 import socket
-import subprocess
 import sys
 from typing import Any, ClassVar
 
 from gunicorn.arbiter import Arbiter
 from uvicorn_worker import UvicornWorker
 
-
-def _visible_gpus() -> list[str]:
-    """Return the GPUs for ``CUDA_VISIBLE_DEVICES``, one for each worker; this process never loads CUDA."""
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if given is not None:
-        return [name.strip() for name in given.split(",") if name.strip() not in ("", "-1")]
-    try:
-        done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    if done.returncode:
-        return []
-    return uuids(done.stdout)
-
-
-def uuids(listing: str) -> list[str]:
-    """Return the UUIDs of ``nvidia-smi -L``; the MIG devices of a GPU replace the GPU itself."""
-    found: list[str] = []
-    for uuid in re.findall(r"\(UUID: ([^)]+)\)", listing):
-        if uuid.startswith("MIG-") and found and found[-1].startswith("GPU-"):
-            found.pop()
-        found.append(uuid)
-    return found
+from pipeline.core.gpus import visible
 
 
 def _number(name: str, default: int, lowest: int) -> int:
@@ -102,7 +78,7 @@ class Worker(UvicornWorker):
 
 _host = os.environ.get("SERVE_HOST") or "127.0.0.1"
 _port = _number("SERVE_PORT", 8000, 1)
-_gpus = _visible_gpus()
+_gpus = visible()
 
 wsgi_app = "pipeline.serve.app:create()"
 bind = [f"[{_host}]:{_port}" if ":" in _host else f"{_host}:{_port}"]

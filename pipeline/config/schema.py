@@ -113,6 +113,7 @@ class ImagesConfig:
     transparency: Annotated[str, OneOf("white", "black", "drop")] = "white"
     crop_corner: Annotated[str, OneOf("floor", "round")] = "floor"
     repeats: Annotated[str, OneOf("once", "each")] = "once"
+    gpu_share: Annotated[float, Range(0.0, 1.0)] = 1.0
     max_pixels: Annotated[int, Range(1, 2_000_000_000)] = 100_000_000
     max_bytes: Annotated[int, Range(1, 2_147_483_647)] = 268_435_456
     formats: list[str] = field(default_factory=lambda: list(FORMATS))

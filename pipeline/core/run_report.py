@@ -48,7 +48,9 @@ class RunReport:
     ``repeats`` counts the rows that share the embedding of an earlier row of their shard with the same bytes.
     ``timeline`` adds up all processes, ``scores`` counts rows by their best score in equal steps from 0 to 1,
     ``history`` are earlier runs in short, oldest first. ``run`` is the name of the run in its log and its metrics.
-    ``notes`` are sentences about the whole dataset that its readers must know.
+    ``notes`` are sentences about the whole dataset that its readers must know. ``gpu_busy`` is the share of the time of
+    the loop in which the GPUs computed, by their own clocks; None without one. ``peak_gpu_mib`` of ``memory`` is what
+    was in use on the GPU, also by other programs.
     """
 
     started: str
@@ -85,6 +87,7 @@ class RunReport:
     history: tuple[Mapping[str, object], ...] = ()
     run: str = ""
     notes: tuple[str, ...] = ()
+    gpu_busy: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of ``_report.json`` as types that JSON has."""

@@ -31,6 +31,9 @@ def recipe_of(config: Config) -> dict[str, Any]:
         kept = {name: value for name, value in values.items() if not {group, f"{group}.{name}"} & _OF_THE_RUN}
         if kept:
             recipe[group] = kept
+    if config.images.decoder != "gpu":
+        # Of no meaning there; the plans of earlier versions are without it.
+        del recipe["images"]["gpu_share"]
     for key in _PLACES:
         group, name = key.split(".")
         address = value_of(config, key)

@@ -77,15 +77,16 @@ def _in_process(config: Config, kind: str, data: bytes, spec: PreprocessSpec) ->
 def _gpu(config: Config, spec: PreprocessSpec) -> Check:
     from pipeline.backends.devices import choose_device
     from pipeline.images.factory import decoder_of
-    from pipeline.images.gpu.nvimgcodec import NvidiaDecoder
+    from pipeline.images.gpu.nvimgcodec import WORDS, NvidiaDecoder
 
     wanted = config.images.decoder == "gpu"
     try:
         device = choose_device(config.backend.device)
-        NvidiaDecoder(spec, device, decoder_of(config))
+        opened = NvidiaDecoder(spec, device, decoder_of(config))
     except BackendUnavailable as error:
         return Check(GROUP, "gpu", _missing(wanted), str(error))
-    return Check(GROUP, "gpu", Status.OK, f"nvImageCodec on {device}{' (of this job)' if wanted else ''}")
+    fact = f"nvImageCodec on {device} by the GPU's {WORDS[opened.engine]}{' (of this job)' if wanted else ''}"
+    return Check(GROUP, "gpu", Status.OK, fact)
 
 
 def _isolated(config: Config, data: bytes, spec: PreprocessSpec) -> Check:

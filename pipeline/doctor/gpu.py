@@ -18,7 +18,7 @@ DRIVER = Path("/proc/driver/nvidia/version")
 DEVICES = (Path("/dev/nvidiactl"), Path("/dev/dxg"))
 FIELDS = ("index", "name", "driver_version", "memory.total", "memory.free", "compute_cap")
 QUERY_SECONDS = 15
-NO_TOOL = "nvidia-smi is not on the PATH (in a container: NVIDIA_DRIVER_CAPABILITIES=compute,utility)"
+NO_TOOL = "nvidia-smi is not on the PATH (in a container: NVIDIA_DRIVER_CAPABILITIES=compute,utility,video)"
 
 
 def look(subject: Subject) -> Iterator[Check]:

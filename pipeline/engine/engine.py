@@ -156,7 +156,15 @@ class Engine:
         from pipeline.images.gpu.nvimgcodec import NvidiaDecoder
 
         device = choose_device(self.config.backend.device)
-        return replace(self.cpu_reader, gpu=NvidiaDecoder(self.spec, device, self.cpu_reader.decoder))
+        share = self.config.images.gpu_share
+        return replace(self.cpu_reader, gpu=NvidiaDecoder(self.spec, device, self.cpu_reader.decoder, share=share))
+
+    @property
+    def jpeg_engine(self) -> str | None:
+        """What decodes JPEG files on the GPU, for the fingerprint; None if the cores decode all."""
+        # The reader of other decoders is not opened for this.
+        gpu = self.reader.gpu if self.config.images.decoder == "gpu" else None
+        return None if gpu is None else gpu.engine
 
     def manifest_sample(self) -> Sample | None:
         """Images of the manifest for comparisons and calibration; None where the ones that were tried are damaged."""

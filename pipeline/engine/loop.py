@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -21,6 +21,7 @@ from pipeline.core.records import ImageBatch, Shard, ShardReport, ShardRows, Sta
 from pipeline.dataset.commits import commit_part
 from pipeline.dataset.parts import PartFormat, ShardResult, build_table, count_statuses
 from pipeline.engine.forward import Labelling, PendingBatch, ShardResults, launch, memory_explained
+from pipeline.engine.gpu_clock import GpuClock
 from pipeline.engine.loader import Loader, LoaderSpec
 from pipeline.images.factory import worker_threads
 from pipeline.images.reader import PixelReader
@@ -44,11 +45,12 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """The opened reader and encoder of a process that embeds, and the clocks of its stages."""
+    """The opened reader and encoder of a process that embeds, and the clocks of its stages and of its GPU."""
 
     reader: PixelReader
     encoder: ImageEncoder
     clocks: StageClocks
+    gpu: GpuClock = field(default_factory=lambda: GpuClock(torch.device("cpu")))
 
 
 def embed(
@@ -194,7 +196,7 @@ class _Encoding:
 
     def _encode(self, batch: ImageBatch, number: int) -> PendingBatch:
         try:
-            with within(batch.shard.index):
+            with within(batch.shard.index), self.worker.gpu.batch():
                 return launch(batch, self.worker.encoder, self.labelling, self.worker.clocks, number=number)
         except BaseException as error:
             # The thread that waits for the next batch raises this at once.

@@ -6,10 +6,11 @@ import os
 import socket
 from dataclasses import replace
 
-from pipeline.core.machine import memory
+from pipeline.core.machine import gpu_memory, memory
 from pipeline.core.processes import Spent, cores, spent
 from pipeline.core.records import ShardReport
 from pipeline.engine.engine import Engine
+from pipeline.engine.gpu_clock import GpuClock
 from pipeline.telemetry.clocks import StageClocks
 from pipeline.telemetry.run_stats import WorkerStats
 
@@ -27,7 +28,8 @@ class Meter:
 
     def __init__(self, engine: Engine, name: str, startup_seconds: float) -> None:
         self.clocks, self._before = StageClocks(), spent()
-        self._engine, self._spent = engine, Spent(0.0, 0.0)
+        self.gpu = GpuClock(engine.encoder.device)
+        self._engine, self._spent, self._peak_gpu = engine, Spent(0.0, 0.0), 0.0
         self._stats = WorkerStats(
             name=name,
             host=socket.gethostname(),
@@ -39,6 +41,7 @@ class Meter:
 
     def add(self, report: ShardReport) -> None:
         """Count a shard that is durable."""
+        self._sample_gpu()
         self._stats = self._stats.with_shard(report)
 
     def lap(self) -> None:
@@ -47,13 +50,22 @@ class Meter:
 
     def stats(self) -> WorkerStats:
         """Return the statistics so far; core seconds are those of the last :meth:`lap`."""
-        engine = self._engine
+        engine, gpu = self._engine, self.gpu.total()
+        self._sample_gpu()
+        peak = {"peak_gpu_mib": self._peak_gpu} if self._peak_gpu else {}
         return replace(
             self._stats,
             clocks=self.clocks.total(),
             own_core_seconds=self._spent.own,
             child_core_seconds=self._spent.children,
-            memory={**memory(), **engine.reader.memory()},
+            memory={**memory(), **peak, **engine.reader.memory()},
             batch_sizes=tuple(engine.encoder.batch_sizes),
             timeline=self.clocks.timeline(),
+            gpu_batches=gpu.batches,
+            gpu_seconds=gpu.seconds,
+            gpu_starved=gpu.starved,
         )
+
+    def _sample_gpu(self) -> None:
+        # What holds memory there keeps it for the next batch, so a sample of each shard finds the peak.
+        self._peak_gpu = max(self._peak_gpu, gpu_memory(str(self._engine.encoder.device)))

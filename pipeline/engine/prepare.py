@@ -107,7 +107,7 @@ def fingerprints(engine: Engine) -> dict[str, Any]:
     config, bank = engine.config, engine.bank()
     return {
         "model": engine.checkpoint.fingerprint,
-        "images": decoding(config.images),
+        "images": decoding(config.images, engine.jpeg_engine),
         "backend": engine.encoder.fingerprint,
         "batch_size": config.loader.batch_size,
         "prompts": None if bank is None else prompts_fingerprint(config, bank),

@@ -18,13 +18,23 @@ from pipeline.images.decode import EXACT
 _FURTHER = {"HEIF": ("pi-heif", "1.4.0"), "JXL": ("pillow-jxl-plugin", "1.3.8")}
 
 
-def fingerprint(images: ImagesConfig) -> dict[str, Any]:
-    """The fingerprint of decoding: the config, and the versions of the libraries."""
+def fingerprint(images: ImagesConfig, engine: str | None = None) -> dict[str, Any]:
+    """The fingerprint of decoding: the config, the versions of the libraries, and what decodes on a GPU, if any does.
+
+    ``engine`` is that of an opened :class:`~pipeline.images.gpu.nvimgcodec.NvidiaDecoder`. The plans of earlier
+    datasets lack it (see :func:`pipeline.dataset.plan.compare`), and the default of ``gpu_share``.
+    """
     formats = list(images.formats)
     if formats == list(FORMATS):
         # The default: that of earlier datasets is the same one.
         formats = list(PILLOW_FORMATS)
-    return {**asdict(images), "formats": formats, "library": library(images.decoder) + _further(images.formats)}
+    values = asdict(images)
+    share = values.pop("gpu_share")
+    if images.decoder == "gpu" and share != 1:
+        values["gpu_share"] = share
+    if engine is not None:
+        values["engine"] = engine
+    return {**values, "formats": formats, "library": library(images.decoder) + _further(images.formats)}
 
 
 def library(kind: str) -> str:

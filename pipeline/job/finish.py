@@ -24,7 +24,7 @@ from pipeline.engine.engine import Engine
 from pipeline.engine.prepare import Prepared
 from pipeline.job.cluster.part import Part
 from pipeline.report import summary
-from pipeline.report.bottleneck import Bottleneck, LoopFigures, ProcessSetup, find_bottleneck, find_pace
+from pipeline.report.bottleneck import Bottleneck, LoopFigures, ProcessSetup, find_bottleneck, find_pace, gpu_use
 from pipeline.report.faster_decoder import faster_decoder
 from pipeline.report.history import earlier_runs, is_stale
 from pipeline.report.load import REPORT, read_report
@@ -193,6 +193,7 @@ def _report(outcome: Outcome, ran: RunStats, content: DatasetSummary) -> RunRepo
     pace = find_pace(ran, setup_of(prepared), embedded.loop) if whole else None
     bottleneck = _bottleneck(outcome, ran, pace, startup)
     committed = sum(commit.rows for commit in outcome.committed)
+    use = gpu_use(outcome.stats, embedded.seconds)
     return RunReport(
         started=datetime.fromtimestamp(ran.began, UTC).isoformat(timespec="milliseconds"),
         rows=ran.rows,
@@ -215,7 +216,7 @@ def _report(outcome: Outcome, ran: RunStats, content: DatasetSummary) -> RunRepo
         decoder_parity=prepared.decoder_parity,
         batch_sizes=ran.batch_sizes or (config.loader.batch_size,),
         pace=pace,
-        memory=ran.memory or memory(),
+        memory=ran.memory or memory(prepared.device),
         machine={**prepared.machine, "cores": available},
         versions=versions(BACKENDS[config.backend.name].packages),
         fingerprints=prepared.plan.fingerprints,
@@ -228,6 +229,7 @@ def _report(outcome: Outcome, ran: RunStats, content: DatasetSummary) -> RunRepo
         scores=content.scores,
         run=outcome.run,
         notes=notes_of(config),
+        gpu_busy=None if use is None else round(use.busy, 4),
     )
 
 
@@ -235,7 +237,8 @@ def _bottleneck(outcome: Outcome, ran: RunStats, pace: Pace | None, startup: flo
     """The bottleneck of a run, with advice that a few of its images or its idle cores may give."""
     prepared, engine = outcome.prepared, outcome.engine
     setup = setup_of(prepared)
-    found = find_bottleneck(ran.clocks, setup, startup=startup, wall=ran.seconds)
+    use = gpu_use(outcome.stats, outcome.embedded.seconds)
+    found = find_bottleneck(ran.clocks, setup, startup=startup, wall=ran.seconds, gpu=use)
     available = ran.cores or cores()
     if found.stage == "encoding" and setup.device == "cpu" and pace is not None and pace.cores_busy < BUSY * available:
         advice = (

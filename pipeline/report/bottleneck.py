@@ -19,6 +19,8 @@ _ELSEWHERE = (Stage.READ, Stage.WRITE)
 _ON_GPU = (Stage.COPY, Stage.ENCODE, Stage.LABEL)
 # With a larger share of its time spent waiting, the encoder is not the bottleneck.
 WAITING = 0.25
+# With a larger share of its batches waiting for their launches, a GPU is not the bottleneck.
+STARVED = 0.5
 # A smaller share of the limit means time that no stage explains.
 NEAR = 0.95
 # Images that were decoded before the clock started lift the rate of a short run above its limit.
@@ -48,6 +50,23 @@ class Bottleneck:
 
     stage: str
     advice: str
+
+
+@dataclass(frozen=True, slots=True)
+class GpuUse:
+    """The share of the loop's time in which the GPUs computed (``busy``), and of the batches that waited for their
+    launches (``starved``)."""
+
+    busy: float
+    starved: float
+
+
+def gpu_use(stats: RunStats, seconds: float) -> GpuUse | None:
+    """The use of the GPUs in a loop of ``seconds``; None without a batch on a GPU."""
+    starved = stats.gpu_starved
+    if starved is None or seconds <= 0:
+        return None
+    return GpuUse(busy=min(1.0, stats.gpu_seconds / (seconds * stats.processes)), starved=starved)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +117,10 @@ def find_limit(costs: Mapping[str, Cost], *, cores: int, device: str) -> Limit:
     return min(limits, key=lambda limit: limit.images_per_second)
 
 
-def find_bottleneck(clocks: Clocks, setup: ProcessSetup, *, startup: float, wall: float) -> Bottleneck:
-    """Return the bottleneck of a run; ``startup`` and ``wall`` are seconds."""
+def find_bottleneck(
+    clocks: Clocks, setup: ProcessSetup, *, startup: float, wall: float, gpu: GpuUse | None = None
+) -> Bottleneck:
+    """Return the bottleneck of a run; ``startup`` and ``wall`` are seconds, ``gpu`` is the use of its GPUs."""
     seconds, workers, cores = clocks.seconds, setup.threads, setup.cores
     wait_in, wait_out = seconds.get(Stage.WAIT_INPUT, 0.0), seconds.get(Stage.WAIT_OUTPUT, 0.0)
     # Batches that are encoded in parallel share their wall time.
@@ -126,8 +147,15 @@ def find_bottleneck(clocks: Clocks, setup: ProcessSetup, *, startup: float, wall
         else:
             advice = f"all {cores} cores decode; smaller images or more cores would help"
         return Bottleneck("decoding", advice)
+    if gpu is not None and gpu.starved > STARVED:
+        advice = (
+            f"the GPU computed in {gpu.busy:.0%} of the time, and {gpu.starved:.0%} of the batches waited for the "
+            "process that launches them: raise loader.batch_size, or lower loader.workers, whose threads hold it up"
+        )
+        return Bottleneck("launching", advice)
     if setup.device != "cpu":
-        advice = "the GPU is the slowest stage; raise loader.batch_size until images/s stops rising"
+        busy = "" if gpu is None else f", busy in {gpu.busy:.0%} of the time"
+        advice = f"the GPU is the slowest stage{busy}; raise loader.batch_size until images/s stops rising"
     elif setup.precision == "fp32":
         advice = (
             "the model is the slowest stage; use a GPU (backend.device=cuda), or backend.precision=bf16 on a processor "
@@ -158,7 +186,9 @@ def find_pace(stats: RunStats, setup: ProcessSetup, loop: LoopFigures) -> Pace |
     total = sum(used.values()) or 1.0
     stages = {}
     for name, core in used.items():
-        wall = clocks.seconds.get(name, 0.0)
+        # The host's clock of a GPU's stage includes what the GPU waits for.
+        own = stats.gpu_seconds if name == Stage.ENCODE and device != "cpu" else 0.0
+        wall = own or clocks.seconds.get(name, 0.0)
         alone = images * threads.get(name, 1) / wall if wall > 0 else None
         stages[str(name)] = StagePace(alone, core, core / total)
     limit = find_limit(

@@ -107,6 +107,7 @@ def _lines(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Line]:
         Line("bottleneck", bound(a), bound(b)),
         number("share of the highest possible rate, %", _share),
         number("cores busy", lambda report: report["pace"]["cores_busy"] if report["pace"] else None),
+        number("GPU busy, %", lambda report: 100 * report["gpu_busy"] if report.get("gpu_busy") else None),
         number("peak memory, MiB", lambda report: report["memory"].get("peak_rss_mib"), "{:,.0f}"),
         number("GPU memory, MiB", lambda report: report["memory"].get("peak_gpu_mib"), "{:,.0f}"),
         number("rows of the dataset", lambda report: report["total_rows"], "{:,}"),

@@ -176,7 +176,7 @@ def _fingerprints(parts: job.Engine, encoder: ImageEncoder) -> dict[str, Any]:
     config, bank = parts.config, parts.bank()
     return {
         "model": parts.checkpoint.fingerprint,
-        "images": decoding(config.images),
+        "images": decoding(config.images, parts.jpeg_engine),
         "backend": encoder.fingerprint,
         "batch_sizes": shapes(config),
         "prompts": None if bank is None else {"text": bank.fingerprint, "count": len(bank.names)},

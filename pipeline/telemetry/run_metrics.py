@@ -64,7 +64,13 @@ class RunState:
 def _of_report(report: RunReport) -> list[Metric]:
     memory = {name.removeprefix("peak_").removesuffix("_mib"): mib * MIB for name, mib in report.memory.items()}
     steady = report.steady_images_per_second
+    busy = (
+        []
+        if report.gpu_busy is None
+        else [one("gpu_busy_ratio", "Share of the loop in which the GPUs computed.", report.gpu_busy)]
+    )
     return [
+        *busy,
         by("status", "rows", "Rows of the dataset by status.", report.counts),
         by("stage", "stage_seconds", "Seconds of the run by stage, summed over threads and processes.", report.stages),
         by("kind", "peak_memory_bytes", "The most memory that one process of the run took, by kind.", memory),

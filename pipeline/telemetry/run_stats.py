@@ -18,6 +18,7 @@ class WorkerStats:
     ``name`` stays when a cluster restarts the process, ``pid`` does not. ``startup_seconds`` go from its first message
     about the job to its opened model. ``own_core_seconds`` are those of all its threads, ``child_core_seconds`` of its
     decoder processes. ``batch_sizes`` has more than one entry where the device had no memory for the first.
+    ``gpu_seconds`` are those in which a GPU computed its ``gpu_batches``, of which ``gpu_starved`` waited for launches.
     """
 
     name: str
@@ -36,6 +37,9 @@ class WorkerStats:
     memory: Mapping[str, float] = field(default_factory=dict)
     batch_sizes: tuple[int, ...] = ()
     timeline: Timeline = field(default_factory=Timeline)
+    gpu_batches: int = 0
+    gpu_seconds: float = 0.0
+    gpu_starved: int = 0
 
     def with_shard(self, report: ShardReport) -> WorkerStats:
         """Return the statistics with one more shard."""
@@ -134,6 +138,17 @@ class RunStats:
             for name, value in worker.memory.items():
                 peaks[name] = max(value, peaks.get(name, 0.0))
         return peaks
+
+    @property
+    def gpu_seconds(self) -> float:
+        """Seconds in which GPUs computed batches, of all processes."""
+        return sum(worker.gpu_seconds for worker in self.workers)
+
+    @property
+    def gpu_starved(self) -> float | None:
+        """Share of the batches on GPUs that waited for their launches; None without a batch on a GPU."""
+        batches = sum(worker.gpu_batches for worker in self.workers)
+        return sum(worker.gpu_starved for worker in self.workers) / batches if batches else None
 
     @property
     def repeats(self) -> int:

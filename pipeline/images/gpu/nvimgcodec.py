@@ -1,8 +1,10 @@
 """The decoder ``gpu``: baseline JPEG files by nvImageCodec on the GPU, everything else by the CPU beside it.
 
 nvImageCodec gives a file to nvJPEG's hardware engine where the GPU has one, and to nvJPEG's CUDA kernels where it has
-none or the engine does not take the file. How much goes where is fixed and not balanced by load: the two differ by a
-level here and there, and a rerun must give the same bytes.
+none or the engine does not take the file. Without the driver capability ``video`` it leaves the engine out without an
+error, so the engine is asked for alone once, and the fingerprint names what decodes. What goes where, also to the
+cores, depends on the file alone and not on the load: the ways differ by a level here and there, and a rerun must give
+the same bytes.
 
 The hardware engine of an H100 writes its output when it is called, whatever its stream still has to do first
 (pytorch/vision #9606, meta-pytorch/torchcodec #1634). nvImageCodec takes the memory for that output from CUDA's pool,
@@ -19,12 +21,16 @@ Untrusted files are decoded in this process here, as no other process can write 
 
 from __future__ import annotations
 
+import io
+import logging
 import queue
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import torch
+from PIL import Image
 
 from pipeline.core.errors import BackendUnavailable, install_hint
 from pipeline.core.records import PreprocessSpec
@@ -41,10 +47,20 @@ CALL_PIXELS = 2**26
 LANES = 2
 # Threads that nvImageCodec starts in each lane to read headers, and for the part of CUDA decoding that is the host's.
 CODEC_THREADS = 4
+# Halved colours are interpolated, as libjpeg-turbo and with it Pillow does; the default was 0 up to nvImageCodec 0.8.
+OPTIONS = ":fancy_upsampling=1"
+# What decodes: the GPU's JPEG engine, or its kernels.
+HARDWARE, KERNELS = "hardware", "kernels"
+WORDS = {HARDWARE: "JPEG engine", KERNELS: "kernels"}
+# Bytes at the end of a file that decide whether it goes to the device.
+TAIL = 64
+log = logging.getLogger(__name__)
 
 
 class Codec(Protocol):
     """Interface of a decoder of whole files on a device, used by one thread at a time."""
+
+    engine: str
 
     def active(self) -> AbstractContextManager[Any]:
         """Its stream and device are current within."""
@@ -63,11 +79,13 @@ class NvidiaDecoder:
         spec: what the model wants.
         device: where the pictures are wanted.
         rules: those of the decoder on the CPU; its formats, EXIF rule and limit of pixels count here too.
+        share: the share of the files that it takes, from 0 to 1; which ones depends on their bytes alone.
         lanes: decoding calls at a time.
         open_codec: opens what decodes.
 
     Raises:
-        BackendUnavailable: the device is no GPU, nvImageCodec is not there, or the model's filter is not offered.
+        BackendUnavailable: the device is no GPU, nvImageCodec is not there, the model's filter is not offered, or the
+            JPEG engine comes and goes.
     """
 
     def __init__(
@@ -76,6 +94,7 @@ class NvidiaDecoder:
         device: torch.device,
         rules: Decoder,
         *,
+        share: float = 1.0,
         lanes: int = LANES,
         open_codec: Callable[[torch.device], Codec] | None = None,
     ) -> None:
@@ -88,9 +107,23 @@ class NvidiaDecoder:
         self._most = min(rules.max_pixels, LARGEST) if "JPEG" in rules.formats else 0
         # Images that are worth a call.
         self.chunk = CHUNK
+        self._below = round(share * 2**32)
         self._lanes: queue.SimpleQueue[Codec] = queue.SimpleQueue()
-        for _ in range(lanes):
-            self._lanes.put((open_codec or Nvimgcodec)(device))
+        codecs = [(open_codec or Nvimgcodec)(device) for _ in range(lanes)]
+        for codec in codecs:
+            self._lanes.put(codec)
+        # What decodes the files of the device, for fingerprints: HARDWARE or KERNELS.
+        self.engine = codecs[0].engine
+        if any(codec.engine != self.engine for codec in codecs):
+            raise BackendUnavailable(
+                "images.decoder=gpu: the JPEG engine answered only once; another program may have taken the GPU's "
+                "memory meanwhile: run the same command again"
+            )
+        if self.engine == KERNELS:
+            log.warning(
+                "images.decoder=gpu: no JPEG engine answers, so the GPU's kernels decode: this GPU has none, or the "
+                "container lacks a driver capability (NVIDIA_DRIVER_CAPABILITIES=compute,utility,video)"
+            )
 
     def decode(self, encoded: Sequence[bytes]) -> list[torch.Tensor | None]:
         """uint8 ``[H, W, 3]`` at ``spec.size`` for each image, on the device and finished; None if left to the CPU.
@@ -105,6 +138,8 @@ class NvidiaDecoder:
         taken: list[tuple[int, Baseline]] = []
         pixels = 0
         for index, data in enumerate(encoded):
+            if zlib.crc32(data[-TAIL:]) >= self._below:
+                continue
             header = baseline(data, exif=self._exif)
             if header is None or header.height * header.width > self._most:
                 continue
@@ -148,7 +183,8 @@ class NvidiaDecoder:
             plain = _one_colour(resampled)
         finally:
             codec.wait()
-        for index, picture, flat in zip(found, resampled, plain, strict=True):
+        # Only now, as the host would spin on a core for what is not there yet.
+        for index, picture, flat in zip(found, resampled, plain.tolist(), strict=True):
             results[index] = None if flat else picture
 
 
@@ -168,15 +204,20 @@ class Nvimgcodec:
         self._module = module = _import()
         self._device = device
         self.stream = torch.cuda.Stream(device)
+        # A wait for it does not spin on a core, as one for a stream does.
+        self._done = torch.cuda.Event(blocking=True)
         kinds = [module.BackendKind.HYBRID_CPU_GPU, module.BackendKind.GPU_ONLY]
-        if torch.cuda.get_allocator_backend() != "cudaMallocAsync":
-            kinds.insert(0, module.BackendKind.HW_GPU_ONLY)
+        hardware = module.BackendKind.HW_GPU_ONLY
+        device_id = self.stream.device.index
+        self.engine = KERNELS
+        if torch.cuda.get_allocator_backend() != "cudaMallocAsync" and takes_a_picture(
+            module, hardware, device_id, cuda_stream=self.stream.cuda_stream
+        ):
+            kinds.insert(0, hardware)
+            self.engine = HARDWARE
+            self.wait()
         try:
-            self._decoder = module.Decoder(
-                device_id=self.stream.device.index,
-                max_num_cpu_threads=CODEC_THREADS,
-                backends=[module.Backend(kind, 1.0, module.LoadHintPolicy.IGNORE) for kind in kinds],
-            )
+            self._decoder = decoder_of(module, kinds, device_id)
         except RuntimeError as error:
             raise BackendUnavailable(f"images.decoder=gpu: nvImageCodec finds no decoder: {error}") from error
 
@@ -186,7 +227,8 @@ class Nvimgcodec:
 
     def wait(self) -> None:
         """See :class:`Codec`."""
-        self.stream.synchronize()
+        self._done.record(self.stream)
+        self._done.synchronize()
 
     def decode(self, encoded: Sequence[bytes]) -> list[torch.Tensor | None]:
         """See :class:`Codec`."""
@@ -198,6 +240,32 @@ class Nvimgcodec:
             lambda image: torch.as_tensor(image, device=self._device),
             cuda_stream=self.stream.cuda_stream,
         )
+
+
+def decoder_of(module: Any, kinds: Sequence[Any], device_id: int) -> Any:
+    """A decoder of nvImageCodec that uses backends of these kinds alone, the first that takes a file.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    return module.Decoder(
+        device_id=device_id,
+        max_num_cpu_threads=CODEC_THREADS,
+        backends=[module.Backend(kind, 1.0, module.LoadHintPolicy.IGNORE) for kind in kinds],
+        options=OPTIONS,
+    )
+
+
+def takes_a_picture(module: Any, kind: Any, device_id: int, *, cuda_stream: int = 0) -> bool:
+    """True if a backend of this kind alone decodes an ordinary JPEG file."""
+    file = io.BytesIO()
+    Image.linear_gradient("L").resize((512, 512)).convert("RGB").save(file, "JPEG", subsampling=2)
+    try:
+        decoder = decoder_of(module, [kind], device_id)
+    except RuntimeError:
+        return False
+    [found] = decode(module, decoder, [file.getvalue()], lambda image: torch.empty(0), cuda_stream=cuda_stream)
+    return found is not None
 
 
 def decode(
@@ -256,12 +324,12 @@ def _import() -> Any:
     return nvimgcodec
 
 
-def _one_colour(pictures: Sequence[torch.Tensor]) -> list[bool]:
+def _one_colour(pictures: Sequence[torch.Tensor]) -> torch.Tensor:
+    """A bool for each picture, on its device."""
     if not pictures:
-        return []
+        return torch.zeros(0, dtype=torch.bool)
     all_of_them = torch.stack(list(pictures)).flatten(1, 2)
-    flat: list[bool] = (all_of_them.amax(1) == all_of_them.amin(1)).all(1).tolist()
-    return flat
+    return (all_of_them.amax(1) == all_of_them.amin(1)).all(1)
 
 
 @contextmanager

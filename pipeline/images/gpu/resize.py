@@ -120,8 +120,9 @@ def _group(
         if rows.stop - rows.start < rows.length or columns.stop - columns.start < columns.length:
             part = picture[rows.start : rows.stop, columns.start : columns.stop]
         frame[: part.shape[0], : part.shape[1]].copy_(part)
-    across = _weights([columns for _, _, columns in members], spec.size[1], width, spec.resample, device)
-    down = _weights([rows for _, rows, _ in members], spec.size[0], height, spec.resample, device)
+    horizontal, vertical = _numbers(members, device)
+    across = _weights(horizontal, spec.size[1], width, spec.resample)
+    down = _weights(vertical, spec.size[0], height, spec.resample)
     narrow = _rounded(torch.bmm(frames.flatten(1, 2), across.mT)).view(len(members), 3, height, -1)
     return _rounded(down[:, None] @ narrow).permute(0, 2, 3, 1).to(torch.uint8, memory_format=torch.contiguous_format)
 
@@ -131,13 +132,24 @@ def _rounded(levels: torch.Tensor) -> torch.Tensor:
     return levels.add_(0.5).floor_().clamp_(0, 255)
 
 
-def _weights(axes: Sequence[_Axis], size: int, padded: int, resample: int, device: torch.device) -> torch.Tensor:
-    """float32 ``[N, size, padded]``: how much each source pixel counts for each output pixel."""
-    reach, weight = FILTERS[resample]
+def _numbers(
+    members: Sequence[tuple[torch.Tensor, _Axis, _Axis]], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """float64 ``[N, 6]`` for the columns and for the rows, on the device; one copy that is not waited for."""
+    axes = [columns for _, _, columns in members] + [rows for _, rows, _ in members]
     numbers = torch.tensor(
         [[axis.length, axis.resized, axis.first, axis.before, axis.shown, axis.start] for axis in axes],
         dtype=torch.float64,
-    ).to(device)
+        # Pageable memory would be copied only when the stream has done all that is queued on it.
+        pin_memory=device.type == "cuda",
+    ).to(device, non_blocking=True)
+    return numbers[: len(members)], numbers[len(members) :]
+
+
+def _weights(numbers: torch.Tensor, size: int, padded: int, resample: int) -> torch.Tensor:
+    """float32 ``[N, size, padded]``: how much each source pixel counts for each output pixel."""
+    reach, weight = FILTERS[resample]
+    device = numbers.device
     length, resized, first, before, shown, start = numbers[:, :, None].unbind(1)
     place = torch.arange(size, device=device) - before
     empty = (place < 0) | (place >= shown)

@@ -232,7 +232,7 @@ class WorkerState:
         reports = embed(
             self._stream(first),
             self._job.result(),
-            Worker(engine.reader, engine.encoder, meter.clocks),
+            Worker(engine.reader, engine.encoder, meter.clocks, meter.gpu),
             on_batch=self._on_batch,
             on_commit=partial(self._report, meter),
         )

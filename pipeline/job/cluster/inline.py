@@ -56,7 +56,7 @@ class Inline:
         engine = self._engine
         meter = self._meter = Meter(engine, "0", self._startup)
         try:
-            worker = Worker(engine.reader, engine.encoder, meter.clocks)
+            worker = Worker(engine.reader, engine.encoder, meter.clocks, meter.gpu)
             with closing(embed(shards, self._job, worker, on_batch=on_batch)) as reports:
                 for report in reports:
                     meter.add(report)
