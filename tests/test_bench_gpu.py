@@ -199,7 +199,7 @@ def test_core_time_and_the_busy_gpu_are_of_the_steady_part() -> None:
     samples = tuple(Sample(at, 2.0 + at / 10, at, 50.0 if at > 10 else 0.0, 100.0 * at) for at in range(21))
     found = gpu_collect.steady(samples, (11.0, 19.0), 1000.0)
     assert found == pytest.approx(
-        {"gpu_busy": 0.5, "driver_core_us_per_image": 100, "other_core_us_per_image": 1000, "gpu_mib": 2000}
+        {"gpu_busy_by_driver": 0.5, "driver_core_us_per_image": 100, "other_core_us_per_image": 1000, "gpu_mib": 2000}
     )
     assert gpu_collect.steady(samples, (30.0, 40.0), 1000.0) == {}
     assert gpu_collect.curve(samples)[0] == pytest.approx((1.0, 0.0, 0.1, 1.0))
@@ -208,7 +208,7 @@ def test_core_time_and_the_busy_gpu_are_of_the_steady_part() -> None:
 def test_a_driver_without_figures_of_its_gpu_leaves_them_out() -> None:
     samples = tuple(Sample(at, at, at, -1.0, -1.0) for at in range(3))
     found = gpu_collect.steady(samples, (0.0, 9.0), 10.0)
-    assert (found["gpu_busy"], found["gpu_mib"]) == (None, None)
+    assert (found["gpu_busy_by_driver"], found["gpu_mib"]) == (None, None)
 
 
 def test_processes_that_share_a_dataset_have_the_sum_of_their_rates(tmp_path: Path) -> None:

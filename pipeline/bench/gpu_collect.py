@@ -34,6 +34,7 @@ def job_figures(ran: Ran, output: Path) -> dict[str, Any]:
     row = {
         "images_per_second": rate,
         "whole_over_slowest": rate / pace["bound"] if pace else None,
+        "gpu_busy": report.get("gpu_busy"),
         **steady(ran.samples, window, rate),
         "startup_seconds": report["startup_seconds"],
         **_gates(report),
@@ -57,7 +58,7 @@ def steady(samples: Sequence[Sample], window: tuple[float, float], rate: float) 
     images = rate * (last.at - first.at)
     busy = [sample.busy / 100 for sample in inside if sample.busy >= 0]
     return {
-        "gpu_busy": sum(busy) / len(busy) if busy else None,
+        "gpu_busy_by_driver": sum(busy) / len(busy) if busy else None,
         "driver_core_us_per_image": 1e6 * (last.own - first.own) / images,
         "other_core_us_per_image": 1e6 * (last.others - first.others) / images,
         "gpu_mib": max((sample.gpu_mib for sample in samples if sample.gpu_mib >= 0), default=None),

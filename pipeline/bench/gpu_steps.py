@@ -172,7 +172,7 @@ def _tests(plan: Plan) -> list[Step]:
     root = Path(__file__).resolve().parents[2]
     report = plan.out / "tests.xml"
     absent = missing("pytest") or ("" if (root / "tests").is_dir() else f"{root} has no folder tests")
-    mark = ("-m", "gpu", str(root / "tests")) if plan.cuda else ("-m", "", str(root / "tests" / "test_gates.py"))
+    mark = ("-m", "gpu", str(root / "tests")) if plan.cuda else (str(root / "tests" / "test_ids.py"),)
     options = ("-p", "no:cacheprovider", "-c", str(root / "pyproject.toml"), f"--junitxml={report.resolve()}")
     return [
         Step(
@@ -245,6 +245,8 @@ def _cluster(plan: Plan) -> list[Step]:
     # The card by two names, so that two workers share it: a process that reads both sees the first alone.
     both = {"CUDA_VISIBLE_DEVICES": ",".join(plan.card)} if plan.cuda else {}
     one = {"CUDA_VISIBLE_DEVICES": plan.card[0]} if plan.cuda else {}
+    # A MIG device has one name.
+    single = "the device has no second name" if plan.cuda and len({*plan.card}) == 1 else ""
     distributed = missing("distributed")
 
     def step(name: str, title: str, *more: str, **options: Any) -> Step:
@@ -273,7 +275,13 @@ def _cluster(plan: Plan) -> list[Step]:
     return [
         step("inline", "one process, to compare with", environment=one),
         step("one", f"cluster={kind}, one worker", *workers[0], environment=one, absent=distributed),
-        step("two", f"cluster={kind}, two workers on one device", *workers[1], environment=both, absent=distributed),
+        step(
+            "two",
+            f"cluster={kind}, two workers on one device",
+            *workers[1],
+            environment=both,
+            absent=distributed or single,
+        ),
         step(
             "killed",
             f"cluster={kind}, the worker killed under way",

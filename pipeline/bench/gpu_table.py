@@ -24,8 +24,9 @@ NOTES = (
     "Weights are random at full size. Gates let pass here; within_gate says which ones would not.",
     "images_per_second of a job: after its first batch; of several processes: by the times of their commits. "
     "whole_over_slowest: the same over the limit that the stages set.",
-    "gpu_busy: the share of time in which a kernel ran, by the driver, while the job was steady. Core microseconds an "
-    "image: of the process that drives the GPU, and of all that it started.",
+    "gpu_busy: the share of the loop in which the GPU computed, by its own clock; gpu_busy_by_driver: the share of the "
+    "steady part in which a kernel ran, as NVML says. Core microseconds an image: of the process that drives the GPU, "
+    "and of all that it started.",
     "The forward alone: uint8 pixels on the device in, embeddings out, by CUDA events. of_matmul: its floating-point "
     "operations a second over those of the fastest square product in the same precision on this device.",
     "Clusters: same_bytes and lowest_cosine compare a dataset with that of one process (cluster-inline, "
