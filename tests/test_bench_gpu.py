@@ -140,6 +140,14 @@ def test_a_step_that_fails_says_its_last_line_and_keeps_its_figures(tmp_path: Pa
     assert found.figures == {"rows": [{}]}
 
 
+def test_the_exception_of_a_step_is_named_also_where_another_line_is_its_last(tmp_path: Path) -> None:
+    code = "import sys; print('torch.OutOfMemoryError: CUDA out of memory'); sys.exit('Set HYDRA_FULL_ERROR=1')"
+    found = run_step(step("a", commands=(python(code),)), 30.0, tmp_path)
+    assert found.reason == (
+        "the process ended with exit code 1: Set HYDRA_FULL_ERROR=1 (torch.OutOfMemoryError: CUDA out of memory)"
+    )
+
+
 def test_a_step_without_figures_has_failed(tmp_path: Path) -> None:
     def collect(ran: Ran) -> dict[str, Any]:
         return dict(json.loads((tmp_path / "absent.json").read_text()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,8 @@ from pipeline.core.child import Child, ChildEnded
 
 # Time between two looks at the processes, and time that the table needs.
 POLL, TABLE_SECONDS = 0.05, 8.0
+# The last line of a traceback.
+EXCEPTION = re.compile(r"[\w.]*(Error|Exception|Exit|Interrupt|Unavailable)\b")
 # Models that the machine does not have are no reason to ask the network.
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
 
@@ -99,7 +102,7 @@ def run_step(step: Step, limit: float, logs: Path) -> Outcome:
     except Stopped:
         status, reason = "stopped", f"not done within {limit:.0f} s"
     except ChildEnded as error:
-        status, reason = "failed", str(error)
+        status, reason = "failed", _explained(error, paths)
     except OSError as error:
         status, reason = "failed", f"cannot be started: {error}"
     seconds, figures = time.monotonic() - began, {}
@@ -113,6 +116,12 @@ def run_step(step: Step, limit: float, logs: Path) -> Outcome:
     outcome = Outcome(step.name, step.group, step.title, status, reason, round(seconds, 2), commands, figures)
     progress(f"{step.group}: {step.title}: {status} after {seconds:.0f} s{f': {reason}' if reason else ''}")
     return outcome
+
+
+def _explained(error: ChildEnded, logs: Sequence[Path]) -> str:
+    """The reason why a process ended, with the last exception of its log where another line is the last one."""
+    raised = [line for log in logs for line in log.read_text(errors="replace").splitlines() if EXCEPTION.match(line)]
+    return str(error) if not raised or raised[-1] in str(error) else f"{error} ({raised[-1][:200]})"
 
 
 def write(outcome: Outcome, out: Path) -> None:
