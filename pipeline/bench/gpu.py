@@ -39,12 +39,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure(options: argparse.Namespace, *, line: str) -> str:
-    """Run the steps; return the Markdown. ``line`` is the command line as typed.
+    """Run the steps, write the files, and print the Markdown; ``line`` is the command line as typed.
 
     Raises:
         ConfigError: an option is wrong.
         BackendUnavailable: there is no GPU.
-        PipelineError: it was interrupted; the files are written, and the Markdown is printed.
+        PipelineError: it was interrupted, after all of that.
     """
     began, started = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
     groups = _check(options)
@@ -64,29 +64,29 @@ def measure(options: argparse.Namespace, *, line: str) -> str:
         logs.mkdir(exist_ok=True)
         rows = options.rows or ROWS[options.device]
         every = steps(Plan(options.device, rows, out, work, names_of_card(facts)))
-        # All but two groups read the images.
-        chosen = [step for step in every if step.group in groups or step.name == "images"]
+        reading = not {"pipeline", "backends", "cluster"}.isdisjoint(groups)
+        chosen = [step for step in every if step.group in groups or (step.name == "images" and reading)]
         # Of an earlier run into the same folder.
         for name in ("tests.xml", "gpu.png", *(f"{step.name}.json" for step in every)):
             (out / name).unlink(missing_ok=True)
         budget = Budget(60 * options.minutes, began)
         run = partial(run_step, logs=logs)
         outcomes, interrupted = run_steps(chosen, budget, run, keep=lambda outcome: write(outcome, out))
-    card = facts[0] if facts and options.device == "cuda" else {}
-    bench = GpuBench(
-        started=started,
-        command=line,
-        minutes=options.minutes,
-        rows=rows,
-        machine={**machine("cpu", cores()), **card, "device": options.device},
-        versions=versions(PACKAGES),
-        outcomes=(*outcomes, picture(tuple(outcomes), out)),
-    )
-    text = report.write(to_report(bench), out, name="gpu")
+        card = facts[0] if facts and options.device == "cuda" else {}
+        bench = GpuBench(
+            started=started,
+            command=line,
+            minutes=options.minutes,
+            rows=rows,
+            machine={**machine("cpu", cores()), **card, "device": options.device},
+            versions=versions(PACKAGES),
+            outcomes=(*outcomes, picture(tuple(outcomes), out)),
+        )
+        # Before the temporary files are removed, which takes seconds.
+        print(report.write(to_report(bench), out, name="gpu"), end="", flush=True)
     if interrupted:
-        print(text, end="")
         raise PipelineError(f"interrupted; {out}/gpu.md has the steps that were done")
-    return text
+    return ""
 
 
 def picture(outcomes: tuple[Outcome, ...], out: Path) -> Outcome:
