@@ -15,7 +15,7 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from pipeline.config.ranges import AUTO
+from pipeline.config.ranges import AUTO, DEFAULT, DefaultNumber
 from pipeline.config.schema import Config, conf_dir
 from pipeline.config.validate import AUTOMATIC, CHOICES, RANGES, limits
 
@@ -127,6 +127,7 @@ def section(group: str, kind: Any) -> Iterator[str]:
         key = f"{group}.{field.name}"
         default = field.default if field.default is not MISSING else field.default_factory()  # type: ignore[misc]
         text = AUTO if key in AUTOMATIC and default == 0 else default
+        text = DEFAULT if isinstance(default, DefaultNumber) else text
         columns = (
             kind_of(hints[field.name]),
             shown(text),

@@ -242,6 +242,15 @@ def test_auto_takes_what_the_device_is_good_at() -> None:
     assert choose_precision(BackendConfig(name="tensorrt"), cpu) == "fp16"
 
 
+@pytest.mark.parametrize(("real", "wanted"), [(True, "bf16"), (False, "fp16")])
+def test_auto_on_cuda_takes_bf16_unless_it_is_emulated(
+    real: bool, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or real)
+    assert choose_precision(BackendConfig(), torch.device("cuda")) == wanted
+    assert choose_precision(BackendConfig(name="onnx"), torch.device("cuda")) == "fp16"
+
+
 @pytest.mark.parametrize("name", ["torch", "torchscript", "onnx"])
 def test_fp16_on_the_cpu_is_refused(name: str, store: str) -> None:
     with pytest.raises(BackendUnavailable, match="fp16 needs CUDA"):

@@ -75,6 +75,7 @@ def skips_without(path: Path) -> set[str]:
     }
 
 
+@pytest.mark.slow
 def test_a_file_that_needs_more_than_the_base_packages_skips_without_them() -> None:
     missing = {}
     for name, path in FILES.items():

@@ -20,7 +20,8 @@ from pipeline.backends.artifacts.store import ArtifactStore
 from pipeline.backends.base import ImageEncoder, factory
 from pipeline.backends.timing import images_per_second, settle
 from pipeline.config.compose import compose_config
-from pipeline.config.schema import Config, ModelConfig
+from pipeline.config.ranges import DefaultNumber
+from pipeline.config.schema import Config, LoaderConfig, ModelConfig
 from pipeline.config.validate import check
 from pipeline.core.errors import BackendUnavailable, ConfigError, PlanMismatch
 from pipeline.dataset import plan
@@ -107,6 +108,87 @@ def test_a_size_that_is_slower_ends_the_search(tmp_path: Path) -> None:
     machine = Machine({8: 40.0, 16: 20.0})
     assert settled(auto(tmp_path), machine) == 8
     assert machine.opened == [8, 16]
+
+
+def on_cuda(monkeypatch: pytest.MonkeyPatch, gibibytes: int) -> None:
+    monkeypatch.setattr(batch_size, "choose_device", lambda name: torch.device("cuda"))
+    facts = SimpleNamespace(total_memory=gibibytes * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
+
+
+def model(size: int, patch: int, wide: int) -> Any:
+    vision = SimpleNamespace(patch_size=patch, intermediate_size=wide)
+    return SimpleNamespace(
+        model=SimpleNamespace(config=SimpleNamespace(vision_config=vision)), spec=SimpleNamespace(size=(size, size))
+    )
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "gibibytes", "size"),
+    [
+        pytest.param(model(224, 32, 3072), 80, 1024, id="B/32"),
+        pytest.param(model(224, 14, 4096), 80, 1024, id="L/14"),
+        pytest.param(model(224, 14, 4096), 24, 512, id="L/14, a small GPU"),
+        pytest.param(model(384, 14, 4304), 80, 1024, id="so400m-384"),
+        pytest.param(model(384, 14, 4304), 40, 512, id="so400m-384, a smaller GPU"),
+        pytest.param(model(448, 14, 8192), 80, 512, id="bigG-448"),
+    ],
+)
+def test_the_default_on_cuda_goes_by_model_and_memory(
+    checkpoint: Any, gibibytes: int, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_cuda(monkeypatch, gibibytes)
+    machine = Machine({})
+    config = auto(tmp_path).changed({"loader.batch_size": LoaderConfig.batch_size})
+    assert settled(config, machine, checkpoint=checkpoint) == size
+    assert settled(config, machine, checkpoint=checkpoint, rows=100) == 100
+    assert settled(config.changed({"loader.batch_size": 64}), machine, checkpoint=checkpoint) == 64
+    assert machine.opened == []
+
+
+def test_the_default_on_a_cpu_is_64(tmp_path: Path) -> None:
+    config = compose_config(["backend.device=cpu", f"output.dir={tmp_path / 'out'}"])
+    assert settled(config, Machine({})) == 64
+    for typed in ("64", "default"):
+        again = compose_config([f"loader.batch_size={typed}"])
+        assert again == Config()
+        assert isinstance(again.loader.batch_size, DefaultNumber) == (typed == "default")
+    assert isinstance(compose_config([]).loader.batch_size, DefaultNumber)
+
+
+def test_a_resume_on_cuda_keeps_the_size_of_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_cuda(monkeypatch, 80)
+    monkeypatch.setattr(batch_size, "_planned", lambda storage: 64)
+    config = auto(tmp_path).changed({"loader.batch_size": LoaderConfig.batch_size})
+    assert settled(config, Machine({})) == 64
+
+
+@pytest.mark.parametrize(
+    ("device", "size", "rows", "said"),
+    [("cuda", 64, 5000, True), ("cuda", 256, 5000, False), ("cuda", 64, 64, False), ("cpu", 64, 5000, False)],
+)
+def test_a_small_batch_on_cuda_is_mentioned(
+    device: str,
+    size: int,
+    rows: int,
+    said: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(batch_size, "choose_device", lambda name: torch.device(device))
+    config = auto(tmp_path).changed({"loader.batch_size": size})
+    assert settled(config, Machine({}), rows=rows) == size
+    assert ("loader.batch_size=auto chooses between 512 and 1024" in caplog.text) == said
+
+
+def test_auto_on_cuda_tries_the_sizes_that_fill_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_size, "choose_device", lambda name: torch.device("cuda"))
+    for more in ({}, {"compile": "default"}):
+        config = auto(tmp_path, backend=more)
+        benchmark = Benchmark(config.backend, demo(), Machine({}).open_at)
+        assert benchmark.sizes(SHARD_ROWS) == [512, 1024]
+        assert benchmark.sizes(700) == [512]
 
 
 def test_doubling_ends_at_the_largest_size_for_the_device(tmp_path: Path) -> None:
@@ -448,7 +530,7 @@ def test_the_demo_model_is_measured_and_remembered(
     with caplog.at_level(logging.INFO):
         size = find()
     assert size in opened
-    assert opened == [8 * 2**i if device == "cpu" else 32 * 2**i for i in range(len(opened))]
+    assert opened == [8 * 2**i if device == "cpu" else 512 * 2**i for i in range(len(opened))]
     found = list(opened)
     assert find() == size
     assert opened == found

@@ -14,7 +14,17 @@ from omegaconf import DictConfig
 
 from pipeline.config.choices import BACKENDS
 from pipeline.config.compose import compose_config, groups, known_keys, read_config, register, to_config
-from pipeline.config.schema import FORMATS, OUTPUT_COLUMNS, Config, ManifestConfig, conf_dir, nearest, value_of
+from pipeline.config.ranges import DEFAULT
+from pipeline.config.schema import (
+    FORMATS,
+    OUTPUT_COLUMNS,
+    Config,
+    LoaderConfig,
+    ManifestConfig,
+    conf_dir,
+    nearest,
+    value_of,
+)
 from pipeline.config.validate import AUTOMATIC, CHOICES, RANGES, check
 from pipeline.core.errors import ConfigError, Problem
 
@@ -48,6 +58,9 @@ def changed(key: str, value: Any) -> Config:
 @functools.cache
 def documented(group: str, option: str) -> dict[str, Any]:
     content: dict[str, Any] = yaml.safe_load((conf_dir() / group / f"{option}.yaml").read_text())
+    # The word stands for the number in the schema.
+    if (group, content.get("batch_size")) == ("loader", DEFAULT):
+        content["batch_size"] = LoaderConfig.batch_size
     return content
 
 

@@ -9,6 +9,8 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.api.config import check_model, config_from, label_settings, model_settings, prompts_of
+from pipeline.config.ranges import DEFAULT, DefaultNumber
+from pipeline.config.schema import LoaderConfig
 from pipeline.core.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
@@ -51,7 +53,7 @@ def embed(
     precision: str = "auto",
     device: str = "auto",
     decoder: str = "exact",
-    batch_size: int | Literal["auto"] = 64,
+    batch_size: int | Literal["auto"] = LoaderConfig.batch_size,
     progress: bool = True,
     settings: Mapping[str, object] | None = None,
 ) -> Dataset:
@@ -82,7 +84,8 @@ def embed(
         precision: ``fp32``, ``bf16``, ``fp16``, or ``auto``.
         device: ``cpu``, ``cuda``, ``cuda:N``, or ``auto``.
         decoder: A name under ``conf/images``: ``exact``, ``fast``, ``scaled``, ``gpu``.
-        batch_size: Images in a batch; ``auto`` measures the best size.
+        batch_size: Images in a batch; ``auto`` measures the best size. The default is 64 on a CPU, and
+            512 or 1,024 on CUDA.
         progress: Show a progress bar.
         settings: Other settings of the command line: ``{"labels.top_k": 3, "cluster": "local"}``.
 
@@ -100,7 +103,7 @@ def embed(
         "images": decoder,
         "backend.precision": precision,
         "backend.device": device,
-        "loader.batch_size": batch_size,
+        "loader.batch_size": DEFAULT if isinstance(batch_size, DefaultNumber) else batch_size,
         "report.progress": "bar" if progress else "none",
         "log.level": "warning",
         "errors.max_fraction": 1.0,

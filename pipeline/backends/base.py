@@ -31,6 +31,7 @@ class ImageEncoder(ABC):
     ``weight_bytes`` is the size of the weights as the runtime takes them: in memory, or of the exported file.
     ``artifact`` is what it was loaded from, or None for a runtime that takes the checkpoint itself.
     ``streams`` is how many batches may be encoded side by side, see :mod:`pipeline.backends.streams`.
+    ``graph`` is True if a batch is one CUDA graph, and False if its operations are launched one by one.
     """
 
     name: str
@@ -41,6 +42,7 @@ class ImageEncoder(ABC):
     weight_bytes: int = 0
     artifact: Artifact | None = None
     streams: int = 1
+    graph: bool = False
 
     @abstractmethod
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -74,6 +76,7 @@ class EncoderInfo:
     weight_bytes: int
     artifact: Artifact | None = None
     options: Mapping[str, str] = field(default_factory=dict)
+    graph: bool = False
 
 
 class RuntimeEncoder(ImageEncoder):
@@ -83,6 +86,7 @@ class RuntimeEncoder(ImageEncoder):
         self.name, self.precision, self.device = info.name, info.precision, info.device
         self.dim, self.batch_size = checkpoint.dim, info.batch_size
         self.weight_bytes, self.artifact = info.weight_bytes, info.artifact
+        self.graph = info.graph
         self._runtime, self._options = runtime, info.options
 
     @property

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 
-from pipeline.backends.artifacts.exports import need_packages
 from pipeline.backends.base import Draw, EncoderInfo
 from pipeline.backends.devices import choose
-from pipeline.backends.torch_module import ModuleEncoder, blank, compiled, count_bytes, in_a_layer
+from pipeline.backends.torch_attention import kernels, prove
+from pipeline.backends.torch_module import (
+    TIMED,
+    ModuleEncoder,
+    blank,
+    compiled,
+    count_bytes,
+    in_a_layer,
+    need_torchao,
+    note_timed,
+    tower_on,
+)
 from pipeline.config.schema import BackendConfig, ParityConfig
 from pipeline.core.errors import BackendUnavailable
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.models.towers import ImageTower
 
 HOPPER = (9, 0)
 
@@ -36,20 +43,23 @@ def open_encoder(
             f"{torch.cuda.get_device_name(device)} has no float8 products as Hopper has them (compute capability 9.0): "
             "take backend=torch backend.precision=bf16, or backend=torch_int8"
         )
-    need_packages("torchao", extra="int8")
-    import torchao
+    torchao = need_torchao()
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
-    tower = copy.deepcopy(ImageTower(checkpoint)).to(device=device, dtype=torch.bfloat16)
+    dtype = torch.bfloat16
+    tower = tower_on(checkpoint, device, dtype)
+    pixels = blank(checkpoint, batch_size=batch_size, device=device, dtype=dtype)
+    attention = prove(kernels(tower, pixels), device, dtype)
     quantize_(tower, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()), filter_fn=in_a_layer)
-    pixels = blank(checkpoint, batch_size=batch_size, device=device, dtype=torch.bfloat16)
     info = EncoderInfo(
         "torch_fp8",
         precision,
         device,
         batch_size,
         weight_bytes=count_bytes(tower),
-        options={"torchao": torchao.__version__, "activations": "fp8 by row"},
+        options={"torchao": torchao, "activations": "fp8 by row", "attention": attention, **TIMED},
+        graph=config.cuda_graph,
     )
+    note_timed("backend=torch_fp8")
     forward = compiled(tower, mode="max-autotune-no-cudagraphs", pixels=pixels)
-    return ModuleEncoder(forward, checkpoint, info, dtype=torch.bfloat16)
+    return ModuleEncoder(forward, checkpoint, info, dtype=dtype)

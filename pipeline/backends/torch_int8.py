@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 
-from pipeline.backends.artifacts.exports import need_packages
 from pipeline.backends.base import Draw, EncoderInfo
 from pipeline.backends.devices import choose
-from pipeline.backends.torch_module import ModuleEncoder, blank, compiled, count_bytes, in_a_layer
+from pipeline.backends.torch_attention import kernels, prove
+from pipeline.backends.torch_module import (
+    TIMED,
+    ModuleEncoder,
+    blank,
+    compiled,
+    count_bytes,
+    in_a_layer,
+    need_torchao,
+    note_timed,
+    tower_on,
+)
 from pipeline.config.schema import BackendConfig, ParityConfig
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.models.towers import ImageTower
 
 # Turing, the first GPUs with int8 tensor cores.
 INT8_CAPABILITY = (7, 5)
@@ -22,25 +29,29 @@ def open_encoder(
     checkpoint: Checkpoint, config: BackendConfig, *, batch_size: int, sample: Draw, limits: ParityConfig
 ) -> ModuleEncoder:
     """See :class:`~pipeline.backends.base.BackendFactory`."""
-    need_packages("torchao", extra="int8")
-    import torchao
+    torchao = need_torchao()
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
 
     device, precision = choose(config)
     # Of all other operations. On the CPU converting to bf16 and back costs more than it saves.
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     dynamic = multiplies_int8(device)
-    tower = copy.deepcopy(ImageTower(checkpoint)).to(device=device, dtype=dtype)
+    tower = tower_on(checkpoint, device, dtype)
+    options = {"torchao": torchao, "activations": "int8 by row" if dynamic else str(dtype)}
+    pixels = blank(checkpoint, batch_size=batch_size, device=device, dtype=dtype)
+    if device.type == "cuda":
+        options |= {"attention": prove(kernels(tower, pixels), device, dtype), **TIMED}
+        note_timed("backend=torch_int8")
     scheme = Int8DynamicActivationInt8WeightConfig() if dynamic else Int8WeightOnlyConfig()
     quantize_(tower, scheme, filter_fn=in_a_layer)
-    pixels = blank(checkpoint, batch_size=batch_size, device=device, dtype=dtype)
     info = EncoderInfo(
         "torch_int8",
         precision,
         device,
         batch_size,
         weight_bytes=count_bytes(tower),
-        options={"torchao": torchao.__version__, "activations": "int8 by row" if dynamic else str(dtype)},
+        options=options,
+        graph=device.type == "cuda" and config.cuda_graph,
     )
     return ModuleEncoder(compiled(tower, mode="default", pixels=pixels), checkpoint, info, dtype=dtype)
 

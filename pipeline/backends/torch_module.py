@@ -2,48 +2,119 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 import os
 import shutil
 from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
 
 import torch
+from packaging.version import Version
 
+from pipeline.backends.artifacts.exports import need_packages
 from pipeline.backends.artifacts.onnx_export import quiet
 from pipeline.backends.base import EncoderInfo, RuntimeEncoder
 from pipeline.backends.devices import DTYPES, out_of_memory
-from pipeline.core.errors import BackendUnavailable
+from pipeline.backends.torch_attention import preferred
+from pipeline.backends.torch_graph import Replay
+from pipeline.core.errors import BackendUnavailable, install_hint
+from pipeline.core.records import PreprocessSpec
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.models.towers import Normaliser
+from pipeline.models.towers import ImageTower, Normaliser
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
+# Entry of the fingerprint where the compiler chooses kernels by timing them.
+TIMED = {"kernels": "chosen by timing"}
+# The first version whose quantize_ leaves the precision of fp32 products as it is in this process.
+TORCHAO = "0.18"
+log = logging.getLogger(__name__)
 
 
 class ModuleEncoder(RuntimeEncoder):
     """An image tower that is a torch callable: normalised pixels in ``dtype`` to unit vectors in float32.
 
-    ``dtype`` is that of the precision by default. ``reuses_memory`` if a result lies where the next one is written.
+    ``dtype`` is that of the precision by default. With ``info.graph``, all of it is one CUDA graph.
     """
 
     def __init__(
-        self,
-        forward: Forward,
-        checkpoint: Checkpoint,
-        info: EncoderInfo,
-        *,
-        dtype: torch.dtype | None = None,
-        reuses_memory: bool = False,
+        self, forward: Forward, checkpoint: Checkpoint, info: EncoderInfo, *, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__(checkpoint, info, f"torch {torch.__version__}")
-        self._forward, self._reuses_memory = forward, reuses_memory
+        self._forward = forward
         self._dtype = dtype or DTYPES[info.precision]
-        self._normalise = Normaliser(checkpoint.spec, info.device)
+        half = info.device.type == "cuda" and self._dtype != torch.float32
+        self._normalise = (QuickNormaliser if half else Normaliser)(checkpoint.spec, info.device)
+        example = _noise(checkpoint.spec, info) if info.graph else None
+        self._replay = None if example is None else Replay(self._embed, (example,))
 
     @torch.inference_mode()
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """See :meth:`ImageEncoder.encode`."""
-        vectors = self._forward(self._normalise(pixels).to(self._dtype))
-        # A CUDA graph writes its next result over this one.
-        return vectors.clone() if self._reuses_memory else vectors
+        if self._replay is None:
+            return self._embed(pixels)[0]
+        # The next batch is written over the results of the graph.
+        return self._replay(pixels)[0].clone()
+
+    def _embed(self, pixels: torch.Tensor) -> tuple[torch.Tensor]:
+        with preferred(self.device, self._dtype):
+            return (self._forward(self._normalise(pixels).to(self._dtype)),)
+
+
+class QuickNormaliser:
+    """Normalise uint8 pixels in one multiplication and addition in float32, for towers of half precision.
+
+    Memory bounds it on a GPU: the reference's order of operations reads and writes the pixels in float32 twice more.
+    """
+
+    def __init__(self, spec: PreprocessSpec, device: torch.device) -> None:
+        mean, std = (torch.tensor(values, dtype=torch.float64).view(1, 3, 1, 1) for values in (spec.mean, spec.std))
+        self._scale, self._shift = (value.to(device, torch.float32) for value in (1 / (255 * std), -mean / std))
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Float32 ``[B, 3, H, W]``, contiguous, of uint8 pixels of the same shape in any layout."""
+        values = pixels.to(torch.float32, memory_format=torch.contiguous_format)
+        return torch.addcmul(self._shift, values, self._scale)
+
+
+def tower_on(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> ImageTower:
+    """Copy the image tower of a checkpoint to a device in ``dtype``; each tensor is copied once."""
+    tower = ImageTower(checkpoint)
+    # Copies of the tensors, which deepcopy takes for those that it would make on the CPU and in full precision.
+    made: dict[int, Any] = {}
+    for value in tower.parameters():
+        copied = value.detach().to(device=device, dtype=dtype, copy=True)
+        made[id(value)] = torch.nn.Parameter(copied, requires_grad=value.requires_grad)
+    for buffer in tower.buffers():
+        kind = dtype if buffer.is_floating_point() else buffer.dtype
+        made[id(buffer)] = buffer.to(device=device, dtype=kind, copy=True)
+    return copy.deepcopy(tower, made)
+
+
+def need_torchao() -> str:
+    """The version of torchao, which must be installed and new enough.
+
+    Raises:
+        BackendUnavailable: with the command that installs it.
+    """
+    need_packages("torchao", extra="int8")
+    found = version("torchao")
+    if Version(found) < Version(TORCHAO):
+        raise BackendUnavailable(
+            f"torchao {found} makes all fp32 products of the process less exact, those of the labels among them: "
+            f"torchao {TORCHAO} or newer is needed; {install_hint('int8')}"
+        )
+    return found
+
+
+def note_timed(setting: str) -> None:
+    """Log that the kernels of a compiled tower depend on measurements."""
+    log.info(
+        "%s: kernels are chosen by timing them, so another worker may choose others, and its embeddings differ in the "
+        "last digits; TORCHINDUCTOR_CACHE_DIR in a folder of all workers keeps a choice for those that start later",
+        setting,
+    )
 
 
 def compiled(module: torch.nn.Module, *, mode: str, pixels: torch.Tensor) -> Forward:
@@ -65,7 +136,7 @@ def compiled(module: torch.nn.Module, *, mode: str, pixels: torch.Tensor) -> For
         )
     try:
         # The compiler warns of parts of torch that it uses itself.
-        with quiet(), torch.inference_mode():
+        with quiet(), torch.inference_mode(), preferred(pixels.device, pixels.dtype):
             forward: Forward = torch.compile(module, mode=mode, dynamic=False)
             forward(pixels)
     except Exception as error:
@@ -106,3 +177,12 @@ def blank(checkpoint: Checkpoint, *, batch_size: int, device: torch.device, dtyp
     """Pixels of the static shape, made as those of a batch are: an ordinary tensor would be compiled for anew."""
     height, width = checkpoint.spec.size
     return torch.zeros(batch_size, 3, height, width, device=device, dtype=dtype)
+
+
+@torch.inference_mode()
+def _noise(spec: PreprocessSpec, info: EncoderInfo) -> torch.Tensor:
+    """Pixels of the static shape in the loader's layout of memory, the same ones every time."""
+    dice = torch.Generator(info.device).manual_seed(0)
+    shape = (info.batch_size, *spec.size, 3)
+    noise = torch.randint(0, 256, shape, dtype=torch.uint8, device=info.device, generator=dice)
+    return noise.permute(0, 3, 1, 2)

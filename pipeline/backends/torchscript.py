@@ -8,6 +8,7 @@ from pipeline.backends.artifacts.store import ArtifactStore
 from pipeline.backends.artifacts.torchscript import FILE, TraceOptions, load, traced
 from pipeline.backends.base import Draw, EncoderInfo
 from pipeline.backends.devices import DTYPES, choose
+from pipeline.backends.torch_attention import preferred
 from pipeline.backends.torch_module import ModuleEncoder, blank
 from pipeline.config.schema import BackendConfig, ParityConfig
 from pipeline.models.checkpoint import Checkpoint
@@ -30,9 +31,17 @@ def open_encoder(
     )
     module = load(artifact.file(FILE), device)
     pixels = blank(checkpoint, batch_size=batch_size, device=device, dtype=DTYPES[precision])
-    with torch.inference_mode():
+    with torch.inference_mode(), preferred(device, DTYPES[precision]):
         # TorchScript watches the first calls and then compiles: from here on every batch runs in the same kernels.
         for _ in range(PROFILED + 1):
             module(pixels)
-    info = EncoderInfo("torchscript", precision, device, batch_size, weight_bytes=artifact.size, artifact=artifact)
+    info = EncoderInfo(
+        "torchscript",
+        precision,
+        device,
+        batch_size,
+        weight_bytes=artifact.size,
+        artifact=artifact,
+        graph=device.type == "cuda" and config.cuda_graph,
+    )
     return ModuleEncoder(module, checkpoint, info)

@@ -1,4 +1,4 @@
-"""``python -m pipeline.bench``: measure the backends, the stages of a job, or a GPU, on this machine."""
+"""``python -m pipeline.bench``: measure backends, the stages of a job, a GPU, or what feeds one, on this machine."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ COMMANDS = {
     "backends": "pipeline.bench.backends",
     "pipeline": "pipeline.bench.pipeline",
     "gpu": "pipeline.bench.gpu",
+    "feed": "pipeline.bench.feed",
 }
 
 

@@ -53,9 +53,7 @@ class Micro:
         weights = [] if spec.model == "demo" else ["model.weights=random"]
         self._config = compose_config([f"model={spec.model}", *weights, f"backend.device={spec.device}"])
         self._checkpoint = open_checkpoint(self._config.model)
-        # One that captures a graph by itself has a setting against it.
-        eager = {"backend.cuda_graph": False} if hasattr(self._config.backend, "cuda_graph") else {}
-        self._encoder = self._open(spec.sizes[0], eager)
+        self._encoder = self._open(spec.sizes[0], {"backend.cuda_graph": False})
         self._device, self._dtype = self._encoder.device, DTYPES[self._encoder.precision]
         facts = {"machine": machine(str(self._device), cores()), "versions": versions(("triton",))}
         self.figures: dict[str, Any] = {"precision": self._encoder.precision, **facts, "rows": []}

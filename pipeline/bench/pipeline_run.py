@@ -144,9 +144,11 @@ def defaults(config: Config) -> list[str]:
         from pipeline.engine.demo.folder import label_names
 
         more.append(f"prompts.labels=[{','.join(map(quoted, label_names()[:10]))}]")
+    from pipeline.engine.batch_size import SIZES, is_default_of_cuda
+
     # Without a fixed size, the stages would have to measure one as well.
-    if not config.loader.batch_size:
-        more.append("loader.batch_size=64")
+    if not config.loader.batch_size or is_default_of_cuda(config):
+        more.append(f"loader.batch_size={64 if not config.loader.batch_size else SIZES['cuda'][0]}")
     return more
 
 

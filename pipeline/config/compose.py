@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 from pipeline.config.hydra_guard import check_setting
 from pipeline.config.options import unread
-from pipeline.config.ranges import AUTO
+from pipeline.config.ranges import AUTO, DEFAULT, DefaultNumber
 from pipeline.config.schema import Config, LoaderConfig, conf_dir, nearest, value_of
 from pipeline.config.validate import AUTOMATIC, check, limits
 from pipeline.core.errors import ConfigError, Problem
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 # Keys that are meant where a location or a list is given to a whole group.
 MEANT = {"manifest": "manifest.path", "output": "output.dir", "prompts": "prompts.labels", "labels": "prompts.labels"}
+# What stands for the word ``default`` until the config is made.
+_DEFAULT_SIZE = -1
 TYPES: list[tuple[Any, str]] = [
     (int, "a whole number"),
     (float, "a number"),
@@ -40,9 +42,9 @@ TYPES: list[tuple[Any, str]] = [
 
 @dataclass(frozen=True)
 class TypedLoader(LoaderConfig):
-    """Group ``loader`` as it is typed: ``batch_size`` may be ``auto``, where the config keeps a number."""
+    """Group ``loader`` as it is typed: ``batch_size`` may be one of two words, for which the config has numbers."""
 
-    batch_size: int | str = LoaderConfig.batch_size  # type: ignore[assignment]
+    batch_size: int | str = DEFAULT  # type: ignore[assignment]
 
 
 def compose_config(arguments: Sequence[str]) -> Config:
@@ -188,11 +190,15 @@ def read_config(composed: DictConfig) -> tuple[Config, list[Problem]]:
         group, name = key.split(".")
         if problem := _resolve(merged[group], key):
             problems.append(problem)
-            merged[group][name] = value_of(Config(), key)
+            default = value_of(Config(), key)
+            merged[group][name] = _DEFAULT_SIZE if isinstance(default, DefaultNumber) else default
     config = OmegaConf.to_object(merged)
     if not isinstance(config, Config):
         raise TypeError(f"composed to {type(config).__name__}, not Config")
-    config = replace(config, loader=LoaderConfig(**vars(config.loader)))
+    loader = LoaderConfig(**vars(config.loader))
+    if loader.batch_size == _DEFAULT_SIZE:
+        loader = replace(loader, batch_size=LoaderConfig.batch_size)
+    config = replace(config, loader=loader)
     return config, problems + check(config)
 
 
@@ -221,12 +227,14 @@ def _resolve(node: DictConfig, key: str) -> Problem | None:
 
 
 def _number(typed: int | str) -> int:
-    """Return the number that the config keeps; raise ValueError for a word other than ``auto``."""
+    """Return the number that stands for what was typed; raise ValueError for a word that is none of these."""
     if typed == AUTO:
         return 0
+    if typed == DEFAULT:
+        return _DEFAULT_SIZE
     number = int(typed)
-    if number == 0:
-        raise ValueError(f"0 stands for {AUTO}, and cannot be typed")
+    if number in (0, _DEFAULT_SIZE):
+        raise ValueError(f"{number} stands for a word, and cannot be typed")
     return number
 
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-AUTO = "auto"
+AUTO, DEFAULT = "auto", "default"
+
+
+class DefaultNumber(int):
+    """A number that nobody typed, and that another device may replace; a typed one is an ordinary int."""
 
 
 class OneOf:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pipeline.config.choices import BACKENDS, CLUSTERS
-from pipeline.config.ranges import AUTO, OneOf, Range, Text, filled
+from pipeline.config.ranges import AUTO, DefaultNumber, OneOf, Range, Text, filled
 
 DEMO_MODEL = "demo"
 OUTPUT_COLUMNS = ("embedding", "label", "score", "top_labels", "top_scores", "status", "error")
@@ -70,6 +70,7 @@ class BackendConfig:
     compile: Annotated[str, OneOf("none", "default", "reduce-overhead", "max-autotune")] = "none"
     quantization: Annotated[str, OneOf("dynamic", "static")] = "dynamic"
     streams: Annotated[int, Range(0, 1_024)] = 0
+    cuda_graph: bool = True
     artifacts: str | None = None
 
 
@@ -125,12 +126,14 @@ class ImagesConfig:
 class LoaderConfig:
     """Group ``loader``: batches, the threads that fill them, and limits for a single image.
 
-    A ``batch_size`` of 0 stands for ``auto``: see :mod:`pipeline.engine.batch_size`.
+    A ``batch_size`` of 0 stands for ``auto``, and CUDA takes another than the default: see
+    :mod:`pipeline.engine.batch_size`.
     """
 
-    batch_size: Annotated[int, Range(0, 65_536, AUTO)] = 64
+    batch_size: Annotated[int, Range(0, 65_536, AUTO)] = DefaultNumber(64)
     workers: Annotated[int, Range(0, 1_024)] = 0
     prefetch: Annotated[int, Range(1, 64)] = 3
+    feeders: Annotated[int | None, Range(0, 256, "null for automatic")] = None
     isolation: Annotated[str, OneOf("process", "none")] = "process"
     decode_seconds: Annotated[float, Range(0.1)] = 60.0
     decode_memory: Annotated[int, Range(67_108_864)] = 2_147_483_648

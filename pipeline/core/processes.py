@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import getpass
 import os
 import resource
+import signal
 import socket
 import stat
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+# Of linux/prctl.h.
+_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +63,18 @@ def give_home() -> None:
         getpass.getuser()
     except (OSError, KeyError):
         os.environ["USER"] = str(os.getuid())
+
+
+def end_with(parent: int) -> None:
+    """End this process with the thread of ``parent`` that started it, also if that one is killed (Linux).
+
+    Raises:
+        SystemExit: it has ended already.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        raise SystemExit("the process that started this one has ended")
 
 
 def this_process() -> Process:

@@ -14,9 +14,10 @@ from pipeline.storage.urls import is_local, local_file
 
 # Settings that do not change the rows, and must not change the plan.
 _OF_THE_RUN = {
-    "cluster", "report", "run", "log", "metrics", "serve", "loader.workers", "loader.prefetch", "loader.isolation",
+    "cluster", "report", "run", "log", "metrics", "serve", "loader.workers", "loader.prefetch", "loader.feeders",
+    "loader.isolation",
     "prompts.cache", "backend.artifacts", "backend.streams", "output.dir", "output.lease_seconds",
-    "errors.grace_seconds",
+    "errors.grace_seconds", "backend.cuda_graph",
 }  # fmt: skip
 # Addresses that may be relative to the current folder.
 _PLACES = ("manifest.path", "manifest.root", "prompts.path")

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from pipeline.engine.padding import repeats_on
+from pipeline.engine.padding import repeated, repeats_on
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(slots=True)
@@ -26,12 +29,25 @@ class Slot:
     copied: torch.cuda.Event | None = None
     encoded: torch.cuda.Event | None = None
 
+    def batch(self) -> torch.Tensor:
+        """The pixels as encoders take them: a view ``[B, 3, H, W]`` of the memory on the device."""
+        return self.device.permute(0, 3, 1, 2)
+
+    def mark_encoded(self) -> None:
+        """Let the next copy wait for all that the current stream has been given."""
+        import torch
+
+        self.encoded = torch.cuda.Event()
+        self.encoded.record(torch.cuda.current_stream(self.device.device))
+
     def fill(self, count: int, on_device: Mapping[int, torch.Tensor], stream: torch.cuda.Stream | None) -> None:
         """Bring ``count`` pictures to the device, and fill the free places with some of them.
 
         Those of ``on_device`` are there already, to be put into their places; the others lie on the host. On CUDA
         all this is queued on ``stream``, behind the last batch that was encoded from this buffer.
         """
+        import torch
+
         free = self.host.shape[0] > count
         if free and not on_device:
             self.host[count:] = self.host[repeats_on(self.host.device, count, self.host.shape[0])]
@@ -51,6 +67,8 @@ class Slot:
                 self.copied.record(stream)
 
     def _gather(self, count: int, on_device: Mapping[int, torch.Tensor]) -> None:
+        import torch
+
         pictures, size = list(on_device.values()), self.device.shape[0]
         if len(pictures) == count:
             torch.stack(pictures, out=self.device[:count])
@@ -61,9 +79,36 @@ class Slot:
             self.device[count:] = self.device[repeats_on(self.device.device, count, size)]
 
 
-def new_slot(shape: tuple[int, ...], device: torch.device) -> Slot:
+@dataclass(slots=True)
+class SharedSlot:
+    """A reused buffer, uint8 ``[B, H, W, 3]``, in memory that the process of the encoder has, too."""
+
+    pixels: NDArray[np.uint8]
+    copied: None = None
+
+    def fill(self, count: int, on_device: Mapping[int, Any], stream: None) -> None:
+        """Fill the free places behind ``count`` pictures with some of them."""
+        self.pixels[count:] = self.pixels[repeated(count, len(self.pixels))]
+
+    def batch(self) -> NDArray[np.uint8]:
+        """The pixels where they lie."""
+        return self.pixels
+
+
+def copy_stream(device: torch.device | None) -> torch.cuda.Stream | None:
+    """The stream for copies to a GPU; None for another device."""
+    if device is None or device.type != "cuda":
+        return None
+    import torch
+
+    return torch.cuda.Stream(device)
+
+
+def new_slot(shape: tuple[int, ...], device: torch.device | None) -> Slot:
     """A buffer of ``shape``; without CUDA, both sides are one."""
-    if device.type != "cuda":
+    import torch
+
+    if device is None or device.type != "cuda":
         host = torch.zeros(shape, dtype=torch.uint8)
         return Slot(host=host, pixels=host.numpy(), device=host)
     host = torch.zeros(shape, dtype=torch.uint8, pin_memory=True)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,7 +53,10 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True)
 class PendingBatch:
-    """A batch whose results are being copied to the host; ``copied`` is None where they are there already."""
+    """Results of a batch on the host, or being copied there: ``wait`` returns when they are there.
+
+    ``release`` gives their memory back; nothing may be read from it then.
+    """
 
     rows: np.ndarray
     vectors: torch.Tensor
@@ -61,7 +64,8 @@ class PendingBatch:
     in_order: torch.Tensor
     top: torch.Tensor
     scores: torch.Tensor
-    copied: torch.cuda.Event | None
+    wait: Callable[[], object] = lambda: None
+    release: Callable[[], object] = lambda: None
 
 
 def encode(encoder: ImageEncoder, pixels: torch.Tensor, count: int, *, twice: bool) -> Encoded:
@@ -78,22 +82,25 @@ def encode(encoder: ImageEncoder, pixels: torch.Tensor, count: int, *, twice: bo
         NumericalError: the encoder returned another shape or type.
         BackendUnavailable: the device has no memory for the batch.
     """
+    whole, proved = embed(encoder, pixels, count, twice=twice)
+    vectors = whole[:count]
+    lengths = torch.linalg.vector_norm(vectors, dim=1)
+    return Encoded(whole=whole, vectors=vectors, lengths=lengths, in_order=proved)
+
+
+def embed(encoder: ImageEncoder, pixels: torch.Tensor, count: int, *, twice: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings of a batch with its padding, float32 ``[B, D]``, and the proof of their order; see :func:`encode`."""
     size = len(pixels)
     with memory_explained(size):
         encoded = _forward(encoder, pixels)
-        vectors = encoded[:count]
         if count < size:
             again, origin = encoded[count:], repeats_on(encoded.device, count, size)
         elif twice and size > 1:
             shuffled, origin = turned(pixels)
             again = _forward(encoder, shuffled)
         else:
-            again, origin = None, None
-        proved = torch.ones((), dtype=torch.bool, device=encoded.device)
-        if again is not None and origin is not None:
-            proved = in_order(vectors, again, origin, pixels[:count])
-    lengths = torch.linalg.vector_norm(vectors, dim=1)
-    return Encoded(whole=encoded, vectors=vectors, lengths=lengths, in_order=proved)
+            return encoded, torch.ones((), dtype=torch.bool, device=encoded.device)
+        return encoded, in_order(encoded[:count], again, origin, pixels[:count])
 
 
 def _forward(encoder: ImageEncoder, pixels: torch.Tensor) -> torch.Tensor:
@@ -125,49 +132,56 @@ def check(encoded: Encoded | PendingBatch, rows: Sequence[int] | np.ndarray, whe
         )
 
 
-def launch(
-    batch: ImageBatch, encoder: ImageEncoder, labelling: Labelling | None, clocks: StageClocks, *, number: int
-) -> PendingBatch:
-    """Embed and label a batch, the ``number``-th of its shard; on CUDA the results are not waited for.
+class Forward:
+    """Embeddings and labels of batches by one encoder.
 
-    Raises:
-        NumericalError: the encoder returned another shape.
+    Args:
+        encoder: the opened backend.
+        labelling: None where rows get no labels.
     """
-    count, size = len(batch.rows), len(batch.pixels)
-    # Of the shards without padding, one in PROVED_SHARDS has its first batch encoded twice.
-    twice = number == 0 and batch.shard.rows % size == 0 and batch.shard.index % PROVED_SHARDS == 0
-    with clocks.time(Stage.ENCODE), memory_explained(size):
-        failpoint("encode")
-        try:
-            encoded = encode(encoder, batch.pixels, count, twice=twice)
-        except NumericalError as error:
-            raise NumericalError(f"shard {batch.shard.index}, batch {number}: {error}") from error
-        failpoint("encoded")
-    device = encoded.vectors.device
-    if labelling is not None:
-        with clocks.time(Stage.LABEL), memory_explained(size):
-            failpoint("label")
-            found = label(Embeddings(encoded.vectors), labelling.bank, labelling.features, top_k=labelling.top_k)
-        top, scores = found.indices, found.scores
-    else:
-        scores = torch.empty((count, 0), device=device)
-        top = scores.long()
-    results = [encoded.vectors, encoded.lengths, encoded.in_order, top, scores]
-    copied = None
-    if device.type == "cuda":
-        # Copied behind the batch's own work, so that fetching it does not wait for the next batch.
-        results = [_to_host(tensor) for tensor in results]
-        copied = torch.cuda.Event()
-        copied.record(torch.cuda.current_stream(device))
-    vectors, lengths, proved, top, scores = results
-    return PendingBatch(
-        rows=batch.rows, vectors=vectors, lengths=lengths, in_order=proved, top=top, scores=scores, copied=copied
-    )
+
+    def __init__(self, encoder: ImageEncoder, labelling: Labelling | None) -> None:
+        self._encoder, self._labelling = encoder, labelling
+
+    def launch(self, batch: ImageBatch, clocks: StageClocks, *, number: int) -> PendingBatch:
+        """Embed and label a batch, the ``number``-th of its shard.
+
+        Raises:
+            NumericalError: the encoder returned another shape or type.
+            BackendUnavailable: the device has no memory for the batch.
+        """
+        size = len(batch.pixels)
+        # Of the shards without padding, one in PROVED_SHARDS has its first batch encoded twice.
+        twice = number == 0 and batch.shard.rows % size == 0 and batch.shard.index % PROVED_SHARDS == 0
+        with clocks.time(Stage.ENCODE), memory_explained(size):
+            failpoint("encode")
+            try:
+                whole, proved = embed(self._encoder, batch.pixels, len(batch.rows), twice=twice)
+            except NumericalError as error:
+                raise NumericalError(f"shard {batch.shard.index}, batch {number}: {error}") from error
+            failpoint("encoded")
+        with clocks.time(Stage.LABEL) if self._labelling is not None else nullcontext(), memory_explained(size):
+            if self._labelling is not None:
+                failpoint("label")
+            return self._results(batch, whole, proved)
+
+    def _results(self, batch: ImageBatch, whole: torch.Tensor, proved: torch.Tensor) -> PendingBatch:
+        vectors = whole[: len(batch.rows)]
+        lengths, top, scores = scored(vectors, labelling=self._labelling)
+        return PendingBatch(rows=batch.rows, vectors=vectors, lengths=lengths, in_order=proved, top=top, scores=scores)
 
 
-def _to_host(tensor: torch.Tensor) -> torch.Tensor:
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return host.copy_(tensor, non_blocking=True)
+def scored(vectors: torch.Tensor, *, labelling: Labelling | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Lengths of embeddings, float32 ``[N]``; indices int64 and scores float32 of their best labels, ``[N, K]``.
+
+    Without labels these have no columns.
+    """
+    lengths = torch.linalg.vector_norm(vectors, dim=1)
+    if labelling is None:
+        scores = torch.empty((len(vectors), 0), device=vectors.device)
+        return lengths, scores.long(), scores
+    found = label(Embeddings(vectors), labelling.bank, labelling.features, top_k=labelling.top_k)
+    return lengths, found.indices, found.scores
 
 
 @contextmanager
@@ -190,7 +204,7 @@ class ShardResults:
         shard: the shard.
         dim: length of an embedding.
         dtype: type of the stored embeddings.
-        labelling: as for :func:`launch`.
+        labelling: as for :class:`Forward`.
         threshold: lowest score of the column ``label``.
     """
 
@@ -212,8 +226,7 @@ class ShardResults:
             NumericalError: they are not embeddings and scores, or not those of their images; the shard is not
                 committed.
         """
-        if batch.copied is not None:
-            batch.copied.synchronize()
+        batch.wait()
         where = f"shard {self._shard.index}, batch {self._batches}"
         check(batch, batch.rows, where)
         check_scores(batch.scores, where)
@@ -221,6 +234,7 @@ class ShardResults:
         self._vectors[batch.rows] = batch.vectors.numpy()
         self._top[batch.rows] = batch.top.numpy()
         self._scores[batch.rows] = batch.scores.numpy()
+        batch.release()
 
     def finish(self, rows: ShardRows) -> ShardResult:
         """The whole shard; duplicate images get the results of the first of them."""

@@ -21,19 +21,18 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from pipeline.core.failpoints import failpoint
 from pipeline.core.records import Failure, ImageBatch, ImageRef, Pixels, Shard, ShardRows, Stage
-from pipeline.engine.buffers import new_slot
+from pipeline.engine.buffers import SharedSlot, copy_stream, new_slot
 from pipeline.engine.duplicates import Repeats
 from pipeline.engine.prefetch import POLL, Prefetcher
 from pipeline.images.decode import limit_pixels
@@ -43,8 +42,10 @@ from pipeline.images.reader import PixelReader, Timer
 from pipeline.manifest.manifest import Manifest
 from pipeline.manifest.shards import ShardReader, refs
 
-# Finished shards that may wait for the consumer: they hold no buffer, so nothing else would stop a run
-# whose images all fail from reading the whole manifest into memory.
+if TYPE_CHECKING:
+    import torch
+
+# Finished shards that may wait. They hold no buffer: a run whose images all fail would read the whole manifest.
 WAITING_SHARDS = 4
 # Rows that are read before they are wanted: record batches of the manifest, and bytes of them.
 AHEAD_BATCHES = 8
@@ -106,6 +107,11 @@ class LoaderSpec:
     in_flight: int = 1
     once: bool = True
 
+    @property
+    def buffers(self) -> int:
+        """Buffers for batches: some being encoded, one being filled, the others ready."""
+        return self.prefetch + 1 + self.in_flight
+
 
 class Loader:
     """Streams shards as batches; use it as a context manager, once.
@@ -114,22 +120,29 @@ class Loader:
         manifest: where the rows are.
         reader: how a row becomes pixels.
         spec: the batches.
-        device: where the pixels are wanted.
         timer: called with a stage and seconds, from any thread.
+        device: where the pixels are wanted; the CPU by default.
+        slots: buffers that another process has, too, where the batches stay; new ones by default.
     """
 
     def __init__(
-        self, manifest: Manifest, reader: PixelReader, spec: LoaderSpec, *, device: torch.device, timer: Timer
+        self,
+        manifest: Manifest,
+        reader: PixelReader,
+        spec: LoaderSpec,
+        *,
+        timer: Timer,
+        device: torch.device | None = None,
+        slots: Sequence[SharedSlot] | None = None,
     ) -> None:
         self._manifest, self._reader, self._timer, self._once = manifest, reader, timer, spec.once
         self._batch_size, self._workers = spec.batch_size, spec.workers
         # At least two tasks of every batch for each worker, so that all have work to the end of it.
         self._task = max(reader.chunk, min(TASK, spec.batch_size // (2 * spec.workers) // CHUNK * CHUNK))
         limit_pixels(reader.decoder.max_pixels)
-        self._cuda = torch.cuda.Stream(device) if device.type == "cuda" else None
-        # Some being encoded, one being filled, the others ready.
-        shape, count = (spec.batch_size, *reader.spec.size, 3), spec.prefetch + 1 + spec.in_flight
-        self._slots = [new_slot(shape, device) for _ in range(count)]
+        shape = (spec.batch_size, *reader.spec.size, 3)
+        self._cuda = copy_stream(device)
+        self._slots: Sequence[Any] = slots or [new_slot(shape, device) for _ in range(spec.buffers)]
         self._free: queue.SimpleQueue[int] = queue.SimpleQueue()
         for index in range(len(self._slots)):
             self._free.put(index)
@@ -170,10 +183,17 @@ class Loader:
             if isinstance(item, ShardRows):
                 self._room.release()
             elif self._cuda is not None:
+                import torch
+
                 copied = self._slots[item.slot].copied
                 if copied is not None:
                     torch.cuda.current_stream(item.pixels.device).wait_event(copied)
             yield item
+
+    @property
+    def stopped(self) -> bool:
+        """True once no further shard is wanted."""
+        return self._stopped.is_set()
 
     def fail(self, error: BaseException) -> None:
         """End the stream with an error of the encoder, so that no thread waits for more batches."""
@@ -183,9 +203,12 @@ class Loader:
         """Give a batch's buffer back, once all work on its pixels has been enqueued."""
         slot = self._slots[batch.slot]
         if self._cuda is not None:
-            slot.encoded = torch.cuda.Event()
-            slot.encoded.record(torch.cuda.current_stream(slot.device.device))
-        self._free.put(batch.slot)
+            slot.mark_encoded()
+        self.give_back(batch.slot)
+
+    def give_back(self, slot: int) -> None:
+        """Use a buffer again that no device copies from any more."""
+        self._free.put(slot)
 
     def _run(self, shards: Iterable[Shard]) -> None:
         pool = ThreadPoolExecutor(self._workers, thread_name_prefix="decode")
@@ -204,23 +227,41 @@ class Loader:
         window: deque[_Chunk | ShardRows] = deque()
         limit = self._batch_size + 2 * self._task * self._workers
         rows, filling = 0, None
+
+        def take() -> None:
+            nonlocal rows, filling
+            if self._stopped.is_set():
+                raise Abandoned
+            done = window.popleft()
+            rows -= done.rows if isinstance(done, _Chunk) else 0
+            filling = self._take(done, filling)
+
         with Prefetcher(
             self._read(shards),
             count=AHEAD_BATCHES,
             size=AHEAD_BYTES,
             weigh=lambda item: item.bytes if isinstance(item, _Read) else 0,
             abandoned=self._stopped.is_set,
+            # The next shard may come only once this one is finished.
+            pause=lambda: bool(window) and (isinstance(window[0], ShardRows) or window[0].results.done()),
         ) as read:
-            for item in chain(self._submit(read, pool), [None]):
-                if item is not None:
+            try:
+                for item in self._submit(read, pool):
+                    if item is None:
+                        take()
+                        continue
                     window.append(item)
-                    rows += item.rows if isinstance(item, _Chunk) else 0
-                while window and (item is None or rows > limit):
-                    if self._stopped.is_set():
-                        raise Abandoned
-                    done = window.popleft()
-                    rows -= done.rows if isinstance(done, _Chunk) else 0
-                    filling = self._take(done, filling)
+                    if isinstance(item, _Chunk):
+                        rows += item.rows
+                        item.results.add_done_callback(lambda _: read.wake())
+                    while window and rows > limit:
+                        take()
+                while window:
+                    take()
+            except BaseException:
+                # An iterator that waits for the next shard looks at this.
+                self._stopped.set()
+                raise
 
     def _read(self, shards: Iterable[Shard]) -> Generator[_Read | ShardRows]:
         with ShardReader(self._manifest) as reader:
@@ -236,9 +277,11 @@ class Loader:
                 table = pa.Table.from_batches(kept, schema=self._manifest.schema)
                 yield ShardRows(shard=shard, table=table, failures={})
 
-    def _submit(self, read: Iterable[_Read | ShardRows], pool: ThreadPoolExecutor) -> Iterator[_Chunk | ShardRows]:
+    def _submit(
+        self, read: Iterable[_Read | ShardRows | None], pool: ThreadPoolExecutor
+    ) -> Iterator[_Chunk | ShardRows | None]:
         for item in read:
-            if isinstance(item, ShardRows):
+            if item is None or isinstance(item, ShardRows):
                 yield item
                 continue
             for start in range(0, len(item.images), self._task):
@@ -271,7 +314,7 @@ class Loader:
             assert result is not None
             if filling.slot < 0:
                 filling.slot = self._take_slot()
-            if isinstance(result.rgb, torch.Tensor):
+            if not isinstance(result.rgb, np.ndarray):
                 filling.on_device[len(filling.rows)] = result.rgb
             else:
                 self._slots[filling.slot].pixels[len(filling.rows)] = result.rgb
@@ -285,8 +328,7 @@ class Loader:
         slot = self._slots[filling.slot]
         count = len(filling.rows)
         slot.fill(count, filling.on_device, self._cuda)
-        # The memory stays [B, H, W, 3]; the view has the shape that encoders take.
-        pixels = slot.device.permute(0, 3, 1, 2)
+        pixels = slot.batch()
         rows = np.asarray(filling.rows, dtype=np.int64)
         self._timer(Stage.COPY, time.perf_counter() - started)
         self._ready.put(ImageBatch(shard=filling.shard, rows=rows, pixels=pixels, slot=filling.slot))

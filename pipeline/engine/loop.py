@@ -20,9 +20,12 @@ from pipeline.core.log_format import within
 from pipeline.core.records import ImageBatch, Shard, ShardReport, ShardRows, Stage, TextBank
 from pipeline.dataset.commits import commit_part
 from pipeline.dataset.parts import PartFormat, ShardResult, build_table, count_statuses
-from pipeline.engine.forward import Labelling, PendingBatch, ShardResults, launch, memory_explained
+from pipeline.engine.feeder_process import FeederSpec
+from pipeline.engine.feeders import Feeders, count_feeders
+from pipeline.engine.forward import Forward, Labelling, PendingBatch, ShardResults, memory_explained
 from pipeline.engine.gpu_clock import GpuClock
 from pipeline.engine.loader import Loader, LoaderSpec
+from pipeline.engine.static_forward import open_forward
 from pipeline.images.factory import worker_threads
 from pipeline.images.reader import PixelReader
 from pipeline.manifest.manifest import Manifest
@@ -126,18 +129,10 @@ def _results(
             if job.bank is not None:
                 features = torch.from_numpy(job.bank.features).to(encoder.device)
                 labelling = Labelling(bank=job.bank, features=features, top_k=config.labels.top_k)
-            spec = LoaderSpec(
-                batch_size=config.loader.batch_size,
-                # While processes decode, one more thread reads what comes next and hands in what is done.
-                workers=worker_threads(config) + (worker.reader.decoders is not None),
-                prefetch=config.loader.prefetch,
-                in_flight=ahead if encoder.device.type == "cpu" else 1,
-                once=config.images.repeats == "once",
-            )
-            loader = Loader(job.manifest, worker.reader, spec, device=encoder.device, timer=clocks.add)
+            loader = open_loader(job, worker, ahead)
         opened.enter_context(loader)
         streams = opened.enter_context(Streams(encoder.device, encoder.streams))
-        encoding = _Encoding(job, worker, loader, streams, labelling)
+        encoding = _Encoding(job, worker, loader, streams, labelling, open_forward(encoder, labelling))
 
         for step in _in_order(encoding.steps(shards), ahead):
             if step.batch is not None:
@@ -149,6 +144,29 @@ def _results(
                 on_batch(len(batch.rows))
             if step.rows is not None:
                 yield step.results.finish(step.rows)
+
+
+def open_loader(job: Job, worker: Worker, ahead: int) -> Loader | Feeders:
+    """The loader of this process, or feeders, each with a loader of its own and its share of the cores."""
+    config, device, reader = job.config, worker.encoder.device, worker.reader
+    shards = -(-job.manifest.rows // config.manifest.shard_rows)
+    count = min(count_feeders(config, device), shards)
+    if count:
+        config = config.changed({"loader.workers": max(1, worker_threads(config) // count)})
+    spec = LoaderSpec(
+        batch_size=config.loader.batch_size,
+        # While processes decode, one more thread reads what comes next and hands in what is done.
+        workers=worker_threads(config) + (reader.decoders is not None),
+        prefetch=config.loader.prefetch,
+        in_flight=ahead if device.type == "cpu" else 1,
+        once=config.images.repeats == "once",
+    )
+    if not count:
+        return Loader(job.manifest, reader, spec, device=device, timer=worker.clocks.add)
+    # One batch is filled while another one is copied; on a CPU, batches are encoded where they lie.
+    buffers = 3 if device.type == "cuda" else 2 + ahead
+    feeder = FeederSpec(config=config, manifest=job.manifest, preprocess=reader.spec, loader=spec, buffers=buffers)
+    return Feeders(feeder, count=count, device=device, timer=worker.clocks.merge)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,38 +184,42 @@ class _Encoding:
 
     job: Job
     worker: Worker
-    loader: Loader
+    loader: Loader | Feeders
     streams: Streams
     labelling: Labelling | None
+    forward: Forward
 
     def steps(self, shards: Iterable[Shard]) -> Iterator[_Step]:
         """Every batch as it is submitted; each shard ends with its rows."""
         items = self.loader.stream(shards)
-        results: ShardResults | None = None
-        number = 0
+        # Those of several shards come in turn; the number is that of the next batch.
+        open_shards: dict[int, tuple[ShardResults, int]] = {}
         while True:
             with self.worker.clocks.time(Stage.WAIT_INPUT):
                 item = next(items, None)
             if item is None:
                 return
-            results = results or ShardResults(
-                item.shard,
-                dim=self.worker.encoder.dim,
-                dtype=self.job.config.output.dtype,
-                labelling=self.labelling,
-                threshold=self.job.config.labels.threshold,
-            )
+            results, number = open_shards.get(item.shard.index) or (self._results_of(item.shard), 0)
             if isinstance(item, ShardRows):
+                open_shards.pop(item.shard.index, None)
                 yield _Step(results, rows=item)
-                results, number = None, 0
             else:
+                open_shards[item.shard.index] = results, number + 1
                 yield _Step(results, batch=self.streams.submit(partial(self._encode, item, number)))
-                number += 1
+
+    def _results_of(self, shard: Shard) -> ShardResults:
+        return ShardResults(
+            shard,
+            dim=self.worker.encoder.dim,
+            dtype=self.job.config.output.dtype,
+            labelling=self.labelling,
+            threshold=self.job.config.labels.threshold,
+        )
 
     def _encode(self, batch: ImageBatch, number: int) -> PendingBatch:
         try:
             with within(batch.shard.index), self.worker.gpu.batch():
-                return launch(batch, self.worker.encoder, self.labelling, self.worker.clocks, number=number)
+                return self.forward.launch(batch, self.worker.clocks, number=number)
         except BaseException as error:
             # The thread that waits for the next batch raises this at once.
             self.loader.fail(error)

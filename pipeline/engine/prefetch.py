@@ -26,6 +26,7 @@ class Prefetcher(Generic[Item]):
         size: their weight together at most; a single item may weigh more.
         weigh: the weight of an item.
         abandoned: called often; true once the items are not needed any more.
+        pause: called while no item waits; where it is true, None comes instead of the next item.
     """
 
     def __init__(
@@ -36,9 +37,10 @@ class Prefetcher(Generic[Item]):
         size: int,
         weigh: Callable[[Item], int],
         abandoned: Callable[[], bool],
+        pause: Callable[[], bool] = lambda: False,
     ) -> None:
         self._items, self._weigh, self._abandoned = items, weigh, abandoned
-        self._count, self._size = count, size
+        self._count, self._size, self._pause = count, size, pause
         self._waiting: deque[Item] = deque()
         self._weight = 0
         self._changed = threading.Condition()
@@ -59,23 +61,30 @@ class Prefetcher(Generic[Item]):
             self._changed.notify_all()
         self._thread.join()
 
-    def __iter__(self) -> Iterator[Item]:
-        """The items.
+    def wake(self) -> None:
+        """Call ``pause`` again, from any thread."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def __iter__(self) -> Iterator[Item | None]:
+        """The items; None for a pause.
 
         Raises:
             Abandoned: the items are not needed any more.
         """
         while True:
+            item = None
             with self._changed:
-                while not self._waiting and not self._ended:
+                while not self._waiting and not self._ended and not self._pause():
                     if self._abandoned():
                         raise Abandoned
                     self._changed.wait(POLL)
-                if not self._waiting:
+                if self._waiting:
+                    item = self._waiting.popleft()
+                    self._weight -= self._weigh(item)
+                    self._changed.notify_all()
+                elif self._ended:
                     break
-                item = self._waiting.popleft()
-                self._weight -= self._weigh(item)
-                self._changed.notify_all()
             yield item
             del item
         if self._error is not None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.backends import decoder_parity as decoder_gate
+from pipeline.backends.base import ImageEncoder
 from pipeline.backends.parity import Gate, pass_gate, record
 from pipeline.config.schema import Config
 from pipeline.core.failpoints import failpoint
@@ -48,6 +49,8 @@ def prepare(engine: Engine, storage: Storage) -> Prepared:
     """
     config, encoder, manifest, bank = engine.config, engine.encoder, engine.manifest, engine.bank()
     log.info("model %s with %s on %s in %s", config.model.name, encoder.name, encoder.device, encoder.precision)
+    if encoder.device.type == "cuda":
+        log.info("each batch is launched as %s", _launched(encoder))
     engine.check_ids()
 
     prints = fingerprints(engine)
@@ -68,8 +71,17 @@ def prepare(engine: Engine, storage: Storage) -> Prepared:
         device=str(encoder.device),
         precision=encoder.precision,
         streams=encoder.streams,
-        machine=machine(str(encoder.device), cores()),
+        machine=_machine(encoder),
     )
+
+
+def _launched(encoder: ImageEncoder) -> str:
+    return "one CUDA graph" if encoder.graph else "single operations, without a CUDA graph"
+
+
+def _machine(encoder: ImageEncoder) -> dict[str, object]:
+    launched = {"launch": _launched(encoder)} if encoder.device.type == "cuda" else {}
+    return {**machine(str(encoder.device), cores()), **launched}
 
 
 def job_of(engine: Engine, prepared: Prepared) -> Job:

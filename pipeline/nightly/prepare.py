@@ -124,8 +124,10 @@ def prepare(config: Config, options: NightOptions, store: Storage, day: str) -> 
             f"{store.url}: the previous nights have --layout {previous.layout}, and a store holds nights of one "
             f"layout; give --layout {previous.layout}, or another --store"
         )
-    if previous is not None and config.loader.batch_size == 0:
-        # auto measures for the rows of a job, and tonight's are few.
+    from pipeline.engine.batch_size import is_default_of_cuda
+
+    if previous is not None and (config.loader.batch_size == 0 or is_default_of_cuda(config)):
+        # auto measures for the rows of a job, and tonight's are few; a night before may have had another GPU.
         config = config.changed({"loader.batch_size": _batch_size(store, previous)})
     facts = {
         "format": FORMAT,

@@ -48,6 +48,15 @@ class StageClocks:
             self._cores[stage] += core
             self._slices.spend(stage, seconds, time.perf_counter())
 
+    def merge(self, spent: Clocks) -> None:
+        """Count what another process spent up to this moment."""
+        now = time.perf_counter()
+        with self._lock:
+            for stage, seconds in spent.seconds.items():
+                self._seconds[stage] += seconds
+                self._cores[stage] += spent.cores[stage]
+                self._slices.spend(stage, seconds, now)
+
     def count(self, images: int) -> None:
         """Count images that were embedded at this moment."""
         with self._lock:

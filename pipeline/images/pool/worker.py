@@ -24,12 +24,13 @@ from typing import Any
 from PIL import AvifImagePlugin, Image, ImageCms, ImageColor, ImageFile, ImageOps, ImagePalette  # noqa: F401
 
 from pipeline.core.failpoints import failpoint
+from pipeline.core.processes import end_with
 from pipeline.core.records import Failure, Pixels, PreprocessSpec
 from pipeline.images import formats, jpeg  # noqa: F401
-from pipeline.images.decode import EXACT, GLANCE, Decoder, limit_pixels
+from pipeline.images.decode import BLANK, EXACT, GLANCE, Decoder, limit_pixels
 from pipeline.images.pool.protocol import CRASHED, DONE, OUT_OF_MEMORY, READY, Answer, State, parse_request
 
-PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
+PR_SET_NO_NEW_PRIVS = 38
 # Address space of the process itself, in bytes, where the system does not tell.
 OWN = 512 * 2**20
 # Text in images; Python loads these from files when they are first used.
@@ -71,7 +72,7 @@ class LargeImageLock:
 def main() -> None:
     """Answer requests until the socket closes."""
     settings = json.loads(sys.argv[1])
-    _end_with(settings["parent"])
+    end_with(settings["parent"])
     # Some schedulers send these to every process of a job; the job itself ends its decoders.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -117,14 +118,6 @@ def _errno() -> ctypes.c_int:
     return number
 
 
-def _end_with(parent: int) -> None:
-    """Die when the thread that started this process ends; its pool keeps that thread for as long as it lives."""
-    if sys.platform == "linux":
-        _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        raise SystemExit("the process that started this decoder has gone")
-
-
 def _load_all(decoder: Decoder) -> None:
     """Load whatever decoding may need later, when no file can be opened any more."""
     Image.init()
@@ -135,7 +128,7 @@ def _load_all(decoder: Decoder) -> None:
     for name in _CODECS:
         codecs.lookup(name)
     ImageFile.LOAD_TRUNCATED_IMAGES = decoder.kind == GLANCE
-    if decoder.kind not in (EXACT, GLANCE):
+    if decoder.kind not in (BLANK, EXACT, GLANCE):
         import torch
 
         from pipeline.images import fast

@@ -21,6 +21,7 @@ import fsspec
 from pipeline.config.validate import WRAPPERS
 from pipeline.core.errors import StorageError
 from pipeline.core.records import Failure, ImageRef
+from pipeline.images.sources.beneath import Folder
 from pipeline.images.sources.cell_text import SHOWN, describe, too_long
 from pipeline.images.sources.http import SCHEMES, Fetcher
 from pipeline.storage.urls import filesystem, from_driver, is_local, local_path, no_driver, scheme_of
@@ -29,6 +30,8 @@ from pipeline.storage.urls import filesystem, from_driver, is_local, local_path,
 _BROKEN = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN)
 # No more digits than a file offset has.
 _RANGE = re.compile(r"#bytes=(\d{1,18})-(\d{1,18})$")
+# The key of the root among the opened systems; no scheme has a space.
+_FOLDER = "the root"
 # The folder in which Linux lists the file of each descriptor.
 _DESCRIPTORS = "/proc/self/fd"
 
@@ -117,6 +120,14 @@ class Source:
         return found
 
     def _read_local(self, path: str, start: int, stop: int | None) -> bytes | Failure:
+        folder = self._systems.get(_FOLDER)
+        if folder is None:
+            names = [local_path(self.root)] if self._real_root else []
+            folder = self._systems.setdefault(_FOLDER, Folder(self._real_root, *names))
+        data: bytes | None = folder.read(path, start, stop, self.max_bytes)
+        return data if data is not None else self._read_anywhere(path, start, stop)
+
+    def _read_anywhere(self, path: str, start: int, stop: int | None) -> bytes | Failure:
         root = Path(self._real_root or ".")
         # A relative path may begin with the letters of an address.
         name = path if path.startswith("file:") and (root / path).is_file() else local_path(path)

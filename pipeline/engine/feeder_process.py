@@ -1,0 +1,153 @@
+"""A feeder process: ``python -m pipeline.engine.feeder_process SETTINGS``, started by :mod:`pipeline.engine.feeders`.
+
+It runs a :class:`~pipeline.engine.loader.Loader` over the shards that it is given, with decoder processes of its own,
+and fills batch buffers in memory that it shares with the process of the encoder. It sends the rows of every batch, and
+the table and the failures of every shard: as JSON, numbers and Arrow's format, never as pickled objects.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.config.schema import Config
+from pipeline.core.errors import PipelineError
+from pipeline.core.processes import end_with
+from pipeline.core.records import Failure, ImageBatch, PreprocessSpec, Shard, ShardRows
+from pipeline.engine.buffers import SharedSlot
+from pipeline.engine.loader import Loader, LoaderSpec
+from pipeline.engine.prefetch import POLL
+from pipeline.images.factory import pixel_reader
+from pipeline.images.pool.shared_memory import shared
+from pipeline.manifest.manifest import Manifest
+from pipeline.telemetry.clocks import StageClocks
+
+
+@dataclass(frozen=True, slots=True)
+class FeederSpec:
+    """All that a feeder must know; ``buffers`` is the number of batches in its memory."""
+
+    config: Config
+    manifest: Manifest
+    preprocess: PreprocessSpec
+    loader: LoaderSpec
+    buffers: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the memory: ``[buffers, B, H, W, 3]``, uint8."""
+        return (self.buffers, self.loader.batch_size, *self.preprocess.size, 3)
+
+
+class _Feeder:
+    """One run of the loader; requests are taken in a thread of its own."""
+
+    def __init__(self, connection: Connection, memory: int) -> None:
+        self._connection, self._clocks = connection, StageClocks()
+        self._shards: queue.SimpleQueue[Shard | None] = queue.SimpleQueue()
+        self._spec: FeederSpec = connection.recv()
+        pixels = shared(memory, int(np.prod(self._spec.shape))).reshape(self._spec.shape)
+        self._slots = [SharedSlot(buffer) for buffer in pixels]
+
+    def run(self) -> None:
+        spec = self._spec
+        with pixel_reader(spec.config, spec.manifest.root, spec.preprocess) as reader:
+            if reader.decoders is not None:
+                reader.decoders.start()
+            loader = Loader(spec.manifest, reader, spec.loader, timer=self._clocks.add, slots=self._slots)
+            with loader:
+                threading.Thread(target=self._listen, args=(loader,), daemon=True).start()
+                for item in loader.stream(self._wanted(loader)):
+                    self._tell(item)
+            peak = reader.decoders.peak_rss() if reader.decoders is not None else 0
+        self._send({"end": True, "peak_decoder": peak})
+
+    def _listen(self, loader: Loader) -> None:
+        try:
+            while True:
+                wanted: Shard | int | None = self._connection.recv()
+                if isinstance(wanted, int):
+                    loader.give_back(wanted)
+                else:
+                    self._shards.put(wanted)
+        except (EOFError, OSError):
+            # The process of the encoder has closed its end: nothing is wanted any more.
+            os._exit(0)
+
+    def _wanted(self, loader: Loader) -> Iterator[Shard]:
+        while not loader.stopped:
+            with suppress(queue.Empty):
+                shard = self._shards.get(timeout=POLL)
+                if shard is None:
+                    return
+                yield shard
+
+    def _tell(self, item: ImageBatch | ShardRows) -> None:
+        if isinstance(item, ImageBatch):
+            self._send({"batch": item.shard.index, "slot": item.slot}, item.rows.tobytes())
+            return
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, item.table.schema) as writer:
+            writer.write_table(item.table)
+        self._send(
+            {
+                "rows": item.shard.index,
+                "failures": [[row, failure.status, failure.error] for row, failure in item.failures.items()],
+                "repeats": list(item.repeats.items()),
+            },
+            sink.getvalue(),
+        )
+
+    def _send(self, content: dict[str, object], data: bytes | pa.Buffer = b"") -> None:
+        clocks = self._clocks.total()
+        spent = {name: [clocks.seconds[name], clocks.cores[name]] for name in clocks.seconds}
+        self._connection.send_bytes(json.dumps({**content, "clocks": spent}).encode())
+        self._connection.send_bytes(data)
+
+    def fail(self, error: Exception) -> None:
+        """Tell the error that ends this process."""
+        text = str(error) if isinstance(error, PipelineError) else traceback.format_exc()
+        with suppress(OSError):
+            self._send({"error": type(error).__name__, "text": text})
+
+
+def parse_rows(shard: Shard, content: dict[str, object], data: bytes) -> ShardRows:
+    """The rows of a shard, as a feeder told them."""
+    failures: list[tuple[int, str, str]] = content["failures"]  # type: ignore[assignment]
+    repeats: list[tuple[int, int]] = content["repeats"]  # type: ignore[assignment]
+    return ShardRows(
+        shard=shard,
+        table=pa.ipc.open_stream(data).read_all(),
+        failures={row: Failure(status, error) for row, status, error in failures},
+        repeats=dict(repeats),
+    )
+
+
+def main() -> None:
+    """Feed until the connection closes."""
+    settings = json.loads(sys.argv[1])
+    end_with(settings["parent"])
+    # Some schedulers send these to every process of a job; the job itself ends its feeders.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    feeder = _Feeder(Connection(settings["control"]), settings["memory"])
+    try:
+        feeder.run()
+    except Exception as error:
+        feeder.fail(error)
+
+
+if __name__ == "__main__":
+    main()

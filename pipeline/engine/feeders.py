@@ -1,0 +1,297 @@
+"""Feeders: processes that read, decode and fill batches, so that the process of the encoder handles no single image.
+
+Python's lock lets one thread of a process run at a time. Beside threads that read and hand images on, the launches of a
+forward on a GPU wait for the lock again and again. So each feeder (:mod:`pipeline.engine.feeder_process`) takes whole
+shards, and runs a loader with decoder processes of its own over them. Its batches lie in memory that both processes
+have, pinned for the GPU; a message for each batch and each shard is all that comes here.
+
+The batches of a shard come in order, but those of several shards in turn. What a batch holds is the same as without
+feeders, so that the parts have the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from typing import IO
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline.config.schema import Config
+from pipeline.core import errors
+from pipeline.core.errors import DecoderUnavailable, PipelineError
+from pipeline.core.records import Clocks, ImageBatch, Shard, ShardRows, Stage
+from pipeline.engine.device_copies import DeviceCopies
+from pipeline.engine.feeder_process import FeederSpec, parse_rows
+from pipeline.engine.prefetch import POLL
+from pipeline.images.factory import worker_threads
+from pipeline.images.pool.processes import ROOT, Abandoned, nameless_file
+from pipeline.images.pool.shared_memory import shared
+
+# Cores of a feeder and its decoders: its own thread of Python fills the batches of about so many.
+CORES = 4
+# Shards that a feeder has at a time, so that it goes on with the next one at once.
+SHARDS = 2
+# A feeder whose stream has ended may take this long to end, in seconds.
+END_SECONDS = 5.0
+
+
+def count_feeders(config: Config, device: torch.device) -> int:
+    """Number of feeders; 0 for a loader in this process.
+
+    By default one for ``CORES`` cores where a GPU is fed. A CPU that encodes leaves less to read than one loader does,
+    and the decoder ``gpu`` has to be in the process of the encoder.
+    """
+    if config.images.decoder == "gpu":
+        return 0
+    if config.loader.feeders is not None:
+        return config.loader.feeders
+    return max(1, worker_threads(config) // CORES) if device.type == "cuda" else 0
+
+
+@dataclass(slots=True)
+class _Feeder:
+    """A process, the connection to it and its memory; ``shards`` are those that it has."""
+
+    process: subprocess.Popen[bytes]
+    connection: Connection
+    file: IO[bytes]
+    pixels: NDArray[np.uint8]
+    shards: int = 0
+    ended: bool = False
+    clocks: Clocks = field(default_factory=Clocks)
+    sending: threading.Lock = field(default_factory=threading.Lock)
+
+    def send(self, content: object) -> None:
+        """Send a shard, the number of a free buffer, or None behind the last shard; nothing to one that has ended."""
+        with self.sending, suppress(OSError):
+            self.connection.send(content)
+
+
+class Feeders:
+    """Streams shards as batches, as :class:`~pipeline.engine.loader.Loader` does; use it as a context manager, once.
+
+    Args:
+        spec: work of each feeder.
+        count: feeders at most; each is started when a shard waits for it.
+        device: where the pixels are wanted.
+        timer: called with the seconds that a feeder spent, from a thread of this process.
+    """
+
+    def __init__(self, spec: FeederSpec, *, count: int, device: torch.device, timer: Callable[[Clocks], None]) -> None:
+        self._spec, self._count, self._timer = spec, count, timer
+        self._feeders: list[_Feeder] = []
+        self._copies = DeviceCopies(spec.shape[1:], spec.loader.prefetch + 2, device) if device.type == "cuda" else None
+        self._open: dict[int, Shard] = {}
+        self._ready: queue.SimpleQueue[ImageBatch | ShardRows | BaseException | None] = queue.SimpleQueue()
+        self._changed = threading.Condition()
+        self._supplied = False
+        self._stopped = threading.Event()
+        # A feeder ends with the thread that started it.
+        self._starter = ThreadPoolExecutor(1, thread_name_prefix="starter")
+        self._threads: list[threading.Thread] = []
+        self._wake, self._woken = socket.socketpair()
+        self.peak_decoder = 0
+
+    def __enter__(self) -> Feeders:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the feeders; what they read is abandoned."""
+        self._stopped.set()
+        self._wake.send(b"\0")
+        for thread in self._threads:
+            thread.join()
+        for feeder in self._feeders:
+            if feeder.ended:
+                with suppress(subprocess.TimeoutExpired):
+                    feeder.process.wait(END_SECONDS)
+            feeder.process.kill()
+            feeder.process.wait()
+            feeder.connection.close()
+            feeder.file.close()
+        if self._copies is not None:
+            self._copies.close()
+        self._starter.shutdown()
+        self._wake.close()
+        self._woken.close()
+
+    def stream(self, shards: Iterable[Shard]) -> Iterator[ImageBatch | ShardRows]:
+        """Every shard's batches in order, then its :class:`ShardRows`; those of other shards may come between.
+
+        Each batch must be given back with :meth:`release`. An error of a feeder is raised here.
+        """
+        if self._threads:
+            raise RuntimeError("feeders stream once")
+        self._threads = [
+            threading.Thread(target=self._guarded, args=(self._supply, shards), name="supply", daemon=True),
+            threading.Thread(target=self._guarded, args=(self._receive,), name="receive", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
+        while (item := self._ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    def fail(self, error: BaseException) -> None:
+        """End the stream with an error of the encoder, so that no thread waits for more batches."""
+        self._ready.put(error)
+
+    def release(self, batch: ImageBatch) -> None:
+        """Give a batch's buffer back, once all work on its pixels has been enqueued."""
+        if self._copies is not None:
+            self._copies.release(batch.slot)
+        else:
+            self._feeders[batch.slot // self._spec.buffers].send(batch.slot % self._spec.buffers)
+
+    def _guarded(self, work: Callable[..., None], *arguments: object) -> None:
+        try:
+            work(*arguments)
+        except Abandoned:
+            self._ready.put(None)
+        except BaseException as error:
+            self._ready.put(error)
+
+    def _supply(self, shards: Iterable[Shard]) -> None:
+        """Give every shard to a feeder that has room for it."""
+        iterator = iter(shards)
+        while True:
+            feeder = self._with_room()
+            shard = next(iterator, None)
+            if shard is None:
+                break
+            self._open[shard.index] = shard
+            with self._changed:
+                feeder.shards += 1
+            feeder.send(shard)
+        self._supplied = True
+        self._wake.send(b"\0")
+
+    def _with_room(self) -> _Feeder:
+        """The feeder with the fewest shards; a new one while all have some."""
+        while not self._stopped.is_set():
+            least = min(self._feeders, key=lambda feeder: feeder.shards, default=None)
+            if (least is None or least.shards) and len(self._feeders) < self._count:
+                least = self._starter.submit(self._start).result()
+                self._feeders.append(least)
+                self._wake.send(b"\0")
+            if least is not None and least.shards < SHARDS:
+                return least
+            with self._changed:
+                self._changed.wait_for(lambda: any(each.shards < SHARDS for each in self._feeders), POLL)
+        raise Abandoned
+
+    def _start(self) -> _Feeder:
+        size = int(np.prod(self._spec.shape))
+        ours, theirs = socket.socketpair()
+        file = nameless_file(lasting=True)
+        with theirs:
+            os.ftruncate(file.fileno(), size)
+            settings = {"parent": os.getpid(), "control": theirs.fileno(), "memory": file.fileno()}
+            path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "pipeline.engine.feeder_process", json.dumps(settings)],
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno(), file.fileno()],
+                env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
+                # Ctrl-C goes to a whole group; the job itself ends its feeders.
+                process_group=0,
+            )
+        pixels = shared(file.fileno(), size).reshape(self._spec.shape)
+        if self._copies is not None:
+            self._copies.pin(pixels)
+        feeder = _Feeder(process, Connection(ours.detach()), file, pixels)
+        feeder.send(self._spec)
+        return feeder
+
+    def _receive(self) -> None:
+        """Take the messages of all feeders, until each has ended."""
+        while not (self._supplied and not self._open):
+            if self._stopped.is_set():
+                raise Abandoned
+            by_connection = {feeder.connection: number for number, feeder in enumerate(list(self._feeders))}
+            for found in wait([*by_connection, self._woken]):
+                if found is self._woken:
+                    self._woken.recv(4096)
+                else:
+                    self._take(by_connection[found])  # type: ignore[index]
+        for number, feeder in enumerate(self._feeders):
+            feeder.send(None)
+            while not feeder.ended:
+                self._take(number)
+        self._ready.put(None)
+
+    def _take(self, number: int) -> None:
+        feeder = self._feeders[number]
+        try:
+            content = json.loads(feeder.connection.recv_bytes())
+            data = feeder.connection.recv_bytes()
+        except (EOFError, OSError):
+            raise _lost(feeder) from None
+        if "error" in content:
+            raise _error_of(content)
+        told = Clocks(*({name: pair[i] for name, pair in content["clocks"].items()} for i in (0, 1)))
+        self._timer(_since(feeder.clocks, told))
+        feeder.clocks = told
+        if "end" in content:
+            feeder.ended = True
+            self.peak_decoder = max(self.peak_decoder, content["peak_decoder"])
+        elif "rows" in content:
+            self._ready.put(parse_rows(self._open.pop(content["rows"]), content, data))
+            with self._changed:
+                feeder.shards -= 1
+                self._changed.notify_all()
+        else:
+            rows = np.frombuffer(data, dtype=np.int64)
+            self._ready.put(self._batch(number, content["slot"], self._open[content["batch"]], rows))
+
+    def _batch(self, number: int, buffer: int, shard: Shard, rows: NDArray[np.int64]) -> ImageBatch:
+        feeder, slot = self._feeders[number], number * self._spec.buffers + buffer
+        pixels = torch.from_numpy(feeder.pixels[buffer])
+        if self._copies is not None:
+            started = time.perf_counter()
+            slot, pixels = self._copies.copy(pixels, self._stopped)
+            # The copy is complete.
+            feeder.send(buffer)
+            self._timer(Clocks({Stage.COPY: time.perf_counter() - started}, {Stage.COPY: 0.0}))
+        return ImageBatch(shard=shard, rows=rows, pixels=pixels.permute(0, 3, 1, 2), slot=slot)
+
+
+def _since(before: Clocks, now: Clocks) -> Clocks:
+    return Clocks(
+        {name: spent - before.seconds.get(name, 0.0) for name, spent in now.seconds.items()},
+        {name: spent - before.cores.get(name, 0.0) for name, spent in now.cores.items()},
+    )
+
+
+def _lost(feeder: _Feeder) -> DecoderUnavailable:
+    code = feeder.process.wait()
+    how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+    return DecoderUnavailable(
+        f"a feeder process {how}, most often because the machine has no memory left; the same command goes on, with "
+        "fewer processes (loader.feeders) or smaller batches (loader.batch_size)"
+    )
+
+
+def _error_of(content: dict[str, str]) -> Exception:
+    kind = getattr(errors, content["error"], None)
+    if isinstance(kind, type) and issubclass(kind, PipelineError) and kind is not errors.ConfigError:
+        return kind(content["text"])
+    return RuntimeError(f"a feeder process failed:\n{content['text']}")
