@@ -12,6 +12,7 @@ PARSERS = {
     "pipeline.manifest": "pipeline.manifest.__main__",
     "pipeline.bench": "pipeline.bench.backends",
     "pipeline.bench pipeline": "pipeline.bench.pipeline",
+    "pipeline.bench gpu": "pipeline.bench.gpu",
     "pipeline.export": "pipeline.export",
     "pipeline.artifacts": "pipeline.artifacts",
     "pipeline.verify": "pipeline.verify",
@@ -44,8 +45,10 @@ def prove(words: list[str]) -> None:
         if problems := check_overrides([word for word in rest if not word.startswith(("-", "~/"))]):
             raise ConfigError(problems)
         return
-    if command == "pipeline.bench" and rest[:1] in (["pipeline"], ["backends"]):
-        command, rest = (command if rest[0] == "backends" else "pipeline.bench pipeline"), rest[1:]
+    if command == "pipeline.bench" and rest[:1] == ["backends"]:
+        rest = rest[1:]
+    elif rest and f"{command} {rest[0]}" in PARSERS:
+        command, rest = f"{command} {rest[0]}", rest[1:]
     parser = parser_of(command)
     whole = any(isinstance(action, argparse._SubParsersAction) for action in parser._actions)
     (parser.parse_args if whole or command == "pipeline.search" else parser.parse_intermixed_args)(rest)

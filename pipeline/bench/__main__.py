@@ -1,4 +1,4 @@
-"""``python -m pipeline.bench``: measure the backends, the stages of a job, or what feeds a GPU, on this machine."""
+"""``python -m pipeline.bench``: measure backends, the stages of a job, a GPU, or what feeds one, on this machine."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pipeline.core.cli import run_process
 COMMANDS = {
     "backends": "pipeline.bench.backends",
     "pipeline": "pipeline.bench.pipeline",
+    "gpu": "pipeline.bench.gpu",
     "feed": "pipeline.bench.feed",
 }
 

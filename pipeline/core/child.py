@@ -123,6 +123,21 @@ class Child:
         if code:
             raise self._ended()
 
+    @property
+    def pid(self) -> int:
+        """The number of the process, which is that of its group."""
+        return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        """True until the process has ended."""
+        return self._process.poll() is None
+
+    def interrupt(self) -> None:
+        """Send SIGINT to the process and its group, as Ctrl-C does."""
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGINT)
+
     def close(self) -> None:
         """End the process with all that it started."""
         self.kill()
