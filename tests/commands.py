@@ -13,6 +13,7 @@ PARSERS = {
     "pipeline.bench": "pipeline.bench.backends",
     "pipeline.bench pipeline": "pipeline.bench.pipeline",
     "pipeline.bench gpu": "pipeline.bench.gpu",
+    "pipeline.bench feed": "pipeline.bench.feed",
     "pipeline.export": "pipeline.export",
     "pipeline.artifacts": "pipeline.artifacts",
     "pipeline.verify": "pipeline.verify",
