@@ -29,7 +29,7 @@ EXAMPLES = """\
 examples:
   python -m pipeline.bench feed
   python -m pipeline.bench feed --feeders 0 --rows 8192
-  python -m pipeline.bench feed --rate 8000 > feed.json
+  python -m pipeline.bench feed --rate 8000
 
 driver: the process of the encoder; feeder: one that reads and fills batches. Core microseconds are those of a process
 with all its threads, without the decoders. --feeders 0 reads in the driver. Files are in a temporary folder (TMPDIR).
