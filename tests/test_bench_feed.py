@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
@@ -13,7 +14,18 @@ FIGURES = {"images_per_second", "driver_core_us_per_image"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("feeders", [0, 1])
+@pytest.mark.parametrize(
+    "feeders",
+    [
+        pytest.param(
+            0,
+            marks=pytest.mark.skipif(
+                os.environ.get("PIPELINE_TEST_SLOW") != "1", reason="PIPELINE_TEST_SLOW=1 runs it"
+            ),
+        ),
+        1,
+    ],
+)
 def test_every_figure_is_measured(
     feeders: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -116,7 +116,7 @@ def spoil(version: str) -> str:
     from pipeline.images.versions import fingerprint
 
     before = prepare.decoding
-    prepare.decoding = lambda images: {**fingerprint(images), "library": version}  # type: ignore[assignment]
+    prepare.decoding = lambda images, engine=None: {**fingerprint(images, engine), "library": version}  # type: ignore[assignment]
     return str(before)
 
 

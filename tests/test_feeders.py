@@ -141,3 +141,6 @@ def test_a_gpu_has_a_feeder_for_four_cores(
 ) -> None:
     config = Config().changed({"loader.feeders": given, "images.decoder": decoder, "loader.workers": workers})
     assert feeders.count_feeders(config, torch.device(device)) == wanted
+    for key in ("manifest.path", "manifest.root"):
+        # Another process has not what is in the memory of this one.
+        assert feeders.count_feeders(config.changed({key: "memory://photos"}), torch.device(device)) == 0

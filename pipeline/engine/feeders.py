@@ -40,6 +40,7 @@ from pipeline.engine.prefetch import POLL
 from pipeline.images.factory import worker_threads
 from pipeline.images.pool.processes import ROOT, Abandoned, nameless_file
 from pipeline.images.pool.shared_memory import shared
+from pipeline.storage.urls import scheme_of
 
 # Cores of a feeder and its decoders: its own thread of Python fills the batches of about so many.
 CORES = 4
@@ -52,10 +53,11 @@ END_SECONDS = 5.0
 def count_feeders(config: Config, device: torch.device) -> int:
     """Number of feeders; 0 for a loader in this process.
 
-    By default one for ``CORES`` cores where a GPU is fed. A CPU that encodes leaves less to read than one loader does,
-    and the decoder ``gpu`` has to be in the process of the encoder.
+    By default one for ``CORES`` cores where a GPU is fed. A CPU that encodes leaves less to read than one loader does.
+    The decoder ``gpu`` and files in memory are in the process of the encoder alone.
     """
-    if config.images.decoder == "gpu":
+    places = (config.manifest.path or "", config.manifest.root or "")
+    if config.images.decoder == "gpu" or any(scheme_of(place) == "memory" for place in places):
         return 0
     if config.loader.feeders is not None:
         return config.loader.feeders
