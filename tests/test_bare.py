@@ -26,7 +26,7 @@ BRINGS = {
 
 @cache
 def statements(path: Path) -> tuple[ast.stmt, ...]:
-    """What an import of the file runs, without what is for type checkers only."""
+    """The statements that an import of the file runs, without those for type checkers only."""
     return tuple(_run(ast.parse(path.read_text()).body))
 
 

@@ -442,12 +442,12 @@ def test_the_smallest_size_within_three_percent_is_chosen_whatever_the_order() -
     assert Measured({8: 97.5, 16: 97.2, 32: 100.0}).batch_size == 8
 
 
-def test_times_have_settled_when_three_are_alike_or_patience_ends() -> None:
+def test_times_have_settled_when_three_are_alike_or_the_limit_is_reached() -> None:
     times = iter([9.0, 5.0, 2.0, 1.0, 1.05, 1.02, 7.0])
-    assert settle(lambda: next(times), patience=100) == 1.02
+    assert settle(lambda: next(times), limit=100) == 1.02
     assert next(times) == 7.0
     falling = iter([8.0, 4.0, 2.0, 1.0])
-    assert settle(lambda: next(falling), patience=10) == 8.0
+    assert settle(lambda: next(falling), limit=10) == 8.0
     assert next(falling) == 2.0
 
 

@@ -167,7 +167,7 @@ def test_a_step_ends_when_its_time_is_up_and_may_write_its_results_first(tmp_pat
     def collect(ran: Ran) -> dict[str, Any]:
         return {"left": (tmp_path / "left").read_text()}
 
-    found = run_step(step("a", commands=(python(code),), collect=collect, patience=10.0), 1.0, tmp_path)
+    found = run_step(step("a", commands=(python(code),), collect=collect, grace_seconds=10.0), 1.0, tmp_path)
     assert (found.status, found.reason) == ("stopped", "not done within 1 s")
     assert found.figures == {"left": "result"} or not (tmp_path / "begun").exists()
 

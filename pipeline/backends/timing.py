@@ -20,13 +20,13 @@ ROUNDS = 5
 Clock = Callable[[], float]
 
 
-def settle(once: Callable[[], float], *, patience: float) -> float:
-    """Call ``once``, which returns its seconds, until these have settled or ``patience`` seconds went by; their median.
+def settle(once: Callable[[], float], *, limit: float) -> float:
+    """Call ``once``, which returns its seconds, until these have settled or ``limit`` seconds went by; their median.
 
     It is called twice at least: what is compiled or laid out at the first call is not paid again.
     """
     times: list[float] = []
-    while len(times) < 2 or sum(times) < patience:
+    while len(times) < 2 or sum(times) < limit:
         times.append(once())
         if len(times) >= LAST and max(times[-LAST:]) <= SETTLED * min(times[-LAST:]):
             break
@@ -62,7 +62,7 @@ def images_per_second(
                 torch.cuda.synchronize(encoder.device)
             return clock() - began
 
-        rounds = max(1, math.ceil(seconds / ROUNDS / settle(partial(timed, 1), patience=seconds)))
+        rounds = max(1, math.ceil(seconds / ROUNDS / settle(partial(timed, 1), limit=seconds)))
         times: list[float] = []
         while len(times) < ROUNDS and (not times or sum(times) < 2 * seconds):
             times.append(timed(rounds))

@@ -83,7 +83,7 @@ class Backend:
         del checkpoint
         gc.collect()
         np.save(vectors, embed_sample(encoder, sample).numpy())
-        self._settled = settle(partial(self._encode, 1), patience=WARM_UP * seconds)
+        self._settled = settle(partial(self._encode, 1), limit=WARM_UP * seconds)
         _free_cache()
         self._opened_mib = free - _free_gpu_mib()
         return {

@@ -38,7 +38,7 @@ class Step:
         absent: the reason why it cannot run on this machine; empty for none.
         needs: a file of an earlier step.
         environment: variables of its processes.
-        patience: seconds that its processes get to end after SIGINT, when their time is up.
+        grace_seconds: seconds that its processes get to end after SIGINT, when their time is up.
         during: called again and again with the process while it runs.
     """
 
@@ -52,13 +52,13 @@ class Step:
     absent: str = ""
     needs: Path | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
-    patience: float = 0.0
+    grace_seconds: float = 0.0
     during: Callable[[int], None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a step, as written to its JSON file.
+    """The outcome of a step, as written to its JSON file.
 
     ``status`` is ``done``, ``failed``, ``stopped`` (its time was up), ``interrupted``, ``absent`` (not possible on this
     machine) or ``skipped`` (no time left); ``reason`` says why it is not ``done``.

@@ -176,7 +176,7 @@ def _wait(step: Step, children: Sequence[Child], limit: float) -> None:
     deadline = time.monotonic() + limit
     while any(child.running for child in children):
         if time.monotonic() > deadline:
-            _interrupt(children, step.patience)
+            _interrupt(children, step.grace_seconds)
             raise Stopped
         if step.during is not None:
             step.during(children[0].pid)
@@ -185,11 +185,11 @@ def _wait(step: Step, children: Sequence[Child], limit: float) -> None:
         child.wait(timeout=1)
 
 
-def _interrupt(children: Sequence[Child], patience: float) -> None:
+def _interrupt(children: Sequence[Child], grace_seconds: float) -> None:
     """Let the processes end by themselves, which those that write their results at the end need."""
-    if patience:
+    if grace_seconds:
         for child in children:
             child.interrupt()
-        deadline = time.monotonic() + patience
+        deadline = time.monotonic() + grace_seconds
         while any(child.running for child in children) and time.monotonic() < deadline:
             time.sleep(POLL)

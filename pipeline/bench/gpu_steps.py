@@ -140,7 +140,7 @@ def _pipeline(plan: Plan) -> list[Step]:
 
 def _job_step(plan: Plan, kind: tuple[str, str, str, str], processes: int, rate: float) -> Step:
     model, rows, decoder, backend = kind
-    # What is slow by the model or by the decoder shows its rate with fewer rows.
+    # Fewer rows are enough for the rate of a slow model or decoder.
     part = 1 if rate > SLOW else 2
     name = "-".join(filter(None, [model, rows, decoder, backend, f"{processes}-processes" if processes > 1 else ""]))
     output = plan.work / "datasets" / name
@@ -184,7 +184,7 @@ def _tests(plan: Plan) -> list[Step]:
             least=plan.least(20),
             most=120,
             absent=absent,
-            patience=10,
+            grace_seconds=10,
         )
     ]
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 # Keys that are meant where a location or a list is given to a whole group.
 MEANT = {"manifest": "manifest.path", "output": "output.dir", "prompts": "prompts.labels", "labels": "prompts.labels"}
-# What stands for the word ``default`` until the config is made.
+# The number for the word ``default`` until the config is made.
 _DEFAULT_SIZE = -1
 TYPES: list[tuple[Any, str]] = [
     (int, "a whole number"),

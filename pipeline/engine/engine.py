@@ -161,7 +161,7 @@ class Engine:
 
     @property
     def jpeg_engine(self) -> str | None:
-        """What decodes JPEG files on the GPU, for the fingerprint; None if the cores decode all."""
+        """The decoder of JPEG files on the GPU, for the fingerprint; None if the cores decode all."""
         # The reader of other decoders is not opened for this.
         gpu = self.reader.gpu if self.config.images.decoder == "gpu" else None
         return None if gpu is None else gpu.engine

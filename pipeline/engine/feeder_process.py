@@ -69,8 +69,8 @@ class _Feeder:
             loader = Loader(spec.manifest, reader, spec.loader, timer=self._clocks.add, slots=self._slots)
             with loader:
                 threading.Thread(target=self._listen, args=(loader,), daemon=True).start()
-                for item in loader.stream(self._wanted(loader)):
-                    self._tell(item)
+                for item in loader.stream(self._assigned(loader)):
+                    self._send_item(item)
             peak = reader.decoders.peak_rss() if reader.decoders is not None else 0
         self._send({"end": True, "peak_decoder": peak})
 
@@ -86,7 +86,7 @@ class _Feeder:
             # The process of the encoder has closed its end: nothing is wanted any more.
             os._exit(0)
 
-    def _wanted(self, loader: Loader) -> Iterator[Shard]:
+    def _assigned(self, loader: Loader) -> Iterator[Shard]:
         while not loader.stopped:
             with suppress(queue.Empty):
                 shard = self._shards.get(timeout=POLL)
@@ -94,7 +94,7 @@ class _Feeder:
                     return
                 yield shard
 
-    def _tell(self, item: ImageBatch | ShardRows) -> None:
+    def _send_item(self, item: ImageBatch | ShardRows) -> None:
         if isinstance(item, ImageBatch):
             self._send({"batch": item.shard.index, "slot": item.slot}, item.rows.tobytes())
             return
@@ -117,7 +117,7 @@ class _Feeder:
         self._connection.send_bytes(data)
 
     def fail(self, error: Exception) -> None:
-        """Tell the error that ends this process."""
+        """Send the error that ends this process."""
         text = str(error) if isinstance(error, PipelineError) else traceback.format_exc()
         with suppress(OSError):
             self._send({"error": type(error).__name__, "text": text})

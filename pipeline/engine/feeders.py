@@ -257,9 +257,9 @@ class Feeders:
             raise _lost(feeder) from None
         if "error" in content:
             raise _error_of(content)
-        told = Clocks(*({name: pair[i] for name, pair in content["clocks"].items()} for i in (0, 1)))
-        self._timer(_since(feeder.clocks, told))
-        feeder.clocks = told
+        now = Clocks(*({name: pair[i] for name, pair in content["clocks"].items()} for i in (0, 1)))
+        self._timer(_since(feeder.clocks, now))
+        feeder.clocks = now
         if "end" in content:
             feeder.ended = True
             self._on_peak(content["peak_decoder"])

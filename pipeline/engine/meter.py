@@ -67,5 +67,5 @@ class Meter:
         )
 
     def _sample_gpu(self) -> None:
-        # What holds memory there keeps it for the next batch, so a sample of each shard finds the peak.
+        # Memory stays allocated from batch to batch, so a sample for each shard finds the peak.
         self._peak_gpu = max(self._peak_gpu, gpu_memory(str(self._engine.encoder.device)))

@@ -49,7 +49,7 @@ LANES = 2
 CODEC_THREADS = 4
 # Halved colours are interpolated, as libjpeg-turbo and with it Pillow does; the default was 0 up to nvImageCodec 0.8.
 OPTIONS = ":fancy_upsampling=1"
-# What decodes: the GPU's JPEG engine, or its kernels.
+# Names of the two ways to decode: the GPU's JPEG engine, or its kernels.
 HARDWARE, KERNELS = "hardware", "kernels"
 WORDS = {HARDWARE: "JPEG engine", KERNELS: "kernels"}
 # Bytes at the end of a file that decide whether it goes to the device.
@@ -112,7 +112,7 @@ class NvidiaDecoder:
         codecs = [(open_codec or Nvimgcodec)(device) for _ in range(lanes)]
         for codec in codecs:
             self._lanes.put(codec)
-        # What decodes the files of the device, for fingerprints: HARDWARE or KERNELS.
+        # The way in which files are decoded, for fingerprints: HARDWARE or KERNELS.
         self.engine = codecs[0].engine
         if any(codec.engine != self.engine for codec in codecs):
             raise BackendUnavailable(
