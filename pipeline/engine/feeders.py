@@ -38,7 +38,7 @@ from pipeline.engine.device_copies import DeviceCopies
 from pipeline.engine.feeder_process import FeederSpec, parse_rows
 from pipeline.engine.prefetch import POLL
 from pipeline.images.factory import worker_threads
-from pipeline.images.pool.processes import ROOT, Abandoned, nameless_file
+from pipeline.images.pool.processes import Abandoned, nameless_file, python_path
 from pipeline.images.pool.shared_memory import shared
 from pipeline.storage.urls import scheme_of
 
@@ -215,12 +215,11 @@ class Feeders:
         with theirs:
             os.ftruncate(file.fileno(), size)
             settings = {"parent": os.getpid(), "control": theirs.fileno(), "memory": file.fileno()}
-            path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
             process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "pipeline.engine.feeder_process", json.dumps(settings)],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno(), file.fileno()],
-                env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
+                env={**os.environ, "PYTHONPATH": python_path(os.environ), "CUDA_VISIBLE_DEVICES": ""},
                 # Ctrl-C goes to a whole group; the job itself ends its feeders.
                 process_group=0,
             )

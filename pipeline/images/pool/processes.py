@@ -229,8 +229,12 @@ def nameless_file(*, lasting: bool = False) -> IO[bytes]:
 def environment(ours: Mapping[str, str]) -> dict[str, str]:
     """Variables of the environment ``ours`` that a process gets."""
     known = {name: value for name, value in ours.items() if name in _PASSED or name.startswith(_PASSED_PREFIXES)}
-    path = os.pathsep.join([str(ROOT), *filter(None, [ours.get("PYTHONPATH")])])
-    return {**known, **_ENVIRONMENT, "PYTHONPATH": path}
+    return {**known, **_ENVIRONMENT, "PYTHONPATH": python_path(ours)}
+
+
+def python_path(ours: Mapping[str, str]) -> str:
+    """``PYTHONPATH`` of a process that has this package, wherever it starts."""
+    return os.pathsep.join([str(ROOT), *filter(None, [ours.get("PYTHONPATH")])])
 
 
 def unavailable(why: str) -> DecoderUnavailable:
