@@ -11,7 +11,7 @@ import shutil
 import signal
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -72,13 +72,18 @@ def pytest_collection_finish() -> None:
 
 
 def load_the_demo_once() -> None:
-    """Load the demo's model once a process: no test changes an opened model, and most jobs have this one."""
+    """Read the demo's files once a process: no test changes what was opened, and most jobs have this model."""
     checkpoint: Any = sys.modules.get("pipeline.models.checkpoint")
     # Without the module, no test of this run opens a model.
     if checkpoint is not None:
-        load = checkpoint.load_model
-        once = cache(load)
-        checkpoint.load_model = lambda *folders: (once if folders[0] == checkpoint.DEMO_FOLDER else load)(*folders)
+        for name in ("load_model", "_tokenizer", "sha256"):
+            setattr(checkpoint, name, _once(getattr(checkpoint, name), checkpoint.DEMO_FOLDER))
+
+
+def _once(read: Callable[..., Any], folder: Path) -> Callable[..., Any]:
+    """The function, which remembers what it returns for the folder and for files in it."""
+    once = cache(read)
+    return lambda place, *more: (once if folder in (place, place.parent) else read)(place, *more)
 
 
 @pytest.fixture(autouse=True, scope="session")
