@@ -331,7 +331,7 @@ def test_the_memory_limit_needs_no_proc(monkeypatch: pytest.MonkeyPatch) -> None
     assert child_module._own() == child_module.OWN
 
 
-@pytest.mark.parametrize("call", ["socket.socketpair", "os.memfd_create", "os.pwrite", "os.ftruncate"])
+@pytest.mark.parametrize("call", ["socket.socketpair", "os.memfd_create", "os.pwritev", "os.ftruncate"])
 def test_a_machine_without_files_or_room_is_an_error_and_nothing_leaks(
     monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
@@ -571,11 +571,11 @@ def test_memory_of_a_file_lasts_as_long_as_a_view_of_it() -> None:
 def test_a_process_that_answers_nonsense_costs_rows_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     finished = Answer.finished
 
-    def spoiled(answer: Answer, count: int) -> list[Result]:
+    def spoiled(answer: Answer, count: int, *, copy: bool) -> list[Result]:
         if os.pread(answer._fd, 1, 0)[0] == State.PIXELS:
             spoil_state(answer._fd)
             os.pwrite(answer._fd, b"\x63", 0)
-        return finished(answer, count)
+        return finished(answer, count, copy=copy)
 
     monkeypatch.setattr(Answer, "finished", spoiled)
     with pool(processes=1) as decoders:
