@@ -153,7 +153,7 @@ class Engine:
         """
         if self.config.images.decoder != "gpu":
             return self.cpu_reader
-        from pipeline.images.gpu.nvimgcodec import NvidiaDecoder
+        from pipeline.images.gpu.decoder import NvidiaDecoder
 
         device = choose_device(self.config.backend.device)
         share = self.config.images.gpu_share
