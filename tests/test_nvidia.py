@@ -25,6 +25,7 @@ from pipeline.config.schema import FORMATS, Config, ImagesConfig, ManifestConfig
 from pipeline.core.errors import BackendUnavailable, PlanMismatch
 from pipeline.core.records import Failure, ImageBatch, Pixels, PreprocessSpec
 from pipeline.dataset import plan
+from pipeline.engine.feeder_process import FeederSpec, GpuDecoding, open_reader
 from pipeline.engine.loader import Loader, LoaderSpec
 from pipeline.engine.padding import repeats
 from pipeline.images.decode import Decoder
@@ -38,10 +39,15 @@ from pipeline.images.preprocess import preprocess
 from pipeline.images.reader import PixelReader
 from pipeline.images.sources.source import Source
 from pipeline.images.versions import fingerprint
+from pipeline.job.main import run_job
 from pipeline.manifest.manifest import Manifest, open_manifest
 from pipeline.manifest.shards import cut
+from pipeline.report.load import report_of
 from pipeline.report.thumbnails import THUMBNAIL, thumbnails
+from pipeline.storage.factory import open_storage
 from pipeline.storage.local import LocalStorage
+from tests.host_codec import HostCodec, install
+from tests.jobs import config_for, content
 from tests.pictures import saved
 
 CPU = torch.device("cpu")
@@ -343,22 +349,8 @@ def test_without_a_gpu_or_the_package_the_way_out_is_named(monkeypatch: pytest.M
         NvidiaDecoder(box, CPU, RULES)
 
 
-class HostCodec(PillowCodec):
-    """nvImageCodec without a GPU: the same calls, its own decoders for the CPU."""
-
-    def __init__(self, module: Any) -> None:
-        super().__init__(CPU)
-        self.module = module
-        kinds = [module.BackendKind.CPU_ONLY]
-        self.decoder = nvimgcodec.decoder_of(module, kinds, module.NVIMGCODEC_DEVICE_CPU_ONLY)
-
-    def decode(self, encoded: Sequence[bytes]) -> list[torch.Tensor | None]:
-        return nvimgcodec.decode(self.module, self.decoder, encoded, lambda image: torch.from_numpy(np.asarray(image)))
-
-
 def test_nvimagecodec_is_called_as_it_wants_to_be() -> None:
-    module = pytest.importorskip("nvidia.nvimgcodec", reason="nvImageCodec is not installed")
-    codec = HostCodec(module)
+    codec = HostCodec(CPU)
     gpu = NvidiaDecoder(CLIP, CPU, RULES, lanes=1, open_codec=lambda device: codec)
     files = [
         WHOLE,
@@ -372,20 +364,19 @@ def test_nvimagecodec_is_called_as_it_wants_to_be() -> None:
     for data, pixels in zip(files[:-1], found, strict=False):
         assert off(pixels, exact(data, CLIP)) <= 2
     assert codec.decode([b"\xff\xd8 nonsense"]) == [None]
-    assert nvimgcodec.version() == module.__version__
+    assert nvimgcodec.version() == codec.module.__version__
 
 
 def test_halved_colours_are_interpolated_as_pillow_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = pytest.importorskip("nvidia.nvimgcodec", reason="nvImageCodec is not installed")
     dice = np.random.default_rng(5)
     image = Image.fromarray(dice.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((256, 192), Image.Resampling.BOX)
     data = jpeg(image, subsampling=2)
     wanted = np.asarray(Image.open(io.BytesIO(data)))
-    [found] = HostCodec(module).decode([data])
+    [found] = HostCodec(CPU).decode([data])
     assert off(found, wanted) <= 2
     # Unless the option arrives: it is the default of some versions only.
     monkeypatch.setattr(nvimgcodec, "OPTIONS", ":fancy_upsampling=0")
-    [other] = HostCodec(module).decode([data])
+    [other] = HostCodec(CPU).decode([data])
     assert off(other, wanted) > 20
 
 
@@ -535,6 +526,66 @@ def test_the_pictures_of_a_report_have_their_own_size(tmp_path: Path) -> None:
     pictures = thumbnails(manifest, reader, {0: "0", 1: "1"})
     assert [Image.open(io.BytesIO(pictures[number])).size for number in (0, 1)] == [THUMBNAIL.size] * 2
     assert codec.events == []
+
+
+def odd_files(count: int) -> list[bytes]:
+    """Files for either side, damaged ones, and some that come again."""
+    files = [jpeg(picture(60 + i, 50, seed=i % 50), progressive=i % 4 == 1) for i in range(count)]
+    files[11], files[12], files[30] = b"nothing", files[12][:-50], files[2]
+    return files
+
+
+def gpu_config(folder: Path, feeders: int) -> Config:
+    groups: dict[str, dict[str, Any]] = {
+        "manifest": {"shard_rows": 25, "image": "image", "keep": []},
+        "images": {"decoder": "gpu"},
+        "loader": {"batch_size": 8, "workers": 2, "feeders": feeders},
+    }
+    return config_for(folder / "m.parquet", folder / f"out-{feeders}", **groups)
+
+
+@pytest.mark.slow
+def test_a_job_whose_feeders_decode_as_the_gpu_does_is_the_job_of_one_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, tmp_path)
+    manifest_of(tmp_path, odd_files(60))
+    for feeders in (0, 1):
+        run_job(gpu_config(tmp_path, feeders))
+    assert content(tmp_path / "out-1") == content(tmp_path / "out-0")
+    rows = pq.read_table(tmp_path / "out-1", columns=["id", "status"]).to_pylist()
+    assert [row["id"] for row in rows if row["status"] != "ok"] == [11, 12]
+    report = report_of(open_storage(str(tmp_path / "out-1")))
+    assert report["fingerprints"]["images"]["engine"] == nvimgcodec.HARDWARE
+
+
+@pytest.mark.slow
+def test_a_feeder_whose_gpu_decodes_in_another_way_ends_the_job_with_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, tmp_path, feeders=nvimgcodec.KERNELS)
+    manifest_of(tmp_path, odd_files(40))
+    with pytest.raises(BackendUnavailable, match="a feeder process decodes by kernels and the job by hardware"):
+        run_job(gpu_config(tmp_path, 1))
+
+
+def test_a_feeder_opens_the_decoder_of_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(PillowCodec, "engine", nvimgcodec.KERNELS)
+    monkeypatch.setattr(gpu_decoder, "Nvimgcodec", PillowCodec)
+    config = gpu_config(tmp_path, 1).changed({"images.gpu_share": 0.0})
+    manifest = manifest_of(tmp_path, [WHOLE])
+    loader = LoaderSpec(batch_size=8, workers=2, prefetch=2)
+    spec = FeederSpec(config, manifest, CLIP, loader, buffers=3, gpu=GpuDecoding("cpu", nvimgcodec.KERNELS))
+    with open_reader(spec) as reader:
+        assert reader.gpu is not None
+        assert reader.gpu.decode([WHOLE]) == [None]
+    assert caplog.messages == []
+    with pytest.raises(BackendUnavailable, match=r"decodes by kernels and the job by hardware.*loader\.feeders"):
+        open_reader(replace(spec, gpu=GpuDecoding("cpu", nvimgcodec.HARDWARE)))
+    with open_reader(replace(spec, gpu=None)) as reader:
+        assert reader.gpu is None
 
 
 @pytest.mark.gpu

@@ -72,8 +72,8 @@ class NvidiaDecoder:
         open_codec: opens what decodes.
 
     Raises:
-        BackendUnavailable: the device is no GPU, nvImageCodec is not there, the model's filter is not offered, or the
-            JPEG engine comes and goes.
+        BackendUnavailable: the device is no GPU or its memory is full, nvImageCodec is not there, the model's filter
+            is not offered, or the JPEG engine comes and goes.
     """
 
     def __init__(
@@ -97,11 +97,12 @@ class NvidiaDecoder:
         self.chunk = CHUNK
         self._below = round(share * 2**32)
         self._lanes: queue.SimpleQueue[_Lane] = queue.SimpleQueue()
-        codecs = [(open_codec or Nvimgcodec)(device) for _ in range(lanes)]
         pinned = device.type == "cuda"
-        for codec in codecs:
-            pixels = torch.empty((CHUNK, *spec.size, 3), dtype=torch.uint8, pin_memory=pinned)
-            self._lanes.put(_Lane(codec, pixels, torch.empty(CHUNK, dtype=torch.bool, pin_memory=pinned)))
+        with _memory_explained():
+            codecs = [(open_codec or Nvimgcodec)(device) for _ in range(lanes)]
+            for codec in codecs:
+                pixels = torch.empty((CHUNK, *spec.size, 3), dtype=torch.uint8, pin_memory=pinned)
+                self._lanes.put(_Lane(codec, pixels, torch.empty(CHUNK, dtype=torch.bool, pin_memory=pinned)))
         # The way in which files are decoded, for fingerprints: HARDWARE or KERNELS.
         self.engine = codecs[0].engine
         if any(codec.engine != self.engine for codec in codecs):
@@ -203,6 +204,6 @@ def _memory_explained() -> Iterator[None]:
         if "out of memory" not in str(error).lower():
             raise
         raise BackendUnavailable(
-            "the device has no memory left to decode images on: lower loader.batch_size or take images.decoder=fast "
-            f"({error})"
+            "the device has no memory left to decode images on: lower loader.batch_size or loader.feeders, or take "
+            f"images.decoder=fast ({error})"
         ) from error
