@@ -147,6 +147,14 @@ def test_pictures_of_all_shapes_are_resampled_as_pillow_does(name: str) -> None:
         assert off(pixels, preprocess(image, spec).rgb) <= 1, image.size
 
 
+def test_a_picture_does_not_depend_on_those_beside_it() -> None:
+    pictures = [torch.from_numpy(np.array(picture(230 + i % 3, 200, seed=i))) for i in range(11)]
+    together = resample(pictures, CLIP)
+    for index in (0, 5, 10):
+        [alone] = resample([pictures[index]], CLIP)
+        assert torch.equal(together[index], alone)
+
+
 @pytest.mark.parametrize("number", range(1, 9))
 @pytest.mark.parametrize("exif", ["apply", "ignore"])
 def test_pictures_are_turned_as_the_decoder_for_all_formats_does(number: int, exif: str) -> None:
@@ -664,6 +672,14 @@ def test_200_rounds_beside_other_kernels_corrupt_no_picture_and_no_tensor() -> N
 
     with ThreadPoolExecutor(4) as pool:
         assert [line for lines in pool.map(rounds, range(4)) for line in lines] == []
+
+
+@pytest.mark.gpu
+def test_a_file_has_the_same_pixels_whatever_is_decoded_with_it() -> None:
+    gpu, files = on_gpu(), mixed(48)
+    together = gpu.decode(files)
+    apart = [found for start in range(0, 48, 5) for found in gpu.decode(files[start : start + 5])]
+    assert all(map(np.array_equal, together, apart))
 
 
 @pytest.mark.gpu
