@@ -85,8 +85,6 @@ class _Filling:
     failures: dict[int, Failure] = field(default_factory=dict)
     repeats: dict[int, int] = field(default_factory=dict)
     rows: list[int] = field(default_factory=list)
-    # Pictures of the batch that were decoded on the device, by their places.
-    on_device: dict[int, torch.Tensor] = field(default_factory=dict)
     slot: int = -1
 
 
@@ -147,8 +145,8 @@ class Loader:
             reader.decoders.lent = 1 + self._window // (self._task * reader.decoders.processes)
         limit_pixels(reader.decoder.max_pixels)
         shape = (spec.batch_size, *reader.spec.size, 3)
-        self._cuda = copy_stream(device)
         self._slots: Sequence[Any] = slots or [new_slot(shape, device) for _ in range(spec.buffers)]
+        self._cuda = copy_stream(device)
         self._free: queue.SimpleQueue[int] = queue.SimpleQueue()
         for index in range(len(self._slots)):
             self._free.put(index)
@@ -320,10 +318,7 @@ class Loader:
             assert result is not None
             if filling.slot < 0:
                 filling.slot = self._take_slot()
-            if not isinstance(result.rgb, np.ndarray):
-                filling.on_device[len(filling.rows)] = result.rgb
-            else:
-                self._slots[filling.slot].pixels[len(filling.rows)] = result.rgb
+            self._slots[filling.slot].pixels[len(filling.rows)] = result.rgb
             filling.rows.append(position)
             if len(filling.rows) == self._batch_size:
                 self._finish(filling)
@@ -335,12 +330,12 @@ class Loader:
         started = time.perf_counter()
         slot = self._slots[filling.slot]
         count = len(filling.rows)
-        slot.fill(count, filling.on_device, self._cuda)
+        slot.fill(count, self._cuda)
         pixels = slot.batch()
         rows = np.asarray(filling.rows, dtype=np.int64)
         self._timer(Stage.COPY, time.perf_counter() - started)
         self._ready.put(ImageBatch(shard=filling.shard, rows=rows, pixels=pixels, slot=filling.slot))
-        filling.rows, filling.slot, filling.on_device = [], -1, {}
+        filling.rows, filling.slot = [], -1
 
     def _take_slot(self) -> int:
         while not self._stopped.is_set():

@@ -18,7 +18,7 @@ from pipeline.images.pool.protocol import CHUNK
 from pipeline.images.sources.source import Source
 
 if TYPE_CHECKING:
-    from pipeline.images.gpu.nvimgcodec import NvidiaDecoder
+    from pipeline.images.gpu.decoder import NvidiaDecoder
 
 # Encoded bytes that are read before they are decoded: eight photos, but not eight files of images.max_bytes.
 HELD = 32 * 2**20
@@ -29,8 +29,8 @@ Timer = Callable[[str, float], None]
 class PixelReader:
     """From references to pixels, or to the failures that stopped them; safe to use from many threads.
 
-    Without ``decoders`` it decodes in the thread that calls. What ``gpu`` takes, it decodes there, and those pixels
-    stay there. Use it as a context manager: it closes its decoders.
+    Without ``decoders`` it decodes in the thread that calls. What ``gpu`` takes, it decodes there. Use it as a context
+    manager: it closes its decoders.
     """
 
     source: Source

@@ -86,7 +86,7 @@ def main() -> None:
     decoder = Decoder(**{**rules, "formats": tuple(rules["formats"])}, large_lock=lock)
     _load_all(decoder)
     window = Window(settings["outbox"], WINDOW)
-    _give_up_rights(settings["memory"], settings["written"])
+    _give_up_rights(settings["memory"])
     # Nothing of what is loaded by now is ever garbage.
     gc.freeze()
     control.sendall(READY)
@@ -145,12 +145,13 @@ def _load_all(decoder: Decoder) -> None:
         fast.warm_up()
 
 
-def _give_up_rights(memory: int, written: int) -> None:
+def _give_up_rights(memory: int) -> None:
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 2)
     os.close(quiet)
     _lower(resource.RLIMIT_CORE, 0)
-    _lower(resource.RLIMIT_FSIZE, written)
+    # Answers are written as memory.
+    _lower(resource.RLIMIT_FSIZE, 0)
     if sys.platform == "linux":
         _libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     _lower(resource.RLIMIT_AS, _own() + memory)
