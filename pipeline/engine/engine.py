@@ -25,6 +25,8 @@ from pipeline.core.records import PreprocessSpec, Sample, TextBank
 from pipeline.dataset.names import check_columns
 from pipeline.engine.batch_size import Benchmark, settle_batch_size
 from pipeline.engine.demo import folder as demo
+from pipeline.engine.feeder_pool import FeederPool
+from pipeline.engine.feeders import open_feeders
 from pipeline.engine.sample import draw_sample
 from pipeline.images.factory import pixel_reader
 from pipeline.images.pool.pool import Decoders
@@ -75,8 +77,27 @@ class Engine:
         self.close()
 
     def close(self) -> None:
-        """End the decoder processes."""
+        """End the feeder and decoder processes."""
         self._opened.close()
+
+    def start(self) -> None:
+        """Start the processes that read and decode for a job, and do not wait for them: their imports take a second.
+
+        Raises:
+            BackendUnavailable: the config asks for a device that is not there.
+        """
+        if self.feeders is not None:
+            self.feeders.start(self.feeders.count)
+        elif self._decoders is not None:
+            self._decoders.start()
+
+    @cached_property
+    def feeders(self) -> FeederPool | None:
+        """Feeder processes of a job; None if it reads in this process."""
+        pool = open_feeders(self.config, choose_device(self.config.backend.device))
+        if pool is not None:
+            self._opened.callback(pool.close)
+        return pool
 
     def begin(self) -> None:
         """Open the manifest and the model, and begin to check the ids and to embed the prompts.
