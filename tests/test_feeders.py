@@ -118,6 +118,15 @@ def test_no_feeder_is_left_when_the_model_cannot_be_opened(
 
 
 @pytest.mark.slow
+def test_a_batch_size_is_measured_beside_feeders(manifest: Path, tmp_path: Path) -> None:
+    config = config_with(manifest, tmp_path / "out", 2, batch_size=0, isolation="none")
+    config = config.changed({"manifest.shard_rows": 20, "backend.artifacts": str(tmp_path / "store")})
+    report = run_job(config)
+    assert report.fingerprints["batch_size"] in (8, 16)
+    assert not _feeders_of(os.getpid())
+
+
+@pytest.mark.slow
 def test_an_error_that_nobody_foresaw_has_its_traceback(manifest: Path, tmp_path: Path) -> None:
     config = config_with(manifest, tmp_path / "out", 1, isolation="none")
     child = forks().start("tests.forks:job", at(config, tmp_path / "out"), failpoints="read=raise:EIO@5")

@@ -27,8 +27,10 @@ from pipeline.engine.batch_size import Benchmark, settle_batch_size
 from pipeline.engine.demo import folder as demo
 from pipeline.engine.feeder_pool import FeederPool
 from pipeline.engine.feeders import open_feeders
+from pipeline.engine.loaded_rate import rate_beside_loader
+from pipeline.engine.loop import Worker
 from pipeline.engine.sample import draw_sample
-from pipeline.images.factory import pixel_reader
+from pipeline.images.factory import pixel_reader, worker_threads
 from pipeline.images.pool.pool import Decoders
 from pipeline.images.reader import PixelReader
 from pipeline.manifest.ids import check_ids
@@ -38,6 +40,7 @@ from pipeline.models.checkpoint import Checkpoint, as_recorded, open_checkpoint
 from pipeline.models.label_files import read_labels
 from pipeline.models.text import build_bank
 from pipeline.storage.base import Storage
+from pipeline.telemetry.clocks import StageClocks
 from pipeline.telemetry.tracing import span
 
 # Seconds to wait for the check of the ids before the model is opened; millions of rows are checked in that time.
@@ -202,13 +205,25 @@ class Engine:
 
     def _choose_batch_size(self, storage: Storage) -> None:
         def alone() -> None:
-            # Nothing else may run while speeds are compared.
+            # Nothing but the loader may run while speeds are compared.
             self.bank()
             self.check_ids()
 
-        benchmark = Benchmark(self.config.backend, self.checkpoint, self.open_at, wait=alone)
+        def opened(size: int) -> ImageEncoder:
+            # The feeders of the size before have ended.
+            self.start()
+            return self.open_at(size)
+
+        def rate(encoder: ImageEncoder, seconds: float) -> float:
+            worker = Worker(self.reader, encoder, StageClocks(), feeders=self.feeders)
+            return rate_beside_loader(self.config, self.manifest, worker, seconds)
+
+        images, count = self.config.images, 0 if self.feeders is None else self.feeders.count
+        beside = {"decoder": images.decoder, "workers": worker_threads(self.config), "feeders": count}
+        benchmark = Benchmark(self.config.backend, self.checkpoint, opened, alone, rate, beside)
         size = settle_batch_size(self.config, benchmark, rows=self.manifest.rows, storage=storage)
         self.config = self.config.changed({"loader.batch_size": size})
+        self.start()
 
     def cpu_decoded_sample(self) -> Sample:
         """Images of the manifest by a decoder of the CPU; rendered scenes where the config names no manifest.

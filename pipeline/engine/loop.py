@@ -131,7 +131,7 @@ def _results(
             if job.bank is not None:
                 features = torch.from_numpy(job.bank.features).to(encoder.device)
                 labelling = Labelling(bank=job.bank, features=features, top_k=config.labels.top_k)
-            loader = open_loader(job, worker, ahead)
+            loader = open_loader(config, job.manifest, worker, ahead)
         opened.enter_context(loader)
         streams = opened.enter_context(Streams(encoder.device, encoder.streams))
         encoding = _Encoding(job, worker, loader, streams, labelling, open_forward(encoder, labelling))
@@ -148,10 +148,10 @@ def _results(
                 yield step.results.finish(step.rows)
 
 
-def open_loader(job: Job, worker: Worker, ahead: int) -> Loader | Feeders:
+def open_loader(config: Config, manifest: Manifest, worker: Worker, ahead: int) -> Loader | Feeders:
     """The loader of this process, or feeders, each with a loader of its own and its share of the cores."""
-    config, device, reader = job.config, worker.encoder.device, worker.reader
-    shards = -(-job.manifest.rows // config.manifest.shard_rows)
+    device, reader = worker.encoder.device, worker.reader
+    shards = -(-manifest.rows // config.manifest.shard_rows)
     pool = worker.feeders or open_feeders(config, device)
     count = min(pool.count, shards) if pool is not None else 0
     if count:
@@ -165,10 +165,10 @@ def open_loader(job: Job, worker: Worker, ahead: int) -> Loader | Feeders:
         once=config.images.repeats == "once",
     )
     if pool is None or not count:
-        return Loader(job.manifest, reader, spec, device=device, timer=worker.clocks.add)
+        return Loader(manifest, reader, spec, device=device, timer=worker.clocks.add)
     # One batch is filled while another one is copied; on a CPU, batches are encoded where they lie.
     buffers = 3 if device.type == "cuda" else 2 + ahead
-    feeder = FeederSpec(config=config, manifest=job.manifest, preprocess=reader.spec, loader=spec, buffers=buffers)
+    feeder = FeederSpec(config=config, manifest=manifest, preprocess=reader.spec, loader=spec, buffers=buffers)
     on_peak = reader.decoders.count_peak if reader.decoders is not None else lambda peak: None
     pool.start(count)
     return Feeders(feeder, pool, device=device, clocks=worker.clocks, on_peak=on_peak)
