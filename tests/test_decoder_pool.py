@@ -439,6 +439,21 @@ def test_processes_that_were_started_before_are_those_that_decode() -> None:
         assert sorted(children()) == started
 
 
+def test_a_few_processes_can_start_before_the_others_and_more_be_allowed_later() -> None:
+    with pool(processes=3) as decoders:
+        decoders.start(1)
+        wait_until(lambda: len(children()) == 1)
+        first = children()
+        decoders.start()
+        wait_until(lambda: len(children()) == 3)
+        decoders.grow(4)
+        decoders.grow(2)
+        wait_until(lambda: len(children()) == 4)
+        assert set(first) < set(children())
+        assert decoders.processes == 4
+    assert children() == []
+
+
 @pytest.mark.parametrize("seconds", [0, 0.05, 0.3])
 def test_closing_ends_processes_that_are_being_started(seconds: float) -> None:
     with ThreadPoolExecutor(1) as threads:

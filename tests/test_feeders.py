@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from pipeline.config.schema import Config
-from pipeline.core.errors import StorageError
+from pipeline.core.errors import ModelError, StorageError
 from pipeline.engine import feeders
+from pipeline.engine.feeder_pool import FeederPool, FeederProcess
 from pipeline.job.main import run_job
 from pipeline.report.load import report_of
 from pipeline.storage.factory import open_storage
@@ -70,6 +71,10 @@ def test_the_dataset_is_that_of_a_loader_in_the_job(
     report = report_of(open_storage(str(tmp_path / "out")))
     assert {"read", "decode", "encode"} <= set(report["stages"])
     assert ("peak_decoder_mib" in report["memory"]) == (isolation == "process")
+    [worker] = report["workers"]
+    # Imports of the feeders, of a second and more, are no work of the job.
+    assert (worker["child_core_seconds"] > 0) == (isolation == "process")
+    assert worker["own_core_seconds"] >= sum(worker["clocks"]["cores"].values())
 
 
 def test_a_feeder_that_is_killed_ends_the_job_and_the_same_command_goes_on(
@@ -94,6 +99,33 @@ def test_an_error_of_a_feeder_is_that_of_the_job(tmp_path: Path) -> None:
     assert not _feeders_of(os.getpid())
 
 
+def test_no_feeder_is_left_when_the_model_cannot_be_opened(
+    manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[Any] = []
+    spawn = FeederPool._spawn
+
+    def noted(pool: FeederPool) -> FeederProcess:
+        started.append(spawn(pool))
+        return started[-1]
+
+    monkeypatch.setattr(FeederPool, "_spawn", noted)
+    config = config_with(manifest, tmp_path / "out", 2).changed({"model.name": str(tmp_path / "no model")})
+    with pytest.raises(ModelError):
+        run_job(config)
+    assert len(started) == 2
+    assert not _feeders_of(os.getpid())
+
+
+@pytest.mark.slow
+def test_a_batch_size_is_measured_beside_feeders(manifest: Path, tmp_path: Path) -> None:
+    config = config_with(manifest, tmp_path / "out", 2, batch_size=0, isolation="none")
+    config = config.changed({"manifest.shard_rows": 20, "backend.artifacts": str(tmp_path / "store")})
+    report = run_job(config)
+    assert report.fingerprints["batch_size"] in (8, 16)
+    assert not _feeders_of(os.getpid())
+
+
 @pytest.mark.slow
 def test_an_error_that_nobody_foresaw_has_its_traceback(manifest: Path, tmp_path: Path) -> None:
     config = config_with(manifest, tmp_path / "out", 1, isolation="none")
@@ -103,10 +135,17 @@ def test_an_error_that_nobody_foresaw_has_its_traceback(manifest: Path, tmp_path
     assert "in read_all" in child.said()
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
-def test_feeders_end_with_their_job(manifest: Path, tmp_path: Path, how: int) -> None:
+@pytest.mark.parametrize(
+    ("how", "place"),
+    [
+        (signal.SIGKILL, "read=delay:0.3"),
+        pytest.param(signal.SIGKILL, "plan.settled=delay:60", id="before their work is known"),
+        pytest.param(signal.SIGTERM, "read=delay:0.3", marks=pytest.mark.slow),
+    ],
+)
+def test_feeders_end_with_their_job(manifest: Path, tmp_path: Path, how: int, place: str) -> None:
     config = at(config_with(manifest, tmp_path / "out", 2, isolation="none"), tmp_path / "out")
-    child = forks().start("tests.forks:job", config, failpoints="read=delay:0.3")
+    child = forks().start("tests.forks:job", config, failpoints=place)
     _until(lambda: len(_feeders_of(child.pid)) == 2)
     found = _feeders_of(child.pid)
     child.send(how)

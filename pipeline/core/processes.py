@@ -147,6 +147,9 @@ class Spent:
         """Both."""
         return self.own + self.children
 
+    def __add__(self, other: Spent) -> Spent:
+        return Spent(self.own + other.own, self.children + other.children)
+
     def __sub__(self, earlier: Spent) -> Spent:
         return Spent(self.own - earlier.own, self.children - earlier.children)
 

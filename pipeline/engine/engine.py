@@ -25,8 +25,12 @@ from pipeline.core.records import PreprocessSpec, Sample, TextBank
 from pipeline.dataset.names import check_columns
 from pipeline.engine.batch_size import Benchmark, settle_batch_size
 from pipeline.engine.demo import folder as demo
+from pipeline.engine.feeder_pool import FeederPool
+from pipeline.engine.feeders import open_feeders
+from pipeline.engine.loaded_rate import rate_beside_loader
+from pipeline.engine.loop import Worker
 from pipeline.engine.sample import draw_sample
-from pipeline.images.factory import pixel_reader, with_gpu
+from pipeline.images.factory import pixel_reader, with_gpu, worker_threads
 from pipeline.images.pool.pool import Decoders
 from pipeline.images.reader import PixelReader
 from pipeline.manifest.ids import check_ids
@@ -36,6 +40,7 @@ from pipeline.models.checkpoint import Checkpoint, as_recorded, open_checkpoint
 from pipeline.models.label_files import read_labels
 from pipeline.models.text import build_bank
 from pipeline.storage.base import Storage
+from pipeline.telemetry.clocks import StageClocks
 from pipeline.telemetry.tracing import span
 
 # Seconds to wait for the check of the ids before the model is opened; millions of rows are checked in that time.
@@ -75,8 +80,27 @@ class Engine:
         self.close()
 
     def close(self) -> None:
-        """End the decoder processes."""
+        """End the feeder and decoder processes."""
         self._opened.close()
+
+    def start(self) -> None:
+        """Start the processes that read and decode for a job, and do not wait for them: their imports take a second.
+
+        Raises:
+            BackendUnavailable: the config asks for a device that is not there.
+        """
+        if self.feeders is not None:
+            self.feeders.start(self.feeders.count)
+        elif self._decoders is not None:
+            self._decoders.start()
+
+    @cached_property
+    def feeders(self) -> FeederPool | None:
+        """Feeder processes of a job; None if it reads in this process."""
+        pool = open_feeders(self.config, choose_device(self.config.backend.device))
+        if pool is not None:
+            self._opened.callback(pool.close)
+        return pool
 
     def begin(self) -> None:
         """Open the manifest and the model, and begin to check the ids and to embed the prompts.
@@ -177,13 +201,25 @@ class Engine:
 
     def _choose_batch_size(self, storage: Storage) -> None:
         def alone() -> None:
-            # Nothing else may run while speeds are compared.
+            # Nothing but the loader may run while speeds are compared.
             self.bank()
             self.check_ids()
 
-        benchmark = Benchmark(self.config.backend, self.checkpoint, self.open_at, wait=alone)
+        def opened(size: int) -> ImageEncoder:
+            # The feeders of the size before have ended.
+            self.start()
+            return self.open_at(size)
+
+        def rate(encoder: ImageEncoder, seconds: float) -> float:
+            worker = Worker(self.reader, encoder, StageClocks(), feeders=self.feeders)
+            return rate_beside_loader(self.config, self.manifest, worker, seconds)
+
+        images, count = self.config.images, 0 if self.feeders is None else self.feeders.count
+        beside = {"decoder": images.decoder, "workers": worker_threads(self.config), "feeders": count}
+        benchmark = Benchmark(self.config.backend, self.checkpoint, opened, alone, rate, beside)
         size = settle_batch_size(self.config, benchmark, rows=self.manifest.rows, storage=storage)
         self.config = self.config.changed({"loader.batch_size": size})
+        self.start()
 
     def cpu_decoded_sample(self) -> Sample:
         """Images of the manifest by a decoder of the CPU; rendered scenes where the config names no manifest.

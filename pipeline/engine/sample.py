@@ -11,6 +11,7 @@ import torch
 
 from pipeline.core.records import Failure, ImageRef, Piece, Pixels, Sample, Shard
 from pipeline.images.decode import limit_pixels
+from pipeline.images.factory import SAMPLE_THREADS
 from pipeline.images.reader import PixelReader
 from pipeline.manifest.manifest import Manifest
 from pipeline.manifest.shards import ShardReader, refs
@@ -20,8 +21,6 @@ from pipeline.manifest.shards import ShardReader, refs
 PLACES = 16
 # Rows tried for each picture wanted, where images are damaged.
 TRIES = 4
-# Pictures that are read at once.
-THREADS = 8
 
 
 def draw_sample(manifest: Manifest, reader: PixelReader, count: int) -> Sample | None:
@@ -37,7 +36,7 @@ def draw_sample(manifest: Manifest, reader: PixelReader, count: int) -> Sample |
     ids: list[str] = []
     pictures: list[Pixels] = []
     limit_pixels(reader.decoder.max_pixels)
-    with ShardReader(manifest) as rows, ThreadPoolExecutor(THREADS) as threads:
+    with ShardReader(manifest) as rows, ThreadPoolExecutor(SAMPLE_THREADS) as threads:
         for number, (file, group) in enumerate([*chosen, *spare]):
             left = count - len(ids)
             if left == 0:

@@ -16,10 +16,21 @@ from pipeline.images.sources.source import Source
 if TYPE_CHECKING:
     import torch
 
+# Pictures of a sample that are read at once, and decoder processes that start before anything is known about the job.
+SAMPLE_THREADS = 8
+
 
 def worker_threads(config: Config) -> int:
     """Decoding threads: as configured, or one for each core."""
     return config.loader.workers or cores()
+
+
+def decoder_processes(config: Config) -> int:
+    """Decoder processes at most.
+
+    Threads beyond the cores help where reading waits; processes beyond them would only take memory.
+    """
+    return min(worker_threads(config), cores())
 
 
 def decoder_of(config: Config) -> Decoder:
@@ -40,8 +51,7 @@ def open_decoders(config: Config) -> Decoders | None:
     loader = config.loader
     if loader.isolation != "process":
         return None
-    # Threads beyond the cores help where reading waits; processes beyond them would only take memory.
-    processes = min(worker_threads(config), cores())
+    processes = decoder_processes(config)
     return Decoders(decoder_of(config), processes=processes, seconds=loader.decode_seconds, memory=loader.decode_memory)
 
 

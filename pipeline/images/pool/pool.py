@@ -11,6 +11,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import accumulate
 
@@ -57,10 +58,25 @@ class Decoders:
         # Answers of each process that may be lent; see :meth:`decode`.
         self.lent = 0
 
-    def start(self) -> None:
-        """Start every process and do not wait for them; errors are raised when one is needed."""
-        for slot in [self._slots.get() for _ in range(self.processes)]:
+    def start(self, count: int | None = None) -> None:
+        """Start ``count`` of the processes that have no work, by default all, and do not wait for them.
+
+        Errors are raised when a process is needed.
+        """
+        idle: list[_Slot | None] = []
+        with suppress(queue.Empty):
+            while True:
+                idle.append(self._slots.get_nowait())
+        for slot in idle if count is None else idle[:count]:
             threading.Thread(target=self._start, args=(slot,), name="start", daemon=True).start()
+        for slot in idle[count:] if count is not None else ():
+            self._slots.put(slot)
+
+    def grow(self, processes: int) -> None:
+        """Allow so many processes, and start the new ones as :meth:`start` does."""
+        for _ in range(processes - self.processes):
+            threading.Thread(target=self._start, args=(None,), name="start", daemon=True).start()
+        self.processes = max(self.processes, processes)
 
     def _start(self, slot: _Slot | None) -> None:
         try:

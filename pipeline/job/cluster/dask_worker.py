@@ -169,6 +169,7 @@ class WorkerState:
                 f"same files (there {found}, here {dict(self._spec.model)})"
             )
         try:
+            engine.start()
             engine.open(self._storage())
         except BaseException:
             engine.close()
@@ -232,7 +233,7 @@ class WorkerState:
         reports = embed(
             self._stream(first),
             self._job.result(),
-            Worker(engine.reader, engine.encoder, meter.clocks, meter.gpu),
+            Worker(engine.reader, engine.encoder, meter.clocks, meter.gpu, engine.feeders),
             on_batch=self._on_batch,
             on_commit=partial(self._report, meter),
         )
