@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -19,7 +18,17 @@ from pipeline.core.errors import DecoderUnavailable
 from pipeline.core.records import Failure, Pixels, PreprocessSpec
 from pipeline.images.decode import Decoder
 from pipeline.images.pool.processes import TICK, Child, Children, nameless_file, never, unavailable
-from pipeline.images.pool.protocol import CRASHED, DONE, OUT_OF_MEMORY, TIMEOUT, Answer, InvalidAnswer, State, request
+from pipeline.images.pool.protocol import (
+    CRASHED,
+    DONE,
+    OUT_OF_MEMORY,
+    TIMEOUT,
+    Answer,
+    Answers,
+    InvalidAnswer,
+    State,
+    request,
+)
 
 # A file of encoded images larger than this is emptied after use, in bytes.
 KEEP = 32 * 2**20
@@ -160,10 +169,7 @@ class _Slot:
             self._inbox.close()
             raise
         self._child: Child | None = None
-        self._own_answer: Answer | None = None
-        # Answers that nobody has, how many may be lent, and the end of all in the file.
-        self._idle: deque[Answer] = deque()
-        self._lent = self._end_of_file = 0
+        self._answers = Answers(self._outbox.fileno())
 
     def decode(
         self,
@@ -174,12 +180,12 @@ class _Slot:
     ) -> list[Pixels | Failure]:
         pieces = self._take(encoded)
         results: list[Pixels | Failure] = []
-        answer = self._to_lend(spec) if give_back is not None else None
-        if give_back is not None and answer is not None:
-            give_back.append(partial(self._idle.append, answer))
+        answer = None
+        if give_back is not None and (answer := self._answers.to_lend(spec, self._decoders.lent)) is not None:
+            give_back.append(partial(self._answers.give_back, answer))
         while len(results) < len(pieces):
             found, trouble = self._ask(
-                pieces[len(results) :], answer or self._own(spec), abandoned, copy=answer is None
+                pieces[len(results) :], answer or self._answers.own(spec), abandoned, copy=answer is None
             )
             answer = None
             results += found
@@ -189,7 +195,7 @@ class _Slot:
             # Another image may be the cause: this one is tried once more, by a new process.
             if isinstance(result, Failure) and _worth_a_retry(result):
                 self.retire()
-                found, trouble = self._ask([pieces[index]], self._own(spec), abandoned)
+                found, trouble = self._ask([pieces[index]], self._answers.own(spec), abandoned)
                 again = found[0] if found else trouble or result
                 if again is _KILLED_BY_OTHERS and result is _KILLED_BY_OTHERS:
                     raise DecoderUnavailable(
@@ -222,33 +228,7 @@ class _Slot:
         self.retire()
         self._inbox.close()
         self._outbox.close()
-        self._own_answer = None
-        self._idle.clear()
-
-    def _own(self, spec: PreprocessSpec) -> Answer:
-        """The answer that is copied."""
-        if self._own_answer is None or self._own_answer.spec != spec:
-            if not self._lent:
-                self._end_of_file = 0
-            self._own_answer = self._new_answer(spec)
-        return self._own_answer
-
-    def _to_lend(self, spec: PreprocessSpec) -> Answer | None:
-        """An answer that may be lent, the one that was given back last; None if all are lent."""
-        while self._idle:
-            if (answer := self._idle.pop()).spec == spec:
-                return answer
-            self._lent -= 1
-        if self._lent >= self._decoders.lent or not self._own(spec).lasting:
-            return None
-        self._lent += 1
-        return self._new_answer(spec)
-
-    def _new_answer(self, spec: PreprocessSpec) -> Answer:
-        answer = Answer(self._outbox.fileno(), spec, self._end_of_file)
-        # Others may be lent: a file never has two answers at one place.
-        self._end_of_file += answer.size
-        return answer
+        self._answers.close()
 
     def _take(self, encoded: list[bytes]) -> list[tuple[int, int]]:
         *starts, end = accumulate(map(len, encoded), initial=0)

@@ -18,6 +18,7 @@ import json
 import math
 import mmap
 import os
+from collections import deque
 from collections.abc import Sequence
 from enum import IntEnum
 from functools import cached_property, lru_cache
@@ -194,3 +195,51 @@ class Answer:
 
     def _pixels_at(self, index: int) -> int:
         return TEXT * (1 + CHUNK) + index * self._bytes
+
+
+class Answers:
+    """The answers in the second file of a process; some may be lent while others are asked for.
+
+    :meth:`give_back` may be called from another thread.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._own: Answer | None = None
+        self._idle: deque[Answer] = deque()
+        # Answers that may be lent, idle ones among them, and the end of all answers in the file.
+        self._count = self._end = 0
+
+    def own(self, spec: PreprocessSpec) -> Answer:
+        """The answer that is copied, and never lent."""
+        if self._own is None or self._own.spec != spec:
+            if not self._count:
+                self._end = 0
+            self._own = self._new(spec)
+        return self._own
+
+    def to_lend(self, spec: PreprocessSpec, most: int) -> Answer | None:
+        """An answer that is lent from now on, the one that was given back last; None if ``most`` are lent."""
+        while self._idle:
+            if (answer := self._idle.pop()).spec == spec:
+                return answer
+            self._count -= 1
+        if self._count >= most or not self.own(spec).lasting:
+            return None
+        self._count += 1
+        return self._new(spec)
+
+    def give_back(self, answer: Answer) -> None:
+        """Use an answer again that was lent."""
+        self._idle.append(answer)
+
+    def close(self) -> None:
+        """Release the memory that nobody holds."""
+        self._own = None
+        self._idle.clear()
+
+    def _new(self, spec: PreprocessSpec) -> Answer:
+        # Others may be lent: a place in the file belongs to one answer alone.
+        answer = Answer(self._fd, spec, self._end)
+        self._end += answer.size
+        return answer
