@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ import torch
 from pipeline.config.schema import Config
 from pipeline.core.errors import ModelError, StorageError
 from pipeline.engine import feeders
+from pipeline.engine.engine import Engine
 from pipeline.engine.feeder_pool import FeederPool, FeederProcess
+from pipeline.images.factory import open_decoders
 from pipeline.job.main import run_job
 from pipeline.report.load import report_of
 from pipeline.storage.factory import open_storage
@@ -117,6 +120,21 @@ def test_no_feeder_is_left_when_the_model_cannot_be_opened(
     assert not _feeders_of(os.getpid())
 
 
+@pytest.mark.parametrize("count", [0, 2])
+def test_feeders_start_with_the_config_alone_instead_of_the_decoders_of_the_job(
+    manifest: Path, tmp_path: Path, count: int
+) -> None:
+    config = config_with(manifest, tmp_path / "out", count, isolation="process")
+    decoders = open_decoders(config)
+    assert decoders is not None
+    with closing(decoders), Engine(config, decoders=decoders) as engine:
+        engine.start()
+        _until(lambda: len(_feeders_of(os.getpid())) == count)
+        _until(lambda: len(_children_of(os.getpid(), "pipeline.images.pool.worker")) == (0 if count else 2))
+        assert "manifest" not in vars(engine)
+    assert not _feeders_of(os.getpid())
+
+
 @pytest.mark.slow
 def test_a_batch_size_is_measured_beside_feeders(manifest: Path, tmp_path: Path) -> None:
     config = config_with(manifest, tmp_path / "out", 2, batch_size=0, isolation="none")
@@ -154,7 +172,11 @@ def test_feeders_end_with_their_job(manifest: Path, tmp_path: Path, how: int, pl
 
 
 def _feeders_of(pid: int) -> list[Any]:
-    return [each for each in psutil.Process(pid).children() if "pipeline.engine.feeder_process" in each.cmdline()]
+    return _children_of(pid, "pipeline.engine.feeder_process")
+
+
+def _children_of(pid: int, module: str) -> list[Any]:
+    return [each for each in psutil.Process(pid).children() if module in each.cmdline()]
 
 
 def _until(reached: Callable[[], bool]) -> None:

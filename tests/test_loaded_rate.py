@@ -45,9 +45,7 @@ class Paced(StubEncoder):
 
 
 def rate(manifest: Path, encoder: Paced, *, feeders: int = 0, **images: Any) -> float:
-    config = config_for(
-        manifest, manifest.parent / "out", loader={"feeders": feeders, "workers": 1}, images=images
-    )
+    config = config_for(manifest, manifest.parent / "out", loader={"feeders": feeders, "workers": 1}, images=images)
     with pixel_reader(config, "", SPEC) as reader:
         worker = Worker(reader, encoder, StageClocks())
         return rate_beside_loader(config, open_manifest(config.manifest), worker, SECONDS)
@@ -110,7 +108,8 @@ def test_without_a_readable_image_nothing_is_waited_for(
 
 
 def test_a_store_that_cannot_be_read_ends_the_measurement(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"id": ["a"], "image": ["gs://bucket/a.jpg"], "truth": [""], "meta": [""]}), tmp_path / "m.parquet")
+    table = pa.table({"id": ["a"], "image": ["gs://bucket/a.jpg"], "truth": [""], "meta": [""]})
+    pq.write_table(table, tmp_path / "m.parquet")
     with pytest.raises(StorageError, match="gs:// addresses cannot be read"):
         rate(tmp_path / "m.parquet", Paced(BATCH), schemes=["gs"])
 
