@@ -11,7 +11,7 @@ import shutil
 import signal
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,16 +22,15 @@ import pytest
 # Read when torch is imported. A thread that spins while it waits takes the core of the one that it waits for: with two
 # workers of two threads each on two cores, a small model takes fifteen times the core time.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Packages that were installed with --no-compile are compiled at their first import. Where that is not kept, as is usual
+# in containers, each of the hundreds of child processes takes ten seconds more; each worker does, for torch alone.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
-import torch
+import torch  # noqa: E402
 
 if TYPE_CHECKING:
     from pipeline.models.checkpoint import Checkpoint
-
-# Packages that were installed with --no-compile are compiled at their first import. Where that is not kept, as is usual
-# in containers, each of the hundreds of child processes takes ten seconds more.
-os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-sys.dont_write_bytecode = False
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("PIPELINE_TEST_DATA", ROOT.parent / "shared" / "data"))
@@ -69,17 +68,22 @@ def pytest_collection_finish() -> None:
     """Leave the imported modules out of every later garbage collection, which would take a second each time."""
     gc.collect()
     gc.freeze()
-    _load_the_demo_once()
+    load_the_demo_once()
 
 
-def _load_the_demo_once() -> None:
-    """Load the demo's model once a process: no test changes an opened model, and most jobs have this one."""
+def load_the_demo_once() -> None:
+    """Read the demo's files once a process: no test changes what was opened, and most jobs have this model."""
     checkpoint: Any = sys.modules.get("pipeline.models.checkpoint")
     # Without the module, no test of this run opens a model.
     if checkpoint is not None:
-        load = checkpoint.load_model
-        once = cache(load)
-        checkpoint.load_model = lambda *folders: (once if folders[0] == checkpoint.DEMO_FOLDER else load)(*folders)
+        for name in ("load_model", "_tokenizer", "sha256"):
+            setattr(checkpoint, name, _once(getattr(checkpoint, name), checkpoint.DEMO_FOLDER))
+
+
+def _once(read: Callable[..., Any], folder: Path) -> Callable[..., Any]:
+    """The function, which remembers what it returns for the folder and for files in it."""
+    once = cache(read)
+    return lambda place, *more: (once if folder in (place, place.parent) else read)(place, *more)
 
 
 @pytest.fixture(autouse=True, scope="session")

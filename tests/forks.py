@@ -25,7 +25,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, load_the_demo_once
 
 if TYPE_CHECKING:
     from pipeline.config.schema import Config
@@ -53,6 +53,7 @@ WARM = (
     "transformers.models.clip.image_processing_pil_clip",
     "pipeline.backends.torch",
     "pipeline.job.main",
+    "pipeline.nightly.folder",
     "pipeline.report.page",
     "pipeline.report.plots",
     "pipeline.run",
@@ -208,16 +209,25 @@ def _begin(request: dict[str, Any]) -> Any:
         os.dup2(descriptor, target)
     sys.stdin = open(0)  # noqa: SIM115 - the pipe to the parent is not for this process
     os.environ.update(request["environment"])
-    if any(name.startswith("DASK_") for name in request["environment"]):
-        import dask.config
-
-        dask.config.refresh()
+    _read_again(request["environment"])
     tempfile.tempdir = None
     from pipeline.core import failpoints
 
     failpoints.arm(os.environ["PIPELINE_FAILPOINTS"])
     module, name = request["call"].split(":")
     return getattr(importlib.import_module(module), name)(*request["arguments"])
+
+
+def _read_again(environment: dict[str, str]) -> None:
+    """Let libraries read what they read from the environment when they were imported in the parent."""
+    if any(name.startswith("DASK_") for name in environment):
+        import dask.config
+
+        dask.config.refresh()
+    if any(name.startswith("HF_") for name in environment):
+        from huggingface_hub import constants, hf_api
+
+        hf_api.api.endpoint = importlib.reload(constants).ENDPOINT
 
 
 def _outcome(request: dict[str, Any]) -> int:
@@ -269,12 +279,21 @@ def _serve() -> None:
             importlib.import_module(name)
     import gc
 
+    from hydra.core.plugins import Plugins
     from PIL import Image
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    from transformers.utils import logging
+
+    from pipeline.models import checkpoint
 
     Image.init()
+    Plugins.instance()
     # A thousand regular expressions, which transformers compiles when the first model is loaded and then keeps.
     get_checkpoint_conversion_mapping("clip")
+    # Most jobs have this model, and each fork a copy of it. Its tokenizer would start threads here, as would a bar.
+    load_the_demo_once()
+    logging.disable_progress_bar()
+    checkpoint.load_model(checkpoint.DEMO_FOLDER, checkpoint.DEMO_FOLDER)
     gc.freeze()
     # Orphans of killed jobs become children of this process, so that none goes unseen.
     ctypes.CDLL(None, use_errno=True).prctl(SUBREAPER, 1, 0, 0, 0)

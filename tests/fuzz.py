@@ -23,7 +23,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tests.forks import Forks, HangError, job
+from tests.forks import Forks, HangError, forks, job
 from tests.mutations import mutant
 
 # Every status that a row of bytes may have.
@@ -190,14 +190,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--isolation", choices=["process", "none"], default="process", help="loader.isolation")
     options = parser.parse_args(arguments)
     folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
-    forks = Forks()
-    fuzzer = Fuzzer(forks, folder, seed=options.seed, isolation=options.isolation, keep=options.keep)
+    fuzzer = Fuzzer(forks(), folder, seed=options.seed, isolation=options.isolation, keep=options.keep)
     try:
         for numbers in pieces(options.files, options.seconds):
             fuzzer.run(numbers)
-        strays = forks.strays()
+        strays = forks().strays()
     finally:
-        forks.close()
         shutil.rmtree(folder)
     print(table(fuzzer.figures))
     problems = fuzzer.figures.problems + [f"a process outlived its job: {stray}" for stray in strays]

@@ -180,16 +180,16 @@ def begin(mistakes: Sequence[Mistake], folder: Path) -> Child:
     cache = os.environ.get("XDG_CACHE_HOME", str(folder / "cache"))
     return forks().start(
         "tests.mistakes:typed",
-        *(str(folder), [each.command for each in mistakes], first.absent),
+        *(str(folder), [each.command for each in mistakes], first.absent, ["loader.isolation=none"]),
         failpoints=first.failpoints,
-        environment={"XDG_CACHE_HOME": cache, "COLUMNS": "100", **first.environment},
+        environment={"XDG_CACHE_HOME": cache, "COLUMNS": "100", "HF_HOME": str(folder), **first.environment},
     )
 
 
-def typed(folder: str, commands: Sequence[str], absent: Sequence[str]) -> int:
+def typed(folder: str, commands: Sequence[str], absent: Sequence[str], more: Sequence[str] = ()) -> int:
     """Commands that are typed in ``folder``, where the packages ``absent`` are not installed; runs in the fork.
 
-    The exit codes are printed between the output of the commands; the last one is that of the process.
+    Jobs take the overrides ``more`` too, such as one without which each would start decoders. The exit codes are printed between the output of the commands; the last one is that of the process.
     """
     os.chdir(folder)
     for known in [each for each in sys.modules if each.partition(".")[0] in absent]:
@@ -198,19 +198,13 @@ def typed(folder: str, commands: Sequence[str], absent: Sequence[str]) -> int:
     PathFinder.find_spec = staticmethod(  # type: ignore[method-assign]
         lambda name, *more: None if name.partition(".")[0] in absent else find(name, *more)
     )
-    if "HF_ENDPOINT" in os.environ:
-        # The fork's parent has read it already.
-        from huggingface_hub import constants
-
-        constants.ENDPOINT = os.environ["HF_ENDPOINT"]
-        constants.HF_HUB_CACHE = f"{folder}/hub"
     code = 0
     for command in commands:
         shutil.rmtree("out", ignore_errors=True)
         # Like a shell: at spaces, also within brackets.
         words = shlex.split(command)
         name = words[2] if words[1] == "-m" else "pipeline.nightly.cli"
-        sys.argv = words[2:] if words[1] == "-m" else words[1:]
+        sys.argv = [*(words[2:] if words[1] == "-m" else words[1:]), *(more if name == "pipeline.run" else ())]
         try:
             code = importlib.import_module(MODULES.get(name, name)).main() or 0
         except SystemExit as left:

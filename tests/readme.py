@@ -37,7 +37,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Slow:
-    """Run the command in a process of its own, with replaced and further arguments, in a test that is marked slow."""
+    """Run the module's ``main`` with replaced and further arguments, in a test that is marked slow."""
 
     replaced: tuple[tuple[str, str], ...] = ()
     more: tuple[str, ...] = ()

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from pipeline.config.schema import Config
 from tests.crashes import PLACES, at, check_dataset, leftovers, small_job
-from tests.forks import Child, Forks
+from tests.forks import Child, Forks, forks
 from tests.jobs import content, overrides_of, start
 
 # Of every run that is struck.
@@ -195,16 +195,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Run the soak; 1 on any difference."""
     options = parse(arguments)
-    folder, forks = Path(tempfile.mkdtemp(prefix="soak-")), Forks()
-    soak = Soak(options, folder, forks)
+    folder = Path(tempfile.mkdtemp(prefix="soak-"))
+    soak = Soak(options, folder, forks())
     try:
         soak.run()
     except AssertionError as error:
         print(soak.table())
         print(f"FAILED: {error}\nseed {options.seed}; the files stay in {folder}")
         return 1
-    finally:
-        forks.close()
     print(soak.table())
     print("every dataset is byte for byte the unbroken one; no row lost, none twice")
     shutil.rmtree(folder)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import multiprocessing
 import os
 import warnings
 from pathlib import Path
@@ -33,6 +32,8 @@ from pipeline.models.text import embed_prompts
 from pipeline.models.towers import ImageTower, Normaliser
 from tests.conftest import ROOT
 from tests.families import CASES, CHINESE, ENGLISH
+from tests.forks import forks
+from tests.processes import wait_until
 
 pytestmark = pytest.mark.usefixtures("exported_once")
 LIMITS = ParityConfig()
@@ -399,27 +400,26 @@ def test_another_origin_is_never_found(
     assert exports._version("no-such-package") == "unknown"
 
 
-def export_beside_another(root: str, gate: Any, made: Any) -> None:
+def export_beside_another(folder: str, number: int) -> int:
     checkpoint = open_checkpoint(ModelConfig())
-    gate.wait(timeout=120)
+    exports.need_packages()
     sample = rendered_sample(checkpoint.spec, 4)
-    artifact = onnx_graph(checkpoint, IMAGE, ArtifactStore(root), sample=lambda: sample, limits=LIMITS)
-    made.put((str(artifact.path), artifact.card["created"]))
+    Path(folder, f"ready-{number}").touch()
+    wait_until(lambda: len(list(Path(folder).glob("ready-*"))) == 2, 120)
+    store = ArtifactStore(f"{folder}/store")
+    artifact = onnx_graph(checkpoint, IMAGE, store, sample=lambda: sample, limits=LIMITS)
+    print(f"made {artifact.path} {artifact.card['created']}")
+    return 0
 
 
 @pytest.mark.slow
 def test_two_processes_make_one_artefact(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    gate, made = context.Barrier(2), context.Queue()
-    both = [context.Process(target=export_beside_another, args=(str(tmp_path / "store"), gate, made)) for _ in range(2)]
-    for process in both:
-        process.start()
-    found = {made.get(timeout=120) for _ in both}
-    for process in both:
-        process.join(timeout=120)
-    assert [process.exitcode for process in both] == [0, 0]
+    call = "tests.test_exports:export_beside_another"
+    both = [forks().start(call, str(tmp_path), number) for number in range(2)]
+    assert [child.wait() for child in both] == [0, 0], [child.said() for child in both]
     (artifact,) = ArtifactStore(tmp_path / "store").artifacts()
-    assert found == {(str(artifact.path), artifact.card["created"])}
+    made = f"made {artifact.path} {artifact.card['created']}\n"
+    assert [child.said().count(made) for child in both] == [1, 1]
     assert os.listdir(tmp_path / "store") == [artifact.fingerprint]
     assert sorted(os.listdir(artifact.path)) == ["card.json", "model.onnx"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -433,6 +434,7 @@ def test_embeddings_of_real_photos_are_near_those_of_exact(model: ModelConfig, s
     files = [*(path.read_bytes() for path in paths), *(mosaic(paths[start:]) for start in range(0, len(paths), 8))]
     checkpoint = open_checkpoint(model)
 
+    @cache
     def sample(kind: str) -> Sample:
         pixels = [decoder(kind).pixels(data, checkpoint.spec) for data in files]
         planes = torch.from_numpy(np.stack([p.rgb for p in pixels if isinstance(p, Pixels)])).permute(0, 3, 1, 2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from pipeline.config.compose import compose_config, groups, known_keys
 from pipeline.config.options import read_options, take_folder
 from pipeline.config.schema import Config, conf_dir
 from pipeline.core.errors import Problem
-from tests.conftest import ROOT
+from tests.forks import forks
 from tests.jobs import scene
 
 NAMES = [
@@ -117,10 +116,8 @@ def test_the_command_embeds_a_folder(tmp_path: Path) -> None:
     (tmp_path / "my photos").mkdir()
     for number in range(3):
         (tmp_path / "my photos" / f"{number}.jpg").write_bytes(scene(number)[0])
-    done = subprocess.run(
-        [sys.executable, "-m", "pipeline.run", "my photos", "report.html=false", "report.progress=none"],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "my photos: 3 images, listed in outputs/my_photos.manifest.parquet" in done.stderr
+    command = "python -m pipeline.run 'my photos' report.html=false report.progress=none"
+    child = forks().start("tests.mistakes:typed", str(tmp_path), [command], [])
+    assert child.wait() == 0, child.said()
+    assert "my photos: 3 images, listed in outputs/my_photos.manifest.parquet" in child.said()
     assert (tmp_path / "outputs" / "my_photos" / "_SUCCESS").exists()

@@ -377,7 +377,7 @@ def test_parts_of_a_job_do_not_update(album: Album) -> None:
 def test_a_process_that_was_killed_during_an_update_is_continued(album: Album, place: str) -> None:
     command = [
         *(str(album.folder), f"output.dir={album.output}", "backend.device=cpu", "manifest.shard_rows=4"),
-        *("report.html=false", "loader.batch_size=8", "report.progress=none"),
+        *("report.html=false", "loader.batch_size=8", "report.progress=none", "loader.isolation=none"),
     ]
 
     def ended(failpoints: str = "") -> int:

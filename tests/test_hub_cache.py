@@ -23,6 +23,7 @@ from pipeline.models import hub
 from pipeline.models.checkpoint import open_checkpoint
 from pipeline.models.files import INDEX, WEIGHTS
 from pipeline.models.hub import DEMO_FOLDER, find_cached, find_folder, find_weights
+from tests.forks import forks
 from tests.processes import run_python
 from tests.test_malformed_checkpoints import shards
 
@@ -210,26 +211,42 @@ NETWORKS: dict[str, dict[str, str]] = {
 }
 
 
+def command(tmp_path: Path, network: str, *arguments: str) -> tuple[int, str]:
+    """The exit code of ``python -m pipeline.run`` over a few scenes, and what it says."""
+    overrides = (*arguments, "manifest.demo_scenes=8", f"output.dir={tmp_path / 'out'}", "report.html=false")
+    environment = {"HF_HOME": str(tmp_path / "home"), **NETWORKS[network]}
+    child = forks().start("tests.forks:run_command", *overrides, environment=environment)
+    return child.wait(), child.said()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("way", "network"), [(conversion, "offline"), (conversion, "dead proxy"), (weights_alone, "refused")]
 )
 def test_a_command_runs_from_the_cache(tmp_path: Path, way: Any, network: str) -> None:
     way(Cache(tmp_path / "home" / "hub"), "openai/clip-vit-base-patch32", tmp_path)
-    arguments = ["model=clip_vit_b32", "manifest.demo_scenes=8", "prompts.labels=[red circle,blue star]"]
-    done = run_python(
-        "-m", "pipeline.run", *arguments, "backend.device=cpu", f"output.dir={tmp_path / 'out'}", "report.html=false",
-        HF_HOME=str(tmp_path / "home"), **NETWORKS[network],
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
+    labels = "prompts.labels=[red circle,blue star]"
+    code, said = command(tmp_path, network, "model=clip_vit_b32", labels, "backend.device=cpu")
+    assert code == 0, said
+    assert "Traceback" not in said
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("network", NETWORKS)
 def test_a_command_whose_model_is_not_in_the_cache_ends_with_one_message(tmp_path: Path, network: str) -> None:
-    where = {"HF_HOME": str(tmp_path / "home"), **NETWORKS[network]}
-    missing = run_python("-m", "pipeline.run", "model=siglip_base", f"output.dir={tmp_path / 'out'}", **where)
-    assert missing.returncode == 2, missing.stderr
-    assert "Traceback" not in missing.stderr
-    assert "copy the checkpoint's folder there" in missing.stderr
+    code, said = command(tmp_path, network, "model=siglip_base")
+    assert code == 2, said
+    assert "Traceback" not in said
+    assert "copy the checkpoint's folder there" in said
+
+
+@pytest.mark.slow
+def test_a_process_reads_where_the_cache_is_when_it_begins(tmp_path: Path) -> None:
+    conversion(Cache(tmp_path / "home" / "hub"), "openai/clip-vit-base-patch32", tmp_path)
+    code = (
+        "from pipeline.config.schema import ModelConfig; from pipeline.models.hub import find_folder, find_weights; "
+        "config = ModelConfig(name='openai/clip-vit-base-patch32'); print(find_weights(config, find_folder(config)))"
+    )
+    done = run_python("-c", code, HF_HOME=str(tmp_path / "home"), HF_HUB_OFFLINE="1")
+    assert done.returncode == 0, done.stderr
+    assert (Path(done.stdout.strip()) / WEIGHTS).is_file()
