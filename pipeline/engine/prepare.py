@@ -56,11 +56,18 @@ def prepare(engine: Engine, storage: Storage) -> Prepared:
     prints = fingerprints(engine)
     # Before the gates, which take time: the output may hold another dataset.
     wanted = plan.settle(storage, plan.new_plan(config, prints, rows=manifest.rows))
-    gate = Gate(limits=config.parity, fingerprints=wanted.fingerprints, storage=storage, bank=bank)
+    gate = Gate(
+        limits=config.parity,
+        fingerprints=wanted.fingerprints,
+        storage=storage,
+        bank=bank,
+        rows=manifest.rows,
+        store=config.backend.artifacts,
+    )
     with span("gates"):
-        parity = pass_gate(encoder, engine.checkpoint, engine.sample_or_scenes, gate)
+        parity = pass_gate(encoder, engine.checkpoint, engine.some_or_scenes, gate)
         decoded = decoder_gate.pass_gate(
-            encoder, config.images.decoder, engine.manifest_sample, engine.exactly_decoded_sample, gate
+            encoder, config.images.decoder, engine.decoded_sample, engine.exactly_decoded_sample, gate
         )
     return Prepared(
         config=config,

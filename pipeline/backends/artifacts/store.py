@@ -143,6 +143,18 @@ class ArtifactStore:
                     sync_tree(temporary)
                 return self._publish(temporary, fingerprint, card)
 
+    def remove(self, recipe: Recipe) -> None:
+        """Remove the artefact of a recipe, if it is there.
+
+        Raises:
+            ArtifactError: the recipe is not plain JSON.
+            StorageError: the store cannot be written.
+        """
+        fingerprint = recipe.fingerprint
+        if os.path.lexists(self.root / fingerprint):
+            with locked(self._lock(fingerprint)):
+                self._remove(fingerprint)
+
     def artifacts(self) -> list[Artifact]:
         """Return all artefacts with a readable card, newest first; their files are not verified."""
         readable = [artifact for artifact in self._all() if artifact.card]
