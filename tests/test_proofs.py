@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.backends import decoder_parity, proofs
+from pipeline.backends import decoder_parity
+from pipeline.backends.artifacts.store import PROOFS
 from pipeline.backends.base import ImageEncoder
 from pipeline.backends.compare import from_json, in_words, to_json
 from pipeline.backends.parity import AGAIN, FILE, Gate, pass_gate, record
@@ -190,7 +191,7 @@ def test_a_broken_backend_misses_although_an_earlier_job_proved_it(
     assert gates.drawn == [AGAIN, 64]
     assert "this is further than what an earlier job proved" in caplog.text
     # The next job does not rely on it either.
-    assert list((gates.folder / "store" / proofs.FOLDER).iterdir()) == []
+    assert list((gates.folder / "store" / PROOFS).iterdir()) == []
 
 
 def test_a_healthy_backend_passes_with_the_smallest_samples(gates: Gates, healthy: ImageEncoder) -> None:
@@ -223,7 +224,7 @@ def test_a_broken_backend_leaves_nothing_in_the_output_of_a_job(tmp_path: Path) 
     manifest = scenes_manifest(tmp_path / "m.parquet", 40)
     with stub_backend(Healthy):
         run_job(config_for(manifest, tmp_path / "healthy", backend=store))
-    assert len(list((tmp_path / "store" / proofs.FOLDER).iterdir())) == 1
+    assert len(list((tmp_path / "store" / PROOFS).iterdir())) == 1
     with stub_backend(Reversed), pytest.raises(ParityError, match="too far from fp32 over 38 images"):
         run_job(config_for(manifest, tmp_path / "broken", backend=store))
     assert {path.name for path in (tmp_path / "broken").iterdir()} == {"_run.log"}
@@ -451,10 +452,13 @@ def test_a_larger_job_asks_for_more_than_a_small_one_proved(gates: Gates, health
 
 
 @pytest.mark.usefixtures("slow")
-def test_a_few_images_that_miss_lead_to_as_many_as_the_limits_say(gates: Gates, healthy: ImageEncoder) -> None:
+def test_a_few_images_that_miss_lead_to_as_many_as_the_limits_say(
+    gates: Gates, healthy: ImageEncoder, caplog: pytest.LogCaptureFixture
+) -> None:
     with pytest.raises(ParityError, match="over 64 images"):
         gates(Wrapped(healthy), replace(LIMITS, lowest_cosine={"int8": 1.0}))
     assert gates.drawn == [16, 64]
+    assert "on 16 images" in caplog.text
 
 
 def test_a_job_of_few_rows_leaves_no_proof(gates: Gates, healthy: ImageEncoder) -> None:

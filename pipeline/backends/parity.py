@@ -211,7 +211,10 @@ class _Comparison:
         if chosen != choices[-1]:
             spent = time.perf_counter() - began
             larger = affordable(choices, self.costs, encoder, rows=gate.rows, spent=spent)
-            chosen = larger if self._holds(found) else choices[-1]
+            holds = self._holds(found)
+            if not holds:
+                log.warning("%s; this misses a limit, so parity.images=%d decide", in_words(found), choices[-1].images)
+            chosen = larger if holds else choices[-1]
             found = found if chosen == choices[0] else self._look(chosen)
         # A job of few images proves less than was asked for.
         proved = [each for each in choices if chosen.covers(each) and each.images <= found.images]
@@ -230,7 +233,11 @@ class _Comparison:
         furthest = FURTHER * (1 - proof.parity.lowest_cosine) + ROUNDING
         if self._holds(found) and 1 - found.lowest_cosine <= furthest:
             return dataclasses.replace(found, remembered=Remembered(proof.job, proof.parity))
-        log.warning("%s; this is further than what an earlier job proved, so all are compared", in_words(found))
+        log.warning(
+            "%s; this is further than what an earlier job proved, so parity.images=%d decide",
+            in_words(found),
+            choices[-1].images,
+        )
         proofs.forget(self.encoder, choices)
         # Held against the limits by the caller, whatever they are.
         return self._look(choices[-1])

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from pipeline.backends.artifacts.exports import recipe
-from pipeline.backends.artifacts.store import Artifact, ArtifactStore, Recipe
+from pipeline.backends.artifacts.store import PROOFS, Artifact, ArtifactStore, Recipe
 from pipeline.backends.base import ImageEncoder
 from pipeline.backends.compare import from_json, to_json
 from pipeline.backends.proportion import Costs, Extent
@@ -35,8 +35,6 @@ from pipeline.models.checkpoint import Checkpoint
 # Part of the recipe: raise it when a gate compares in another way.
 VERSION = "1"
 KIND, FILE = "parity", "parity.json"
-# Beside the artefacts, since nothing is exported.
-FOLDER = "proofs"
 # Beginnings of variables that choose kernels, their precision or their threads.
 VARIABLES = ("ATEN_", "CUBLAS_", "CUDNN_", "DNNL_", "MKL_", "NVIDIA_TF32_", "OMP_", "ONEDNN_", "ORT_", "TORCH")
 log = logging.getLogger(__name__)
@@ -109,7 +107,7 @@ class Proofs:
 
     @property
     def _store(self) -> ArtifactStore:
-        return ArtifactStore(ArtifactStore(self.root).root / FOLDER)
+        return ArtifactStore(ArtifactStore(self.root).root / PROOFS)
 
     def _recipe(self, encoder: ImageEncoder, extent: Extent) -> Recipe:
         options = {

@@ -3,6 +3,7 @@
     <root>/<fingerprint>/card.json, model.onnx, ...    published by one rename of a finished, flushed folder
     <root>/<fingerprint>.pin                           excluded from pruning
     <root>/<fingerprint>.lock, <fingerprint>.tmp-*     only during an export
+    <root>/proofs/                                     a store of its own, of figures that backends reached
 
 Correctness rests on the rename, which fails if another process published first. The lock avoids duplicate work.
 """
@@ -27,6 +28,7 @@ from pipeline.storage.urls import explained
 
 # A card keeps the parity figures of so many jobs.
 GATES = 20
+PROOFS = "proofs"
 log = logging.getLogger(__name__)
 
 
