@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -520,6 +522,27 @@ def test_a_flat_picture_counts_as_further_than_one_of_contrast() -> None:
     exact[1] = torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     flat, rich = decoder_parity.distances(exact ^ 1, exact).tolist()
     assert flat > rich > 0
+
+
+def test_the_full_batches_of_both_gates_are_encoded_side_by_side(tmp_path: Path) -> None:
+    both = threading.Barrier(2)
+
+    class Met(Healthy):
+        def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+            if next(calls) < 2:
+                met.append(both.wait(timeout=60))
+            return super().encode(pixels)
+
+    met: list[int] = []
+    calls = itertools.count()
+    groups: dict[str, dict[str, Any]] = {
+        "backend": {"artifacts": str(tmp_path / "store"), "streams": 2},
+        "images": {"decoder": "fast"},
+    }
+    manifest = scenes_manifest(tmp_path / "m.parquet", 24)
+    with stub_backend(Met):
+        run_job(config_for(manifest, tmp_path / "out", loader={"batch_size": 24}, **groups))
+    assert sorted(met) == [0, 1]
 
 
 # Reports
