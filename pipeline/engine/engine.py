@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from pipeline.backends.base import Draw, ImageEncoder, factory
+from pipeline.backends.decoder_parity import PICTURES
 from pipeline.backends.devices import choose_device
 from pipeline.backends.oom import HalvingEncoder
 from pipeline.backends.parity import Reference, check, embed_reference
@@ -72,6 +73,8 @@ class Engine:
         self.config, self._recorded = config, recorded
         self._manifest, self._given_bank, self._decoders = manifest, bank, decoders
         self._opened = ExitStack()
+        # By the number of images.
+        self._samples: dict[int, Sample | None] = {}
 
     def __enter__(self) -> Engine:
         return self
@@ -186,18 +189,28 @@ class Engine:
         gpu = self.reader.gpu if self.config.images.decoder == "gpu" else None
         return None if gpu is None else gpu.engine
 
-    def manifest_sample(self) -> Sample | None:
-        """Images of the manifest for comparisons and calibration; None where the ones that were tried are damaged."""
-        return self._drawn
+    def decoded_sample(self) -> Sample | None:
+        """Images of the manifest to compare decoders on; None where the ones that were tried are damaged."""
+        return self._drawn(PICTURES)
 
     def exactly_decoded_sample(self) -> Sample | None:
         """The same images by the decoder ``exact``, with which the other decoders are compared."""
         with self.reader.exact() as reader:
-            return self._draw(reader)
+            return self._draw(reader, PICTURES)
 
     def sample_or_scenes(self) -> Sample:
         """Images of the manifest, or rendered scenes: backends can be compared on those, decoders cannot."""
-        return self._sample
+        return self.some_or_scenes(images_compared(self.config))
+
+    def some_or_scenes(self, count: int) -> Sample:
+        """Up to ``count`` such images, always the same ones."""
+        # Those that decoders are compared on are drawn anyway.
+        drawn = self._drawn(max(count, PICTURES) if self.config.images.decoder != "exact" else count)
+        if drawn is not None:
+            return drawn.spread(count)
+        if self.config.manifest.path is not None:
+            log.warning("none of the images that were tried can be read; the backend is compared on rendered scenes")
+        return demo.rendered_sample(self.spec, count)
 
     def _choose_batch_size(self, storage: Storage) -> None:
         def alone() -> None:
@@ -227,8 +240,8 @@ class Engine:
         Raises:
             ManifestError: none of the images that were tried can be decoded.
         """
-        path = self.config.manifest.path
-        drawn = self._sample if path is None else self._draw(self.cpu_reader)
+        path, count = self.config.manifest.path, images_compared(self.config)
+        drawn = self.sample_or_scenes() if path is None else self._draw(self.cpu_reader, count)
         if drawn is None:
             raise ManifestError(f"manifest.path={path}: none of the images that were tried can be decoded")
         return drawn
@@ -275,21 +288,14 @@ class Engine:
     def _ids(self) -> Future[object]:
         return aside(partial(check_ids, self.manifest), name="ids")
 
-    @cached_property
-    def _drawn(self) -> Sample | None:
-        return None if self.config.manifest.path is None else self._draw(self.reader)
+    def _drawn(self, count: int) -> Sample | None:
+        if count not in self._samples:
+            without = self.config.manifest.path is None
+            self._samples[count] = None if without else self._draw(self.reader, count)
+        return self._samples[count]
 
-    @cached_property
-    def _sample(self) -> Sample:
-        drawn = self._drawn
-        if drawn is not None:
-            return drawn
-        if self.config.manifest.path is not None:
-            log.warning("none of the images that were tried can be read; the backend is compared on rendered scenes")
-        return demo.rendered_sample(self.spec, images_compared(self.config))
-
-    def _draw(self, reader: PixelReader) -> Sample | None:
-        return draw_sample(self.manifest, reader, images_compared(self.config))
+    def _draw(self, reader: PixelReader, count: int) -> Sample | None:
+        return draw_sample(self.manifest, reader, count)
 
 
 def spec_of(config: Config, checkpoint: Checkpoint) -> PreprocessSpec:
