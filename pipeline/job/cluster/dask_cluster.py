@@ -80,7 +80,8 @@ def shards_at_once(config: Config, processes: int = 1) -> int:
 
     batch = config.loader.batch_size or 256
     held = batch + max(batch, 2 * _CHUNK * worker_threads(config))
-    on_gpu = config.cluster.name == "cuda" or config.backend.device.startswith("cuda")
+    gpus = {"cuda": 1, "slurm": config.cluster.slurm_gpus, "kubernetes": config.cluster.kubernetes_gpus}
+    on_gpu = gpus.get(config.cluster.name) or config.backend.device.startswith("cuda")
     feeders = count_feeders(config, torch.device("cuda" if on_gpu else "cpu"))
     if config.loader.feeders is None:
         feeders = -(-feeders // processes)
