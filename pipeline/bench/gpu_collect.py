@@ -14,9 +14,10 @@ from statistics import median
 from typing import Any
 
 from pipeline.bench.gpu_records import Ran
-from pipeline.bench.gpu_watch import Sample, descendants
+from pipeline.bench.gpu_watch import Sample
 from pipeline.config.schema import ParityConfig
 from pipeline.core.machine import peak_rss
+from pipeline.core.processes import descendants
 
 # Points of a run's curve in its JSON file, about.
 CURVE = 400
