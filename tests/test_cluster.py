@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import queue
 import signal
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -25,7 +28,8 @@ from pipeline.config.schema import ClusterConfig, Config, LoaderConfig
 from pipeline.config.validate import check, part_of
 from pipeline.core import errors
 from pipeline.core.errors import ClusterUnavailable, PipelineError, ShardsGivenUp, WorkerMismatch
-from pipeline.job.cluster import cuda, slurm
+from pipeline.core.records import Shard
+from pipeline.job.cluster import cuda, dask_worker, slurm
 from pipeline.job.cluster.affinity import shares
 from pipeline.job.cluster.dask_cluster import shards_at_once
 from pipeline.job.cluster.kubernetes import pod_settings
@@ -262,6 +266,30 @@ def test_short_shards_are_under_way_in_larger_numbers() -> None:
     assert shards_at_once(config) == 3
     assert shards_at_once(replace(config, manifest=replace(config.manifest, shard_rows=16))) == 10
     assert shards_at_once(replace(config, manifest=replace(config.manifest, shard_rows=1))) == 32
+
+
+def test_every_feeder_of_a_gpu_has_shards() -> None:
+    config = Config().changed({"cluster.name": "cuda", "loader.workers": 16})
+    assert shards_at_once(config) == 2 + 2 * 4
+    assert shards_at_once(config, processes=2) == 2 + 2 * 2
+    assert shards_at_once(config.changed({"loader.feeders": 0})) == 3
+    assert shards_at_once(config.changed({"loader.feeders": 3}), processes=2) == 2 + 2 * 3
+
+
+@pytest.mark.parametrize("patience", [dask_worker.SHORTEST, dask_worker.STARTING])
+def test_a_stream_does_not_end_while_feeders_start(patience: float) -> None:
+    state = object.__new__(dask_worker.WorkerState)
+    state._queue, state._closed, state.drained = queue.SimpleQueue(), False, False
+    state._alive, state._patience = time.monotonic() - 2 * dask_worker.SHORTEST, patience
+    first, second = (Shard(index=number, rows=1, pieces=()) for number in range(2))
+    stream = state._stream(first)
+    assert next(stream) == first
+    timer = threading.Timer(0.1, lambda: state._queue.put(second))
+    timer.start()
+    assert next(stream, None) == (second if patience == dask_worker.STARTING else None)
+    timer.join()
+    state.drained = True
+    assert list(stream) == []
 
 
 @pytest.mark.parametrize(

@@ -67,15 +67,24 @@ def open_cluster(config: Config) -> Iterator[Client]:
             logging.getLogger(name).setLevel(level)
 
 
-def shards_at_once(config: Config) -> int:
-    """Shards under way in a process, so that its loop never waits for the next one.
+def shards_at_once(config: Config, processes: int = 1) -> int:
+    """Shards under way in a process, so that its loop never waits for the next one; ``processes`` share the cores.
 
     One is written, one is embedded; and the loader keeps about two batches of rows in its hands, which short shards
-    must add up to.
+    must add up to. Feeders take whole shards, some each.
     """
+    import torch
+
+    from pipeline.engine.feeders import SHARDS, count_feeders
+
     batch = config.loader.batch_size or 256
     held = batch + max(batch, 2 * LEAST * worker_threads(config))
-    return min(MOST_SHARDS, 2 + -(-held // config.manifest.shard_rows))
+    gpus = {"cuda": 1, "slurm": config.cluster.slurm_gpus, "kubernetes": config.cluster.kubernetes_gpus}
+    on_gpu = gpus.get(config.cluster.name) or config.backend.device.startswith("cuda")
+    feeders = count_feeders(config, torch.device("cuda" if on_gpu else "cpu"))
+    if config.loader.feeders is None:
+        feeders = -(-feeders // processes)
+    return min(MOST_SHARDS, 2 + max(-(-held // config.manifest.shard_rows), SHARDS * feeders))
 
 
 def security(cluster: ClusterConfig) -> Security | None:
@@ -114,7 +123,7 @@ def open_processes(config: Config, environments: list[dict[str, str]]) -> Iterat
 
     cluster = config.cluster
     options = {
-        "nthreads": shards_at_once(config),
+        "nthreads": shards_at_once(config, len(environments)),
         "host": cluster.host,
         "protocol": "tls" if cluster.tls_ca else "tcp",
         "security": security(cluster),
