@@ -143,7 +143,7 @@ class _Feeder:
             self._send({"error": type(error).__name__, "text": text})
 
 
-def open_reader(spec: FeederSpec, decoders: Decoders | None) -> PixelReader:
+def open_reader(spec: FeederSpec, decoders: Decoders | None = None) -> PixelReader:
     """The reader of a feeder, with the decoder ``gpu`` where the job has it.
 
     Raises:
