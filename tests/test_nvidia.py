@@ -543,10 +543,11 @@ def odd_files(count: int) -> list[bytes]:
     return files
 
 
-def gpu_config(folder: Path, feeders: int) -> Config:
+def gpu_config(folder: Path, feeders: int, *, decoder: str = "gpu", device: str = "cpu") -> Config:
     groups: dict[str, dict[str, Any]] = {
         "manifest": {"shard_rows": 25, "image": "image", "keep": []},
-        "images": {"decoder": "gpu"},
+        "images": {"decoder": decoder},
+        "backend": {"device": device},
         "loader": {"batch_size": 8, "workers": 2, "feeders": feeders},
     }
     return config_for(folder / "m.parquet", folder / f"out-{feeders}", **groups)
@@ -594,6 +595,17 @@ def test_a_feeder_opens_the_decoder_of_the_job(
         open_reader(replace(spec, gpu=GpuDecoding("cpu", nvimgcodec.HARDWARE)))
     with open_reader(replace(spec, gpu=None)) as reader:
         assert reader.gpu is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("decoder", ["exact", "gpu"])
+def test_a_job_on_the_gpu_gives_the_same_bytes_with_and_without_feeders(tmp_path: Path, decoder: str) -> None:
+    if decoder == "gpu":
+        on_gpu()
+    manifest_of(tmp_path, odd_files(80))
+    for feeders in (0, 2):
+        run_job(gpu_config(tmp_path, feeders, decoder=decoder, device="cuda"))
+    assert content(tmp_path / "out-2") == content(tmp_path / "out-0")
 
 
 @pytest.mark.gpu
