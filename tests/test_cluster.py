@@ -268,10 +268,13 @@ def test_short_shards_are_under_way_in_larger_numbers() -> None:
     assert shards_at_once(replace(config, manifest=replace(config.manifest, shard_rows=1))) == 32
 
 
-def test_every_feeder_of_a_gpu_has_shards() -> None:
-    config = Config().changed({"cluster.name": "cuda", "loader.workers": 16})
+def test_every_feeder_of_a_gpu_has_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dask_cluster, "cores", lambda: 16)
+    config = Config().changed({"cluster.name": "cuda"})
     assert shards_at_once(config) == 2 + 2 * 4
     assert shards_at_once(config, processes=2) == 2 + 2 * 2
+    # Threads that are configured are those of each process.
+    assert shards_at_once(config.changed({"loader.workers": 16}), processes=2) == 2 + 2 * 4
     assert shards_at_once(config.changed({"loader.feeders": 0})) == 3
     assert shards_at_once(config.changed({"loader.feeders": 3}), processes=2) == 2 + 2 * 3
 
@@ -369,7 +372,8 @@ def test_a_slurm_job_is_asked_for_as_the_config_says() -> None:
         assert f"#SBATCH {line}" in script, script
     assert "module load cuda\n" in script
     assert "/env/bin/python -m distributed.cli.dask_worker tcp://127.0.0.1" in script
-    assert "--nthreads 3" in script
+    # Two feeders of four cores with two shards each, one part that is written and one that is embedded.
+    assert "--nthreads 6" in script
     assert "--memory-limit 0" in script
 
 

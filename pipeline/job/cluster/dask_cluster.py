@@ -15,8 +15,8 @@ from distributed.security import Security
 
 from pipeline.config.schema import ClusterConfig, Config
 from pipeline.core.errors import ClusterUnavailable
+from pipeline.core.processes import cores
 from pipeline.engine.loader import LEAST
-from pipeline.images.factory import worker_threads
 from pipeline.job.cluster import main_guard
 from pipeline.job.cluster.affinity import quiet
 
@@ -78,12 +78,12 @@ def shards_at_once(config: Config, processes: int = 1) -> int:
     from pipeline.engine.feeders import SHARDS, count_feeders
 
     batch = config.loader.batch_size or 256
-    held = batch + max(batch, 2 * LEAST * worker_threads(config))
+    workers = config.loader.workers or config.cluster.cores or max(1, cores() // processes)
+    held = batch + max(batch, 2 * LEAST * workers)
     gpus = {"cuda": 1, "slurm": config.cluster.slurm_gpus, "kubernetes": config.cluster.kubernetes_gpus}
     on_gpu = gpus.get(config.cluster.name) or config.backend.device.startswith("cuda")
+    config = config.changed({"loader.workers": workers})
     feeders = count_feeders(config, torch.device("cuda" if on_gpu else "cpu"))
-    if config.loader.feeders is None:
-        feeders = -(-feeders // processes)
     return min(MOST_SHARDS, 2 + max(-(-held // config.manifest.shard_rows), SHARDS * feeders))
 
 
