@@ -17,6 +17,7 @@ from typing import IO
 
 from pipeline.config.schema import Config
 from pipeline.core.errors import DecoderUnavailable
+from pipeline.core.gpus import VISIBLE
 from pipeline.images.factory import worker_threads
 from pipeline.images.pool.processes import nameless_file, python_path
 
@@ -93,6 +94,8 @@ class FeederPool:
             self._starter = None
 
     def _spawn(self) -> FeederProcess:
+        # One that decodes on the GPU sees those of this process, so that the number of the device means the same one.
+        gpus = {} if self._config.images.decoder == "gpu" else {VISIBLE: ""}
         file = nameless_file(lasting=True)
         try:
             ours, theirs = socket.socketpair()
@@ -102,7 +105,7 @@ class FeederPool:
                     [sys.executable, "-P", "-m", "pipeline.engine.feeder_process", json.dumps(settings)],
                     stdin=subprocess.DEVNULL,
                     pass_fds=[theirs.fileno(), file.fileno()],
-                    env={**os.environ, "PYTHONPATH": python_path(os.environ), "CUDA_VISIBLE_DEVICES": ""},
+                    env={**os.environ, "PYTHONPATH": python_path(os.environ), **gpus},
                     # Ctrl-C goes to a whole group; the job itself ends its feeders.
                     process_group=0,
                 )

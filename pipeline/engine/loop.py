@@ -21,7 +21,7 @@ from pipeline.core.records import ImageBatch, Shard, ShardReport, ShardRows, Sta
 from pipeline.dataset.commits import commit_part
 from pipeline.dataset.parts import PartFormat, ShardResult, build_table, count_statuses
 from pipeline.engine.feeder_pool import FeederPool, share_of
-from pipeline.engine.feeder_process import FeederSpec
+from pipeline.engine.feeder_process import FeederSpec, GpuDecoding
 from pipeline.engine.feeders import Feeders, open_feeders
 from pipeline.engine.forward import Forward, Labelling, PendingBatch, ShardResults, memory_explained
 from pipeline.engine.gpu_clock import GpuClock
@@ -168,7 +168,8 @@ def open_loader(config: Config, manifest: Manifest, worker: Worker, ahead: int) 
         return Loader(manifest, reader, spec, device=device, timer=worker.clocks.add)
     # One batch is filled while another one is copied; on a CPU, batches are encoded where they lie.
     buffers = 3 if device.type == "cuda" else 2 + ahead
-    feeder = FeederSpec(config=config, manifest=manifest, preprocess=reader.spec, loader=spec, buffers=buffers)
+    gpu = GpuDecoding(str(device), reader.gpu.engine) if reader.gpu is not None else None
+    feeder = FeederSpec(config=config, manifest=manifest, preprocess=reader.spec, loader=spec, buffers=buffers, gpu=gpu)
     on_peak = reader.decoders.count_peak if reader.decoders is not None else lambda peak: None
     pool.start(count)
     return Feeders(feeder, pool, device=device, clocks=worker.clocks, on_peak=on_peak)
