@@ -29,7 +29,7 @@ from pipeline.config.validate import check, part_of
 from pipeline.core import errors
 from pipeline.core.errors import ClusterUnavailable, PipelineError, ShardsGivenUp, WorkerMismatch
 from pipeline.core.records import Shard
-from pipeline.job.cluster import cuda, dask_worker, slurm
+from pipeline.job.cluster import cuda, dask_cluster, dask_worker, slurm
 from pipeline.job.cluster.affinity import shares
 from pipeline.job.cluster.dask_cluster import shards_at_once
 from pipeline.job.cluster.kubernetes import pod_settings

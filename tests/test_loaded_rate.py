@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +46,14 @@ class Paced(StubEncoder):
         return super().encode(pixels)
 
 
-def rate(manifest: Path, encoder: Paced, *, feeders: int = 0, **images: Any) -> float:
-    config = config_for(manifest, manifest.parent / "out", loader={"feeders": feeders, "workers": 1}, images=images)
+def rate(manifest: Path, encoder: Paced, *, loader: Mapping[str, Any] | None = None, **images: Any) -> float:
+    config = config_for(manifest, manifest.parent / "out", loader={"workers": 1, **(loader or {})}, images=images)
     with pixel_reader(config, "", SPEC) as reader:
         worker = Worker(reader, encoder, StageClocks())
-        return rate_beside_loader(config, open_manifest(config.manifest), worker, SECONDS)
+        found = rate_beside_loader(config, open_manifest(config.manifest), worker, SECONDS)
+        # The decoders of the job are as they were.
+        assert reader.decoders is None or (reader.decoders.lent, reader.decoders.peak_rss()) == (0, 0)
+    return found
 
 
 @pytest.fixture
@@ -114,6 +119,17 @@ def test_a_store_that_cannot_be_read_ends_the_measurement(tmp_path: Path) -> Non
         rate(tmp_path / "m.parquet", Paced(BATCH), schemes=["gs"])
 
 
-def test_feeders_run_beside_the_encoder_too(tmp_path: Path) -> None:
-    encoder = Paced(BATCH)
-    assert 0 < rate(scenes_manifest(tmp_path / "m.parquet", 60, damaged={}), encoder, feeders=2) <= BATCH / PACE
+@pytest.mark.parametrize("loader", [{"feeders": 2}, {"isolation": "process"}], ids=str)
+def test_other_processes_read_beside_the_encoder_and_end(tmp_path: Path, loader: dict[str, Any]) -> None:
+    manifest = scenes_manifest(tmp_path / "m.parquet", 60, damaged={})
+    assert 0 < rate(manifest, Paced(BATCH), loader=loader) <= BATCH / PACE
+    assert not [each for each in Path("/proc").glob("[0-9]*") if _is_ours(each)]
+
+
+def _is_ours(process: Path) -> bool:
+    """Whether a process is a child of this one that reads or decodes."""
+    try:
+        child = f"PPid:\t{os.getpid()}\n" in (process / "status").read_text()
+        return child and b"\0pipeline." in (process / "cmdline").read_bytes()
+    except OSError:
+        return False

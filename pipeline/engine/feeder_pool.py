@@ -95,7 +95,7 @@ class FeederPool:
 
     def _spawn(self) -> FeederProcess:
         # One that decodes on the GPU sees those of this process, so that the number of the device means the same one.
-        gpus = {VISIBLE: ""} if self._config.images.decoder != "gpu" else {}
+        gpus = {} if self._config.images.decoder == "gpu" else {VISIBLE: ""}
         file = nameless_file(lasting=True)
         try:
             ours, theirs = socket.socketpair()

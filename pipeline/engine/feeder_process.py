@@ -202,9 +202,13 @@ def main() -> None:
     gc.set_threshold(100_000, 20, 50)
     connection = Connection(settings["control"])
     try:
-        decoders = open_decoders(connection.recv())
+        config: Config = connection.recv()
+        decoders = open_decoders(config)
         if decoders is not None:
             decoders.start()
+        if config.images.decoder == "gpu":
+            # It imports torch, which takes longer than all else.
+            import pipeline.images.gpu.decoder  # noqa: F401
         spec: FeederSpec = connection.recv()
     except (EOFError, OSError):
         _leave()

@@ -41,15 +41,20 @@ def rate_beside_loader(config: Config, manifest: Manifest, worker: Worker, secon
     Raises:
         PipelineError: the images cannot be read, as in the job.
     """
-    encoder = worker.encoder
+    encoder, reader = worker.encoder, worker.reader
     config = config.changed({"loader.batch_size": encoder.batch_size})
-    with open_loader(config, manifest, worker, encoder.streams + 1) as loader:
+    # What a loader that is stopped has borrowed from decoders is not given back, so these are not those of the job.
+    decoders = None if reader.decoders is None else reader.decoders.like(reader.decoder)
+    with (
+        replace(reader, decoders=decoders) as reader,
+        open_loader(config, manifest, replace(worker, reader=reader), encoder.streams + 1) as loader,
+    ):
         taker = _Taker(loader, manifest, config.manifest.shard_rows)
         with ThreadPoolExecutor(1, thread_name_prefix="taker") as thread:
             taken = thread.submit(taker.run)
             try:
                 taker.first.wait(FIRST_SECONDS)
-                rate = images_per_second(encoder, size=worker.reader.spec.size, seconds=seconds, after=taker.owe)
+                rate = images_per_second(encoder, size=reader.spec.size, seconds=seconds, after=taker.owe)
             finally:
                 taker.end()
                 taken.result()

@@ -68,10 +68,7 @@ class Decoders:
         self.lent = 0
 
     def start(self, count: int | None = None) -> None:
-        """Start ``count`` of the processes that have no work, by default all, and do not wait for them.
-
-        Errors are raised when a process is needed.
-        """
+        """Start processes, ``count`` at most, and do not wait for them; errors are raised when one is needed."""
         idle: list[_Slot | None] = []
         with suppress(queue.Empty):
             while True:
