@@ -7,6 +7,7 @@ the table and the failures of every shard: as JSON, numbers and Arrow's format, 
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -180,6 +181,8 @@ def main() -> None:
     # Some schedulers send these to every process of a job; the job itself ends its feeders.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    # As pipeline.run does: each image is a few objects, and none is part of a cycle.
+    gc.set_threshold(100_000, 20, 50)
     feeder = _Feeder(Connection(settings["control"]), settings["memory"])
     try:
         feeder.run()

@@ -15,13 +15,12 @@ from distributed.security import Security
 
 from pipeline.config.schema import ClusterConfig, Config
 from pipeline.core.errors import ClusterUnavailable
+from pipeline.engine.loader import LEAST
 from pipeline.images.factory import worker_threads
 from pipeline.job.cluster import main_guard
 from pipeline.job.cluster.affinity import quiet
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
-# The rows of a chunk that the loader decodes at once, at least.
-_CHUNK = 8
 MOST_SHARDS = 32
 SETTINGS = {
     # :mod:`pipeline.job.cluster.dask_executor` finds the shard that ended a worker.
@@ -79,7 +78,7 @@ def shards_at_once(config: Config, processes: int = 1) -> int:
     from pipeline.engine.feeders import SHARDS, count_feeders
 
     batch = config.loader.batch_size or 256
-    held = batch + max(batch, 2 * _CHUNK * worker_threads(config))
+    held = batch + max(batch, 2 * LEAST * worker_threads(config))
     gpus = {"cuda": 1, "slurm": config.cluster.slurm_gpus, "kubernetes": config.cluster.kubernetes_gpus}
     on_gpu = gpus.get(config.cluster.name) or config.backend.device.startswith("cuda")
     feeders = count_feeders(config, torch.device("cuda" if on_gpu else "cpu"))
