@@ -181,7 +181,6 @@ class Case:
         self.run()
         self.resume()
         self.verify()
-        self.report()
         self.relabel()
         self.search(capsys)
         self.convert("numpy")
@@ -189,6 +188,7 @@ class Case:
 
     def everything(self, capsys: pytest.CaptureFixture[str]) -> None:
         self.commands(capsys)
+        self.report()
         self.nights()
 
 
@@ -261,6 +261,7 @@ def test_views_dictionaries_and_every_kept_type_work_with_every_command(
     mixed: Case, capsys: pytest.CaptureFixture[str]
 ) -> None:
     mixed.commands(capsys)
+    mixed.report()
 
 
 @pytest.mark.slow
@@ -275,7 +276,11 @@ def test_ids_of_every_type_work_with_every_command(
     tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     case = Case(tmp_path, table_of(tmp_path, id=IDS[name]))
-    case.everything(capsys)
+    case.commands(capsys)
+    # Ids of other widths come to the page as the same texts, and its plots are half of the time.
+    if name in ("string", "large_string", "dictionary", "int8", "uint64-large", "dictionary-int"):
+        case.report()
+    case.nights()
 
 
 @pytest.mark.slow
