@@ -133,7 +133,9 @@ def _until(reached: Callable[[], bool]) -> None:
         ("cuda", None, "exact", 2, 1),
         ("cuda", 0, "exact", 16, 0),
         ("cpu", 3, "exact", 2, 3),
-        ("cuda", 4, "gpu", 16, 0),
+        ("cuda", None, "gpu", 8, 2),
+        ("cuda", None, "gpu", 64, 4),
+        ("cuda", 6, "gpu", 16, 6),
     ],
 )
 def test_a_gpu_has_a_feeder_for_four_cores(

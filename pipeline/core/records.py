@@ -68,9 +68,9 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Pixels:
-    """One decoded image at the model's input size: uint8 ``[H, W, 3]``, RGB; a tensor if it is on a GPU."""
+    """One decoded image at the model's input size: uint8 ``[H, W, 3]``, RGB."""
 
-    rgb: NDArray[np.uint8] | torch.Tensor
+    rgb: NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ from pipeline.dataset.names import check_columns
 from pipeline.engine.batch_size import Benchmark, settle_batch_size
 from pipeline.engine.demo import folder as demo
 from pipeline.engine.sample import draw_sample
-from pipeline.images.factory import pixel_reader
+from pipeline.images.factory import pixel_reader, with_gpu
 from pipeline.images.pool.pool import Decoders
 from pipeline.images.reader import PixelReader
 from pipeline.manifest.ids import check_ids
@@ -156,11 +156,7 @@ class Engine:
         """
         if self.config.images.decoder != "gpu":
             return self.cpu_reader
-        from pipeline.images.gpu.nvimgcodec import NvidiaDecoder
-
-        device = choose_device(self.config.backend.device)
-        share = self.config.images.gpu_share
-        return replace(self.cpu_reader, gpu=NvidiaDecoder(self.spec, device, self.cpu_reader.decoder, share=share))
+        return with_gpu(self.cpu_reader, self.config, choose_device(self.config.backend.device))
 
     @property
     def jpeg_engine(self) -> str | None:

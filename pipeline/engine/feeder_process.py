@@ -7,7 +7,9 @@ the table and the failures of every shard: as JSON, numbers and Arrow's format, 
 
 from __future__ import annotations
 
+import gc
 import json
+import logging
 import os
 import queue
 import signal
@@ -23,27 +25,37 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.config.schema import Config
-from pipeline.core.errors import PipelineError
+from pipeline.core.errors import BackendUnavailable, PipelineError
 from pipeline.core.processes import end_with
 from pipeline.core.records import Failure, ImageBatch, PreprocessSpec, Shard, ShardRows
 from pipeline.engine.buffers import SharedSlot
 from pipeline.engine.loader import Loader, LoaderSpec
 from pipeline.engine.prefetch import POLL
-from pipeline.images.factory import pixel_reader
+from pipeline.images.factory import pixel_reader, with_gpu
 from pipeline.images.pool.shared_memory import shared
+from pipeline.images.reader import PixelReader
 from pipeline.manifest.manifest import Manifest
 from pipeline.telemetry.clocks import StageClocks
 
 
 @dataclass(frozen=True, slots=True)
+class GpuDecoding:
+    """The decoder ``gpu`` of a job: the name of its device, and what decodes there according to the fingerprint."""
+
+    device: str
+    engine: str
+
+
+@dataclass(frozen=True, slots=True)
 class FeederSpec:
-    """All that a feeder must know; ``buffers`` is the number of batches in its memory."""
+    """All that a feeder must know; ``buffers`` is the number of batches in its memory, ``gpu`` None without one."""
 
     config: Config
     manifest: Manifest
     preprocess: PreprocessSpec
     loader: LoaderSpec
     buffers: int
+    gpu: GpuDecoding | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -63,7 +75,7 @@ class _Feeder:
 
     def run(self) -> None:
         spec = self._spec
-        with pixel_reader(spec.config, spec.manifest.root, spec.preprocess) as reader:
+        with open_reader(spec) as reader:
             if reader.decoders is not None:
                 reader.decoders.start()
             loader = Loader(spec.manifest, reader, spec.loader, timer=self._clocks.add, slots=self._slots)
@@ -123,6 +135,33 @@ class _Feeder:
             self._send({"error": type(error).__name__, "text": text})
 
 
+def open_reader(spec: FeederSpec) -> PixelReader:
+    """The reader of a feeder, with the decoder ``gpu`` where the job has it.
+
+    Raises:
+        BackendUnavailable: the GPU cannot decode here, or decodes in another way than in the job's process.
+    """
+    reader = pixel_reader(spec.config, spec.manifest.root, spec.preprocess)
+    if spec.gpu is None:
+        return reader
+    import torch
+
+    # The job has logged what it has to say.
+    logging.getLogger("pipeline.images.gpu").setLevel(logging.ERROR)
+    device = torch.device(spec.gpu.device)
+    if device.type == "cuda":
+        # Pinned memory belongs to the current device.
+        torch.cuda.set_device(device)
+    reader = with_gpu(reader, spec.config, device)
+    if reader.gpu is not None and reader.gpu.engine != spec.gpu.engine:
+        raise BackendUnavailable(
+            f"images.decoder=gpu: a feeder process decodes by {reader.gpu.engine} and the job by {spec.gpu.engine}, "
+            "which gives other pixels; another program may have taken the GPU's memory meanwhile: run the same "
+            "command again, or with fewer processes (loader.feeders)"
+        )
+    return reader
+
+
 def parse_rows(shard: Shard, content: dict[str, object], data: bytes) -> ShardRows:
     """The rows of a shard, as a feeder told them."""
     failures: list[tuple[int, str, str]] = content["failures"]  # type: ignore[assignment]
@@ -142,6 +181,8 @@ def main() -> None:
     # Some schedulers send these to every process of a job; the job itself ends its feeders.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    # As pipeline.run does: each image is a few objects, and none is part of a cycle.
+    gc.set_threshold(100_000, 20, 50)
     feeder = _Feeder(Connection(settings["control"]), settings["memory"])
     try:
         feeder.run()

@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 from pipeline.config.schema import Config
 from pipeline.core import errors
 from pipeline.core.errors import DecoderUnavailable, PipelineError
+from pipeline.core.gpus import VISIBLE
 from pipeline.core.records import Clocks, ImageBatch, Shard, ShardRows, Stage
 from pipeline.engine.device_copies import DeviceCopies
 from pipeline.engine.feeder_process import FeederSpec, parse_rows
@@ -44,6 +45,9 @@ from pipeline.storage.urls import scheme_of
 
 # Cores of a feeder and its decoders: its own thread of Python fills the batches of about so many.
 CORES = 4
+# Feeders at most where they decode on the GPU. Each takes half a gigabyte of it and more, and contexts of several
+# processes take turns there.
+ON_GPU = 4
 # Shards that a feeder has at a time, so that it goes on with the next one at once.
 SHARDS = 2
 # A feeder whose stream has ended may take this long to end, in seconds.
@@ -53,15 +57,19 @@ END_SECONDS = 5.0
 def count_feeders(config: Config, device: torch.device) -> int:
     """Number of feeders; 0 for a loader in this process.
 
-    By default one for ``CORES`` cores where a GPU is fed. A CPU that encodes leaves less to read than one loader does.
-    The decoder ``gpu`` and files in memory are in the process of the encoder alone.
+    By default one for ``CORES`` cores where a GPU is fed, and ``ON_GPU`` of them at most with the decoder ``gpu``, with
+    which the cores read files and headers alone. A CPU that encodes leaves less to read than one loader does. Files in
+    memory are in the process of the encoder alone.
     """
     places = (config.manifest.path or "", config.manifest.root or "")
-    if config.images.decoder == "gpu" or any(scheme_of(place) == "memory" for place in places):
+    if any(scheme_of(place) == "memory" for place in places):
         return 0
     if config.loader.feeders is not None:
         return config.loader.feeders
-    return max(1, worker_threads(config) // CORES) if device.type == "cuda" else 0
+    if device.type != "cuda":
+        return 0
+    count = max(1, worker_threads(config) // CORES)
+    return min(count, ON_GPU) if config.images.decoder == "gpu" else count
 
 
 @dataclass(slots=True)
@@ -210,6 +218,8 @@ class Feeders:
 
     def _start(self) -> _Feeder:
         size = int(np.prod(self._spec.shape))
+        # One that decodes on the GPU sees those of this process, so that the number of the device means the same one.
+        gpus = {VISIBLE: ""} if self._spec.gpu is None else {}
         ours, theirs = socket.socketpair()
         file = nameless_file(lasting=True)
         with theirs:
@@ -219,7 +229,7 @@ class Feeders:
                 [sys.executable, "-P", "-m", "pipeline.engine.feeder_process", json.dumps(settings)],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno(), file.fileno()],
-                env={**os.environ, "PYTHONPATH": python_path(os.environ), "CUDA_VISIBLE_DEVICES": ""},
+                env={**os.environ, "PYTHONPATH": python_path(os.environ), **gpus},
                 # Ctrl-C goes to a whole group; the job itself ends its feeders.
                 process_group=0,
             )

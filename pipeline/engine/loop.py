@@ -20,7 +20,7 @@ from pipeline.core.log_format import within
 from pipeline.core.records import ImageBatch, Shard, ShardReport, ShardRows, Stage, TextBank
 from pipeline.dataset.commits import commit_part
 from pipeline.dataset.parts import PartFormat, ShardResult, build_table, count_statuses
-from pipeline.engine.feeder_process import FeederSpec
+from pipeline.engine.feeder_process import FeederSpec, GpuDecoding
 from pipeline.engine.feeders import Feeders, count_feeders
 from pipeline.engine.forward import Forward, Labelling, PendingBatch, ShardResults, memory_explained
 from pipeline.engine.gpu_clock import GpuClock
@@ -165,7 +165,10 @@ def open_loader(job: Job, worker: Worker, ahead: int) -> Loader | Feeders:
         return Loader(job.manifest, reader, spec, device=device, timer=worker.clocks.add)
     # One batch is filled while another one is copied; on a CPU, batches are encoded where they lie.
     buffers = 3 if device.type == "cuda" else 2 + ahead
-    feeder = FeederSpec(config=config, manifest=job.manifest, preprocess=reader.spec, loader=spec, buffers=buffers)
+    gpu = GpuDecoding(str(device), reader.gpu.engine) if reader.gpu is not None else None
+    feeder = FeederSpec(
+        config=config, manifest=job.manifest, preprocess=reader.spec, loader=spec, buffers=buffers, gpu=gpu
+    )
     on_peak = reader.decoders.count_peak if reader.decoders is not None else lambda peak: None
     return Feeders(feeder, count=count, device=device, timer=worker.clocks.merge, on_peak=on_peak)
 

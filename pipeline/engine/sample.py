@@ -56,8 +56,8 @@ def draw_sample(manifest: Manifest, reader: PixelReader, count: int) -> Sample |
 def stack(ids: Sequence[str], pictures: Sequence[Pixels]) -> Sample:
     """A sample of decoded pictures, laid out as the loader lays out its batches."""
     # Arrays are copied: Pillow's may not be written to, of which torch would warn.
-    arrays = [p.rgb if isinstance(p.rgb, np.ndarray) else p.rgb.cpu().numpy() for p in pictures]
-    return Sample(ids=tuple(ids), pixels=torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2))
+    pixels = np.stack([picture.rgb for picture in pictures])
+    return Sample(ids=tuple(ids), pixels=torch.from_numpy(pixels).permute(0, 3, 1, 2))
 
 
 def _refs(manifest: Manifest, reader: ShardReader, file: int, group: int) -> Iterator[ImageRef]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
 from pipeline.config.schema import Config
 from pipeline.core.processes import cores
 from pipeline.core.records import PreprocessSpec
@@ -9,6 +12,9 @@ from pipeline.images.decode import Decoder
 from pipeline.images.pool.pool import Decoders
 from pipeline.images.reader import PixelReader
 from pipeline.images.sources.source import Source
+
+if TYPE_CHECKING:
+    import torch
 
 
 def worker_threads(config: Config) -> int:
@@ -61,3 +67,14 @@ def pixel_reader(config: Config, root: str, spec: PreprocessSpec, decoders: Deco
         spec=spec,
         decoders=decoders or open_decoders(config),
     )
+
+
+def with_gpu(reader: PixelReader, config: Config, device: torch.device) -> PixelReader:
+    """The same reader, with the decoder ``gpu`` on a device.
+
+    Raises:
+        BackendUnavailable: see :class:`~pipeline.images.gpu.decoder.NvidiaDecoder`.
+    """
+    from pipeline.images.gpu.decoder import NvidiaDecoder
+
+    return replace(reader, gpu=NvidiaDecoder(reader.spec, device, reader.decoder, share=config.images.gpu_share))

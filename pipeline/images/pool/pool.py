@@ -9,7 +9,10 @@ from __future__ import annotations
 import os
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import accumulate
 
 from pipeline.core.errors import DecoderUnavailable
 from pipeline.core.records import Failure, Pixels, PreprocessSpec
@@ -21,6 +24,7 @@ from pipeline.images.pool.protocol import CRASHED, DONE, OUT_OF_MEMORY, TIMEOUT,
 KEEP = 32 * 2**20
 # Compared by identity, as a process may report an equal failure itself.
 _KILLED_BY_OTHERS = Failure(CRASHED, "the decoder was killed by SIGKILL")
+GiveBack = Callable[[], None]
 _NO_TURN = "its turn among the large images did not come"
 
 
@@ -50,6 +54,8 @@ class Decoders:
         for _ in range(processes):
             self._slots.put(None)
         self.processes = processes
+        # Answers of each process that may be lent; see :meth:`decode`.
+        self.lent = 0
 
     def start(self) -> None:
         """Start every process and do not wait for them; errors are raised when one is needed."""
@@ -67,9 +73,16 @@ class Decoders:
             self._slots.put(slot)
 
     def decode(
-        self, encoded: list[bytes], spec: PreprocessSpec, abandoned: Callable[[], bool] = never
+        self,
+        encoded: list[bytes],
+        spec: PreprocessSpec,
+        abandoned: Callable[[], bool] = never,
+        give_back: list[GiveBack] | None = None,
     ) -> list[Pixels | Failure]:
         """Pixels or a failure for each of up to ``CHUNK`` images; takes them out of ``encoded``.
+
+        With ``give_back``, the pixels may lie where the process wrote them, which saves a copy: the caller calls what
+        is added to that list once it has read them. All such calls of a pool must have the same ``spec``.
 
         Statuses of a failure: those of :meth:`Decoder.apply`, ``decoder_timeout`` and ``decoder_crashed``.
 
@@ -81,7 +94,7 @@ class Decoders:
         try:
             self.children.check_wanted(abandoned)
             slot = slot or _Slot(self)
-            return slot.decode(encoded, spec, abandoned)
+            return slot.decode(encoded, spec, abandoned, give_back)
         except BaseException:
             if slot is not None:
                 slot.retire()
@@ -131,15 +144,28 @@ class _Slot:
             self._inbox.close()
             raise
         self._child: Child | None = None
-        self._answer: Answer | None = None
+        self._own_answer: Answer | None = None
+        # Answers that nobody has, how many may be lent, and the end of all in the file.
+        self._idle: deque[Answer] = deque()
+        self._lent = self._end_of_file = 0
 
     def decode(
-        self, encoded: list[bytes], spec: PreprocessSpec, abandoned: Callable[[], bool]
+        self,
+        encoded: list[bytes],
+        spec: PreprocessSpec,
+        abandoned: Callable[[], bool],
+        give_back: list[GiveBack] | None,
     ) -> list[Pixels | Failure]:
         pieces = self._take(encoded)
         results: list[Pixels | Failure] = []
+        answer = self._to_lend(spec) if give_back is not None else None
+        if give_back is not None and answer is not None:
+            give_back.append(partial(self._idle.append, answer))
         while len(results) < len(pieces):
-            found, trouble = self._ask(pieces[len(results) :], spec, abandoned)
+            found, trouble = self._ask(
+                pieces[len(results) :], answer or self._own(spec), abandoned, copy=answer is None
+            )
+            answer = None
             results += found
             if trouble is not None and len(results) < len(pieces):
                 results.append(trouble)
@@ -147,7 +173,7 @@ class _Slot:
             # Another image may be the cause: this one is tried once more, by a new process.
             if isinstance(result, Failure) and _worth_a_retry(result):
                 self.retire()
-                found, trouble = self._ask([pieces[index]], spec, abandoned)
+                found, trouble = self._ask([pieces[index]], self._own(spec), abandoned)
                 again = found[0] if found else trouble or result
                 if again is _KILLED_BY_OTHERS and result is _KILLED_BY_OTHERS:
                     raise DecoderUnavailable(
@@ -180,36 +206,66 @@ class _Slot:
         self.retire()
         self._inbox.close()
         self._outbox.close()
-        self._answer = None
+        self._own_answer = None
+        self._idle.clear()
+
+    def _own(self, spec: PreprocessSpec) -> Answer:
+        """The answer that is copied."""
+        if self._own_answer is None or self._own_answer.spec != spec:
+            if not self._lent:
+                self._end_of_file = 0
+            self._own_answer = self._new_answer(spec)
+        return self._own_answer
+
+    def _to_lend(self, spec: PreprocessSpec) -> Answer | None:
+        """An answer that may be lent, the one that was given back last; None if all are lent."""
+        while self._idle:
+            if (answer := self._idle.pop()).spec == spec:
+                return answer
+            self._lent -= 1
+        if self._lent >= self._decoders.lent or not self._own(spec).lasting:
+            return None
+        self._lent += 1
+        return self._new_answer(spec)
+
+    def _new_answer(self, spec: PreprocessSpec) -> Answer:
+        answer = Answer(self._outbox.fileno(), spec, self._end_of_file)
+        # Others may be lent: a file never has two answers at one place.
+        self._end_of_file += answer.size
+        return answer
 
     def _take(self, encoded: list[bytes]) -> list[tuple[int, int]]:
-        pieces, offset = [], 0
-        while encoded:
-            data = memoryview(encoded.pop(0))
-            pieces.append((offset, data.nbytes))
-            while data:
-                try:
-                    written = os.pwrite(self._inbox.fileno(), data, offset)
-                except OSError as error:
-                    raise unavailable(f"no room for its input: {error}") from error
-                data, offset = data[written:], offset + written
+        *starts, end = accumulate(map(len, encoded), initial=0)
+        pieces = list(zip(starts, map(len, encoded), strict=True))
+        try:
+            written = os.pwritev(self._inbox.fileno(), encoded, 0)
+            if written < end:
+                # One call writes no more than 2 GiB.
+                rest = memoryview(b"".join(encoded))
+                while written < end:
+                    written += os.pwrite(self._inbox.fileno(), rest[written:], written)
+        except OSError as error:
+            raise unavailable(f"no room for its input: {error}") from error
+        encoded.clear()
         return pieces
 
     def _ask(
-        self, pieces: Sequence[tuple[int, int]], spec: PreprocessSpec, abandoned: Callable[[], bool]
+        self,
+        pieces: Sequence[tuple[int, int]],
+        answer: Answer,
+        abandoned: Callable[[], bool],
+        *,
+        copy: bool = True,
     ) -> tuple[list[Pixels | Failure], Failure | None]:
         """Results that the process finished, and the failure that kept it from the next image."""
         child = self.start(abandoned)
-        if self._answer is None or self._answer.spec != spec:
-            self._answer = Answer(self._outbox.fileno(), spec)
-        answer = self._answer
         try:
             answer.clear()
         except OSError as error:
             raise unavailable(f"no room for its output: {error}") from error
         answered, overdue = b"", None
         try:
-            child.control.sendall(request(pieces, spec))
+            child.control.sendall(request(pieces, answer.spec, answer.start))
             answered = self._listen(child, answer, len(pieces), abandoned)
         except _Overdue as error:
             overdue = error
@@ -218,7 +274,7 @@ class _Slot:
         # It ends before its answer is read: an image that was finished just now has not failed.
         trouble = None if answered == DONE else self._end(child, wait=answered == b"" and overdue is None)
         try:
-            found = answer.finished(len(pieces))
+            found = answer.finished(len(pieces), copy=copy)
         except InvalidAnswer as error:
             found, trouble = [], Failure(CRASHED, f"the decoder's answer makes no sense: {error}")
         if overdue is not None and found[overdue.index :]:

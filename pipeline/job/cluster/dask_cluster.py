@@ -15,13 +15,12 @@ from distributed.security import Security
 
 from pipeline.config.schema import ClusterConfig, Config
 from pipeline.core.errors import ClusterUnavailable
+from pipeline.engine.loader import LEAST
 from pipeline.images.factory import worker_threads
 from pipeline.job.cluster import main_guard
 from pipeline.job.cluster.affinity import quiet
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
-# The rows of a chunk that the loader decodes at once, at least.
-_CHUNK = 8
 MOST_SHARDS = 32
 SETTINGS = {
     # :mod:`pipeline.job.cluster.dask_executor` finds the shard that ended a worker.
@@ -75,7 +74,7 @@ def shards_at_once(config: Config) -> int:
     must add up to.
     """
     batch = config.loader.batch_size or 256
-    held = batch + max(batch, 2 * _CHUNK * worker_threads(config))
+    held = batch + max(batch, 2 * LEAST * worker_threads(config))
     return min(MOST_SHARDS, 2 + -(-held // config.manifest.shard_rows))
 
 
