@@ -54,12 +54,20 @@ def _act(store: ArtifactStore, options: argparse.Namespace) -> int:
     elif options.action == "unpin":
         store.unpin(store.choose(options.id, damaged=True))
     else:
-        gone = store.prune(older_than=options.older_than, dry=options.dry_run)
+        gone = _prune(store, older_than=options.older_than, dry=options.dry_run)
         for artifact in gone:
             print_showable("  ".join(_row(store, artifact)))
         verb = "would be removed" if options.dry_run else "removed"
         print(f"{len(gone)} {verb}, {_size(sum(artifact.size for artifact in gone))}")
     return 0
+
+
+def _prune(store: ArtifactStore, *, older_than: timedelta, dry: bool) -> list[Artifact]:
+    """Prune the store, and the one of parity figures in it."""
+    from pipeline.backends.artifacts.store import PROOFS, ArtifactStore
+
+    stores = (store, ArtifactStore(store.root / PROOFS))
+    return [gone for each in stores for gone in each.prune(older_than=older_than, dry=dry)]
 
 
 def _list(store: ArtifactStore, *, as_json: bool) -> None:

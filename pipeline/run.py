@@ -91,13 +91,14 @@ def _run(composed: DictConfig, errors: ErrorOutput, opened: ExitStack) -> int:
     from pipeline.telemetry.logs import library_messages
 
     opened.enter_context(library_messages(config.log, run))
-    from pipeline.images.factory import open_decoders
+    from pipeline.images.factory import SAMPLE_THREADS, open_decoders
 
     config = _with_manifest(config, run, errors, opened)
     # The decoders start while this process imports torch, which takes seconds.
     decoders = open_decoders(config) if config.cluster.name == "inline" else None
     if decoders is not None:
-        decoders.start()
+        # The others, where the job itself reads its images, when its device is known.
+        decoders.start(SAMPLE_THREADS)
     if config.run.dry:
         from pipeline.job.estimate.estimate import estimate_job
 

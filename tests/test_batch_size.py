@@ -250,7 +250,7 @@ def test_an_encoder_is_gone_before_the_next_is_opened(tmp_path: Path, monkeypatc
             raise torch.OutOfMemoryError("full")
         return float(encoder.batch_size)
 
-    assert settled(auto(tmp_path), Machine({}), open_at=Counted, rate=measure) == 16
+    assert settled(auto(tmp_path), Machine({}), open_at=Counted, rate=lambda encoder, seconds: measure(encoder)) == 16
     assert alive == 0
 
 
@@ -337,7 +337,7 @@ def test_another_model_or_backend_is_measured_anew(
     assert settled(config, Machine(RISING)) == 32
     changed, checkpoint = change(config)
     machine = Machine({})
-    assert settled(changed, machine, checkpoint=checkpoint, rate=lambda encoder: 1.0) in (8, 16)
+    assert settled(changed, machine, checkpoint=checkpoint, rate=lambda encoder, seconds: 1.0) in (8, 16)
     assert len(machine.opened) == 2
 
 

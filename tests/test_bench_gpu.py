@@ -24,8 +24,9 @@ from pipeline.bench import gpu, gpu_collect, gpu_images, gpu_steps, gpu_table, r
 from pipeline.bench.backends import _parser, read
 from pipeline.bench.gpu_records import GROUPS, GpuBench, Outcome, Ran, Step
 from pipeline.bench.gpu_run import TABLE_SECONDS, Budget, run_step, run_steps
-from pipeline.bench.gpu_watch import Sample, Watch, descendants
+from pipeline.bench.gpu_watch import Sample, Watch
 from pipeline.config.compose import compose_config
+from pipeline.core.processes import descendants, spent
 from tests.conftest import ROOT
 from tests.processes import is_running, wait_until
 
@@ -184,6 +185,7 @@ def test_processes_side_by_side_share_the_cores(tmp_path: Path) -> None:
 def test_a_watch_samples_core_time_of_a_process_and_of_what_it_started() -> None:
     inner = "import time; print(1, flush=True); time.sleep(60)"
     code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {inner!r}])"
+    before = spent()
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
         try:
             assert process.stdout is not None
@@ -195,6 +197,8 @@ def test_a_watch_samples_core_time_of_a_process_and_of_what_it_started() -> None
             assert sample.others > 0
             found = descendants([process.pid])
             assert len(found) == 1
+            # A job counts what its feeders have started.
+            assert (spent() - before).children >= sample.own + sample.others - 0.02
         finally:
             for pid in descendants([process.pid]):
                 os.kill(pid, signal.SIGKILL)
@@ -366,7 +370,8 @@ def bench(*outcomes: Outcome) -> GpuBench:
 
 def job(name: str, row: Mapping[str, object]) -> Outcome:
     stages = {"decode": {"images_per_second": 12_700.0, "core_seconds": 80.0, "share": 0.9}}
-    figures = {"rows": [row], "pace": {"bound": 12_700.0, "stages": stages}, "command_images_per_second": 3000.0}
+    report = {"pace": {"bound": 12_700.0, "stages": stages}}
+    figures = {"rows": [row], "report": report, "command_images_per_second": 3000.0}
     return Outcome(name, "pipeline", name, "done", seconds=20.0, figures=figures)
 
 

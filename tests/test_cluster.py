@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import queue
 import signal
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -25,7 +28,8 @@ from pipeline.config.schema import ClusterConfig, Config, LoaderConfig
 from pipeline.config.validate import check, part_of
 from pipeline.core import errors
 from pipeline.core.errors import ClusterUnavailable, PipelineError, ShardsGivenUp, WorkerMismatch
-from pipeline.job.cluster import cuda, slurm
+from pipeline.core.records import Shard
+from pipeline.job.cluster import cuda, dask_cluster, dask_worker, slurm
 from pipeline.job.cluster.affinity import shares
 from pipeline.job.cluster.dask_cluster import shards_at_once
 from pipeline.job.cluster.kubernetes import pod_settings
@@ -264,6 +268,33 @@ def test_short_shards_are_under_way_in_larger_numbers() -> None:
     assert shards_at_once(replace(config, manifest=replace(config.manifest, shard_rows=1))) == 32
 
 
+def test_every_feeder_of_a_gpu_has_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dask_cluster, "cores", lambda: 16)
+    config = Config().changed({"cluster.name": "cuda"})
+    assert shards_at_once(config) == 2 + 2 * 4
+    assert shards_at_once(config, processes=2) == 2 + 2 * 2
+    # Threads that are configured are those of each process.
+    assert shards_at_once(config.changed({"loader.workers": 16}), processes=2) == 2 + 2 * 4
+    assert shards_at_once(config.changed({"loader.feeders": 0})) == 3
+    assert shards_at_once(config.changed({"loader.feeders": 3}), processes=2) == 2 + 2 * 3
+
+
+@pytest.mark.parametrize("patience", [dask_worker.SHORTEST, dask_worker.STARTING])
+def test_a_stream_does_not_end_while_feeders_start(patience: float) -> None:
+    state = object.__new__(dask_worker.WorkerState)
+    state._queue, state._closed, state.drained = queue.SimpleQueue(), False, False
+    state._alive, state._patience = time.monotonic() - 2 * dask_worker.SHORTEST, patience
+    first, second = (Shard(index=number, rows=1, pieces=()) for number in range(2))
+    stream = state._stream(first)
+    assert next(stream) == first
+    timer = threading.Timer(0.1, lambda: state._queue.put(second))
+    timer.start()
+    assert next(stream, None) == (second if patience == dask_worker.STARTING else None)
+    timer.join()
+    state.drained = True
+    assert list(stream) == []
+
+
 @pytest.mark.parametrize(
     ("cluster", "other", "keys"),
     [
@@ -341,7 +372,8 @@ def test_a_slurm_job_is_asked_for_as_the_config_says() -> None:
         assert f"#SBATCH {line}" in script, script
     assert "module load cuda\n" in script
     assert "/env/bin/python -m distributed.cli.dask_worker tcp://127.0.0.1" in script
-    assert "--nthreads 3" in script
+    # Two feeders of four cores with two shards each, one part that is written and one that is embedded.
+    assert "--nthreads 6" in script
     assert "--memory-limit 0" in script
 
 

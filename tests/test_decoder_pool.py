@@ -303,7 +303,7 @@ def test_a_process_is_told_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
 RIGHTS = """
 import os, resource
 from pipeline.images.pool.worker import _give_up_rights
-_give_up_rights(2**30, 2**30)
+_give_up_rights(2**30)
 os.close(0)
 for path in ("/etc/passwd", "/proc/self/environ"):
     try:
@@ -331,7 +331,7 @@ def test_the_memory_limit_needs_no_proc(monkeypatch: pytest.MonkeyPatch) -> None
     assert child_module._own() == child_module.OWN
 
 
-@pytest.mark.parametrize("call", ["socket.socketpair", "os.memfd_create", "os.pwrite", "os.ftruncate"])
+@pytest.mark.parametrize("call", ["socket.socketpair", "os.memfd_create", "os.pwritev", "os.ftruncate"])
 def test_a_machine_without_files_or_room_is_an_error_and_nothing_leaks(
     monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
@@ -437,6 +437,21 @@ def test_processes_that_were_started_before_are_those_that_decode() -> None:
             found = list(threads.map(lambda data: decoders.decode([data], SPEC), CLEAN[:6]))
         assert all(alike(result, here(data)) for (result,), data in zip(found, CLEAN, strict=False))
         assert sorted(children()) == started
+
+
+def test_a_few_processes_can_start_before_the_others_and_more_be_allowed_later() -> None:
+    with pool(processes=3) as decoders:
+        decoders.start(1)
+        wait_until(lambda: len(children()) == 1)
+        first = children()
+        decoders.start()
+        wait_until(lambda: len(children()) == 3)
+        decoders.grow(4)
+        decoders.grow(2)
+        wait_until(lambda: len(children()) == 4)
+        assert set(first) < set(children())
+        assert decoders.processes == 4
+    assert children() == []
 
 
 @pytest.mark.parametrize("seconds", [0, 0.05, 0.3])
@@ -571,11 +586,11 @@ def test_memory_of_a_file_lasts_as_long_as_a_view_of_it() -> None:
 def test_a_process_that_answers_nonsense_costs_rows_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     finished = Answer.finished
 
-    def spoiled(answer: Answer, count: int) -> list[Result]:
+    def spoiled(answer: Answer, count: int, *, copy: bool) -> list[Result]:
         if os.pread(answer._fd, 1, 0)[0] == State.PIXELS:
             spoil_state(answer._fd)
             os.pwrite(answer._fd, b"\x63", 0)
-        return finished(answer, count)
+        return finished(answer, count, copy=copy)
 
     monkeypatch.setattr(Answer, "finished", spoiled)
     with pool(processes=1) as decoders:
@@ -594,6 +609,61 @@ def test_a_long_or_odd_text_is_carried_as_far_as_it_goes() -> None:
         assert isinstance(long, Failure)
         assert long.error.startswith("ä" * 2000)
         assert odd == Failure("corrupt", "half ? a pair\nand a line")
+
+
+def test_lent_pixels_stay_as_they_are_until_they_are_given_back() -> None:
+    given: list[Callable[[], None]] = []
+    chunks = [[photo(number), CLEAN[0][:300], photo(number + 1)] for number in range(5)]
+    with pool(processes=1) as decoders:
+        decoders.lent = 3
+        results = [decoders.decode(list(chunk), SPEC, give_back=given) for chunk in chunks]
+        # The others are copies: a process has no further answer to lend.
+        assert len(given) == 3
+        for chunk, found in zip(chunks, results, strict=True):
+            assert all(alike(one, here(data)) for one, data in zip(found, chunk, strict=True))
+        for give_back in given:
+            give_back()
+        kept = [decoders.decode([photo(9)], SPEC, give_back=given) for _ in range(4)]
+        assert len(given) == 6
+        # Pixels of another size do not take the places of those that are lent.
+        larger = PreprocessSpec(64, (64, 64), 3, (0, 0, 0), (1, 1, 1))
+        assert alike(decoders.decode([photo(8)], larger)[0], here(photo(8), larger))
+        assert alike(decoders.decode([photo(7)], larger, give_back=given)[0], here(photo(7), larger))
+        assert all(alike(found, here(photo(9))) for [found] in kept)
+
+
+def test_lent_pixels_survive_a_crash_of_their_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIPELINE_FAILPOINTS", "child.decode[MARK]=kill:SIGSEGV")
+    images = [photo(1), photo(2), photo(3, mark="MARK"), photo(4)]
+    given: list[Callable[[], None]] = []
+    with pool(processes=1) as decoders:
+        decoders.lent = 1
+        found = decoders.decode(list(images), SPEC, give_back=given)
+        assert statuses(found) == ["ok", "ok", "decoder_crashed", "ok"]
+        others = decoders.decode([photo(5)] * 4, SPEC)
+        assert statuses(others) == ["ok"] * 4
+        assert all(alike(one, here(data)) for one, data in zip(found, images, strict=True) if isinstance(one, Pixels))
+
+
+def test_a_decoder_cannot_touch_the_answers_before_its_own() -> None:
+    code = """
+import os
+from pipeline.images.pool.processes import nameless_file
+from pipeline.images.pool.shared_memory import Window
+file = nameless_file(lasting=True)
+window = Window(file.fileno(), 2**20)
+os.ftruncate(file.fileno(), 2**20)
+first = window.part(0, 8192)
+first[:] = 1
+second = window.part(8192, 8192)
+second[:] = 2
+again = window.part(0, 8192)
+print(again.sum(), flush=True)
+second[0] = 3
+"""
+    ended = run_python("-c", code)
+    assert ended.returncode == -signal.SIGSEGV
+    assert ended.stdout.split() == ["8192"]
 
 
 # Jobs

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ import pytest
 import torch
 
 from pipeline.config.schema import Config
-from pipeline.core.errors import StorageError
+from pipeline.core.errors import ModelError, StorageError
 from pipeline.engine import feeders
+from pipeline.engine.engine import Engine
+from pipeline.engine.feeder_pool import FeederPool, FeederProcess
+from pipeline.images.factory import open_decoders
 from pipeline.job.main import run_job
 from pipeline.report.load import report_of
 from pipeline.storage.factory import open_storage
@@ -70,6 +74,10 @@ def test_the_dataset_is_that_of_a_loader_in_the_job(
     report = report_of(open_storage(str(tmp_path / "out")))
     assert {"read", "decode", "encode"} <= set(report["stages"])
     assert ("peak_decoder_mib" in report["memory"]) == (isolation == "process")
+    [worker] = report["workers"]
+    # Imports of the feeders, of a second and more, are no work of the job.
+    assert (worker["child_core_seconds"] > 0) == (isolation == "process")
+    assert worker["own_core_seconds"] >= sum(worker["clocks"]["cores"].values())
 
 
 def test_a_feeder_that_is_killed_ends_the_job_and_the_same_command_goes_on(
@@ -94,6 +102,48 @@ def test_an_error_of_a_feeder_is_that_of_the_job(tmp_path: Path) -> None:
     assert not _feeders_of(os.getpid())
 
 
+def test_no_feeder_is_left_when_the_model_cannot_be_opened(
+    manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[Any] = []
+    spawn = FeederPool._spawn
+
+    def noted(pool: FeederPool) -> FeederProcess:
+        started.append(spawn(pool))
+        return started[-1]
+
+    monkeypatch.setattr(FeederPool, "_spawn", noted)
+    config = config_with(manifest, tmp_path / "out", 2).changed({"model.name": str(tmp_path / "no model")})
+    with pytest.raises(ModelError):
+        run_job(config)
+    assert len(started) == 2
+    assert not _feeders_of(os.getpid())
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_feeders_start_with_the_config_alone_instead_of_the_decoders_of_the_job(
+    manifest: Path, tmp_path: Path, count: int
+) -> None:
+    config = config_with(manifest, tmp_path / "out", count, isolation="process")
+    decoders = open_decoders(config)
+    assert decoders is not None
+    with closing(decoders), Engine(config, decoders=decoders) as engine:
+        engine.start()
+        _until(lambda: len(_feeders_of(os.getpid())) == count)
+        _until(lambda: len(_children_of(os.getpid(), "pipeline.images.pool.worker")) == (0 if count else 2))
+        assert "manifest" not in vars(engine)
+    assert not _feeders_of(os.getpid())
+
+
+@pytest.mark.slow
+def test_a_batch_size_is_measured_beside_feeders(manifest: Path, tmp_path: Path) -> None:
+    config = config_with(manifest, tmp_path / "out", 2, batch_size=0, isolation="none")
+    config = config.changed({"manifest.shard_rows": 20, "backend.artifacts": str(tmp_path / "store")})
+    report = run_job(config)
+    assert report.fingerprints["batch_size"] in (8, 16)
+    assert not _feeders_of(os.getpid())
+
+
 @pytest.mark.slow
 def test_an_error_that_nobody_foresaw_has_its_traceback(manifest: Path, tmp_path: Path) -> None:
     config = config_with(manifest, tmp_path / "out", 1, isolation="none")
@@ -103,10 +153,17 @@ def test_an_error_that_nobody_foresaw_has_its_traceback(manifest: Path, tmp_path
     assert "in read_all" in child.said()
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
-def test_feeders_end_with_their_job(manifest: Path, tmp_path: Path, how: int) -> None:
+@pytest.mark.parametrize(
+    ("how", "place"),
+    [
+        (signal.SIGKILL, "read=delay:0.3"),
+        pytest.param(signal.SIGKILL, "plan.settled=delay:60", id="before their work is known"),
+        pytest.param(signal.SIGTERM, "read=delay:0.3", marks=pytest.mark.slow),
+    ],
+)
+def test_feeders_end_with_their_job(manifest: Path, tmp_path: Path, how: int, place: str) -> None:
     config = at(config_with(manifest, tmp_path / "out", 2, isolation="none"), tmp_path / "out")
-    child = forks().start("tests.forks:job", config, failpoints="read=delay:0.3")
+    child = forks().start("tests.forks:job", config, failpoints=place)
     _until(lambda: len(_feeders_of(child.pid)) == 2)
     found = _feeders_of(child.pid)
     child.send(how)
@@ -115,7 +172,11 @@ def test_feeders_end_with_their_job(manifest: Path, tmp_path: Path, how: int) ->
 
 
 def _feeders_of(pid: int) -> list[Any]:
-    return [each for each in psutil.Process(pid).children() if "pipeline.engine.feeder_process" in each.cmdline()]
+    return _children_of(pid, "pipeline.engine.feeder_process")
+
+
+def _children_of(pid: int, module: str) -> list[Any]:
+    return [each for each in psutil.Process(pid).children() if module in each.cmdline()]
 
 
 def _until(reached: Callable[[], bool]) -> None:
@@ -133,7 +194,9 @@ def _until(reached: Callable[[], bool]) -> None:
         ("cuda", None, "exact", 2, 1),
         ("cuda", 0, "exact", 16, 0),
         ("cpu", 3, "exact", 2, 3),
-        ("cuda", 4, "gpu", 16, 0),
+        ("cuda", None, "gpu", 8, 2),
+        ("cuda", None, "gpu", 64, 4),
+        ("cuda", 6, "gpu", 16, 6),
     ],
 )
 def test_a_gpu_has_a_feeder_for_four_cores(

@@ -25,22 +25,29 @@ from pipeline.config.schema import FORMATS, Config, ImagesConfig, ManifestConfig
 from pipeline.core.errors import BackendUnavailable, PlanMismatch
 from pipeline.core.records import Failure, ImageBatch, Pixels, PreprocessSpec
 from pipeline.dataset import plan
+from pipeline.engine.feeder_process import FeederSpec, GpuDecoding, open_reader
 from pipeline.engine.loader import Loader, LoaderSpec
 from pipeline.engine.padding import repeats
 from pipeline.images.decode import Decoder
+from pipeline.images.gpu import decoder as gpu_decoder
 from pipeline.images.gpu import nvimgcodec
+from pipeline.images.gpu.decoder import NvidiaDecoder, turned
 from pipeline.images.gpu.jpeg_header import baseline
-from pipeline.images.gpu.nvimgcodec import NvidiaDecoder, turned
 from pipeline.images.gpu.resize import resample
 from pipeline.images.pool.pool import Decoders
 from pipeline.images.preprocess import preprocess
 from pipeline.images.reader import PixelReader
 from pipeline.images.sources.source import Source
 from pipeline.images.versions import fingerprint
+from pipeline.job.main import run_job
 from pipeline.manifest.manifest import Manifest, open_manifest
 from pipeline.manifest.shards import cut
+from pipeline.report.load import report_of
 from pipeline.report.thumbnails import THUMBNAIL, thumbnails
+from pipeline.storage.factory import open_storage
 from pipeline.storage.local import LocalStorage
+from tests.host_codec import HostCodec, install
+from tests.jobs import config_for, content
 from tests.pictures import saved
 
 CPU = torch.device("cpu")
@@ -119,11 +126,12 @@ def decoder(
     return NvidiaDecoder(spec, CPU, rules, share=share, lanes=1, open_codec=lambda device: codec), codec
 
 
-def off(found: torch.Tensor | None, reference: np.ndarray) -> int:
+def off(found: np.ndarray | torch.Tensor | None, reference: np.ndarray) -> int:
     assert found is not None
-    assert found.dtype == torch.uint8
+    found = np.asarray(found)
+    assert found.dtype == np.uint8
     assert found.shape == reference.shape
-    return int(np.abs(found.cpu().numpy().astype(int) - reference).max())
+    return int(np.abs(found.astype(int) - reference).max())
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -137,6 +145,14 @@ def test_pictures_of_all_shapes_are_resampled_as_pillow_does(name: str) -> None:
     for image, pixels in zip(images, found, strict=True):
         assert pixels.is_contiguous()
         assert off(pixels, preprocess(image, spec).rgb) <= 1, image.size
+
+
+def test_a_picture_does_not_depend_on_those_beside_it() -> None:
+    pictures = [torch.from_numpy(np.array(picture(230 + i % 3, 200, seed=i))) for i in range(11)]
+    together = resample(pictures, CLIP)
+    for index in (0, 5, 10):
+        [alone] = resample([pictures[index]], CLIP)
+        assert torch.equal(together[index], alone)
 
 
 @pytest.mark.parametrize("number", range(1, 9))
@@ -261,7 +277,7 @@ def test_giants_and_formats_that_are_not_allowed_are_left_to_the_cpu() -> None:
 
 
 def test_a_batch_keeps_its_order_whoever_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nvimgcodec, "CALL_PIXELS", 70_000)
+    monkeypatch.setattr(gpu_decoder, "CALL_PIXELS", 70_000)
     sizes = [(200, 160), (160, 200), (64, 64), (300, 300), (200, 160), (10, 10)]
     files = [jpeg(picture(*size, seed=i)) for i, size in enumerate(sizes)]
     files.insert(2, ODD["progressive"])
@@ -300,7 +316,7 @@ def test_many_threads_share_the_lanes() -> None:
         return codecs[-1]
 
     gpu = NvidiaDecoder(CLIP, CPU, RULES, open_codec=opened)
-    assert len(codecs) == nvimgcodec.LANES
+    assert len(codecs) == gpu_decoder.LANES
     files = [jpeg(picture(100 + i, 90, seed=i)) for i in range(6)]
     references = [exact(data, CLIP) for data in files]
     with ThreadPoolExecutor(5) as pool:
@@ -341,22 +357,8 @@ def test_without_a_gpu_or_the_package_the_way_out_is_named(monkeypatch: pytest.M
         NvidiaDecoder(box, CPU, RULES)
 
 
-class HostCodec(PillowCodec):
-    """nvImageCodec without a GPU: the same calls, its own decoders for the CPU."""
-
-    def __init__(self, module: Any) -> None:
-        super().__init__(CPU)
-        self.module = module
-        kinds = [module.BackendKind.CPU_ONLY]
-        self.decoder = nvimgcodec.decoder_of(module, kinds, module.NVIMGCODEC_DEVICE_CPU_ONLY)
-
-    def decode(self, encoded: Sequence[bytes]) -> list[torch.Tensor | None]:
-        return nvimgcodec.decode(self.module, self.decoder, encoded, lambda image: torch.from_numpy(np.asarray(image)))
-
-
 def test_nvimagecodec_is_called_as_it_wants_to_be() -> None:
-    module = pytest.importorskip("nvidia.nvimgcodec", reason="nvImageCodec is not installed")
-    codec = HostCodec(module)
+    codec = HostCodec(CPU)
     gpu = NvidiaDecoder(CLIP, CPU, RULES, lanes=1, open_codec=lambda device: codec)
     files = [
         WHOLE,
@@ -370,20 +372,19 @@ def test_nvimagecodec_is_called_as_it_wants_to_be() -> None:
     for data, pixels in zip(files[:-1], found, strict=False):
         assert off(pixels, exact(data, CLIP)) <= 2
     assert codec.decode([b"\xff\xd8 nonsense"]) == [None]
-    assert nvimgcodec.version() == module.__version__
+    assert nvimgcodec.version() == codec.module.__version__
 
 
 def test_halved_colours_are_interpolated_as_pillow_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = pytest.importorskip("nvidia.nvimgcodec", reason="nvImageCodec is not installed")
     dice = np.random.default_rng(5)
     image = Image.fromarray(dice.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((256, 192), Image.Resampling.BOX)
     data = jpeg(image, subsampling=2)
     wanted = np.asarray(Image.open(io.BytesIO(data)))
-    [found] = HostCodec(module).decode([data])
+    [found] = HostCodec(CPU).decode([data])
     assert off(found, wanted) <= 2
     # Unless the option arrives: it is the default of some versions only.
     monkeypatch.setattr(nvimgcodec, "OPTIONS", ":fancy_upsampling=0")
-    [other] = HostCodec(module).decode([data])
+    [other] = HostCodec(CPU).decode([data])
     assert off(other, wanted) > 20
 
 
@@ -455,7 +456,7 @@ def test_a_dataset_of_another_engine_is_refused_and_one_from_before_is_accepted(
         plan.settle(new, plan_of(nvimgcodec.KERNELS))
 
 
-def corrupted(found: Sequence[torch.Tensor | None], references: Sequence[np.ndarray], *, levels: int = 1) -> list[int]:
+def corrupted(found: Sequence[np.ndarray | None], references: Sequence[np.ndarray], *, levels: int = 1) -> list[int]:
     """Which pictures are not those of their references."""
     return [
         index
@@ -466,12 +467,11 @@ def corrupted(found: Sequence[torch.Tensor | None], references: Sequence[np.ndar
 
 def test_a_corrupted_picture_would_be_found() -> None:
     reference = exact(WHOLE, CLIP)
-    good = torch.from_numpy(reference.copy())
-    assert corrupted([good], [reference]) == []
-    stripe = good.clone()
+    assert corrupted([reference], [reference]) == []
+    stripe = reference.copy()
     stripe[100:102] = 255 - stripe[100:102]
-    other = torch.from_numpy(exact(jpeg(picture(200, 160, seed=8)), CLIP).copy())
-    assert corrupted([good, stripe, other, None], [reference] * 4) == [1, 2, 3]
+    other = exact(jpeg(picture(200, 160, seed=8)), CLIP)
+    assert corrupted([reference, stripe, other, None], [reference] * 4) == [1, 2, 3]
 
 
 def manifest_of(folder: Path, files: Sequence[bytes]) -> Manifest:
@@ -536,6 +536,78 @@ def test_the_pictures_of_a_report_have_their_own_size(tmp_path: Path) -> None:
     assert codec.events == []
 
 
+def odd_files(count: int) -> list[bytes]:
+    """Files for either side, damaged ones, and some that come again."""
+    files = [jpeg(picture(60 + i, 50, seed=i % 50), progressive=i % 4 == 1) for i in range(count)]
+    files[11], files[12], files[30] = b"nothing", files[12][:-50], files[2]
+    return files
+
+
+def gpu_config(folder: Path, feeders: int, *, decoder: str = "gpu", device: str = "cpu") -> Config:
+    groups: dict[str, dict[str, Any]] = {
+        "manifest": {"shard_rows": 25, "image": "image", "keep": []},
+        "images": {"decoder": decoder},
+        "backend": {"device": device},
+        "loader": {"batch_size": 8, "workers": 2, "feeders": feeders},
+    }
+    return config_for(folder / "m.parquet", folder / f"out-{feeders}", **groups)
+
+
+@pytest.mark.slow
+def test_a_job_whose_feeders_decode_as_the_gpu_does_is_the_job_of_one_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, tmp_path)
+    manifest_of(tmp_path, odd_files(60))
+    for feeders in (0, 1):
+        run_job(gpu_config(tmp_path, feeders))
+    assert content(tmp_path / "out-1") == content(tmp_path / "out-0")
+    rows = pq.read_table(tmp_path / "out-1", columns=["id", "status"]).to_pylist()
+    assert [row["id"] for row in rows if row["status"] != "ok"] == [11, 12]
+    report = report_of(open_storage(str(tmp_path / "out-1")))
+    assert report["fingerprints"]["images"]["engine"] == nvimgcodec.HARDWARE
+
+
+@pytest.mark.slow
+def test_a_feeder_whose_gpu_decodes_in_another_way_ends_the_job_with_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, tmp_path, feeders=nvimgcodec.KERNELS)
+    manifest_of(tmp_path, odd_files(40))
+    with pytest.raises(BackendUnavailable, match="a feeder process decodes by kernels and the job by hardware"):
+        run_job(gpu_config(tmp_path, 1))
+
+
+def test_a_feeder_opens_the_decoder_of_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(PillowCodec, "engine", nvimgcodec.KERNELS)
+    monkeypatch.setattr(gpu_decoder, "Nvimgcodec", PillowCodec)
+    config = gpu_config(tmp_path, 1).changed({"images.gpu_share": 0.0})
+    manifest = manifest_of(tmp_path, [WHOLE])
+    loader = LoaderSpec(batch_size=8, workers=2, prefetch=2)
+    spec = FeederSpec(config, manifest, CLIP, loader, buffers=3, gpu=GpuDecoding("cpu", nvimgcodec.KERNELS))
+    with open_reader(spec) as reader:
+        assert reader.gpu is not None
+        assert reader.gpu.decode([WHOLE]) == [None]
+    assert caplog.messages == []
+    with pytest.raises(BackendUnavailable, match=r"decodes by kernels and the job by hardware.*loader\.feeders"):
+        open_reader(replace(spec, gpu=GpuDecoding("cpu", nvimgcodec.HARDWARE)))
+    with open_reader(replace(spec, gpu=None)) as reader:
+        assert reader.gpu is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("decoder", ["exact", "gpu"])
+def test_a_job_on_the_gpu_gives_the_same_bytes_with_and_without_feeders(tmp_path: Path, decoder: str) -> None:
+    if decoder == "gpu":
+        on_gpu()
+    manifest_of(tmp_path, odd_files(80))
+    for feeders in (0, 2):
+        run_job(gpu_config(tmp_path, feeders, decoder=decoder, device="cuda"))
+    assert content(tmp_path / "out-2") == content(tmp_path / "out-0")
+
+
 @pytest.mark.gpu
 def test_batches_on_the_gpu_hold_what_both_sides_decoded(tmp_path: Path) -> None:
     files = mixed(70)
@@ -579,9 +651,8 @@ def test_the_gpu_decodes_nearly_as_pillow(name: str) -> None:
     files = mixed(24)
     for data, pixels in zip(files, on_gpu(SPECS[name]).decode(files), strict=True):
         assert pixels is not None
-        assert pixels.is_cuda
         # nvJPEG's inverse transform and its interpolation of colours differ a little from libjpeg-turbo's.
-        assert np.abs(pixels.cpu().numpy().astype(int) - exact(data, SPECS[name])).mean() < 2
+        assert np.abs(pixels.astype(int) - exact(data, SPECS[name])).mean() < 2
 
 
 @pytest.mark.gpu
@@ -589,7 +660,7 @@ def test_200_rounds_beside_other_kernels_corrupt_no_picture_and_no_tensor() -> N
     """On an H100 that is not waited for, two rounds of three are corrupt (pytorch/vision #9606)."""
     gpu, files = on_gpu(), mixed(48)
     alone = gpu.decode(files)
-    references = [pixels.cpu().numpy() for pixels in alone if pixels is not None]
+    references = [pixels for pixels in alone if pixels is not None]
     assert len(references) == len(files)
     for data, reference in zip(files, references, strict=True):
         assert np.abs(reference.astype(int) - exact(data, CLIP)).mean() < 2
@@ -613,6 +684,14 @@ def test_200_rounds_beside_other_kernels_corrupt_no_picture_and_no_tensor() -> N
 
     with ThreadPoolExecutor(4) as pool:
         assert [line for lines in pool.map(rounds, range(4)) for line in lines] == []
+
+
+@pytest.mark.gpu
+def test_a_file_has_the_same_pixels_whatever_is_decoded_with_it() -> None:
+    gpu, files = on_gpu(), mixed(48)
+    together = gpu.decode(files)
+    apart = [found for start in range(0, 48, 5) for found in gpu.decode(files[start : start + 5])]
+    assert all(map(np.array_equal, together, apart))
 
 
 @pytest.mark.gpu

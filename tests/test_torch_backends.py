@@ -35,6 +35,8 @@ def test_the_kernels_are_those_that_the_tower_calls(demo: Checkpoint) -> None:
     assert kernels(tower, pixels(demo, CPU, torch.float32)) == ["cpu"]
     with sdpa_kernel(SDPBackend.MATH):
         assert kernels(tower, pixels(demo, CPU, torch.float32)) == []
+    with torch.inference_mode():
+        assert kernels(tower, pixels(demo, CPU, torch.float32)) == ["cpu"]
 
 
 def test_cudnn_comes_first_where_it_is_faster_and_no_kernel_is_switched_off() -> None:

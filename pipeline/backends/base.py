@@ -32,6 +32,7 @@ class ImageEncoder(ABC):
     ``artifact`` is what it was loaded from, or None for a runtime that takes the checkpoint itself.
     ``streams`` is how many batches may be encoded side by side, see :mod:`pipeline.backends.streams`.
     ``graph`` is True if a batch is one CUDA graph, and False if its operations are launched one by one.
+    ``flexible`` is True if smaller batches are encoded too, by the same operations, in less time.
     """
 
     name: str
@@ -43,6 +44,7 @@ class ImageEncoder(ABC):
     artifact: Artifact | None = None
     streams: int = 1
     graph: bool = False
+    flexible: bool = False
 
     @abstractmethod
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:

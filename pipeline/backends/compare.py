@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 
 from pipeline.config.schema import ParityConfig
 from pipeline.core.errors import ParityError
-from pipeline.core.records import Parity, TextBank
+from pipeline.core.records import Parity, Remembered, TextBank
 
 WORST = 5
 
@@ -41,22 +42,38 @@ def compare(vectors: torch.Tensor, reference: torch.Tensor, *, ids: Sequence[str
     )
 
 
+def to_json(parity: Parity) -> dict[str, Any]:
+    """The figures in types that JSON has; entries of gates that took a shorter way are there for those alone."""
+    return {
+        name: value
+        for name, value in dataclasses.asdict(parity).items()
+        if value is not None or name not in ("remembered", "screened")
+    }
+
+
 def from_json(figures: Mapping[str, Any]) -> Parity:
-    """The figures as they were written by ``dataclasses.asdict`` and read back.
+    """The figures as :func:`to_json` returns them.
 
     Raises:
         KeyError, TypeError, ValueError: they are not.
     """
     worst = tuple((str(id), float(cosine)) for id, cosine in figures["worst"])
-    return Parity(**{**figures, "worst": worst})
+    before = figures.get("remembered")
+    remembered = None if before is None else Remembered(job=str(before["job"]), parity=from_json(before["parity"]))
+    return Parity(**{**figures, "worst": worst, "remembered": remembered})
 
 
 def in_words(parity: Parity, *, than: str = "fp32") -> str:
     """The figures in a sentence; ``than`` is what was compared with."""
     agreed = "" if parity.top1 is None else f", the same best label for {parity.top1:.1%}"
+    chosen = "" if parity.screened is None else f", the furthest of {parity.screened} by their pixels"
+    before = ""
+    if parity.remembered is not None:
+        earlier = parity.remembered.parity
+        before = f"; an earlier job compared {earlier.images}: lowest cosine {earlier.lowest_cosine:.6f}"
     return (
-        f"compared with {than} on {parity.images} images: lowest cosine {parity.lowest_cosine:.6f}, mean "
-        f"{parity.mean_cosine:.6f}{agreed}"
+        f"compared with {than} on {parity.images} images{chosen}: lowest cosine {parity.lowest_cosine:.6f}, mean "
+        f"{parity.mean_cosine:.6f}{agreed}{before}"
     )
 
 

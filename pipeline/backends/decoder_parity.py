@@ -1,10 +1,11 @@
-"""The gate of the decoders: before a job decodes otherwise than ``exact``, the embeddings of some of its images are
-compared with those of the same images decoded exactly, by the encoder of the job itself."""
+"""The gate of the decoders: before a job decodes otherwise than ``exact``, some images are compared with the same ones
+decoded exactly: all by their pixels, the furthest apart by their embeddings, which the encoder of the job makes."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -16,15 +17,19 @@ from pipeline.core.errors import ParityError
 from pipeline.core.records import Parity, Sample, TextBank
 
 FILE = "_decoder_parity.json"
-# Every picture goes through the decoder, and each is embedded twice: half of the backend's sample shows enough.
-PICTURES = 32
+# Pictures that are decoded in both ways, and those of them, the furthest apart, that are embedded in both.
+# Measured on 124 photos of 0.2 to 2 megapixels with the demo model: of 32 decoded by fast or scaled, one that was
+# spoiled (channels swapped, moved by a pixel, brighter by eight levels, a corner lost) was among these eight in all of
+# 4,551 draws in which it missed the limit. The others are 7 to 70 times nearer than the limit.
+PICTURES, EMBEDDED = 32, 8
 log = logging.getLogger(__name__)
 
 
 def measure(encoder: ImageEncoder, sample: Sample, exact: Sample, bank: TextBank | None) -> Parity | None:
     """Compare up to ``PICTURES`` pictures that are in both samples, by their ids; None where no picture is.
 
-    Only pictures whose pixels differ are embedded; the others are equal in both.
+    The figures are those of the ``EMBEDDED`` pictures whose pixels are furthest apart, and of all whose pixels are
+    equal, which need no embedding.
     """
     places = {id: place for place, id in enumerate(exact.ids)}
     common = [(place, places[id]) for place, id in enumerate(sample.ids) if id in places]
@@ -38,7 +43,11 @@ def measure(encoder: ImageEncoder, sample: Sample, exact: Sample, bank: TextBank
     ids = tuple(sample.ids[place] for place, _ in common)
     ours = sample.pixels[[place for place, _ in common]]
     theirs = exact.pixels[[place for _, place in common]]
-    differ = (ours != theirs).flatten(1).any(dim=1)
+    apart = distances(ours, theirs)
+    equal, order = apart == 0, apart.argsort(descending=True)
+    differ = torch.zeros_like(equal)
+    differ[order[:EMBEDDED]] = True
+    differ &= ~equal
     # Any vector of length 1, as long as it is the same.
     vectors = torch.nn.functional.one_hot(torch.zeros(len(ids), dtype=torch.int64), encoder.dim).float()
     wanted = vectors.clone()
@@ -46,8 +55,22 @@ def measure(encoder: ImageEncoder, sample: Sample, exact: Sample, bank: TextBank
         chosen = tuple(id for id, other in zip(ids, differ.tolist(), strict=True) if other)
         # Together: each alone would end in a batch that is not full.
         both = torch.cat([ours[differ], theirs[differ]])
-        vectors[differ], wanted[differ] = embed_sample(encoder, Sample(ids=chosen * 2, pixels=both)).chunk(2)
-    return compare(vectors, wanted, ids=ids, bank=bank)
+        embedded = embed_sample(encoder, Sample(ids=chosen * 2, pixels=both), small=True)
+        vectors[differ], wanted[differ] = embedded.chunk(2)
+    known = differ | equal
+    ids = tuple(id for id, other in zip(ids, known.tolist(), strict=True) if other)
+    parity = compare(vectors[known], wanted[known], ids=ids, bank=bank)
+    return parity if known.all() else replace(parity, screened=len(known))
+
+
+def distances(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+    """Distances of pictures, float32 ``[N]``: Euclidean ones of their pixels, divided by the contrast of ``theirs``.
+
+    An embedding moves about in proportion to its pixels, and more if these are nearly alike.
+    """
+    wanted = theirs.flatten(1).float()
+    apart: torch.Tensor = torch.linalg.vector_norm(ours.flatten(1).float() - wanted, dim=1)
+    return apart / (wanted.std(dim=1) + 1)
 
 
 def pass_gate(

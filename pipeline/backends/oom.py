@@ -43,7 +43,7 @@ class HalvingEncoder(ImageEncoder):
         encoder = self._inner
         self.name, self.precision, self.device = encoder.name, encoder.precision, encoder.device
         self.dim, self.weight_bytes, self.artifact = encoder.dim, encoder.weight_bytes, encoder.artifact
-        self.streams, self.graph = encoder.streams, encoder.graph
+        self.streams, self.graph, self.flexible = encoder.streams, encoder.graph, encoder.flexible
         # The fingerprint of the dataset does not depend on the memory of a machine.
         self._fingerprint: dict[str, str] = encoder.fingerprint
         if self.batch_sizes != [batch_size]:

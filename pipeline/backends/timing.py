@@ -34,7 +34,12 @@ def settle(once: Callable[[], float], *, limit: float) -> float:
 
 
 def images_per_second(
-    encoder: ImageEncoder, *, size: tuple[int, int], seconds: float, clock: Clock = time.perf_counter
+    encoder: ImageEncoder,
+    *,
+    size: tuple[int, int],
+    seconds: float,
+    clock: Clock = time.perf_counter,
+    after: Callable[[], object] = lambda: None,
 ) -> float:
     """The median of a few measurements, after warming up; the clock stops when the device is done.
 
@@ -44,6 +49,7 @@ def images_per_second(
         seconds: about how long to measure. Warming up comes before it, and takes up to as long again; a slow encoder
             takes three rounds of batches at least.
         clock: seconds, from any starting point.
+        after: called behind each batch, in the thread of its encoder.
     """
     dice = torch.Generator().manual_seed(0)
     noise = torch.randint(0, 256, (encoder.batch_size, *size, 3), dtype=torch.uint8, generator=dice)
@@ -51,11 +57,13 @@ def images_per_second(
 
     with Streams(encoder.device, encoder.streams) as streams:
 
+        def once() -> None:
+            encoder.encode(pixels)
+            after()
+
         def timed(rounds: int) -> float:
             began = clock()
-            batches = [
-                streams.submit(partial(encoder.encode, pixels)) for _ in range(rounds) for _ in range(streams.count)
-            ]
+            batches = [streams.submit(once) for _ in range(rounds) for _ in range(streams.count)]
             for batch in batches:
                 batch.result()
             if encoder.device.type == "cuda":

@@ -55,7 +55,10 @@ def open_encoder(
         options=options,
         graph=cuda and config.cuda_graph,
     )
-    return ModuleEncoder(forward, checkpoint, info)
+    encoder = ModuleEncoder(forward, checkpoint, info)
+    # What is compiled or captured has one shape.
+    encoder.flexible = config.compile == "none" and not info.graph
+    return encoder
 
 
 def reference(checkpoint: Checkpoint, device: torch.device, *, batch_size: int, sample: Draw) -> ModuleEncoder:

@@ -55,8 +55,8 @@ def kernels(tower: Callable[[torch.Tensor], torch.Tensor], pixels: torch.Tensor)
         tower: the image tower, neither compiled nor captured.
         pixels: normalised pixels of the static shape, in the dtype and on the device of the tower.
     """
-    # Not in inference mode, in which operators arrive here before they are taken apart.
-    with preferred(pixels.device, pixels.dtype), torch.no_grad(), _Calls() as calls:
+    # In inference mode, which the caller may be in, operators arrive here before they are taken apart.
+    with preferred(pixels.device, pixels.dtype), torch.inference_mode(False), torch.no_grad(), _Calls() as calls:
         tower(torch.zeros_like(pixels))
     return sorted({KERNELS[name] for name in calls.names if name in KERNELS})
 

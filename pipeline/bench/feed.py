@@ -199,7 +199,7 @@ def _stream(bench: _Bench, source: str, shards: int | None = None) -> Iterator[t
     from pipeline.manifest.shards import cut
 
     job, worker = bench.job(source, "none")
-    with worker.reader, open_loader(job, worker, 2) as loader:
+    with worker.reader, open_loader(job.config, job.manifest, worker, 2) as loader:
         yield loader, iter(loader.stream(islice(cut(job.manifest, SHARD), shards)))
 
 

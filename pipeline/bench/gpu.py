@@ -113,7 +113,7 @@ def card_facts() -> list[dict[str, str]]:
     except (OSError, subprocess.SubprocessError):
         return []
     rows = [[field.strip() for field in line.split(",")] for line in said.splitlines()]
-    names = [name.replace("name", "gpu") if name == "name" else name for name in _FACTS]
+    names = ["gpu" if name == "name" else name for name in _FACTS]
     return [dict(zip(names, row, strict=True)) for row in rows if len(row) == len(names)]
 
 

@@ -14,9 +14,10 @@ from statistics import median
 from typing import Any
 
 from pipeline.bench.gpu_records import Ran
-from pipeline.bench.gpu_watch import Sample, descendants
+from pipeline.bench.gpu_watch import Sample
 from pipeline.config.schema import ParityConfig
 from pipeline.core.machine import peak_rss
+from pipeline.core.processes import descendants
 
 # Points of a run's curve in its JSON file, about.
 CURVE = 400
@@ -31,6 +32,7 @@ def job_figures(ran: Ran, output: Path) -> dict[str, Any]:
     # The clock of a run begins with its process.
     first = ran.samples[0].at if ran.samples else 0.0
     window = first + report["startup_seconds"], first + report["wall_seconds"]
+    engine = report["fingerprints"]["images"].get("engine")
     row = {
         "images_per_second": rate,
         "whole_over_slowest": rate / pace["bound"] if pace else None,
@@ -38,13 +40,13 @@ def job_figures(ran: Ran, output: Path) -> dict[str, Any]:
         **steady(ran.samples, window, rate),
         "startup_seconds": report["startup_seconds"],
         **_gates(report),
+        **({"jpeg_engine": engine} if engine else {}),
     }
-    kept = {name: report[name] for name in ("images", "wall_seconds", "batch_sizes", "memory", "bound", "pace")}
     return {
         "rows": [row],
         "command_images_per_second": report["images"] / ran.seconds,
-        **kept,
         "curve": curve(ran.samples),
+        "report": report,
     }
 
 

@@ -76,20 +76,21 @@ class Micro:
         if most and "images_per_second" in row:
             row["of_matmul"] = row["images_per_second"] / most
         self.figures["rows"].append({"case": case, **row})
-        Path(self._spec.out).write_text(json.dumps(self.figures), encoding="utf-8")
+        # Whole at any time, as this process may be ended at any time.
+        written = Path(f"{self._spec.out}.new")
+        written.write_text(json.dumps(self.figures), encoding="utf-8")
+        written.replace(self._spec.out)
 
     def run(self) -> None:
         """Measure everything, what proves most first."""
-        spec = self._spec
-        with self._torch.inference_mode():
-            self.note("achievable matmul", self._matmul)
-            self.note("as a job opens it", partial(self._own, {}))
-            for size in spec.sizes:
-                self.note(f"eager {size}", partial(self._eager, size))
+        self.note("achievable matmul", self._matmul)
+        self.note("as a job opens it", partial(self._own, {}))
+        for size in self._spec.sizes:
+            self.note(f"eager {size}", partial(self._eager, size))
+            if self._device.type == "cuda":
                 self.note(f"graph {size}", partial(self._graph, size))
-            self.note(f"launch on the host, eager {spec.sizes[0]}", self._launch)
-            self.note("attention kernel", self._kernels)
-            self.note("compiled", partial(self._own, {"backend.compile": "default"}))
+        self.note("attention kernel", self._kernels)
+        self.note("compiled", partial(self._own, {"backend.compile": "default"}))
 
     def _pixels(self, size: int) -> Any:
         """Pixels in the layout of the loader: [N, H, W, 3] in memory."""
@@ -106,27 +107,19 @@ class Micro:
         return self._rate(self._forward(size), size)
 
     def _graph(self, size: int) -> dict[str, float]:
-        if self._device.type != "cuda":
-            raise RuntimeError("a CUDA graph needs a card")
-        call, cuda = self._forward(size), self._torch.cuda
-        # torch's notes on CUDA graphs: some calls on a side stream come before the capture.
-        stream = cuda.Stream(self._device)
-        stream.wait_stream(cuda.current_stream(self._device))
-        with cuda.stream(stream):
-            for _ in range(3):
-                call()
-        cuda.current_stream(self._device).wait_stream(stream)
-        graph = cuda.CUDAGraph()
-        with cuda.graph(graph):
-            # The result lives as long as the graph that writes it.
-            result = call()
-        rate = self._rate(graph.replay, size)
-        del result
+        from pipeline.backends.torch_graph import cuda_graph
+
+        inputs = (self._pixels(size),)
+        # Inputs and results live as long as the graph that reads and writes them.
+        replay, results = cuda_graph(lambda pixels: (self._encoder.encode(pixels),), inputs)
+        rate = self._rate(replay, size)
+        del inputs, results
         return rate
 
     def _rate(self, call: Callable[[], Any], size: int) -> dict[str, float]:
         milliseconds = self._timed(call)
-        return {"milliseconds": milliseconds, "images_per_second": 1000 * size / milliseconds}
+        rate = {"milliseconds": milliseconds, "images_per_second": 1000 * size / milliseconds}
+        return {**rate, "launch_milliseconds": self._launch(call)}
 
     def _timed(self, call: Callable[[], Any]) -> float:
         """Milliseconds of one call: by events on the device, by the clock on a CPU."""
@@ -158,7 +151,7 @@ class Micro:
         from pipeline.models.towers import ImageTower
 
         # On the CPU, where no kernel hides what it is made of.
-        with self._torch.inference_mode(False), self._torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with self._torch.no_grad(), FlopCounterMode(display=False) as counter:
             ImageTower(self._checkpoint)(self._torch.zeros(1, 3, *self._checkpoint.spec.size))
         return int(counter.get_total_flops())
 
@@ -174,17 +167,16 @@ class Micro:
         self.figures["matmul_images_per_second"] = max(rates) / flop
         return {"remark": f"{max(rates) / 1e12:,.1f} TFLOP/s; an image has {flop / 1e9:,.1f} GFLOP"}
 
-    def _launch(self) -> dict[str, float]:
-        """Milliseconds that the host takes to launch one eager forward of the smallest batch."""
-        call = self._forward(self._spec.sizes[0])
+    def _launch(self, call: Callable[[], Any]) -> float:
+        """Milliseconds that the host takes for a call whose work the device does later."""
         taken = []
-        for _ in range(10):
+        for _ in range(5 if self._device.type == "cuda" else 1):
             if self._device.type == "cuda":
                 self._torch.cuda.synchronize(self._device)
             began = time.perf_counter()
             call()
             taken.append(1000 * (time.perf_counter() - began))
-        return {"milliseconds": sorted(taken)[len(taken) // 2]}
+        return sorted(taken)[len(taken) // 2]
 
     def _kernels(self) -> dict[str, str]:
         """The kernels of one forward by their share of its time, and those that compute attention."""

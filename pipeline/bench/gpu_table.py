@@ -122,7 +122,7 @@ def _gap(best: Outcome | None, outcomes: Sequence[Outcome]) -> list[dict[str, An
         return []
     forward = next((o.figures for o in outcomes if o.name == f"forward-{best.name.split('-')[0]}"), {})
     rates = {row["case"]: row["images_per_second"] for row in forward.get("rows", ()) if row.get("images_per_second")}
-    pace = best.figures["pace"]
+    pace = best.figures["report"]["pace"]
     ladder = {
         "the matmul rate of the device": forward.get("matmul_images_per_second"),
         "the fastest forward alone": max(rates.values(), default=None),

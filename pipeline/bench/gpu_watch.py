@@ -11,6 +11,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 
+from pipeline.core.processes import descendants, running
+
 # Seconds between two samples.
 EVERY = 0.25
 
@@ -84,34 +86,8 @@ class Gpu:
 
 def spent_by(pids: Sequence[int]) -> tuple[float, float]:
     """Core seconds of processes, and of all that they have started, living or waited for."""
-    every = _processes()
-    tick = os.sysconf("SC_CLK_TCK")
+    every, tick = running(), os.sysconf("SC_CLK_TCK")
     own = sum(every[pid][1] for pid in pids if pid in every)
     others = sum(every[pid][2] for pid in pids if pid in every)
-    others += sum(sum(every[pid][1:]) for pid in descendants(pids, {pid: row[0] for pid, row in every.items()}))
+    others += sum(sum(every[pid][1:]) for pid in descendants(pids, every))
     return own / tick, others / tick
-
-
-def descendants(pids: Sequence[int], parents: dict[int, int] | None = None) -> list[int]:
-    """The living processes that ``pids``, or those that they started, have started."""
-    if parents is None:
-        parents = {pid: row[0] for pid, row in _processes().items()}
-    found, known = list[int](), set(pids)
-    # A process may have a lower number than its parent.
-    while more := [pid for pid, parent in parents.items() if parent in known and pid not in known]:
-        found += more
-        known.update(more)
-    return found
-
-
-def _processes() -> dict[int, tuple[int, int, int]]:
-    """Every process: parent, and ticks of its own and of the children that it waited for."""
-    found = {}
-    for name in filter(str.isdecimal, os.listdir("/proc") if os.path.isdir("/proc") else ()):
-        with suppress(OSError), open(f"/proc/{name}/stat", errors="replace") as file:
-            # proc(5): behind the name come state and parent, and as fields 14 to 17 the times.
-            fields = file.read().rpartition(")")[2].split()
-            if len(fields) > 14:
-                user, kernel, waited_user, waited_kernel = map(int, fields[11:15])
-                found[int(name)] = (int(fields[1]), user + kernel, waited_user + waited_kernel)
-    return found

@@ -86,6 +86,7 @@ class ParityConfig:
     """
 
     images: Annotated[int, Range(1, 4_096)] = 64
+    fewest: Annotated[int, Range(1, 4_096)] = 16
     lowest_cosine: dict[str, float] = field(default_factory=lambda: _by_precision(0.9999, 0.999, 0.995, 0.98, 0.98))
     mean_cosine: dict[str, float] = field(default_factory=lambda: _by_precision(0.99999, 0.9995, 0.998, 0.99, 0.99))
     top1: dict[str, float] = field(default_factory=lambda: _by_precision(0.98, 0.95, 0.95, 0.9, 0.9))

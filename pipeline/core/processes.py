@@ -12,6 +12,8 @@ import stat
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -147,30 +149,43 @@ class Spent:
         """Both."""
         return self.own + self.children
 
+    def __add__(self, other: Spent) -> Spent:
+        return Spent(self.own + other.own, self.children + other.children)
+
     def __sub__(self, earlier: Spent) -> Spent:
         return Spent(self.own - earlier.own, self.children - earlier.children)
 
 
 def spent() -> Spent:
-    """Core seconds used so far. Living children are counted on Linux only, elsewhere only those that have ended."""
+    """Core seconds used so far; what children have started counts too. Of those that live, on Linux only."""
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return Spent(own=time.process_time(), children=ended.ru_utime + ended.ru_stime + _living_children())
+    every, tick = running(), os.sysconf("SC_CLK_TCK")
+    living = sum(sum(every[pid][1:]) for pid in descendants([os.getpid()], every))
+    return Spent(own=time.process_time(), children=ended.ru_utime + ended.ru_stime + living / tick)
 
 
-def _living_children() -> float:
-    """Core seconds of the living children of this process, and of those that they waited for."""
-    try:
-        names = [name for name in os.listdir("/proc") if name.isdecimal()]
-    except OSError:
-        return 0.0
-    ours, ticks = str(os.getpid()), 0
-    for name in names:
-        try:
-            with open(f"/proc/{name}/stat", errors="replace") as file:
-                # proc(5): behind the name come state and parent, and as fields 14 to 17 the times.
-                fields = file.read().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if len(fields) > 14 and fields[1] == ours:
-            ticks += sum(map(int, fields[11:15]))
-    return ticks / os.sysconf("SC_CLK_TCK")
+def running() -> dict[int, tuple[int, int, int]]:
+    """Every process: its parent, and core time (clock ticks) of its own and of the children that it waited for.
+
+    Empty where the system does not tell.
+    """
+    found = {}
+    for name in filter(str.isdecimal, os.listdir("/proc") if os.path.isdir("/proc") else ()):
+        with suppress(OSError), open(f"/proc/{name}/stat", errors="replace") as file:
+            # proc(5): behind the name come state and parent, and as fields 14 to 17 the times.
+            fields = file.read().rpartition(")")[2].split()
+            if len(fields) > 14:
+                user, kernel, waited_user, waited_kernel = map(int, fields[11:15])
+                found[int(name)] = (int(fields[1]), user + kernel, waited_user + waited_kernel)
+    return found
+
+
+def descendants(pids: Sequence[int], every: Mapping[int, tuple[int, int, int]] | None = None) -> list[int]:
+    """The living processes that ``pids``, or those that they started, have started; ``every`` is :func:`running`."""
+    every = running() if every is None else every
+    found, known = list[int](), set(pids)
+    # A process may have a lower number than its parent.
+    while more := [pid for pid, row in every.items() if row[0] in known and pid not in known]:
+        found += more
+        known.update(more)
+    return found

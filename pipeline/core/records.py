@@ -68,9 +68,9 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Pixels:
-    """One decoded image at the model's input size: uint8 ``[H, W, 3]``, RGB; a tensor if it is on a GPU."""
+    """One decoded image at the model's input size: uint8 ``[H, W, 3]``, RGB."""
 
-    rgb: NDArray[np.uint8] | torch.Tensor
+    rgb: NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,12 +131,22 @@ class Sample:
             return self
         return Sample(ids=self.ids[start::2], pixels=self.pixels[start::2])
 
+    def spread(self, count: int) -> Sample:
+        """Up to ``count`` of the pictures, at equal distances."""
+        if count >= len(self.ids):
+            return self
+        places = [place * len(self.ids) // count for place in range(count)]
+        return Sample(ids=tuple(self.ids[place] for place in places), pixels=self.pixels[places])
+
 
 @dataclass(frozen=True, slots=True)
 class Parity:
     """Comparison of a backend with fp32: cosines over ``images`` images, and the share with the same best label.
 
-    ``top1`` is None where there are no labels; ``worst`` holds ids and cosines, lowest first.
+    ``top1`` is None where there are no labels; ``worst`` holds ids and cosines, lowest first. ``remembered`` is set
+    where an earlier job compared more images with the same arithmetic, and these were compared again. ``screened`` is
+    how many pictures were compared pixel by pixel to find those that are furthest apart, whose embeddings were compared
+    then; None where embeddings of all were.
     """
 
     images: int
@@ -144,6 +154,16 @@ class Parity:
     mean_cosine: float
     top1: float | None
     worst: tuple[tuple[str, float], ...]
+    remembered: Remembered | None = None
+    screened: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Remembered:
+    """The figures of the earlier job ``job``, which is a digest of its inputs."""
+
+    job: str
+    parity: Parity
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,7 +77,8 @@ def _in_process(config: Config, kind: str, data: bytes, spec: PreprocessSpec) ->
 def _gpu(config: Config, spec: PreprocessSpec) -> Check:
     from pipeline.backends.devices import choose_device
     from pipeline.images.factory import decoder_of
-    from pipeline.images.gpu.nvimgcodec import WORDS, NvidiaDecoder
+    from pipeline.images.gpu.decoder import NvidiaDecoder
+    from pipeline.images.gpu.nvimgcodec import WORDS
 
     wanted = config.images.decoder == "gpu"
     try:

@@ -1,8 +1,9 @@
 """The batch size of a job: its number, the default of the device, or ``auto``.
 
 ``loader.batch_size=auto`` is the smallest batch with which this model, backend and device are near their
-best. Sizes are doubled until the gain is under 3 %, or the device has no memory. What came out is kept in the artefact
-store, for the next job of this model, backend and device; a resume takes what the plan says.
+best, beside the loader of the job (:mod:`pipeline.engine.loaded_rate`). Sizes are doubled until the gain is under 3 %,
+or the device has no memory. What came out is kept in the artefact store, for the next job of this model, backend and
+device with such a loader; a resume takes what the plan says.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -47,14 +48,14 @@ LAYERS = 6
 # A smaller batch on CUDA is mentioned in the log.
 SMALL_ON_CUDA = 256
 # About how many seconds one size is measured.
-SECONDS = {"cpu": 1.5, "cuda": 0.5}
+SECONDS = {"cpu": 1.5, "cuda": 1.0}
 # No further size is begun after so many seconds.
 LONGEST = 180.0
 # Part of what is remembered: raise it when sizes are measured or chosen in another way.
-VERSION = "1"
+VERSION = "2"
 KIND, FILE = "batch-size", "batch_size.json"
 Open = Callable[[int], ImageEncoder]
-Rate = Callable[[ImageEncoder], float]
+Rate = Callable[[ImageEncoder, float], float]
 log = logging.getLogger(__name__)
 
 
@@ -89,7 +90,9 @@ class Benchmark:
         open_at: opens the backend for a batch size, for the streams of the config; the encoder is not used elsewhere,
             so that its memory can be freed. It must raise out-of-memory errors, not handle them.
         wait: called before the first measurement; returns when nothing else is at work in this process.
-        rate: images/s of an opened encoder; by default :func:`~pipeline.backends.timing.images_per_second`.
+        rate: images/s of an opened encoder in about so many seconds; by default with nothing beside it, see
+            :func:`~pipeline.backends.timing.images_per_second`.
+        beside: facts of what runs beside the encoder while ``rate`` measures it.
     """
 
     config: BackendConfig
@@ -97,6 +100,7 @@ class Benchmark:
     open_at: Open
     wait: Callable[[], object] = lambda: None
     rate: Rate | None = None
+    beside: Mapping[str, object] = field(default_factory=dict)
     clock: Clock = time.perf_counter
 
     @property
@@ -127,6 +131,7 @@ class Benchmark:
             "pixels": list(self.checkpoint.spec.size),
             "sizes": [sizes[0], sizes[-1]],
             "version": VERSION,
+            **self.beside,
             **({} if self.config.cuda_graph else {"cuda_graph": False}),
         }
         return recipe(KIND, self.checkpoint, options, BACKENDS[self.config.name].packages)
@@ -182,9 +187,9 @@ class Benchmark:
     def _opened_rate(self, size: int) -> float | None:
         try:
             encoder = self.open_at(size)
-            if self.rate is not None:
-                return self.rate(encoder)
             seconds = SECONDS[encoder.device.type]
+            if self.rate is not None:
+                return self.rate(encoder, seconds)
             return images_per_second(encoder, size=self.checkpoint.spec.size, seconds=seconds, clock=self.clock)
         except Exception as error:
             # Runtimes have no common class for it.

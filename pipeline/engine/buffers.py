@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+import math
+import mmap
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.engine.padding import repeated, repeats_on
+from pipeline.engine.padding import repeated
 
 if TYPE_CHECKING:
     import torch
@@ -40,43 +40,22 @@ class Slot:
         self.encoded = torch.cuda.Event()
         self.encoded.record(torch.cuda.current_stream(self.device.device))
 
-    def fill(self, count: int, on_device: Mapping[int, torch.Tensor], stream: torch.cuda.Stream | None) -> None:
-        """Bring ``count`` pictures to the device, and fill the free places with some of them.
+    def fill(self, count: int, stream: torch.cuda.Stream | None) -> None:
+        """Fill the free places behind ``count`` pictures with some of them, and bring all to the device.
 
-        Those of ``on_device`` are there already, to be put into their places; the others lie on the host. On CUDA
-        all this is queued on ``stream``, behind the last batch that was encoded from this buffer.
+        On CUDA the copy is queued on ``stream``, behind the last batch that was encoded from this buffer.
         """
         import torch
 
-        free = self.host.shape[0] > count
-        if free and not on_device:
-            self.host[count:] = self.host[repeats_on(self.host.device, count, self.host.shape[0])]
-        with torch.cuda.stream(stream) if stream is not None else nullcontext():
-            if stream is not None:
-                if self.encoded is not None:
-                    stream.wait_event(self.encoded)
-                if len(on_device) < count:
-                    self.device.copy_(self.host, non_blocking=True)
-            if on_device:
-                self._gather(count, on_device)
-            if stream is not None:
-                for picture in on_device.values():
-                    # Their memory belongs to the stream that decoded them.
-                    picture.record_stream(stream)
-                self.copied = torch.cuda.Event()
-                self.copied.record(stream)
-
-    def _gather(self, count: int, on_device: Mapping[int, torch.Tensor]) -> None:
-        import torch
-
-        pictures, size = list(on_device.values()), self.device.shape[0]
-        if len(pictures) == count:
-            torch.stack(pictures, out=self.device[:count])
-        else:
-            places = torch.tensor(list(on_device)).to(self.device.device)
-            self.device.index_copy_(0, places, torch.stack(pictures))
-        if count < size:
-            self.device[count:] = self.device[repeats_on(self.device.device, count, size)]
+        self.pixels[count:] = self.pixels[repeated(count, len(self.pixels))]
+        if stream is None:
+            return
+        with torch.cuda.stream(stream):
+            if self.encoded is not None:
+                stream.wait_event(self.encoded)
+            self.device.copy_(self.host, non_blocking=True)
+            self.copied = torch.cuda.Event()
+            self.copied.record(stream)
 
 
 @dataclass(slots=True)
@@ -86,7 +65,7 @@ class SharedSlot:
     pixels: NDArray[np.uint8]
     copied: None = None
 
-    def fill(self, count: int, on_device: Mapping[int, Any], stream: None) -> None:
+    def fill(self, count: int, stream: None) -> None:
         """Fill the free places behind ``count`` pictures with some of them."""
         self.pixels[count:] = self.pixels[repeated(count, len(self.pixels))]
 
@@ -96,12 +75,15 @@ class SharedSlot:
 
 
 def copy_stream(device: torch.device | None) -> torch.cuda.Stream | None:
-    """The stream for copies to a GPU; None for another device."""
+    """The stream for copies to the buffers on a GPU, which are there already; None for another device."""
     if device is None or device.type != "cuda":
         return None
     import torch
 
-    return torch.cuda.Stream(device)
+    stream = torch.cuda.Stream(device)
+    # Their memory may be in use by work of the stream that allocated it.
+    stream.wait_stream(torch.cuda.current_stream(device))
+    return stream
 
 
 def new_slot(shape: tuple[int, ...], device: torch.device | None) -> Slot:
@@ -109,7 +91,9 @@ def new_slot(shape: tuple[int, ...], device: torch.device | None) -> Slot:
     import torch
 
     if device is None or device.type != "cuda":
-        host = torch.zeros(shape, dtype=torch.uint8)
+        # As a mapping of its own it begins at a page, like what is copied into it: copies whose source and destination
+        # lie a few bytes apart within a page take twice as long on some processors (sourceware.org bug 30994).
+        host = torch.frombuffer(mmap.mmap(-1, math.prod(shape)), dtype=torch.uint8).reshape(shape)
         return Slot(host=host, pixels=host.numpy(), device=host)
     host = torch.zeros(shape, dtype=torch.uint8, pin_memory=True)
     # Left empty: zeroing would run on another stream than the first copy, and might come after it.

@@ -43,7 +43,7 @@ class DeviceCopies:
         if int(code) != 0:
             raise DecoderUnavailable(
                 f"{memory.nbytes:,} bytes of batch buffers cannot be pinned (CUDA error {int(code)}): raise the limit "
-                "of locked memory (ulimit -l), or lower loader.batch_size or loader.feeders"
+                "of locked memory (ulimit -l), lower loader.batch_size or loader.feeders, or take loader.feeders=0"
             )
         self._pinned.append(memory)
 

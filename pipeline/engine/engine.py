@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from pipeline.backends.base import Draw, ImageEncoder, factory
+from pipeline.backends.decoder_parity import PICTURES
 from pipeline.backends.devices import choose_device
 from pipeline.backends.oom import HalvingEncoder
 from pipeline.backends.parity import Reference, check, embed_reference
@@ -25,8 +26,12 @@ from pipeline.core.records import PreprocessSpec, Sample, TextBank
 from pipeline.dataset.names import check_columns
 from pipeline.engine.batch_size import Benchmark, settle_batch_size
 from pipeline.engine.demo import folder as demo
+from pipeline.engine.feeder_pool import FeederPool
+from pipeline.engine.feeders import open_feeders
+from pipeline.engine.loaded_rate import rate_beside_loader
+from pipeline.engine.loop import Worker
 from pipeline.engine.sample import draw_sample
-from pipeline.images.factory import pixel_reader
+from pipeline.images.factory import pixel_reader, with_gpu, worker_threads
 from pipeline.images.pool.pool import Decoders
 from pipeline.images.reader import PixelReader
 from pipeline.manifest.ids import check_ids
@@ -36,6 +41,7 @@ from pipeline.models.checkpoint import Checkpoint, as_recorded, open_checkpoint
 from pipeline.models.label_files import read_labels
 from pipeline.models.text import build_bank
 from pipeline.storage.base import Storage
+from pipeline.telemetry.clocks import StageClocks
 from pipeline.telemetry.tracing import span
 
 # Seconds to wait for the check of the ids before the model is opened; millions of rows are checked in that time.
@@ -67,6 +73,8 @@ class Engine:
         self.config, self._recorded = config, recorded
         self._manifest, self._given_bank, self._decoders = manifest, bank, decoders
         self._opened = ExitStack()
+        # By the number of images.
+        self._samples: dict[int, Sample | None] = {}
 
     def __enter__(self) -> Engine:
         return self
@@ -75,8 +83,27 @@ class Engine:
         self.close()
 
     def close(self) -> None:
-        """End the decoder processes."""
+        """End the feeder and decoder processes."""
         self._opened.close()
+
+    def start(self) -> None:
+        """Start the processes that read and decode for a job, and do not wait for them: their imports take a second.
+
+        Raises:
+            BackendUnavailable: the config asks for a device that is not there.
+        """
+        if self.feeders is not None:
+            self.feeders.start(self.feeders.count)
+        elif self._decoders is not None:
+            self._decoders.start()
+
+    @cached_property
+    def feeders(self) -> FeederPool | None:
+        """Feeder processes of a job; None if it reads in this process."""
+        pool = open_feeders(self.config, choose_device(self.config.backend.device))
+        if pool is not None:
+            self._opened.callback(pool.close)
+        return pool
 
     def begin(self) -> None:
         """Open the manifest and the model, and begin to check the ids and to embed the prompts.
@@ -153,11 +180,7 @@ class Engine:
         """
         if self.config.images.decoder != "gpu":
             return self.cpu_reader
-        from pipeline.images.gpu.nvimgcodec import NvidiaDecoder
-
-        device = choose_device(self.config.backend.device)
-        share = self.config.images.gpu_share
-        return replace(self.cpu_reader, gpu=NvidiaDecoder(self.spec, device, self.cpu_reader.decoder, share=share))
+        return with_gpu(self.cpu_reader, self.config, choose_device(self.config.backend.device))
 
     @property
     def jpeg_engine(self) -> str | None:
@@ -166,28 +189,50 @@ class Engine:
         gpu = self.reader.gpu if self.config.images.decoder == "gpu" else None
         return None if gpu is None else gpu.engine
 
-    def manifest_sample(self) -> Sample | None:
-        """Images of the manifest for comparisons and calibration; None where the ones that were tried are damaged."""
-        return self._drawn
+    def decoded_sample(self) -> Sample | None:
+        """Images of the manifest to compare decoders on; None where the ones that were tried are damaged."""
+        return self._drawn(PICTURES)
 
     def exactly_decoded_sample(self) -> Sample | None:
         """The same images by the decoder ``exact``, with which the other decoders are compared."""
         with self.reader.exact() as reader:
-            return self._draw(reader)
+            return self._draw(reader, PICTURES)
 
     def sample_or_scenes(self) -> Sample:
         """Images of the manifest, or rendered scenes: backends can be compared on those, decoders cannot."""
-        return self._sample
+        return self.some_or_scenes(images_compared(self.config))
+
+    def some_or_scenes(self, count: int) -> Sample:
+        """Up to ``count`` such images, always the same ones."""
+        # Those that decoders are compared on are drawn anyway.
+        drawn = self._drawn(max(count, PICTURES) if self.config.images.decoder != "exact" else count)
+        if drawn is not None:
+            return drawn.spread(count)
+        if self.config.manifest.path is not None:
+            log.warning("none of the images that were tried can be read; the backend is compared on rendered scenes")
+        return demo.rendered_sample(self.spec, count)
 
     def _choose_batch_size(self, storage: Storage) -> None:
         def alone() -> None:
-            # Nothing else may run while speeds are compared.
+            # Nothing but the loader may run while speeds are compared.
             self.bank()
             self.check_ids()
 
-        benchmark = Benchmark(self.config.backend, self.checkpoint, self.open_at, wait=alone)
+        def opened(size: int) -> ImageEncoder:
+            # The feeders of the size before have ended.
+            self.start()
+            return self.open_at(size)
+
+        def rate(encoder: ImageEncoder, seconds: float) -> float:
+            worker = Worker(self.reader, encoder, StageClocks(), feeders=self.feeders)
+            return rate_beside_loader(self.config, self.manifest, worker, seconds)
+
+        images, count = self.config.images, 0 if self.feeders is None else self.feeders.count
+        beside = {"decoder": images.decoder, "workers": worker_threads(self.config), "feeders": count}
+        benchmark = Benchmark(self.config.backend, self.checkpoint, opened, alone, rate, beside)
         size = settle_batch_size(self.config, benchmark, rows=self.manifest.rows, storage=storage)
         self.config = self.config.changed({"loader.batch_size": size})
+        self.start()
 
     def cpu_decoded_sample(self) -> Sample:
         """Images of the manifest by a decoder of the CPU; rendered scenes where the config names no manifest.
@@ -195,8 +240,8 @@ class Engine:
         Raises:
             ManifestError: none of the images that were tried can be decoded.
         """
-        path = self.config.manifest.path
-        drawn = self._sample if path is None else self._draw(self.cpu_reader)
+        path, count = self.config.manifest.path, images_compared(self.config)
+        drawn = self.sample_or_scenes() if path is None else self._draw(self.cpu_reader, count)
         if drawn is None:
             raise ManifestError(f"manifest.path={path}: none of the images that were tried can be decoded")
         return drawn
@@ -243,21 +288,14 @@ class Engine:
     def _ids(self) -> Future[object]:
         return aside(partial(check_ids, self.manifest), name="ids")
 
-    @cached_property
-    def _drawn(self) -> Sample | None:
-        return None if self.config.manifest.path is None else self._draw(self.reader)
+    def _drawn(self, count: int) -> Sample | None:
+        if count not in self._samples:
+            without = self.config.manifest.path is None
+            self._samples[count] = None if without else self._draw(self.reader, count)
+        return self._samples[count]
 
-    @cached_property
-    def _sample(self) -> Sample:
-        drawn = self._drawn
-        if drawn is not None:
-            return drawn
-        if self.config.manifest.path is not None:
-            log.warning("none of the images that were tried can be read; the backend is compared on rendered scenes")
-        return demo.rendered_sample(self.spec, images_compared(self.config))
-
-    def _draw(self, reader: PixelReader) -> Sample | None:
-        return draw_sample(self.manifest, reader, images_compared(self.config))
+    def _draw(self, reader: PixelReader, count: int) -> Sample | None:
+        return draw_sample(self.manifest, reader, count)
 
 
 def spec_of(config: Config, checkpoint: Checkpoint) -> PreprocessSpec:

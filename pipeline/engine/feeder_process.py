@@ -7,43 +7,61 @@ the table and the failures of every shard: as JSON, numbers and Arrow's format, 
 
 from __future__ import annotations
 
+import gc
 import json
+import logging
 import os
 import queue
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from typing import NoReturn
 
 import numpy as np
 import pyarrow as pa
 
 from pipeline.config.schema import Config
-from pipeline.core.errors import PipelineError
-from pipeline.core.processes import end_with
+from pipeline.core.errors import BackendUnavailable, PipelineError
+from pipeline.core.processes import Spent, end_with, spent
 from pipeline.core.records import Failure, ImageBatch, PreprocessSpec, Shard, ShardRows
 from pipeline.engine.buffers import SharedSlot
 from pipeline.engine.loader import Loader, LoaderSpec
 from pipeline.engine.prefetch import POLL
-from pipeline.images.factory import pixel_reader
+from pipeline.images.factory import decoder_processes, open_decoders, pixel_reader, with_gpu
+from pipeline.images.pool.pool import Decoders
 from pipeline.images.pool.shared_memory import shared
+from pipeline.images.reader import PixelReader
 from pipeline.manifest.manifest import Manifest
 from pipeline.telemetry.clocks import StageClocks
+
+# The core seconds are asked for no more often than that: all processes of the machine are looked at.
+SPENT_SECONDS = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class GpuDecoding:
+    """The decoder ``gpu`` of a job: the name of its device, and what decodes there according to the fingerprint."""
+
+    device: str
+    engine: str
 
 
 @dataclass(frozen=True, slots=True)
 class FeederSpec:
-    """All that a feeder must know; ``buffers`` is the number of batches in its memory."""
+    """All that a feeder must know; ``buffers`` is the number of batches in its memory, ``gpu`` None without one."""
 
     config: Config
     manifest: Manifest
     preprocess: PreprocessSpec
     loader: LoaderSpec
     buffers: int
+    gpu: GpuDecoding | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -54,24 +72,24 @@ class FeederSpec:
 class _Feeder:
     """One run of the loader; requests are taken in a thread of its own."""
 
-    def __init__(self, connection: Connection, memory: int) -> None:
+    def __init__(self, connection: Connection) -> None:
         self._connection, self._clocks = connection, StageClocks()
         self._shards: queue.SimpleQueue[Shard | None] = queue.SimpleQueue()
-        self._spec: FeederSpec = connection.recv()
-        pixels = shared(memory, int(np.prod(self._spec.shape))).reshape(self._spec.shape)
-        self._slots = [SharedSlot(buffer) for buffer in pixels]
+        # Imports, and the start of the decoders, are no work of the run.
+        self._before, self._spent, self._asked = spent(), Spent(0.0, 0.0), 0.0
 
-    def run(self) -> None:
-        spec = self._spec
-        with pixel_reader(spec.config, spec.manifest.root, spec.preprocess) as reader:
-            if reader.decoders is not None:
-                reader.decoders.start()
-            loader = Loader(spec.manifest, reader, spec.loader, timer=self._clocks.add, slots=self._slots)
+    def run(self, spec: FeederSpec, decoders: Decoders | None, memory: int) -> None:
+        pixels = shared(memory, int(np.prod(spec.shape))).reshape(spec.shape)
+        slots = [SharedSlot(buffer) for buffer in pixels]
+        with open_reader(spec, decoders) as reader:
+            loader = Loader(spec.manifest, reader, spec.loader, timer=self._clocks.add, slots=slots)
             with loader:
                 threading.Thread(target=self._listen, args=(loader,), daemon=True).start()
                 for item in loader.stream(self._assigned(loader)):
                     self._send_item(item)
-            peak = reader.decoders.peak_rss() if reader.decoders is not None else 0
+            peak = decoders.peak_rss() if decoders is not None else 0
+        # All decoders have ended, so that their core time is whole.
+        self._asked = 0.0
         self._send({"end": True, "peak_decoder": peak})
 
     def _listen(self, loader: Loader) -> None:
@@ -83,8 +101,7 @@ class _Feeder:
                 else:
                     self._shards.put(wanted)
         except (EOFError, OSError):
-            # The process of the encoder has closed its end: nothing is wanted any more.
-            os._exit(0)
+            _leave()
 
     def _assigned(self, loader: Loader) -> Iterator[Shard]:
         while not loader.stopped:
@@ -112,8 +129,11 @@ class _Feeder:
 
     def _send(self, content: dict[str, object], data: bytes | pa.Buffer = b"") -> None:
         clocks = self._clocks.total()
-        spent = {name: [clocks.seconds[name], clocks.cores[name]] for name in clocks.seconds}
-        self._connection.send_bytes(json.dumps({**content, "clocks": spent}).encode())
+        by_stage = {name: [clocks.seconds[name], clocks.cores[name]] for name in clocks.seconds}
+        if time.monotonic() - self._asked > SPENT_SECONDS:
+            self._spent, self._asked = spent() - self._before, time.monotonic()
+        told = {"clocks": by_stage, "spent": [self._spent.own, self._spent.children]}
+        self._connection.send_bytes(json.dumps({**content, **told}).encode())
         self._connection.send_bytes(data)
 
     def fail(self, error: Exception) -> None:
@@ -121,6 +141,33 @@ class _Feeder:
         text = str(error) if isinstance(error, PipelineError) else traceback.format_exc()
         with suppress(OSError):
             self._send({"error": type(error).__name__, "text": text})
+
+
+def open_reader(spec: FeederSpec, decoders: Decoders | None = None) -> PixelReader:
+    """The reader of a feeder, with the decoder ``gpu`` where the job has it.
+
+    Raises:
+        BackendUnavailable: the GPU cannot decode here, or decodes in another way than in the job's process.
+    """
+    reader = pixel_reader(spec.config, spec.manifest.root, spec.preprocess, decoders)
+    if spec.gpu is None:
+        return reader
+    import torch
+
+    # The job has logged what it has to say.
+    logging.getLogger("pipeline.images.gpu").setLevel(logging.ERROR)
+    device = torch.device(spec.gpu.device)
+    if device.type == "cuda":
+        # Pinned memory belongs to the current device.
+        torch.cuda.set_device(device)
+    reader = with_gpu(reader, spec.config, device)
+    if reader.gpu is not None and reader.gpu.engine != spec.gpu.engine:
+        raise BackendUnavailable(
+            f"images.decoder=gpu: a feeder process decodes by {reader.gpu.engine} and the job by {spec.gpu.engine}, "
+            "which gives other pixels; another program may have taken the GPU's memory meanwhile: run the same "
+            "command again, or with fewer processes (loader.feeders)"
+        )
+    return reader
 
 
 def parse_rows(shard: Shard, content: dict[str, object], data: bytes) -> ShardRows:
@@ -135,16 +182,42 @@ def parse_rows(shard: Shard, content: dict[str, object], data: bytes) -> ShardRo
     )
 
 
+def _leave() -> NoReturn:
+    """End this process: the process of the encoder has closed its end, and wants nothing any more."""
+    os._exit(0)
+
+
 def main() -> None:
-    """Feed until the connection closes."""
+    """Feed until the connection closes.
+
+    The config comes first, so that the decoders start; then, when the model is open, the :class:`FeederSpec`; then the
+    shards, the numbers of free buffers in between, and None behind the last shard.
+    """
     settings = json.loads(sys.argv[1])
     end_with(settings["parent"])
     # Some schedulers send these to every process of a job; the job itself ends its feeders.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    feeder = _Feeder(Connection(settings["control"]), settings["memory"])
+    # As pipeline.run does: each image is a few objects, and none is part of a cycle.
+    gc.set_threshold(100_000, 20, 50)
+    connection = Connection(settings["control"])
     try:
-        feeder.run()
+        config: Config = connection.recv()
+        decoders = open_decoders(config)
+        if decoders is not None:
+            decoders.start()
+        if config.images.decoder == "gpu":
+            # It imports torch, which takes longer than all else.
+            import pipeline.images.gpu.decoder  # noqa: F401
+        spec: FeederSpec = connection.recv()
+    except (EOFError, OSError):
+        _leave()
+    feeder = _Feeder(connection)
+    try:
+        if decoders is not None:
+            # With fewer shards than feeders, each has more cores than was known.
+            decoders.grow(decoder_processes(spec.config))
+        feeder.run(spec, decoders, settings["memory"])
     except Exception as error:
         feeder.fail(error)
 

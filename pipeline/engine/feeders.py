@@ -16,15 +16,12 @@ import os
 import queue
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection, wait
-from typing import IO
+from multiprocessing.connection import wait
 
 import numpy as np
 import torch
@@ -33,17 +30,23 @@ from numpy.typing import NDArray
 from pipeline.config.schema import Config
 from pipeline.core import errors
 from pipeline.core.errors import DecoderUnavailable, PipelineError
+from pipeline.core.processes import Spent
 from pipeline.core.records import Clocks, ImageBatch, Shard, ShardRows, Stage
 from pipeline.engine.device_copies import DeviceCopies
+from pipeline.engine.feeder_pool import FeederPool, FeederProcess
 from pipeline.engine.feeder_process import FeederSpec, parse_rows
 from pipeline.engine.prefetch import POLL
 from pipeline.images.factory import worker_threads
-from pipeline.images.pool.processes import Abandoned, nameless_file, python_path
+from pipeline.images.pool.processes import Abandoned
 from pipeline.images.pool.shared_memory import shared
 from pipeline.storage.urls import scheme_of
+from pipeline.telemetry.clocks import StageClocks
 
 # Cores of a feeder and its decoders: its own thread of Python fills the batches of about so many.
 CORES = 4
+# Feeders at most where they decode on the GPU. Each takes half a gigabyte of it and more, and contexts of several
+# processes take turns there.
+ON_GPU = 4
 # Shards that a feeder has at a time, so that it goes on with the next one at once.
 SHARDS = 2
 # A feeder whose stream has ended may take this long to end, in seconds.
@@ -53,34 +56,37 @@ END_SECONDS = 5.0
 def count_feeders(config: Config, device: torch.device) -> int:
     """Number of feeders; 0 for a loader in this process.
 
-    By default one for ``CORES`` cores where a GPU is fed. A CPU that encodes leaves less to read than one loader does.
-    The decoder ``gpu`` and files in memory are in the process of the encoder alone.
+    By default one for ``CORES`` cores where a GPU is fed, and ``ON_GPU`` of them at most with the decoder ``gpu``, with
+    which the cores read files and headers alone. A CPU that encodes leaves less to read than one loader does. Files in
+    memory are in the process of the encoder alone.
     """
     places = (config.manifest.path or "", config.manifest.root or "")
-    if config.images.decoder == "gpu" or any(scheme_of(place) == "memory" for place in places):
+    if any(scheme_of(place) == "memory" for place in places):
         return 0
     if config.loader.feeders is not None:
         return config.loader.feeders
-    return max(1, worker_threads(config) // CORES) if device.type == "cuda" else 0
+    if device.type != "cuda":
+        return 0
+    count = max(1, worker_threads(config) // CORES)
+    return min(count, ON_GPU) if config.images.decoder == "gpu" else count
+
+
+def open_feeders(config: Config, device: torch.device) -> FeederPool | None:
+    """Feeder processes, none of which is started yet; None if the loader is in this process."""
+    count = count_feeders(config, device)
+    return FeederPool(config, count) if count else None
 
 
 @dataclass(slots=True)
 class _Feeder:
-    """A process, the connection to it and its memory; ``shards`` are those that it has."""
+    """A process and its memory; ``shards`` are those that it has, ``clocks`` and ``spent`` what it told last."""
 
-    process: subprocess.Popen[bytes]
-    connection: Connection
-    file: IO[bytes]
+    process: FeederProcess
     pixels: NDArray[np.uint8]
     shards: int = 0
     ended: bool = False
     clocks: Clocks = field(default_factory=Clocks)
-    sending: threading.Lock = field(default_factory=threading.Lock)
-
-    def send(self, content: object) -> None:
-        """Send a shard, the number of a free buffer, or None behind the last shard; nothing to one that has ended."""
-        with self.sending, suppress(OSError):
-            self.connection.send(content)
+    spent: Spent = field(default_factory=lambda: Spent(0.0, 0.0))
 
 
 class Feeders:
@@ -88,22 +94,22 @@ class Feeders:
 
     Args:
         spec: work of each feeder.
-        count: feeders at most; each is started when a shard waits for it.
+        pool: processes of the feeders, each of which begins when a shard waits for it; all are ended with these.
         device: where the pixels are wanted.
-        timer: called with the seconds that a feeder spent, from a thread of this process.
+        clocks: clocks of this process, to which those of the feeders are added.
         on_peak: called with the bytes that the largest decoder of a feeder held.
     """
 
     def __init__(
         self,
         spec: FeederSpec,
+        pool: FeederPool,
         *,
-        count: int,
         device: torch.device,
-        timer: Callable[[Clocks], None],
+        clocks: StageClocks,
         on_peak: Callable[[int], None] = lambda peak: None,
     ) -> None:
-        self._spec, self._count, self._timer, self._on_peak = spec, count, timer, on_peak
+        self._spec, self._pool, self._clocks, self._on_peak = spec, pool, clocks, on_peak
         self._feeders: list[_Feeder] = []
         self._copies = DeviceCopies(spec.shape[1:], spec.loader.prefetch + 2, device) if device.type == "cuda" else None
         self._open: dict[int, Shard] = {}
@@ -111,8 +117,6 @@ class Feeders:
         self._changed = threading.Condition()
         self._supplied = False
         self._stopped = threading.Event()
-        # A feeder ends with the thread that started it.
-        self._starter = ThreadPoolExecutor(1, thread_name_prefix="starter")
         self._threads: list[threading.Thread] = []
         self._wake, self._woken = socket.socketpair()
 
@@ -131,14 +135,10 @@ class Feeders:
         for feeder in self._feeders:
             if feeder.ended:
                 with suppress(subprocess.TimeoutExpired):
-                    feeder.process.wait(END_SECONDS)
-            feeder.process.kill()
-            feeder.process.wait()
-            feeder.connection.close()
-            feeder.file.close()
+                    feeder.process.process.wait(END_SECONDS)
+        self._pool.close()
         if self._copies is not None:
             self._copies.close()
-        self._starter.shutdown()
         self._wake.close()
         self._woken.close()
 
@@ -169,7 +169,7 @@ class Feeders:
         if self._copies is not None:
             self._copies.release(batch.slot)
         else:
-            self._feeders[batch.slot // self._spec.buffers].send(batch.slot % self._spec.buffers)
+            self._feeders[batch.slot // self._spec.buffers].process.send(batch.slot % self._spec.buffers)
 
     def _guarded(self, work: Callable[..., None], *arguments: object) -> None:
         try:
@@ -190,7 +190,7 @@ class Feeders:
             self._open[shard.index] = shard
             with self._changed:
                 feeder.shards += 1
-            feeder.send(shard)
+            feeder.process.send(shard)
         self._supplied = True
         self._wake.send(b"\0")
 
@@ -198,8 +198,8 @@ class Feeders:
         """The feeder with the fewest shards; a new one while all have some."""
         while not self._stopped.is_set():
             least = min(self._feeders, key=lambda feeder: feeder.shards, default=None)
-            if (least is None or least.shards) and len(self._feeders) < self._count:
-                least = self._starter.submit(self._start).result()
+            if (least is None or least.shards) and self._pool.waiting:
+                least = self._begin()
                 self._feeders.append(least)
                 self._wake.send(b"\0")
             if least is not None and least.shards < SHARDS:
@@ -208,41 +208,30 @@ class Feeders:
                 self._changed.wait_for(lambda: any(each.shards < SHARDS for each in self._feeders), POLL)
         raise Abandoned
 
-    def _start(self) -> _Feeder:
+    def _begin(self) -> _Feeder:
+        """A feeder with its memory and its work."""
         size = int(np.prod(self._spec.shape))
-        ours, theirs = socket.socketpair()
-        file = nameless_file(lasting=True)
-        with theirs:
-            os.ftruncate(file.fileno(), size)
-            settings = {"parent": os.getpid(), "control": theirs.fileno(), "memory": file.fileno()}
-            process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "pipeline.engine.feeder_process", json.dumps(settings)],
-                stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno(), file.fileno()],
-                env={**os.environ, "PYTHONPATH": python_path(os.environ), "CUDA_VISIBLE_DEVICES": ""},
-                # Ctrl-C goes to a whole group; the job itself ends its feeders.
-                process_group=0,
-            )
-        pixels = shared(file.fileno(), size).reshape(self._spec.shape)
+        process = self._pool.take()
+        os.ftruncate(process.file.fileno(), size)
+        pixels = shared(process.file.fileno(), size).reshape(self._spec.shape)
         if self._copies is not None:
             self._copies.pin(pixels)
-        feeder = _Feeder(process, Connection(ours.detach()), file, pixels)
-        feeder.send(self._spec)
-        return feeder
+        process.send(self._spec)
+        return _Feeder(process, pixels)
 
     def _receive(self) -> None:
         """Take the messages of all feeders, until each has ended."""
         while not (self._supplied and not self._open):
             if self._stopped.is_set():
                 raise Abandoned
-            by_connection = {feeder.connection: number for number, feeder in enumerate(list(self._feeders))}
+            by_connection = {feeder.process.connection: number for number, feeder in enumerate(list(self._feeders))}
             for found in wait([*by_connection, self._woken]):
                 if found is self._woken:
                     self._woken.recv(4096)
                 else:
                     self._take(by_connection[found])  # type: ignore[index]
         for number, feeder in enumerate(self._feeders):
-            feeder.send(None)
+            feeder.process.send(None)
             while not feeder.ended:
                 self._take(number)
         self._ready.put(None)
@@ -250,15 +239,16 @@ class Feeders:
     def _take(self, number: int) -> None:
         feeder = self._feeders[number]
         try:
-            content = json.loads(feeder.connection.recv_bytes())
-            data = feeder.connection.recv_bytes()
+            content = json.loads(feeder.process.connection.recv_bytes())
+            data = feeder.process.connection.recv_bytes()
         except (EOFError, OSError):
             raise _lost(feeder) from None
         if "error" in content:
             raise _error_of(content)
         now = Clocks(*({name: pair[i] for name, pair in content["clocks"].items()} for i in (0, 1)))
-        self._timer(_since(feeder.clocks, now))
-        feeder.clocks = now
+        spent = Spent(*content["spent"])
+        self._clocks.merge(_since(feeder.clocks, now), spent - feeder.spent)
+        feeder.clocks, feeder.spent = now, spent
         if "end" in content:
             feeder.ended = True
             self._on_peak(content["peak_decoder"])
@@ -278,8 +268,8 @@ class Feeders:
             started = time.perf_counter()
             slot, pixels = self._copies.copy(pixels, self._stopped)
             # The copy is complete.
-            feeder.send(buffer)
-            self._timer(Clocks({Stage.COPY: time.perf_counter() - started}, {Stage.COPY: 0.0}))
+            feeder.process.send(buffer)
+            self._clocks.merge(Clocks({Stage.COPY: time.perf_counter() - started}, {Stage.COPY: 0.0}))
         return ImageBatch(shard=shard, rows=rows, pixels=pixels.permute(0, 3, 1, 2), slot=slot)
 
 
@@ -291,7 +281,7 @@ def _since(before: Clocks, now: Clocks) -> Clocks:
 
 
 def _lost(feeder: _Feeder) -> DecoderUnavailable:
-    code = feeder.process.wait()
+    code = feeder.process.process.wait()
     how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
     return DecoderUnavailable(
         f"a feeder process {how}, most often because the machine has no memory left; the same command goes on, with "

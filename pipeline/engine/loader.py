@@ -36,8 +36,8 @@ from pipeline.engine.buffers import SharedSlot, copy_stream, new_slot
 from pipeline.engine.duplicates import Repeats
 from pipeline.engine.prefetch import POLL, Prefetcher
 from pipeline.images.decode import limit_pixels
+from pipeline.images.pool.pool import GiveBack
 from pipeline.images.pool.processes import Abandoned
-from pipeline.images.pool.protocol import CHUNK
 from pipeline.images.reader import PixelReader, Timer
 from pipeline.manifest.manifest import Manifest
 from pipeline.manifest.shards import ShardReader, refs
@@ -50,8 +50,8 @@ WAITING_SHARDS = 4
 # Rows that are read before they are wanted: record batches of the manifest, and bytes of them.
 AHEAD_BATCHES = 8
 AHEAD_BYTES = 32 * 2**20
-# Rows in a task of the pool at most: handing over a task costs as much as a few rows of a manifest of paths.
-TASK = 4 * CHUNK
+# The smallest task of the pool, in rows.
+LEAST = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +74,7 @@ class _Chunk:
     start: int
     rows: int
     results: Future[list[Pixels | Failure | None]]
+    give_back: list[GiveBack]
 
 
 @dataclass(slots=True)
@@ -84,8 +85,6 @@ class _Filling:
     failures: dict[int, Failure] = field(default_factory=dict)
     repeats: dict[int, int] = field(default_factory=dict)
     rows: list[int] = field(default_factory=list)
-    # Pictures of the batch that were decoded on the device, by their places.
-    on_device: dict[int, torch.Tensor] = field(default_factory=dict)
     slot: int = -1
 
 
@@ -138,11 +137,16 @@ class Loader:
         self._manifest, self._reader, self._timer, self._once = manifest, reader, timer, spec.once
         self._batch_size, self._workers = spec.batch_size, spec.workers
         # At least two tasks of every batch for each worker, so that all have work to the end of it.
-        self._task = max(reader.chunk, min(TASK, spec.batch_size // (2 * spec.workers) // CHUNK * CHUNK))
+        task = max(LEAST, min(reader.chunk, spec.batch_size // (2 * spec.workers) // LEAST * LEAST))
+        self._task = reader.chunk if reader.gpu is not None else task
+        # Rows that are with the threads, or wait for those before them.
+        self._window = self._batch_size + 2 * self._task * self._workers
+        if reader.decoders is not None:
+            reader.decoders.lent = 1 + self._window // (self._task * reader.decoders.processes)
         limit_pixels(reader.decoder.max_pixels)
         shape = (spec.batch_size, *reader.spec.size, 3)
-        self._cuda = copy_stream(device)
         self._slots: Sequence[Any] = slots or [new_slot(shape, device) for _ in range(spec.buffers)]
+        self._cuda = copy_stream(device)
         self._free: queue.SimpleQueue[int] = queue.SimpleQueue()
         for index in range(len(self._slots)):
             self._free.put(index)
@@ -225,7 +229,6 @@ class Loader:
     def _feed(self, shards: Iterable[Shard], pool: ThreadPoolExecutor) -> None:
         """Keep about a batch of rows in the pool, across shard boundaries, and fill batches in order."""
         window: deque[_Chunk | ShardRows] = deque()
-        limit = self._batch_size + 2 * self._task * self._workers
         rows, filling = 0, None
 
         def take() -> None:
@@ -254,7 +257,7 @@ class Loader:
                     if isinstance(item, _Chunk):
                         rows += item.rows
                         item.results.add_done_callback(lambda _: read.wake())
-                    while window and rows > limit:
+                    while window and rows > self._window:
                         take()
                 while window:
                     take()
@@ -288,8 +291,9 @@ class Loader:
                 part = item.images[start : start + self._task]
                 first = item.start + start
                 known = partial(item.repeats.known, first) if item.repeats is not None else None
-                future = pool.submit(self._reader.read_all, part, self._timer, self._stopped.is_set, known)
-                yield _Chunk(shard=item.shard, repeats=item.repeats, start=first, rows=len(part), results=future)
+                give_back: list[GiveBack] = []
+                future = pool.submit(self._reader.read_all, part, self._timer, self._stopped.is_set, known, give_back)
+                yield _Chunk(item.shard, item.repeats, first, len(part), future, give_back)
 
     def _take(self, done: _Chunk | ShardRows, filling: _Filling | None) -> _Filling | None:
         filling = filling or _Filling(done.shard)
@@ -314,25 +318,24 @@ class Loader:
             assert result is not None
             if filling.slot < 0:
                 filling.slot = self._take_slot()
-            if not isinstance(result.rgb, np.ndarray):
-                filling.on_device[len(filling.rows)] = result.rgb
-            else:
-                self._slots[filling.slot].pixels[len(filling.rows)] = result.rgb
+            self._slots[filling.slot].pixels[len(filling.rows)] = result.rgb
             filling.rows.append(position)
             if len(filling.rows) == self._batch_size:
                 self._finish(filling)
+        for give_back in done.give_back:
+            give_back()
         return filling
 
     def _finish(self, filling: _Filling) -> None:
         started = time.perf_counter()
         slot = self._slots[filling.slot]
         count = len(filling.rows)
-        slot.fill(count, filling.on_device, self._cuda)
+        slot.fill(count, self._cuda)
         pixels = slot.batch()
         rows = np.asarray(filling.rows, dtype=np.int64)
         self._timer(Stage.COPY, time.perf_counter() - started)
         self._ready.put(ImageBatch(shard=filling.shard, rows=rows, pixels=pixels, slot=filling.slot))
-        filling.rows, filling.slot, filling.on_device = [], -1, {}
+        filling.rows, filling.slot = [], -1
 
     def _take_slot(self) -> int:
         while not self._stopped.is_set():

@@ -20,8 +20,9 @@ from pipeline.core.log_format import within
 from pipeline.core.records import ImageBatch, Shard, ShardReport, ShardRows, Stage, TextBank
 from pipeline.dataset.commits import commit_part
 from pipeline.dataset.parts import PartFormat, ShardResult, build_table, count_statuses
-from pipeline.engine.feeder_process import FeederSpec
-from pipeline.engine.feeders import Feeders, count_feeders
+from pipeline.engine.feeder_pool import FeederPool, share_of
+from pipeline.engine.feeder_process import FeederSpec, GpuDecoding
+from pipeline.engine.feeders import Feeders, open_feeders
 from pipeline.engine.forward import Forward, Labelling, PendingBatch, ShardResults, memory_explained
 from pipeline.engine.gpu_clock import GpuClock
 from pipeline.engine.loader import Loader, LoaderSpec
@@ -48,12 +49,13 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """The opened reader and encoder of a process that embeds, and the clocks of its stages and of its GPU."""
+    """The opened reader and encoder of a process that embeds, the clocks of its stages and of its GPU, its feeders."""
 
     reader: PixelReader
     encoder: ImageEncoder
     clocks: StageClocks
     gpu: GpuClock = field(default_factory=lambda: GpuClock(torch.device("cpu")))
+    feeders: FeederPool | None = None
 
 
 def embed(
@@ -129,7 +131,7 @@ def _results(
             if job.bank is not None:
                 features = torch.from_numpy(job.bank.features).to(encoder.device)
                 labelling = Labelling(bank=job.bank, features=features, top_k=config.labels.top_k)
-            loader = open_loader(job, worker, ahead)
+            loader = open_loader(config, job.manifest, worker, ahead)
         opened.enter_context(loader)
         streams = opened.enter_context(Streams(encoder.device, encoder.streams))
         encoding = _Encoding(job, worker, loader, streams, labelling, open_forward(encoder, labelling))
@@ -146,13 +148,14 @@ def _results(
                 yield step.results.finish(step.rows)
 
 
-def open_loader(job: Job, worker: Worker, ahead: int) -> Loader | Feeders:
+def open_loader(config: Config, manifest: Manifest, worker: Worker, ahead: int) -> Loader | Feeders:
     """The loader of this process, or feeders, each with a loader of its own and its share of the cores."""
-    config, device, reader = job.config, worker.encoder.device, worker.reader
-    shards = -(-job.manifest.rows // config.manifest.shard_rows)
-    count = min(count_feeders(config, device), shards)
+    device, reader = worker.encoder.device, worker.reader
+    shards = -(-manifest.rows // config.manifest.shard_rows)
+    pool = worker.feeders or open_feeders(config, device)
+    count = min(pool.count, shards) if pool is not None else 0
     if count:
-        config = config.changed({"loader.workers": max(1, worker_threads(config) // count)})
+        config = share_of(config, count)
     spec = LoaderSpec(
         batch_size=config.loader.batch_size,
         # While processes decode, one more thread reads what comes next and hands in what is done.
@@ -161,13 +164,15 @@ def open_loader(job: Job, worker: Worker, ahead: int) -> Loader | Feeders:
         in_flight=ahead if device.type == "cpu" else 1,
         once=config.images.repeats == "once",
     )
-    if not count:
-        return Loader(job.manifest, reader, spec, device=device, timer=worker.clocks.add)
+    if pool is None or not count:
+        return Loader(manifest, reader, spec, device=device, timer=worker.clocks.add)
     # One batch is filled while another one is copied; on a CPU, batches are encoded where they lie.
     buffers = 3 if device.type == "cuda" else 2 + ahead
-    feeder = FeederSpec(config=config, manifest=job.manifest, preprocess=reader.spec, loader=spec, buffers=buffers)
+    gpu = GpuDecoding(str(device), reader.gpu.engine) if reader.gpu is not None else None
+    feeder = FeederSpec(config=config, manifest=manifest, preprocess=reader.spec, loader=spec, buffers=buffers, gpu=gpu)
     on_peak = reader.decoders.count_peak if reader.decoders is not None else lambda peak: None
-    return Feeders(feeder, count=count, device=device, timer=worker.clocks.merge, on_peak=on_peak)
+    pool.start(count)
+    return Feeders(feeder, pool, device=device, clocks=worker.clocks, on_peak=on_peak)
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,7 +46,10 @@ class Meter:
 
     def lap(self) -> None:
         """Take the core seconds so far as those of the job."""
-        self._spent = spent() - self._before
+        self._spent, others = spent() - self._before, self.clocks.others
+        if others is not None:
+            # The children of this process are feeders, whose imports do not count; they tell of their own decoders.
+            self._spent = Spent(self._spent.own + others.own, others.children)
 
     def stats(self) -> WorkerStats:
         """Return the statistics so far; core seconds are those of the last :meth:`lap`."""

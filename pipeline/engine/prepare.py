@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from pipeline.backends import decoder_parity as decoder_gate
@@ -56,12 +58,16 @@ def prepare(engine: Engine, storage: Storage) -> Prepared:
     prints = fingerprints(engine)
     # Before the gates, which take time: the output may hold another dataset.
     wanted = plan.settle(storage, plan.new_plan(config, prints, rows=manifest.rows))
-    gate = Gate(limits=config.parity, fingerprints=wanted.fingerprints, storage=storage, bank=bank)
+    gate = Gate(
+        limits=config.parity,
+        fingerprints=wanted.fingerprints,
+        storage=storage,
+        bank=bank,
+        rows=manifest.rows,
+        store=config.backend.artifacts,
+    )
     with span("gates"):
-        parity = pass_gate(encoder, engine.checkpoint, engine.sample_or_scenes, gate)
-        decoded = decoder_gate.pass_gate(
-            encoder, config.images.decoder, engine.manifest_sample, engine.exactly_decoded_sample, gate
-        )
+        parity, decoded = _pass_gates(engine, gate)
     return Prepared(
         config=config,
         plan=wanted,
@@ -73,6 +79,22 @@ def prepare(engine: Engine, storage: Storage) -> Prepared:
         streams=encoder.streams,
         machine=_machine(encoder),
     )
+
+
+def _pass_gates(engine: Engine, gate: Gate) -> tuple[Parity | None, Parity | None]:
+    """The figures of the backend and of the decoder; the error of the former comes first."""
+    encoder, decoder = engine.encoder, engine.config.images.decoder
+    backends = partial(pass_gate, encoder, engine.checkpoint, engine.some_or_scenes, gate)
+    decoders = partial(
+        decoder_gate.pass_gate, encoder, decoder, engine.decoded_sample, engine.exactly_decoded_sample, gate
+    )
+    if decoder == "exact" or encoder.flexible or encoder.device.type != "cpu" or encoder.streams == 1:
+        return backends(), decoders()
+    # Each takes one full batch, which leaves the cores of the other streams idle.
+    engine.decoded_sample()
+    with ThreadPoolExecutor(1, thread_name_prefix="gate") as beside:
+        decoded = beside.submit(decoders)
+        return backends(), decoded.result()
 
 
 def _launched(encoder: ImageEncoder) -> str:

@@ -11,6 +11,7 @@ import torch
 
 from pipeline.core.records import Failure, ImageRef, Piece, Pixels, Sample, Shard
 from pipeline.images.decode import limit_pixels
+from pipeline.images.factory import SAMPLE_THREADS
 from pipeline.images.reader import PixelReader
 from pipeline.manifest.manifest import Manifest
 from pipeline.manifest.shards import ShardReader, refs
@@ -20,8 +21,6 @@ from pipeline.manifest.shards import ShardReader, refs
 PLACES = 16
 # Rows tried for each picture wanted, where images are damaged.
 TRIES = 4
-# Pictures that are read at once.
-THREADS = 8
 
 
 def draw_sample(manifest: Manifest, reader: PixelReader, count: int) -> Sample | None:
@@ -37,7 +36,7 @@ def draw_sample(manifest: Manifest, reader: PixelReader, count: int) -> Sample |
     ids: list[str] = []
     pictures: list[Pixels] = []
     limit_pixels(reader.decoder.max_pixels)
-    with ShardReader(manifest) as rows, ThreadPoolExecutor(THREADS) as threads:
+    with ShardReader(manifest) as rows, ThreadPoolExecutor(SAMPLE_THREADS) as threads:
         for number, (file, group) in enumerate([*chosen, *spare]):
             left = count - len(ids)
             if left == 0:
@@ -56,8 +55,8 @@ def draw_sample(manifest: Manifest, reader: PixelReader, count: int) -> Sample |
 def stack(ids: Sequence[str], pictures: Sequence[Pixels]) -> Sample:
     """A sample of decoded pictures, laid out as the loader lays out its batches."""
     # Arrays are copied: Pillow's may not be written to, of which torch would warn.
-    arrays = [p.rgb if isinstance(p.rgb, np.ndarray) else p.rgb.cpu().numpy() for p in pictures]
-    return Sample(ids=tuple(ids), pixels=torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2))
+    pixels = np.stack([picture.rgb for picture in pictures])
+    return Sample(ids=tuple(ids), pixels=torch.from_numpy(pixels).permute(0, 3, 1, 2))
 
 
 def _refs(manifest: Manifest, reader: ShardReader, file: int, group: int) -> Iterator[ImageRef]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
 from pipeline.config.schema import Config
 from pipeline.core.processes import cores
 from pipeline.core.records import PreprocessSpec
@@ -10,10 +13,24 @@ from pipeline.images.pool.pool import Decoders
 from pipeline.images.reader import PixelReader
 from pipeline.images.sources.source import Source
 
+if TYPE_CHECKING:
+    import torch
+
+# Pictures of a sample that are read at once, and decoder processes that start before anything is known about the job.
+SAMPLE_THREADS = 8
+
 
 def worker_threads(config: Config) -> int:
     """Decoding threads: as configured, or one for each core."""
     return config.loader.workers or cores()
+
+
+def decoder_processes(config: Config) -> int:
+    """Decoder processes at most.
+
+    Threads beyond the cores help where reading waits; processes beyond them would only take memory.
+    """
+    return min(worker_threads(config), cores())
 
 
 def decoder_of(config: Config) -> Decoder:
@@ -34,8 +51,7 @@ def open_decoders(config: Config) -> Decoders | None:
     loader = config.loader
     if loader.isolation != "process":
         return None
-    # Threads beyond the cores help where reading waits; processes beyond them would only take memory.
-    processes = min(worker_threads(config), cores())
+    processes = decoder_processes(config)
     return Decoders(decoder_of(config), processes=processes, seconds=loader.decode_seconds, memory=loader.decode_memory)
 
 
@@ -61,3 +77,14 @@ def pixel_reader(config: Config, root: str, spec: PreprocessSpec, decoders: Deco
         spec=spec,
         decoders=decoders or open_decoders(config),
     )
+
+
+def with_gpu(reader: PixelReader, config: Config, device: torch.device) -> PixelReader:
+    """The same reader, with the decoder ``gpu`` on a device.
+
+    Raises:
+        BackendUnavailable: see :class:`~pipeline.images.gpu.decoder.NvidiaDecoder`.
+    """
+    from pipeline.images.gpu.decoder import NvidiaDecoder
+
+    return replace(reader, gpu=NvidiaDecoder(reader.spec, device, reader.decoder, share=config.images.gpu_share))

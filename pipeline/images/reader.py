@@ -5,19 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from pipeline.core.failpoints import failpoint
 from pipeline.core.records import Failure, ImageRef, Pixels, PreprocessSpec, Stage
 from pipeline.images.decode import EXACT, Decoder
-from pipeline.images.pool.pool import Decoders
+from pipeline.images.pool.pool import Decoders, GiveBack
 from pipeline.images.pool.processes import Abandoned, never
 from pipeline.images.pool.protocol import CHUNK
 from pipeline.images.sources.source import Source
 
 if TYPE_CHECKING:
-    from pipeline.images.gpu.nvimgcodec import NvidiaDecoder
+    from pipeline.images.gpu.decoder import NvidiaDecoder
 
 # Encoded bytes that are read before they are decoded: eight photos, but not eight files of images.max_bytes.
 HELD = 32 * 2**20
@@ -28,8 +29,8 @@ Timer = Callable[[str, float], None]
 class PixelReader:
     """From references to pixels, or to the failures that stopped them; safe to use from many threads.
 
-    Without ``decoders`` it decodes in the thread that calls. What ``gpu`` takes, it decodes there, and those pixels
-    stay there. Use it as a context manager: it closes its decoders.
+    Without ``decoders`` it decodes in the thread that calls. What ``gpu`` takes, it decodes there. Use it as a context
+    manager: it closes its decoders.
     """
 
     source: Source
@@ -78,11 +79,13 @@ class PixelReader:
         timer: Timer,
         abandoned: Callable[[], bool] = never,
         known: Callable[[int, bytes], bool] | None = None,
+        give_back: list[GiveBack] | None = None,
     ) -> list[Pixels | Failure | None]:
         """The same for several images, one result for each; never raises for a bad image.
 
         ``timer`` gets the seconds of reading and of decoding, the wait for a decoder included. ``known`` may say of an
-        image's bytes, by its place in ``refs``, that they need not be decoded; its result is None.
+        image's bytes, by its place in ``refs``, that they need not be decoded; its result is None. With ``give_back``,
+        pixels may lie in memory of the decoders, see :meth:`Decoders.decode`.
 
         Raises:
             StorageError: images cannot be read, and it is no fault of theirs.
@@ -93,6 +96,7 @@ class PixelReader:
         positions: list[int] = []
         encoded: list[bytes] = []
         held, started = 0, time.perf_counter()
+        decode = partial(self._decode, timer=timer, abandoned=abandoned, give_back=give_back)
         for position, ref in enumerate(refs):
             if abandoned():
                 raise Abandoned
@@ -110,7 +114,7 @@ class PixelReader:
             if (encoded and full) or position == len(refs) - 1:
                 timer(Stage.READ, time.perf_counter() - started)
                 if encoded:
-                    for decoded, result in zip(positions, self._decode(encoded, timer, abandoned), strict=True):
+                    for decoded, result in zip(positions, decode(encoded), strict=True):
                         results[decoded] = result
                 positions, encoded, held, started = [], [], 0, time.perf_counter()
         return results
@@ -120,23 +124,31 @@ class PixelReader:
         peak = self.decoders.peak_rss() if self.decoders is not None else 0
         return {"peak_decoder_mib": round(peak / 2**20, 1)} if peak else {}
 
-    def _decode(self, encoded: list[bytes], timer: Timer, abandoned: Callable[[], bool]) -> list[Pixels | Failure]:
+    def _decode(
+        self,
+        encoded: list[bytes],
+        timer: Timer,
+        abandoned: Callable[[], bool],
+        give_back: list[GiveBack] | None,
+    ) -> list[Pixels | Failure]:
         started = time.perf_counter()
         for data in encoded:
             failpoint("decode", data)
         if self.gpu is None:
-            results = self._by_cpu(encoded, abandoned)
+            results = self._by_cpu(encoded, abandoned, give_back)
         else:
             there = self.gpu.decode(encoded)
             left = [data for data, rgb in zip(encoded, there, strict=True) if rgb is None]
-            here = iter(self._by_cpu(left, abandoned))
+            here = iter(self._by_cpu(left, abandoned, give_back))
             results = [next(here) if rgb is None else Pixels(rgb=rgb) for rgb in there]
         timer(Stage.DECODE, time.perf_counter() - started)
         for _ in results:
             failpoint("decoded")
         return results
 
-    def _by_cpu(self, encoded: list[bytes], abandoned: Callable[[], bool]) -> list[Pixels | Failure]:
+    def _by_cpu(
+        self, encoded: list[bytes], abandoned: Callable[[], bool], give_back: list[GiveBack] | None
+    ) -> list[Pixels | Failure]:
         if self.decoders is None:
             return [self.decoder.pixels(data, self.spec) for data in encoded]
         results: list[Pixels | Failure] = []
@@ -144,5 +156,5 @@ class PixelReader:
             some = encoded[:CHUNK]
             # Taken out, so that their memory is free once they are handed over.
             del encoded[:CHUNK]
-            results += self.decoders.decode(some, self.spec, abandoned)
+            results += self.decoders.decode(some, self.spec, abandoned, give_back)
         return results

@@ -21,7 +21,7 @@ _FURTHER = {"HEIF": ("pi-heif", "1.4.0"), "JXL": ("pillow-jxl-plugin", "1.3.8")}
 def fingerprint(images: ImagesConfig, engine: str | None = None) -> dict[str, Any]:
     """The fingerprint of decoding: the config, the versions of the libraries, and what decodes on a GPU, if any does.
 
-    ``engine`` is that of an opened :class:`~pipeline.images.gpu.nvimgcodec.NvidiaDecoder`. The plans of earlier
+    ``engine`` is that of an opened :class:`~pipeline.images.gpu.decoder.NvidiaDecoder`. The plans of earlier
     datasets lack it (see :func:`pipeline.dataset.plan.compare`), and the default of ``gpu_share``.
     """
     formats = list(images.formats)

@@ -95,6 +95,8 @@ def run_job(config: Config, options: RunOptions | None = None) -> RunReport:
         executor = opened.enter_context(executor_of(config, output.storage, output.held.check))
         recorded = plan.recorded_model(output.storage) or options.recorded
         engine = opened.enter_context(Engine(config, decoders=options.decoders, recorded=recorded))
+        if config.cluster.name == "inline":
+            engine.start()
         engine.begin()
 
         # Plan: a backend that misses its gate writes nothing, and no part is written before the plan.

@@ -94,7 +94,7 @@ class Forward:
             slot.pixels[place] = picture.rgb
         stream = torch.cuda.current_stream(encoder.device) if encoder.device.type == "cuda" else None
         with memory_explained(size):
-            slot.fill(count, {}, stream)
+            slot.fill(count, stream)
         # The memory stays [B, H, W, 3], as the loader's does.
         pixels = slot.device.permute(0, 3, 1, 2)
         twice = count == size and next(self._number) % PROVED_SHARDS == 0

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from pipeline.core.processes import Spent
 from pipeline.core.records import Clocks, Timeline
 from pipeline.telemetry.timeline import IMAGES, Slices
 
@@ -23,6 +24,7 @@ class StageClocks:
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._cores: defaultdict[str, float] = defaultdict(float)
         self._slices = Slices()
+        self._others: Spent | None = None
         self._marks = threading.local()
         # The time of this thread before the run does not count.
         self._marks.at = time.thread_time()
@@ -48,14 +50,22 @@ class StageClocks:
             self._cores[stage] += core
             self._slices.spend(stage, seconds, time.perf_counter())
 
-    def merge(self, spent: Clocks) -> None:
-        """Count what another process spent up to this moment."""
+    def merge(self, clocks: Clocks, spent: Spent | None = None) -> None:
+        """Count what another process spent up to this moment: by stages, and in all, with its children."""
         now = time.perf_counter()
         with self._lock:
-            for stage, seconds in spent.seconds.items():
+            for stage, seconds in clocks.seconds.items():
                 self._seconds[stage] += seconds
-                self._cores[stage] += spent.cores[stage]
+                self._cores[stage] += clocks.cores[stage]
                 self._slices.spend(stage, seconds, now)
+            if spent is not None:
+                self._others = spent if self._others is None else self._others + spent
+
+    @property
+    def others(self) -> Spent | None:
+        """Core seconds of the other processes, whose children are theirs alone; None if there were none."""
+        with self._lock:
+            return self._others
 
     def count(self, images: int) -> None:
         """Count images that were embedded at this moment."""

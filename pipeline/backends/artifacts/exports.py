@@ -18,7 +18,7 @@ import torch
 
 from pipeline.backends.artifacts import onnx_export, quantize
 from pipeline.backends.artifacts.store import Artifact, ArtifactStore, Recipe
-from pipeline.backends.compare import compare, from_json, hold
+from pipeline.backends.compare import compare, from_json, hold, to_json
 from pipeline.config.schema import ParityConfig
 from pipeline.core.errors import BackendUnavailable, install_hint
 from pipeline.core.records import Parity, Sample
@@ -207,7 +207,7 @@ def _build(
         "batch_sizes": list(BATCH_SIZES),
         "seconds": round(time.perf_counter() - started, 1),
     }
-    return {"parity": dataclasses.asdict(parity), "facts": facts}
+    return {"parity": to_json(parity), "facts": facts}
 
 
 def _export(path: Path, checkpoint: Checkpoint, options: GraphOptions) -> None:

@@ -3,6 +3,7 @@
     <root>/<fingerprint>/card.json, model.onnx, ...    published by one rename of a finished, flushed folder
     <root>/<fingerprint>.pin                           excluded from pruning
     <root>/<fingerprint>.lock, <fingerprint>.tmp-*     only during an export
+    <root>/proofs/                                     a store of its own, of figures that backends reached
 
 Correctness rests on the rename, which fails if another process published first. The lock avoids duplicate work.
 """
@@ -27,6 +28,7 @@ from pipeline.storage.urls import explained
 
 # A card keeps the parity figures of so many jobs.
 GATES = 20
+PROOFS = "proofs"
 log = logging.getLogger(__name__)
 
 
@@ -142,6 +144,18 @@ class ArtifactStore:
                     metadata.write_card(temporary / metadata.CARD, card)
                     sync_tree(temporary)
                 return self._publish(temporary, fingerprint, card)
+
+    def remove(self, recipe: Recipe) -> None:
+        """Remove the artefact of a recipe, if it is there.
+
+        Raises:
+            ArtifactError: the recipe is not plain JSON.
+            StorageError: the store cannot be written.
+        """
+        fingerprint = recipe.fingerprint
+        if os.path.lexists(self.root / fingerprint):
+            with locked(self._lock(fingerprint)):
+                self._remove(fingerprint)
 
     def artifacts(self) -> list[Artifact]:
         """Return all artefacts with a readable card, newest first; their files are not verified."""

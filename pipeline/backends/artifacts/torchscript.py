@@ -19,6 +19,7 @@ import torch
 from pipeline.backends.artifacts.exports import ExportedTower, check_parity, hold_card, recipe
 from pipeline.backends.artifacts.onnx_export import quiet
 from pipeline.backends.artifacts.store import Artifact, ArtifactStore
+from pipeline.backends.compare import to_json
 from pipeline.backends.devices import DTYPES
 from pipeline.config.schema import ParityConfig
 from pipeline.core.records import Sample
@@ -69,7 +70,7 @@ def traced(
         )
         parity = check_parity(exported, checkpoint, sample=sample, limits=limits)
         facts = {"seconds": round(time.perf_counter() - started, 1)}
-        return {"parity": dataclasses.asdict(parity), "facts": facts}
+        return {"parity": to_json(parity), "facts": facts}
 
     artifact = store.make(recipe("torchscript", checkpoint, details), build)
     hold_card(artifact, limits, precision=precision)

@@ -27,6 +27,9 @@ from pipeline.images.preprocess import _corner, resized_size
 STEP = 256
 # Pixels of padded pictures that are resampled at a time, at 12 bytes each.
 GROUP_PIXELS = 2**25
+# Pictures in one matrix product. cuBLAS chooses its kernel, and with it the order of the sums, by their number as well:
+# with a fixed one, a picture's pixels do not depend on those that are resampled with it.
+PRODUCT = 8
 
 
 def _triangle(x: torch.Tensor) -> torch.Tensor:
@@ -79,6 +82,7 @@ def resample(pictures: Sequence[torch.Tensor], spec: PreprocessSpec) -> list[tor
     results: list[torch.Tensor | None] = [None] * len(pictures)
     for (height, width), members in groups.items():
         most = max(1, GROUP_PIXELS // (height * width))
+        most -= most % min(PRODUCT, most)
         for start in range(0, len(members), most):
             some = members[start : start + most]
             resampled = _group([(pictures[index], rows, columns) for index, rows, columns in some], height, width, spec)
@@ -113,9 +117,12 @@ def _group(
     members: Sequence[tuple[torch.Tensor, _Axis, _Axis]], height: int, width: int, spec: PreprocessSpec
 ) -> torch.Tensor:
     """uint8 ``[N, *spec.size, 3]`` of pictures whose parts that count fit into ``height`` x ``width``."""
-    device = members[0][0].device
+    device, count = members[0][0].device, len(members)
+    together = min(PRODUCT, max(1, GROUP_PIXELS // (height * width)))
+    # The places behind the pictures are empty.
+    members = [*members, *[members[-1]] * (-count % together)]
     frames = torch.zeros((len(members), 3, height, width), device=device)
-    for frame, (picture, rows, columns) in zip(frames.permute(0, 2, 3, 1).unbind(0), members, strict=True):
+    for frame, (picture, rows, columns) in zip(frames.permute(0, 2, 3, 1), members[:count], strict=False):
         part = picture
         if rows.stop - rows.start < rows.length or columns.stop - columns.start < columns.length:
             part = picture[rows.start : rows.stop, columns.start : columns.stop]
@@ -123,8 +130,14 @@ def _group(
     horizontal, vertical = _numbers(members, device)
     across = _weights(horizontal, spec.size[1], width, spec.resample)
     down = _weights(vertical, spec.size[0], height, spec.resample)
-    narrow = _rounded(torch.bmm(frames.flatten(1, 2), across.mT)).view(len(members), 3, height, -1)
-    return _rounded(down[:, None] @ narrow).permute(0, 2, 3, 1).to(torch.uint8, memory_format=torch.contiguous_format)
+    narrow = _rounded(_products(frames.flatten(1, 2), across.mT, together)).view(len(members), 3, height, -1)
+    levels = _rounded(_products(down[:, None], narrow, together))[:count]
+    return levels.permute(0, 2, 3, 1).to(torch.uint8, memory_format=torch.contiguous_format)
+
+
+def _products(left: torch.Tensor, right: torch.Tensor, together: int) -> torch.Tensor:
+    """The matrix products of two stacks, ``together`` in each call."""
+    return torch.cat([one @ other for one, other in zip(left.split(together), right.split(together), strict=True)])
 
 
 def _rounded(levels: torch.Tensor) -> torch.Tensor:

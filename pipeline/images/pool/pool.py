@@ -10,17 +10,31 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from itertools import accumulate
 
 from pipeline.core.errors import DecoderUnavailable
 from pipeline.core.records import Failure, Pixels, PreprocessSpec
 from pipeline.images.decode import Decoder
 from pipeline.images.pool.processes import TICK, Child, Children, nameless_file, never, unavailable
-from pipeline.images.pool.protocol import CRASHED, DONE, OUT_OF_MEMORY, TIMEOUT, Answer, InvalidAnswer, State, request
+from pipeline.images.pool.protocol import (
+    CRASHED,
+    DONE,
+    OUT_OF_MEMORY,
+    TIMEOUT,
+    Answer,
+    Answers,
+    InvalidAnswer,
+    State,
+    request,
+)
 
 # A file of encoded images larger than this is emptied after use, in bytes.
 KEEP = 32 * 2**20
 # Compared by identity, as a process may report an equal failure itself.
 _KILLED_BY_OTHERS = Failure(CRASHED, "the decoder was killed by SIGKILL")
+GiveBack = Callable[[], None]
 _NO_TURN = "its turn among the large images did not come"
 
 
@@ -50,11 +64,25 @@ class Decoders:
         for _ in range(processes):
             self._slots.put(None)
         self.processes = processes
+        # Answers of each process that may be lent; see :meth:`decode`.
+        self.lent = 0
 
-    def start(self) -> None:
-        """Start every process and do not wait for them; errors are raised when one is needed."""
-        for slot in [self._slots.get() for _ in range(self.processes)]:
+    def start(self, count: int | None = None) -> None:
+        """Start processes, ``count`` at most, and do not wait for them; errors are raised when one is needed."""
+        idle: list[_Slot | None] = []
+        with suppress(queue.Empty):
+            while True:
+                idle.append(self._slots.get_nowait())
+        for slot in idle if count is None else idle[:count]:
             threading.Thread(target=self._start, args=(slot,), name="start", daemon=True).start()
+        for slot in idle[count:] if count is not None else ():
+            self._slots.put(slot)
+
+    def grow(self, processes: int) -> None:
+        """Allow so many processes, and start the new ones as :meth:`start` does."""
+        for _ in range(processes - self.processes):
+            threading.Thread(target=self._start, args=(None,), name="start", daemon=True).start()
+        self.processes = max(self.processes, processes)
 
     def _start(self, slot: _Slot | None) -> None:
         try:
@@ -67,9 +95,16 @@ class Decoders:
             self._slots.put(slot)
 
     def decode(
-        self, encoded: list[bytes], spec: PreprocessSpec, abandoned: Callable[[], bool] = never
+        self,
+        encoded: list[bytes],
+        spec: PreprocessSpec,
+        abandoned: Callable[[], bool] = never,
+        give_back: list[GiveBack] | None = None,
     ) -> list[Pixels | Failure]:
         """Pixels or a failure for each of up to ``CHUNK`` images; takes them out of ``encoded``.
+
+        With ``give_back``, the pixels may lie where the process wrote them, which saves a copy: the caller calls what
+        is added to that list once it has read them. All such calls of a pool must have the same ``spec``.
 
         Statuses of a failure: those of :meth:`Decoder.apply`, ``decoder_timeout`` and ``decoder_crashed``.
 
@@ -81,7 +116,7 @@ class Decoders:
         try:
             self.children.check_wanted(abandoned)
             slot = slot or _Slot(self)
-            return slot.decode(encoded, spec, abandoned)
+            return slot.decode(encoded, spec, abandoned, give_back)
         except BaseException:
             if slot is not None:
                 slot.retire()
@@ -131,15 +166,25 @@ class _Slot:
             self._inbox.close()
             raise
         self._child: Child | None = None
-        self._answer: Answer | None = None
+        self._answers = Answers(self._outbox.fileno())
 
     def decode(
-        self, encoded: list[bytes], spec: PreprocessSpec, abandoned: Callable[[], bool]
+        self,
+        encoded: list[bytes],
+        spec: PreprocessSpec,
+        abandoned: Callable[[], bool],
+        give_back: list[GiveBack] | None,
     ) -> list[Pixels | Failure]:
         pieces = self._take(encoded)
         results: list[Pixels | Failure] = []
+        answer = None
+        if give_back is not None and (answer := self._answers.to_lend(spec, self._decoders.lent)) is not None:
+            give_back.append(partial(self._answers.give_back, answer))
         while len(results) < len(pieces):
-            found, trouble = self._ask(pieces[len(results) :], spec, abandoned)
+            found, trouble = self._ask(
+                pieces[len(results) :], answer or self._answers.own(spec), abandoned, copy=answer is None
+            )
+            answer = None
             results += found
             if trouble is not None and len(results) < len(pieces):
                 results.append(trouble)
@@ -147,7 +192,7 @@ class _Slot:
             # Another image may be the cause: this one is tried once more, by a new process.
             if isinstance(result, Failure) and _worth_a_retry(result):
                 self.retire()
-                found, trouble = self._ask([pieces[index]], spec, abandoned)
+                found, trouble = self._ask([pieces[index]], self._answers.own(spec), abandoned)
                 again = found[0] if found else trouble or result
                 if again is _KILLED_BY_OTHERS and result is _KILLED_BY_OTHERS:
                     raise DecoderUnavailable(
@@ -180,36 +225,40 @@ class _Slot:
         self.retire()
         self._inbox.close()
         self._outbox.close()
-        self._answer = None
+        self._answers.close()
 
     def _take(self, encoded: list[bytes]) -> list[tuple[int, int]]:
-        pieces, offset = [], 0
-        while encoded:
-            data = memoryview(encoded.pop(0))
-            pieces.append((offset, data.nbytes))
-            while data:
-                try:
-                    written = os.pwrite(self._inbox.fileno(), data, offset)
-                except OSError as error:
-                    raise unavailable(f"no room for its input: {error}") from error
-                data, offset = data[written:], offset + written
+        *starts, end = accumulate(map(len, encoded), initial=0)
+        pieces = list(zip(starts, map(len, encoded), strict=True))
+        try:
+            written = os.pwritev(self._inbox.fileno(), encoded, 0)
+            if written < end:
+                # One call writes no more than 2 GiB.
+                rest = memoryview(b"".join(encoded))
+                while written < end:
+                    written += os.pwrite(self._inbox.fileno(), rest[written:], written)
+        except OSError as error:
+            raise unavailable(f"no room for its input: {error}") from error
+        encoded.clear()
         return pieces
 
     def _ask(
-        self, pieces: Sequence[tuple[int, int]], spec: PreprocessSpec, abandoned: Callable[[], bool]
+        self,
+        pieces: Sequence[tuple[int, int]],
+        answer: Answer,
+        abandoned: Callable[[], bool],
+        *,
+        copy: bool = True,
     ) -> tuple[list[Pixels | Failure], Failure | None]:
         """Results that the process finished, and the failure that kept it from the next image."""
         child = self.start(abandoned)
-        if self._answer is None or self._answer.spec != spec:
-            self._answer = Answer(self._outbox.fileno(), spec)
-        answer = self._answer
         try:
             answer.clear()
         except OSError as error:
             raise unavailable(f"no room for its output: {error}") from error
         answered, overdue = b"", None
         try:
-            child.control.sendall(request(pieces, spec))
+            child.control.sendall(request(pieces, answer.spec, answer.start))
             answered = self._listen(child, answer, len(pieces), abandoned)
         except _Overdue as error:
             overdue = error
@@ -218,7 +267,7 @@ class _Slot:
         # It ends before its answer is read: an image that was finished just now has not failed.
         trouble = None if answered == DONE else self._end(child, wait=answered == b"" and overdue is None)
         try:
-            found = answer.finished(len(pieces))
+            found = answer.finished(len(pieces), copy=copy)
         except InvalidAnswer as error:
             found, trouble = [], Failure(CRASHED, f"the decoder's answer makes no sense: {error}")
         if overdue is not None and found[overdue.index :]:

@@ -118,8 +118,6 @@ class Children:
             **fds,
             "parent": os.getpid(),
             "memory": self.memory,
-            # It writes pixels and nothing else; they are a part of what it may hold.
-            "written": self.memory,
             "decoder": self._decoder.rules(),
         }
         with theirs:

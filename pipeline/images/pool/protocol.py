@@ -16,7 +16,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import mmap
 import os
+from collections import deque
 from collections.abc import Sequence
 from enum import IntEnum
 from functools import cached_property, lru_cache
@@ -26,10 +28,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.core.records import Failure, Pixels, PreprocessSpec
-from pipeline.images.pool.shared_memory import cannot_shrink, shared
+from pipeline.images.pool.shared_memory import Window, cannot_shrink, shared
 
 # Images of one request at most.
-CHUNK = 8
+CHUNK = 32
 # Bytes kept for a failure's status and text.
 TEXT = 4096
 # Bytes that a process sends on its socket: it is ready for requests; it is done with one.
@@ -62,16 +64,20 @@ class InvalidAnswer(Exception):
     """An answer that breaks the protocol."""
 
 
-def request(pieces: Sequence[tuple[int, int]], spec: PreprocessSpec) -> bytes:
-    """The images at (offset, size) of the first file, as ``spec`` wants them; with its length in front."""
-    text = json.dumps(pieces).encode() + b"\n" + _text_of(spec)
+def request(pieces: Sequence[tuple[int, int]], spec: PreprocessSpec, start: int) -> bytes:
+    """The images at (offset, size) of the first file, as ``spec`` wants them; with its length in front.
+
+    They are answered from ``start`` of the second file on.
+    """
+    text = json.dumps([start, *pieces]).encode() + b"\n" + _text_of(spec)
     return len(text).to_bytes(4, "little") + text
 
 
-def parse_request(text: bytes) -> tuple[list[tuple[int, int]], PreprocessSpec]:
-    """The images and the spec of a :func:`request`."""
-    pieces, _, spec = text.partition(b"\n")
-    return [(offset, size) for offset, size in json.loads(pieces)], _spec_of(spec)
+def parse_request(text: bytes) -> tuple[list[tuple[int, int]], PreprocessSpec, int]:
+    """The images, the spec and the start of a :func:`request`."""
+    numbers, _, spec = text.partition(b"\n")
+    start, *pieces = json.loads(numbers)
+    return [(offset, size) for offset, size in pieces], _spec_of(spec), start
 
 
 @lru_cache(4)
@@ -87,17 +93,17 @@ def _spec_of(text: bytes) -> PreprocessSpec:
 
 
 class Answer:
-    """The second file of a process, as both sides use it."""
+    """The answer to one request, from ``start`` of the second file of a process on, as both sides use it."""
 
-    def __init__(self, fd: int, spec: PreprocessSpec) -> None:
-        self._fd, self.spec = fd, spec
+    def __init__(self, fd: int, spec: PreprocessSpec, start: int = 0, *, window: Window | None = None) -> None:
+        self._fd, self.spec, self.start, self._window = fd, spec, start, window
         self._shape = (*spec.size, 3)
         self._bytes = math.prod(self._shape)
 
     @property
     def size(self) -> int:
-        """Bytes of the whole file."""
-        return self._pixels_at(CHUNK)
+        """Bytes of an answer: whole pages."""
+        return -(-self._pixels_at(CHUNK) // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
 
     def clear(self) -> None:
         """Make room, and clear the last answer.
@@ -105,12 +111,12 @@ class Answer:
         Raises:
             OSError: there is no room.
         """
-        if os.fstat(self._fd).st_size < self.size:
-            os.ftruncate(self._fd, self.size)
-        if self._lasting:
+        if os.fstat(self._fd).st_size < self.start + self.size:
+            os.ftruncate(self._fd, self.start + self.size)
+        if self.lasting:
             self._memory[:CHUNK] = State.TODO
         else:
-            os.pwrite(self._fd, bytes(CHUNK), 0)
+            os.pwrite(self._fd, bytes(CHUNK), self.start)
 
     def mark(self, index: int, state: State) -> None:
         """Set the state of an image."""
@@ -120,7 +126,8 @@ class Answer:
         """Write an image's result."""
         if isinstance(result, Failure):
             text = f"{result.status}\n{result.error}".encode(errors="replace")[: TEXT - 4]
-            os.pwrite(self._fd, len(text).to_bytes(4, "little") + text, self._text_at(index))
+            record = len(text).to_bytes(4, "little") + text
+            self._memory[self._text_at(index) :][: len(record)] = np.frombuffer(record, dtype=np.uint8)
             self.mark(index, State.FAILED)
             return
         if result.rgb.shape != self._shape:
@@ -130,18 +137,27 @@ class Answer:
 
     @cached_property
     def _memory(self) -> NDArray[np.uint8]:
-        return shared(self._fd, self.size)
+        if self._window is not None and self._window.fits(self.start + self.size):
+            return self._window.part(self.start, self.size)
+        return shared(self._fd, self.size, self.start)
 
     @cached_property
     def _pixels(self) -> NDArray[np.uint8]:
-        return self._memory[self._pixels_at(0) :].reshape(CHUNK, *self._shape)
+        return self._memory[self._pixels_at(0) : self._pixels_at(CHUNK)].reshape(CHUNK, *self._shape)
 
     def states(self, count: int) -> list[int]:
         """The states of the first ``count`` images, at this moment."""
-        return list(os.pread(self._fd, count, 0))
+        return list(os.pread(self._fd, count, self.start))
 
-    def finished(self, count: int) -> list[Pixels | Failure]:
+    @cached_property
+    def lasting(self) -> bool:
+        """True if the file cannot be shortened; reading mapped pages behind the end of a file kills the reader."""
+        return cannot_shrink(self._fd)
+
+    def finished(self, count: int, *, copy: bool = True) -> list[Pixels | Failure]:
         """The results of the first images, up to the first that is not finished.
+
+        Without ``copy``, which a ``lasting`` file allows, the pixels are where the process wrote them.
 
         Raises:
             InvalidAnswer: the content does not fit the layout.
@@ -150,7 +166,7 @@ class Answer:
         if not _STATES.issuperset(states):
             raise InvalidAnswer("a state that does not exist")
         done = next((i for i, state in enumerate(states) if state not in _FINAL), len(states))
-        pixels = self._copy(done)
+        pixels = self._copy(done) if copy else self._pixels
         return [
             Pixels(rgb=pixels[index]) if states[index] == State.PIXELS else self._failure(index)
             for index in range(done)
@@ -158,20 +174,15 @@ class Answer:
 
     def _copy(self, count: int) -> NDArray[np.uint8]:
         """The first pixels, which the process may go on to change in the file."""
-        if self._lasting:
+        if self.lasting:
             return self._pixels[:count].copy()
         pixels = np.empty((count, *self._shape), dtype=np.uint8)
-        if count and os.preadv(self._fd, [pixels.data], self._pixels_at(0)) != pixels.nbytes:
+        if count and os.preadv(self._fd, [pixels.data], self.start + self._pixels_at(0)) != pixels.nbytes:
             raise InvalidAnswer("fewer pixels than it says")
         return pixels
 
-    @cached_property
-    def _lasting(self) -> bool:
-        # Reading mapped pages behind the end of a shortened file kills the reader.
-        return cannot_shrink(self._fd)
-
     def _failure(self, index: int) -> Failure:
-        record = os.pread(self._fd, TEXT, self._text_at(index))
+        record = os.pread(self._fd, TEXT, self.start + self._text_at(index))
         length = int.from_bytes(record[:4], "little")
         status, _, error = record[4 : 4 + length].decode(errors="replace").partition("\n")
         if length > TEXT - 4 or status not in STATUSES:
@@ -184,3 +195,51 @@ class Answer:
 
     def _pixels_at(self, index: int) -> int:
         return TEXT * (1 + CHUNK) + index * self._bytes
+
+
+class Answers:
+    """The answers in the second file of a process; some may be lent while others are asked for.
+
+    :meth:`give_back` may be called from another thread.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._own: Answer | None = None
+        self._idle: deque[Answer] = deque()
+        # Answers that may be lent, idle ones among them, and the end of all answers in the file.
+        self._count = self._end = 0
+
+    def own(self, spec: PreprocessSpec) -> Answer:
+        """The answer that is copied, and never lent."""
+        if self._own is None or self._own.spec != spec:
+            if not self._count:
+                self._end = 0
+            self._own = self._new(spec)
+        return self._own
+
+    def to_lend(self, spec: PreprocessSpec, most: int) -> Answer | None:
+        """An answer that is lent from now on, the one that was given back last; None if ``most`` are lent."""
+        while self._idle:
+            if (answer := self._idle.pop()).spec == spec:
+                return answer
+            self._count -= 1
+        if self._count >= most or not self.own(spec).lasting:
+            return None
+        self._count += 1
+        return self._new(spec)
+
+    def give_back(self, answer: Answer) -> None:
+        """Use an answer again that was lent."""
+        self._idle.append(answer)
+
+    def close(self) -> None:
+        """Release the memory that nobody holds."""
+        self._own = None
+        self._idle.clear()
+
+    def _new(self, spec: PreprocessSpec) -> Answer:
+        # Others may be lent: a place in the file belongs to one answer alone.
+        answer = Answer(self._fd, spec, self._end)
+        self._end += answer.size
+        return answer

@@ -11,6 +11,7 @@ import codecs
 import ctypes
 import errno
 import fcntl
+import gc
 import json
 import os
 import resource
@@ -29,10 +30,13 @@ from pipeline.core.records import Failure, Pixels, PreprocessSpec
 from pipeline.images import formats, jpeg  # noqa: F401
 from pipeline.images.decode import BLANK, EXACT, GLANCE, Decoder, limit_pixels
 from pipeline.images.pool.protocol import CRASHED, DONE, OUT_OF_MEMORY, READY, Answer, State, parse_request
+from pipeline.images.pool.shared_memory import Window
 
 PR_SET_NO_NEW_PRIVS = 38
 # Address space of the process itself, in bytes, where the system does not tell.
 OWN = 512 * 2**20
+# Addresses for answers, in bytes; they do not count as memory of an image.
+WINDOW = 2**30
 # Text in images; Python loads these from files when they are first used.
 _CODECS = ("ascii", "latin-1", "utf-8", "utf-16", "utf-16-be", "utf-16-le", "utf-32", "cp1252", "mac-roman")
 # Statuses that a lack of memory may cause.
@@ -81,13 +85,17 @@ def main() -> None:
     rules: dict[str, Any] = settings["decoder"]
     decoder = Decoder(**{**rules, "formats": tuple(rules["formats"])}, large_lock=lock)
     _load_all(decoder)
-    _give_up_rights(settings["memory"], settings["written"])
+    window = Window(settings["outbox"], WINDOW)
+    _give_up_rights(settings["memory"])
+    # Nothing of what is loaded by now is ever garbage.
+    gc.freeze()
     control.sendall(READY)
+    answer: Answer | None = None
     while head := control.recv(4, socket.MSG_WAITALL):
-        pieces, spec = parse_request(control.recv(int.from_bytes(head, "little"), socket.MSG_WAITALL))
-        if lock.answer is None or lock.answer.spec != spec:
-            lock.answer = Answer(settings["outbox"], spec)
-        answer = lock.answer
+        pieces, spec, start = parse_request(control.recv(int.from_bytes(head, "little"), socket.MSG_WAITALL))
+        if answer is None or (answer.spec, answer.start) != (spec, start):
+            # Answers that are not read yet are out of reach from here on.
+            lock.answer = answer = Answer(settings["outbox"], spec, start, window=window)
         for index, (offset, size) in enumerate(pieces):
             lock.index = index
             answer.mark(index, State.DECODING)
@@ -137,12 +145,13 @@ def _load_all(decoder: Decoder) -> None:
         fast.warm_up()
 
 
-def _give_up_rights(memory: int, written: int) -> None:
+def _give_up_rights(memory: int) -> None:
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 2)
     os.close(quiet)
     _lower(resource.RLIMIT_CORE, 0)
-    _lower(resource.RLIMIT_FSIZE, written)
+    # Answers are written as memory.
+    _lower(resource.RLIMIT_FSIZE, 0)
     if sys.platform == "linux":
         _libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     _lower(resource.RLIMIT_AS, _own() + memory)

@@ -15,13 +15,12 @@ from distributed.security import Security
 
 from pipeline.config.schema import ClusterConfig, Config
 from pipeline.core.errors import ClusterUnavailable
-from pipeline.images.factory import worker_threads
+from pipeline.core.processes import cores
+from pipeline.engine.loader import LEAST
 from pipeline.job.cluster import main_guard
 from pipeline.job.cluster.affinity import quiet
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
-# The rows of a chunk that the loader decodes at once, at least.
-_CHUNK = 8
 MOST_SHARDS = 32
 SETTINGS = {
     # :mod:`pipeline.job.cluster.dask_executor` finds the shard that ended a worker.
@@ -68,15 +67,24 @@ def open_cluster(config: Config) -> Iterator[Client]:
             logging.getLogger(name).setLevel(level)
 
 
-def shards_at_once(config: Config) -> int:
-    """Shards under way in a process, so that its loop never waits for the next one.
+def shards_at_once(config: Config, processes: int = 1) -> int:
+    """Shards under way in a process, so that its loop never waits for the next one; ``processes`` share the cores.
 
     One is written, one is embedded; and the loader keeps about two batches of rows in its hands, which short shards
-    must add up to.
+    must add up to. Feeders take whole shards, some each.
     """
+    import torch
+
+    from pipeline.engine.feeders import SHARDS, count_feeders
+
     batch = config.loader.batch_size or 256
-    held = batch + max(batch, 2 * _CHUNK * worker_threads(config))
-    return min(MOST_SHARDS, 2 + -(-held // config.manifest.shard_rows))
+    workers = config.loader.workers or config.cluster.cores or max(1, cores() // processes)
+    held = batch + max(batch, 2 * LEAST * workers)
+    gpus = {"cuda": 1, "slurm": config.cluster.slurm_gpus, "kubernetes": config.cluster.kubernetes_gpus}
+    on_gpu = gpus.get(config.cluster.name) or config.backend.device.startswith("cuda")
+    config = config.changed({"loader.workers": workers})
+    feeders = count_feeders(config, torch.device("cuda" if on_gpu else "cpu"))
+    return min(MOST_SHARDS, 2 + max(-(-held // config.manifest.shard_rows), SHARDS * feeders))
 
 
 def security(cluster: ClusterConfig) -> Security | None:
@@ -115,7 +123,7 @@ def open_processes(config: Config, environments: list[dict[str, str]]) -> Iterat
 
     cluster = config.cluster
     options = {
-        "nthreads": shards_at_once(config),
+        "nthreads": shards_at_once(config, len(environments)),
         "host": cluster.host,
         "protocol": "tls" if cluster.tls_ca else "tcp",
         "security": security(cluster),

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 # A stream that brings no shard ends, so that rows which wait for more are embedded: after so many seconds, at least,
 # without a batch, or twice what batches take here.
 SHORTEST, LONGEST, TICK = 0.25, 5.0, 0.02
+# On a GPU, feeders start first, each with its libraries; a stream that ended meanwhile would have them start again.
+STARTING = 20.0
 _STATES: dict[str, WorkerState] = {}
 _GUARD = threading.Lock()
 
@@ -83,7 +85,7 @@ class WorkerState:
         self._queue: queue.SimpleQueue[Shard] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._closed = self.drained = False
-        self._alive, self._gap = time.monotonic(), 0.0
+        self._alive, self._gap, self._patience = time.monotonic(), 0.0, SHORTEST
         self._events = EventSender(worker, spec.topic)
         self._log = Forward(self._events, self.name, logging.WARNING)
         logging.getLogger("pipeline").addHandler(self._log)
@@ -169,6 +171,7 @@ class WorkerState:
                 f"same files (there {found}, here {dict(self._spec.model)})"
             )
         try:
+            engine.start()
             engine.open(self._storage())
         except BaseException:
             engine.close()
@@ -225,6 +228,7 @@ class WorkerState:
         if engine.encoder.device.type == "cuda":
             # Opened in another thread, and the current device is each thread's own.
             torch.cuda.set_device(engine.encoder.device)
+            self._patience = STARTING
         if self._meter is None:
             self._meter = Meter(engine, str(self._worker.name), self._startup)
         meter = self._meter
@@ -232,7 +236,7 @@ class WorkerState:
         reports = embed(
             self._stream(first),
             self._job.result(),
-            Worker(engine.reader, engine.encoder, meter.clocks, meter.gpu),
+            Worker(engine.reader, engine.encoder, meter.clocks, meter.gpu, engine.feeders),
             on_batch=self._on_batch,
             on_commit=partial(self._report, meter),
         )
@@ -244,7 +248,7 @@ class WorkerState:
             try:
                 yield self._queue.get(timeout=TICK)
             except queue.Empty:
-                if self.drained or time.monotonic() - self._alive > max(SHORTEST, min(LONGEST, 2 * self._gap)):
+                if self.drained or time.monotonic() - self._alive > self._patience:
                     return
 
     def _on_batch(self, images: int) -> None:
@@ -252,6 +256,7 @@ class WorkerState:
             raise Interrupted(f"{self.name} is ending")
         now = time.monotonic()
         self._gap, self._alive = max(self._gap, now - self._alive), now
+        self._patience = max(SHORTEST, min(LONGEST, 2 * self._gap))
         self._events.count(images)
 
     def _report(self, meter: Meter, report: ShardReport) -> None:

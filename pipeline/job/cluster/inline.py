@@ -56,13 +56,17 @@ class Inline:
         engine = self._engine
         meter = self._meter = Meter(engine, "0", self._startup)
         try:
-            worker = Worker(engine.reader, engine.encoder, meter.clocks, meter.gpu)
+            worker = Worker(engine.reader, engine.encoder, meter.clocks, meter.gpu, engine.feeders)
             with closing(embed(shards, self._job, worker, on_batch=on_batch)) as reports:
                 for report in reports:
                     meter.add(report)
                     yield report
         finally:
             meter.lap()
+
+    def lap(self) -> None:
+        """Take the core seconds so far as those of the job; see :attr:`workers`."""
+        self._meter.lap()
 
     @property
     def workers(self) -> tuple[WorkerStats, ...]:

@@ -103,6 +103,7 @@ def rehearse(config: Config, began: float, limits: Limits, decoders: Decoders | 
         executor = Inline(storage)
         # Closed before the folder is removed.
         engine = opened.enter_context(Engine(scenes.config, decoders=decoders))
+        engine.start()
         engine.begin()
         prepared = executor.prepare(engine)
         done, damaged = commits.look(storage, prepared.plan, every_byte=False)

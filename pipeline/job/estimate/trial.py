@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.core.processes import Spent, spent
+from pipeline.core.processes import Spent
 from pipeline.core.records import Clocks, Shard, by_status
 from pipeline.dataset import commits
 from pipeline.dataset.parts import PartFormat, write_part
@@ -170,7 +170,10 @@ class _Stopwatch:
         return now
 
     def _mark(self, now: float) -> Mark:
-        return Mark(now, sum(self.images), len(self.times), self.executor.workers[0].clocks, spent())
+        self.executor.lap()
+        [worker] = self.executor.workers
+        used = Spent(worker.own_core_seconds, worker.child_core_seconds)
+        return Mark(now, sum(self.images), len(self.times), worker.clocks, used)
 
 
 @dataclass(frozen=True, slots=True)
