@@ -148,6 +148,8 @@ def _write(bench: _Bench) -> None:
         for shard in range(shards):
             own = ids[shard * SHARD : (shard + 1) * SHARD]
             writer.write_table(pa.table({"id": own, "image": pa.array(images, pa.binary())}), row_group_size=512)
+    # Else the system writes them while it is measured.
+    os.sync()
 
 
 def _whole(bench: _Bench, source: str) -> dict[str, float]:

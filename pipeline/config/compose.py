@@ -332,10 +332,11 @@ def _check_type(key: str, value: Any) -> list[Problem]:
     from omegaconf.errors import OmegaConfBaseException
 
     group, name, *entry = key.split(".")
-    typed = schema()
+    # A copy of the group alone takes a tenth of the time.
+    typed = deepcopy(_schema()[group])
     try:
-        OmegaConf.update(typed, key, value)
-        if key in AUTOMATIC and not OmegaConf.is_interpolation(typed[group], name):
+        OmegaConf.update(typed, ".".join((name, *entry)), value)
+        if key in AUTOMATIC and not OmegaConf.is_interpolation(typed, name):
             _number(value)
     except (OmegaConfBaseException, ValueError):
         if key in AUTOMATIC:
