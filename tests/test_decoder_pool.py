@@ -24,8 +24,9 @@ from PIL import Image
 
 from pipeline.config.schema import FORMATS
 from pipeline.core.errors import DecoderUnavailable, NumericalError
-from pipeline.core.records import Failure, ImageRef, Pixels, PreprocessSpec
+from pipeline.core.records import Failure, ImageBatch, ImageRef, Pixels, PreprocessSpec
 from pipeline.core.run_report import RunReport
+from pipeline.engine.loader import Loader, LoaderSpec
 from pipeline.images.decode import Decoder, limit_pixels
 from pipeline.images.pool import pool as module
 from pipeline.images.pool import processes
@@ -37,6 +38,8 @@ from pipeline.images.preprocess import preprocess
 from pipeline.images.reader import PixelReader
 from pipeline.images.sources.source import Source
 from pipeline.job.main import run_job
+from pipeline.manifest.manifest import open_manifest
+from pipeline.manifest.shards import cut
 from pipeline.models.hub import DEMO_FOLDER
 from tests.conftest import ROOT, data_folder
 from tests.jobs import StubEncoder, config_for, stub_backend
@@ -643,6 +646,32 @@ def test_lent_pixels_survive_a_crash_of_their_decoder(monkeypatch: pytest.Monkey
         others = decoders.decode([photo(5)] * 4, SPEC)
         assert statuses(others) == ["ok"] * 4
         assert all(alike(one, here(data)) for one, data in zip(found, images, strict=True) if isinstance(one, Pixels))
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_loader_gives_back_all_that_its_decoders_lent(tmp_path: Path, closed: bool) -> None:
+    pq.write_table(pa.table({"id": range(160), "image": [photo(n) for n in range(160)]}), tmp_path / "rows.parquet")
+    config = config_for(tmp_path / "rows.parquet", tmp_path / "out", manifest={"keep": []})
+    manifest = open_manifest(config.manifest)
+    decoders = Decoders(DECODER, processes=2, seconds=60.0, memory=2048 * MIB)
+    with PixelReader(Source(root=str(tmp_path), max_bytes=MIB), DECODER, SPEC, decoders) as reader:
+        spec = LoaderSpec(batch_size=16, workers=2, prefetch=1)
+        with Loader(manifest, reader, spec, timer=lambda stage, seconds: None) as loader:
+            for item in loader.stream(cut(manifest, 80)):
+                if isinstance(item, ImageBatch):
+                    assert all(
+                        alike(
+                            Pixels(item.pixels[i].permute(1, 2, 0).numpy()),
+                            here(photo(int(row) + 80 * item.shard.index)),
+                        )
+                        for i, row in enumerate(item.rows)
+                    )
+                    loader.release(item)
+                if closed:
+                    break
+        slots = [slot._answers for slot in decoders._slots.queue if slot is not None]
+        assert any(answers._count for answers in slots)
+        assert all(len(answers._idle) == answers._count for answers in slots)
 
 
 def test_a_decoder_cannot_touch_the_answers_before_its_own() -> None:

@@ -2,14 +2,11 @@
 
 One thread reads the manifest a little ahead. The feeder hands chunks of rows to a pool of decoding threads,
 takes the results back in order, fills buffers that are used again and again, and (on CUDA) copies them ahead
-on a stream of its own. Threads live anywhere: in a Dask worker, in a container with a small /dev/shm, after
-CUDA was started; what they decode is decoded for them by processes of :mod:`pipeline.images.pool.pool`.
+on a stream of its own. What the threads decode is decoded for them by processes of :mod:`pipeline.images.pool.pool`.
 
-Chosen by measurement (jobs/results/loaders-cpu.md: four sizes, three sources, two cores). Against these threads,
-medians of torch's DataLoader were 0.94 with the decoder ``exact`` and 1.06 with ``fast``, those of SPDL 0.95 and 0.73;
-contained as here 1.03 and (with the thread more that :mod:`pipeline.engine.loop` gives) 0.92 to 0.95. Speed does not
-decide, then, but where they live: DataLoader's processes may not be started in a Dask worker, and its batches of 512
-images do not fit into a /dev/shm of 64 MB; with either of the two, an image that crashes its decoder ends the run.
+Torch's DataLoader and SPDL are not faster (jobs/results/loaders-cpu.md). DataLoader's processes may not be started in a
+Dask worker, and its batches do not fit into a /dev/shm of 64 MB; with either, an image that crashes its decoder ends
+the run.
 
 What a batch holds follows from the manifest and the config alone: the rows of one shard that could be decoded, in
 order and without repeats, ``batch_size`` at a time, the last one filled up with pictures of its own.
@@ -74,7 +71,6 @@ class _Chunk:
     start: int
     rows: int
     results: Future[list[Pixels | Failure | None]]
-    give_back: list[GiveBack]
 
 
 @dataclass(slots=True)
@@ -153,6 +149,8 @@ class Loader:
         self._ready: queue.SimpleQueue[ImageBatch | ShardRows | BaseException | None] = queue.SimpleQueue()
         self._room = threading.Semaphore(WAITING_SHARDS)
         self._stopped = threading.Event()
+        # What gives the answers of the decoders back, for each task whose pictures are not in a batch yet.
+        self._lent: deque[list[GiveBack]] = deque()
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Loader:
@@ -225,6 +223,9 @@ class Loader:
             self._ready.put(error)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+            for lent in self._lent:
+                for give_back in lent:
+                    give_back()
 
     def _feed(self, shards: Iterable[Shard], pool: ThreadPoolExecutor) -> None:
         """Keep about a batch of rows in the pool, across shard boundaries, and fill batches in order."""
@@ -291,9 +292,10 @@ class Loader:
                 part = item.images[start : start + self._task]
                 first = item.start + start
                 known = partial(item.repeats.known, first) if item.repeats is not None else None
-                give_back: list[GiveBack] = []
-                future = pool.submit(self._reader.read_all, part, self._timer, self._stopped.is_set, known, give_back)
-                yield _Chunk(item.shard, item.repeats, first, len(part), future, give_back)
+                self._lent.append([])
+                arguments = (part, self._timer, self._stopped.is_set, known, self._lent[-1])
+                future = pool.submit(self._reader.read_all, *arguments)
+                yield _Chunk(item.shard, item.repeats, first, len(part), future)
 
     def _take(self, done: _Chunk | ShardRows, filling: _Filling | None) -> _Filling | None:
         filling = filling or _Filling(done.shard)
@@ -322,7 +324,7 @@ class Loader:
             filling.rows.append(position)
             if len(filling.rows) == self._batch_size:
                 self._finish(filling)
-        for give_back in done.give_back:
+        for give_back in self._lent.popleft():
             give_back()
         return filling
 
@@ -331,10 +333,9 @@ class Loader:
         slot = self._slots[filling.slot]
         count = len(filling.rows)
         slot.fill(count, self._cuda)
-        pixels = slot.batch()
         rows = np.asarray(filling.rows, dtype=np.int64)
         self._timer(Stage.COPY, time.perf_counter() - started)
-        self._ready.put(ImageBatch(shard=filling.shard, rows=rows, pixels=pixels, slot=filling.slot))
+        self._ready.put(ImageBatch(shard=filling.shard, rows=rows, pixels=slot.batch(), slot=filling.slot))
         filling.rows, filling.slot = [], -1
 
     def _take_slot(self) -> int:
@@ -343,8 +344,7 @@ class Loader:
                 index = self._free.get(timeout=POLL)
             except queue.Empty:
                 continue
-            copied = self._slots[index].copied
-            if copied is not None:
+            if (copied := self._slots[index].copied) is not None:
                 copied.synchronize()
             return index
         raise Abandoned
