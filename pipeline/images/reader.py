@@ -20,7 +20,7 @@ from pipeline.images.sources.source import Source
 if TYPE_CHECKING:
     from pipeline.images.gpu.decoder import NvidiaDecoder
 
-# Encoded bytes that are read before they are decoded: eight photos, but not eight files of images.max_bytes.
+# Encoded bytes that are read before they are decoded: a request of photos, but not of files of images.max_bytes.
 HELD = 32 * 2**20
 Timer = Callable[[str, float], None]
 
