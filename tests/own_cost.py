@@ -37,7 +37,7 @@ from pipeline.core.records import Failure, ImageRef, Pixels, PreprocessSpec, Tex
 from pipeline.dataset.parts import part_format
 from pipeline.engine.loop import Job, Worker, embed
 from pipeline.images.decode import Decoder
-from pipeline.images.pool.pool import Decoders
+from pipeline.images.pool.pool import Decoders, GiveBack
 from pipeline.images.reader import PixelReader
 from pipeline.images.sources.source import Source
 from pipeline.manifest.manifest import open_manifest
@@ -64,8 +64,14 @@ class ReadySource:
 class ReadyDecoders:
     """Looks the picture up by the number at the end of the path."""
 
+    processes, lent = 1, 0
+
     def decode(
-        self, encoded: list[bytes], spec: PreprocessSpec, abandoned: Callable[[], bool]
+        self,
+        encoded: list[bytes],
+        spec: PreprocessSpec,
+        abandoned: Callable[[], bool],
+        give_back: list[GiveBack] | None,
     ) -> list[Pixels | Failure]:
         return [PICTURES[int(data[-9:]) % MANY] for data in encoded]
 

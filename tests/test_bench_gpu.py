@@ -142,7 +142,8 @@ def test_a_step_that_fails_says_its_last_line_and_keeps_its_figures(tmp_path: Pa
 
 
 def test_the_exception_of_a_step_is_named_also_where_another_line_is_its_last(tmp_path: Path) -> None:
-    code = "import sys; print('torch.OutOfMemoryError: CUDA out of memory'); sys.exit('Set HYDRA_FULL_ERROR=1')"
+    last = "sys.exit('Set HYDRA_FULL_ERROR=1')"
+    code = f"import sys; print('torch.OutOfMemoryError: CUDA out of memory', flush=True); {last}"
     found = run_step(step("a", commands=(python(code),)), 30.0, tmp_path)
     assert found.reason == (
         "the process ended with exit code 1: Set HYDRA_FULL_ERROR=1 (torch.OutOfMemoryError: CUDA out of memory)"

@@ -16,7 +16,7 @@ LIGHT = """
 import multiprocessing, os, sys
 from pipeline.job.cluster import main_guard
 
-print("ran")
+print("ran", flush=True)
 
 def begin():
     main_guard.leave_if_run_again()
