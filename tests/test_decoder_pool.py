@@ -635,6 +635,24 @@ def test_lent_pixels_stay_as_they_are_until_they_are_given_back() -> None:
         assert all(alike(found, here(photo(9))) for [found] in kept)
 
 
+def test_where_files_must_stay_small_pixels_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    grow = os.ftruncate
+
+    def limited(fd: int, size: int) -> None:
+        if size > Answer(fd, SPEC).size:
+            raise OSError(errno.EFBIG, "File too large")
+        grow(fd, size)
+
+    monkeypatch.setattr("os.ftruncate", limited)
+    given: list[Callable[[], None]] = []
+    with pool(processes=1) as decoders:
+        decoders.lent = 2
+        for number in range(3):
+            [found] = decoders.decode([photo(number)], SPEC, give_back=given)
+            assert alike(found, here(photo(number)))
+    assert given == []
+
+
 def test_lent_pixels_survive_a_crash_of_their_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIPELINE_FAILPOINTS", "child.decode[MARK]=kill:SIGSEGV")
     images = [photo(1), photo(2), photo(3, mark="MARK"), photo(4)]

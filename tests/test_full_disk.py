@@ -189,7 +189,8 @@ def limited_command(*overrides: str) -> int:
 @pytest.mark.slow
 def test_a_limit_on_the_size_of_files(manifest: Path, unbroken: dict[str, bytes], tmp_path: Path) -> None:
     config = config_of(manifest, tmp_path / "out")
-    arguments = [*overrides_of(config), f"manifest.keep=[{','.join(KEEP)}]"]
+    # Decoders need files of some megabytes in memory.
+    arguments = [*overrides_of(config), f"manifest.keep=[{','.join(KEEP)}]", "loader.isolation=none"]
     child = forks().start("tests.test_full_disk:limited_command", *arguments)
     assert child.wait() == 1, child.said()
     assert f"error: {tmp_path}/out/part-00000-*.parquet: " in child.said()

@@ -226,8 +226,15 @@ class Answers:
             self._count -= 1
         if self._count >= most or not self.own(spec).lasting:
             return None
+        answer = self._new(spec)
+        try:
+            answer.clear()
+        except OSError:
+            # The system allows no larger file (ulimit -f): the answer that is copied must do.
+            self._end -= answer.size
+            return None
         self._count += 1
-        return self._new(spec)
+        return answer
 
     def give_back(self, answer: Answer) -> None:
         """Use an answer again that was lent."""
