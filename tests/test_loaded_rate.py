@@ -77,7 +77,7 @@ def test_a_batch_is_taken_for_each_that_was_encoded_and_small_manifests_come_aga
     with caplog.at_level(logging.INFO):
         found = rate(scenes_manifest(tmp_path / "m.parquet", rows, damaged={}), encoder)
     assert 0 < found <= BATCH / PACE
-    # What was ready at the end is given back too.
+    # Batches that were ready at the end are given back too.
     assert 0.3 * encoder.batches <= len(taken) <= encoder.batches + 10
     numbers = [batch.shard.index for batch in taken]
     assert numbers == sorted(numbers)
@@ -127,7 +127,7 @@ def test_other_processes_read_beside_the_encoder_and_end(tmp_path: Path, loader:
 
 
 def _is_ours(process: Path) -> bool:
-    """Whether a process is a child of this one that reads or decodes."""
+    """Return True if a process is a child of this one that reads or decodes."""
     try:
         child = f"PPid:\t{os.getpid()}\n" in (process / "status").read_text()
         return child and b"\0pipeline." in (process / "cmdline").read_bytes()

@@ -56,7 +56,7 @@ def open_encoder(
         graph=cuda and config.cuda_graph,
     )
     encoder = ModuleEncoder(forward, checkpoint, info)
-    # What is compiled or captured has one shape.
+    # A compiled or captured forward has one shape.
     encoder.flexible = config.compile == "none" and not info.graph
     return encoder
 

@@ -26,7 +26,7 @@ from pipeline.images.pool.processes import nameless_file, python_path
 class FeederProcess:
     """A process, the connection to it, and the file of its memory, which is empty at first."""
 
-    process: subprocess.Popen[bytes]
+    popen: subprocess.Popen[bytes]
     connection: Connection
     file: IO[bytes]
     sending: threading.Lock = field(default_factory=threading.Lock)
@@ -38,8 +38,8 @@ class FeederProcess:
 
     def end(self) -> None:
         """Kill the process, unless it has ended, and release what belongs to it."""
-        self.process.kill()
-        self.process.wait()
+        self.popen.kill()
+        self.popen.wait()
         self.connection.close()
         self.file.close()
 

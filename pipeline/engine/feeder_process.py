@@ -15,7 +15,6 @@ import queue
 import signal
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Iterator
 from contextlib import suppress
@@ -28,7 +27,7 @@ import pyarrow as pa
 
 from pipeline.config.schema import Config
 from pipeline.core.errors import BackendUnavailable, PipelineError
-from pipeline.core.processes import Spent, end_with, spent
+from pipeline.core.processes import end_with, spent
 from pipeline.core.records import Failure, ImageBatch, PreprocessSpec, Shard, ShardRows
 from pipeline.engine.buffers import SharedSlot
 from pipeline.engine.loader import Loader, LoaderSpec
@@ -39,9 +38,6 @@ from pipeline.images.pool.shared_memory import shared
 from pipeline.images.reader import PixelReader
 from pipeline.manifest.manifest import Manifest
 from pipeline.telemetry.clocks import StageClocks
-
-# The core seconds are asked for no more often than that: all processes of the machine are looked at.
-SPENT_SECONDS = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +72,7 @@ class _Feeder:
         self._connection, self._clocks = connection, StageClocks()
         self._shards: queue.SimpleQueue[Shard | None] = queue.SimpleQueue()
         # Imports, and the start of the decoders, are no work of the run.
-        self._before, self._spent, self._asked = spent(), Spent(0.0, 0.0), 0.0
+        self._before = spent()
 
     def run(self, spec: FeederSpec, decoders: Decoders | None, memory: int) -> None:
         pixels = shared(memory, int(np.prod(spec.shape))).reshape(spec.shape)
@@ -89,8 +85,7 @@ class _Feeder:
                     self._send_item(item)
             peak = decoders.peak_rss() if decoders is not None else 0
         # All decoders have ended, so that their core time is whole.
-        self._asked = 0.0
-        self._send({"end": True, "peak_decoder": peak})
+        self._send({"end": True, "peak_decoder": peak, "spent": self._spent()})
 
     def _listen(self, loader: Loader) -> None:
         try:
@@ -123,6 +118,7 @@ class _Feeder:
                 "rows": item.shard.index,
                 "failures": [[row, failure.status, failure.error] for row, failure in item.failures.items()],
                 "repeats": list(item.repeats.items()),
+                "spent": self._spent(),
             },
             sink.getvalue(),
         )
@@ -130,11 +126,13 @@ class _Feeder:
     def _send(self, content: dict[str, object], data: bytes | pa.Buffer = b"") -> None:
         clocks = self._clocks.total()
         by_stage = {name: [clocks.seconds[name], clocks.cores[name]] for name in clocks.seconds}
-        if time.monotonic() - self._asked > SPENT_SECONDS:
-            self._spent, self._asked = spent() - self._before, time.monotonic()
-        told = {"clocks": by_stage, "spent": [self._spent.own, self._spent.children]}
-        self._connection.send_bytes(json.dumps({**content, **told}).encode())
+        self._connection.send_bytes(json.dumps({**content, "clocks": by_stage}).encode())
         self._connection.send_bytes(data)
+
+    def _spent(self) -> list[float]:
+        """Core seconds of this process and of its decoders. All processes of the machine are read for it."""
+        since = spent() - self._before
+        return [since.own, since.children]
 
     def fail(self, error: Exception) -> None:
         """Send the error that ends this process."""
@@ -154,7 +152,7 @@ def open_reader(spec: FeederSpec, decoders: Decoders | None = None) -> PixelRead
         return reader
     import torch
 
-    # The job has logged what it has to say.
+    # The process of the job has logged the same warnings.
     logging.getLogger("pipeline.images.gpu").setLevel(logging.ERROR)
     device = torch.device(spec.gpu.device)
     if device.type == "cuda":
@@ -171,7 +169,7 @@ def open_reader(spec: FeederSpec, decoders: Decoders | None = None) -> PixelRead
 
 
 def parse_rows(shard: Shard, content: dict[str, object], data: bytes) -> ShardRows:
-    """The rows of a shard, as a feeder told them."""
+    """The rows of a shard, from the message of a feeder."""
     failures: list[tuple[int, str, str]] = content["failures"]  # type: ignore[assignment]
     repeats: list[tuple[int, int]] = content["repeats"]  # type: ignore[assignment]
     return ShardRows(

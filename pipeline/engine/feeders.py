@@ -79,7 +79,7 @@ def open_feeders(config: Config, device: torch.device) -> FeederPool | None:
 
 @dataclass(slots=True)
 class _Feeder:
-    """A process and its memory; ``shards`` are those that it has, ``clocks`` and ``spent`` what it told last."""
+    """A process and its memory; ``shards`` are those that it has, ``clocks`` and ``spent`` the last figures of it."""
 
     process: FeederProcess
     pixels: NDArray[np.uint8]
@@ -135,7 +135,7 @@ class Feeders:
         for feeder in self._feeders:
             if feeder.ended:
                 with suppress(subprocess.TimeoutExpired):
-                    feeder.process.process.wait(END_SECONDS)
+                    feeder.process.popen.wait(END_SECONDS)
         self._pool.close()
         if self._copies is not None:
             self._copies.close()
@@ -246,7 +246,7 @@ class Feeders:
         if "error" in content:
             raise _error_of(content)
         now = Clocks(*({name: pair[i] for name, pair in content["clocks"].items()} for i in (0, 1)))
-        spent = Spent(*content["spent"])
+        spent = Spent(*content["spent"]) if "spent" in content else feeder.spent
         self._clocks.merge(_since(feeder.clocks, now), spent - feeder.spent)
         feeder.clocks, feeder.spent = now, spent
         if "end" in content:
@@ -281,7 +281,7 @@ def _since(before: Clocks, now: Clocks) -> Clocks:
 
 
 def _lost(feeder: _Feeder) -> DecoderUnavailable:
-    code = feeder.process.process.wait()
+    code = feeder.process.popen.wait()
     how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
     return DecoderUnavailable(
         f"a feeder process {how}, most often because the machine has no memory left; the same command goes on, with "

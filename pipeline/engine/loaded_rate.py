@@ -43,7 +43,7 @@ def rate_beside_loader(config: Config, manifest: Manifest, worker: Worker, secon
     """
     encoder, reader = worker.encoder, worker.reader
     config = config.changed({"loader.batch_size": encoder.batch_size})
-    # What a loader that is stopped has borrowed from decoders is not given back, so these are not those of the job.
+    # A loader that is stopped ends decoders in the middle of an image; those of the job go on.
     decoders = None if reader.decoders is None else reader.decoders.like(reader.decoder)
     with (
         replace(reader, decoders=decoders) as reader,

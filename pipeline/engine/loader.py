@@ -149,7 +149,7 @@ class Loader:
         self._ready: queue.SimpleQueue[ImageBatch | ShardRows | BaseException | None] = queue.SimpleQueue()
         self._room = threading.Semaphore(WAITING_SHARDS)
         self._stopped = threading.Event()
-        # What gives the answers of the decoders back, for each task whose pictures are not in a batch yet.
+        # For each task whose pictures are not in a batch yet: calls that give its decoder's answers back.
         self._lent: deque[list[GiveBack]] = deque()
         self._thread: threading.Thread | None = None
 

@@ -48,7 +48,7 @@ class Meter:
         """Take the core seconds so far as those of the job."""
         self._spent, others = spent() - self._before, self.clocks.others
         if others is not None:
-            # The children of this process are feeders, whose imports do not count; they tell of their own decoders.
+            # The children are feeders: their imports do not count, and they send the figures of their decoders.
             self._spent = Spent(self._spent.own + others.own, others.children)
 
     def stats(self) -> WorkerStats:
