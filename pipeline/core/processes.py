@@ -12,7 +12,7 @@ import stat
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,27 +156,32 @@ class Spent:
         return Spent(self.own - earlier.own, self.children - earlier.children)
 
 
-def spent() -> Spent:
-    """Core seconds used so far; what children have started counts too. Of those that live, on Linux only."""
+def spent(among: Iterable[int] | None = None) -> Spent:
+    """Core seconds used so far; what children have started counts too. Of those that live, on Linux only.
+
+    Living processes are found in all of the machine, or ``among`` some.
+    """
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
-    every, tick = running(), os.sysconf("SC_CLK_TCK")
+    every, tick = running(among), os.sysconf("SC_CLK_TCK")
     living = sum(sum(every[pid][1:]) for pid in descendants([os.getpid()], every))
     return Spent(own=time.process_time(), children=ended.ru_utime + ended.ru_stime + living / tick)
 
 
-def running() -> dict[int, tuple[int, int, int]]:
-    """Every process: its parent, and core time (clock ticks) of its own and of the children that it waited for.
+def running(among: Iterable[int] | None = None) -> dict[int, tuple[int, int, int]]:
+    """Processes, by default all: their parent, and core time (clock ticks) of their own and of children waited for.
 
     Empty where the system does not tell.
     """
     found = {}
-    for name in filter(str.isdecimal, os.listdir("/proc") if os.path.isdir("/proc") else ()):
-        with suppress(OSError), open(f"/proc/{name}/stat", errors="replace") as file:
+    if among is None:
+        among = map(int, filter(str.isdecimal, os.listdir("/proc") if os.path.isdir("/proc") else ()))
+    for pid in among:
+        with suppress(OSError), open(f"/proc/{pid}/stat", errors="replace") as file:
             # proc(5): behind the name come state and parent, and as fields 14 to 17 the times.
             fields = file.read().rpartition(")")[2].split()
             if len(fields) > 14:
                 user, kernel, waited_user, waited_kernel = map(int, fields[11:15])
-                found[int(name)] = (int(fields[1]), user + kernel, waited_user + waited_kernel)
+                found[pid] = (int(fields[1]), user + kernel, waited_user + waited_kernel)
     return found
 
 

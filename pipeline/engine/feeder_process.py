@@ -27,7 +27,7 @@ import pyarrow as pa
 
 from pipeline.config.schema import Config
 from pipeline.core.errors import BackendUnavailable, PipelineError
-from pipeline.core.processes import end_with, spent
+from pipeline.core.processes import Spent, end_with, spent
 from pipeline.core.records import Failure, ImageBatch, PreprocessSpec, Shard, ShardRows
 from pipeline.engine.buffers import SharedSlot
 from pipeline.engine.loader import Loader, LoaderSpec
@@ -68,13 +68,14 @@ class FeederSpec:
 class _Feeder:
     """One run of the loader; requests are taken in a thread of its own."""
 
-    def __init__(self, connection: Connection) -> None:
-        self._connection, self._clocks = connection, StageClocks()
+    def __init__(self, connection: Connection, decoders: Decoders | None) -> None:
+        self._connection, self._decoders, self._clocks = connection, decoders, StageClocks()
         self._shards: queue.SimpleQueue[Shard | None] = queue.SimpleQueue()
         # Imports, and the start of the decoders, are no work of the run.
-        self._before = spent()
+        self._before = self._spent()
 
-    def run(self, spec: FeederSpec, decoders: Decoders | None, memory: int) -> None:
+    def run(self, spec: FeederSpec, memory: int) -> None:
+        decoders = self._decoders
         pixels = shared(memory, int(np.prod(spec.shape))).reshape(spec.shape)
         slots = [SharedSlot(buffer) for buffer in pixels]
         with open_reader(spec, decoders) as reader:
@@ -85,7 +86,7 @@ class _Feeder:
                     self._send_item(item)
             peak = decoders.peak_rss() if decoders is not None else 0
         # All decoders have ended, so that their core time is whole.
-        self._send({"end": True, "peak_decoder": peak, "spent": self._spent()})
+        self._send({"end": True, "peak_decoder": peak})
 
     def _listen(self, loader: Loader) -> None:
         try:
@@ -118,7 +119,6 @@ class _Feeder:
                 "rows": item.shard.index,
                 "failures": [[row, failure.status, failure.error] for row, failure in item.failures.items()],
                 "repeats": list(item.repeats.items()),
-                "spent": self._spent(),
             },
             sink.getvalue(),
         )
@@ -126,13 +126,13 @@ class _Feeder:
     def _send(self, content: dict[str, object], data: bytes | pa.Buffer = b"") -> None:
         clocks = self._clocks.total()
         by_stage = {name: [clocks.seconds[name], clocks.cores[name]] for name in clocks.seconds}
-        self._connection.send_bytes(json.dumps({**content, "clocks": by_stage}).encode())
+        since = self._spent() - self._before
+        content |= {"clocks": by_stage, "spent": [since.own, since.children]}
+        self._connection.send_bytes(json.dumps(content).encode())
         self._connection.send_bytes(data)
 
-    def _spent(self) -> list[float]:
-        """Core seconds of this process and of its decoders. All processes of the machine are read for it."""
-        since = spent() - self._before
-        return [since.own, since.children]
+    def _spent(self) -> Spent:
+        return spent(() if self._decoders is None else self._decoders.children.pids)
 
     def fail(self, error: Exception) -> None:
         """Send the error that ends this process."""
@@ -210,12 +210,12 @@ def main() -> None:
         spec: FeederSpec = connection.recv()
     except (EOFError, OSError):
         _leave()
-    feeder = _Feeder(connection)
+    feeder = _Feeder(connection, decoders)
     try:
         if decoders is not None:
             # With fewer shards than feeders, each has more cores than was known.
             decoders.grow(decoder_processes(spec.config))
-        feeder.run(spec, decoders, settings["memory"])
+        feeder.run(spec, settings["memory"])
     except Exception as error:
         feeder.fail(error)
 

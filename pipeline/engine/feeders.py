@@ -246,7 +246,7 @@ class Feeders:
         if "error" in content:
             raise _error_of(content)
         now = Clocks(*({name: pair[i] for name, pair in content["clocks"].items()} for i in (0, 1)))
-        spent = Spent(*content["spent"]) if "spent" in content else feeder.spent
+        spent = Spent(*content["spent"])
         self._clocks.merge(_since(feeder.clocks, now), spent - feeder.spent)
         feeder.clocks, feeder.spent = now, spent
         if "end" in content:

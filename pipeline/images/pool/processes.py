@@ -189,6 +189,11 @@ class Children:
         """Count the peak of processes that others started."""
         self._peak = max(self._peak, peak)
 
+    @property
+    def pids(self) -> list[int]:
+        """The processes that live."""
+        return list(self._alive)
+
     def stop(self) -> bool:
         """Kill all, and start no other one; False if that was done before."""
         if self._closed.is_set():
