@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 from pipeline.config.schema import Config
-from pipeline.core.errors import ModelError, StorageError
+from pipeline.core.errors import DecoderUnavailable, ModelError, StorageError
 from pipeline.engine import feeders
 from pipeline.engine.engine import Engine
 from pipeline.engine.feeder_pool import FeederPool, FeederProcess
@@ -145,6 +146,18 @@ def test_a_batch_size_is_measured_beside_feeders(manifest: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
+def test_a_feeder_without_room_for_its_batches_is_named(
+    manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(fd: int, size: int) -> None:
+        raise OSError(errno.EFBIG, "File too large")
+
+    monkeypatch.setattr("pipeline.engine.feeders.os.ftruncate", refused)
+    with pytest.raises(DecoderUnavailable, match=r"no room for the batches of a feeder, .*File too large.*ulimit -f"):
+        run_job(config_with(manifest, tmp_path / "out", 1))
+    assert _feeders_of(os.getpid()) == []
+
+
 def test_an_error_that_nobody_foresaw_has_its_traceback(manifest: Path, tmp_path: Path) -> None:
     config = config_with(manifest, tmp_path / "out", 1, isolation="none")
     child = forks().start("tests.forks:job", at(config, tmp_path / "out"), failpoints="read=raise:EIO@5")

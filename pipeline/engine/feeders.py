@@ -212,8 +212,14 @@ class Feeders:
         """A feeder with its memory and its work."""
         size = int(np.prod(self._spec.shape))
         process = self._pool.take()
-        os.ftruncate(process.file.fileno(), size)
-        pixels = shared(process.file.fileno(), size).reshape(self._spec.shape)
+        try:
+            os.ftruncate(process.file.fileno(), size)
+            pixels = shared(process.file.fileno(), size).reshape(self._spec.shape)
+        except OSError as error:
+            raise DecoderUnavailable(
+                f"no room for the batches of a feeder, {size:,} bytes: {error}; raise the limits on files and memory "
+                "(ulimit -f, ulimit -v), lower loader.batch_size, or read in the job (loader.feeders=0)"
+            ) from error
         if self._copies is not None:
             self._copies.pin(pixels)
         process.send(self._spec)
