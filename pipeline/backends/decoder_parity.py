@@ -1,4 +1,4 @@
-"""The gate of the decoders: before a job decodes otherwise than ``exact``, some images are compared with the same ones
+"""The gate of the decoders: if a job decodes otherwise than ``exact``, some images are compared with the same ones
 decoded exactly: all by their pixels, the furthest apart by their embeddings, which the encoder of the job makes."""
 
 from __future__ import annotations
@@ -53,10 +53,14 @@ def measure(encoder: ImageEncoder, sample: Sample, exact: Sample, bank: TextBank
     wanted = vectors.clone()
     if differ.any():
         chosen = tuple(id for id, other in zip(ids, differ.tolist(), strict=True) if other)
-        # Together: each alone would end in a batch that is not full.
-        both = torch.cat([ours[differ], theirs[differ]])
-        embedded = embed_sample(encoder, Sample(ids=chosen * 2, pixels=both), small=True)
-        vectors[differ], wanted[differ] = embedded.chunk(2)
+        if sample.vectors is not None and encoder.flexible:
+            vectors[differ] = sample.vectors[[place for place, _ in common]][differ]
+            wanted[differ] = embed_sample(encoder, Sample(ids=chosen, pixels=theirs[differ]), small=True)
+        else:
+            # Together: each alone would end in a batch that is not full, and in one of scales of its own.
+            both = torch.cat([ours[differ], theirs[differ]])
+            embedded = embed_sample(encoder, Sample(ids=chosen * 2, pixels=both), small=True)
+            vectors[differ], wanted[differ] = embedded.chunk(2)
     known = differ | equal
     ids = tuple(id for id, other in zip(ids, known.tolist(), strict=True) if other)
     parity = compare(vectors[known], wanted[known], ids=ids, bank=bank)
@@ -71,6 +75,11 @@ def distances(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
     wanted = theirs.flatten(1).float()
     apart: torch.Tensor = torch.linalg.vector_norm(ours.flatten(1).float() - wanted, dim=1)
     return apart / (wanted.std(dim=1) + 1)
+
+
+def is_pending(encoder: ImageEncoder, decoder: str, gate: Gate) -> bool:
+    """True if :func:`pass_gate` will have to measure: the output does not keep the figures of this job."""
+    return decoder != "exact" and gate.recorded(FILE, encoder) is None
 
 
 def pass_gate(
