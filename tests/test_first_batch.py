@@ -177,6 +177,20 @@ def test_a_job_without_a_single_good_image_is_compared_on_scenes(tmp_path: Path)
     assert report.counts["ok"] == 0
 
 
+def test_of_an_encoder_of_one_shape_both_gates_take_fp32_alone(
+    manifest: Path, tmp_path: Path, events: list[tuple[str, int]]
+) -> None:
+    for name, dtype in (("one", "float16"), ("two", "float32")):
+        events.clear()
+        groups: dict[str, dict[str, Any]] = {"images": {"decoder": "fast"}, "output": {"dtype": dtype}}
+        report = run(Static, job(manifest, tmp_path, name, parity={"images": BATCH}, **groups))
+    assert events[0] == ("backend", BATCH)
+    assert sorted(events[1:3]) == [("fp32", AGAIN), ("fp32", 16)]
+    assert events[3:] == [("backend", BATCH)] * 2
+    assert report.decoder_parity is not None
+    assert 0.999 < report.decoder_parity.lowest_cosine < 1
+
+
 # Backends that are broken
 
 

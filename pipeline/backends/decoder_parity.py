@@ -1,5 +1,5 @@
 """The gate of the decoders: if a job decodes otherwise than ``exact``, some images are compared with the same ones
-decoded exactly: all by their pixels, the furthest apart by their embeddings, which the encoder of the job makes."""
+decoded exactly: all by their pixels, the furthest apart by their embeddings, by the encoder of the job or fp32."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def pass_gate(
     None for ``exact``, with which the others are compared, and where there is nothing to compare.
 
     Args:
-        encoder: the job's own.
+        encoder: the job's own, or fp32 on the same device.
         decoder: ``images.decoder``.
         sample: draws pictures of the job by this decoder; None where none that was tried can be read.
         exact: draws the same pictures by ``exact``; not called if the figures are known.

@@ -107,9 +107,7 @@ def embed_reference(encoder: ImageEncoder, checkpoint: Checkpoint, sample: Sampl
 
 
 def _embed_exactly(encoder: ImageEncoder, checkpoint: Checkpoint, sample: Sample) -> Reference:
-    batch_size = min(-(-len(sample.ids) // encoder.streams), REFERENCE_BATCH)
-    exact = reference(checkpoint, encoder.device, batch_size=batch_size, sample=lambda: sample)
-    exact.streams = encoder.streams
+    exact = open_reference(encoder, checkpoint, len(sample.ids))
     vectors = embed_sample(exact, sample)
     if encoder.device.type == "cuda":
         # The reference is not part of the job's memory.
@@ -117,6 +115,18 @@ def _embed_exactly(encoder: ImageEncoder, checkpoint: Checkpoint, sample: Sample
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(encoder.device)
     return Reference(sample, vectors)
+
+
+def open_reference(encoder: ImageEncoder, checkpoint: Checkpoint, images: int) -> ImageEncoder:
+    """Eager fp32 on the encoder's device, in batches of its own for a few images, as many at a time as the encoder."""
+    batch_size = min(-(-images // encoder.streams), REFERENCE_BATCH)
+    exact = reference(checkpoint, encoder.device, batch_size=batch_size, sample=_no_sample)
+    exact.streams = encoder.streams
+    return exact
+
+
+def _no_sample() -> Sample:
+    raise NotImplementedError("fp32 is not calibrated")
 
 
 def measure(encoder: ImageEncoder, wanted: Reference, bank: TextBank | None, *, whole: bool = True) -> Parity:
