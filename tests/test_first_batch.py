@@ -209,7 +209,7 @@ def spoiled(broken: Callable[..., Wrapped], demo: Checkpoint, pictures: Sample) 
 
 
 @pytest.mark.parametrize("broken", BROKEN)
-@pytest.mark.parametrize("proved", [False, True])
+@pytest.mark.parametrize("proved", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_broken_backend_ends_the_job_before_anything_is_written(
     manifest: Path, tmp_path: Path, demo: Checkpoint, pictures: Sample, broken: Callable[..., Wrapped], proved: bool
 ) -> None:
