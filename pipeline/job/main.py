@@ -102,6 +102,7 @@ def run_job(config: Config, options: RunOptions | None = None) -> RunReport:
         # Plan: a backend that misses its gate writes nothing, and no part is written before the plan.
         with span("prepare"):
             prepared = executor.prepare(engine)
+        output.monitor.labels["backend"] = prepared.config.backend.name
         log_labels(engine.bank())
         write_plan(prepared, output.storage, output.held)
         executor.begin(job_of(engine, prepared))
