@@ -258,6 +258,11 @@ def test_other_versions_and_other_code_are_measured_anew(demo: Checkpoint, monke
     rates.keep(FP32.backend, Rate(10, 0.1))
     assert rates.find(FP32.backend) == Rate(10, 0.1)
     assert rates.find(replace(FP32.backend, precision="bf16")) is None
+    with monkeypatch.context() as other:
+        other.setenv("TORCHINDUCTOR_CACHE_DIR", "/elsewhere")
+        assert rates.find(FP32.backend) == Rate(10, 0.1)
+        other.setenv("OMP_NUM_THREADS", "1")
+        assert rates.find(FP32.backend) is None
     for name in ("_code", "cores"):
         with monkeypatch.context() as other:
             other.setattr(f"pipeline.backends.proofs.{name}", lambda: 77)

@@ -74,6 +74,9 @@ class Rates:
     def _recipe(self, backend: BackendConfig) -> Recipe:
         precision = choose_precision(backend, self.device)
         limits = {name: getattr(self.limits, name)[precision] for name in ("lowest_cosine", "mean_cosine", "top1")}
+        around = surroundings(self.device)
+        # The doctor has a compiler's cache of its own, which changes no rate.
+        environment = {name: value for name, value in around["environment"].items() if not name.endswith("_CACHE_DIR")}
         options = {
             "backend": backend.name,
             "precision": precision,
@@ -81,6 +84,7 @@ class Rates:
             "cuda_graph": backend.cuda_graph,
             "limits": limits,
             "version": VERSION,
-            **surroundings(self.device),
+            **around,
+            "environment": environment,
         }
         return recipe(KIND, self.checkpoint, options, BACKENDS[backend.name].packages)
