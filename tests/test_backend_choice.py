@@ -39,6 +39,7 @@ from pipeline.job.main import run_job
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from tests.jobs import config_for, content, scenes_manifest
 from tests.nights import Collection, night
+from tests.test_folder_job import Album
 
 CPU = torch.device("cpu")
 FP32 = Candidate(BackendConfig(precision="fp32"), 1.0)
@@ -373,6 +374,20 @@ def test_nights_stay_with_the_backend_of_the_first_one(tmp_path: Path) -> None:
     assert third.signs == first.signs
     plan = json.loads((store / "date=2026-11-03" / "_plan.json").read_bytes())
     assert plan["config"]["backend"]["name"] == "torch"
+
+
+@pytest.mark.usefixtures("_bf16")
+def test_an_update_of_a_folder_keeps_the_backend_of_its_dataset(tmp_path: Path) -> None:
+    album = Album(tmp_path, count=6)
+    config = album.config(backend={"name": "auto"})
+    remember(config, fp32=10.0, bf16=20.0)
+    album.run(backend={"name": "auto"})
+    rates = Rates(None, open_checkpoint(config.model), CPU, config.parity)
+    rates.forget(replace(config.backend, name="torch", precision="bf16"))
+    album.draw(7)
+    album.run(backend={"name": "auto"})
+    plan = json.loads((album.output / "_plan.json").read_bytes())
+    assert (plan["rows"], plan["config"]["backend"]["precision"]) == (7, "bf16")
 
 
 # The config
