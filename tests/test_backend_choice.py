@@ -26,11 +26,14 @@ from pipeline.backends.candidates import (
 )
 from pipeline.backends.rates import KIND, Rates
 from pipeline.backends.torch import open_encoder
+from pipeline.bench import pipeline as bench_pipeline
 from pipeline.config.schema import BackendConfig, Config, ModelConfig, ParityConfig
 from pipeline.config.validate import check
 from pipeline.core.errors import BackendUnavailable, ParityError
 from pipeline.core.records import Sample
 from pipeline.dataset.saved_config import with_backend_of
+from pipeline.doctor.batch import _with_backend
+from pipeline.doctor.extras import needed_by
 from pipeline.engine import backend_choice
 from pipeline.engine.backend_choice import Trial, settle_backend
 from pipeline.engine.demo.folder import rendered_sample
@@ -243,6 +246,14 @@ def test_what_cannot_be_opened_is_left_out_with_the_reason(
         settle_backend(auto(), demo, trial=machine.trial())
 
 
+def test_a_device_without_memory_for_fp32_takes_the_fastest_of_the_others(
+    demo: Checkpoint, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known_are(monkeypatch, FP32, BF16, INT8)
+    machine.errors = {"torch_fp32": torch.OutOfMemoryError("CUDA out of memory")}
+    assert settle_backend(auto(), demo, trial=machine.trial()).backend.name == "onnx_int8"
+
+
 def test_a_package_that_is_not_installed_is_named_with_its_command(
     demo: Checkpoint, machine: Machine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -405,6 +416,20 @@ def test_the_precision_goes_with_a_named_backend() -> None:
 def test_the_parts_of_a_job_name_their_backend() -> None:
     (problem,) = check(auto().changed({"cluster.part": "1/2"}))
     assert "name a backend with cluster.part" in str(problem)
+
+
+def test_the_bench_of_stages_wants_a_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench_pipeline.main(["backend=auto"]) == 2
+    assert "name a backend" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("_bf16")
+def test_the_doctor_tries_what_the_job_would_take(manifest: Path, tmp_path: Path) -> None:
+    config = job(manifest, tmp_path / "out")
+    assert needed_by(config) == {}
+    assert _with_backend(config).backend.precision == "bf16"
+    remember(config, fp32=10.0, bf16=5.0)
+    assert _with_backend(config).backend.precision == "fp32"
 
 
 def test_the_service_takes_what_is_remembered(manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

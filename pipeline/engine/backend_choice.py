@@ -132,16 +132,18 @@ class _Choice:
         job = min(known, default=trial.rows * image / fallback(self.known).speed)
         left = float("inf") if trial.whole else max(SECONDS, SHARE * job)
         streams = count_streams(self.config.backend.streams, self.device)
-        open_ones = [each for each in self.known if each not in rates]
-        # Cheap ones first, by what they promise.
-        for each in sorted(open_ones, key=lambda one: (not one.reference, one.making / one.speed)):
-            if each.missing:
-                self._reasons.append(f"{each} cannot be tried: {each.missing}")
-                continue
+        missing = {each: each.missing for each in self.known if each not in rates}
+        self._reasons += [f"{each} cannot be tried: {reason}" for each, reason in missing.items() if reason]
+        possible = [each for each, reason in missing.items() if not reason]
+        # Eager fp32, then cheap ones first, by what they promise.
+        for each in sorted(possible, key=lambda one: (not one.reference, one.making / one.speed)):
             images = BATCHES * streams * self._size(each, trial) / each.speed + self._compared
             cost = each.making + images * image + 2 * RATE_SECONDS
-            if cost > left or self.known[0] not in (each, *rates):
+            if cost > left:
                 self._reasons.append(f"{each} is not measured, which takes about {cost:,.0f} s")
+                if each.reference:
+                    # The others would have nothing to be weighed against.
+                    break
                 continue
             log.info("backend=auto: measuring %s, once for this model and machine", each)
             began = time.perf_counter()
