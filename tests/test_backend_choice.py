@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from pipeline.backends import candidates as module
+from pipeline.backends.artifacts.exports import GraphOptions, graph_recipe
 from pipeline.backends.artifacts.store import ArtifactStore
 from pipeline.backends.base import ImageEncoder
 from pipeline.backends.candidates import (
@@ -25,6 +26,7 @@ from pipeline.backends.candidates import (
     seconds_per_image,
 )
 from pipeline.backends.rates import KIND, Rates
+from pipeline.backends.tensorrt import ENGINES
 from pipeline.backends.torch import open_encoder
 from pipeline.bench import pipeline as bench_pipeline
 from pipeline.config.schema import BackendConfig, Config, ModelConfig, ParityConfig
@@ -152,6 +154,22 @@ def test_native_bf16_is_what_the_processor_says(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
     assert computes_bf16() is native
+
+
+@pytest.mark.parametrize(("capability", "fp8"), [((9, 0), ["torch_fp8"]), ((8, 0), [])])
+def test_on_cuda_fp8_needs_hopper_and_tensorrt_an_engine_of_the_model(
+    capability: tuple[int, int], fp8: list[str], demo: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    config, cuda = BackendConfig(device="cuda"), torch.device("cuda", 0)
+    wanted = ["torch fp32", "torch bf16", "torch bf16 compiled", *fp8]
+    known = candidates(config, demo, cuda)
+    assert [str(each) for each in known] == wanted
+    assert str(fallback(known)) == "torch bf16"
+    graph = graph_recipe(demo, GraphOptions(precision="fp16", fused=False))
+    (ArtifactStore(None).root / ENGINES / graph.fingerprint).mkdir(parents=True)
+    assert [str(each) for each in candidates(config, demo, cuda)] == [*wanted, "tensorrt"]
 
 
 def test_time_is_guessed_from_the_size_of_the_model(demo: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,6 +355,16 @@ def test_a_resume_keeps_the_backend_of_the_plan_without_measuring(
     assert again.rows == 24
     assert f"backend=auto: torch, as {tmp_path}/out/_plan.json says" in capsys.readouterr().err
     assert content(tmp_path / "out") == before
+
+
+@pytest.mark.gpu
+def test_a_gpu_takes_what_it_measured_and_the_dataset_is_that_of_the_named_backend(
+    manifest: Path, tmp_path: Path
+) -> None:
+    chosen = run_job(job(manifest, tmp_path / "auto", device="cuda")).config["backend"]
+    assert (chosen["name"], chosen["compile"]) == ("torch", "none")
+    run_job(job(manifest, tmp_path / "named", **chosen))
+    assert content(tmp_path / "auto") == content(tmp_path / "named")
 
 
 def test_plans_of_earlier_versions_name_the_backend_in_their_fingerprints() -> None:
