@@ -126,6 +126,16 @@ def test_an_error_of_a_worker_ends_the_job_as_it_is(client: Client, single: Conf
     same(single, tmp_path / "out")
 
 
+@pytest.mark.slow
+def test_a_backend_that_is_too_far_from_fp32_leaves_nothing(client: Client, single: Config, tmp_path: Path) -> None:
+    config = on(client, at(single, tmp_path / "out"))
+    config = config.changed({"backend.precision": "bf16", "parity.lowest_cosine": {"bf16": 1.0}})
+    with pytest.raises(errors.ParityError, match=r"parity\.lowest_cosine\.bf16 wants 1\.0") as caught:
+        run_job(config)
+    assert caught.value.exit_code == 4
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"_run.log"}
+
+
 def spoil(version: str) -> str:
     """Let this process say that its decoder is of another version; what it was."""
     from pipeline.engine import prepare

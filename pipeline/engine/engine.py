@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from dataclasses import replace
@@ -23,7 +23,7 @@ from pipeline.config.schema import BackendConfig, Config
 from pipeline.core.concurrency import aside
 from pipeline.core.errors import ManifestError, ParityError
 from pipeline.core.processes import cores
-from pipeline.core.records import PreprocessSpec, Sample, TextBank
+from pipeline.core.records import ImageRef, PreprocessSpec, Sample, TextBank
 from pipeline.dataset.names import check_columns
 from pipeline.engine.batch_size import Benchmark, settle_batch_size
 from pipeline.engine.demo import folder as demo
@@ -31,7 +31,7 @@ from pipeline.engine.feeder_pool import FeederPool
 from pipeline.engine.feeders import open_feeders
 from pipeline.engine.loaded_rate import rate_beside_loader
 from pipeline.engine.loop import Worker
-from pipeline.engine.sample import draw_sample
+from pipeline.engine.sample import draw_sample, read_sample
 from pipeline.images.factory import pixel_reader, with_gpu, worker_threads
 from pipeline.images.pool.pool import Decoders
 from pipeline.images.reader import PixelReader
@@ -215,10 +215,10 @@ class Engine:
         """Images of the manifest to compare decoders on; None where the ones that were tried are damaged."""
         return self._drawn(PICTURES)
 
-    def exactly_decoded_sample(self) -> Sample | None:
-        """The same images by the decoder ``exact``, with which the other decoders are compared."""
+    def exactly_decoded_sample(self, images: Sequence[ImageRef] | None = None) -> Sample | None:
+        """The same images, or those given, by the decoder ``exact``, with which the other decoders are compared."""
         with self.reader.exact() as reader:
-            return self._draw(reader, PICTURES)
+            return self._draw(reader, PICTURES) if images is None else read_sample(reader, images)
 
     def sample_or_scenes(self) -> Sample:
         """Images of the manifest, or rendered scenes: backends can be compared on those, decoders cannot."""

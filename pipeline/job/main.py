@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from pipeline.config.schema import Config
@@ -99,17 +100,17 @@ def run_job(config: Config, options: RunOptions | None = None) -> RunReport:
             engine.start()
         engine.begin()
 
-        # Plan: a backend that misses its gate writes nothing, and no part is written before the plan.
+        # Plan: written behind the gates, which may look at the first batch; no part is written before the plan.
         with span("prepare"):
             prepared = executor.prepare(engine)
         output.monitor.labels["backend"] = prepared.config.backend.name
         log_labels(engine.bank())
-        write_plan(prepared, output.storage, output.held)
-        executor.begin(job_of(engine, prepared))
+        executor.begin(job_of(engine, prepared), partial(write_plan, prepared, output.storage, output.held))
         done = commits.find_done(output.storage, prepared.plan, output.held.confirm, every_byte=options.every_byte)
 
         # Embed: what has no commit yet; _SUCCESS is written when the commits cover the plan.
         embedded = _embed(output, executor, engine.manifest, prepared, done)
+        prepared = executor.prepared
         committed = _finalize(output, executor, prepared, done)
 
         # Finish: the report of this run, and the errors of a complete dataset.
@@ -204,7 +205,7 @@ def _embed(
         images=images,
         resumed_rows=resumed,
         began=began,
-        seconds=time.time() - began,
+        seconds=time.time() - began - executor.prepared.gate_seconds,
         first_batch_seconds=progress.first_batch_seconds,
         images_per_second=progress.steady_images_per_second,
     )
