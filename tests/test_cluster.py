@@ -78,6 +78,18 @@ def test_two_processes_write_the_same_bytes_as_one(client: Client, single: Confi
 
 
 @pytest.mark.slow
+def test_workers_take_the_backend_that_one_of_them_chose(client: Client, single: Config, tmp_path: Path) -> None:
+    backend = replace(single.backend, name="auto", artifacts=str(tmp_path / "store"))
+    report = run_job(on(client, replace(at(single, tmp_path / "out"), backend=backend)))
+    assert (report.config["backend"]["name"], report.config["backend"]["precision"]) == ("torch", "fp32")
+    made, wanted = (
+        {path.name: path.read_bytes() for path in each.glob("*.parquet")}
+        for each in (tmp_path / "out", Path(single.output.dir))
+    )
+    assert made == wanted
+
+
+@pytest.mark.slow
 def test_the_same_job_again_embeds_nothing(client: Client, single: Config, tmp_path: Path) -> None:
     config = on(client, at(single, tmp_path / "out"))
     run_job(config)

@@ -103,6 +103,7 @@ def run_job(config: Config, options: RunOptions | None = None) -> RunReport:
         # Plan: written behind the gates, which may look at the first batch; no part is written before the plan.
         with span("prepare"):
             prepared = executor.prepare(engine)
+        output.monitor.labels["backend"] = prepared.config.backend.name
         log_labels(engine.bank())
         executor.begin(job_of(engine, prepared), partial(write_plan, prepared, output.storage, output.held))
         done = commits.find_done(output.storage, prepared.plan, output.held.confirm, every_byte=options.every_byte)

@@ -21,6 +21,7 @@ from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from pipeline.config.ranges import AUTO
 from pipeline.core.concurrency import aside
 from pipeline.core.errors import Interrupted, PlanMismatch, WorkerMismatch
 from pipeline.core.records import Shard, ShardReport, TextBank
@@ -91,10 +92,10 @@ class WorkerState:
         logging.getLogger("pipeline").addHandler(self._log)
         logging.getLogger("pipeline").setLevel(logging.INFO)
         self._meter: Meter | None = None
-        if spec.config.loader.batch_size:
+        if spec.config.loader.batch_size and spec.config.backend.name != AUTO:
             self._open()
         else:
-            # One worker measures the batch size, and the others wait for it; they can import meanwhile.
+            # One worker measures batch size and backends, and the others wait for it; they can import meanwhile.
             aside(partial(import_module, "pipeline.engine.prepare"), name="imports")
 
     def take(self, job: Job) -> None:
@@ -160,7 +161,7 @@ class WorkerState:
     def _open_engine(self) -> Engine:
         from pipeline.engine.engine import Engine
 
-        # Unless this one measures it, the batch size is that of the job.
+        # Unless this one measures them, batch size and backend are those of the job.
         config = self._job.result().config if self._job.done() else self._spec.config
         # The driver has checked the ids.
         engine = Engine(config, manifest=self._spec.manifest, bank=self._bank.result, recorded=self._spec.model)

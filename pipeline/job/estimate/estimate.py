@@ -57,7 +57,8 @@ def estimate_job(
 ) -> Estimate:
     """Measure a few batches of a job, and log and return an estimate of all of it.
 
-    Text features, exported models and a measured batch size go to their caches, where the job finds them.
+    Text features, exported models, a measured batch size and rates of backends go to their caches, where the job finds
+    them; with ``backend=auto`` all backends are measured.
 
     Args:
         config: config of the job.
