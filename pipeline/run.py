@@ -25,6 +25,7 @@ from pipeline.core.cli import (
 )
 from pipeline.core.errors import ConfigError
 from pipeline.core.log_format import JsonLines, new_run
+from pipeline.core.phases import Phases
 from pipeline.core.processes import give_home
 
 if TYPE_CHECKING:
@@ -32,8 +33,11 @@ if TYPE_CHECKING:
 
     from pipeline.config.schema import Config
 
-# For the first job of a process, which began with it; the process itself may be older, if a shell became it.
-_began = iter([time.time()])
+# Of the first job of a process, which began with it. A process may be older, if a shell became it, so its core time
+# says how long the interpreter took.
+_phases = Phases(time.time() - time.process_time())
+_phases.ended("interpreter")
+_first = iter([_phases])
 INTERRUPTED = "interrupted; what was committed stays, and the same command goes on from there"
 DRY = "interrupted; nothing was written to the output"
 # The arguments of Hydra's --shell-completion, which look like overrides.
@@ -85,7 +89,9 @@ def run_task(composed: DictConfig, errors: ErrorOutput) -> None:
 
 def _run(composed: DictConfig, errors: ErrorOutput, opened: ExitStack) -> int:
     """Run the job, or its estimate; return the exit code."""
+    phases = next(_first, None) or Phases(time.time())
     config, run = to_config(composed), new_run()
+    phases.ended("config")
     errors.formatter = JsonLines(run) if config.log.format == "json" else None
     errors.interrupted = DRY if config.run.dry else INTERRUPTED
     from pipeline.telemetry.logs import library_messages
@@ -93,21 +99,26 @@ def _run(composed: DictConfig, errors: ErrorOutput, opened: ExitStack) -> int:
     opened.enter_context(library_messages(config.log, run))
     from pipeline.images.factory import SAMPLE_THREADS, open_decoders
 
-    config = _with_manifest(config, run, errors, opened)
+    with phases.within("manifest"):
+        config = _with_manifest(config, run, errors, opened)
     # The decoders start while this process imports torch, which takes seconds.
     decoders = open_decoders(config) if config.cluster.name == "inline" else None
     if decoders is not None:
         # The others, where the job itself reads its images, when its device is known.
         decoders.start(SAMPLE_THREADS)
+    from pipeline.models.lean import import_transformers
+
+    import_transformers()
     if config.run.dry:
         from pipeline.job.estimate.estimate import estimate_job
 
         interrupt_within(config.errors.grace_seconds, errors.leave)
-        return estimate_job(config, began=next(_began, None), decoders=decoders, run=run).exit_code
+        return estimate_job(config, began=phases.began, decoders=decoders, run=run).exit_code
     from pipeline.job.main import RunOptions, run_job
 
     interrupt_within(config.errors.grace_seconds, errors.leave)
-    run_job(config, RunOptions(began=next(_began, None), decoders=decoders, run=run))
+    phases.ended("imports")
+    run_job(config, RunOptions(phases=phases, decoders=decoders, run=run))
     return 0
 
 

@@ -101,10 +101,12 @@ def _query(dataset: Dataset, options: argparse.Namespace) -> tuple[int | None, N
     """Return the row that is the query, if it is one, and the vector."""
     from pipeline.dataset.search import find_row
     from pipeline.engine.query import config_of_dataset, embed_image, embed_text, open_model
+    from pipeline.models.lean import import_transformers
 
     if options.id is not None:
         return find_row(dataset, options.id)
     config = config_of_dataset(dataset, _model(dataset, options))
+    import_transformers()
     checkpoint = open_model(dataset, config.model)
     if options.image is not None:
         return None, embed_image(checkpoint, config, Path(os.path.expanduser(options.image)))

@@ -21,6 +21,7 @@ from pipeline.backends.streams import Streams, count_streams
 from pipeline.config.schema import Config
 from pipeline.core.concurrency import aside
 from pipeline.core.errors import ManifestError
+from pipeline.core.phases import phase
 from pipeline.core.processes import cores
 from pipeline.core.records import PreprocessSpec, Sample, TextBank
 from pipeline.dataset.names import check_columns
@@ -114,7 +115,7 @@ class Engine:
         config, manifest = self.config, self.manifest
         check_columns(config)
         check_places(config, manifest)
-        with suppress(TimeoutError):
+        with suppress(TimeoutError), phase("ids"):
             # A wrong manifest of ordinary size is reported before a model is opened.
             self._ids.result(IDS_SECONDS)
         log.info("%s: %d rows in %d files", config.manifest.path, manifest.rows, len(manifest.files))
@@ -154,7 +155,8 @@ class Engine:
 
     def bank(self) -> TextBank | None:
         """Wait for the embedded labels; None where the config has none."""
-        return self._given_bank() if self._given_bank is not None else self._bank.result()
+        with phase("prompts"):
+            return self._given_bank() if self._given_bank is not None else self._bank.result()
 
     def check_ids(self) -> None:
         """Wait for the check of the ids.
@@ -163,7 +165,8 @@ class Engine:
             ManifestError: an id is null or occurs twice.
         """
         if self._manifest is None:
-            self._ids.result()
+            with phase("ids"):
+                self._ids.result()
 
     @cached_property
     def cpu_reader(self) -> PixelReader:
@@ -230,7 +233,8 @@ class Engine:
         images, count = self.config.images, 0 if self.feeders is None else self.feeders.count
         beside = {"decoder": images.decoder, "workers": worker_threads(self.config), "feeders": count}
         benchmark = Benchmark(self.config.backend, self.checkpoint, opened, alone, rate, beside)
-        size = settle_batch_size(self.config, benchmark, rows=self.manifest.rows, storage=storage)
+        with phase("batch size"):
+            size = settle_batch_size(self.config, benchmark, rows=self.manifest.rows, storage=storage)
         self.config = self.config.changed({"loader.batch_size": size})
         self.start()
 

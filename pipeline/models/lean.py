@@ -1,0 +1,137 @@
+"""transformers as a command imports it: without what training and compilers need of torch, and without torchao.
+
+A model of transformers imports torch's tensors of several machines with sympy, the compiler, and torchao, and looks
+through the files of all models twice: together more than half of what it takes to import torch and transformers. Here
+it is told what it is told where torch was built for one process and torchao is not installed. What it takes of the
+compiler are decorators, which only leave marks, and names that are looked up when they are called.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from importlib import import_module
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+_COMPILER = "torch._dynamo"
+# Decorators of the compiler that return a function as it is, with marks that the compiler reads.
+_MARKS = ("allow_in_graph", "assume_constant_result", "disable", "skip")
+# Functions of transformers that say what is there; modules that are imported meanwhile keep these answers.
+_ABSENT = ("is_torch_distributed_available", "is_torch_flex_attn_available", "is_torchao_available")
+
+# Modules that models share, and those that find a model.
+_SHARED = ("modeling_utils", "masking_utils", "modeling_layers", "models.auto.modeling_auto")
+
+
+def import_transformers() -> None:
+    """Import what opening a model needs, in a process of this package: other programs may train in theirs."""
+    if "transformers" in sys.modules:
+        return
+    import torch  # noqa: F401 - whole, before its compiler is put off
+
+    with ExitStack() as opened:
+        if _COMPILER not in sys.modules:
+            opened.enter_context(_put_off(_COMPILER))
+        import transformers  # noqa: F401
+
+        utils: Any = import_module("transformers.utils")
+        inner: Any = import_module("transformers.utils.import_utils")
+        for module in (utils, inner):
+            for name in _ABSENT:
+                opened.enter_context(_replaced(module, name, _no))
+        opened.enter_context(_replaced(inner, "define_import_structure", _once(inner)))
+        for name in _SHARED:
+            import_module(f"transformers.{name}")
+
+
+def _no(*_: object, **__: object) -> bool:
+    return False
+
+
+def _once(utils: Any) -> Callable[..., Any]:
+    """``define_import_structure``, which remembers a folder by its path but is called with that of a file in it, too."""
+    define = getattr(utils, "define_import_structure", None)
+
+    def of_folder(place: Any, *given: Any, **named: Any) -> Any:
+        assert define is not None
+        folder = Path(place).parent if Path(place).suffix == ".py" else Path(place)
+        # The folder of all models is known by a path, those within by its text.
+        return define(folder if folder.name == "models" else str(folder), *given, **named)
+
+    return of_folder
+
+
+@contextmanager
+def _replaced(module: Any, name: str, value: object) -> Iterator[None]:
+    """Another value of an attribute in the body; a release that has none gets none."""
+    if not hasattr(module, name):
+        yield
+        return
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
+
+
+@contextmanager
+def _put_off(package: str) -> Iterator[None]:
+    """Import a package and its modules in the body as ones that are imported for good when something is called."""
+    finder: Any = _Finder(package)
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+        for name, module in list(sys.modules.items()):
+            if isinstance(module, _Later):
+                del sys.modules[name]
+                parent, _, own = name.rpartition(".")
+                if vars(sys.modules.get(parent, module)).get(own) is module:
+                    delattr(sys.modules[parent], own)
+
+
+class _Finder:
+    """A finder and loader of the modules of one package."""
+
+    def __init__(self, package: str) -> None:
+        self._package = package
+
+    def find_spec(self, name: str, path: Sequence[str] | None = None, target: object = None) -> ModuleSpec | None:
+        mine = name == self._package or name.startswith(f"{self._package}.")
+        return ModuleSpec(name, self, is_package=True) if mine else None  # type: ignore[arg-type]
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return _Later(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        pass
+
+
+class _Later(ModuleType):
+    """A module whose names are looked up in the real one when they are called."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if name in _MARKS:
+            return _unmarked
+
+        def real(*given: Any, **named: Any) -> Any:
+            return getattr(import_module(self.__name__), name)(*given, **named)
+
+        # An instance of a class may be asked for, which none is that was made before.
+        return type(name, (), {"__new__": lambda cls, *given, **named: real(*given, **named)}) if _is_class(name) else real
+
+
+def _is_class(name: str) -> bool:
+    return name[:1].isupper()
+
+
+def _unmarked(function: Any = None, *_: object, **__: object) -> Any:
+    return function if callable(function) else _unmarked
