@@ -27,6 +27,7 @@ from pipeline.core.errors import ConfigError
 from pipeline.core.log_format import JsonLines, new_run
 from pipeline.core.phases import Phases
 from pipeline.core.processes import give_home
+from pipeline.models.lean import import_transformers, load_torch_aside
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -70,6 +71,9 @@ def main() -> None:
     if problems:
         raise SystemExit(errors.print(ConfigError(problems)))
 
+    if not any((options.help, options.hydra_help, options.cfg, options.info, options.shell_completion)):
+        load_torch_aside()
+
     def task(composed: DictConfig) -> None:
         run_task(composed, errors)
 
@@ -106,9 +110,10 @@ def _run(composed: DictConfig, errors: ErrorOutput, opened: ExitStack) -> int:
     if decoders is not None:
         # The others, where the job itself reads its images, when its device is known.
         decoders.start(SAMPLE_THREADS)
-    from pipeline.models.lean import import_transformers
-
     import_transformers()
+    from pipeline.core.plain import leave_out_pandas
+
+    leave_out_pandas()
     if config.run.dry:
         from pipeline.job.estimate.estimate import estimate_job
 

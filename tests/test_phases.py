@@ -45,9 +45,14 @@ def test_a_phase_within_another_one_is_not_counted_in_it() -> None:
 def test_a_phase_that_fails_is_counted_too() -> None:
     clock = Clock()
     phases = Phases(clock(), clock=clock)
-    with phases.counting(), pytest.raises(ValueError, match="wrong"), phase("model"):
-        clock.pass_by(3)
-        raise ValueError("wrong")
+
+    def fail() -> None:
+        with phase("model"):
+            clock.pass_by(3)
+            raise ValueError("wrong")
+
+    with phases.counting(), pytest.raises(ValueError, match="wrong"):
+        fail()
     assert phases.take() == {"model": 3}
 
 

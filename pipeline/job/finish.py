@@ -13,8 +13,8 @@ from functools import partial
 
 from pipeline.config.choices import BACKENDS
 from pipeline.config.schema import Config
-from pipeline.core.errors import ShardsGivenUp, StorageError, TooManyFailures
 from pipeline.core import phases
+from pipeline.core.errors import ShardsGivenUp, StorageError, TooManyFailures
 from pipeline.core.failpoints import failpoint
 from pipeline.core.machine import memory, versions
 from pipeline.core.processes import cores
@@ -26,7 +26,15 @@ from pipeline.engine.engine import Engine
 from pipeline.engine.prepare import Prepared
 from pipeline.job.cluster.part import Part
 from pipeline.report import summary
-from pipeline.report.bottleneck import START_UP, Bottleneck, LoopFigures, ProcessSetup, find_bottleneck, find_pace, gpu_use
+from pipeline.report.bottleneck import (
+    START_UP,
+    Bottleneck,
+    LoopFigures,
+    ProcessSetup,
+    find_bottleneck,
+    find_pace,
+    gpu_use,
+)
 from pipeline.report.faster_decoder import faster_decoder
 from pipeline.report.history import earlier_runs, is_stale
 from pipeline.report.load import REPORT, read_report
@@ -69,7 +77,8 @@ class Embedded:
 class Outcome:
     """A run after its last commit; ``began`` and ``ended`` are seconds since the epoch.
 
-    ``phases`` count from the last batch on. ``committed`` are the commits of all parts of the job, ``part`` is the one of this run.
+    ``phases`` count from the last batch on. ``committed`` are the commits of all parts of the job, ``part`` is the one
+    of this run.
     """
 
     prepared: Prepared

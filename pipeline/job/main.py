@@ -170,9 +170,7 @@ def with_demo_scenes(config: Config) -> tuple[Config, float | None]:
     return demo.with_scenes(config, path), time.time() - began
 
 
-def _open_output(
-    config: Config, options: RunOptions, phases: Phases, opened: ExitStack
-) -> tuple[Config, _Output]:
+def _open_output(config: Config, options: RunOptions, phases: Phases, opened: ExitStack) -> tuple[Config, _Output]:
     """Take the lease of the output and open its log; the config gets the output's full address."""
     storage = open_storage(config.output.dir)
     # All packages can open this address, which has no ~.

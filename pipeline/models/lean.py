@@ -8,14 +8,20 @@ compiler are decorators, which only leave marks, and names that are looked up wh
 
 from __future__ import annotations
 
+import ctypes
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from importlib import import_module
 from importlib.machinery import ModuleSpec
+from importlib.util import find_spec, module_from_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from pipeline.core.concurrency import aside
 
 _COMPILER = "torch._dynamo"
 # Decorators of the compiler that return a function as it is, with marks that the compiler reads.
@@ -27,23 +33,46 @@ _ABSENT = ("is_torch_distributed_available", "is_torch_flex_attn_available", "is
 _SHARED = ("modeling_utils", "masking_utils", "modeling_layers", "models.auto.modeling_auto")
 
 
+def load_torch_aside() -> None:
+    """Load torch's largest library in a thread: that takes a quarter of its import, and not Python's lock.
+
+    A torch for CUDA has more libraries, which it finds by itself.
+    """
+    found = find_spec("torch")
+    for folder in found.submodule_search_locations or () if found is not None else ():
+        library, others = Path(folder, "lib", "libtorch_cpu.so"), Path(folder, "lib", "libtorch_cuda.so")
+        if library.is_file() and not others.exists():
+            load = ctypes.CDLL(None).dlopen
+            load.argtypes, load.restype = (ctypes.c_char_p, ctypes.c_int), ctypes.c_void_p
+            aside(partial(load, os.fsencode(library), os.RTLD_LAZY), name="libraries")
+
+
 def import_transformers() -> None:
     """Import what opening a model needs, in a process of this package: other programs may train in theirs."""
     if "transformers" in sys.modules:
         return
+    from importlib.metadata import version
+
     import torch  # noqa: F401 - whole, before its compiler is put off
 
+    found = find_spec("transformers")
+    if found is None or found.loader is None:
+        raise ModuleNotFoundError("No module named 'transformers'")
     with ExitStack() as opened:
         if _COMPILER not in sys.modules:
             opened.enter_context(_put_off(_COMPILER))
-        import transformers  # noqa: F401
-
+        # As the import system does, but its tools come before the package itself, which uses them.
+        package: Any = module_from_spec(found)
+        package.__version__ = version("transformers")
+        opened.enter_context(_removed_after_error("transformers", package))
         utils: Any = import_module("transformers.utils")
         inner: Any = import_module("transformers.utils.import_utils")
         for module in (utils, inner):
             for name in _ABSENT:
-                opened.enter_context(_replaced(module, name, _no))
-        opened.enter_context(_replaced(inner, "define_import_structure", _once(inner)))
+                opened.enter_context(_replaced(module, name, lambda before: _no))
+        opened.enter_context(_replaced(inner, "fetch__all__", _of_the_end))
+        opened.enter_context(_replaced(inner, "define_import_structure", _once))
+        found.loader.exec_module(package)
         for name in _SHARED:
             import_module(f"transformers.{name}")
 
@@ -52,27 +81,46 @@ def _no(*_: object, **__: object) -> bool:
     return False
 
 
-def _once(utils: Any) -> Callable[..., Any]:
-    """``define_import_structure``, which remembers a folder by its path but is called with that of a file in it, too."""
-    define = getattr(utils, "define_import_structure", None)
+def _of_the_end(names: Callable[[str], list[str]]) -> Callable[[str], list[str]]:
+    """The names in the last ``__all__`` of a file, which alone counts, without a look at every line before it."""
+
+    def of(content: str) -> list[str]:
+        begin = f"\n{content}".rfind("\n__all__")
+        return names(content[begin:]) if begin >= 0 else []
+
+    return of
+
+
+def _once(define: Callable[..., Any]) -> Callable[..., Any]:
+    """The structure of a folder, also for a file in it: it is remembered by what it is asked for."""
 
     def of_folder(place: Any, *given: Any, **named: Any) -> Any:
-        assert define is not None
         folder = Path(place).parent if Path(place).suffix == ".py" else Path(place)
-        # The folder of all models is known by a path, those within by its text.
+        # The folder of all models is asked for as a path, those in it as text.
         return define(folder if folder.name == "models" else str(folder), *given, **named)
 
     return of_folder
 
 
 @contextmanager
-def _replaced(module: Any, name: str, value: object) -> Iterator[None]:
-    """Another value of an attribute in the body; a release that has none gets none."""
+def _removed_after_error(name: str, module: ModuleType) -> Iterator[None]:
+    sys.modules[name] = module
+    try:
+        yield
+    except BaseException:
+        for each in [each for each in sys.modules if each == name or each.startswith(f"{name}.")]:
+            del sys.modules[each]
+        raise
+
+
+@contextmanager
+def _replaced(module: Any, name: str, change: Callable[[Any], object]) -> Iterator[None]:
+    """Change an attribute in the body, where this release has it."""
     if not hasattr(module, name):
         yield
         return
     before = getattr(module, name)
-    setattr(module, name, value)
+    setattr(module, name, change(before))
     try:
         yield
     finally:
@@ -126,7 +174,9 @@ class _Later(ModuleType):
             return getattr(import_module(self.__name__), name)(*given, **named)
 
         # An instance of a class may be asked for, which none is that was made before.
-        return type(name, (), {"__new__": lambda cls, *given, **named: real(*given, **named)}) if _is_class(name) else real
+        return (
+            type(name, (), {"__new__": lambda cls, *given, **named: real(*given, **named)}) if _is_class(name) else real
+        )
 
 
 def _is_class(name: str) -> bool:

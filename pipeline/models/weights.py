@@ -48,11 +48,14 @@ def check_tensors(weights: list[Path]) -> None:
 def _filled(settings: Any, weights: list[Path]) -> Any:
     """The model of a config with the tensors in these files; None where they do not hold exactly its own.
 
-    transformers builds a model without memory first, for which torch imports its compiler, and prepares names of tensors
-    of all models: longer than to read a small model.
+    transformers builds a model without memory first, for which torch imports its compiler, and prepares to rename the
+    tensors of all its models: that takes longer than to read a small model.
     """
     with no_init_weights():
         model = AutoModel.from_config(settings, dtype=torch.float32)
+    # Of BERT's, transformers sets the row of the padding to zero, whatever the file holds.
+    if any(getattr(module, "padding_idx", None) is not None for module in model.modules()):
+        return None
     wanted, places = model.state_dict(), dict[str, Path]()
     for path in weights:
         with safe_open(path, framework="pt") as file:
