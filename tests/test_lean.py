@@ -11,9 +11,10 @@ import torch
 
 from pipeline.config.schema import ModelConfig
 from pipeline.models import lean, weights
-from pipeline.models.checkpoint import DEMO_FOLDER, open_checkpoint
+from pipeline.models.checkpoint import open_checkpoint
+from pipeline.models.files import loaded_weights, read_json
 from pipeline.models.fingerprint import digests
-from pipeline.models.files import read_json
+from pipeline.models.hub import DEMO_FOLDER
 from tests.families import write_chinese_clip, write_clip, write_siglip
 from tests.processes import run_python
 
@@ -72,7 +73,7 @@ def test_a_model_is_the_one_that_transformers_loads(
         folder = tmp_path / "model"
         write(folder)
     ours = weights.load_model(folder, folder)
-    filled = weights._filled(ours.config, weights.loaded_weights(folder))
+    filled = weights._filled(ours.config, loaded_weights(folder))
     assert (filled is None) == (write is write_chinese_clip)
     monkeypatch.setattr(weights, "_filled", lambda settings, files: None)
     theirs = weights.load_model(folder, folder)
