@@ -84,8 +84,8 @@ def embed(
         precision: ``fp32``, ``bf16``, ``fp16``, or ``auto``.
         device: ``cpu``, ``cuda``, ``cuda:N``, or ``auto``.
         decoder: A name under ``conf/images``: ``exact``, ``fast``, ``scaled``, ``gpu``.
-        batch_size: Images in a batch; ``auto`` measures the best size. The default is 64 on a CPU, and
-            512 or 1,024 on CUDA.
+        batch_size: Images in a batch; ``auto`` measures the best size. The default is 64 on a CPU (fewer
+            for less than 512 rows), and 512 or 1,024 on CUDA.
         progress: Show a progress bar.
         settings: Other settings of the command line: ``{"labels.top_k": 3, "cluster": "local"}``.
 

@@ -45,6 +45,8 @@ COMPILED_SIZES = {"cpu": (16, 64), "cuda": (512, 1024)}
 # Bytes of the activations of a picture, in sizes of the widest layer in half precision: that layer twice, what it is
 # computed from, attention, and the allocator's room.
 LAYERS = 6
+# A job on a CPU has at least so many batches, unless they would be smaller than all sizes.
+CPU_BATCHES = 8
 # A smaller batch on CUDA is mentioned in the log.
 SMALL_ON_CUDA = 256
 # About how many seconds one size is measured.
@@ -106,8 +108,7 @@ class Benchmark:
     @property
     def compiles(self) -> bool:
         """True if opening takes long at every size, because the size is compiled in."""
-        info = BACKENDS[self.config.name]
-        return self.config.compile != "none" or info.torch_compile or info.builds
+        return _compiles(self.config)
 
     def sizes(self, largest: int) -> list[int]:
         """The sizes to try, none of them above ``largest`` but the first."""
@@ -215,6 +216,8 @@ def settle_batch_size(config: Config, benchmark: Benchmark, *, rows: int, storag
         PipelineError: what ``benchmark.open_at`` raises.
     """
     largest = max(1, min(config.manifest.shard_rows, rows))
+    if is_default_of_cpu(config):
+        return min(_planned(storage) or default_on_cpu(config, rows), largest)
     if is_default_of_cuda(config):
         planned = _planned(storage)
         size = planned or default_on_cuda(benchmark.checkpoint, choose_device(config.backend.device))
@@ -249,6 +252,24 @@ def is_default_of_cuda(config: Config) -> bool:
     return isinstance(config.loader.batch_size, DefaultNumber) and choose_device(config.backend.device).type == "cuda"
 
 
+def is_default_of_cpu(config: Config) -> bool:
+    """True if nobody typed a batch size, and the CPU embeds."""
+    return isinstance(config.loader.batch_size, DefaultNumber) and choose_device(config.backend.device).type == "cpu"
+
+
+def default_on_cpu(config: Config, rows: int) -> int:
+    """The default of the config, or for few rows a power of two of which they make ``CPU_BATCHES`` or more.
+
+    So all cores have batches to the end of a small job, and its first results come soon. A backend that is compiled for
+    each size keeps to one.
+    """
+    if _compiles(config.backend):
+        return config.loader.batch_size
+    smallest, _ = SIZES["cpu"]
+    fitting = max(smallest, rows // CPU_BATCHES)
+    return min(config.loader.batch_size, 1 << (fitting.bit_length() - 1))
+
+
 def default_on_cuda(checkpoint: Checkpoint, device: torch.device) -> int:
     """1,024 images, or 512 where the activations of as many would fill half of the memory."""
     vision, (height, width) = checkpoint.model.config.vision_config, checkpoint.spec.size
@@ -257,6 +278,11 @@ def default_on_cuda(checkpoint: Checkpoint, device: torch.device) -> int:
     smallest, largest = SIZES["cuda"]
     memory = torch.cuda.get_device_properties(device).total_memory
     return largest if image * largest <= memory / 2 else smallest
+
+
+def _compiles(config: BackendConfig) -> bool:
+    info = BACKENDS[config.name]
+    return config.compile != "none" or info.torch_compile or info.builds
 
 
 def _planned(storage: Storage) -> int | None:

@@ -79,12 +79,13 @@ def assemble(pending: PendingNight, target: Target, embedded: EmbeddedRows, held
 
 
 def _assembly(pending: PendingNight, target: Target, embedded: EmbeddedRows, previous: Dataset | None) -> Assembly:
-    from pipeline.engine.batch_size import is_default_of_cuda
+    from pipeline.engine.batch_size import default_on_cpu, is_default_of_cpu, is_default_of_cuda
 
     config, manifest = target.config, target.manifest
     sample = next(dataset for dataset in (*embedded.datasets, previous) if dataset is not None)
     # The batch size of the main job over the whole manifest; that over few rows is smaller.
     size = 0 if is_default_of_cuda(config) else config.loader.batch_size
+    size = default_on_cpu(config, manifest.rows) if is_default_of_cpu(config) else size
     size = size or int(sample.plan.fingerprints["batch_size"])
     fingerprints = {
         **sample.plan.fingerprints,
