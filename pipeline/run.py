@@ -21,6 +21,7 @@ from pipeline.core.cli import (
     on_signals,
     own_exit_code,
     provide_streams,
+    quick_end,
     run_command,
 )
 from pipeline.core.errors import ConfigError
@@ -149,4 +150,5 @@ def _replace_closed_stderr() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with quick_end():
+        main()
