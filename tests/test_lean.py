@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from pipeline.config.schema import ModelConfig
-from pipeline.models import lean, weights
+from pipeline.models import weights
 from pipeline.models.checkpoint import open_checkpoint
 from pipeline.models.files import loaded_weights, read_json
 from pipeline.models.fingerprint import digests
 from pipeline.models.hub import DEMO_FOLDER
 from tests.families import write_chinese_clip, write_clip, write_siglip
-from tests.processes import run_python
+from tests.processes import loads, run_python
 
 HEAVY = ("matplotlib", "pandas", "sympy", "torch._dynamo", "torch.distributed.tensor", "torchao")
 COMMAND = f"""
-import hashlib, json, sys
+import json, sys
+from pipeline.core.processes import claim
+claim()
 from pipeline.models.lean import _Later, import_transformers, load_torch_aside
 load_torch_aside()
 import_transformers()
@@ -58,10 +59,13 @@ def test_a_command_opens_the_same_model_without_compiler_and_training() -> None:
     assert opened.fingerprint["architecture"] == architecture
 
 
-def test_a_process_that_has_transformers_keeps_it_as_it_is() -> None:
-    before = dict(sys.modules)
-    lean.import_transformers()
-    assert dict(sys.modules) == before
+@pytest.mark.parametrize("claimed", [True, False])
+def test_other_processes_and_those_that_have_transformers_keep_it(claimed: bool) -> None:
+    first = (
+        "from pipeline.core.processes import claim; claim(); sys.modules['transformers'] = sys" if claimed else "pass"
+    )
+    code = f"{first}; from pipeline.models.lean import import_transformers; import_transformers()"
+    assert loads(code, "torch", "transformers.modeling_utils") == []
 
 
 @pytest.mark.parametrize("write", [None, write_clip, write_chinese_clip, write_siglip])

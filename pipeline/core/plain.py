@@ -10,6 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline.core.processes import is_claimed
+
 # Dictionaries of several row groups are joined, for which smaller indices may not suffice.
 _INDEX = pa.int32()
 
@@ -17,9 +19,9 @@ _INDEX = pa.int32()
 def leave_out_pandas() -> None:
     """Keep Arrow from looking for pandas in this process, and so from importing it at the first array.
 
-    For processes of this package, none of which makes a DataFrame. Where pandas is imported already, nothing changes.
+    Nothing is done where pandas is imported already, or where another program may make a DataFrame.
     """
-    if "pandas" in sys.modules:
+    if "pandas" in sys.modules or not is_claimed():
         return
     finder: Any = _WithoutPandas()
     sys.meta_path.insert(0, finder)

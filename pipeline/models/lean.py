@@ -22,6 +22,7 @@ from types import ModuleType
 from typing import Any
 
 from pipeline.core.concurrency import aside
+from pipeline.core.processes import is_claimed
 
 _COMPILER = "torch._dynamo"
 # Decorators of the compiler that return a function as it is, with marks that the compiler reads.
@@ -48,8 +49,8 @@ def load_torch_aside() -> None:
 
 
 def import_transformers() -> None:
-    """Import what opening a model needs, in a process of this package: other programs may train in theirs."""
-    if "transformers" in sys.modules:
+    """Import what opening a model needs; nothing is done where another program may train with transformers."""
+    if "transformers" in sys.modules or not is_claimed():
         return
     from importlib.metadata import version
 
