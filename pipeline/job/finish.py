@@ -150,7 +150,8 @@ def report_of(outcome: Outcome) -> ReportDraft:
     ran = outcome.part.merged(outcome.storage, outcome.stats)
     previous = outcome.storage.read(REPORT)
     outcome.phases.ended("summary")
-    report = _report(outcome, ran, content)
+    ending = {name: value for name, value in outcome.phases.take().items() if name != "batches"}
+    report = dataclasses.replace(_report(outcome, ran, content), ending=_rounded(ending))
     return ReportDraft(
         report=dataclasses.replace(report, history=earlier_runs(previous)), content=content, previous=previous
     )
@@ -246,7 +247,6 @@ def _report(outcome: Outcome, ran: RunStats, content: DatasetSummary) -> RunRepo
         notes=notes_of(config),
         gpu_busy=None if use is None else round(use.busy, 4),
         startup=_rounded(embedded.startup),
-        ending=_rounded({name: value for name, value in outcome.phases.take().items() if name != "batches"}),
     )
 
 
