@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from pipeline.config.compose import check_overrides, groups, known_keys, register, to_config
-from pipeline.config.hydra_guard import check_files
+from pipeline.config.hydra_guard import check_files, compose_once
 from pipeline.config.options import read_options, take_folder
 from pipeline.config.schema import conf_dir
 from pipeline.core.cli import (
@@ -78,6 +78,7 @@ def main() -> None:
     def task(composed: DictConfig) -> None:
         run_task(composed, errors)
 
+    compose_once()
     with own_exit_code():
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(task)()
 
