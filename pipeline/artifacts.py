@@ -1,4 +1,4 @@
-"""``python -m pipeline.artifacts``: list, show, verify, pin and prune exported models and measured batch sizes."""
+"""``python -m pipeline.artifacts``: list, show, verify, pin and prune exports, batch sizes and rates of backends."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def _days(text: str) -> timedelta:
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser(
         "python -m pipeline.artifacts",
-        "List, verify, pin and remove exported models and measured batch sizes.",
+        "List, verify, pin and remove exported models, measured batch sizes and rates of backends.",
         EXAMPLES,
     )
     parser.add_argument("--store", help="the store's folder (default: clip-pipeline/artifacts in the user's cache)")

@@ -78,6 +78,18 @@ def test_two_processes_write_the_same_bytes_as_one(client: Client, single: Confi
 
 
 @pytest.mark.slow
+def test_workers_take_the_backend_that_one_of_them_chose(client: Client, single: Config, tmp_path: Path) -> None:
+    backend = replace(single.backend, name="auto", artifacts=str(tmp_path / "store"))
+    report = run_job(on(client, replace(at(single, tmp_path / "out"), backend=backend)))
+    assert (report.config["backend"]["name"], report.config["backend"]["precision"]) == ("torch", "fp32")
+    made, wanted = (
+        {path.name: path.read_bytes() for path in each.glob("*.parquet")}
+        for each in (tmp_path / "out", Path(single.output.dir))
+    )
+    assert made == wanted
+
+
+@pytest.mark.slow
 def test_the_same_job_again_embeds_nothing(client: Client, single: Config, tmp_path: Path) -> None:
     config = on(client, at(single, tmp_path / "out"))
     run_job(config)
@@ -112,6 +124,16 @@ def test_an_error_of_a_worker_ends_the_job_as_it_is(client: Client, single: Conf
     assert caught.value.exit_code == 1
     run_job(config)
     same(single, tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_a_backend_that_is_too_far_from_fp32_leaves_nothing(client: Client, single: Config, tmp_path: Path) -> None:
+    config = on(client, at(single, tmp_path / "out"))
+    config = config.changed({"backend.precision": "bf16", "parity.lowest_cosine": {"bf16": 1.0}})
+    with pytest.raises(errors.ParityError, match=r"parity\.lowest_cosine\.bf16 wants 1\.0") as caught:
+        run_job(config)
+    assert caught.value.exit_code == 4
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"_run.log"}
 
 
 def spoil(version: str) -> str:

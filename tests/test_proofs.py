@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import json
 import logging
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -524,25 +522,25 @@ def test_a_flat_picture_counts_as_further_than_one_of_contrast() -> None:
     assert flat > rich > 0
 
 
-def test_the_full_batches_of_both_gates_are_encoded_side_by_side(tmp_path: Path) -> None:
-    both = threading.Barrier(2)
-
-    class Met(Healthy):
+def test_the_gate_of_the_decoder_takes_no_full_batch_of_an_encoder_of_one_shape(tmp_path: Path) -> None:
+    class Counted(Healthy):
         def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-            if next(calls) < 2:
-                met.append(both.wait(timeout=60))
+            batches[-1] += 1
             return super().encode(pixels)
 
-    met: list[int] = []
-    calls = itertools.count()
-    groups: dict[str, dict[str, Any]] = {
-        "backend": {"artifacts": str(tmp_path / "store"), "streams": 2},
-        "images": {"decoder": "fast"},
-    }
+    batches: list[int] = []
     manifest = scenes_manifest(tmp_path / "m.parquet", 24)
-    with stub_backend(Met):
-        run_job(config_for(manifest, tmp_path / "out", loader={"batch_size": 24}, **groups))
-    assert sorted(met) == [0, 1]
+    for decoder in ("exact", "fast"):
+        batches.append(0)
+        groups: dict[str, dict[str, Any]] = {
+            "backend": {"artifacts": str(tmp_path / decoder), "streams": 2},
+            "images": {"decoder": decoder},
+        }
+        with stub_backend(Counted):
+            report = run_job(config_for(manifest, tmp_path / f"out-{decoder}", loader={"batch_size": 24}, **groups))
+    assert batches[0] == batches[1]
+    assert report.decoder_parity is not None
+    assert 0.99 < report.decoder_parity.lowest_cosine < 1
 
 
 # Reports

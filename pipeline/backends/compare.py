@@ -77,27 +77,32 @@ def in_words(parity: Parity, *, than: str = "fp32") -> str:
     )
 
 
-def hold(parity: Parity, limits: ParityConfig, *, precision: str, what: str) -> None:
-    """Pass if every figure is at least its limit for ``precision``; ``what`` names the model and its runtime.
+def misses(parity: Parity, limits: ParityConfig, *, precision: str) -> list[str]:
+    """The figures that are below their limits for ``precision``, in words.
 
     One picture alone may change its best label, however few there are.
-
-    Raises:
-        ParityError: with the figures that miss, and the worst pictures.
     """
     figures = {"lowest_cosine": parity.lowest_cosine, "mean_cosine": parity.mean_cosine}
     # Of few pictures, a single one between two labels would weigh more than the limit allows.
     if parity.top1 is not None and round((1 - parity.top1) * parity.images) > 1:
         figures["top1"] = parity.top1
-    misses = [
+    return [
         f"parity.{name}.{precision} wants {getattr(limits, name)[precision]}, measured {value:.6f}"
         for name, value in figures.items()
         # Written so that NaN misses.
         if not value >= getattr(limits, name)[precision]
     ]
-    if misses:
+
+
+def hold(parity: Parity, limits: ParityConfig, *, precision: str, what: str) -> None:
+    """Pass if every figure is at least its limit for ``precision``; ``what`` names the model and its runtime.
+
+    Raises:
+        ParityError: with the figures that miss, and the worst pictures.
+    """
+    if missed := misses(parity, limits, precision=precision):
         worst = ", ".join(f"{id} ({cosine:.5f})" for id, cosine in parity.worst)
         raise ParityError(
-            f"{what} is too far from fp32 over {parity.images} images: {'; '.join(misses)}. The worst by cosine: "
+            f"{what} is too far from fp32 over {parity.images} images: {'; '.join(missed)}. The worst by cosine: "
             f"{worst}. Take another backend or precision, or lower the limit if that is near enough for you"
         )

@@ -1,5 +1,5 @@
-"""The gate of the decoders: before a job decodes otherwise than ``exact``, some images are compared with the same ones
-decoded exactly: all by their pixels, the furthest apart by their embeddings, which the encoder of the job makes."""
+"""The gate of the decoders: if a job decodes otherwise than ``exact``, some images are compared with the same ones
+decoded exactly: all by their pixels, the furthest apart by their embeddings, by the encoder of the job or fp32."""
 
 from __future__ import annotations
 
@@ -53,10 +53,14 @@ def measure(encoder: ImageEncoder, sample: Sample, exact: Sample, bank: TextBank
     wanted = vectors.clone()
     if differ.any():
         chosen = tuple(id for id, other in zip(ids, differ.tolist(), strict=True) if other)
-        # Together: each alone would end in a batch that is not full.
-        both = torch.cat([ours[differ], theirs[differ]])
-        embedded = embed_sample(encoder, Sample(ids=chosen * 2, pixels=both), small=True)
-        vectors[differ], wanted[differ] = embedded.chunk(2)
+        if sample.vectors is not None and encoder.flexible:
+            vectors[differ] = sample.vectors[[place for place, _ in common]][differ]
+            wanted[differ] = embed_sample(encoder, Sample(ids=chosen, pixels=theirs[differ]), small=True)
+        else:
+            # Together: each alone would end in a batch that is not full, and in one of scales of its own.
+            both = torch.cat([ours[differ], theirs[differ]])
+            embedded = embed_sample(encoder, Sample(ids=chosen * 2, pixels=both), small=True)
+            vectors[differ], wanted[differ] = embedded.chunk(2)
     known = differ | equal
     ids = tuple(id for id, other in zip(ids, known.tolist(), strict=True) if other)
     parity = compare(vectors[known], wanted[known], ids=ids, bank=bank)
@@ -73,6 +77,11 @@ def distances(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
     return apart / (wanted.std(dim=1) + 1)
 
 
+def is_pending(encoder: ImageEncoder, decoder: str, gate: Gate) -> bool:
+    """True if :func:`pass_gate` will have to measure: the output does not keep the figures of this job."""
+    return decoder != "exact" and gate.recorded(FILE, encoder) is None
+
+
 def pass_gate(
     encoder: ImageEncoder,
     decoder: str,
@@ -85,7 +94,7 @@ def pass_gate(
     None for ``exact``, with which the others are compared, and where there is nothing to compare.
 
     Args:
-        encoder: the job's own.
+        encoder: the job's own, or fp32 on the same device.
         decoder: ``images.decoder``.
         sample: draws pictures of the job by this decoder; None where none that was tried can be read.
         exact: draws the same pictures by ``exact``; not called if the figures are known.

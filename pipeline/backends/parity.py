@@ -1,4 +1,4 @@
-"""The gate: before a backend works on a job, its embeddings are compared with fp32's on images of that job.
+"""The gate: before anything of a job is written, embeddings of its backend are compared with fp32's on images of it.
 
 How many, is in proportion to the job (:mod:`pipeline.backends.proportion`). A few are compared where an earlier job has
 proved the same arithmetic (:mod:`pipeline.backends.proofs`). Where these few are too far, as many as the limits say
@@ -56,6 +56,7 @@ class Gate:
         storage: the output.
         bank: the embedded labels, if there are any.
         rows: of the manifest, to which the gate is in proportion; None: it is as large as the limits say.
+        seconds: for an image, on the clock, in the batch of the job whose embeddings are compared, if there is one.
         store: root of the artefact store that remembers proofs; None: that of the user's cache.
     """
 
@@ -64,6 +65,7 @@ class Gate:
     storage: Storage
     bank: TextBank | None = None
     rows: int | None = None
+    seconds: float = 0.0
     store: str | None = None
 
     def key(self, encoder: ImageEncoder) -> str:
@@ -105,9 +107,7 @@ def embed_reference(encoder: ImageEncoder, checkpoint: Checkpoint, sample: Sampl
 
 
 def _embed_exactly(encoder: ImageEncoder, checkpoint: Checkpoint, sample: Sample) -> Reference:
-    batch_size = min(-(-len(sample.ids) // encoder.streams), REFERENCE_BATCH)
-    exact = reference(checkpoint, encoder.device, batch_size=batch_size, sample=lambda: sample)
-    exact.streams = encoder.streams
+    exact = open_reference(encoder, checkpoint, len(sample.ids))
     vectors = embed_sample(exact, sample)
     if encoder.device.type == "cuda":
         # The reference is not part of the job's memory.
@@ -117,18 +117,38 @@ def _embed_exactly(encoder: ImageEncoder, checkpoint: Checkpoint, sample: Sample
     return Reference(sample, vectors)
 
 
+def open_reference(encoder: ImageEncoder, checkpoint: Checkpoint, images: int) -> ImageEncoder:
+    """Eager fp32 on the encoder's device, in batches of its own for a few images, as many at a time as the encoder."""
+    batch_size = min(-(-images // encoder.streams), REFERENCE_BATCH)
+    exact = reference(checkpoint, encoder.device, batch_size=batch_size, sample=_no_sample)
+    exact.streams = encoder.streams
+    return exact
+
+
+def _no_sample() -> Sample:
+    raise NotImplementedError("fp32 is not calibrated")
+
+
 def measure(encoder: ImageEncoder, wanted: Reference, bank: TextBank | None, *, whole: bool = True) -> Parity:
     """Compare ``encoder`` with eager fp32 on all images of ``wanted``, at every place of a batch.
 
-    Unless ``whole``, an encoder that takes smaller batches gets these.
+    Unless ``whole``, embeddings that the job has made of them are taken, or an encoder that takes smaller batches gets
+    these.
     """
     sample = wanted.sample
     count = len(sample.ids)
+    if sample.vectors is not None and not whole:
+        return compare(sample.vectors, wanted.vectors, ids=sample.ids, bank=bank)
     small = encoder.flexible and not whole
     rows = torch.arange(count if small else max(count, encoder.batch_size)) % count
     ids = tuple(sample.ids[row] for row in rows)
     vectors = embed_sample(encoder, Sample(ids=ids, pixels=sample.pixels[rows]), small=small)
     return dataclasses.replace(compare(vectors, wanted.vectors[rows], ids=ids, bank=bank), images=count)
+
+
+def is_pending(encoder: ImageEncoder, gate: Gate) -> bool:
+    """True if :func:`pass_gate` will have to measure: the output does not keep the figures of this job."""
+    return not is_reference(encoder) and gate.recorded(FILE, encoder) is None
 
 
 def pass_gate(encoder: ImageEncoder, checkpoint: Checkpoint, sample: DrawSome, gate: Gate) -> Parity | None:
@@ -253,7 +273,10 @@ class _Comparison:
         times.append(clock())
         drawing, fp32, backend = (end - start for start, end in pairwise(times))
         places = batch_places(parity.images, encoder) if extent.whole or not encoder.flexible else parity.images
-        self.costs = Costs(backend / places, fp32 / parity.images, drawing / parity.images)
+        kept = pictures.vectors is not None and not extent.whole
+        self.costs = Costs(
+            self.gate.seconds if kept else backend / places, fp32 / parity.images, drawing / parity.images
+        )
         return parity
 
     def _draw(self, count: int) -> Sample:

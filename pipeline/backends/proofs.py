@@ -115,18 +115,25 @@ class Proofs:
             # More than one where the device had no memory for the first.
             "batch_sizes": getattr(encoder, "batch_sizes", [encoder.batch_size]),
             "streams": encoder.streams,
-            "cores": cores(),
-            "processor": machine(str(encoder.device), cores())["processor"],
-            "hardware": hardware(encoder.device),
-            "libraries": _libraries(),
-            "environment": {name: value for name, value in os.environ.items() if name.startswith(VARIABLES)},
-            "code": _code(),
+            **surroundings(encoder.device),
             "limits": dataclasses.asdict(self.limits),
             "labels": None if self.bank is None else self.bank.fingerprint,
             "extent": dataclasses.asdict(extent),
             "version": VERSION,
         }
         return recipe(KIND, self.checkpoint, options, BACKENDS[encoder.name].packages)
+
+
+def surroundings(device: torch.device) -> dict[str, Any]:
+    """What decides numbers and speed besides the model and its backend: processor, libraries, environment and code."""
+    return {
+        "cores": cores(),
+        "processor": machine(str(device), cores())["processor"],
+        "hardware": hardware(device),
+        "libraries": _libraries(),
+        "environment": {name: value for name, value in os.environ.items() if name.startswith(VARIABLES)},
+        "code": _code(),
+    }
 
 
 def hardware(device: torch.device) -> Any:

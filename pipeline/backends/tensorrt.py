@@ -6,7 +6,7 @@ import ctypes
 
 import torch
 
-from pipeline.backends.artifacts.exports import GraphOptions, need_packages, onnx_graph
+from pipeline.backends.artifacts.exports import GraphOptions, graph_recipe, need_packages, onnx_graph
 from pipeline.backends.artifacts.onnx_export import GRAPH, INPUTS
 from pipeline.backends.artifacts.store import Artifact, ArtifactStore
 from pipeline.backends.base import Draw, EncoderInfo
@@ -46,6 +46,13 @@ def open_encoder(
     )
     settings = engine_options(checkpoint, artifact, batch_size=batch_size, gpu=gpu, library=library)
     return SessionEncoder(artifact.file(GRAPH), checkpoint, info, Provider("tensorrt", settings))
+
+
+def is_built(checkpoint: Checkpoint, artifacts: str | None) -> bool:
+    """True if a job has built an engine of this model."""
+    store = ArtifactStore(artifacts)
+    graph = graph_recipe(checkpoint, GraphOptions(precision="fp16", fused=False))
+    return (store.root / ENGINES / graph.fingerprint).is_dir()
 
 
 def find_library() -> str:

@@ -11,6 +11,7 @@ from pipeline.bench import command
 from pipeline.bench.pipeline_records import PipelineBench
 from pipeline.bench.pipeline_run import SIZE, Plan, measure
 from pipeline.config.compose import compose_config
+from pipeline.config.ranges import AUTO
 from pipeline.config.validate import CHOICES
 from pipeline.core.errors import ConfigError, Problem
 
@@ -50,7 +51,11 @@ def read(options: argparse.Namespace) -> tuple[list[str], Plan]:
     allowed = f"is no decoder; choose among {', '.join(known)}"
     problems += [Problem("--decoders", name, allowed) for name in decoders if name not in known]
     try:
-        if compose_config(options.overrides).manifest.path is not None and options.size is not None:
+        config = compose_config(options.overrides)
+        if config.backend.name == AUTO:
+            allowed = "may take one for the stages and another for the job; name a backend"
+            problems.append(Problem("backend", AUTO, allowed, "such as backend=torch"))
+        if config.manifest.path is not None and options.size is not None:
             problems.append(Problem("--size", options.size, "is of rendered scenes, and manifest.path names images"))
     except ConfigError as error:
         problems += error.problems

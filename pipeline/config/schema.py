@@ -64,7 +64,7 @@ class ModelConfig:
 class BackendConfig:
     """Group ``backend``: runtime, precision and device."""
 
-    name: Annotated[str, OneOf(*BACKENDS)] = "torch"
+    name: Annotated[str, OneOf(*BACKENDS, AUTO)] = "torch"
     precision: Annotated[str, OneOf("auto", "fp32", "bf16", "fp16", "int8", "fp8")] = "auto"
     device: Annotated[str, DEVICE] = "auto"
     compile: Annotated[str, OneOf("none", "default", "reduce-overhead", "max-autotune")] = "none"

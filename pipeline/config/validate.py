@@ -58,10 +58,18 @@ def _check_constraints(config: Config) -> Iterator[Problem]:
 
 def _check_backend(config: Config) -> Iterator[Problem]:
     backend = config.backend
-    if backend.name not in BACKENDS:
+    if backend.name == AUTO:
+        if backend.precision != AUTO and backend.precision in CHOICES["backend.precision"]:
+            allowed = "is chosen by backend=auto, within the limits of parity"
+            hint = "leave it out, or name a backend too, such as backend=torch"
+            yield Problem("backend.precision", backend.precision, allowed, hint)
+        if config.cluster.part is not None:
+            allowed = "may be chosen differently by each part; name a backend with cluster.part"
+            yield Problem("backend", AUTO, allowed)
+    elif backend.name not in BACKENDS:
         return
-    able = BACKENDS[backend.name].precisions
-    if backend.precision in CHOICES["backend.precision"] and backend.precision not in (AUTO, *able):
+    able = () if backend.name == AUTO else BACKENDS[backend.name].precisions
+    if able and backend.precision in CHOICES["backend.precision"] and backend.precision not in (AUTO, *able):
         others = [name for name, info in BACKENDS.items() if backend.precision in info.precisions]
         allowed = f"backend={backend.name} computes in {', '.join(able)}"
         hint = f"{backend.precision}: backend={' or '.join(others)}"

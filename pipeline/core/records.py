@@ -119,24 +119,29 @@ class ImageBatch:
 class Sample:
     """Pictures of the job, spread over its manifest: what a backend is compared, and calibrated, on.
 
-    ``pixels`` is uint8 ``[N, 3, H, W]`` on the CPU, N at least 1; row i is the picture ``ids[i]``.
+    ``pixels`` is uint8 ``[N, 3, H, W]`` on the CPU, N at least 1; row i is the picture ``ids[i]``. ``vectors``, float32
+    ``[N, D]``, are the embeddings that the job has made of them; None where it has made none.
     """
 
     ids: tuple[str, ...]
     pixels: torch.Tensor
+    vectors: torch.Tensor | None = None
 
     def half(self, start: int) -> Sample:
         """Every second picture from ``start`` (0 or 1) on: what is calibrated on one half is judged on the other."""
         if len(self.ids) == 1:
             return self
-        return Sample(ids=self.ids[start::2], pixels=self.pixels[start::2])
+        return self._at(list(range(start, len(self.ids), 2)))
 
     def spread(self, count: int) -> Sample:
         """Up to ``count`` of the pictures, at equal distances."""
         if count >= len(self.ids):
             return self
-        places = [place * len(self.ids) // count for place in range(count)]
-        return Sample(ids=tuple(self.ids[place] for place in places), pixels=self.pixels[places])
+        return self._at([place * len(self.ids) // count for place in range(count)])
+
+    def _at(self, places: list[int]) -> Sample:
+        vectors = None if self.vectors is None else self.vectors[places]
+        return Sample(ids=tuple(self.ids[place] for place in places), pixels=self.pixels[places], vectors=vectors)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
+from pipeline.config.choices import BACKENDS
+from pipeline.config.ranges import AUTO
 from pipeline.config.schema import DEMO_MODEL, Config, from_dict, value_of
 from pipeline.config.validate import check
 from pipeline.core.errors import ConfigError, PlanMismatch
@@ -19,6 +21,8 @@ _OF_THE_RUN = {
     "prompts.cache", "backend.artifacts", "backend.streams", "output.dir", "output.lease_seconds",
     "errors.grace_seconds", "backend.cuda_graph",
 }  # fmt: skip
+# Settings that backend=auto chooses.
+_OF_THE_BACKEND = ("name", "precision", "compile", "quantization")
 # Addresses that may be relative to the current folder.
 _PLACES = ("manifest.path", "manifest.root", "prompts.path")
 # Addresses of a plan that may move.
@@ -69,6 +73,14 @@ def config_of(recipe: Mapping[str, Any], output: str) -> Config:
     if problems:
         raise ConfigError(problems)
     return config
+
+
+def with_backend_of(config: Config, recipe: Mapping[str, Any]) -> Config:
+    """The config with the backend that the settings in a plan name, where it leaves that open (``backend=auto``)."""
+    kept = recipe.get("backend", {})
+    if config.backend.name != AUTO or kept.get("name") not in BACKENDS:
+        return config
+    return config.changed({f"backend.{name}": kept[name] for name in _OF_THE_BACKEND if name in kept})
 
 
 def gone_places(config: Config) -> list[str]:

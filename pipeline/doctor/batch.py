@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.config.ranges import AUTO
 from pipeline.config.schema import ClusterConfig, Config, LoaderConfig, PromptsConfig
 from pipeline.core.errors import ManifestError, ModelError, NumericalError, ParityError, PipelineError, PromptsError
 from pipeline.core.records import OK
@@ -53,7 +54,7 @@ def look(subject: Subject) -> Iterator[Check]:
         yield Check(GROUP, "batch", Status.SKIP, fact, "run this again after a job has downloaded the model")
         return
     try:
-        config = _shortened(replace(subject.job, model=model), Path(subject.scratch))
+        config = _shortened(_with_backend(replace(subject.job, model=model)), Path(subject.scratch))
         if damaged := _link_exports(subject.job, config):
             way_out = "the next job makes them again; python -m pipeline.artifacts verify checks all of them"
             yield Check(GROUP, "exports", Status.WARN, f"damaged: {'; '.join(damaged)}", way_out)
@@ -87,6 +88,17 @@ def _shortened(config: Config, scratch: Path) -> Config:
             "output.dir": str(scratch / "output"),
         }
     )
+
+
+def _with_backend(config: Config) -> Config:
+    """Return the config with a backend: for ``backend=auto`` the plan's, or the fastest that is remembered."""
+    if config.backend.name != AUTO:
+        return config
+    from pipeline.engine.backend_choice import settle_backend
+    from pipeline.models.checkpoint import open_checkpoint
+    from pipeline.storage.factory import open_storage
+
+    return settle_backend(config, open_checkpoint(config.model), storage=open_storage(config.output.dir))
 
 
 def _few_labels(config: Config) -> PromptsConfig:
@@ -172,7 +184,8 @@ def _images(job: Config, rehearsal: Rehearsal, trial: Trial) -> Check:
 def _embeddings(job: Config, rehearsal: Rehearsal, trial: Trial) -> Check:
     """Report the embeddings, which the job itself has checked for NaN, infinity and their length."""
     prepared = rehearsal.prepared
-    engine = f"{job.model.name} on backend={job.backend.name} {prepared.precision}, {prepared.device}"
+    name = prepared.config.backend.name
+    engine = f"{job.model.name} on backend={name} {prepared.precision}, {prepared.device}"
     fact = f"{engine}: {sum(trial.images)} vectors of {prepared.dim} numbers, finite and of length 1"
     return Check(GROUP, "embeddings", Status.OK, fact, figures={"dim": float(prepared.dim)})
 

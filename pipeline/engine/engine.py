@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from dataclasses import replace
@@ -18,12 +18,13 @@ from pipeline.backends.devices import choose_device
 from pipeline.backends.oom import HalvingEncoder
 from pipeline.backends.parity import Reference, check, embed_reference
 from pipeline.backends.streams import Streams, count_streams
-from pipeline.config.schema import Config
+from pipeline.config.ranges import AUTO
+from pipeline.config.schema import BackendConfig, Config
 from pipeline.core.concurrency import aside
-from pipeline.core.errors import ManifestError
+from pipeline.core.errors import ManifestError, ParityError
 from pipeline.core.phases import phase
 from pipeline.core.processes import cores
-from pipeline.core.records import PreprocessSpec, Sample, TextBank
+from pipeline.core.records import ImageRef, PreprocessSpec, Sample, TextBank
 from pipeline.dataset.names import check_columns
 from pipeline.engine.batch_size import Benchmark, settle_batch_size
 from pipeline.engine.demo import folder as demo
@@ -31,7 +32,7 @@ from pipeline.engine.feeder_pool import FeederPool
 from pipeline.engine.feeders import open_feeders
 from pipeline.engine.loaded_rate import rate_beside_loader
 from pipeline.engine.loop import Worker
-from pipeline.engine.sample import draw_sample
+from pipeline.engine.sample import draw_sample, read_sample
 from pipeline.images.factory import pixel_reader, with_gpu, worker_threads
 from pipeline.images.pool.pool import Decoders
 from pipeline.images.reader import PixelReader
@@ -76,11 +77,17 @@ class Engine:
         self._opened = ExitStack()
         # By the number of images.
         self._samples: dict[int, Sample | None] = {}
+        self._chosen = False
 
     def __enter__(self) -> Engine:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if self._chosen and isinstance(error, ParityError):
+            from pipeline.engine.backend_choice import forget
+
+            # On these images it is not what it was chosen for.
+            forget(self.config, self.checkpoint)
         self.close()
 
     def close(self) -> None:
@@ -123,18 +130,33 @@ class Engine:
         _ = self._bank
 
     def open(self, storage: Storage) -> None:
-        """Open the reader and the encoder, for a batch size that is measured where the config leaves it open.
+        """Open the reader and the encoder; backend and batch size are measured where the config leaves them open.
 
         Args:
-            storage: the output, which may hold a plan with a batch size.
+            storage: the output, which may hold a plan with both.
 
         Raises:
             PipelineError: one of :mod:`pipeline.core.errors`; nothing was written then.
         """
         # A decoder that this machine does not have is reported before a batch size is measured.
         _ = self.reader
+        self.choose_backend(storage)
         self._choose_batch_size(storage)
         _ = self.encoder
+
+    def choose_backend(self, storage: Storage | None = None) -> None:
+        """Take a backend where the config leaves it open: measured now for the job of an output, else remembered."""
+        if self.config.backend.name != AUTO:
+            return
+        # Imports the modules of many backends.
+        from pipeline.engine.backend_choice import Trial, settle_backend
+
+        trial = None
+        if storage is not None:
+            rows, whole = self.manifest.rows, self.config.run.dry
+            trial = Trial(self.open_at, self.some_or_scenes, self._alone, rows, whole)
+        self.config = settle_backend(self.config, self.checkpoint, storage=storage, trial=trial)
+        self._chosen = True
 
     @cached_property
     def manifest(self) -> Manifest:
@@ -196,10 +218,10 @@ class Engine:
         """Images of the manifest to compare decoders on; None where the ones that were tried are damaged."""
         return self._drawn(PICTURES)
 
-    def exactly_decoded_sample(self) -> Sample | None:
-        """The same images by the decoder ``exact``, with which the other decoders are compared."""
+    def exactly_decoded_sample(self, images: Sequence[ImageRef] | None = None) -> Sample | None:
+        """The same images, or those given, by the decoder ``exact``, with which the other decoders are compared."""
         with self.reader.exact() as reader:
-            return self._draw(reader, PICTURES)
+            return self._draw(reader, PICTURES) if images is None else read_sample(reader, images)
 
     def sample_or_scenes(self) -> Sample:
         """Images of the manifest, or rendered scenes: backends can be compared on those, decoders cannot."""
@@ -215,12 +237,12 @@ class Engine:
             log.warning("none of the images that were tried can be read; the backend is compared on rendered scenes")
         return demo.rendered_sample(self.spec, count)
 
-    def _choose_batch_size(self, storage: Storage) -> None:
-        def alone() -> None:
-            # Nothing but the loader may run while speeds are compared.
-            self.bank()
-            self.check_ids()
+    def _alone(self) -> TextBank | None:
+        """Wait until nothing but the loader is at work, as speeds are compared; return the embedded labels."""
+        self.check_ids()
+        return self.bank()
 
+    def _choose_batch_size(self, storage: Storage) -> None:
         def opened(size: int) -> ImageEncoder:
             # The feeders of the size before have ended.
             self.start()
@@ -232,7 +254,7 @@ class Engine:
 
         images, count = self.config.images, 0 if self.feeders is None else self.feeders.count
         beside = {"decoder": images.decoder, "workers": worker_threads(self.config), "feeders": count}
-        benchmark = Benchmark(self.config.backend, self.checkpoint, opened, alone, rate, beside)
+        benchmark = Benchmark(self.config.backend, self.checkpoint, opened, self._alone, rate, beside)
         with phase("batch size"):
             size = settle_batch_size(self.config, benchmark, rows=self.manifest.rows, storage=storage)
         self.config = self.config.changed({"loader.batch_size": size})
@@ -270,17 +292,17 @@ class Engine:
 
         return HalvingEncoder(self.open_at, judge, batch_size=size)
 
-    def open_at(self, size: int) -> ImageEncoder:
-        """Open the backend for batches of ``size``, in a thread like those that it will run in.
+    def open_at(self, size: int, backend: BackendConfig | None = None) -> ImageEncoder:
+        """Open the backend, or another one, for batches of ``size``, in a thread like those that it will run in.
 
         What is compiled or opened there is made for their share of the cores.
         """
-        device = choose_device(self.config.backend.device)
-        streams = count_streams(self.config.backend.streams, device)
+        config = self.config if backend is None else self.config.changed({"backend": backend})
+        device = choose_device(config.backend.device)
+        streams = count_streams(config.backend.streams, device)
         with Streams(device, streams) as threads:
-            encoder = threads.submit(
-                partial(open_backend, self.config, self.checkpoint, self.sample_or_scenes, size)
-            ).result()
+            opening = partial(open_backend, config, self.checkpoint, self.sample_or_scenes, size)
+            encoder = threads.submit(opening).result()
         encoder.streams = streams
         return encoder
 

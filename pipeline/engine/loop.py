@@ -13,6 +13,7 @@ from functools import partial
 import torch
 
 from pipeline.backends.base import ImageEncoder
+from pipeline.backends.decoder_parity import PICTURES
 from pipeline.backends.streams import Streams
 from pipeline.config.schema import Config
 from pipeline.core.failpoints import failpoint
@@ -26,6 +27,7 @@ from pipeline.engine.feeders import Feeders, open_feeders
 from pipeline.engine.forward import Forward, Labelling, PendingBatch, ShardResults, memory_explained
 from pipeline.engine.gpu_clock import GpuClock
 from pipeline.engine.loader import Loader, LoaderSpec
+from pipeline.engine.sample import FirstBatch
 from pipeline.engine.static_forward import open_forward
 from pipeline.images.factory import worker_threads
 from pipeline.images.reader import PixelReader
@@ -49,13 +51,18 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """The opened reader and encoder of a process that embeds, the clocks of its stages and of its GPU, its feeders."""
+    """The opened reader and encoder of a process that embeds, the clocks of its stages and of its GPU, its feeders.
+
+    ``hold`` is called once, before anything is written and once as many batches are begun as are encoded side by side,
+    with the first of them; with None where no image can be read. What it raises ends the loop.
+    """
 
     reader: PixelReader
     encoder: ImageEncoder
     clocks: StageClocks
     gpu: GpuClock = field(default_factory=lambda: GpuClock(torch.device("cpu")))
     feeders: FeederPool | None = None
+    hold: Callable[[FirstBatch | None], None] | None = None
 
 
 def embed(
@@ -197,12 +204,16 @@ class _Encoding:
 
     def steps(self, shards: Iterable[Shard]) -> Iterator[_Step]:
         """Every batch as it is submitted; each shard ends with its rows."""
-        items = self.loader.stream(shards)
+        items, held = self.loader.stream(shards), _Held(self.worker, self.job.config)
         # Those of several shards come in turn; the number is that of the next batch.
         open_shards: dict[int, tuple[ShardResults, int]] = {}
         while True:
+            if held.submitted == self.streams.count:
+                held.call()
             with self.worker.clocks.time(Stage.WAIT_INPUT):
                 item = next(items, None)
+            if not isinstance(item, ImageBatch):
+                held.call()
             if item is None:
                 return
             results, number = open_shards.get(item.shard.index) or (self._results_of(item.shard), 0)
@@ -211,7 +222,7 @@ class _Encoding:
                 yield _Step(results, rows=item)
             else:
                 open_shards[item.shard.index] = results, number + 1
-                yield _Step(results, batch=self.streams.submit(partial(self._encode, item, number)))
+                yield _Step(results, batch=held.submit(self.streams, item, partial(self._encode, item, number)))
 
     def _results_of(self, shard: Shard) -> ShardResults:
         return ShardResults(
@@ -232,6 +243,47 @@ class _Encoding:
             raise
         finally:
             self.loader.release(batch)
+
+
+class _Held:
+    """The call of ``Worker.hold``, which is made once, and the batch that it is made with."""
+
+    def __init__(self, worker: Worker, config: Config) -> None:
+        self._hold, self._streams = worker.hold, worker.encoder.streams
+        self._count = max(config.parity.images, PICTURES)
+        self._first: Future[FirstBatch] = Future()
+        self.submitted = 0
+
+    def submit(self, streams: Streams, batch: ImageBatch, encode: Callable[[], PendingBatch]) -> Future[PendingBatch]:
+        """Submit a batch to ``streams``; of the first one, some images are kept."""
+        self.submitted += 1
+        if self._hold is None or self.submitted > 1:
+            return streams.submit(encode)
+        return streams.submit(partial(self._keep, batch, encode))
+
+    def call(self) -> None:
+        """Make the call, unless it was made."""
+        hold, self._hold = self._hold, None
+        if hold is not None:
+            hold(self._first.result() if self.submitted else None)
+
+    def _keep(self, batch: ImageBatch, encode: Callable[[], PendingBatch]) -> PendingBatch:
+        try:
+            count = len(batch.rows)
+            places = torch.arange(min(count, self._count)) * count // min(count, self._count)
+            # Copied before the buffer is given back.
+            pixels, began = batch.pixels[places.to(batch.pixels.device)].cpu(), time.perf_counter()
+            pending = encode()
+            pending.wait()
+            seconds = (time.perf_counter() - began) / len(batch.pixels) / self._streams
+            rows, vectors = batch.rows[places.numpy()], pending.vectors[places]
+            self._first.set_result(
+                FirstBatch(batch.shard, rows, pixels, vectors, seconds, full=count == len(batch.pixels))
+            )
+        except BaseException as error:
+            self._first.set_exception(error)
+            raise
+        return pending
 
 
 def _in_order(steps: Iterator[_Step], ahead: int) -> Iterator[_Step]:

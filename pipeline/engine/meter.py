@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 from pipeline.core.machine import gpu_memory, memory
@@ -43,6 +45,13 @@ class Meter:
         """Count a shard that is durable."""
         self._sample_gpu()
         self._stats = self._stats.with_shard(report)
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Leave out what this process spends in the body; its decoders go on with the job."""
+        before = spent()
+        yield
+        self._before += Spent(spent().own - before.own, 0.0)
 
     def lap(self) -> None:
         """Take the core seconds so far as those of the job."""

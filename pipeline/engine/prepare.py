@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from pipeline.backends import decoder_parity as decoder_gate
 from pipeline.backends.base import ImageEncoder
-from pipeline.backends.parity import Gate, pass_gate, record
+from pipeline.backends.parity import Gate, is_pending, open_reference, pass_gate, record
 from pipeline.config.schema import Config
 from pipeline.core.failpoints import failpoint
 from pipeline.core.machine import machine
 from pipeline.core.processes import cores
-from pipeline.core.records import Parity, TextBank
+from pipeline.core.records import Parity, Sample, TextBank
 from pipeline.dataset import lease, parts, plan
 from pipeline.engine.engine import Engine
 from pipeline.engine.loop import Job
+from pipeline.engine.sample import FirstBatch, FirstImages, first_images
 from pipeline.images.versions import fingerprint as decoding
 from pipeline.storage.base import Storage
 from pipeline.telemetry.tracing import span
@@ -29,7 +29,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """The plan and the figures of an engine that passed its gates; nothing of it is written yet."""
+    """The plan of an opened engine, and the figures of its gates; nothing of it is written yet.
+
+    If ``pending``, the gates are still to be measured, by :func:`settle`; nothing may be written before.
+    ``gate_seconds`` are those of the job's loop that this took.
+    """
 
     config: Config
     plan: plan.Plan
@@ -40,16 +44,18 @@ class Prepared:
     precision: str
     streams: int
     machine: Mapping[str, object]
+    pending: bool = False
+    gate_seconds: float = 0.0
 
 
 def prepare(engine: Engine, storage: Storage) -> Prepared:
-    """Make the plan of an opened engine, compare it with the output's, and pass the gates.
+    """Make the plan of an opened engine, and compare it with the output's; pass the gates whose figures this keeps.
 
     Raises:
         PlanMismatch: the output holds another dataset.
         ParityError: the engine is too far from fp32, or its decoder from ``exact``.
     """
-    config, encoder, manifest, bank = engine.config, engine.encoder, engine.manifest, engine.bank()
+    config, encoder, manifest = engine.config, engine.encoder, engine.manifest
     log.info("model %s with %s on %s in %s", config.model.name, encoder.name, encoder.device, encoder.precision)
     if encoder.device.type == "cuda":
         log.info("each batch is launched as %s", _launched(encoder))
@@ -58,43 +64,71 @@ def prepare(engine: Engine, storage: Storage) -> Prepared:
     prints = fingerprints(engine)
     # Before the gates, which take time: the output may hold another dataset.
     wanted = plan.settle(storage, plan.new_plan(config, prints, rows=manifest.rows))
-    gate = Gate(
-        limits=config.parity,
-        fingerprints=wanted.fingerprints,
-        storage=storage,
-        bank=bank,
-        rows=manifest.rows,
-        store=config.backend.artifacts,
-    )
-    with span("gates"):
-        parity, decoded = _pass_gates(engine, gate)
-    return Prepared(
+    prepared = Prepared(
         config=config,
         plan=wanted,
-        parity=parity,
-        decoder_parity=decoded,
+        parity=None,
+        decoder_parity=None,
         dim=encoder.dim,
         device=str(encoder.device),
         precision=encoder.precision,
         streams=encoder.streams,
         machine=_machine(encoder),
+        pending=True,
+    )
+    gate = _gate(engine, prepared, storage)
+    if is_pending(encoder, gate) or decoder_gate.is_pending(encoder, config.images.decoder, gate):
+        return prepared
+    return settle(engine, prepared, storage)
+
+
+def settle(engine: Engine, prepared: Prepared, storage: Storage, first: FirstBatch | None = None) -> Prepared:
+    """Pass the gates that are pending: on images of the first batch, or on some that are drawn from the manifest.
+
+    Raises:
+        ParityError: the engine is too far from fp32, or its decoder from ``exact``.
+    """
+    if not prepared.pending:
+        return prepared
+    with span("gates"):
+        # Not those that the encoder was calibrated on.
+        static = engine.encoder.fingerprint.get("quantization") == "static"
+        images = None if first is None or static else first_images(engine.manifest, first)
+        gate = replace(_gate(engine, prepared, storage), seconds=0.0 if first is None else first.seconds)
+        parity, decoded = _pass_gates(engine, gate, images)
+    return replace(prepared, parity=parity, decoder_parity=decoded, pending=False)
+
+
+def _gate(engine: Engine, prepared: Prepared, storage: Storage) -> Gate:
+    return Gate(
+        limits=prepared.config.parity,
+        fingerprints=prepared.plan.fingerprints,
+        storage=storage,
+        bank=engine.bank(),
+        rows=engine.manifest.rows,
+        store=prepared.config.backend.artifacts,
     )
 
 
-def _pass_gates(engine: Engine, gate: Gate) -> tuple[Parity | None, Parity | None]:
-    """The figures of the backend and of the decoder; the error of the former comes first."""
+def _pass_gates(engine: Engine, gate: Gate, first: FirstImages | None) -> tuple[Parity | None, Parity | None]:
+    """The figures of the backend and of the decoder."""
     encoder, decoder = engine.encoder, engine.config.images.decoder
-    backends = partial(pass_gate, encoder, engine.checkpoint, engine.some_or_scenes, gate)
-    decoders = partial(
-        decoder_gate.pass_gate, encoder, decoder, engine.decoded_sample, engine.exactly_decoded_sample, gate
-    )
-    if decoder == "exact" or encoder.flexible or encoder.device.type != "cpu" or encoder.streams == 1:
-        return backends(), decoders()
-    # Each takes one full batch, which leaves the cores of the other streams idle.
-    engine.decoded_sample()
-    with ThreadPoolExecutor(1, thread_name_prefix="gate") as beside:
-        decoded = beside.submit(decoders)
-        return backends(), decoded.result()
+
+    def some(count: int) -> Sample:
+        return first.sample.spread(count) if first is not None and first.has(count) else engine.some_or_scenes(count)
+
+    judge: ImageEncoder = encoder
+    if decoder != "exact" and encoder.device.type == "cpu" and not encoder.flexible:
+        # Of one shape, it takes as long for a few images as for a full batch; fp32 tells them apart as well.
+        judge = open_reference(encoder, engine.checkpoint, 2 * decoder_gate.EMBEDDED)
+    ours, exact = engine.decoded_sample, engine.exactly_decoded_sample
+    if first is not None and first.has(decoder_gate.PICTURES):
+        known = dict(zip(first.sample.ids, first.refs, strict=True))
+        pictures = first.sample.spread(decoder_gate.PICTURES)
+        pictures = pictures if judge is encoder else replace(pictures, vectors=None)
+        ours, exact = lambda: pictures, partial(exact, [known[id] for id in pictures.ids])
+    parity = pass_gate(encoder, engine.checkpoint, some, gate)
+    return parity, decoder_gate.pass_gate(judge, decoder, ours, exact, gate)
 
 
 def _launched(encoder: ImageEncoder) -> str:
@@ -129,7 +163,7 @@ def write_plan(prepared: Prepared, storage: Storage, held: lease.Lease) -> None:
 
 def note(engine: Engine, prepared: Prepared, storage: Storage) -> None:
     """Write the figures of the gates into the output, whose plan is written."""
-    gate = Gate(limits=engine.config.parity, fingerprints=prepared.plan.fingerprints, storage=storage)
+    gate = _gate(engine, prepared, storage)
     if prepared.parity is not None:
         record(prepared.parity, engine.encoder, gate)
     if prepared.decoder_parity is not None:

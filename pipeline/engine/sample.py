@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from pipeline.core.records import Failure, ImageRef, Piece, Pixels, Sample, Shard
 from pipeline.images.decode import limit_pixels
@@ -21,6 +23,70 @@ from pipeline.manifest.shards import ShardReader, refs
 PLACES = 16
 # Rows tried for each picture wanted, where images are damaged.
 TRIES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class FirstBatch:
+    """Images of the first batch of a run, up to as many as are compared, spread over the batch.
+
+    Attributes:
+        shard: the shard of the batch.
+        rows: positions of the images in the shard, int64 ``[N]``.
+        pixels: uint8 ``[N, 3, H, W]`` on the CPU.
+        vectors: their embeddings, float32 ``[N, D]`` on the CPU, which nothing has been proved of.
+        seconds: for one image of the batch, on the clock.
+        full: False if the shard has no other images.
+    """
+
+    shard: Shard
+    rows: NDArray[np.int64]
+    pixels: torch.Tensor
+    vectors: torch.Tensor
+    seconds: float
+    full: bool
+
+
+@dataclass(frozen=True, slots=True)
+class FirstImages:
+    """The images of a first batch with their references; ``complete`` if the manifest has no others."""
+
+    sample: Sample
+    refs: tuple[ImageRef, ...]
+    complete: bool
+
+    def has(self, count: int) -> bool:
+        """True if there are ``count`` images, or all of the manifest."""
+        return self.complete or len(self.refs) >= count
+
+
+def first_images(manifest: Manifest, first: FirstBatch) -> FirstImages | None:
+    """The images of ``first``; None where a sample is spread over the row groups of the manifest.
+
+    Of a manifest of one row group, :func:`draw_sample` takes the first images: those of the first batch are no worse.
+    """
+    if sum(len([rows for rows in file.row_groups if rows]) for file in manifest.files) != 1:
+        return None
+    wanted, found, start = set(first.rows.tolist()), list[ImageRef](), 0
+    with ShardReader(manifest) as reader:
+        for batch in reader.read(first.shard):
+            found += [ref for row, ref in enumerate(refs(manifest, batch), start) if row in wanted]
+            start += batch.num_rows
+            if len(found) == len(wanted):
+                break
+    sample = Sample(ids=tuple(str(ref.id) for ref in found), pixels=first.pixels, vectors=first.vectors)
+    return FirstImages(sample, tuple(found), complete=not first.full and first.shard.rows == manifest.rows)
+
+
+def read_sample(reader: PixelReader, images: Sequence[ImageRef]) -> Sample | None:
+    """Those of the images that ``reader`` can decode; None if it can decode none."""
+    limit_pixels(reader.decoder.max_pixels)
+    with ThreadPoolExecutor(SAMPLE_THREADS) as threads:
+        read = [
+            (str(ref.id), pixels)
+            for ref, pixels in zip(images, threads.map(reader.read, images), strict=True)
+            if not isinstance(pixels, Failure)
+        ]
+    return stack(*zip(*read, strict=True)) if read else None
 
 
 def draw_sample(manifest: Manifest, reader: PixelReader, count: int) -> Sample | None:

@@ -44,6 +44,8 @@ from pipeline.report.summary import DatasetSummary
 from pipeline.storage.base import Storage
 from pipeline.telemetry.run_stats import RunStats, WorkerStats
 
+# Phases from the last batch to the report.
+ENDING = ("last parts", "marker", "summary")
 # Phases of the start-up that the advice names.
 LONGEST = 3
 # Below this share of busy cores, something else than the model slows the run.
@@ -150,7 +152,8 @@ def report_of(outcome: Outcome) -> ReportDraft:
     ran = outcome.part.merged(outcome.storage, outcome.stats)
     previous = outcome.storage.read(REPORT)
     outcome.phases.ended("summary")
-    ending = {name: value for name, value in outcome.phases.take().items() if name != "batches"}
+    taken = outcome.phases.take()
+    ending = {name: taken[name] for name in ENDING if name in taken}
     report = dataclasses.replace(_report(outcome, ran, content), ending=_rounded(ending))
     return ReportDraft(
         report=dataclasses.replace(report, history=earlier_runs(previous)), content=content, previous=previous

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from pipeline.config.schema import Config
@@ -108,16 +109,17 @@ def run_job(config: Config, options: RunOptions | None = None) -> RunReport:
         phases.ended("output")
         engine.begin()
 
-        # Plan: a backend that misses its gate writes nothing, and no part is written before the plan.
+        # Plan: written behind the gates, which may look at the first batch; no part is written before the plan.
         with span("prepare"), phase("prepare" if config.cluster.name == "inline" else "workers"):
             prepared = executor.prepare(engine)
+        output.monitor.labels["backend"] = prepared.config.backend.name
         log_labels(engine.bank())
-        write_plan(prepared, output.storage, output.held)
-        executor.begin(job_of(engine, prepared))
+        executor.begin(job_of(engine, prepared), partial(write_plan, prepared, output.storage, output.held))
         done = commits.find_done(output.storage, prepared.plan, output.held.confirm, every_byte=options.every_byte)
 
         # Embed: what has no commit yet; _SUCCESS is written when the commits cover the plan.
         embedded = _embed(output, executor, engine.manifest, prepared, done)
+        prepared = executor.prepared
         committed = _finalize(output, executor, prepared, done)
         phases.ended("marker")
 
@@ -202,8 +204,11 @@ def _embed(
     startup.pop(_SCENES, None)
 
     def on_batch(images: int) -> None:
+        first = not progress.first_batch_seconds
         progress.embedded(images)
-        output.phases.ended("batches")
+        output.phases.ended("first batch" if first else "batches")
+        if first:
+            startup.update(output.phases.take())
 
     rows, images, began = 0, 0, time.time()
     with (
@@ -220,14 +225,12 @@ def _embed(
             progress.failed(report.rows - report.counts[OK])
             progress.shared(report.repeats)
     output.phases.ended("last parts")
-    if progress.first_batch_seconds:
-        startup["first batch"] = progress.first_batch_seconds
     return Embedded(
         rows=rows,
         images=images,
         resumed_rows=resumed,
         began=began,
-        seconds=time.time() - began,
+        seconds=time.time() - began - executor.prepared.gate_seconds,
         startup=startup,
         images_per_second=progress.steady_images_per_second,
     )

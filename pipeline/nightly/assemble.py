@@ -21,6 +21,7 @@ from pipeline.core.plain import plain_table
 from pipeline.dataset import commits, lease, plan
 from pipeline.dataset.dataset import Dataset, open_dataset
 from pipeline.dataset.parts import PartFormat, format_of
+from pipeline.dataset.saved_config import with_backend_of
 from pipeline.manifest.manifest import Manifest
 from pipeline.nightly.embed import EmbeddedRows
 from pipeline.nightly.prepare import PendingNight, Target
@@ -81,8 +82,9 @@ def assemble(pending: PendingNight, target: Target, embedded: EmbeddedRows, held
 def _assembly(pending: PendingNight, target: Target, embedded: EmbeddedRows, previous: Dataset | None) -> Assembly:
     from pipeline.engine.batch_size import default_on_cpu, is_default_of_cpu, is_default_of_cuda
 
-    config, manifest = target.config, target.manifest
+    manifest = target.manifest
     sample = next(dataset for dataset in (*embedded.datasets, previous) if dataset is not None)
+    config = with_backend_of(target.config, sample.plan.config)
     # The batch size of the main job over the whole manifest; that over few rows is smaller.
     size = 0 if is_default_of_cuda(config) else config.loader.batch_size
     size = default_on_cpu(config, manifest.rows) if is_default_of_cpu(config) else size

@@ -147,7 +147,7 @@ def signs_of(config: Config, model: Any) -> dict[str, Any]:
     signs = {
         "recipe": recipe,
         "labels": labels,
-        "versions": versions(BACKENDS[config.backend.name].packages),
+        "versions": versions(BACKENDS[config.backend.name].packages if config.backend.name in BACKENDS else ()),
         "model": model,
     }
     found: dict[str, Any] = json.loads(json.dumps(signs))

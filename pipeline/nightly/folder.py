@@ -28,6 +28,7 @@ from pipeline.core.run_report import RunReport
 from pipeline.dataset import commits, lease, plan
 from pipeline.dataset.commits import SUCCESS
 from pipeline.dataset.dataset import open_dataset
+from pipeline.dataset.saved_config import with_backend_of
 from pipeline.manifest.build import from_folder
 from pipeline.manifest.changes import changes_of, publish_manifest
 from pipeline.manifest.folder import LeftOut
@@ -183,6 +184,7 @@ def _seed(job: FolderJob) -> None:
             f"{job.output.url}: was made of another manifest than {job.manifest}, so what has changed is not known; "
             "choose another output.dir"
         )
+    config = with_backend_of(job.config, dataset.plan.config)
     target = open_night(job.store, BEFORE)
     remove_folder(job.store, f"{PREFIX}{BEFORE}")
     names = [plan.NAME, SUCCESS, *(commit.part for commit in dataset.commits)]
@@ -210,7 +212,7 @@ def _seed(job: FolderJob) -> None:
     night = Night(
         date=BEFORE, layout=SNAPSHOT, dataset=target.url, previous=None, anew="", content=str(content), started=now,
         finished=now, rows=manifest.rows, verdict="", fingerprints=digest_of(dataset.plan.fingerprints),
-        signs=signs_of(job.config, dataset.plan.fingerprints["model"]), sources=tuple(dataset.plan.sources), **unknown,
+        signs=signs_of(config, dataset.plan.fingerprints["model"]), sources=tuple(dataset.plan.sources), **unknown,
     )  # fmt: skip
     target.write(NIGHT, json.dumps({each.name: getattr(night, each.name) for each in fields(Night)}).encode())
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from pipeline.config.schema import Config
 from pipeline.dataset import plan
 from pipeline.dataset.names import check_columns
+from pipeline.dataset.saved_config import with_backend_of
 from pipeline.manifest.ids import check_ids
 from pipeline.manifest.manifest import Manifest, open_manifest
 from pipeline.manifest.overlap import check_places
@@ -126,6 +127,10 @@ def prepare(config: Config, options: NightOptions, store: Storage, day: str) -> 
         )
     from pipeline.engine.batch_size import is_default_of_cuda
 
+    if previous is not None:
+        # auto stays with what the rows that are there were made by.
+        recipe: Any = previous.signs.get("recipe", {})
+        config = with_backend_of(config, recipe)
     if previous is not None and (config.loader.batch_size == 0 or is_default_of_cuda(config)):
         # auto measures for the rows of a job, and tonight's are few; a night before may have had another GPU.
         config = config.changed({"loader.batch_size": _batch_size(store, previous)})

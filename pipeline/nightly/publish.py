@@ -20,6 +20,7 @@ from pipeline.core.records import by_status, failed_rows
 from pipeline.core.run_report import RunReport
 from pipeline.dataset import plan
 from pipeline.dataset.dataset import Dataset
+from pipeline.dataset.saved_config import with_backend_of
 from pipeline.engine.demo.notes import notes_of
 from pipeline.nightly.embed import digest_of, signs_of
 from pipeline.nightly.prepare import PendingNight
@@ -54,6 +55,7 @@ def publish(pending: PendingNight, made: NightDataset, began: float) -> Night:
         sources.discard(plan.source_of(dataset.plan.fingerprints))
         statuses = pa.concat_tables(parts)["status"]
         digest, model = digest_of(dataset.plan.fingerprints), dataset.plan.fingerprints["model"]
+        config = with_backend_of(config, dataset.plan.config)
     counts = _write_rows(pending, statuses)
     share_file(pending.work, EARLIER[DROPPED], pending.output, DROPPED)
     for name in EARLIER.values():

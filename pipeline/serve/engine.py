@@ -107,6 +107,9 @@ def open_engine(config: Config, opened: ExitStack, *, timer: Timer, texts: Calla
     streams = count_streams(config.backend.streams, device)
     threads = max(1, cores() // streams)
     parts = opened.enter_context(job.Engine(config, decoders=decoders))
+    # Nothing is measured here: of what is remembered, the fastest is taken.
+    parts.choose_backend()
+    config = parts.config
     checkpoint, spec, bank = parts.checkpoint, parts.spec, parts.bank()
     if device.type == "cpu":
         keep_memory()

@@ -78,16 +78,22 @@ def onnx_graph(
         ParityError: the graph is too far from fp32; it is not published.
     """
     need_packages()
-    details: dict[str, Any] = {key: value for key, value in dataclasses.asdict(options).items() if value is not None}
+    more = {}
     if options.quantization == "static":
         pixels = sample().half(0).pixels.contiguous()
-        details["calibration"] = hashlib.sha256(pixels.numpy().tobytes()).hexdigest()
+        more["calibration"] = hashlib.sha256(pixels.numpy().tobytes()).hexdigest()
     artifact = store.make(
-        recipe(f"onnx-{options.tower}", checkpoint, details, ONNX_PACKAGES),
+        graph_recipe(checkpoint, options, **more),
         lambda folder: _build(folder, checkpoint, options, sample, limits),
     )
     hold_card(artifact, limits, precision=options.precision)
     return artifact
+
+
+def graph_recipe(checkpoint: Checkpoint, options: GraphOptions, **more: str) -> Recipe:
+    """Return the recipe of the graph of a tower; ``more`` are options of one that is calibrated on images."""
+    details = {key: value for key, value in dataclasses.asdict(options).items() if value is not None}
+    return recipe(f"onnx-{options.tower}", checkpoint, {**details, **more}, ONNX_PACKAGES)
 
 
 def hold_card(artifact: Artifact, limits: ParityConfig, *, precision: str) -> None:

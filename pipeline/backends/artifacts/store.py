@@ -115,6 +115,10 @@ class ArtifactStore:
         with locked(self._lock(fingerprint)):
             return self._verified(fingerprint)
 
+    def has(self, recipe: Recipe) -> bool:
+        """Return True if the artefact of a recipe is there, verified or not."""
+        return os.path.lexists(self.root / recipe.fingerprint)
+
     def make(self, recipe: Recipe, build: Callable[[Path], Mapping[str, Any]]) -> Artifact:
         """Find the artefact, or call ``build`` to write its files into a temporary folder, and publish them.
 

@@ -76,6 +76,7 @@ class DaskExecutor:
         self._workers: dict[tuple[str, int], WorkerStats] = {}
         self._client: Client
         self._spec: JobSpec
+        self.prepared: Prepared
         self._slots: dict[str, int] = {}
         self._counted, self._seen = 0.0, time.monotonic()
         self.given_up: tuple[int, ...] = ()
@@ -119,13 +120,13 @@ class DaskExecutor:
             deaths += _deaths(error)
             if not isinstance(error, KilledWorker) or deaths >= self._config.cluster.tries:
                 raise self._explained(error, "while it opened the model")
-        self._first, prepared = future.result()
-        found: Prepared = prepared
-        return found
+        self._first, self.prepared = future.result()
+        return self.prepared
 
     @connected()
-    def begin(self, job: Job) -> None:
-        """Send the job, whose plan is written, to all workers."""
+    def begin(self, job: Job, write: Callable[[], None]) -> None:
+        """Write the plan, and send the job to all workers."""
+        write()
         # The worker that measured may be gone by now; then the next one measures again.
         with suppress(OSError, ValueError, KeyError):
             self._client.run(tasks.note, self._token, workers=[self._first], on_error="ignore")

@@ -21,6 +21,7 @@ from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from pipeline.config.ranges import AUTO
 from pipeline.core.concurrency import aside
 from pipeline.core.errors import Interrupted, PlanMismatch, WorkerMismatch
 from pipeline.core.records import Shard, ShardReport, TextBank
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from pipeline.engine.loop import Job
     from pipeline.engine.meter import Meter
     from pipeline.engine.prepare import Prepared
+    from pipeline.engine.sample import FirstBatch
 
 # A stream that brings no shard ends, so that rows which wait for more are embedded: after so many seconds, at least,
 # without a batch, or twice what batches take here.
@@ -79,7 +81,6 @@ class WorkerState:
         self._lock = threading.Lock()
         self._engine: Future[Engine] | None = None
         self._prepared: Prepared | None = None
-        self._passed = False
         # What came in and is not reported yet, and where the loop takes it from.
         self._waiting: dict[int, Future[None]] = {}
         self._queue: queue.SimpleQueue[Shard] = queue.SimpleQueue()
@@ -91,10 +92,10 @@ class WorkerState:
         logging.getLogger("pipeline").addHandler(self._log)
         logging.getLogger("pipeline").setLevel(logging.INFO)
         self._meter: Meter | None = None
-        if spec.config.loader.batch_size:
+        if spec.config.loader.batch_size and spec.config.backend.name != AUTO:
             self._open()
         else:
-            # One worker measures the batch size, and the others wait for it; they can import meanwhile.
+            # One worker measures batch size and backends, and the others wait for it; they can import meanwhile.
             aside(partial(import_module, "pipeline.engine.prepare"), name="imports")
 
     def take(self, job: Job) -> None:
@@ -113,9 +114,9 @@ class WorkerState:
         # Everything is logged for this worker; warnings only for the others.
         self._log.setLevel(logging.INFO)
         engine = self._open().result()
-        self._prepared = setup.prepare(engine, self._storage())
+        # No shard comes before the plan is written, and that not before the gates are passed.
+        self._prepared = setup.settle(engine, setup.prepare(engine, self._storage()), self._storage())
         self._log.setLevel(logging.WARNING)
-        self._passed = True
         return self._worker.address, self._prepared
 
     def note(self) -> None:
@@ -160,7 +161,7 @@ class WorkerState:
     def _open_engine(self) -> Engine:
         from pipeline.engine.engine import Engine
 
-        # Unless this one measures it, the batch size is that of the job.
+        # Unless this one measures them, batch size and backend are those of the job.
         config = self._job.result().config if self._job.done() else self._spec.config
         # The driver has checked the ids.
         engine = Engine(config, manifest=self._spec.manifest, bank=self._bank.result, recorded=self._spec.model)
@@ -184,20 +185,25 @@ class WorkerState:
         """The worker as people find it."""
         return f"worker {self._worker.name} (process {os.getpid()} on {socket.gethostname()})"
 
-    def _pass_gates(self) -> Engine:
+    def _prepare(self) -> tuple[Engine, Prepared]:
         from pipeline.engine import prepare as setup
 
         job = self._job.result()
         engine = self._open().result()
-        if not self._passed:
+        if self._prepared is None:
             try:
-                setup.prepare(engine, self._storage())
+                self._prepared = setup.prepare(engine, self._storage())
             except PlanMismatch as error:
                 raise WorkerMismatch(f"{self.name} would make other rows than the rest of the job: {error}") from error
-            self._passed = True
         if engine.config.loader.batch_size != job.config.loader.batch_size:
             raise WorkerMismatch(f"{self.name} has opened its model for another batch size than the job's")
-        return engine
+        return engine, self._prepared
+
+    def _hold(self, first: FirstBatch | None) -> None:
+        from pipeline.engine import prepare as setup
+
+        engine, prepared = self._prepare()
+        self._prepared = setup.settle(engine, prepared, self._storage(), first)
 
     def _loop(self) -> None:
         """Embed what comes; an error ends the tasks that wait, and the next ones begin anew."""
@@ -219,7 +225,7 @@ class WorkerState:
             self._engine.add_done_callback(_close)
 
     def _embed(self, first: Shard) -> None:
-        engine = self._pass_gates()
+        engine, prepared = self._prepare()
         import torch
 
         from pipeline.engine.loop import Worker, embed
@@ -236,7 +242,14 @@ class WorkerState:
         reports = embed(
             self._stream(first),
             self._job.result(),
-            Worker(engine.reader, engine.encoder, meter.clocks, meter.gpu, engine.feeders),
+            Worker(
+                engine.reader,
+                engine.encoder,
+                meter.clocks,
+                meter.gpu,
+                engine.feeders,
+                self._hold if prepared.pending else None,
+            ),
             on_batch=self._on_batch,
             on_commit=partial(self._report, meter),
         )

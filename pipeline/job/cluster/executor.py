@@ -24,10 +24,14 @@ class Executor(Protocol):
     def __enter__(self) -> Self: ...
 
     def prepare(self, engine: Engine) -> Prepared:
-        """Open the model, pass the gates and make the plan, of which nothing is written yet."""
+        """Open the model and make the plan, of which nothing is written yet."""
 
-    def begin(self, job: Job) -> None:
-        """Take the job, whose plan is written."""
+    def begin(self, job: Job, write: Callable[[], None]) -> None:
+        """Take the job; ``write`` writes its plan, and is called once the gates are passed."""
+
+    @property
+    def prepared(self) -> Prepared:
+        """What :meth:`prepare` returned, with the figures of the gates once these are passed."""
 
     def run(self, shards: Iterable[Shard], on_batch: Callable[[int], None]) -> Generator[ShardReport]:
         """Embed and commit shards; ``on_batch`` is called with the images of each batch."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
+from dataclasses import replace
 
 from pipeline.core.records import Shard, ShardReport
 from pipeline.engine.engine import Engine
 from pipeline.engine.loop import Job, Worker, embed
 from pipeline.engine.meter import Meter
-from pipeline.engine.prepare import Prepared, note, prepare
+from pipeline.engine.prepare import Prepared, note, prepare, settle
+from pipeline.engine.sample import FirstBatch
 from pipeline.storage.base import Storage
 from pipeline.telemetry.run_stats import WorkerStats
 
@@ -25,7 +27,8 @@ class Inline:
         self._began = time.time()
         self._startup = 0.0
         self._engine: Engine
-        self._prepared: Prepared
+        self._write: Callable[[], None]
+        self.prepared: Prepared
         self._meter: Meter
 
     def __enter__(self) -> Inline:
@@ -38,25 +41,44 @@ class Inline:
         """See :func:`pipeline.engine.prepare.prepare`."""
         self._engine = engine
         engine.open(self._storage)
-        self._prepared = prepare(engine, self._storage)
+        self.prepared = prepare(engine, self._storage)
         self._startup = time.time() - self._began
-        return self._prepared
+        return self.prepared
 
-    def begin(self, job: Job) -> None:
-        """Take the job, whose plan is written."""
+    def settle(self) -> Prepared:
+        """Pass the gates now, where the first batch is not that of the job."""
+        self.prepared = settle(self._engine, self.prepared, self._storage)
+        return self.prepared
+
+    def begin(self, job: Job, write: Callable[[], None]) -> None:
+        """Take the job; ``write`` its plan now, or behind the gates that are pending."""
         self.rehearse(job)
-        note(self._engine, self._prepared, self._storage)
+        self._write = write
+        if not self.prepared.pending:
+            self._record()
 
     def rehearse(self, job: Job) -> None:
         """Take the job without a written plan: nothing is written to the output."""
         self._job = job
+
+    def _record(self) -> None:
+        self._write()
+        note(self._engine, self.prepared, self._storage)
+
+    def _hold(self, first: FirstBatch | None) -> None:
+        began = time.time()
+        with self._meter.stopped():
+            settled = settle(self._engine, self.prepared, self._storage, first)
+        self.prepared = replace(settled, gate_seconds=time.time() - began)
+        self._record()
 
     def run(self, shards: Iterable[Shard], on_batch: Callable[[int], None]) -> Generator[ShardReport]:
         """See :func:`pipeline.engine.loop.embed`."""
         engine = self._engine
         meter = self._meter = Meter(engine, "0", self._startup)
         try:
-            worker = Worker(engine.reader, engine.encoder, meter.clocks, meter.gpu, engine.feeders)
+            hold = self._hold if self.prepared.pending else None
+            worker = Worker(engine.reader, engine.encoder, meter.clocks, meter.gpu, engine.feeders, hold)
             with closing(embed(shards, self._job, worker, on_batch=on_batch)) as reports:
                 for report in reports:
                     meter.add(report)

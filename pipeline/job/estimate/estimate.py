@@ -57,7 +57,8 @@ def estimate_job(
 ) -> Estimate:
     """Measure a few batches of a job, and log and return an estimate of all of it.
 
-    Text features, exported models and a measured batch size go to their caches, where the job finds them.
+    Text features, exported models, a measured batch size and rates of backends go to their caches, where the job finds
+    them; with ``backend=auto`` all backends are measured.
 
     Args:
         config: config of the job.
@@ -105,7 +106,8 @@ def rehearse(config: Config, began: float, limits: Limits, decoders: Decoders | 
         engine = opened.enter_context(Engine(scenes.config, decoders=decoders))
         engine.start()
         engine.begin()
-        prepared = executor.prepare(engine)
+        executor.prepare(engine)
+        prepared = executor.settle()
         done, damaged = commits.look(storage, prepared.plan, every_byte=False)
         part = Part.of(config)
         shards = cut(engine.manifest, config.manifest.shard_rows)
