@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.utils.import_utils import fetch__all__
 
 from pipeline.config.schema import ModelConfig
-from pipeline.models import weights
+from pipeline.models import lean, weights
 from pipeline.models.checkpoint import open_checkpoint
 from pipeline.models.files import loaded_weights, read_json
 from pipeline.models.fingerprint import digests
@@ -66,6 +67,22 @@ def test_other_processes_and_those_that_have_transformers_keep_it(claimed: bool)
     )
     code = f"{first}; from pipeline.models.lean import import_transformers; import_transformers()"
     assert loads(code, "torch", "transformers.modeling_utils") == []
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "x = 1\n",
+        "# __all__ is missing\n",
+        '__all__ = ["A", "B"]',
+        '"""Docs."""\n__all__ = ["A"]\n',
+        'x = 1\n__all__ = [\n    "A",\n    "B",\n]\n',
+        '__all__ = ["A"]\nx = __all__\n__all__ = ["B"]\nx = 1\n',
+    ],
+)
+def test_the_names_of_a_file_are_those_that_transformers_finds(content: str) -> None:
+    assert lean._of_the_end(fetch__all__)(content) == fetch__all__(content)
 
 
 @pytest.mark.parametrize("write", [None, write_clip, write_chinese_clip, write_siglip])

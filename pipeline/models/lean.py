@@ -29,7 +29,6 @@ _COMPILER = "torch._dynamo"
 _MARKS = ("allow_in_graph", "assume_constant_result", "disable", "skip")
 # Functions of transformers that say what is there; modules that are imported meanwhile keep these answers.
 _ABSENT = ("is_torch_distributed_available", "is_torch_flex_attn_available", "is_torchao_available")
-
 # Modules that models share, and those that find a model.
 _SHARED = ("modeling_utils", "masking_utils", "modeling_layers", "models.auto.modeling_auto")
 
@@ -83,7 +82,7 @@ def _no(*_: object, **__: object) -> bool:
 
 
 def _of_the_end(names: Callable[[str], list[str]]) -> Callable[[str], list[str]]:
-    """The names in the last ``__all__`` of a file, which alone counts, without a look at every line before it."""
+    """Find the names in the last ``__all__`` of a file, without a look at every line before it."""
 
     def of(content: str) -> list[str]:
         begin = f"\n{content}".rfind("\n__all__")
@@ -93,7 +92,7 @@ def _of_the_end(names: Callable[[str], list[str]]) -> Callable[[str], list[str]]
 
 
 def _once(define: Callable[..., Any]) -> Callable[..., Any]:
-    """The structure of a folder, also for a file in it: it is remembered by what it is asked for."""
+    """Return the structure of a folder for a file in it too: transformers remembers it by the argument alone."""
 
     def of_folder(place: Any, *given: Any, **named: Any) -> Any:
         folder = Path(place).parent if Path(place).suffix == ".py" else Path(place)
@@ -130,7 +129,7 @@ def _replaced(module: Any, name: str, change: Callable[[Any], object]) -> Iterat
 
 @contextmanager
 def _put_off(package: str) -> Iterator[None]:
-    """Import a package and its modules in the body as ones that are imported for good when something is called."""
+    """Put modules in the place of a package in the body that import the real ones when something is called."""
     finder: Any = _Finder(package)
     sys.meta_path.insert(0, finder)
     try:
@@ -174,14 +173,10 @@ class _Later(ModuleType):
         def real(*given: Any, **named: Any) -> Any:
             return getattr(import_module(self.__name__), name)(*given, **named)
 
-        # An instance of a class may be asked for, which none is that was made before.
-        return (
-            type(name, (), {"__new__": lambda cls, *given, **named: real(*given, **named)}) if _is_class(name) else real
-        )
-
-
-def _is_class(name: str) -> bool:
-    return name[:1].isupper()
+        if not name[0].isupper():
+            return real
+        # A class, since isinstance may be called with it; it makes instances of the real one.
+        return type(name, (), {"__new__": lambda cls, *given, **named: real(*given, **named)})
 
 
 def _unmarked(function: Any = None, *_: object, **__: object) -> Any:
