@@ -41,9 +41,11 @@ def main() -> None:
         print(f"there are {', '.join(COMMANDS)}; without one, the main job runs", file=sys.stderr)
         raise SystemExit(2)
     # Within this module, so that shells complete the options of the main job.
+    from pipeline.core.cli import quick_end
     from pipeline.run import main as run
 
-    run()
+    with quick_end():
+        run()
 
 
 if __name__ == "__main__":

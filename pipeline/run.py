@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from pipeline.config.compose import check_overrides, groups, known_keys, register, to_config
-from pipeline.config.hydra_guard import check_files
+from pipeline.config.hydra_guard import check_files, compose_once
 from pipeline.config.options import read_options, take_folder
 from pipeline.config.schema import conf_dir
 from pipeline.core.cli import (
@@ -21,19 +21,25 @@ from pipeline.core.cli import (
     on_signals,
     own_exit_code,
     provide_streams,
+    quick_end,
     run_command,
 )
 from pipeline.core.errors import ConfigError
 from pipeline.core.log_format import JsonLines, new_run
+from pipeline.core.phases import Phases
 from pipeline.core.processes import give_home
+from pipeline.models.lean import import_transformers, load_torch_aside
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from pipeline.config.schema import Config
 
-# For the first job of a process, which began with it; the process itself may be older, if a shell became it.
-_began = iter([time.time()])
+# Of the first job of a process, which began with it. A process may be older, if a shell became it, so its core time
+# says how long the interpreter took.
+_phases = Phases(time.time() - time.process_time())
+_phases.ended("interpreter")
+_first = iter([_phases])
 INTERRUPTED = "interrupted; what was committed stays, and the same command goes on from there"
 DRY = "interrupted; nothing was written to the output"
 # The arguments of Hydra's --shell-completion, which look like overrides.
@@ -66,9 +72,13 @@ def main() -> None:
     if problems:
         raise SystemExit(errors.print(ConfigError(problems)))
 
+    if not any((options.help, options.hydra_help, options.cfg, options.info, options.shell_completion)):
+        load_torch_aside()
+
     def task(composed: DictConfig) -> None:
         run_task(composed, errors)
 
+    compose_once()
     with own_exit_code():
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(task)()
 
@@ -85,7 +95,9 @@ def run_task(composed: DictConfig, errors: ErrorOutput) -> None:
 
 def _run(composed: DictConfig, errors: ErrorOutput, opened: ExitStack) -> int:
     """Run the job, or its estimate; return the exit code."""
+    phases = next(_first, None) or Phases(time.time())
     config, run = to_config(composed), new_run()
+    phases.ended("config")
     errors.formatter = JsonLines(run) if config.log.format == "json" else None
     errors.interrupted = DRY if config.run.dry else INTERRUPTED
     from pipeline.telemetry.logs import library_messages
@@ -93,21 +105,27 @@ def _run(composed: DictConfig, errors: ErrorOutput, opened: ExitStack) -> int:
     opened.enter_context(library_messages(config.log, run))
     from pipeline.images.factory import SAMPLE_THREADS, open_decoders
 
-    config = _with_manifest(config, run, errors, opened)
+    with phases.within("manifest"):
+        config = _with_manifest(config, run, errors, opened)
     # The decoders start while this process imports torch, which takes seconds.
     decoders = open_decoders(config) if config.cluster.name == "inline" else None
     if decoders is not None:
         # The others, where the job itself reads its images, when its device is known.
         decoders.start(SAMPLE_THREADS)
+    import_transformers()
+    from pipeline.core.plain import leave_out_pandas
+
+    leave_out_pandas()
     if config.run.dry:
         from pipeline.job.estimate.estimate import estimate_job
 
         interrupt_within(config.errors.grace_seconds, errors.leave)
-        return estimate_job(config, began=next(_began, None), decoders=decoders, run=run).exit_code
+        return estimate_job(config, began=phases.began, decoders=decoders, run=run).exit_code
     from pipeline.job.main import RunOptions, run_job
 
     interrupt_within(config.errors.grace_seconds, errors.leave)
-    run_job(config, RunOptions(began=next(_began, None), decoders=decoders, run=run))
+    phases.ended("imports")
+    run_job(config, RunOptions(phases=phases, decoders=decoders, run=run))
     return 0
 
 
@@ -133,4 +151,5 @@ def _replace_closed_stderr() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with quick_end():
+        main()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config.schema import ModelConfig
 from pipeline.core.cli import ErrorOutput, command_parser, run_command, run_process, showable
 from pipeline.core.errors import ConfigError, PipelineError, Problem
+from pipeline.models.lean import import_transformers, load_torch_aside
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,10 +48,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _act(options: argparse.Namespace) -> int:
     _check(options)
+    if options.text is not None or options.image is not None:
+        load_torch_aside()
+    from pipeline.core.plain import leave_out_pandas
     from pipeline.dataset.dataset import open_dataset
     from pipeline.dataset.search import fetch, nearest, without
     from pipeline.telemetry.logs import log_to_terminal
 
+    leave_out_pandas()
     dataset = open_dataset(options.dataset)
     with log_to_terminal():
         if options.build_index:
@@ -105,6 +110,7 @@ def _query(dataset: Dataset, options: argparse.Namespace) -> tuple[int | None, N
     if options.id is not None:
         return find_row(dataset, options.id)
     config = config_of_dataset(dataset, _model(dataset, options))
+    import_transformers()
     checkpoint = open_model(dataset, config.model)
     if options.image is not None:
         return None, embed_image(checkpoint, config, Path(os.path.expanduser(options.image)))

@@ -225,3 +225,33 @@ def test_an_interrupt_that_leaves_a_condition_without_its_lock_is_an_interrupt(
     assert capsys.readouterr().err == "error: stopped\n" * 2
     with pytest.raises(RuntimeError, match="un-acquired"):
         run_command(condition.release, ErrorOutput("stopped"))
+
+
+@pytest.mark.parametrize(("end", "code"), [("", 0), ("sys.exit()", 0), ("sys.exit(3)", 3), ("sys.exit('bad')", 1)])
+def test_a_process_ends_with_its_threads_and_exit_handlers_but_with_its_modules_whole(end: str, code: int) -> None:
+    script = f"""
+import atexit, sys, threading, time
+from pipeline.core.cli import quick_end
+
+class Kept:
+    def __del__(self):
+        print("taken apart")
+
+kept = Kept()
+kept.itself = kept
+with quick_end():
+    atexit.register(print, "handler")
+    threading.Thread(target=lambda: (time.sleep(0.05), print("thread"))).start()
+    {end}
+"""
+    done = run_python("-c", script)
+    assert done.returncode == code
+    assert done.stdout.splitlines()[:2] == ["thread", "handler"]
+    assert ("taken apart" in done.stdout) == (code == 1)
+    assert ("bad" in done.stderr) == (code == 1)
+
+
+def test_an_error_that_nobody_foresaw_is_left_to_python() -> None:
+    done = run_python("-c", "from pipeline.core.cli import quick_end\nwith quick_end():\n    1 / 0")
+    assert done.returncode == 1
+    assert "ZeroDivisionError" in done.stderr

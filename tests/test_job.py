@@ -224,6 +224,12 @@ def test_start_up_counts_from_the_command(tmp_path: Path) -> None:
     report = run_job(config, RunOptions(began=time.time() - 100))
     assert 100 < report.startup_seconds <= report.wall_seconds < 130
     assert report.bound == "start-up"
+    assert sum(report.startup.values()) == pytest.approx(report.startup_seconds, abs=0.01)
+    assert [*report.startup][-1] == "first batch"
+    assert {"output", "manifest", "model", "prompts", "gates"} <= {*report.startup}
+    assert {*report.ending} == {"last parts", "marker", "summary"}
+    assert "start-up took" in report.advice
+    assert "of it " in report.advice
     again = run_job(replace(config, output=replace(config.output, dir=str(tmp_path / "b"))))
     assert again.wall_seconds < 30
 

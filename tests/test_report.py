@@ -145,6 +145,17 @@ def test_the_page_shows_everything_and_loads_nothing() -> None:
     assert "url(h" not in html
 
 
+def test_the_page_shows_the_phases_of_the_start_up_one_behind_the_other() -> None:
+    assert page.phase_rows({"imports": 3.0, "model": 1.0}) == [
+        page.PhaseRow("imports", 3.0, offset=0, width=75),
+        page.PhaseRow("model", 1.0, offset=75, width=25),
+    ]
+    shown = render(replace(REPORT, startup={"imports": 3.0, "model": 1.0}, ending={"last parts": 0.3}))
+    assert "margin-left:75.0%;width:25.0%" in shown
+    assert "After the last batch: last parts 0.3 s" in shown
+    assert "<h3>Start-up</h3>" not in render()
+
+
 def test_the_page_stands_without_labels_images_and_failures() -> None:
     bare = replace(REPORT, labels={}, failures=(), stages={}, counts={"ok": 1000}, timeline=None, scores=())
     html = render(bare, DatasetSummary(folder="out", parts=(), labels={}, failed=()))

@@ -33,6 +33,16 @@ _REFUSED = "is refused: such settings of Hydra can run code"
 _HINT = f"allowed are {', '.join((*FREE, *LOGGING))}"
 
 
+def compose_once() -> None:
+    """Keep Hydra from composing a config twice: the first time it looks for ``hydra.mode``, which is refused here."""
+    from hydra._internal.hydra import Hydra
+
+    def get_mode(self: Hydra, config_name: str | None, overrides: list[str]) -> None:
+        """Leave the choice to ``--multirun``."""
+
+    Hydra.get_mode = get_mode  # type: ignore[method-assign]
+
+
 def check_setting(override: Override, argument: str) -> list[Problem]:
     """Return the problem of an override of Hydra's own settings, if it is one."""
     key, value = override.key_or_group, argument.partition("=")[2]

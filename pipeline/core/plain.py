@@ -2,14 +2,40 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline.core.processes import is_claimed
+
 # Dictionaries of several row groups are joined, for which smaller indices may not suffice.
 _INDEX = pa.int32()
+
+
+def leave_out_pandas() -> None:
+    """Keep Arrow from looking for pandas in this process, and so from importing it at the first array.
+
+    Nothing is done where pandas is imported already, or where another program may make a DataFrame.
+    """
+    if "pandas" in sys.modules or not is_claimed():
+        return
+    finder: Any = _WithoutPandas()
+    sys.meta_path.insert(0, finder)
+    try:
+        # Arrow asks once.
+        pa.array([0])
+    finally:
+        sys.meta_path.remove(finder)
+
+
+class _WithoutPandas:
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        if name == "pandas":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
 def plain_type(kind: pa.DataType, *, kept: bool = False) -> pa.DataType:

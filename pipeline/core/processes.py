@@ -20,6 +20,8 @@ from pathlib import Path
 # Of linux/prctl.h.
 _SET_PDEATHSIG = 1
 
+_commands: set[int] = set()
+
 
 @dataclass(frozen=True, slots=True)
 class Process:
@@ -65,6 +67,16 @@ def give_home() -> None:
         getpass.getuser()
     except (OSError, KeyError):
         os.environ["USER"] = str(os.getuid())
+
+
+def claim() -> None:
+    """Mark this process as one that runs a command of this package, and nothing else."""
+    _commands.add(os.getpid())
+
+
+def is_claimed() -> bool:
+    """True for such a process; in others, libraries must stay as their programs expect them."""
+    return os.getpid() in _commands
 
 
 def end_with(parent: int) -> None:

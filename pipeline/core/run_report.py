@@ -50,7 +50,9 @@ class RunReport:
     ``history`` are earlier runs in short, oldest first. ``run`` is the name of the run in its log and its metrics.
     ``notes`` are sentences about the whole dataset that its readers must know. ``gpu_busy`` is the share of the time of
     the loop in which the GPUs computed, by their own clocks; None without one. ``peak_gpu_mib`` of ``memory`` is what
-    was in use on the GPU, also by other programs.
+    was in use on the GPU, also by other programs. ``startup`` are seconds by phase, which add up to
+    ``startup_seconds``, and ``ending`` those from the last batch to the report; a run of other processes than this one
+    has their start-up in ``workers``.
     """
 
     started: str
@@ -88,6 +90,8 @@ class RunReport:
     run: str = ""
     notes: tuple[str, ...] = ()
     gpu_busy: float | None = None
+    startup: Mapping[str, float] = field(default_factory=dict)
+    ending: Mapping[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of ``_report.json`` as types that JSON has."""

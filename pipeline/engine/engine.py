@@ -22,6 +22,7 @@ from pipeline.config.ranges import AUTO
 from pipeline.config.schema import BackendConfig, Config
 from pipeline.core.concurrency import aside
 from pipeline.core.errors import ManifestError, ParityError
+from pipeline.core.phases import phase
 from pipeline.core.processes import cores
 from pipeline.core.records import ImageRef, PreprocessSpec, Sample, TextBank
 from pipeline.dataset.names import check_columns
@@ -121,7 +122,7 @@ class Engine:
         config, manifest = self.config, self.manifest
         check_columns(config)
         check_places(config, manifest)
-        with suppress(TimeoutError):
+        with suppress(TimeoutError), phase("ids"):
             # A wrong manifest of ordinary size is reported before a model is opened.
             self._ids.result(IDS_SECONDS)
         log.info("%s: %d rows in %d files", config.manifest.path, manifest.rows, len(manifest.files))
@@ -176,7 +177,8 @@ class Engine:
 
     def bank(self) -> TextBank | None:
         """Wait for the embedded labels; None where the config has none."""
-        return self._given_bank() if self._given_bank is not None else self._bank.result()
+        with phase("prompts"):
+            return self._given_bank() if self._given_bank is not None else self._bank.result()
 
     def check_ids(self) -> None:
         """Wait for the check of the ids.
@@ -185,7 +187,8 @@ class Engine:
             ManifestError: an id is null or occurs twice.
         """
         if self._manifest is None:
-            self._ids.result()
+            with phase("ids"):
+                self._ids.result()
 
     @cached_property
     def cpu_reader(self) -> PixelReader:
@@ -252,7 +255,8 @@ class Engine:
         images, count = self.config.images, 0 if self.feeders is None else self.feeders.count
         beside = {"decoder": images.decoder, "workers": worker_threads(self.config), "feeders": count}
         benchmark = Benchmark(self.config.backend, self.checkpoint, opened, self._alone, rate, beside)
-        size = settle_batch_size(self.config, benchmark, rows=self.manifest.rows, storage=storage)
+        with phase("batch size"):
+            size = settle_batch_size(self.config, benchmark, rows=self.manifest.rows, storage=storage)
         self.config = self.config.changed({"loader.batch_size": size})
         self.start()
 

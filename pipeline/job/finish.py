@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -12,6 +13,7 @@ from functools import partial
 
 from pipeline.config.choices import BACKENDS
 from pipeline.config.schema import Config
+from pipeline.core import phases
 from pipeline.core.errors import ShardsGivenUp, StorageError, TooManyFailures
 from pipeline.core.failpoints import failpoint
 from pipeline.core.machine import memory, versions
@@ -24,7 +26,15 @@ from pipeline.engine.engine import Engine
 from pipeline.engine.prepare import Prepared
 from pipeline.job.cluster.part import Part
 from pipeline.report import summary
-from pipeline.report.bottleneck import Bottleneck, LoopFigures, ProcessSetup, find_bottleneck, find_pace, gpu_use
+from pipeline.report.bottleneck import (
+    START_UP,
+    Bottleneck,
+    LoopFigures,
+    ProcessSetup,
+    find_bottleneck,
+    find_pace,
+    gpu_use,
+)
 from pipeline.report.faster_decoder import faster_decoder
 from pipeline.report.history import earlier_runs, is_stale
 from pipeline.report.load import REPORT, read_report
@@ -34,6 +44,10 @@ from pipeline.report.summary import DatasetSummary
 from pipeline.storage.base import Storage
 from pipeline.telemetry.run_stats import RunStats, WorkerStats
 
+# Phases from the last batch to the report.
+ENDING = ("last parts", "marker", "summary")
+# Phases of the start-up that the advice names.
+LONGEST = 3
 # Below this share of busy cores, something else than the model slows the run.
 BUSY = 0.6
 log = logging.getLogger(__name__)
@@ -44,7 +58,7 @@ class Embedded:
     """The work of the loop: rows and images, when it began (seconds since the epoch), seconds, images/s.
 
     ``rows`` are those that were committed, ``resumed_rows`` those that earlier runs committed. ``images_per_second``
-    leaves out the first batch.
+    leaves out the first batch. ``startup`` are seconds by phase from the command to the end of the first batch.
     """
 
     rows: int
@@ -52,7 +66,7 @@ class Embedded:
     resumed_rows: int
     began: float
     seconds: float
-    first_batch_seconds: float
+    startup: Mapping[str, float]
     images_per_second: float
 
     @property
@@ -65,7 +79,8 @@ class Embedded:
 class Outcome:
     """A run after its last commit; ``began`` and ``ended`` are seconds since the epoch.
 
-    ``committed`` are the commits of all parts of the job, ``part`` is the one of this run.
+    ``phases`` count from the last batch on. ``committed`` are the commits of all parts of the job, ``part`` is the one
+    of this run.
     """
 
     prepared: Prepared
@@ -75,6 +90,7 @@ class Outcome:
     run: str
     began: float
     ended: float
+    phases: phases.Phases
     embedded: Embedded
     workers: tuple[WorkerStats, ...]
     committed: tuple[Commit, ...]
@@ -135,7 +151,10 @@ def report_of(outcome: Outcome) -> ReportDraft:
     )
     ran = outcome.part.merged(outcome.storage, outcome.stats)
     previous = outcome.storage.read(REPORT)
-    report = _report(outcome, ran, content)
+    outcome.phases.ended("summary")
+    taken = outcome.phases.take()
+    ending = {name: taken[name] for name in ENDING if name in taken}
+    report = dataclasses.replace(_report(outcome, ran, content), ending=_rounded(ending))
     return ReportDraft(
         report=dataclasses.replace(report, history=earlier_runs(previous)), content=content, previous=previous
     )
@@ -188,7 +207,7 @@ def _report(outcome: Outcome, ran: RunStats, content: DatasetSummary) -> RunRepo
     prepared, embedded, bank = outcome.prepared, outcome.embedded, outcome.engine.bank()
     config, whole = prepared.config, outcome.part.whole
     available = (ran.cores if whole else ran.cores_of_hosts) or cores()
-    startup = embedded.began - outcome.began + embedded.first_batch_seconds
+    startup = sum(embedded.startup.values())
     # The parts of a job need not run at the same time, and then have no common throughput.
     pace = find_pace(ran, setup_of(prepared), embedded.loop) if whole else None
     bottleneck = _bottleneck(outcome, ran, pace, startup)
@@ -230,6 +249,7 @@ def _report(outcome: Outcome, ran: RunStats, content: DatasetSummary) -> RunRepo
         run=outcome.run,
         notes=notes_of(config),
         gpu_busy=None if use is None else round(use.busy, 4),
+        startup=_rounded(embedded.startup),
     )
 
 
@@ -239,6 +259,9 @@ def _bottleneck(outcome: Outcome, ran: RunStats, pace: Pace | None, startup: flo
     setup = setup_of(prepared)
     use = gpu_use(outcome.stats, outcome.embedded.seconds)
     found = find_bottleneck(ran.clocks, setup, startup=startup, wall=ran.seconds, gpu=use)
+    if found.stage == START_UP:
+        longest = phases.listed(outcome.embedded.startup, most=LONGEST)
+        return Bottleneck(found.stage, f"{found.advice}; of it {longest}")
     available = ran.cores or cores()
     if found.stage == "encoding" and setup.device == "cpu" and pace is not None and pace.cores_busy < BUSY * available:
         advice = (
@@ -269,6 +292,19 @@ def log_summary(result: RunReport, config: Config) -> None:
     log.info("rows by status: %s", ", ".join(f"{name} {count}" for name, count in result.counts.items()))
     name = PAGE if config.report.html else REPORT
     log.info("dataset: %s   report: %s/%s", config.output.dir, config.output.dir, name)
+
+
+def log_phases(result: RunReport, after: Mapping[str, float]) -> None:
+    """Log the phases of the start-up, and those from the last batch on, to which ``after`` are added."""
+    if not result.rows:
+        return
+    ending = {**result.ending, **after}
+    log.info("start-up, %.1f s: %s", sum(result.startup.values()), phases.listed(result.startup) or "nothing")
+    log.info("after the last batch, %.1f s: %s", sum(ending.values()), phases.listed(ending) or "nothing")
+
+
+def _rounded(seconds: Mapping[str, float]) -> dict[str, float]:
+    return {name: round(value, 3) for name, value in seconds.items()}
 
 
 def setup_of(prepared: Prepared) -> ProcessSetup:

@@ -13,6 +13,7 @@ from typing import Any
 from pipeline.config.schema import Config
 from pipeline.core.errors import StorageError
 from pipeline.core.log_format import new_run
+from pipeline.core.phases import Phases, phase
 from pipeline.core.records import OK
 from pipeline.core.run_report import RunReport
 from pipeline.dataset import commits, lease, plan
@@ -36,6 +37,8 @@ from pipeline.telemetry.progress import Progress
 from pipeline.telemetry.tracing import shard as shard_span
 from pipeline.telemetry.tracing import span
 
+# The phase that is left out.
+_SCENES = "scenes"
 log = logging.getLogger(__name__)
 
 
@@ -45,6 +48,7 @@ class RunOptions:
 
     Attributes:
         began: time of the command, in seconds since the epoch; None: the time of the call.
+        phases: phases of the command so far, with their beginning in place of ``began``.
         decoders: decoder processes that were started before the run, which closes them.
         every_byte: read committed parts in an object store whole, instead of comparing the store's digests (see
             :func:`~pipeline.dataset.commits.find_done`).
@@ -56,6 +60,7 @@ class RunOptions:
     """
 
     began: float | None = None
+    phases: Phases | None = None
     decoders: Decoders | None = None
     every_byte: bool = False
     recorded: Mapping[str, Any] | None = None
@@ -66,12 +71,14 @@ class RunOptions:
 
 @dataclass(frozen=True, slots=True)
 class _Output:
-    """The output of a run: its storage and lease, the part of the shards that the run embeds, and its monitor."""
+    """The output of a run: its storage and lease, the part of the shards that the run embeds, its monitor and its
+    phases."""
 
     storage: Storage
     held: lease.Lease
     part: Part
     monitor: Monitor
+    phases: Phases
 
 
 def run_job(config: Config, options: RunOptions | None = None) -> RunReport:
@@ -82,26 +89,28 @@ def run_job(config: Config, options: RunOptions | None = None) -> RunReport:
     """
     leave_if_run_again()
     options = options or RunOptions()
-    began = options.began or time.time()
+    phases = options.phases or Phases(options.began or time.time())
     with ExitStack() as opened:
+        opened.enter_context(phases.counting())
         if options.decoders is not None:
             opened.callback(options.decoders.close)
         # Open: the output with its lease, then manifest, model and prompts.
-        config, output = _open_output(config, options, opened)
+        config, output = _open_output(config, options, phases, opened)
         if options.notes:
             log_notes(config)
-        config, rendering_seconds = with_demo_scenes(config)
         # Rendering the scenes of the demo is not part of the job.
-        began += rendering_seconds or 0.0
+        with phases.within(_SCENES):
+            config, rendering_seconds = with_demo_scenes(config)
         executor = opened.enter_context(executor_of(config, output.storage, output.held.check))
         recorded = plan.recorded_model(output.storage) or options.recorded
         engine = opened.enter_context(Engine(config, decoders=options.decoders, recorded=recorded))
         if config.cluster.name == "inline":
             engine.start()
+        phases.ended("output")
         engine.begin()
 
         # Plan: written behind the gates, which may look at the first batch; no part is written before the plan.
-        with span("prepare"):
+        with span("prepare"), phase("prepare" if config.cluster.name == "inline" else "workers"):
             prepared = executor.prepare(engine)
         output.monitor.labels["backend"] = prepared.config.backend.name
         log_labels(engine.bank())
@@ -112,6 +121,7 @@ def run_job(config: Config, options: RunOptions | None = None) -> RunReport:
         embedded = _embed(output, executor, engine.manifest, prepared, done)
         prepared = executor.prepared
         committed = _finalize(output, executor, prepared, done)
+        phases.ended("marker")
 
         # Finish: the report of this run, and the errors of a complete dataset.
         outcome = Outcome(
@@ -120,8 +130,9 @@ def run_job(config: Config, options: RunOptions | None = None) -> RunReport:
             storage=output.storage,
             part=output.part,
             run=output.monitor.run,
-            began=began,
+            began=phases.began + (rendering_seconds or 0.0),
             ended=time.time(),
+            phases=phases,
             embedded=embedded,
             workers=executor.workers,
             committed=tuple(committed),
@@ -136,8 +147,10 @@ def run_job(config: Config, options: RunOptions | None = None) -> RunReport:
             log.info("%s: %d of %d shards are missing; other parts do them", config.output.dir, missing, shards)
             return draft.report
         finish.publish(outcome, draft)
+        phases.ended("report")
         if options.summary:
             finish.log_summary(draft.report, prepared.config)
+            finish.log_phases(draft.report, phases.take())
         if rendering_seconds is not None:
             truth = demo.accuracy(config.output.dir, [commit.part for commit in committed])
             log.info("%.1f %% of the scenes got their true label", 100 * truth)
@@ -159,21 +172,21 @@ def with_demo_scenes(config: Config) -> tuple[Config, float | None]:
     return demo.with_scenes(config, path), time.time() - began
 
 
-def _open_output(config: Config, options: RunOptions, opened: ExitStack) -> tuple[Config, _Output]:
+def _open_output(config: Config, options: RunOptions, phases: Phases, opened: ExitStack) -> tuple[Config, _Output]:
     """Take the lease of the output and open its log; the config gets the output's full address."""
     storage = open_storage(config.output.dir)
     # All packages can open this address, which has no ~.
     config = config.changed({"output.dir": storage.url})
     part, run = Part.of(config), options.run or new_run()
     # The lease comes before the log and before any memory of a GPU: a run that does not get it changes nothing.
-    monitor = opened.enter_context(monitored(config, run, began=options.began or time.time()))
+    monitor = opened.enter_context(monitored(config, run, began=phases.began))
     with log_to_terminal(config.log, run):
         held = opened.enter_context(lease.take(storage, seconds=config.output.lease_seconds, folder=part.lease))
         part.refuse_others(storage)
     opened.enter_context(log_to(storage, part.log, form=config.log, run=run))
     if held.taken_over:
         log.warning("took over from %s", held.taken_over)
-    return config, _Output(storage=storage, held=held, part=part, monitor=monitor)
+    return config, _Output(storage=storage, held=held, part=part, monitor=monitor, phases=phases)
 
 
 def _embed(
@@ -186,10 +199,21 @@ def _embed(
         log.info("%d of %d shards (%d rows) are done already", len(done), prepared.plan.shards, resumed)
     shards = cut(manifest, config.manifest.shard_rows)
     todo = (shard for shard in shards if output.part.has(shard.index) and shard.index not in done)
+    output.phases.ended("plan")
+    startup = output.phases.take()
+    startup.pop(_SCENES, None)
+
+    def on_batch(images: int) -> None:
+        first = not progress.first_batch_seconds
+        progress.embedded(images)
+        output.phases.ended("first batch" if first else "batches")
+        if first:
+            startup.update(output.phases.take())
+
     rows, images, began = 0, 0, time.time()
     with (
         Progress(manifest.rows, done=resumed, mode=progress_mode(config), streams=prepared.streams) as progress,
-        closing(executor.run(todo, progress.embedded)) as reports,
+        closing(executor.run(todo, on_batch)) as reports,
     ):
         output.monitor.looping(progress.figures, resumed=resumed)
         for report in reports:
@@ -200,13 +224,14 @@ def _embed(
             images += report.counts[OK] - report.repeats
             progress.failed(report.rows - report.counts[OK])
             progress.shared(report.repeats)
+    output.phases.ended("last parts")
     return Embedded(
         rows=rows,
         images=images,
         resumed_rows=resumed,
         began=began,
         seconds=time.time() - began - executor.prepared.gate_seconds,
-        first_batch_seconds=progress.first_batch_seconds,
+        startup=startup,
         images_per_second=progress.steady_images_per_second,
     )
 

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokeniz
 from transformers import logging as transformers_logging
 
 from pipeline.config.schema import ModelConfig
+from pipeline.core.concurrency import aside
 from pipeline.core.errors import ModelError
 from pipeline.core.log_format import silence
 from pipeline.core.records import PreprocessSpec
@@ -136,9 +137,11 @@ def open_checkpoint(config: ModelConfig) -> Checkpoint:
     place = find_weights(config, folder)
     weights = loaded_weights(place)
     check_tensors(weights)
+    # A core reads the files while another one makes the model of them.
+    read = aside(lambda: {path.name: sha256(path) for path in weights}, name="digests")
     model = load_model(folder, place)
     tokenizer, spec = _tokenizer(folder, settings.model_type), read_spec(folder, settings.model_type)
-    digests = {"weights": {path.name: sha256(path) for path in weights}, "tokenizer": _digest_files(folder)}
+    digests = {"weights": read.result(), "tokenizer": _digest_files(folder)}
     return _assemble(config, model, Parts(folder, tokenizer, spec, values, digests))
 
 

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModel
+from transformers.initialization import no_init_weights
 
 from pipeline.core.errors import ModelError
 from pipeline.models.config_check import explain_model
-from pipeline.models.files import CONFIG, first_line, read_json
+from pipeline.models.files import CONFIG, first_line, loaded_weights, read_json
 
 # Types of numbers that are read as they are; integers are quantised weights, of which the factors would be lost.
 _NUMBERS = ("F64", "F32", "F16", "BF16")
@@ -44,6 +45,36 @@ def check_tensors(weights: list[Path]) -> None:
             ) from error
 
 
+def _filled(settings: Any, weights: list[Path]) -> Any:
+    """The model of a config with the tensors in these files; None where they do not hold exactly its own.
+
+    transformers builds a model without memory first, for which torch imports its compiler, and prepares to rename the
+    tensors of all its models: that takes longer than to read a small model.
+    """
+    with no_init_weights():
+        model = AutoModel.from_config(settings, dtype=torch.float32)
+    # Of BERT's, transformers sets the row of the padding to zero, whatever the file holds.
+    if any(getattr(module, "padding_idx", None) is not None for module in model.modules()):
+        return None
+    wanted, places = model.state_dict(), dict[str, Path]()
+    for path in weights:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                # Older releases of transformers saved the positions, which follow from the config.
+                if name not in wanted and name.endswith("position_ids"):
+                    continue
+                if name not in wanted or file.get_slice(name).get_shape() != list(wanted[name].shape):
+                    return None
+                places[name] = path
+    if len(places) < len(wanted):
+        return None
+    for path in weights:
+        with safe_open(path, framework="pt") as file, torch.no_grad():
+            for name in (name for name, place in places.items() if place == path):
+                wanted[name].copy_(file.get_tensor(name))
+    return model.eval()
+
+
 def load_model(folder: Path, weights: Path) -> Any:
     """The model of the config in ``folder`` with the weights in another folder, or the same, in fp32.
 
@@ -53,6 +84,9 @@ def load_model(folder: Path, weights: Path) -> Any:
     config = folder / CONFIG
     try:
         settings = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        model = _filled(settings, loaded_weights(weights))
+        if model is not None:
+            return model
         model, facts = AutoModel.from_pretrained(
             weights,
             config=settings,

@@ -10,6 +10,7 @@ from pipeline.core.records import Clocks, Stage
 from pipeline.core.run_report import Pace, StagePace
 from pipeline.telemetry.run_stats import RunStats
 
+START_UP = "start-up"
 # Core time of the process outside of all stages.
 OTHER = "other"
 WAITS = (Stage.WAIT_INPUT, Stage.WAIT_OUTPUT)
@@ -129,11 +130,8 @@ def find_bottleneck(
     if loop == 0:
         return Bottleneck("nothing", "every shard was done already")
     if startup > wall / 2:
-        advice = (
-            f"start-up took {startup:.1f} of {wall:.1f} s (imports, opening the model, embedding the prompts); it does "
-            "not grow with the number of images"
-        )
-        return Bottleneck("start-up", advice)
+        advice = f"start-up took {startup:.1f} of {wall:.1f} s and does not grow with the number of images"
+        return Bottleneck(START_UP, advice)
     if wait_out / loop > WAITING:
         return Bottleneck("writing", "write to a faster disk, or raise manifest.shard_rows for fewer, larger parts")
     if wait_in / loop > WAITING:

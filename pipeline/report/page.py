@@ -14,6 +14,7 @@ from typing import Any
 from jinja2 import ChoiceLoader, Environment, PackageLoader
 
 from pipeline.config.schema import Config
+from pipeline.core.phases import listed
 from pipeline.core.records import OK, Timeline, failed_rows
 from pipeline.report import plots
 from pipeline.report.bottleneck import WAITS, in_words, share_of_limit
@@ -40,6 +41,16 @@ class StageRow:
     rate: str
     width: float
     waits: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseRow:
+    """A phase of the start-up; ``offset`` and ``width`` of its bar are in percent of all of it."""
+
+    name: str
+    seconds: float
+    offset: float
+    width: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +106,8 @@ def to_html(
         failed=failed_rows(report["counts"]),
         share_of_limit=share_of_limit(report),
         stages=stage_rows(report),
+        startup=phase_rows(report.get("startup", {})),
+        ending=listed(report.get("ending", {})),
         timeline=_timeline(report),
         gallery=tiles(examples),
         sheet=[
@@ -173,6 +186,15 @@ def stage_rows(report: Mapping[str, Any]) -> list[StageRow]:
             )
         )
     return sorted(rows, key=lambda row: (row.waits, -(row.share or 0.0), -(row.seconds or 0.0)))
+
+
+def phase_rows(seconds: Mapping[str, float]) -> list[PhaseRow]:
+    """The phases of a start-up, each with a bar that begins where the one before ends."""
+    rows, begun, whole = [], 0.0, sum(seconds.values()) or 1.0
+    for name, value in seconds.items():
+        rows.append(PhaseRow(name, value, 100 * begun / whole, 100 * value / whole))
+        begun += value
+    return rows
 
 
 def timeline_of(report: Mapping[str, Any]) -> Timeline | None:

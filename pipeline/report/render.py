@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from pipeline.report.nights import recent_nights
 from pipeline.report.page import by_status, to_html
 from pipeline.report.scores import Row
 from pipeline.report.summary import DatasetSummary, summarize
+from pipeline.report.svg import load_matplotlib
 from pipeline.report.thumbnails import REACH, THUMBNAIL, spread, thumbnails
 from pipeline.storage.base import Storage
 from pipeline.storage.urls import open_arrow
@@ -56,7 +58,11 @@ def draw(report: Mapping[str, Any], content: DatasetSummary, examples: int, pict
         wanted = {row.number: str(row.id) for rows in by_status(content.failed).values() for row in rows}
         wanted |= {row.number: row.id for row in (*some, *content.odd)}
         wanted |= {row.number: row.id for label in content.extremes for row in (*label.most, *label.least)}
-        shown = thumbnails(pictures.manifest, pictures.reader, wanted)
+        with ThreadPoolExecutor(1, thread_name_prefix="pictures") as beside:
+            made = beside.submit(thumbnails, pictures.manifest, pictures.reader, wanted)
+            # Other processes decode the pictures meanwhile.
+            load_matplotlib()
+            shown = made.result()
     return to_html(report, content, some, shown, output=content.folder)
 
 

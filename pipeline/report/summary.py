@@ -87,8 +87,9 @@ def summarize(folder: str, parts: Sequence[tuple[str, int]], *, id: str, example
         place = f"{folder.rstrip('/')}/{part[0]}"
         try:
             with open_arrow(place) as file:
-                found = pq.read_table(file, columns=[id, "label", "score", "status", "error"], use_threads=False)
-                table = plain_table(found)
+                # Not read_table, for which Arrow imports its data sets.
+                parquet = pq.ParquetFile(file, pre_buffer=False)
+                table = plain_table(parquet.read(columns=[id, "label", "score", "status", "error"], use_threads=False))
         except pa.ArrowException as error:
             raise StorageError(
                 f"{place}: not readable as Parquet ({error}); python -m pipeline.verify {folder} --repair does it again"

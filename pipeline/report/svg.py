@@ -32,6 +32,13 @@ STYLE: Any = {
 WIDTH = 5.2
 
 
+def load_matplotlib() -> None:
+    """Import what :func:`plot` draws with, which takes longer than to draw."""
+    import matplotlib.backends.backend_agg
+    import matplotlib.backends.backend_svg
+    import matplotlib.figure  # noqa: F401
+
+
 def plot(name: str, title: str, height: float, draw: Callable[[Figure], None]) -> Markup:
     """Return a plot as an SVG element with unique ids, the CSS variables of the page as colours, and its font.
 

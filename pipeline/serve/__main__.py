@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from pipeline.core.cli import ErrorOutput, add_overrides, command_parser, run_command, run_process
 from pipeline.core.log_format import JsonLines, new_run
+from pipeline.models.lean import import_transformers, load_torch_aside
 from pipeline.serve.settings import need_packages, service_config
 
 EXAMPLES = """\
@@ -39,6 +40,8 @@ def _serve(options: argparse.Namespace, errors: ErrorOutput) -> int:
     run, config = new_run(), service_config(options.overrides)
     errors.formatter = JsonLines(run) if config.log.format == "json" else None
     need_packages()
+    load_torch_aside()
+    import_transformers()
     from pipeline.serve.server import serve
     from pipeline.telemetry.logs import library_messages, log_to_terminal
 

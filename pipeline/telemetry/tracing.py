@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from pipeline.core.concurrency import aside
 from pipeline.core.errors import exit_code_of, install_hint
 from pipeline.core.log_format import shard_of
+from pipeline.core.phases import phase
 from pipeline.core.records import OK, ShardReport
 
 if TYPE_CHECKING:
@@ -34,18 +35,22 @@ _current: tuple[Any, Any] | None = None
 
 @contextmanager
 def span(name: str, attributes: Attributes | None = None) -> Iterator[None]:
-    """Trace the body within the current span of this thread, or else within the run, if spans are wanted."""
-    if _current is None:
-        yield
-        return
-    from opentelemetry import trace
+    """Count the body as a phase of the run, see :mod:`pipeline.core.phases`; trace it, if spans are wanted.
 
-    tracer, run = _current
-    # A new thread has no current span.
-    inside = trace.get_current_span().get_span_context().is_valid
-    parent = None if inside else trace.set_span_in_context(run)
-    with tracer.start_as_current_span(name, context=parent, attributes=_named(attributes or {})):
-        yield
+    Its span is within the current one of this thread, or else within the run.
+    """
+    with phase(name):
+        if _current is None:
+            yield
+            return
+        from opentelemetry import trace
+
+        tracer, run = _current
+        # A new thread has no current span.
+        inside = trace.get_current_span().get_span_context().is_valid
+        parent = None if inside else trace.set_span_in_context(run)
+        with tracer.start_as_current_span(name, context=parent, attributes=_named(attributes or {})):
+            yield
 
 
 def shard(report: ShardReport) -> None:

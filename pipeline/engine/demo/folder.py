@@ -115,5 +115,5 @@ def accuracy(folder: str, parts: Sequence[str]) -> float:
 def _pairs(folder: str, parts: Sequence[str]) -> Iterator[tuple[str | None, str]]:
     for part in parts:
         with open_arrow(f"{folder}/{part}") as file:
-            table = pq.read_table(file, columns=["label", TRUTH])
+            table = pq.ParquetFile(file).read(columns=["label", TRUTH])
         yield from zip(table["label"].to_pylist(), table[TRUTH].to_pylist(), strict=True)
