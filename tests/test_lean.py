@@ -60,6 +60,20 @@ def test_a_command_opens_the_same_model_without_compiler_and_training() -> None:
     assert opened.fingerprint["architecture"] == architecture
 
 
+@pytest.mark.slow
+def test_a_release_that_is_built_otherwise_is_imported_as_it_is() -> None:
+    broken = "import pipeline.models.lean as lean; lean._once = None; from pipeline.models.lean import _Later"
+    done = run_python("-c", COMMAND.replace("from pipeline.models.lean import _Later", f"{broken}"))
+    assert done.returncode == 0, done.stderr
+    heavy, left, _, images, architecture, compiler, same = json.loads(done.stdout)
+    assert (left, compiler, same) == ([], "module", True)
+    assert "torch._dynamo" in heavy
+    opened = open_checkpoint(ModelConfig())
+    assert opened.fingerprint["architecture"] == architecture
+    with torch.inference_mode():
+        assert opened.image_features(torch.ones(2, 3, 48, 48)).tolist() == images
+
+
 @pytest.mark.parametrize("claimed", [True, False])
 def test_other_processes_and_those_that_have_transformers_keep_it(claimed: bool) -> None:
     first = (

@@ -2,8 +2,8 @@
 
 A model of transformers imports torch's tensors of several machines with sympy, the compiler, and torchao, and looks
 through the files of all models twice: together more than half of what it takes to import torch and transformers. Here
-it is told what it is told where torch was built for one process and torchao is not installed. What it takes of the
-compiler are decorators, which only leave marks, and names that are looked up when they are called.
+transformers gets the answers of a torch that was built for one process, without torchao. Of the compiler it takes
+decorators, which only leave marks, and names that are looked up when they are called.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import ctypes
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from importlib import import_module
+from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec, module_from_spec
 from pathlib import Path
@@ -49,15 +50,19 @@ def load_torch_aside() -> None:
 
 def import_transformers() -> None:
     """Import what opening a model needs; nothing is done where another program may train with transformers."""
-    if "transformers" in sys.modules or not is_claimed():
+    found = find_spec("transformers") if is_claimed() and "transformers" not in sys.modules else None
+    if found is None or found.loader is None:
         return
-    from importlib.metadata import version
-
     import torch  # noqa: F401 - whole, before its compiler is put off
 
-    found = find_spec("transformers")
-    if found is None or found.loader is None:
-        raise ModuleNotFoundError("No module named 'transformers'")
+    # A release that is built otherwise is imported as it is, by the modules that need it.
+    with suppress(Exception):
+        _import_lean(found, found.loader)
+
+
+def _import_lean(found: ModuleSpec, loader: Loader) -> None:
+    from importlib.metadata import version
+
     with ExitStack() as opened:
         if _COMPILER not in sys.modules:
             opened.enter_context(_put_off(_COMPILER))
@@ -72,7 +77,7 @@ def import_transformers() -> None:
                 opened.enter_context(_replaced(module, name, lambda before: _no))
         opened.enter_context(_replaced(inner, "fetch__all__", _of_the_end))
         opened.enter_context(_replaced(inner, "define_import_structure", _once))
-        found.loader.exec_module(package)
+        loader.exec_module(package)
         for name in _SHARED:
             import_module(f"transformers.{name}")
 
@@ -108,6 +113,7 @@ def _removed_after_error(name: str, module: ModuleType) -> Iterator[None]:
     try:
         yield
     except BaseException:
+        # Half of it would not do.
         for each in [each for each in sys.modules if each == name or each.startswith(f"{name}.")]:
             del sys.modules[each]
         raise
