@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -300,12 +301,28 @@ def test_the_images_of_a_batch_in_the_middle_are_found_again(manifest: Path) -> 
     opened_manifest = open_manifest(config.manifest)
     shard = list(cut(opened_manifest, 24))[2]
     rows, pixels = np.array([1, 5, 23]), torch.zeros(3, 3, 4, 4, dtype=torch.uint8)
-    found = first_images(opened_manifest, FirstBatch(shard, rows, pixels, torch.eye(3), 1.0, full=True))
+    batch = FirstBatch(shard, rows, pixels, torch.eye(3), 1.0, full=True)
+    assert first_images(opened_manifest, []) is None
+    found = first_images(opened_manifest, [batch])
     assert found is not None
     assert found.sample.ids == ("scene/0049.jpg", "scene/0053.jpg", "scene/0071.jpg")
     assert [str(ref.id) for ref in found.refs] == list(found.sample.ids)
     assert found.has(3)
     assert not found.has(4)
+    two = first_images(opened_manifest, [replace(batch, shard=list(cut(opened_manifest, 24))[1]), batch])
+    assert two is not None
+    assert two.sample.ids == ("scene/0025.jpg", "scene/0029.jpg", "scene/0047.jpg", *found.sample.ids)
+    assert two.has(6)
+
+
+def test_batches_that_are_encoded_side_by_side_are_compared_together(
+    manifest: Path, tmp_path: Path, events: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.engine.engine.draw_sample", lambda *_: pytest.fail("drawn"))
+    report = run(Flexible, job(manifest, tmp_path, backend={"streams": 2}))
+    assert report.parity is not None
+    assert report.parity.images == 64
+    assert [name for name, _ in events[:3]] == ["backend", "backend", "fp32"]
 
 
 @pytest.mark.parametrize("good", [True, False])

@@ -56,7 +56,7 @@ class Gate:
         storage: the output.
         bank: the embedded labels, if there are any.
         rows: of the manifest, to which the gate is in proportion; None: it is as large as the limits say.
-        seconds: for an image, on the clock, in the batch of the job whose embeddings are compared, if there is one.
+        seconds: for an image, on the clock, in the batches of the job whose embeddings are compared, if there are any.
         store: root of the artefact store that remembers proofs; None: that of the user's cache.
     """
 

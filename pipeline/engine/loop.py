@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
@@ -53,8 +53,8 @@ class Job:
 class Worker:
     """The opened reader and encoder of a process that embeds, the clocks of its stages and of its GPU, its feeders.
 
-    ``hold`` is called once, before anything is written and once as many batches are begun as are encoded side by side,
-    with the first of them; with None where no image can be read. What it raises ends the loop.
+    ``hold`` is called once, before anything is written, with the first batches: as many as are encoded side by side, or
+    all. The next ones begin behind it; what it raises ends the loop.
     """
 
     reader: PixelReader
@@ -62,7 +62,7 @@ class Worker:
     clocks: StageClocks
     gpu: GpuClock = field(default_factory=lambda: GpuClock(torch.device("cpu")))
     feeders: FeederPool | None = None
-    hold: Callable[[FirstBatch | None], None] | None = None
+    hold: Callable[[Sequence[FirstBatch]], None] | None = None
 
 
 def embed(
@@ -208,7 +208,7 @@ class _Encoding:
         # Those of several shards come in turn; the number is that of the next batch.
         open_shards: dict[int, tuple[ShardResults, int]] = {}
         while True:
-            if held.submitted == self.streams.count:
+            if len(held.first) == self.streams.count:
                 held.call()
             with self.worker.clocks.time(Stage.WAIT_INPUT):
                 item = next(items, None)
@@ -246,28 +246,28 @@ class _Encoding:
 
 
 class _Held:
-    """The call of ``Worker.hold``, which is made once, and the batch that it is made with."""
+    """The call of ``Worker.hold``, which is made once, and the batches that it is made with."""
 
     def __init__(self, worker: Worker, config: Config) -> None:
         self._hold, self._streams = worker.hold, worker.encoder.streams
         self._count = max(config.parity.images, PICTURES)
-        self._first: Future[FirstBatch] = Future()
-        self.submitted = 0
+        self.first: list[Future[FirstBatch]] = []
 
     def submit(self, streams: Streams, batch: ImageBatch, encode: Callable[[], PendingBatch]) -> Future[PendingBatch]:
-        """Submit a batch to ``streams``; of the first one, some images are kept."""
-        self.submitted += 1
-        if self._hold is None or self.submitted > 1:
+        """Submit a batch to ``streams``; until the call is made, images of it are kept."""
+        if self._hold is None:
             return streams.submit(encode)
-        return streams.submit(partial(self._keep, batch, encode))
+        self.first.append(Future())
+        return streams.submit(partial(self._keep, batch, encode, self.first[-1]))
 
     def call(self) -> None:
         """Make the call, unless it was made."""
         hold, self._hold = self._hold, None
         if hold is not None:
-            hold(self._first.result() if self.submitted else None)
+            hold([first.result() for first in self.first])
+            self.first.clear()
 
-    def _keep(self, batch: ImageBatch, encode: Callable[[], PendingBatch]) -> PendingBatch:
+    def _keep(self, batch: ImageBatch, encode: Callable[[], PendingBatch], kept: Future[FirstBatch]) -> PendingBatch:
         try:
             count = len(batch.rows)
             places = torch.arange(min(count, self._count)) * count // min(count, self._count)
@@ -277,11 +277,9 @@ class _Held:
             pending.wait()
             seconds = (time.perf_counter() - began) / len(batch.pixels) / self._streams
             rows, vectors = batch.rows[places.numpy()], pending.vectors[places]
-            self._first.set_result(
-                FirstBatch(batch.shard, rows, pixels, vectors, seconds, full=count == len(batch.pixels))
-            )
+            kept.set_result(FirstBatch(batch.shard, rows, pixels, vectors, seconds, full=count == len(batch.pixels)))
         except BaseException as error:
-            self._first.set_exception(error)
+            kept.set_exception(error)
             raise
         return pending
 

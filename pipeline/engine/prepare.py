@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -82,8 +82,8 @@ def prepare(engine: Engine, storage: Storage) -> Prepared:
     return settle(engine, prepared, storage)
 
 
-def settle(engine: Engine, prepared: Prepared, storage: Storage, first: FirstBatch | None = None) -> Prepared:
-    """Pass the gates that are pending: on images of the first batch, or on some that are drawn from the manifest.
+def settle(engine: Engine, prepared: Prepared, storage: Storage, first: Sequence[FirstBatch] = ()) -> Prepared:
+    """Pass the gates that are pending: on images of the first batches, or on some that are drawn from the manifest.
 
     Raises:
         ParityError: the engine is too far from fp32, or its decoder from ``exact``.
@@ -93,8 +93,9 @@ def settle(engine: Engine, prepared: Prepared, storage: Storage, first: FirstBat
     with span("gates"):
         # Not those that the encoder was calibrated on.
         static = engine.encoder.fingerprint.get("quantization") == "static"
-        images = None if first is None or static else first_images(engine.manifest, first)
-        gate = replace(_gate(engine, prepared, storage), seconds=0.0 if first is None else first.seconds)
+        images = None if static else first_images(engine.manifest, first)
+        seconds = sum(batch.seconds for batch in first) / max(1, len(first))
+        gate = replace(_gate(engine, prepared, storage), seconds=seconds)
         parity, decoded = _pass_gates(engine, gate, images)
     return replace(prepared, parity=parity, decoder_parity=decoded, pending=False)
 

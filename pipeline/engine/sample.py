@@ -27,7 +27,7 @@ TRIES = 4
 
 @dataclass(frozen=True, slots=True)
 class FirstBatch:
-    """Images of the first batch of a run, up to as many as are compared, spread over the batch.
+    """Images of one of the first batches of a run, up to as many as are compared, spread over the batch.
 
     Attributes:
         shard: the shard of the batch.
@@ -35,7 +35,7 @@ class FirstBatch:
         pixels: uint8 ``[N, 3, H, W]`` on the CPU.
         vectors: their embeddings, float32 ``[N, D]`` on the CPU, which nothing has been proved of.
         seconds: for one image of the batch, on the clock.
-        full: False if the shard has no other images.
+        full: False if it is the last one of its shard.
     """
 
     shard: Shard
@@ -48,7 +48,7 @@ class FirstBatch:
 
 @dataclass(frozen=True, slots=True)
 class FirstImages:
-    """The images of a first batch with their references; ``complete`` if the manifest has no others."""
+    """The images of the first batches with their references; ``complete`` if the manifest has no others."""
 
     sample: Sample
     refs: tuple[ImageRef, ...]
@@ -59,13 +59,23 @@ class FirstImages:
         return self.complete or len(self.refs) >= count
 
 
-def first_images(manifest: Manifest, first: FirstBatch) -> FirstImages | None:
-    """The images of ``first``; None where a sample is spread over the row groups of the manifest.
+def first_images(manifest: Manifest, first: Sequence[FirstBatch]) -> FirstImages | None:
+    """The images of ``first``; None where there are none, or a sample is spread over the row groups of the manifest.
 
-    Of a manifest of one row group, :func:`draw_sample` takes the first images: those of the first batch are no worse.
+    Of a manifest of one row group, :func:`draw_sample` takes the first images: those of the first batches are no worse.
     """
-    if sum(len([rows for rows in file.row_groups if rows]) for file in manifest.files) != 1:
+    if not first or sum(len([rows for rows in file.row_groups if rows]) for file in manifest.files) != 1:
         return None
+    found = [ref for batch in first for ref in _refs_of(manifest, batch)]
+    sample = Sample(
+        ids=tuple(str(ref.id) for ref in found),
+        pixels=torch.cat([batch.pixels for batch in first]),
+        vectors=torch.cat([batch.vectors for batch in first]),
+    )
+    return FirstImages(sample, tuple(found), complete=not first[-1].full and first[-1].shard.rows == manifest.rows)
+
+
+def _refs_of(manifest: Manifest, first: FirstBatch) -> list[ImageRef]:
     wanted, found, start = set(first.rows.tolist()), list[ImageRef](), 0
     with ShardReader(manifest) as reader:
         for batch in reader.read(first.shard):
@@ -73,8 +83,7 @@ def first_images(manifest: Manifest, first: FirstBatch) -> FirstImages | None:
             start += batch.num_rows
             if len(found) == len(wanted):
                 break
-    sample = Sample(ids=tuple(str(ref.id) for ref in found), pixels=first.pixels, vectors=first.vectors)
-    return FirstImages(sample, tuple(found), complete=not first.full and first.shard.rows == manifest.rows)
+    return found
 
 
 def read_sample(reader: PixelReader, images: Sequence[ImageRef]) -> Sample | None:

@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict
 from functools import partial
@@ -199,7 +199,7 @@ class WorkerState:
             raise WorkerMismatch(f"{self.name} has opened its model for another batch size than the job's")
         return engine, self._prepared
 
-    def _hold(self, first: FirstBatch | None) -> None:
+    def _hold(self, first: Sequence[FirstBatch]) -> None:
         from pipeline.engine import prepare as setup
 
         engine, prepared = self._prepare()

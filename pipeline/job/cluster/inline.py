@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import replace
 
@@ -65,7 +65,7 @@ class Inline:
         self._write()
         note(self._engine, self.prepared, self._storage)
 
-    def _hold(self, first: FirstBatch | None) -> None:
+    def _hold(self, first: Sequence[FirstBatch]) -> None:
         began = time.time()
         with self._meter.stopped():
             settled = settle(self._engine, self.prepared, self._storage, first)
