@@ -355,11 +355,14 @@ def test_a_shard_that_two_runs_do_at_once_has_one_commit(unbroken: Config, tmp_p
 def test_a_paused_run_that_was_taken_over_replaces_no_commit(unbroken: Config, tmp_path: Path, turn: int) -> None:
     config = other_output(unbroken, tmp_path / "out")
     commits = tmp_path / "out" / "_commits"
-    paused = forks().start("tests.forks:run_command", *overrides(config), "output.lease_seconds=1")
+    slow = "part.published=delay:0.02"
+    paused = forks().start("tests.forks:run_command", *overrides(config), "output.lease_seconds=1", failpoints=slow)
     try:
         wait_until(lambda: len(list(commits.glob("*.json"))) >= 3 + turn)
         paused.send(signal.SIGSTOP)
         done = len(list(commits.glob("*.json")))
+        # The next one starts in less than the second for which the lease lasts.
+        wait_until(lambda: time.time() - (tmp_path / "out" / "_lease").stat().st_mtime > 1.1)
         second = forks().start("tests.forks:run_command", *overrides(config), "output.lease_seconds=1")
         assert second.wait() == 0, second.said()
         assert f"took over from process {paused.pid} of" in second.said()
