@@ -261,7 +261,7 @@ def _bottleneck(outcome: Outcome, ran: RunStats, pace: Pace | None, startup: flo
     found = find_bottleneck(ran.clocks, setup, startup=startup, wall=ran.seconds, gpu=use)
     if found.stage == START_UP:
         longest = phases.listed(outcome.embedded.startup, most=LONGEST)
-        return Bottleneck(found.stage, f"{found.advice}; of it {longest}")
+        return Bottleneck(found.stage, f"{found.advice}: {longest}")
     available = ran.cores or cores()
     if found.stage == "encoding" and setup.device == "cpu" and pace is not None and pace.cores_busy < BUSY * available:
         advice = (

@@ -186,8 +186,9 @@ def _page(content: dict[str, Any]) -> str:
         "| --- | ---: | ---: | ---: |",
     ]
     for key, found in content["medians"].items():
-        start, steady = found.get("startup_seconds", ""), found.get("steady_images_per_second") or ""
-        lines.append(f"| {key} | {found['seconds']:.1f} | {start} | {steady} |")
+        start, steady = (found.get(name) for name in ("startup_seconds", "steady_images_per_second"))
+        cells = [f"{value:.1f}" if value else "" for value in (found["seconds"], start, steady)]
+        lines.append(f"| {key} | {' | '.join(cells)} |")
     lines += ["", "| one over the other, in the same round | ratio | wanted |", "| --- | ---: | ---: |"]
     lines += [f"| {' / '.join(one['over'])} | {one['ratio']:.2f} | <= {one['target']} |" for one in content["ratios"]]
     return "\n".join(lines) + "\n"
