@@ -229,7 +229,7 @@ def test_start_up_counts_from_the_command(tmp_path: Path) -> None:
     assert {"output", "manifest", "model", "prompts", "gates"} <= {*report.startup}
     assert {*report.ending} == {"last parts", "marker", "summary"}
     assert "start-up took" in report.advice
-    assert "of it " in report.advice
+    assert "number of images: output 100" in report.advice
     again = run_job(replace(config, output=replace(config.output, dir=str(tmp_path / "b"))))
     assert again.wall_seconds < 30
 
