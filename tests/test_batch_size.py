@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from pipeline.artifacts import main as artifacts
+from pipeline.backends import devices
 from pipeline.backends.artifacts.store import ArtifactStore
 from pipeline.backends.base import ImageEncoder, factory
 from pipeline.backends.timing import images_per_second, settle
@@ -45,7 +46,7 @@ def demo() -> Checkpoint:
 @pytest.fixture(autouse=True)
 def _no_collection(monkeypatch: pytest.MonkeyPatch) -> None:
     """Collecting all that torch and transformers hold takes longer than the tests; those that need it take it back."""
-    monkeypatch.setattr(batch_size, "gc", SimpleNamespace(collect=lambda: 0))
+    monkeypatch.setattr(devices, "gc", SimpleNamespace(collect=lambda: 0))
 
 
 class Machine:
@@ -247,7 +248,7 @@ def test_an_error_other_than_full_memory_ends_the_search(tmp_path: Path) -> None
 
 
 def test_an_encoder_is_gone_before_the_next_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch_size, "gc", gc)
+    monkeypatch.setattr(devices, "gc", gc)
     alive = 0
 
     class Counted(StubEncoder):
@@ -532,7 +533,7 @@ def test_the_demo_model_is_measured_and_remembered(
     tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(batch_size, "SECONDS", {device: 0.05})
-    monkeypatch.setattr(batch_size, "gc", gc)
+    monkeypatch.setattr(devices, "gc", gc)
     config = auto(tmp_path, backend={"device": device, "streams": 0, "precision": "fp32"})
     opened: list[int] = []
 

@@ -14,11 +14,10 @@ from pipeline.backends.tensorrt import is_built
 from pipeline.backends.torch_fp8 import HOPPER
 from pipeline.backends.torch_int8 import multiplies_int8
 from pipeline.backends.torch_module import need_torchao
-from pipeline.config.choices import BACKENDS
 from pipeline.config.schema import BackendConfig
 from pipeline.core.errors import BackendUnavailable
 from pipeline.core.processes import cores
-from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.checkpoint import Checkpoint, count_tokens
 
 # A candidate is taken for its speed alone where it is faster than a simpler one by this factor.
 GAIN = 1.03
@@ -44,36 +43,31 @@ class Candidate:
     making: float = 0.0
 
     @property
-    def compiles(self) -> bool:
-        """True if it is compiled for one batch size at each start."""
-        return self.backend.compile != "none" or BACKENDS[self.backend.name].torch_compile
-
-    @property
     def reference(self) -> bool:
         """True for eager fp32, with which all others are compared."""
-        return self.backend.name == "torch" and self.backend.precision == "fp32" and not self.compiles
+        return self.backend.name == "torch" and self.backend.precision == "fp32" and not self.backend.compiles
 
     @property
     def missing(self) -> str:
         """A message about packages that are not installed; empty if all are."""
         try:
-            if BACKENDS[self.backend.name].extra == "onnx":
+            if self.backend.info.extra == "onnx":
                 need_packages()
-            elif BACKENDS[self.backend.name].torch_compile:
+            elif self.backend.info.torch_compile:
                 need_torchao()
         except BackendUnavailable as error:
             return str(error)
         return ""
 
     def __str__(self) -> str:
-        name, precision = self.backend.name, self.backend.precision
-        words = [name, *([precision] if len(BACKENDS[name].precisions) > 1 else [])]
+        precision = [self.backend.precision] if len(self.backend.info.precisions) > 1 else []
+        words = [self.backend.name, *precision]
         return " ".join([*words, *(["compiled"] if self.backend.compile != "none" else [])])
 
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """What was measured of a candidate.
+    """Measured speed of a candidate, and the limits that it misses.
 
     Attributes:
         images_per_second: of the encoder alone; 0 if it has none.
@@ -128,7 +122,8 @@ def candidates(config: BackendConfig, checkpoint: Checkpoint, device: torch.devi
 
 def fallback(known: list[Candidate]) -> Candidate:
     """The candidate to take where nothing is measured: eager PyTorch in the precision that the device is made for."""
-    return max((each for each in known if each.backend.name == "torch" and not each.compiles), key=lambda c: c.speed)
+    eager = (each for each in known if each.backend.name == "torch" and not each.backend.compiles)
+    return max(eager, key=lambda each: each.speed)
 
 
 def fastest(rates: Mapping[Candidate, Rate], rows: int | None) -> Candidate | None:
@@ -149,10 +144,8 @@ def computes_bf16() -> bool:
 
 def seconds_per_image(checkpoint: Checkpoint, device: torch.device) -> float:
     """Seconds to embed an image in fp32, guessed from the number of its multiplications."""
-    vision, (height, width) = checkpoint.model.config.vision_config, checkpoint.spec.size
-    tokens: int = (height // vision.patch_size) * (width // vision.patch_size) + 1
     speed = OPERATIONS[device.type] * (cores() if device.type == "cpu" else 1)
-    return 2.0 * tokens * _parameters(checkpoint) / speed
+    return 2.0 * count_tokens(checkpoint) * _parameters(checkpoint) / speed
 
 
 def _parameters(checkpoint: Checkpoint) -> int:

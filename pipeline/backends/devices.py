@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import torch
 
 from pipeline.config.choices import BACKENDS
@@ -12,6 +14,15 @@ from pipeline.core.errors import BackendUnavailable
 # TorchScript's interpreter raises every error as a RuntimeError, and ONNX Runtime has no class of its own for it.
 _FULL = ("out of memory", "failed to allocate memory", "can't allocate memory", "_status_alloc_failed")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def free_memory(*, compiled: bool) -> None:
+    """Free the memory of encoders that nobody holds any more; of ``compiled`` ones, torch's compiler holds parts."""
+    if compiled:
+        torch.compiler.reset()
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def out_of_memory(error: BaseException) -> bool:

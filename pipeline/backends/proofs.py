@@ -125,7 +125,7 @@ class Proofs:
 
 
 def surroundings(device: torch.device) -> dict[str, Any]:
-    """What decides numbers and speed besides the model and its backend: processor, libraries, environment and code."""
+    """Processor, libraries, environment and code, on which numbers and speed of every backend depend."""
     return {
         "cores": cores(),
         "processor": machine(str(device), cores())["processor"],

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from pipeline.config.choices import BACKENDS, CLUSTERS
+from pipeline.config.choices import BACKENDS, CLUSTERS, BackendInfo
 from pipeline.config.ranges import AUTO, DefaultNumber, OneOf, Range, Text, filled
 
 DEMO_MODEL = "demo"
@@ -72,6 +72,16 @@ class BackendConfig:
     streams: Annotated[int, Range(0, 1_024)] = 0
     cuda_graph: bool = True
     artifacts: str | None = None
+
+    @property
+    def info(self) -> BackendInfo:
+        """Facts of the backend; ``auto`` takes what is installed, and needs nothing."""
+        return BACKENDS.get(self.name, BackendInfo(()))
+
+    @property
+    def compiles(self) -> bool:
+        """True if torch compiles it at each start, for one batch size."""
+        return self.compile != "none" or self.info.torch_compile
 
 
 def _by_precision(fp32: float, fp16: float, bf16: float, int8: float, fp8: float) -> dict[str, float]:

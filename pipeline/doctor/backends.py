@@ -34,9 +34,8 @@ def look(subject: Subject) -> Iterator[Check]:
     config = subject.job.backend
     yield from _cuda()
     problem = compiler_problem()
-    compiles = config.compile != "none" or (config.name in BACKENDS and BACKENDS[config.name].torch_compile)
     if problem:
-        yield Check(GROUP, "torch.compile", Status.FAIL if compiles else Status.SKIP, problem)
+        yield Check(GROUP, "torch.compile", Status.FAIL if config.compiles else Status.SKIP, problem)
     else:
         yield Check(GROUP, "torch.compile", Status.OK, "compiles for this machine")
     for name, info in BACKENDS.items():

@@ -63,8 +63,7 @@ def _use(extra: str) -> str:
 def needed_by(config: Config) -> dict[str, str]:
     """Return the extras that a job needs, each with the setting that needs it."""
     needed = {}
-    # backend=auto takes what is installed.
-    if config.backend.name in BACKENDS and (extra := BACKENDS[config.backend.name].extra):
+    if extra := config.backend.info.extra:
         needed[extra] = f"backend={config.backend.name}"
     if config.images.decoder == "gpu":
         needed["gpu"] = "images.decoder=gpu"

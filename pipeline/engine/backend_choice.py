@@ -7,7 +7,6 @@ that needs no measuring. The job's own gate compares the chosen one with fp32 as
 
 from __future__ import annotations
 
-import gc
 import logging
 import time
 from collections.abc import Callable
@@ -19,7 +18,7 @@ import torch
 from pipeline.backends.base import ImageEncoder
 from pipeline.backends.candidates import Candidate, Rate, candidates, fallback, fastest, seconds_per_image
 from pipeline.backends.compare import misses
-from pipeline.backends.devices import choose_device, out_of_memory
+from pipeline.backends.devices import choose_device, free_memory, out_of_memory
 from pipeline.backends.parity import DrawSome, Reference, embed_reference, measure
 from pipeline.backends.proportion import SECONDS, SHARE
 from pipeline.backends.rates import Rates
@@ -34,20 +33,21 @@ from pipeline.engine.batch_size import COMPILED_SIZES, default_on_cuda, is_defau
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.storage.base import Storage
 
-# The batch size of what is not compiled on a CPU, where larger batches are hardly faster.
+# The batch size of a backend that is not compiled, on a CPU: larger batches are hardly faster.
 CPU_SIZE = 16
 # Batches of each stream that measuring takes: one of the comparison, and three of the timing.
 BATCHES = 4
 # About how many seconds a rate is measured, and as many to warm up, where batches take less.
 RATE_SECONDS = 0.2
-# What took longer to open made an export, or filled the compiler's cache: it is opened again, as later jobs open it.
+# A backend that took longer to open made an export, or filled the compiler's cache: it is opened again, as later jobs
+# open it.
 MADE_SECONDS = 2.0
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """What measures candidates on a job.
+    """Means to measure candidates on a job.
 
     Attributes:
         open: opens a backend for batches of a size; it is not used elsewhere, so that its memory can be freed.
@@ -205,20 +205,16 @@ class _Choice:
             default = is_default_of_cuda(self.config) or not typed
             size = default_on_cuda(self.checkpoint, self.device) if default else typed
         else:
-            size = (typed or COMPILED_SIZES["cpu"][1]) if each.compiles else min(typed or CPU_SIZE, CPU_SIZE)
+            size = (typed or COMPILED_SIZES["cpu"][1]) if each.backend.compiles else min(typed or CPU_SIZE, CPU_SIZE)
         return max(1, min(size, shard, trial.rows))
 
     def _free(self, each: Candidate) -> None:
-        if each.compiles:
-            torch.compiler.reset()
-        if each.compiles or torch.cuda.is_initialized():
-            # Takes half a second; other encoders are in no cycle.
-            gc.collect()
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
+        # To collect takes half a second; on a CPU, encoders that are not compiled are in no cycle.
+        if each.backend.compiles or torch.cuda.is_initialized():
+            free_memory(compiled=each.backend.compiles)
 
     def _in_words(self, chosen: Candidate | None, rates: dict[Candidate, Rate]) -> str:
-        """What is taken, its rate and that of the others, and why the rest has none."""
+        """The chosen backend, its rate and those of the others, and the reasons why some have none."""
         if chosen is None:
             words = [f"{fallback(self.known)}, for nothing is measured of this model on this machine"]
         else:

@@ -8,7 +8,6 @@ device with such a loader; a resume takes what the plan says.
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import time
@@ -23,7 +22,7 @@ import torch
 from pipeline.backends.artifacts.exports import recipe
 from pipeline.backends.artifacts.store import ArtifactStore, Recipe
 from pipeline.backends.base import ImageEncoder
-from pipeline.backends.devices import choose, choose_device, out_of_memory
+from pipeline.backends.devices import choose, choose_device, free_memory, out_of_memory
 from pipeline.backends.streams import count_streams
 from pipeline.backends.timing import Clock, images_per_second
 from pipeline.config.choices import BACKENDS
@@ -33,7 +32,7 @@ from pipeline.core.errors import BackendUnavailable, StorageError
 from pipeline.core.machine import machine
 from pipeline.core.processes import cores
 from pipeline.dataset import plan
-from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.checkpoint import Checkpoint, count_tokens
 from pipeline.storage.base import Storage
 
 # A size is better than a smaller one only if it is faster by this factor.
@@ -108,7 +107,7 @@ class Benchmark:
     @property
     def compiles(self) -> bool:
         """True if opening takes long at every size, because the size is compiled in."""
-        return _compiles(self.config)
+        return self.config.compiles or self.config.info.builds
 
     def sizes(self, largest: int) -> list[int]:
         """The sizes to try, none of them above ``largest`` but the first."""
@@ -178,11 +177,7 @@ class Benchmark:
         """Images/s of batches of ``size``; None if the device has no memory for them. Its memory is given back."""
         rate = self._opened_rate(size)
         # Not while the encoder, or an exception that holds it, is still there.
-        if self.compiles:
-            torch.compiler.reset()
-        gc.collect()
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
+        free_memory(compiled=self.compiles)
         return rate
 
     def _opened_rate(self, size: int) -> float | None:
@@ -216,14 +211,14 @@ def settle_batch_size(config: Config, benchmark: Benchmark, *, rows: int, storag
         PipelineError: what ``benchmark.open_at`` raises.
     """
     largest = max(1, min(config.manifest.shard_rows, rows))
-    if is_default_of_cpu(config):
-        return min(_planned(storage) or default_on_cpu(config, rows), largest)
     if is_default_of_cuda(config):
         planned = _planned(storage)
         size = planned or default_on_cuda(benchmark.checkpoint, choose_device(config.backend.device))
         reason = f"as {storage.url}/{plan.NAME} says" if planned else "for this model and GPU"
         log.info("batch size %d, %s", size, reason)
         return min(size, largest)
+    if isinstance(config.loader.batch_size, DefaultNumber):
+        return min(_planned(storage) or default_on_cpu(config, rows), largest)
     if config.loader.batch_size:
         size = min(config.loader.batch_size, largest)
         if size < min(SMALL_ON_CUDA, largest) and choose_device(config.backend.device).type == "cuda":
@@ -252,9 +247,12 @@ def is_default_of_cuda(config: Config) -> bool:
     return isinstance(config.loader.batch_size, DefaultNumber) and choose_device(config.backend.device).type == "cuda"
 
 
-def is_default_of_cpu(config: Config) -> bool:
-    """True if nobody typed a batch size, and the CPU embeds."""
-    return isinstance(config.loader.batch_size, DefaultNumber) and choose_device(config.backend.device).type == "cpu"
+def known_size(config: Config, rows: int) -> int:
+    """The batch size of a job over so many rows that has no plan; 0 where it is measured, or goes by the GPU."""
+    if is_default_of_cuda(config):
+        return 0
+    size = config.loader.batch_size
+    return default_on_cpu(config, rows) if isinstance(size, DefaultNumber) else size
 
 
 def default_on_cpu(config: Config, rows: int) -> int:
@@ -263,7 +261,7 @@ def default_on_cpu(config: Config, rows: int) -> int:
     So all cores have batches to the end of a small job, and its first results come soon. A backend that is compiled for
     each size keeps to one.
     """
-    if _compiles(config.backend):
+    if config.backend.compiles or config.backend.info.builds:
         return config.loader.batch_size
     smallest, _ = SIZES["cpu"]
     fitting = max(smallest, rows // CPU_BATCHES)
@@ -272,17 +270,11 @@ def default_on_cpu(config: Config, rows: int) -> int:
 
 def default_on_cuda(checkpoint: Checkpoint, device: torch.device) -> int:
     """1,024 images, or 512 where the activations of as many would fill half of the memory."""
-    vision, (height, width) = checkpoint.model.config.vision_config, checkpoint.spec.size
-    tokens = (height // vision.patch_size) * (width // vision.patch_size) + 1
-    image = LAYERS * tokens * vision.intermediate_size * torch.bfloat16.itemsize
+    widest = checkpoint.model.config.vision_config.intermediate_size
+    image = LAYERS * count_tokens(checkpoint) * widest * torch.bfloat16.itemsize
     smallest, largest = SIZES["cuda"]
     memory = torch.cuda.get_device_properties(device).total_memory
     return largest if image * largest <= memory / 2 else smallest
-
-
-def _compiles(config: BackendConfig) -> bool:
-    info = BACKENDS[config.name]
-    return config.compile != "none" or info.torch_compile or info.builds
 
 
 def _planned(storage: Storage) -> int | None:

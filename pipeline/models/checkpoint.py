@@ -122,6 +122,12 @@ class Checkpoint:
         return features
 
 
+def count_tokens(checkpoint: Checkpoint) -> int:
+    """Tokens of a picture in the image tower: its patches, and one for all of it."""
+    (height, width), patch = checkpoint.spec.size, int(checkpoint.model.config.vision_config.patch_size)
+    return (height // patch) * (width // patch) + 1
+
+
 def open_checkpoint(config: ModelConfig) -> Checkpoint:
     """Load a checkpoint from the package, a local folder or the Hugging Face hub.
 

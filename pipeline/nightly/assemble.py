@@ -80,15 +80,13 @@ def assemble(pending: PendingNight, target: Target, embedded: EmbeddedRows, held
 
 
 def _assembly(pending: PendingNight, target: Target, embedded: EmbeddedRows, previous: Dataset | None) -> Assembly:
-    from pipeline.engine.batch_size import default_on_cpu, is_default_of_cpu, is_default_of_cuda
+    from pipeline.engine.batch_size import known_size
 
     manifest = target.manifest
     sample = next(dataset for dataset in (*embedded.datasets, previous) if dataset is not None)
     config = with_backend_of(target.config, sample.plan.config)
     # The batch size of the main job over the whole manifest; that over few rows is smaller.
-    size = 0 if is_default_of_cuda(config) else config.loader.batch_size
-    size = default_on_cpu(config, manifest.rows) if is_default_of_cpu(config) else size
-    size = size or int(sample.plan.fingerprints["batch_size"])
+    size = known_size(config, manifest.rows) or int(sample.plan.fingerprints["batch_size"])
     fingerprints = {
         **sample.plan.fingerprints,
         "manifest": manifest.fingerprint,

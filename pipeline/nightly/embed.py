@@ -14,7 +14,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pipeline.config.choices import BACKENDS
 from pipeline.config.schema import Config
 from pipeline.core.errors import TooManyFailures
 from pipeline.dataset import plan
@@ -147,7 +146,7 @@ def signs_of(config: Config, model: Any) -> dict[str, Any]:
     signs = {
         "recipe": recipe,
         "labels": labels,
-        "versions": versions(BACKENDS[config.backend.name].packages if config.backend.name in BACKENDS else ()),
+        "versions": versions(config.backend.info.packages),
         "model": model,
     }
     found: dict[str, Any] = json.loads(json.dumps(signs))

@@ -31,7 +31,7 @@ class Executor(Protocol):
 
     @property
     def prepared(self) -> Prepared:
-        """What :meth:`prepare` returned, with the figures of the gates once these are passed."""
+        """The result of :meth:`prepare`, with the figures of the gates once these are passed."""
 
     def run(self, shards: Iterable[Shard], on_batch: Callable[[int], None]) -> Generator[ShardReport]:
         """Embed and commit shards; ``on_batch`` is called with the images of each batch."""
