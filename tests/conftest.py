@@ -30,6 +30,7 @@ sys.dont_write_bytecode = False
 import torch  # noqa: E402
 
 if TYPE_CHECKING:
+    from pipeline.core.records import Sample
     from pipeline.models.checkpoint import Checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -148,3 +149,20 @@ def data_folder(name: str) -> Path:
     if not folder.is_dir():
         pytest.skip(f"no test data at {folder}; PIPELINE_TEST_DATA names another place")
     return folder
+
+
+@pytest.fixture(scope="module")
+def demo() -> Checkpoint:
+    """The demo's model, opened once for a module of tests."""
+    from pipeline.config.schema import ModelConfig
+    from pipeline.models.checkpoint import open_checkpoint
+
+    return open_checkpoint(ModelConfig())
+
+
+@pytest.fixture(scope="module")
+def pictures(demo: Checkpoint) -> Sample:
+    """64 rendered scenes, as the demo's model takes them."""
+    from pipeline.engine.demo.folder import rendered_sample
+
+    return rendered_sample(demo.spec, 64)

@@ -29,7 +29,7 @@ from pipeline.backends.rates import KIND, Rates
 from pipeline.backends.tensorrt import ENGINES
 from pipeline.backends.torch import open_encoder
 from pipeline.bench import pipeline as bench_pipeline
-from pipeline.config.schema import BackendConfig, Config, ModelConfig, ParityConfig
+from pipeline.config.schema import BackendConfig, Config, ParityConfig
 from pipeline.config.validate import check
 from pipeline.core.errors import BackendUnavailable, ParityError
 from pipeline.core.records import Sample
@@ -51,11 +51,6 @@ FP32 = Candidate(BackendConfig(precision="fp32"), 1.0)
 BF16 = Candidate(BackendConfig(precision="bf16"), 2.0)
 INT8 = Candidate(BackendConfig(name="onnx_int8", precision="int8"), 2.0)
 COMPILED = Candidate(BackendConfig(precision="fp32", compile="default"), 1.0, making=40.0)
-
-
-@pytest.fixture(scope="module")
-def demo() -> Checkpoint:
-    return open_checkpoint(ModelConfig())
 
 
 @pytest.fixture(scope="module")

@@ -15,11 +15,10 @@ import torch
 from pipeline.backends import parity
 from pipeline.backends.base import ImageEncoder
 from pipeline.backends.parity import AGAIN, FILE
-from pipeline.config.schema import Config, ModelConfig
+from pipeline.config.schema import Config
 from pipeline.core.errors import ParityError
 from pipeline.core.records import Sample
 from pipeline.core.run_report import RunReport
-from pipeline.engine.demo.folder import rendered_sample
 from pipeline.engine.engine import Engine
 from pipeline.engine.prepare import job_of, prepare
 from pipeline.engine.sample import FirstBatch, first_images
@@ -28,7 +27,7 @@ from pipeline.job.cluster.job_spec import JobSpec
 from pipeline.job.main import run_job
 from pipeline.manifest.manifest import open_manifest
 from pipeline.manifest.shards import cut
-from pipeline.models.checkpoint import Checkpoint, open_checkpoint
+from pipeline.models.checkpoint import Checkpoint
 from pipeline.storage.factory import open_storage
 from tests.crashes import at
 from tests.forks import forks
@@ -193,16 +192,6 @@ def test_of_an_encoder_of_one_shape_both_gates_take_fp32_alone(
 
 
 # Backends that are broken
-
-
-@pytest.fixture(scope="module")
-def demo() -> Checkpoint:
-    return open_checkpoint(ModelConfig())
-
-
-@pytest.fixture(scope="module")
-def pictures(demo: Checkpoint) -> Sample:
-    return rendered_sample(demo.spec, 64)
 
 
 def spoiled(broken: Callable[..., Wrapped], demo: Checkpoint, pictures: Sample) -> Any:

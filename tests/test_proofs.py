@@ -24,7 +24,6 @@ from pipeline.backends.torch import open_encoder
 from pipeline.config.schema import BackendConfig, ModelConfig, ParityConfig
 from pipeline.core.errors import ParityError
 from pipeline.core.records import Parity, Sample
-from pipeline.engine.demo.folder import rendered_sample
 from pipeline.job.main import run_job
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline.storage.factory import open_storage
@@ -32,16 +31,6 @@ from tests.jobs import StubEncoder, config_for, scenes_manifest, stub_backend
 
 LIMITS = ParityConfig()
 BATCH, ROWS = 32, 372
-
-
-@pytest.fixture(scope="module")
-def demo() -> Checkpoint:
-    return open_checkpoint(ModelConfig())
-
-
-@pytest.fixture(scope="module")
-def pictures(demo: Checkpoint) -> Sample:
-    return rendered_sample(demo.spec, 64)
 
 
 @pytest.fixture(scope="module")

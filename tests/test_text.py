@@ -22,11 +22,6 @@ from tests.conftest import data_folder
 TEMPLATES = ["a photo of a {}", "a {}"]
 
 
-@pytest.fixture(scope="module")
-def demo() -> Checkpoint:
-    return open_checkpoint(ModelConfig())
-
-
 def in_file(path: Path, content: str) -> PromptsConfig:
     path.write_text(content, encoding="utf-8")
     return PromptsConfig(path=str(path), templates=TEMPLATES)

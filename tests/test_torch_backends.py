@@ -13,17 +13,12 @@ from pipeline.backends import torch as torch_backend
 from pipeline.backends import torch_module
 from pipeline.backends.torch_attention import AMPERE, HOPPER, kernels, preference, preferred, prove
 from pipeline.backends.torch_module import QuickNormaliser, blank, need_torchao, note_timed, tower_on
-from pipeline.config.schema import BackendConfig, ModelConfig, ParityConfig
+from pipeline.config.schema import BackendConfig, ParityConfig
 from pipeline.core.errors import BackendUnavailable
-from pipeline.models.checkpoint import Checkpoint, open_checkpoint
+from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.towers import ImageTower, Normaliser
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-
-
-@pytest.fixture(scope="module")
-def demo() -> Checkpoint:
-    return open_checkpoint(ModelConfig())
 
 
 def pixels(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> torch.Tensor:

@@ -19,10 +19,10 @@ from pipeline.backends.base import EncoderInfo
 from pipeline.backends.oom import HalvingEncoder
 from pipeline.backends.torch_graph import Replay, Tensors, Work
 from pipeline.backends.torch_module import ModuleEncoder
-from pipeline.config.schema import BackendConfig, Config, ModelConfig, ParityConfig
+from pipeline.config.schema import BackendConfig, Config, ParityConfig
 from pipeline.core.errors import NumericalError
 from pipeline.dataset.saved_config import recipe_of
-from pipeline.models.checkpoint import Checkpoint, open_checkpoint
+from pipeline.models.checkpoint import Checkpoint
 from tests.conftest import ROOT
 
 
@@ -87,11 +87,6 @@ def test_a_capture_with_other_results_is_refused() -> None:
 
 def test_results_that_are_not_numbers_are_left_to_the_proofs_of_a_batch() -> None:
     Replay(lambda values: (values / 0,), (torch.zeros(2),), again)
-
-
-@pytest.fixture(scope="module")
-def demo() -> Checkpoint:
-    return open_checkpoint(ModelConfig())
 
 
 def encoder_for(checkpoint: Checkpoint, size: int, device: str, **options: object) -> ModuleEncoder:
