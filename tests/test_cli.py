@@ -255,3 +255,16 @@ def test_an_error_that_nobody_foresaw_is_left_to_python() -> None:
     done = run_python("-c", "from pipeline.core.cli import quick_end\nwith quick_end():\n    1 / 0")
     assert done.returncode == 1
     assert "ZeroDivisionError" in done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize("end", ["", "sys.exit(3)"])
+def test_output_that_finds_no_room_at_the_end_is_reported_as_python_does(end: str) -> None:
+    script = f"import sys\nfrom pipeline.core.cli import quick_end\nwith quick_end():\n    print('lost')\n    {end}"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", script], stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment
+        )
+    assert done.returncode == 120
+    assert "No space left on device" in done.stderr

@@ -173,9 +173,13 @@ def quick_end() -> Iterator[None]:
     with suppress(KeyboardInterrupt):
         threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError, AttributeError):
-            stream.flush()
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None and not stream.closed:
+                stream.flush()
+    except OSError:
+        # Python tries again, says what failed, and has an exit code for it.
+        raise SystemExit(code) from None
     os._exit(int(code or 0) & 0xFF)
 
 
