@@ -21,8 +21,8 @@ from tests.processes import loads, run_python
 HEAVY = ("matplotlib", "pandas", "sympy", "torch._dynamo", "torch.distributed.tensor", "torchao")
 COMMAND = f"""
 import json, sys
-from pipeline.core.processes import claim
-claim()
+from pipeline.core.processes import mark_as_command
+mark_as_command()
 from pipeline.models.lean import _Later, import_transformers, load_torch_aside
 load_torch_aside()
 import_transformers()
@@ -77,7 +77,9 @@ def test_a_release_that_is_built_otherwise_is_imported_as_it_is() -> None:
 @pytest.mark.parametrize("claimed", [True, False])
 def test_other_processes_and_those_that_have_transformers_keep_it(claimed: bool) -> None:
     first = (
-        "from pipeline.core.processes import claim; claim(); sys.modules['transformers'] = sys" if claimed else "pass"
+        "from pipeline.core.processes import mark_as_command; mark_as_command(); sys.modules['transformers'] = sys"
+        if claimed
+        else "pass"
     )
     code = f"{first}; from pipeline.models.lean import import_transformers; import_transformers()"
     assert loads(code, "torch", "transformers.modeling_utils") == []

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 from pipeline.core.concurrency import unfinished
 from pipeline.core.errors import Interrupted, PipelineError, exit_code_of
 from pipeline.core.log_format import JsonLines, ending
-from pipeline.core.processes import claim, give_home
+from pipeline.core.processes import give_home, mark_as_command
 
 # The exit code that shells report for a program that SIGPIPE ended.
 BROKEN_PIPE = 141
@@ -160,7 +160,7 @@ def quick_end() -> Iterator[None]:
     Python waits for threads, calls exit handlers, and then takes all modules apart, for half a second with torch. For
     the entry of a process, around all that it does; errors are left to Python.
     """
-    claim()
+    mark_as_command()
     code: Any = None
     try:
         yield

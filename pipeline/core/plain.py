@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.core.processes import is_claimed
+from pipeline.core.processes import runs_a_command
 
 # Dictionaries of several row groups are joined, for which smaller indices may not suffice.
 _INDEX = pa.int32()
@@ -21,7 +21,7 @@ def leave_out_pandas() -> None:
 
     Nothing is done where pandas is imported already, or where another program may make a DataFrame.
     """
-    if "pandas" in sys.modules or not is_claimed():
+    if "pandas" in sys.modules or not runs_a_command():
         return
     finder: Any = _WithoutPandas()
     sys.meta_path.insert(0, finder)

@@ -69,12 +69,12 @@ def give_home() -> None:
         os.environ["USER"] = str(os.getuid())
 
 
-def claim() -> None:
+def mark_as_command() -> None:
     """Mark this process as one that runs a command of this package, and nothing else."""
     _commands.add(os.getpid())
 
 
-def is_claimed() -> bool:
+def runs_a_command() -> bool:
     """True for such a process; in others, libraries must stay as their programs expect them."""
     return os.getpid() in _commands
 

@@ -53,8 +53,8 @@ class Job:
 class Worker:
     """The opened reader and encoder of a process that embeds, the clocks of its stages and of its GPU, its feeders.
 
-    ``hold`` is called once, before anything is written, with the first batches: as many as are encoded side by side, or
-    all. The next ones begin behind it; what it raises ends the loop.
+    ``before_writing`` is called once, before anything is written, with the first batches: as many as are encoded side
+    by side, or all. The next ones begin behind it; what it raises ends the loop.
     """
 
     reader: PixelReader
@@ -62,7 +62,7 @@ class Worker:
     clocks: StageClocks
     gpu: GpuClock = field(default_factory=lambda: GpuClock(torch.device("cpu")))
     feeders: FeederPool | None = None
-    hold: Callable[[Sequence[FirstBatch]], None] | None = None
+    before_writing: Callable[[Sequence[FirstBatch]], None] | None = None
 
 
 def embed(
@@ -246,10 +246,10 @@ class _Encoding:
 
 
 class _Held:
-    """The call of ``Worker.hold``, which is made once, and the batches that it is made with."""
+    """The call of ``Worker.before_writing``, which is made once, and the batches that it is made with."""
 
     def __init__(self, worker: Worker, config: Config) -> None:
-        self._hold, self._streams = worker.hold, worker.encoder.streams
+        self._hold, self._streams = worker.before_writing, worker.encoder.streams
         self._count = max(config.parity.images, PICTURES)
         self.first: list[Future[FirstBatch]] = []
 

@@ -23,7 +23,7 @@ from types import ModuleType
 from typing import Any
 
 from pipeline.core.concurrency import aside
-from pipeline.core.processes import is_claimed
+from pipeline.core.processes import runs_a_command
 
 _COMPILER = "torch._dynamo"
 # Decorators of the compiler that return a function as it is, with marks that the compiler reads.
@@ -50,7 +50,7 @@ def load_torch_aside() -> None:
 
 def import_transformers() -> None:
     """Import what opening a model needs; nothing is done where another program may train with transformers."""
-    found = find_spec("transformers") if is_claimed() and "transformers" not in sys.modules else None
+    found = find_spec("transformers") if runs_a_command() and "transformers" not in sys.modules else None
     if found is None or found.loader is None:
         return
     import torch  # noqa: F401 - whole, before its compiler is put off
