@@ -123,7 +123,7 @@ def _pass_gates(engine: Engine, gate: Gate, first: FirstImages | None) -> tuple[
         # Of one shape, it takes as long for a few images as for a full batch; fp32 tells them apart as well.
         judge = open_reference(encoder, engine.checkpoint, 2 * decoder_gate.EMBEDDED)
     ours, exact = engine.decoded_sample, engine.exactly_decoded_sample
-    if first is not None and first.has(decoder_gate.PICTURES):
+    if first is not None and first.has(decoder_gate.FEWEST):
         known = dict(zip(first.sample.ids, first.refs, strict=True))
         pictures = first.sample.spread(decoder_gate.PICTURES)
         pictures = pictures if judge is encoder else replace(pictures, vectors=None)
