@@ -1,9 +1,9 @@
 """Whole commands in turn: jobs against a plain DataLoader loop, and the short commands of a newcomer.
 
 ``python -m tests.benchmarks.race PHOTOS --out race-cpu.json [--images 372,32] [--rounds 3] [--only REGEX]`` makes a
-ViT-B/32 with random weights in a folder, as ``save_pretrained`` writes it, embeds the photos by each entrant, and writes
-JSON and a page beside it: seconds from the command to its exit, medians, and ratios within each round. Every entrant
-runs once before that, so that exports are made and files are in memory.
+ViT-B/32 with random weights in a folder, as ``save_pretrained`` writes it, embeds the photos by each entrant, and
+writes JSON and a page beside it: seconds from the command to its exit, medians, and ratios within each round. Every
+entrant runs once before that, so that exports are made and files are in memory.
 """
 
 from __future__ import annotations
