@@ -74,7 +74,7 @@ def pytest_collection_finish() -> None:
 
 def load_the_demo_once() -> None:
     """Read the demo's files once a process: no test changes what was opened, and most jobs have this model."""
-    checkpoint: Any = sys.modules.get("pipeline.models.checkpoint")
+    checkpoint: Any = sys.modules.get("pipeline.models.transformers_form")
     # Without the module, no test of this run opens a model.
     if checkpoint is not None:
         for name in ("load_model", "_tokenizer", "sha256"):

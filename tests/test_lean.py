@@ -44,7 +44,7 @@ left += [f"{{name}}.{{key}}" for name, module in sys.modules.items() if name.par
 import torch._dynamo
 from transformers import CLIPModel
 print(json.dumps([heavy, left, texts.tolist(), images.tolist(), opened.fingerprint["architecture"],
-    type(torch._dynamo).__name__, type(opened.model) is CLIPModel]))
+    type(torch._dynamo).__name__, type(opened.image.model) is CLIPModel]))
 """
 
 

@@ -204,7 +204,7 @@ def test_weights_that_do_not_fit_are_explained(copy: Path, kind: str) -> None:
 
 def test_half_precision_is_read_as_it_is(copy: Path) -> None:
     retensor(copy, lambda tensors: tensors.update({name: each.bfloat16() for name, each in tensors.items()}))
-    assert opened(copy).model.dtype == torch.float32
+    assert opened(copy).image.model.dtype == torch.float32
 
 
 @pytest.mark.parametrize(
