@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,8 @@ class ShardResult:
     """Embeddings and labels of one shard, by position in it; rows without an embedding hold zeros.
 
     ``vectors`` is ``[N, D]`` in the stored dtype, ``top`` int64 and ``scores`` float32 are ``[N, k]``
-    (k is 0 without labels), ``names`` are the label names that ``top`` points at.
+    (k is 0 without labels), ``names`` are the label names that ``top`` points at. ``values`` are further columns by
+    name, float32 ``[N]``.
     """
 
     rows: ShardRows
@@ -107,6 +108,7 @@ class ShardResult:
     scores: NDArray[np.float32]
     names: tuple[str, ...]
     threshold: float | None
+    values: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
 
 
 def build_table(result: ShardResult, form: PartFormat) -> pa.Table:
@@ -121,6 +123,7 @@ def build_table(result: ShardResult, form: PartFormat) -> pa.Table:
     )
     columns = {name: result.rows.table.column(name) for name in result.rows.table.column_names}
     columns |= {"embedding": vectors, **_labels(result, failed)}
+    columns |= {name: pa.array(values, pa.float32(), mask=failed) for name, values in result.values.items()}
     statuses, errors = [OK] * count, list[str | None]([None]) * count
     for position, failure in failures.items():
         statuses[position], errors[position] = failure.status, short_error(_utf8(failure.error))
