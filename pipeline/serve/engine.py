@@ -192,7 +192,8 @@ def _warm(engine: Engine, encoders: Sequence[ImageEncoder], spec: PreprocessSpec
     work: list[Future[Any]] = [
         engine.encode([grey] * encoder.batch_size) for encoder in encoders for _ in range(engine.streams)
     ]
-    work.append(engine.texts.embed(["a photo"]))
+    if engine.checkpoint.text is not None:
+        work.append(engine.texts.embed(["a photo"]))
     for each in work:
         each.result()
 
