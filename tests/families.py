@@ -33,6 +33,8 @@ from transformers import (
     DINOv3ViTModel,
     IJepaConfig,
     IJepaModel,
+    MetaClip2Config,
+    MetaClip2Model,
     PreTrainedTokenizerFast,
     Siglip2Tokenizer,
     SiglipConfig,
@@ -106,15 +108,17 @@ def save(model: Any, folder: Path, preprocessor: dict[str, Any]) -> None:
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
 
 
-def write_clip(folder: Path, *, eos: int | None = None) -> Any:
+def write_clip(folder: Path, *, eos: int | None = None, act: str = "quick_gelu") -> Any:
     tokenizer = AutoTokenizer.from_pretrained(DEMO_FOLDER)
     text = {
         **TEXT,
         "vocab_size": len(tokenizer),
         "max_position_embeddings": 32,
         "eos_token_id": tokenizer.eos_token_id if eos is None else eos,
+        "hidden_act": act,
     }
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config=VISION, projection_dim=24)).eval()
+    vision = {**VISION, "hidden_act": act}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)).eval()
     save(model, folder, {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}})
     tokenizer.save_pretrained(folder)
     return model
@@ -127,6 +131,29 @@ def write_chinese_clip(folder: Path) -> Any:
     model = ChineseCLIPModel(ChineseCLIPConfig(text_config=text, vision_config=VISION, projection_dim=24)).eval()
     save(model, folder, {"size": {"height": 32, "width": 32}, "do_center_crop": False})
     (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
+    return model
+
+
+def write_metaclip(folder: Path) -> Any:
+    """XLM-R's tokenizer, whose EOS is 2, which CLIP's old configs wrote without meaning it."""
+    words = ["▁a", "▁red", "▁circle", "▁photo", "▁of", "▁two", "▁blue", "▁stars", "▁cat", "▁A", "▁un", "▁chat", "▁猫"]
+    ends = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0)]
+    tokenizer = Tokenizer(models.Unigram([*ends, *((word, -1.0) for word in words)], unk_id=3))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.add_special_tokens([*(name for name, _ in ends), "<mask>"])
+    special = [("<s>", 0), ("</s>", 2)]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=special)
+    text = {
+        **TEXT,
+        **{"vocab_size": tokenizer.get_vocab_size(), "max_position_embeddings": 16},
+        **{"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1},
+    }
+    model = MetaClip2Model(MetaClip2Config(text_config=text, vision_config=VISION, projection_dim=24)).eval()
+    save(model, folder, {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}})
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    settings = {**names, "tokenizer_class": "XLMRobertaTokenizer", "model_max_length": 16}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return model
 
 
@@ -180,10 +207,18 @@ def _write_siglip(folder: Path, tokenizer: Tokenizer, ends: dict[str, Any], *, e
     return model
 
 
-def open_clip(folder: Path, *, eos: int | None = None) -> Case:
-    model = write_clip(folder, eos=eos)
+def open_clip(folder: Path, *, eos: int | None = None, act: str = "quick_gelu") -> Case:
+    model = write_clip(folder, eos=eos, act=act)
     processor = CLIPProcessor(CLIPImageProcessorPil.from_pretrained(folder), AutoTokenizer.from_pretrained(folder))
     return Case(open_checkpoint(ModelConfig(name=str(folder))), model, processor, ENGLISH, {"padding": True})
+
+
+def open_metaclip(folder: Path) -> Case:
+    model = write_metaclip(folder)
+    processor = CLIPProcessor(CLIPImageProcessorPil.from_pretrained(folder), AutoTokenizer.from_pretrained(folder))
+    texts = ["a red circle", "un chat", "A photo of two blue stars", "猫", "a cat " * 20]
+    padding = {"padding": True, "truncation": True}
+    return Case(open_checkpoint(ModelConfig(name=str(folder))), model, processor, texts, padding)
 
 
 def open_chinese_clip(folder: Path) -> Case:
@@ -215,6 +250,9 @@ CASES: dict[str, Open] = {
     "clip": open_clip,
     # OpenAI's first configs say that EOS is 2, and mean the highest id.
     "clip-legacy-eos": lambda folder: open_clip(folder, eos=2),
+    # As laion's, whose activation is the exact GELU.
+    "clip-gelu": lambda folder: open_clip(folder, act="gelu"),
+    "metaclip_2": open_metaclip,
     "chinese_clip": open_chinese_clip,
     "siglip": open_siglip,
     # As google/siglip-so400m-patch14-224.

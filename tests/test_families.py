@@ -87,7 +87,8 @@ def test_features_are_those_of_the_family_s_model(case: Case) -> None:
     expected = case.image_features(inputs.pop("pixel_values"))
     found = case.checkpoint.text_features(case.checkpoint.tokenize(case.texts))
     torch.testing.assert_close(found, case.model.get_text_features(**inputs).pooler_output, atol=1e-6, rtol=0)
-    assert found.shape == expected.shape == (3, case.checkpoint.dim)
+    assert found.shape == (len(case.texts), case.checkpoint.dim)
+    assert expected.shape == (3, case.checkpoint.dim)
     assert torch.pdist(normalize(found, dim=1)).min() > 1e-3, "the texts must not look alike to this test"
 
 
@@ -105,8 +106,9 @@ def test_pooling_and_projection_are_those_of_the_papers(case: Case) -> None:
         texts = model.text_model.head(text[:, -1])
     else:
         images = model.visual_projection(model.vision_model.post_layernorm(image[:, 0]))
-        place = inputs["attention_mask"].sum(1) - 1 if family == "clip" else torch.zeros(3, dtype=torch.int64)
-        texts = model.text_projection(text[torch.arange(3), place])
+        ended, rows = family in ("clip", "metaclip_2"), len(text)
+        place = inputs["attention_mask"].sum(1) - 1 if ended else torch.zeros(rows, dtype=torch.int64)
+        texts = model.text_projection(text[torch.arange(rows), place])
     checkpoint = case.checkpoint
     own = pixels_of(checkpoint, IMAGES)
     torch.testing.assert_close(checkpoint.image_features(own), images, atol=1e-5, rtol=1e-5)
@@ -117,7 +119,7 @@ def test_scores_are_those_of_the_family_s_model(case: Case, tmp_path: Path) -> N
     prompts = PromptsConfig(labels=case.texts, templates=["{}"], cache=str(tmp_path))
     bank = build_bank(case.checkpoint, read_labels(prompts), prompts, LabelsConfig())
     batch = Embeddings(case.checkpoint.image(pixels_of(case.checkpoint, IMAGES)))
-    found = label(batch, bank, torch.from_numpy(bank.features), top_k=3)
+    found = label(batch, bank, torch.from_numpy(bank.features), top_k=len(case.texts))
     logits = case.model(**case.inputs(case.texts, IMAGES)).logits_per_image
     scores = logits.sigmoid() if case.checkpoint.family == "siglip" else logits.softmax(dim=1)
     torch.testing.assert_close(found.scores, scores.gather(1, found.indices), atol=1e-7, rtol=1e-4)

@@ -28,9 +28,9 @@ class Family:
 
     A tokenizer can be read from any of the files ``vocabularies``. The embedding of ``projected`` families has
     ``projection_dim`` values, of others the width of the image tower. ``masked`` families use the attention mask,
-    ``padded`` ones pad every text to the full length, and ``lowered`` ones take texts in lower case. ``tokens`` is the
-    length in tokens that texts are cut to, where the text tower could take more; ``fusion`` is its graph's, see
-    :class:`~pipeline.models.towers.Sizes`.
+    ``padded`` ones pad every text to the full length, ``lowered`` ones take texts in lower case, and ``ended`` ones
+    take a text's features at its token EOS. ``tokens`` is the length in tokens that texts are cut to, where the text
+    tower could take more; ``fusion`` is its graph's, see :class:`~pipeline.models.towers.Sizes`.
     """
 
     scoring: str
@@ -39,13 +39,18 @@ class Family:
     masked: bool = True
     padded: bool = False
     lowered: bool = False
+    ended: bool = False
     tokens: int | None = None
     fusion: str = "clip"
 
 
 FAMILIES = {
     # Pooled at EOS, under a causal mask: padding changes nothing.
-    "clip": Family(scoring="softmax", vocabularies=("tokenizer.json", "vocab.json")),
+    "clip": Family(scoring="softmax", vocabularies=("tokenizer.json", "vocab.json"), ended=True),
+    # The same, in many languages: its tokenizer is XLM-V's, or mT5's, and its first EOS is really that of its config.
+    "metaclip_2": Family(
+        scoring="softmax", vocabularies=("tokenizer.json", "sentencepiece.bpe.model", "spiece.model"), ended=True
+    ),
     # Trained on texts padded to the full length, and pooled at the last token, without a mask. In lower case:
     # SigLIP's own tokenizer lowers texts, but SigLIP 2's files name Gemma's, which keeps capitals.
     "siglip": Family(
@@ -98,16 +103,17 @@ def assemble(config: ModelConfig, model: Any, read: Read) -> Checkpoint:
     side = settings.vision_config.image_size
     check_side(config.name, spec, side)
     family = settings.model_type
-    # CLIP pools the text at EOS. transformers takes the highest id where the config says 2, as OpenAI's first
-    # configs do, and the first token, the same for every text, where a text has no EOS of the config's.
+    # transformers takes a CLIP's features at the highest id where the config says 2, as OpenAI's first configs do, and
+    # at the first token, the same for every text, where a text has no EOS of the config's.
     eos = settings.text_config.eos_token_id
-    if family == "clip" and eos != 2 and eos not in tokenizer("a")["input_ids"]:
+    ended = FAMILIES[family].ended and not (family == "clip" and eos == 2)
+    if ended and eos not in tokenizer("a")["input_ids"]:
         raise ModelError(
             f"{config.name}: the model takes a text's features at token {eos} (text_config.eos_token_id), and its "
             "tokenizer does not write that token; config.json and tokenizer belong to different checkpoints"
         )
     bos = settings.text_config.bos_token_id
-    if family == "clip" and eos != 2 and bos in tokenizer.added_tokens_decoder:
+    if ended and bos in tokenizer.added_tokens_decoder:
         begun = tokenizer("a")["input_ids"][0]
         if begun != bos:
             raise ModelError(

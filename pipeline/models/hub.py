@@ -17,7 +17,7 @@ from pipeline.storage.urls import from_here, local_file
 DEMO_FOLDER = Path(__file__).resolve().parents[1] / "engine" / "demo" / "model"
 TOKENIZER_FILES = (
     *("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "tokenizer.model"),
-    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("sentencepiece.bpe.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
 )
 # Files of a checkpoint that are read, and those that tell another library's layout. A second file of weights is not
 # downloaded.
