@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +213,18 @@ def open_clip(folder: Path, *, eos: int | None = None, act: str = "quick_gelu") 
     return Case(open_checkpoint(ModelConfig(name=str(folder))), model, processor, ENGLISH, {"padding": True})
 
 
+def open_sentence_transformers(folder: Path) -> Case:
+    """As clip-ViT-B-32 of sentence-transformers: the CLIP is in a folder of its own."""
+    inner = folder / "0_CLIPModel"
+    inner.mkdir()
+    case = open_clip(inner)
+    kinds = {"0_CLIPModel": "sentence_transformers.models.CLIPModel", "1_N": "sentence_transformers.models.Normalize"}
+    (folder / "1_N").mkdir()
+    modules = [{"idx": i, "name": str(i), "path": path, "type": kind} for i, (path, kind) in enumerate(kinds.items())]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    return replace(case, checkpoint=open_checkpoint(ModelConfig(name=str(folder))))
+
+
 def open_metaclip(folder: Path) -> Case:
     model = write_metaclip(folder)
     processor = CLIPProcessor(CLIPImageProcessorPil.from_pretrained(folder), AutoTokenizer.from_pretrained(folder))
@@ -252,6 +264,7 @@ CASES: dict[str, Open] = {
     "clip-legacy-eos": lambda folder: open_clip(folder, eos=2),
     # As laion's, whose activation is the exact GELU.
     "clip-gelu": lambda folder: open_clip(folder, act="gelu"),
+    "sentence-transformers": open_sentence_transformers,
     "metaclip_2": open_metaclip,
     "chinese_clip": open_chinese_clip,
     "siglip": open_siglip,

@@ -17,12 +17,15 @@ from pipeline.models.architectures import ARCHITECTURES
 from pipeline.models.config_check import open_config
 from pipeline.models.files import CONFIG, Read, explain_other_layout, guarded, loaded_weights, read_json
 from pipeline.models.hub import DEMO_FOLDER, find_weights
+from pipeline.models.other_forms import model_folder, nearest
 from pipeline.models.preprocessor import read_spec, to_spec
 from pipeline.models.record import Checkpoint
 from pipeline.models.trust import check_config
 from pipeline.models.weights import PLAIN, check_tensors, load_model
 from pipeline.storage.base import sha256
 
+# Values of model_type that open.
+KNOWN = (*dual.FAMILIES, *vision.FAMILIES)
 # The imports of transformers for loading a model log messages as well.
 silence()
 
@@ -33,6 +36,7 @@ def open_folder(config: ModelConfig, folder: Path) -> Checkpoint:
     Raises:
         ModelError: of a family that is not supported, or a file of it is missing, damaged, or another checkpoint's.
     """
+    folder = model_folder(folder, KNOWN)
     values, settings = _read_config(folder)
     spec = read_spec(folder, settings.model_type)
     if config.weights == "random":
@@ -88,10 +92,10 @@ def _read_config(folder: Path) -> tuple[dict[str, Any], Any]:
             "patches, and batches here have one shape; take SigLIP 2 at a fixed resolution, such as "
             "google/siglip2-base-patch16-224 or google/siglip2-so400m-patch16-256"
         )
-    known = [*dual.FAMILIES, *vision.FAMILIES]
-    if not isinstance(family, str) or family not in known:
+    if not isinstance(family, str) or family not in KNOWN:
         raise ModelError(
-            f"{folder}: model_type {family!r} is not supported; supported are {', '.join(known)}{other and '; '}{other}"
+            f"{folder}: model_type {family!r} is not supported; supported are {', '.join(KNOWN)}"
+            f"{nearest(family)}{other and '; '}{other}"
         )
     check_config(path, values)
     return values, open_config(path, values)
