@@ -176,7 +176,9 @@ class OutputConfig:
     """Group ``output``: location of the dataset, and storage of its vectors."""
 
     dir: Annotated[str, filled("must name a folder or an fsspec address")] = "outputs/demo"
-    dtype: Annotated[str, OneOf("float32", "float16")] = "float32"
+    dtype: Annotated[str, OneOf("float32", "float16", "int8", "binary")] = "float32"
+    dims: Annotated[int | None, Range(1, 65_536, "null for all")] = None
+    vector: Annotated[str, OneOf("fixed", "list")] = "fixed"
     compression: Annotated[str, OneOf("zstd", "snappy", "none")] = "zstd"
     lease_seconds: Annotated[float, Range(1)] = 60.0
 

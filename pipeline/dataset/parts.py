@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from pipeline.core.records import OK, ShardRows
 from pipeline.dataset.plan import Plan, own_columns
+from pipeline.dataset.vectors import VectorFormat
 
 METADATA_KEY = b"pipeline"
 # Version of the encoding of rows as bytes, part of the fingerprints: raise it when the same rows give other bytes.
@@ -26,19 +27,17 @@ LONGEST_ERROR = 500
 
 @dataclass(frozen=True, slots=True)
 class PartFormat:
-    """The schema of every part of a dataset, and the Parquet columns with compression, statistics or a dictionary."""
+    """The schema of every part of a dataset, and the Parquet columns with compression, statistics or a dictionary.
+
+    ``vectors`` is the form of its embeddings.
+    """
 
     schema: pa.Schema
+    vectors: VectorFormat
     compression: str
     compressed: tuple[str, ...]
     statistics: tuple[str, ...]
     dictionary: tuple[str, ...]
-
-    @property
-    def dim(self) -> int:
-        """Length of an embedding."""
-        size: int = self.schema.field("embedding").type.list_size
-        return size
 
 
 def format_of(plan: Plan, manifest_schema: pa.Schema, dim: int) -> PartFormat:
@@ -47,7 +46,7 @@ def format_of(plan: Plan, manifest_schema: pa.Schema, dim: int) -> PartFormat:
     Args:
         plan: the dataset's.
         manifest_schema: id and kept columns.
-        dim: length of an embedding.
+        dim: length of an embedding of the model, or of a stored one.
     """
     output = plan.fingerprints["output"]
     return part_format(
@@ -63,9 +62,9 @@ def part_format(
     manifest_schema: pa.Schema, *, dim: int, dtype: str, compression: str, fingerprints: Mapping[str, Any]
 ) -> PartFormat:
     """Id and kept columns, then the columns of the pipeline; the fingerprints travel as metadata."""
-    value = pa.float16() if dtype == "float16" else pa.float32()
+    vectors = VectorFormat.of({**fingerprints.get("output", {}), "dtype": dtype}, dim)
     types = {
-        "embedding": pa.list_(pa.field("element", value), dim),
+        "embedding": vectors.type,
         "label": pa.string(),
         "top_labels": pa.list_(pa.field("element", pa.string())),
         "top_scores": pa.list_(pa.field("element", pa.float32())),
@@ -80,12 +79,16 @@ def part_format(
     # Embeddings and scores are close to random and ids occur once: a dictionary would make them larger. Statistics of
     # an embedding's numbers help no reader.
     unlike = {manifest_schema.names[0], "embedding", "top_scores", *(name for name in own if name not in types)}
+    if not vectors.exact:
+        # Parquet has no integers of less than 32 bits; a dictionary of the 256 values stores a byte for each.
+        unlike.remove("embedding")
     # Of float32 embeddings zstd saves 8 %, and much of the time goes there: a row of 512 is written in 6.1 microseconds
     # with it and in 3.9 without, and read in 5.0 and 3.0. Of float16 ones it saves 9 % for less (6.1 and 5.1, 3.4 and
     # 2.6), and the levels of their lists, which it packs too, weigh twice as much.
     plain = {"embedding"} if dtype == "float32" else set[str]()
     return PartFormat(
         schema=schema,
+        vectors=vectors,
         compression=compression,
         compressed=_leaves(schema, without=plain),
         statistics=_leaves(schema, without={"embedding"}),
@@ -97,7 +100,7 @@ def part_format(
 class ShardResult:
     """Embeddings and labels of one shard, by position in it; rows without an embedding hold zeros.
 
-    ``vectors`` is ``[N, D]`` in the stored dtype, ``top`` int64 and ``scores`` float32 are ``[N, k]``
+    ``vectors`` is ``[N, width]`` as they are stored, ``top`` int64 and ``scores`` float32 are ``[N, k]``
     (k is 0 without labels), ``names`` are the label names that ``top`` points at. ``values`` are further columns by
     name, float32 ``[N]``.
     """
@@ -116,13 +119,8 @@ def build_table(result: ShardResult, form: PartFormat) -> pa.Table:
     count, failures = result.rows.shard.rows, result.rows.failures
     failed = np.zeros(count, dtype=bool)
     failed[list(failures)] = True
-    vectors = pa.FixedSizeListArray.from_arrays(
-        pa.array(result.vectors.reshape(-1), type=form.schema.field("embedding").type.value_type),
-        type=form.schema.field("embedding").type,
-        mask=pa.array(failed),
-    )
     columns = {name: result.rows.table.column(name) for name in result.rows.table.column_names}
-    columns |= {"embedding": vectors, **_labels(result, failed)}
+    columns |= {"embedding": form.vectors.column(result.vectors, failed), **_labels(result, failed)}
     columns |= {name: pa.array(values, pa.float32(), mask=failed) for name, values in result.values.items()}
     statuses, errors = [OK] * count, list[str | None]([None]) * count
     for position, failure in failures.items():

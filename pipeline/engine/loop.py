@@ -27,6 +27,7 @@ from pipeline.engine.feeders import Feeders, open_feeders
 from pipeline.engine.forward import Forward, Labelling, PendingBatch, ShardResults, memory_explained
 from pipeline.engine.gpu_clock import GpuClock
 from pipeline.engine.loader import Loader, LoaderSpec
+from pipeline.engine.recall import RecallSample
 from pipeline.engine.sample import FirstBatch
 from pipeline.engine.static_forward import open_forward
 from pipeline.images.factory import worker_threads
@@ -56,7 +57,8 @@ class Worker:
     """The opened reader and encoder of a process that embeds, the clocks of its stages and of its GPU, its feeders.
 
     ``before_writing`` is called once, before anything is written, with the first batches: as many as are encoded side
-    by side, or all. The next ones begin behind it; what it raises ends the loop.
+    by side, or all. The next ones begin behind it; what it raises ends the loop. ``sample`` keeps embeddings of the
+    job before they are stored, or is None.
     """
 
     reader: PixelReader
@@ -65,6 +67,7 @@ class Worker:
     gpu: GpuClock = field(default_factory=lambda: GpuClock(torch.device("cpu")))
     feeders: FeederPool | None = None
     before_writing: Callable[[Sequence[FirstBatch]], None] | None = None
+    sample: RecallSample | None = None
 
 
 def embed(
@@ -102,7 +105,9 @@ def embed(
         number = result.rows.shard.index
         with within(number), clocks.time(Stage.WRITE):
             failpoint("part.build")
-            table = build_table(replace(result, values=values_of(job.heads, result.vectors)), job.form)
+            # Heads are computed from what is stored, so that they are the same afterwards.
+            values = values_of(job.heads, job.form.vectors.decode(result.vectors)) if job.heads else {}
+            table = build_table(replace(result, values=values), job.form)
             report = commit_part(storage, number, table, job.form, count_statuses(result.rows))
             began = asked.pop(number)
             report = replace(report, repeats=len(result.rows.repeats), began=began, ended=time.time())
@@ -229,10 +234,10 @@ class _Encoding:
     def _results_of(self, shard: Shard) -> ShardResults:
         return ShardResults(
             shard,
-            dim=self.worker.encoder.dim,
-            dtype=self.job.config.output.dtype,
+            self.job.form.vectors,
             labelling=self.labelling,
             threshold=self.job.config.labels.threshold,
+            sample=self.worker.sample,
         )
 
     def _encode(self, batch: ImageBatch, number: int) -> PendingBatch:

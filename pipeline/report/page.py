@@ -20,7 +20,7 @@ from pipeline.report import plots
 from pipeline.report.bottleneck import WAITS, in_words, share_of_limit
 from pipeline.report.history import in_short
 from pipeline.report.scores import Row
-from pipeline.report.summary import HINTS, DatasetSummary, Failed, headline, in_words_of_time
+from pipeline.report.summary import HINTS, DatasetSummary, Failed, headline, in_words_of_time, stored_as
 
 MOST_LABELS = 25
 # Earlier runs that are listed.
@@ -123,6 +123,8 @@ def to_html(
         unlabelled=report["counts"].get(OK, 0) - sum(content.labels.values()),
         scores=plots.score_plot(content.scores) if content.scores else None,
         decoder=report["config"]["images"]["decoder"],
+        # Reports of earlier versions do not say it.
+        stored=stored_as(report["stored"]) if report.get("stored") else "",
         runs=[] if "night" in report else _runs(report),
         nights=report.get("nights", []),
         settings=settings(report["config"]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -43,6 +44,15 @@ HINTS = {
     "scheme_not_allowed": "images.schemes does not list this kind of address; nothing was read",
     "address_not_allowed": "a private or local address; images.private_hosts lists exceptions",
 }
+
+
+def stored_as(stored: Mapping[str, Any]) -> str:
+    """The form of stored embeddings, the field ``stored`` of a report, in a sentence."""
+    text = f"embeddings are stored as {stored['dtype']}, {stored['dim']} numbers in {stored['bytes']} bytes"
+    if "recall_at_10" in stored:
+        text += f"; of the 10 nearest rows, {stored['recall_at_10']:.1%} are those of the model's float32 embeddings"
+        text += f" (among {stored['sample']:,} rows of this run)"
+    return text
 
 
 @dataclass(frozen=True, slots=True)

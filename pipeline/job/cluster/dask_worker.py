@@ -249,6 +249,7 @@ class WorkerState:
                 meter.gpu,
                 engine.feeders,
                 self._hold if prepared.pending else None,
+                meter.sample,
             ),
             on_batch=self._on_batch,
             on_commit=partial(self._report, meter),

@@ -78,7 +78,7 @@ class Inline:
         meter = self._meter = Meter(engine, "0", self._startup)
         try:
             hold = self._hold if self.prepared.pending else None
-            worker = Worker(engine.reader, engine.encoder, meter.clocks, meter.gpu, engine.feeders, hold)
+            worker = Worker(engine.reader, engine.encoder, meter.clocks, meter.gpu, engine.feeders, hold, meter.sample)
             with closing(embed(shards, self._job, worker, on_batch=on_batch)) as reports:
                 for report in reports:
                     meter.add(report)
