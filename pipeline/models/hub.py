@@ -21,13 +21,13 @@ TOKENIZER_FILES = (
 )
 # Files of a checkpoint that are read, and those that tell another library's layout. A second file of weights is not
 # downloaded.
-WANTED_FILES = (
+_FILES = (
     *(CONFIG, "preprocessor_config.json", "processor_config.json", *TOKENIZER_FILES, WEIGHTS, INDEX),
     *("modules.json", "open_clip_config.json", "adapter_config.json"),
 )
 # The folder of a CLIP in models of sentence-transformers.
 INNER = "0_CLIPModel"
-WANTED_FILES = (*WANTED_FILES, *(f"{INNER}/{name}" for name in WANTED_FILES))
+WANTED_FILES = (*_FILES, *(f"{INNER}/{name}" for name in _FILES))
 # The hub's own bot adds safetensors to older checkpoints as pull requests; OpenAI's CLIP has them only there.
 # transformers trusts the same author and title.
 CONVERTER, CONVERSION = "SFconvertbot", "Adding `safetensors` variant of this model"
