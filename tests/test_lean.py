@@ -61,6 +61,19 @@ def test_a_command_opens_the_same_model_without_compiler_and_training() -> None:
 
 
 @pytest.mark.slow
+def test_a_command_opens_a_model_beside_libraries_that_do_not_load_without_the_compiler(tmp_path: Path) -> None:
+    for name in ("accelerate", "kernels", "peft", "scipy", "sklearn", "timm", "torchao", "torchvision"):
+        package, metadata = tmp_path / name, tmp_path / f"{name}-9.0.dist-info"
+        package.mkdir()
+        metadata.mkdir()
+        (package / "__init__.py").write_text(f"raise RuntimeError('{name} was imported')")
+        (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 9.0\n")
+    done = run_python("-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{COMMAND}")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)[:2] == [[], []]
+
+
+@pytest.mark.slow
 def test_a_release_that_is_built_otherwise_is_imported_as_it_is() -> None:
     broken = "import pipeline.models.lean as lean; lean._once = None; from pipeline.models.lean import _Later"
     done = run_python("-c", COMMAND.replace("from pipeline.models.lean import _Later", f"{broken}"))
