@@ -127,7 +127,7 @@ def reference() -> torch.Tensor:
     processor = CLIPImageProcessorPil(size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48})
     images = [image.permute(1, 2, 0).numpy() for image in scenes()]
     values = processor(images, return_tensors="pt", input_data_format="channels_last").pixel_values
-    features = checkpoint.model.get_image_features(pixel_values=values).pooler_output
+    features = checkpoint.image.model.get_image_features(pixel_values=values).pooler_output
     return torch.nn.functional.normalize(features, dim=1)
 
 
@@ -205,15 +205,15 @@ def test_no_two_backends_have_one_fingerprint(store: str) -> None:
 
 @pytest.mark.slow
 def test_opening_a_backend_leaves_the_checkpoint_as_it_is(store: str) -> None:
-    before = {name: value.clone() for name, value in demo().model.state_dict().items()}
-    attention = demo().model.config.vision_config._attn_implementation
+    before = {name: value.clone() for name, value in demo().image.model.state_dict().items()}
+    attention = demo().image.model.config.vision_config._attn_implementation
     for case in CASES:
         if case.values[0].device == "cpu":
             opened(case.values[0], store)
-    after = demo().model.state_dict()
+    after = demo().image.model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert demo().model.config.vision_config._attn_implementation == attention
+    assert demo().image.model.config.vision_config._attn_implementation == attention
 
 
 def test_int8_and_half_precision_weigh_less(store: str) -> None:
@@ -221,7 +221,7 @@ def test_int8_and_half_precision_weigh_less(store: str) -> None:
         return opened(config, store).weight_bytes / full
 
     full = opened(BackendConfig(precision="fp32", device="cpu"), store).weight_bytes
-    assert full == pytest.approx(4 * sum(p.numel() for p in demo().model.vision_model.parameters()), rel=0.05)
+    assert full == pytest.approx(4 * sum(p.numel() for p in demo().image.model.vision_model.parameters()), rel=0.05)
     assert weight(BackendConfig(precision="bf16", device="cpu")) == pytest.approx(0.5, abs=0.01)
     for name in ("torch_int8", "onnx_int8"):
         assert weight(BackendConfig(name=name, precision="int8", device="cpu")) < 0.4

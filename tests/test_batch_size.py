@@ -30,6 +30,7 @@ from pipeline.engine import batch_size
 from pipeline.engine.batch_size import KIND, Benchmark, Measured, settle_batch_size
 from pipeline.engine.demo.folder import rendered_sample
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
+from pipeline.models.towers import Sizes
 from pipeline.storage.local import LocalStorage
 from tests.jobs import StubEncoder, config_for
 
@@ -118,10 +119,8 @@ def on_cuda(monkeypatch: pytest.MonkeyPatch, gibibytes: int) -> None:
 
 
 def model(size: int, patch: int, wide: int) -> Any:
-    vision = SimpleNamespace(patch_size=patch, intermediate_size=wide)
-    return SimpleNamespace(
-        model=SimpleNamespace(config=SimpleNamespace(vision_config=vision)), spec=SimpleNamespace(size=(size, size))
-    )
+    sizes = Sizes(layers=12, heads=12, width=wide // 4, widest=wide, tokens=(size // patch) ** 2 + 1)
+    return SimpleNamespace(image=SimpleNamespace(sizes=sizes), spec=SimpleNamespace(size=(size, size)))
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def test_random_weights_follow_from_the_seed_and_leave_the_global_one_alone() ->
     second = open_checkpoint(ModelConfig(name=str(DEMO_FOLDER), weights="random", seed=3))
     other = open_checkpoint(ModelConfig(name=str(DEMO_FOLDER), weights="random", seed=4))
     assert torch.equal(torch.random.get_rng_state(), state)
-    weights = [c.model.visual_projection.weight for c in (first, second, other)]
+    weights = [c.image.model.visual_projection.weight for c in (first, second, other)]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
     assert first.fingerprint == second.fingerprint != other.fingerprint
@@ -92,7 +92,8 @@ def test_random_weights_follow_from_the_seed_and_leave_the_global_one_alone() ->
 def test_full_size_architectures_need_no_download(name: str, dim: int, parameters: int) -> None:
     checkpoint = open_checkpoint(ModelConfig(name=name, weights="random"))
     assert checkpoint.dim == dim
-    assert sum(p.numel() for p in checkpoint.model.parameters()) == parameters
+    whole = {*checkpoint.image.parameters(), *checkpoint.texts()[0].parameters()}
+    assert sum(p.numel() for p in whole) == parameters
     features = checkpoint.text_features(checkpoint.tokenize(["a red circle", "一只猫"]))
     assert features.shape == (2, dim)
     assert torch.isfinite(features).all()
@@ -130,12 +131,12 @@ def test_every_architecture_has_the_published_size(name: str) -> None:
 def test_siglip_pads_its_texts_and_scores_by_sigmoid(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(ModelConfig(name=str(small_siglip(tmp_path))))
     assert (checkpoint.family, checkpoint.scoring, checkpoint.dim) == ("siglip", "sigmoid", 32)
-    assert checkpoint.bias == pytest.approx(float(checkpoint.model.logit_bias))
+    assert checkpoint.bias == pytest.approx(float(checkpoint.image.model.logit_bias))
     tokens = checkpoint.tokenize(["a", "a red circle"])
     assert list(tokens) == ["input_ids"]
     assert tokens["input_ids"].shape == (2, 64)
     pixels = torch.rand(2, 3, 32, 32)
-    expected = checkpoint.model.get_image_features(pixel_values=pixels).pooler_output
+    expected = checkpoint.image.model.get_image_features(pixel_values=pixels).pooler_output
     assert torch.equal(checkpoint.image_features(pixels), expected)
 
 
@@ -175,7 +176,7 @@ def test_siglip_reads_lower_case(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(ModelConfig(name=str(small_siglip(tmp_path))))
     tokens = checkpoint.tokenize(["A Red CIRCLE", "a red circle"])["input_ids"]
     assert torch.equal(tokens[0], tokens[1])
-    assert tokens[0, 0] != checkpoint.tokenizer.pad_token_id, "padding stands on the right"
+    assert tokens[0, 0] != checkpoint.tokenizer.pad_id, "padding stands on the right"
 
 
 def test_a_sentencepiece_file_that_cannot_be_read_is_explained(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,28 @@ def test_pixels_and_failures_are_those_of_this_process(folder: str, count: int) 
     with pool() as decoders:
         for path, one, other in zip(files, map(here, images), there(decoders, images), strict=False):
             assert alike(one, other), (path, one, other)
+
+
+@pytest.mark.parametrize("kind", ["fast", "scaled"])
+def test_processes_that_decode_otherwise_decode_exactly_on_demand(kind: str) -> None:
+    files = [path for path in sorted(data_folder("odd").rglob("*.*")) if path.suffix not in (".csv", ".md")]
+    images = [path.read_bytes() for path in files if path.stat().st_size]
+    photos = [photo(number, size=300) for number in range(3)]
+    spec = PreprocessSpec(224, (224, 224), 3, (0, 0, 0), (1, 1, 1))
+    with pool(decoder=replace(DECODER, kind=kind)) as decoders:
+        reader = PixelReader(Source(root="/", max_bytes=MIB), replace(DECODER, kind=kind), spec, decoders)
+        with reader.exact() as exact:
+            assert exact.decoders is decoders
+            assert exact.decoder.kind == "exact"
+        # Closed, it has not ended the processes of the other.
+        for start in range(0, len(images), CHUNK):
+            some = images[start : start + CHUNK]
+            for one, other in zip(some, decoders.decode(list(some), SPEC, exact=True), strict=True):
+                assert alike(here(one), other)
+        rough, sharp = decoders.decode(list(photos), spec), decoders.decode(list(photos), spec, exact=True)
+        assert all(alike(here(data, spec), result) for data, result in zip(photos, sharp, strict=True))
+        assert statuses(rough) == ["ok"] * 3
+        assert len(children()) <= 2
 
 
 @pytest.mark.parametrize(
@@ -910,9 +933,9 @@ def test_a_reader_splits_what_is_large_and_keeps_the_order(monkeypatch: pytest.M
     asked: list[int] = []
     decode = Decoders.decode
 
-    def counted(decoders: Decoders, encoded: list[bytes], *others: Any) -> list[Result]:
+    def counted(decoders: Decoders, encoded: list[bytes], *others: Any, **named: Any) -> list[Result]:
         asked.append(len(encoded))
-        return decode(decoders, encoded, *others)
+        return decode(decoders, encoded, *others, **named)
 
     monkeypatch.setattr(Decoders, "decode", counted)
     refs = [ImageRef(id=n, data=data) for n, data in enumerate([*CLEAN, b"", b"x" * 1600, *CLEAN])]

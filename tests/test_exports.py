@@ -29,7 +29,7 @@ from pipeline.core.records import Sample
 from pipeline.engine.demo.folder import label_names, rendered_sample
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline.models.text import embed_prompts
-from pipeline.models.towers import ImageTower, Normaliser
+from pipeline.models.towers import Normaliser
 from tests.conftest import ROOT
 from tests.families import CASES, CHINESE, ENGLISH
 from tests.forks import forks
@@ -43,7 +43,7 @@ STATIC = GraphOptions("image", "int8", quantization="static")
 TEXT_INT8 = GraphOptions("text", "int8", quantization="dynamic")
 PLAIN = [GraphOptions("image", fused=False), GraphOptions("text", fused=False)]
 FP16 = [GraphOptions(tower, "fp16", fused=fused) for tower in ("image", "text") for fused in (True, False)]
-FAMILIES = ["clip", "siglip", "chinese_clip"]
+FAMILIES = ["clip", "metaclip_2", "siglip", "chinese_clip"]
 
 
 # Instructions for sums of 8-bit products (x86: AVX-512 VNNI, AVX-VNNI).
@@ -89,8 +89,7 @@ class Demo:
         return onnx.load(self(options).file(onnx_export.GRAPH)).graph
 
     def layers(self, tower: str) -> int:
-        config = self.checkpoint.model.config
-        return int((config.vision_config if tower == "image" else config.text_config).num_hidden_layers)
+        return self.checkpoint.tower(tower).sizes.layers
 
 
 @pytest.fixture(scope="module")
@@ -120,11 +119,7 @@ class Exported:
     """Checkpoint whose texts are embedded by an ONNX graph."""
 
     def __init__(self, checkpoint: Checkpoint, path: Path) -> None:
-        self.tokenizer, self.tokenize, self.max_tokens = (
-            checkpoint.tokenizer,
-            checkpoint.tokenize,
-            checkpoint.max_tokens,
-        )
+        self.texts, self.tokenize, self.max_tokens = checkpoint.texts, checkpoint.tokenize, checkpoint.max_tokens
         self.session = exports.session(path)
 
     def text_features(self, tokens: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -200,7 +195,7 @@ def test_constants_are_folded(demo: Demo, options: GraphOptions) -> None:
     assert idle(graph) == []
     # The file is little larger than the weights: nothing was folded twice.
     size = demo(options).size / 4
-    tower = ImageTower(demo.checkpoint) if options.tower == "image" else None
+    tower = demo.checkpoint.image if options.tower == "image" else None
     if tower is not None:
         assert size < 1.1 * sum(p.numel() for p in tower.parameters()) + 20_000
 
@@ -306,7 +301,7 @@ def test_every_batch_size_is_held(demo: Demo, size: int) -> None:
 
     def run(inputs: Any) -> np.ndarray:
         sizes.append(len(inputs["pixel_values"]))
-        vectors = ImageTower(demo.checkpoint)(torch.from_numpy(inputs["pixel_values"])).numpy()
+        vectors = demo.checkpoint.image(torch.from_numpy(inputs["pixel_values"])).numpy()
         return vectors[:, ::-1].copy() if len(vectors) == size else vectors
 
     exported = exports.ExportedTower(run, tower="image", precision="fp32", title="here")
@@ -331,8 +326,8 @@ def test_every_family_exports_both_towers(family: Checkpoint, store: ArtifactSto
             assert idle(onnx.load(artifact.file(onnx_export.GRAPH)).graph) == []
         return artifact, artifact.card["facts"]["operators"]
 
-    active = {"clip": ("QuickGelu", "QuickGelu"), "siglip": ("FastGelu", "FastGelu")}.get(
-        family.family, ("QuickGelu", "BiasGelu")
+    active = {"siglip": ("FastGelu", "FastGelu"), "chinese_clip": ("QuickGelu", "BiasGelu")}.get(
+        family.family, ("QuickGelu", "QuickGelu")
     )
     for options, gelu in zip((IMAGE, TEXT), active, strict=True):
         artifact, counts = make(options)
@@ -347,7 +342,7 @@ def test_every_family_exports_both_towers(family: Checkpoint, store: ArtifactSto
     assert tokens == ["batch", "64" if family.family == "siglip" else "tokens"]
 
     # The small vocabularies contain few words.
-    texts = {"clip": label_names(), "siglip": ENGLISH, "chinese_clip": CHINESE}[family.family]
+    texts = {"clip": label_names(), "chinese_clip": CHINESE}.get(family.family, ENGLISH)
     prompts = [[template.replace("{}", text) for template in ("{}", "a photo of a {}", "一张{}")] for text in texts]
     bank = embed_prompts(family, prompts)
     assert np.linalg.norm(bank[0] - bank[1]) > 0.002, "the prompts must not look alike to this test"
@@ -484,14 +479,14 @@ def test_torchscript_is_traced_loaded_and_compared(demo: Demo, tmp_path: Path) -
     pixels = Normaliser(demo.checkpoint.spec, torch.device("cpu"))(demo.sample.pixels)
     module = torchscript.load(made.file("model.pt"), cpu)
     for size in (1, 3, 16):
-        expected = ImageTower(demo.checkpoint)(pixels[:size])
+        expected = demo.checkpoint.image(pixels[:size])
         torch.testing.assert_close(module(pixels[:size]), expected, atol=1e-5, rtol=0)
     assert trace("fp32") == made
     other = trace("bf16")
     assert other.fingerprint != made.fingerprint
     assert 0.99 < other.card["parity"]["lowest_cosine"] < 1 - 1e-7
     assert other.size < 0.6 * made.size
-    assert next(demo.checkpoint.model.parameters()).dtype == torch.float32
+    assert next(demo.checkpoint.image.parameters()).dtype == torch.float32
     before = sorted(os.listdir(store.root))
     (store.root / made.fingerprint).rename(tmp_path / "away")
     strict = dataclasses.replace(LIMITS, mean_cosine={**LIMITS.mean_cosine, "fp32": 1.1})

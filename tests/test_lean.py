@@ -44,7 +44,7 @@ left += [f"{{name}}.{{key}}" for name, module in sys.modules.items() if name.par
 import torch._dynamo
 from transformers import CLIPModel
 print(json.dumps([heavy, left, texts.tolist(), images.tolist(), opened.fingerprint["architecture"],
-    type(torch._dynamo).__name__, type(opened.model) is CLIPModel]))
+    type(torch._dynamo).__name__, type(opened.image.model) is CLIPModel]))
 """
 
 
@@ -58,6 +58,19 @@ def test_a_command_opens_the_same_model_without_compiler_and_training() -> None:
         assert opened.text_features(opened.tokenize(["a red circle", "a star"])).tolist() == texts
         assert opened.image_features(torch.ones(2, 3, 48, 48)).tolist() == images
     assert opened.fingerprint["architecture"] == architecture
+
+
+@pytest.mark.slow
+def test_a_command_opens_a_model_beside_libraries_that_do_not_load_without_the_compiler(tmp_path: Path) -> None:
+    for name in ("accelerate", "kernels", "peft", "scipy", "sklearn", "timm", "torchao", "torchvision"):
+        package, metadata = tmp_path / name, tmp_path / f"{name}-9.0.dist-info"
+        package.mkdir()
+        metadata.mkdir()
+        (package / "__init__.py").write_text(f"raise RuntimeError('{name} was imported')")
+        (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 9.0\n")
+    done = run_python("-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{COMMAND}")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)[:2] == [[], []]
 
 
 @pytest.mark.slow

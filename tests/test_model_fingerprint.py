@@ -37,7 +37,7 @@ def earlier(patch: pytest.MonkeyPatch) -> None:
         tower = {key: value for key, value in raw["vision_config"].items() if key != "vision_use_head"}
         return (fingerprint.digest({**raw, "vision_config": tower}),)
 
-    patch.setattr("pipeline.models.checkpoint.architecture_digests", digests)
+    patch.setattr("pipeline.models.dual.architecture_digests", digests)
 
 
 def adds(*classes: Any) -> Release:
@@ -124,7 +124,7 @@ def test_a_night_after_another_release_carries_the_rows(
 def test_the_digest_of_today_is_that_of_before(siglip: Path) -> None:
     for name in (str(DEMO_FOLDER), str(siglip)):
         checkpoint = open_checkpoint(ModelConfig(name=name))
-        dump = checkpoint.model.config.to_dict()
+        dump = checkpoint.image.model.config.to_dict()
         raw = {key: value for key, value in dump.items() if key not in fingerprint._LEFT_OUT}
         assert checkpoint.fingerprint["architecture"] == fingerprint.digest(raw)
 
@@ -188,7 +188,7 @@ def test_a_dataset_that_names_weights_that_were_not_loaded_is_resumed(manifest: 
     config = config_for(manifest, tmp_path / "out", model={"name": str(folder)}, prompts={"labels": LABELS})
     with pytest.MonkeyPatch.context() as patch:
         every = [folder / "model.safetensors", extra]
-        patch.setattr("pipeline.models.checkpoint.loaded_weights", lambda place: every)
+        patch.setattr("pipeline.models.transformers_form.loaded_weights", lambda place: every)
         run_job(config)
     before = content(tmp_path / "out")
     extra.unlink()

@@ -84,7 +84,7 @@ def test_the_tensor_of_a_broken_text_tower_is_named(tmp_path: Path) -> None:
 
 def test_a_token_without_numbers_is_named_by_its_text(tmp_path: Path) -> None:
     demo = open_checkpoint(ModelConfig())
-    token = demo.tokenizer("star", add_special_tokens=False)["input_ids"][0]
+    token = demo.tokenizer.own("star", add_special_tokens=False)["input_ids"][0]
     name = spoiled(
         tmp_path / "model", "text_model.embeddings.token_embedding.weight", lambda tensor: tensor[token].fill_(NAN)
     )
@@ -170,7 +170,7 @@ def test_a_score_that_is_no_number_ends_what_made_it(kind: str, value: float) ->
 def test_scores_of_a_job_are_proved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = open_checkpoint(ModelConfig())
     assert are_unit(build_bank(real, read_labels(LABELS), LABELS, LabelsConfig()).features).all()
-    monkeypatch.setattr("pipeline.models.checkpoint.scale_and_bias", lambda name, model: (NAN, 0.0))
+    monkeypatch.setattr("pipeline.models.dual.scale_and_bias", lambda name, model: (NAN, 0.0))
     manifest = scenes_manifest(tmp_path / "m.parquet", 4)
     with pytest.raises(NumericalError, match="shard 0, batch 0: a score is NaN"):
         run_job(config_for(manifest, tmp_path / "out"))
@@ -202,7 +202,7 @@ def test_a_service_with_a_broken_text_tower_is_never_ready(kind: str, tmp_path: 
 
 
 def test_a_service_whose_text_tower_gives_nan_for_a_request_is_ready_no_more(tmp_path: Path) -> None:
-    token = open_checkpoint(ModelConfig()).tokenizer("star", add_special_tokens=False)["input_ids"][0]
+    token = open_checkpoint(ModelConfig()).tokenizer.own("star", add_special_tokens=False)["input_ids"][0]
     tensor = "text_model.embeddings.token_embedding.weight"
     service = service_of(spoiled(tmp_path / "model", tensor, lambda each: each[token].fill_(NAN)), tmp_path)
 

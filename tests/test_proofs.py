@@ -112,11 +112,11 @@ def swapped_channels(demo: Checkpoint, pictures: Sample) -> Wrapped:
 
 def with_weights(demo: Checkpoint, pictures: Sample, change: Callable[[torch.nn.Linear], object]) -> Wrapped:
     """One product of the last layer but one has other weights."""
-    model = copy.deepcopy(demo.model)
-    layer = model.vision_model.encoder.layers[-2]
+    tower = copy.deepcopy(demo.image)
+    layer = tower.model.vision_model.encoder.layers[-2]
     with torch.no_grad():
         change(layer.mlp.fc2)
-    return Wrapped(opened(replace(demo, model=model), pictures))
+    return Wrapped(opened(replace(demo, image=tower), pictures))
 
 
 def one_wrong_layer(demo: Checkpoint, pictures: Sample) -> Wrapped:

@@ -10,6 +10,8 @@ import socket
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
@@ -31,7 +33,7 @@ from pipeline.engine.forward import Labelling
 from pipeline.serve import __main__ as serve
 from pipeline.serve.app import build
 from pipeline.serve.batching import Batcher, BatchLimits, next_batch_size
-from pipeline.serve.engine import shapes
+from pipeline.serve.engine import open_engine, shapes
 from pipeline.serve.errors import Refused
 from pipeline.serve.forward import Forward, Picture
 from pipeline.serve.limits import Admission
@@ -518,3 +520,25 @@ def test_what_takes_too_long_is_answered_all_the_same(ends: bool, status: int, n
     asyncio.run(main())
     assert (sent[0]["status"], json.loads(sent[1]["body"])["error"]["name"]) == (status, name)
     assert service.unanswered == ends
+
+
+@pytest.mark.parametrize(
+    ("backend", "batches"), [("torch", [1]), pytest.param("torchscript", [1, 4], marks=pytest.mark.slow)]
+)
+def test_before_it_is_ready_only_shapes_that_are_compiled_are_run(
+    backend: str, batches: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[int] = []
+    call = Forward.__call__
+
+    def counted(forward: Forward, pictures: Sequence[Picture]) -> Any:
+        ran.append(len(pictures))
+        return call(forward, pictures)
+
+    monkeypatch.setattr(Forward, "__call__", counted)
+    config = service_config(
+        [f"backend={backend}", "loader.batch_size=4", "serve.shapes=2", f"prompts.cache={tmp_path / 'cache'}"]
+    ).changed({"backend.device": "cpu"})
+    with ExitStack() as opened:
+        open_engine(config, opened, timer=lambda stage, seconds: None, texts=lambda source: None)
+    assert sorted(ran) == batches

@@ -16,7 +16,7 @@ from pipeline.backends.torch_module import QuickNormaliser, blank, need_torchao,
 from pipeline.config.schema import BackendConfig, ParityConfig
 from pipeline.core.errors import BackendUnavailable
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.models.towers import ImageTower, Normaliser
+from pipeline.models.towers import Normaliser
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -26,7 +26,7 @@ def pixels(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> 
 
 
 def test_the_kernels_are_those_that_the_tower_calls(demo: Checkpoint) -> None:
-    tower = ImageTower(demo)
+    tower = demo.image
     assert kernels(tower, pixels(demo, CPU, torch.float32)) == ["cpu"]
     with sdpa_kernel(SDPBackend.MATH):
         assert kernels(tower, pixels(demo, CPU, torch.float32)) == []
@@ -51,7 +51,7 @@ def test_prompts_that_are_embedded_meanwhile_have_their_kernels(
     before = torch._C._get_sdp_priority_order()
     with preferred(CUDA, torch.bfloat16):
         assert torch._C._get_sdp_priority_order() != before
-        assert kernels(ImageTower(demo), pixels(demo, CPU, torch.float32)) == ["cpu"]
+        assert kernels(demo.image, pixels(demo, CPU, torch.float32)) == ["cpu"]
     assert torch._C._get_sdp_priority_order() == before
 
 
@@ -83,7 +83,7 @@ def test_a_slow_kernel_is_refused_by_name(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_tower_is_copied_in_its_dtype_and_the_checkpoint_stays(demo: Checkpoint, dtype: torch.dtype) -> None:
-    own = ImageTower(demo)
+    own = demo.image
     before = {name: value.clone() for name, value in own.state_dict().items()}
     copied = tower_on(demo, CPU, dtype)
     assert {value.dtype for value in copied.state_dict().values() if value.is_floating_point()} == {dtype}

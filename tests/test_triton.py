@@ -39,7 +39,7 @@ from pipeline.config.schema import ImagesConfig, ModelConfig
 from pipeline.core.errors import ArtifactError, ConfigError
 from pipeline.engine.demo import scenes
 from pipeline.images.preprocess import preprocess
-from pipeline.models.checkpoint import FAMILIES, Checkpoint, open_checkpoint
+from pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline.models.hub import DEMO_FOLDER
 from pipeline.models.towers import Normaliser
 from tests.families import CASES
@@ -276,7 +276,7 @@ def test_the_clients_tokens_are_the_checkpoints(
     assert given["input_ids"].dtype == given["attention_mask"].dtype == np.int64
     assert np.array_equal(given["input_ids"][:, :width], wanted["input_ids"].numpy())
     assert given["input_ids"].shape[1] == width == checkpoint.max_tokens
-    if FAMILIES[checkpoint.family].masked:
+    if checkpoint.texts()[1].masked:
         assert np.array_equal(given["attention_mask"], wanted["attention_mask"].numpy())
 
 
@@ -461,7 +461,9 @@ class PythonTokenizer:
 
 def test_what_fails_leaves_nothing(tmp_path: Path, store: Path, repository: Path, checkpoint: Checkpoint) -> None:
     artifacts = {one.card["options"]["tower"]: one for one in ArtifactStore(store).artifacts()}
-    other = dataclasses.replace(checkpoint, tokenizer=PythonTokenizer(checkpoint.tokenizer))
+    _, tokenizer = checkpoint.texts()
+    python = dataclasses.replace(tokenizer, own=PythonTokenizer(tokenizer.own))
+    other = dataclasses.replace(checkpoint, tokenizer=python)
     out = tmp_path / "models"
     with pytest.raises(ArtifactError, match=r"take a checkpoint with a tokenizer\.json, or export with --tower image"):
         write_repository(str(out), other, artifacts, ImagesConfig(), Serving())

@@ -47,10 +47,15 @@ class Worker(UvicornWorker):
     }
 
     def load_wsgi(self) -> None:
-        """Load the app; report wrong settings as one sentence."""
+        """Load the app with what a command imports; report wrong settings as one sentence."""
         from pipeline.core.errors import PipelineError
+        from pipeline.core.processes import mark_as_command
+        from pipeline.models.lean import import_transformers, load_torch_aside
 
+        mark_as_command()
+        load_torch_aside()
         try:
+            import_transformers()
             super().load_wsgi()
         except PipelineError as error:
             print(f"error: {error}", file=sys.stderr)

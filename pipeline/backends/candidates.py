@@ -17,7 +17,7 @@ from pipeline.backends.torch_module import need_torchao
 from pipeline.config.schema import BackendConfig
 from pipeline.core.errors import BackendUnavailable
 from pipeline.core.processes import cores
-from pipeline.models.checkpoint import Checkpoint, count_tokens
+from pipeline.models.checkpoint import Checkpoint
 
 # A candidate is taken for its speed alone where it is faster than a simpler one by this factor.
 GAIN = 1.03
@@ -88,8 +88,8 @@ class Rate:
 
 def candidates(config: BackendConfig, checkpoint: Checkpoint, device: torch.device) -> list[Candidate]:
     """The candidates on a device, simpler ones first; the first one is eager fp32."""
-    vision = checkpoint.model.config.vision_config
-    compiling = COMPILING[device.type] * vision.num_hidden_layers
+    sizes = checkpoint.image.sizes
+    compiling = COMPILING[device.type] * sizes.layers
 
     def named(name: str, precision: str, compile: str = "none") -> BackendConfig:
         return replace(config, name=name, precision=precision, compile=compile, quantization="dynamic")
@@ -111,7 +111,7 @@ def candidates(config: BackendConfig, checkpoint: Checkpoint, device: torch.devi
     if half == "bf16":
         found.append(Candidate(named("torch", half), 2.0))
     image, store = seconds_per_image(checkpoint, device), ArtifactStore(config.artifacts)
-    exporting = EXPORTING + EXPORTING_MILLION * _parameters(checkpoint) / 1e6 + EXPORT_IMAGES * image
+    exporting = EXPORTING + EXPORTING_MILLION * sizes.parameters / 1e6 + EXPORT_IMAGES * image
     for name, precision, speed in (("onnx", "fp32", 1.0), ("onnx_int8", "int8", 2.0)):
         graph = GraphOptions(precision=precision, quantization="dynamic" if precision == "int8" else None)
         there = store.has(graph_recipe(checkpoint, graph))
@@ -146,12 +146,4 @@ def computes_bf16() -> bool:
 def seconds_per_image(checkpoint: Checkpoint, device: torch.device) -> float:
     """Seconds to embed an image in fp32, guessed from the number of its multiplications."""
     speed = OPERATIONS[device.type] * (cores() if device.type == "cpu" else 1)
-    return 2.0 * count_tokens(checkpoint) * _parameters(checkpoint) / speed
-
-
-def _parameters(checkpoint: Checkpoint) -> int:
-    """Parameters of the image tower's layers."""
-    vision = checkpoint.model.config.vision_config
-    wide, inner = vision.hidden_size, vision.intermediate_size
-    count: int = vision.num_hidden_layers * (4 * wide * wide + 2 * wide * inner)
-    return count
+    return 2.0 * checkpoint.image.sizes.tokens * checkpoint.image.sizes.parameters / speed

@@ -22,6 +22,8 @@ FILE = "_decoder_parity.json"
 # spoiled (channels swapped, moved by a pixel, brighter by eight levels, a corner lost) was among these eight in all of
 # 4,551 draws in which it missed the limit. The others are 7 to 70 times nearer than the limit.
 PICTURES, EMBEDDED = 32, 8
+# Pictures of the first batches of a job that are enough, so that none are drawn beside them.
+FEWEST = 2 * EMBEDDED
 log = logging.getLogger(__name__)
 
 

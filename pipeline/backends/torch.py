@@ -20,7 +20,6 @@ from pipeline.backends.torch_module import (
 )
 from pipeline.config.schema import BackendConfig, ParityConfig
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.models.towers import ImageTower
 
 # Modes of torch.compile on CUDA without the graphs that torch captures itself: those cannot be used in another thread
 # than the main one (pytorch#123177, mended in torch 2.13), and the encoder captures one anyway.
@@ -34,7 +33,7 @@ def open_encoder(
     device, precision = choose(config)
     dtype, cuda = DTYPES[precision], device.type == "cuda"
     whole = device.type == "cpu" and precision == "fp32"
-    tower = ImageTower(checkpoint) if whole else tower_on(checkpoint, device, dtype)
+    tower = checkpoint.image if whole else tower_on(checkpoint, device, dtype)
     options = {} if config.compile == "none" else {"compile": config.compile}
     if cuda and precision != "fp32":
         pixels = blank(checkpoint, batch_size=batch_size, device=device, dtype=dtype)

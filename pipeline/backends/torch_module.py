@@ -80,7 +80,7 @@ class QuickNormaliser:
 
 def tower_on(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> ImageTower:
     """Copy the image tower of a checkpoint to a device in ``dtype``; each tensor is copied once."""
-    tower = ImageTower(checkpoint)
+    tower = checkpoint.image
     # Copies of the tensors, which deepcopy takes for those that it would make on the CPU and in full precision.
     made: dict[int, Any] = {}
     for value in tower.parameters():

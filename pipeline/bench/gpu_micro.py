@@ -148,11 +148,9 @@ class Micro:
         """Floating-point operations of an image; a multiplication and its addition are two."""
         from torch.utils.flop_counter import FlopCounterMode
 
-        from pipeline.models.towers import ImageTower
-
         # On the CPU, where no kernel hides what it is made of.
         with self._torch.no_grad(), FlopCounterMode(display=False) as counter:
-            ImageTower(self._checkpoint)(self._torch.zeros(1, 3, *self._checkpoint.spec.size))
+            self._checkpoint.image(self._torch.zeros(1, 3, *self._checkpoint.spec.size))
         return int(counter.get_total_flops())
 
     def _matmul(self) -> dict[str, str]:

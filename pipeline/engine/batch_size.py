@@ -32,7 +32,7 @@ from pipeline.core.errors import BackendUnavailable, StorageError
 from pipeline.core.machine import machine
 from pipeline.core.processes import cores
 from pipeline.dataset import plan
-from pipeline.models.checkpoint import Checkpoint, count_tokens
+from pipeline.models.checkpoint import Checkpoint
 from pipeline.storage.base import Storage
 
 # A size is better than a smaller one only if it is faster by this factor.
@@ -270,8 +270,8 @@ def default_on_cpu(config: Config, rows: int) -> int:
 
 def default_on_cuda(checkpoint: Checkpoint, device: torch.device) -> int:
     """1,024 images, or 512 where the activations of as many would fill half of the memory."""
-    widest = checkpoint.model.config.vision_config.intermediate_size
-    image = LAYERS * count_tokens(checkpoint) * widest * torch.bfloat16.itemsize
+    sizes = checkpoint.image.sizes
+    image = LAYERS * sizes.tokens * sizes.widest * torch.bfloat16.itemsize
     smallest, largest = SIZES["cuda"]
     memory = torch.cuda.get_device_properties(device).total_memory
     return largest if image * largest <= memory / 2 else smallest

@@ -102,7 +102,7 @@ def embed_image(checkpoint: Checkpoint, config: Config, path: Path) -> NDArray[n
     from pipeline.engine.engine import spec_of
     from pipeline.images.factory import pixel_reader
     from pipeline.models.numbers import are_unit, say_damaged
-    from pipeline.models.towers import ImageTower, Normaliser
+    from pipeline.models.towers import Normaliser
 
     place, spec = path.resolve(), spec_of(config, checkpoint)
     with pixel_reader(config.changed({"loader.workers": 1}), str(place.parent), spec) as reader:
@@ -111,10 +111,10 @@ def embed_image(checkpoint: Checkpoint, config: Config, path: Path) -> NDArray[n
         raise ConfigError([Problem("--image", str(path), f"{pixels.status}: {pixels.error}")])
     batch = torch.from_numpy(np.array(pixels.rgb)).permute(2, 0, 1)[None]
     with torch.inference_mode():
-        vectors: NDArray[np.float32] = ImageTower(checkpoint)(Normaliser(spec, torch.device("cpu"))(batch)).numpy()
+        vectors: NDArray[np.float32] = checkpoint.image(Normaliser(spec, torch.device("cpu"))(batch)).numpy()
     if not are_unit(vectors).all():
         raise ModelError(
-            f"{checkpoint.name}: {say_damaged(checkpoint.model, 'image')} for {path}, which is near to nothing; the "
+            f"{checkpoint.name}: {say_damaged(checkpoint.image, 'image')} for {path}, which is near to nothing; the "
             "checkpoint is damaged: download or convert it again"
         )
     vector: NDArray[np.float32] = vectors[0]

@@ -30,7 +30,7 @@ class PixelReader:
     """From references to pixels, or to the failures that stopped them; safe to use from many threads.
 
     Without ``decoders`` it decodes in the thread that calls. What ``gpu`` takes, it decodes there. Use it as a context
-    manager: it closes its decoders.
+    manager: it closes its decoders, unless they are ``shared``.
     """
 
     source: Source
@@ -38,6 +38,7 @@ class PixelReader:
     spec: PreprocessSpec
     decoders: Decoders | None = None
     gpu: NvidiaDecoder | None = None
+    shared: bool = False
 
     def __enter__(self) -> PixelReader:
         return self
@@ -48,8 +49,8 @@ class PixelReader:
         self.close()
 
     def close(self) -> None:
-        """End the decoder processes."""
-        if self.decoders is not None:
+        """End the decoder processes, unless another reader has them."""
+        if self.decoders is not None and not self.shared:
             self.decoders.close()
 
     @property
@@ -58,14 +59,14 @@ class PixelReader:
         return CHUNK if self.gpu is None else self.gpu.chunk
 
     def exact(self) -> PixelReader:
-        """The same by the decoder ``exact``, with which the others are compared; close it too."""
-        return self.by(EXACT)
+        """The same by the decoder ``exact``, with which the others are compared, in the same processes."""
+        return replace(self, decoder=replace(self.decoder, kind=EXACT), gpu=None, shared=True)
 
     def by(self, kind: str, *, spec: PreprocessSpec | None = None) -> PixelReader:
         """The same by another decoder of the CPU, for pixels of another size if ``spec`` is given; close it too."""
         decoder = replace(self.decoder, kind=kind)
         decoders = None if self.decoders is None else self.decoders.like(decoder)
-        return replace(self, decoder=decoder, decoders=decoders, gpu=None, spec=spec or self.spec)
+        return replace(self, decoder=decoder, decoders=decoders, gpu=None, shared=False, spec=spec or self.spec)
 
     def read(self, ref: ImageRef) -> Pixels | Failure:
         """Read, decode and preprocess one image."""
@@ -156,5 +157,5 @@ class PixelReader:
             some = encoded[:CHUNK]
             # Taken out, so that their memory is free once they are handed over.
             del encoded[:CHUNK]
-            results += self.decoders.decode(some, self.spec, abandoned, give_back)
+            results += self.decoders.decode(some, self.spec, abandoned, give_back, exact=self.decoder.kind == EXACT)
         return results

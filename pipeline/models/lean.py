@@ -1,15 +1,17 @@
-"""transformers as a command imports it: without what training and compilers need of torch, and without torchao.
+"""transformers as a command imports it: without other libraries, and what training and compilers need of torch.
 
-A model of transformers imports torch's tensors of several machines with sympy, the compiler, and torchao, and looks
-through the files of all models twice: together more than half of what it takes to import torch and transformers. Here
-transformers gets the answers of a torch that was built for one process, without torchao. Of the compiler it takes
-decorators, which only leave marks, and names that are looked up when they are called.
+A model of transformers imports torch's tensors of several machines with sympy, the compiler, and libraries that happen
+to be installed, and looks through the files of all models twice: together more than half of what it takes to import
+torch and transformers. Here transformers gets the answers of a torch that was built for one process, and of an
+environment with nothing but what models need. Of the compiler it takes decorators, which only leave marks, and names
+that are looked up when they are called.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -28,8 +30,13 @@ from pipeline.core.processes import runs_a_command
 _COMPILER = "torch._dynamo"
 # Decorators of the compiler that return a function as it is, with marks that the compiler reads.
 _MARKS = ("allow_in_graph", "assume_constant_result", "disable", "skip")
-# Functions of transformers that say what is there; modules that are imported meanwhile keep these answers.
-_ABSENT = ("is_torch_distributed_available", "is_torch_flex_attn_available", "is_torchao_available")
+# Functions of transformers that say what is there, and the libraries that may be there: modules that are imported
+# meanwhile keep the answers. Others (torchvision, accelerate, SciPy, torchao) take seconds, no model here needs them,
+# and some do not load without the compiler.
+_ASKED = re.compile(r"is_(\w+)_available")
+_PRESENT = re.compile(
+    r"torch|torch_(?!distributed|flex_attn)\w+|vision|tokenizers|sentencepiece|tiktoken|protobuf|jinja"
+)
 # Modules that models share, and those that find a model.
 _SHARED = ("modeling_utils", "masking_utils", "modeling_layers", "models.auto.modeling_auto")
 
@@ -73,13 +80,18 @@ def _import_lean(found: ModuleSpec, loader: Loader) -> None:
         utils: Any = import_module("transformers.utils")
         inner: Any = import_module("transformers.utils.import_utils")
         for module in (utils, inner):
-            for name in _ABSENT:
+            for name in [name for name in vars(module) if _is_left_out(name)]:
                 opened.enter_context(_replaced(module, name, lambda before: _no))
         opened.enter_context(_replaced(inner, "fetch__all__", _of_the_end))
         opened.enter_context(_replaced(inner, "define_import_structure", _once))
         loader.exec_module(package)
         for name in _SHARED:
             import_module(f"transformers.{name}")
+
+
+def _is_left_out(name: str) -> bool:
+    asked = _ASKED.fullmatch(name)
+    return asked is not None and not _PRESENT.fullmatch(asked[1])
 
 
 def _no(*_: object, **__: object) -> bool:

@@ -16,8 +16,6 @@ UNIT_TOLERANCE = 1e-3
 SAME_COSINE = 1 - 1e-6
 # Pairs of such labels that are looked for.
 _PAIRS = 100
-# The beginnings of the names of a text tower's tensors.
-TEXT_TENSORS = ("text_model.", "text_projection.")
 
 
 def are_unit(vectors: NDArray[Any]) -> NDArray[np.bool_]:
@@ -41,19 +39,19 @@ def check_scores(scores: NDArray[Any] | torch.Tensor, where: str) -> None:
         )
 
 
-def _not_finite(model: Any, prefixes: tuple[str, ...] = ("",)) -> str | None:
-    """The name of the first tensor of a model, of those with one of the prefixes, that holds NaN or infinity."""
+def _not_finite(model: Any) -> str | None:
+    """The name of the first tensor of a model that holds NaN or infinity."""
     for name, tensor in model.state_dict().items():
-        if name.startswith(prefixes) and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             return str(name)
     return None
 
 
-def say_damaged(model: Any, tower: str, prefixes: tuple[str, ...] = ("",)) -> str:
-    """The beginning of a message about a tower whose vectors :func:`are_unit` refuses; ``prefixes`` of its tensors."""
-    damaged = _not_finite(model, prefixes)
+def say_damaged(tower: Any, name: str) -> str:
+    """The beginning of a message about a tower, ``image`` or ``text``, whose vectors :func:`are_unit` refuses."""
+    damaged = _not_finite(tower.model)
     where = f" (its tensor {damaged} holds NaN or infinity)" if damaged else ""
-    return f"the {tower} tower{where} gives NaN, infinity or zeros"
+    return f"the {name} tower{where} gives NaN, infinity or zeros"
 
 
 def scale_and_bias(name: str, model: Any) -> tuple[float, float]:

@@ -20,7 +20,7 @@ from pipeline.core.errors import ModelError, StorageError
 from pipeline.core.records import TextBank
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.label_files import LabelSet
-from pipeline.models.numbers import TEXT_TENSORS, alike, are_unit, say_damaged
+from pipeline.models.numbers import alike, are_unit, say_damaged
 from pipeline.storage.base import Storage
 from pipeline.storage.factory import open_storage
 
@@ -41,8 +41,9 @@ def build_bank(
     Radford et al. 2021, section 3.1.4).
 
     Raises:
-        ModelError: the text tower does not give features.
+        ModelError: there is no text tower, or it does not give features.
     """
+    checkpoint.texts()
     fingerprint = bank_fingerprint(checkpoint, labels)
     store = open_storage(config.cache or str(default_cache()))
     name = f"{fingerprint}.safetensors"
@@ -56,7 +57,7 @@ def build_bank(
     return TextBank(
         names=labels.names,
         features=features,
-        scoring=checkpoint.scoring if scoring.scoring == "auto" else scoring.scoring,
+        scoring=str(checkpoint.scoring) if scoring.scoring == "auto" else scoring.scoring,
         scale=checkpoint.scale,
         bias=checkpoint.bias,
         fingerprint=fingerprint,
@@ -95,7 +96,7 @@ def embed_prompts(checkpoint: Checkpoint, prompts: Sequence[Sequence[str]]) -> n
 def _refuse_wrong(checkpoint: Checkpoint, features: np.ndarray, texts: Sequence[str]) -> None:
     wrong = np.flatnonzero(~are_unit(features))
     if len(wrong):
-        tower = say_damaged(checkpoint.model, "text", TEXT_TENSORS)
+        tower = say_damaged(checkpoint.text, "text")
         raise ModelError(
             f"{checkpoint.name}: {tower} for {len(wrong)} of {len(texts)} texts, for example "
             f"{texts[wrong[0]][:80]!r}, so that no score could be right; the checkpoint is damaged, or was not "
@@ -122,9 +123,9 @@ def default_cache() -> Path:
 
 
 def _warn_of_long(checkpoint: Checkpoint, texts: Sequence[str]) -> None:
-    limit = checkpoint.max_tokens
+    limit, count = checkpoint.max_tokens, checkpoint.texts()[1].count
     # A token is at least one byte: most texts are known to be short without another tokenization.
-    long = [t for t in texts if len(t.encode()) + 2 > limit and len(checkpoint.tokenizer(t)["input_ids"]) > limit]
+    long = [t for t in texts if len(t.encode()) + 2 > limit and count(t) > limit]
     if long:
         log.warning("%d prompts are longer than %d tokens and are cut, for example %r", len(long), limit, long[0])
 

@@ -187,12 +187,17 @@ def _fingerprints(parts: job.Engine, encoder: ImageEncoder) -> dict[str, Any]:
 
 
 def _warm(engine: Engine, encoders: Sequence[ImageEncoder], spec: PreprocessSpec) -> None:
-    """A batch of every shape in every thread, and the text tower once: what is slow at first is slow now."""
+    """A batch of every shape in every thread, and the text tower once: what is slow at first is slow now.
+
+    On a CPU nothing is made for a shape but by a compiler or a runtime, so that other backends run their smallest one.
+    """
     grey = Picture(rgb=np.full((*spec.size, 3), 128, dtype=np.uint8), labelling=engine.labelling)
-    work: list[Future[Any]] = [
-        engine.encode([grey] * encoder.batch_size) for encoder in encoders for _ in range(engine.streams)
-    ]
-    work.append(engine.texts.embed(["a photo"]))
+    sizes = [encoder.batch_size for encoder in encoders]
+    if encoders[0].flexible and encoders[0].device.type == "cpu":
+        sizes = [min(sizes)]
+    work: list[Future[Any]] = [engine.encode([grey] * size) for size in sizes for _ in range(engine.streams)]
+    if engine.checkpoint.text is not None:
+        work.append(engine.texts.embed(["a photo"]))
     for each in work:
         each.result()
 

@@ -23,7 +23,7 @@ from pipeline.config.schema import ParityConfig
 from pipeline.core.errors import BackendUnavailable, install_hint
 from pipeline.core.records import Parity, Sample
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.models.towers import ImageTower, Normaliser, TextTower
+from pipeline.models.towers import Normaliser
 
 # Part of the recipe: raise it when the same checkpoint would give another graph.
 VERSION = "1"
@@ -130,13 +130,12 @@ def check_parity(
         rows = torch.arange(most) % len(images.ids)
         ids = [images.ids[row] for row in rows]
         inputs = {"pixel_values": Normaliser(checkpoint.spec, images.pixels.device)(images.pixels[rows])}
-        module: torch.nn.Module = ImageTower(checkpoint)
     else:
         ids = [f"{TEXTS[i % len(TEXTS)]!r}" for i in range(most)]
         tokens = checkpoint.tokenize([TEXTS[i % len(TEXTS)] for i in range(most)])
         mask = tokens.get("attention_mask", torch.ones_like(tokens["input_ids"]))
         inputs = {"input_ids": tokens["input_ids"], "attention_mask": mask}
-        module = TextTower(checkpoint)
+    module = checkpoint.tower(exported.tower)
     with torch.inference_mode():
         pieces = [
             module(**{k: v[i : i + REFERENCE_BATCH] for k, v in inputs.items()})

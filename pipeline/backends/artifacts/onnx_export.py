@@ -18,7 +18,6 @@ import torch
 from pipeline.backends.artifacts.external_data import check_external
 from pipeline.core.errors import ArtifactError
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.models.towers import ImageTower, TextTower
 
 GRAPH = "model.onnx"
 # Protobuf is limited to 2 GiB; larger weights are stored in a file beside the graph.
@@ -36,10 +35,9 @@ def export_tower(checkpoint: Checkpoint, tower: str, path: Path) -> None:
     """
     import onnxscript.optimizer
 
-    # A copy: the attention implementation is set on the configuration, which the tower shares with the checkpoint.
-    module = copy.deepcopy(ImageTower(checkpoint) if tower == "image" else TextTower(checkpoint)).eval()
-    # The optimizer detects attention by its matrix products, not as one operator.
-    module.model.set_attn_implementation("eager")
+    # A copy: the way of attention is a setting of the tower, which the checkpoint keeps.
+    module = copy.deepcopy(checkpoint.tower(tower)).eval()
+    module.separate_attention()
     arguments, dynamic = _example(checkpoint, tower)
     with quiet(), torch.no_grad():
         program: Any = torch.onnx.export(
@@ -61,7 +59,8 @@ def export_tower(checkpoint: Checkpoint, tower: str, path: Path) -> None:
 def fuse(checkpoint: Checkpoint, tower: str, path: Path, *, attention: bool = True) -> None:
     """Rewrite the graph at ``path`` with ONNX Runtime's transformer optimizer, and check the fusions.
 
-    Without ``attention`` the matrix products of attention stay separate, for static quantization.
+    Without ``attention`` the matrix products of attention stay separate, for static quantization. A tower whose kind of
+    graph the optimizer does not know stays as it is.
 
     Raises:
         ArtifactError: a layer was not fused.
@@ -70,15 +69,16 @@ def fuse(checkpoint: Checkpoint, tower: str, path: Path, *, attention: bool = Tr
     from onnxruntime.transformers.fusion_options import FusionOptions
     from onnxruntime.transformers.optimizer import optimize_model
 
-    config = getattr(checkpoint.model.config, "vision_config" if tower == "image" else "text_config")
+    sizes = checkpoint.tower(tower).sizes
+    if sizes.fusion is None:
+        return
     model = onnx.load(str(path))
     # The fusions for CLIP do not cover BERT, which normalises after each block, not before it.
-    bert = tower == "text" and checkpoint.family == "chinese_clip"
+    kind, bert = sizes.fusion, sizes.fusion == "bert"
     name = "" if bert else _name_mask(model)
     if bert and attention:
         _rewrite_mask(model)
     _rewrite_gelu(model)
-    kind = "bert" if bert else "clip"
     options = FusionOptions(kind)
     options.enable_attention = attention
     # BERT's mask is an input of Attention; its embeddings are not fused, since their operator needs int32.
@@ -89,8 +89,8 @@ def fuse(checkpoint: Checkpoint, tower: str, path: Path, *, attention: bool = Tr
         optimized = optimize_model(
             model,
             kind,
-            num_heads=config.num_attention_heads,
-            hidden_size=config.hidden_size,
+            num_heads=sizes.heads,
+            hidden_size=sizes.width,
             optimization_options=options,
             opt_level=0,
         )
@@ -98,7 +98,7 @@ def fuse(checkpoint: Checkpoint, tower: str, path: Path, *, attention: bool = Tr
         for stale in path.parent.glob(f"{path.name}.data"):
             stale.unlink()
         optimized.save_model_to_file(str(path), use_external_data_format=is_large_graph(optimized.model))
-    check_fusions(operators(path), layers=config.num_hidden_layers, attention=attention, what=f"{tower} tower")
+    check_fusions(operators(path), layers=sizes.layers, attention=attention, what=f"{tower} tower")
 
 
 def check_fusions(counts: Mapping[str, int], *, layers: int, attention: bool, what: str) -> None:

@@ -24,7 +24,6 @@ from pipeline.backends.devices import DTYPES
 from pipeline.config.schema import ParityConfig
 from pipeline.core.records import Sample
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.models.towers import ImageTower
 
 FILE = "model.pt"
 log = logging.getLogger(__name__)
@@ -57,7 +56,7 @@ def traced(
     def build(folder: Path) -> dict[str, Any]:
         started = time.perf_counter()
         log.info("tracing %s in %s; later runs load it from the store", checkpoint.name, precision)
-        tower = copy.deepcopy(ImageTower(checkpoint)).to(device=device, dtype=dtype)
+        tower = copy.deepcopy(checkpoint.image).to(device=device, dtype=dtype)
         example = torch.zeros(2, 3, *checkpoint.spec.size, device=device, dtype=dtype)
         with quiet(), torch.no_grad():
             torch.jit.trace(tower, example, check_trace=False).save(str(folder / FILE))

@@ -32,7 +32,7 @@ from pipeline.backends.triton.model_config import (
 from pipeline.backends.triton.pbtxt import to_text
 from pipeline.config.schema import ImagesConfig
 from pipeline.core.errors import ArtifactError, ConfigError
-from pipeline.models.checkpoint import FAMILIES, Checkpoint
+from pipeline.models.checkpoint import Checkpoint
 from pipeline.storage.local import appearing
 from pipeline.storage.urls import explained
 
@@ -93,7 +93,8 @@ def _model(folder: Path, checkpoint: Checkpoint, artifact: Artifact, serving: Se
         target = version / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(artifact.file(name), target)
-    graph = read_graph(version / GRAPH, artifact.card["options"]["precision"], checkpoint.max_tokens)
+    longest = checkpoint.max_tokens if checkpoint.text is not None else 0
+    graph = read_graph(version / GRAPH, artifact.card["options"]["precision"], longest)
     config = model_config(
         folder.name,
         graph,
@@ -119,9 +120,10 @@ def _write_warmup(folder: Path, checkpoint: Checkpoint, graph: Graph) -> None:
     if not texts:
         return
     folder.mkdir()
-    ids = checkpoint.tokenize([EXAMPLE])["input_ids"][0].numpy()
+    _, tokenizer = checkpoint.texts()
+    ids = tokenizer([EXAMPLE])["input_ids"][0].numpy()
     for tensor in texts:
-        row = np.full(filled(tensor, checkpoint.max_tokens), checkpoint.tokenizer.pad_token_id or 0, dtype=np.int64)
+        row = np.full(filled(tensor, tokenizer.max_tokens), tokenizer.pad_id, dtype=np.int64)
         row[: len(ids)] = ids
         if tensor.name == "attention_mask":
             row = (np.arange(len(row)) < len(ids)).astype(np.int64)
@@ -131,10 +133,10 @@ def _write_warmup(folder: Path, checkpoint: Checkpoint, graph: Graph) -> None:
 def _write_tokenizer(path: Path, checkpoint: Checkpoint) -> None:
     from tokenizers import Tokenizer
 
-    backend = getattr(checkpoint.tokenizer, "backend_tokenizer", None)
+    backend = checkpoint.texts()[1].backend()
     if backend is None:
         raise ArtifactError(
-            f"{checkpoint.name}: its tokenizer is Python code of transformers, which a Triton client cannot run; "
+            f"{checkpoint.name}: its tokenizer is Python code, which a Triton client cannot run; "
             "take a checkpoint with a tokenizer.json, or export with --tower image"
         )
     # A copy: truncation and padding are state of the tokenizer.
@@ -148,7 +150,7 @@ def _card(
     checkpoint: Checkpoint, models: Mapping[str, dict[str, Any]], images: ImagesConfig, serving: Serving
 ) -> dict[str, Any]:
     """Return the contents of ``card.json``: preprocessing, tokens, scores, and the origin of the models."""
-    spec, family = checkpoint.spec, FAMILIES[checkpoint.family]
+    spec = checkpoint.spec
     model = {
         "name": checkpoint.name,
         "revision": checkpoint.revision,
@@ -169,14 +171,16 @@ def _card(
             "std": spec.std,
         }
     if "text" in models:
+        _, tokenizer = checkpoint.texts()
         card["texts"] = {
             "tokenizer": f"{models['text']['name']}/tokenizer.json",
-            "max_tokens": checkpoint.max_tokens,
-            "multiple": checkpoint.max_tokens if family.padded else MULTIPLE,
-            "pad_id": checkpoint.tokenizer.pad_token_id or 0,
-            "lowercase": family.lowered,
+            "max_tokens": tokenizer.max_tokens,
+            "multiple": tokenizer.max_tokens if tokenizer.padded else MULTIPLE,
+            "pad_id": tokenizer.pad_id,
+            "lowercase": tokenizer.lowered,
         }
-    card["scores"] = {"function": checkpoint.scoring, "scale": checkpoint.scale, "bias": checkpoint.bias}
+    if checkpoint.scoring is not None:
+        card["scores"] = {"function": checkpoint.scoring, "scale": checkpoint.scale, "bias": checkpoint.bias}
     return card
 
 

@@ -16,7 +16,7 @@ from itertools import accumulate
 
 from pipeline.core.errors import DecoderUnavailable
 from pipeline.core.records import Failure, Pixels, PreprocessSpec
-from pipeline.images.decode import Decoder
+from pipeline.images.decode import EXACT, Decoder
 from pipeline.images.pool.processes import TICK, Child, Children, nameless_file, never, unavailable
 from pipeline.images.pool.protocol import (
     CRASHED,
@@ -57,7 +57,7 @@ class Decoders:
     """
 
     def __init__(self, decoder: Decoder, *, processes: int, seconds: float, memory: int) -> None:
-        self.seconds = seconds
+        self.seconds, self.kind = seconds, decoder.kind
         self.children = Children(decoder, memory=memory)
         # The last one used is the next one used; slots without a process lie at the bottom.
         self._slots: queue.LifoQueue[_Slot | None] = queue.LifoQueue()
@@ -100,11 +100,14 @@ class Decoders:
         spec: PreprocessSpec,
         abandoned: Callable[[], bool] = never,
         give_back: list[GiveBack] | None = None,
+        *,
+        exact: bool = False,
     ) -> list[Pixels | Failure]:
         """Pixels or a failure for each of up to ``CHUNK`` images; takes them out of ``encoded``.
 
-        With ``give_back``, the pixels may lie where the process wrote them, which saves a copy: the caller calls what
-        is added to that list once it has read them. All such calls of a pool must have the same ``spec``.
+        With ``exact``, processes that decode otherwise decode as ``exact`` does. With ``give_back``, the pixels may lie
+        where the process wrote them, which saves a copy: the caller calls what is added to that list once it has read
+        them. All such calls of a pool must have the same ``spec``.
 
         Statuses of a failure: those of :meth:`Decoder.apply`, ``decoder_timeout`` and ``decoder_crashed``.
 
@@ -116,7 +119,7 @@ class Decoders:
         try:
             self.children.check_wanted(abandoned)
             slot = slot or _Slot(self)
-            return slot.decode(encoded, spec, abandoned, give_back)
+            return slot.decode(encoded, EXACT if exact else self.kind, spec, abandoned, give_back)
         except BaseException:
             if slot is not None:
                 slot.retire()
@@ -171,6 +174,7 @@ class _Slot:
     def decode(
         self,
         encoded: list[bytes],
+        kind: str,
         spec: PreprocessSpec,
         abandoned: Callable[[], bool],
         give_back: list[GiveBack] | None,
@@ -182,7 +186,7 @@ class _Slot:
             give_back.append(partial(self._answers.give_back, answer))
         while len(results) < len(pieces):
             found, trouble = self._ask(
-                pieces[len(results) :], answer or self._answers.own(spec), abandoned, copy=answer is None
+                pieces[len(results) :], kind, answer or self._answers.own(spec), abandoned, copy=answer is None
             )
             answer = None
             results += found
@@ -192,7 +196,7 @@ class _Slot:
             # Another image may be the cause: this one is tried once more, by a new process.
             if isinstance(result, Failure) and _worth_a_retry(result):
                 self.retire()
-                found, trouble = self._ask([pieces[index]], self._answers.own(spec), abandoned)
+                found, trouble = self._ask([pieces[index]], kind, self._answers.own(spec), abandoned)
                 again = found[0] if found else trouble or result
                 if again is _KILLED_BY_OTHERS and result is _KILLED_BY_OTHERS:
                     raise DecoderUnavailable(
@@ -245,6 +249,7 @@ class _Slot:
     def _ask(
         self,
         pieces: Sequence[tuple[int, int]],
+        kind: str,
         answer: Answer,
         abandoned: Callable[[], bool],
         *,
@@ -258,7 +263,7 @@ class _Slot:
             raise unavailable(f"no room for its output: {error}") from error
         answered, overdue = b"", None
         try:
-            child.control.sendall(request(pieces, answer.spec, answer.start))
+            child.control.sendall(request(pieces, kind, answer.spec, answer.start))
             answered = self._listen(child, answer, len(pieces), abandoned)
         except _Overdue as error:
             overdue = error

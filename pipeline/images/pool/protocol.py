@@ -64,20 +64,20 @@ class InvalidAnswer(Exception):
     """An answer that breaks the protocol."""
 
 
-def request(pieces: Sequence[tuple[int, int]], spec: PreprocessSpec, start: int) -> bytes:
-    """The images at (offset, size) of the first file, as ``spec`` wants them; with its length in front.
+def request(pieces: Sequence[tuple[int, int]], kind: str, spec: PreprocessSpec, start: int) -> bytes:
+    """The images at (offset, size) of the first file, decoded by ``kind`` as ``spec`` wants them; its length in front.
 
     They are answered from ``start`` of the second file on.
     """
-    text = json.dumps([start, *pieces]).encode() + b"\n" + _text_of(spec)
+    text = json.dumps([start, kind, *pieces]).encode() + b"\n" + _text_of(spec)
     return len(text).to_bytes(4, "little") + text
 
 
-def parse_request(text: bytes) -> tuple[list[tuple[int, int]], PreprocessSpec, int]:
-    """The images, the spec and the start of a :func:`request`."""
+def parse_request(text: bytes) -> tuple[list[tuple[int, int]], str, PreprocessSpec, int]:
+    """The arguments of a :func:`request`."""
     numbers, _, spec = text.partition(b"\n")
-    start, *pieces = json.loads(numbers)
-    return [(offset, size) for offset, size in pieces], _spec_of(spec), start
+    start, kind, *pieces = json.loads(numbers)
+    return [(offset, size) for offset, size in pieces], kind, _spec_of(spec), start
 
 
 @lru_cache(4)

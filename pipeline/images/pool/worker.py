@@ -19,6 +19,7 @@ import signal
 import socket
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -92,14 +93,15 @@ def main() -> None:
     control.sendall(READY)
     answer: Answer | None = None
     while head := control.recv(4, socket.MSG_WAITALL):
-        pieces, spec, start = parse_request(control.recv(int.from_bytes(head, "little"), socket.MSG_WAITALL))
+        pieces, kind, spec, start = parse_request(control.recv(int.from_bytes(head, "little"), socket.MSG_WAITALL))
         if answer is None or (answer.spec, answer.start) != (spec, start):
             # Answers that are not read yet are out of reach from here on.
             lock.answer = answer = Answer(settings["outbox"], spec, start, window=window)
+        asked = decoder if kind == decoder.kind else replace(decoder, kind=kind)
         for index, (offset, size) in enumerate(pieces):
             lock.index = index
             answer.mark(index, State.DECODING)
-            answer.put(index, _decode(settings["inbox"], offset, size, decoder, spec))
+            answer.put(index, _decode(settings["inbox"], offset, size, asked, spec))
         control.sendall(DONE)
 
 
