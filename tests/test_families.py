@@ -17,8 +17,9 @@ from torch.nn.functional import normalize
 from transformers import Siglip2Config, Siglip2Model
 
 from pipeline.backends.base import factory
+from pipeline.backends.torch_module import in_a_layer, need_layers
 from pipeline.config.schema import BackendConfig, LabelsConfig, ModelConfig, ParityConfig, PromptsConfig
-from pipeline.core.errors import ModelError
+from pipeline.core.errors import BackendUnavailable, ModelError
 from pipeline.core.records import Embeddings
 from pipeline.engine.demo.folder import rendered_sample
 from pipeline.engine.demo.scenes import render, sample
@@ -147,6 +148,15 @@ def test_the_towers_give_the_same_embeddings_and_share_the_weights(case: Case) -
     assert shared <= {"logit_scale", "logit_bias"}
     assert all(halves[0][name] == halves[1][name] for name in shared)
     assert all(name.startswith(("visi", "visual", "logit")) for name in halves[0])
+
+
+def test_every_image_tower_has_layers_to_quantize(images_case: Case) -> None:
+    tower = images_case.checkpoint.image
+    found = [name for name, module in tower.named_modules() if in_a_layer(module, name)]
+    # Of each layer the three projections of attention, its output, and two of the MLP (three of a gated one).
+    assert len(found) in (6 * tower.sizes.layers, 7 * tower.sizes.layers)
+    with pytest.raises(BackendUnavailable, match="finds no linear layers"):
+        need_layers(torch.nn.Linear(2, 2), "torch_int8")
 
 
 # The lowest cosine to fp32 that a precision must keep with weights of noise, which int8 has few levels for.
