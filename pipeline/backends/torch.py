@@ -32,7 +32,7 @@ def open_encoder(
     device, precision = choose(config)
     dtype, cuda = DTYPES[precision], device.type == "cuda"
     whole = device.type == "cpu" and precision == "fp32"
-    tower = checkpoint.image if whole else tower_on(checkpoint, device, dtype)
+    tower = checkpoint.image if whole else tower_on(checkpoint.image, device, dtype)
     options = {} if config.compile == "none" else {"compile": config.compile}
     if cuda and precision != "fp32":
         pixels = blank(checkpoint, batch_size=batch_size, device=device, dtype=dtype)

@@ -36,7 +36,7 @@ def open_encoder(
     # Of all other operations. On the CPU converting to bf16 and back costs more than it saves.
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     dynamic = multiplies_int8(device)
-    tower = tower_on(checkpoint, device, dtype)
+    tower = tower_on(checkpoint.image, device, dtype)
     options = {"torchao": torchao, "activations": "int8 by row" if dynamic else str(dtype)}
     pixels = blank(checkpoint, batch_size=batch_size, device=device, dtype=dtype)
     if device.type == "cuda":

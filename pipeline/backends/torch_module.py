@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Callable
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from packaging.version import Version
@@ -22,9 +22,10 @@ from pipeline.backends.torch_graph import Replay
 from pipeline.core.errors import BackendUnavailable, install_hint
 from pipeline.core.records import PreprocessSpec
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.models.towers import ImageTower, Normaliser
+from pipeline.models.towers import Normaliser
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
+Tower = TypeVar("Tower", bound=torch.nn.Module)
 # Entry of the fingerprint where the compiler chooses kernels by timing them.
 TIMED = {"kernels": "chosen by timing"}
 # The first version whose quantize_ leaves the precision of fp32 products as it is in this process.
@@ -78,9 +79,8 @@ class QuickNormaliser:
         return torch.addcmul(self._shift, values, self._scale)
 
 
-def tower_on(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> ImageTower:
-    """Copy the image tower of a checkpoint to a device in ``dtype``; each tensor is copied once."""
-    tower = checkpoint.image
+def tower_on(tower: Tower, device: torch.device, dtype: torch.dtype) -> Tower:
+    """Copy a tower of a checkpoint to a device in ``dtype``; each tensor is copied once."""
     # Copies of the tensors, which deepcopy takes for those that it would make on the CPU and in full precision.
     made: dict[int, Any] = {}
     for value in tower.parameters():

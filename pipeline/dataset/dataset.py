@@ -20,6 +20,7 @@ from pipeline.core.plain import plain_fields, plain_table, read_batches
 from pipeline.core.records import OK
 from pipeline.dataset import commits, plan
 from pipeline.dataset.commits import Commit
+from pipeline.dataset.parts import vectors_in
 from pipeline.storage.base import Storage
 from pipeline.storage.factory import open_storage
 from pipeline.storage.local import LocalStorage
@@ -77,7 +78,12 @@ class Dataset:
     @property
     def dim(self) -> int:
         """Length of an embedding."""
-        return int(self.schema.field("embedding").type.list_size)
+        return int(self.schema.field(self.column).type.list_size)
+
+    @property
+    def column(self) -> str:
+        """Name of the column of embeddings: ``text_embedding`` in a dataset of texts alone."""
+        return vectors_in(self.schema)
 
     @property
     def dtype(self) -> np.dtype[Any]:

@@ -20,6 +20,8 @@ from pipeline.dataset import lease, parts, plan
 from pipeline.engine.engine import Engine
 from pipeline.engine.loop import Job
 from pipeline.engine.sample import FirstBatch, FirstImages, first_images
+from pipeline.engine.text_tower import tower_parity
+from pipeline.engine.texts import tokens_fingerprint
 from pipeline.images.versions import fingerprint as decoding
 from pipeline.storage.base import Storage
 from pipeline.telemetry.tracing import span
@@ -46,6 +48,7 @@ class Prepared:
     machine: Mapping[str, object]
     pending: bool = False
     gate_seconds: float = 0.0
+    text_parity: Parity | None = None
 
 
 def prepare(engine: Engine, storage: Storage) -> Prepared:
@@ -75,7 +78,10 @@ def prepare(engine: Engine, storage: Storage) -> Prepared:
         streams=encoder.streams,
         machine=_machine(encoder),
         pending=True,
+        text_parity=tower_parity(engine.text_tower, engine.checkpoint, manifest, config),
     )
+    if not engine.has_images:
+        return replace(prepared, pending=False)
     gate = _gate(engine, prepared, storage)
     if is_pending(encoder, gate) or decoder_gate.is_pending(encoder, config.images.decoder, gate):
         return prepared
@@ -173,10 +179,10 @@ def note(engine: Engine, prepared: Prepared, storage: Storage) -> None:
 
 def fingerprints(engine: Engine) -> dict[str, Any]:
     """Fingerprints of all inputs of the rows; two runs belong to one dataset if these are equal."""
-    config, bank = engine.config, engine.bank()
-    return {
+    config, bank, tower = engine.config, engine.bank(), engine.text_tower
+    prints: dict[str, Any] = {
         "model": engine.checkpoint.fingerprint,
-        "images": decoding(config.images, engine.jpeg_engine),
+        "images": decoding(config.images, engine.jpeg_engine) if engine.has_images else None,
         "backend": engine.encoder.fingerprint,
         "batch_size": config.loader.batch_size,
         "prompts": None if bank is None else prompts_fingerprint(config, bank),
@@ -187,6 +193,10 @@ def fingerprints(engine: Engine) -> dict[str, Any]:
             "layout": parts.LAYOUT,
         },
     }
+    if tower is not None:
+        prints["output"]["columns"] = list(config.manifest.output_columns)
+        prints["texts"] = tower.fingerprint | tokens_fingerprint(engine.checkpoint.texts()[1])
+    return prints
 
 
 def prompts_fingerprint(config: Config, bank: TextBank) -> dict[str, Any]:

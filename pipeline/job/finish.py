@@ -173,7 +173,8 @@ def publish(outcome: Outcome, draft: ReportDraft) -> None:
     else:
         content = read_report(draft.previous or b"")
     if config.report.html and storage.size(PAGE) is None:
-        pictures = Pictures(outcome.engine.manifest, outcome.engine.cpu_reader)
+        engine = outcome.engine
+        pictures = Pictures(engine.manifest, engine.cpu_reader) if engine.has_images else None
         try_to_publish(storage, partial(draw, content, draft.content, config.report.examples, pictures))
 
 
@@ -233,6 +234,9 @@ def _report(outcome: Outcome, ran: RunStats, content: DatasetSummary) -> RunRepo
         prompts={"labels": len(bank.names) if bank else 0, "cached": bank is not None and bank.cached},
         parity=prepared.parity,
         decoder_parity=prepared.decoder_parity,
+        text_parity=prepared.text_parity,
+        texts=ran.texts,
+        similarity=content.similarity,
         batch_sizes=ran.batch_sizes or (config.loader.batch_size,),
         pace=pace,
         memory=ran.memory or memory(prepared.device),
