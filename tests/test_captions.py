@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,22 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipeline.config.schema import Config, ModelConfig
-from pipeline.core.errors import ManifestError, ModelError, ParityError, PlanMismatch
+from pipeline.config.schema import ClusterConfig, Config, ModelConfig
+from pipeline.config.validate import check
+from pipeline.core.errors import ConfigError, ManifestError, ModelError, ParityError, PlanMismatch
+from pipeline.dataset.convert import convert
 from pipeline.dataset.dataset import open_dataset
 from pipeline.engine import texts as texts_module
 from pipeline.engine.engine import Engine
 from pipeline.job.main import run_job
+from pipeline.job.relabel import relabel
 from pipeline.models.checkpoint import open_checkpoint
 from pipeline.models.text import embed_prompts
+from pipeline.nightly.records import NightError
+from pipeline.search import main as search
+from tests.conftest import ROOT
 from tests.jobs import config_for, content, scene
+from tests.nights import healthy, night
 
 ROWS = 30
 LONG = "a red circle " * 40
@@ -159,14 +167,12 @@ def test_a_job_of_texts_alone_has_no_embedding_of_images(job: tuple[Config, dict
     assert table.column_names == ["id", "text_embedding", *table.column_names[2:]]
     assert "similarity" not in table.column_names
     assert table["text_embedding"].to_pylist()[:11] == table_of(job[0])["text_embedding"].to_pylist()[:11]
-    assert report["counts"] == {"ok": ROWS - 3, "no_text": 2, "not_utf8": 1}
+    assert report["counts"] == {"ok": ROWS - 3, "no_text": 2, "not_text": 1}
     assert table["error"][3].as_py() == "the cell of manifest.text is null"
     assert open_dataset(config.output.dir).column == "text_embedding"
 
 
 def test_a_job_of_texts_alone_refuses_what_is_of_images(tmp_path: Path) -> None:
-    from pipeline.config.validate import check
-
     config = alone(tmp_path / "m.parquet", tmp_path / "out")
     assert check(config) == []
     wrong = {
@@ -221,3 +227,85 @@ def test_short_and_long_texts_have_batches_of_their_own() -> None:
             found = tower(used[None, 0], used[None, 1])
         assert torch.allclose(found, expected, atol=1e-5), text
         assert texts_module._are_short(texts_module.tokenize(tokenizer, [text])[0], tokenizer) == [is_short]
+
+
+def test_readers_of_a_dataset_know_its_texts(
+    job: tuple[Config, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, table = job[0], table_of(job[0])
+    assert healthy(Path(config.output.dir))
+    relabel(open_dataset(config.output.dir), config.changed({
+        "output.dir": str(tmp_path / "relabelled"), "prompts.labels": ["red", "blue"]
+    }))  # fmt: skip
+    again = pq.read_table(tmp_path / "relabelled")
+    for name in ("embedding", "text_embedding", "similarity", "status"):
+        assert again[name].equals(table[name]), name
+    assert open_dataset(config.output.dir).kept == []
+    convert(open_dataset(config.output.dir), "numpy", tmp_path / "numpy")
+    texts = np.load(tmp_path / "numpy/text_embeddings.npy")
+    assert len(texts) == len(np.load(tmp_path / "numpy/embeddings.npy")) == ROWS - 1
+    assert np.isnan(texts[:, 0]).nonzero()[0].tolist() == [3, 4]
+    assert "text_embedding" not in pq.read_schema(tmp_path / "numpy/metadata.parquet").names
+    asked = [config.output.dir, "a blue star", "--json", "--column", "text_embedding"]
+    assert search(asked) == 0
+    hits = json.loads(capsys.readouterr().out)
+    assert {hits[0]["id"], hits[1]["id"]} >= {"008", "009"} or hits[0]["score"] > 0.999
+    assert search([*asked[:-1], "similarity"]) == 2
+    assert "must be one of embedding, text_embedding" in capsys.readouterr().err
+
+
+def test_a_dataset_of_texts_alone_is_searched_and_not_relabelled(
+    job: tuple[Config, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = job[0].changed({"output.dir": str(tmp_path / "out"), "manifest.image": None})
+    run_job(config)
+    assert healthy(Path(config.output.dir))
+    assert search([config.output.dir, "--id", "008", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["id"] == "009"
+    with pytest.raises(ConfigError, match="holds texts alone"):
+        relabel(open_dataset(config.output.dir), config.changed({"output.dir": str(tmp_path / "other")}))
+
+
+def test_pairs_above_a_similarity_are_the_next_manifest(
+    job: tuple[Config, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = table_of(job[0])
+    values = sorted(value for value in table["similarity"].to_pylist() if value is not None)
+    least, out = (values[9] + values[10]) / 2, tmp_path / "kept.parquet"
+    monkeypatch.syspath_prepend(ROOT / "jobs/analytics")
+    import_module("pairs").main([job[0].output.dir, "--min-similarity", str(least), "--out", str(out)])
+    kept = pq.read_table(out)
+    assert kept.column_names == ["id", "similarity"]
+    assert min(kept["similarity"].to_pylist()) >= least
+    assert kept.num_rows == len(values) - 10
+
+
+def test_a_night_embeds_a_row_again_whose_text_changed(tmp_path: Path) -> None:
+    texts = [f"a {scene(row)[1]}" for row in range(ROWS)]
+    config = pairs_config(write_pairs(tmp_path / "m.parquet", texts), tmp_path / "unused")
+    night(config, tmp_path / "store", "2026-01-01")
+    texts[6] = "an orange heart"
+    write_pairs(tmp_path / "m.parquet", texts)
+    made_night = night(config, tmp_path / "store", "2026-01-02")
+    assert (made_night.kinds["changed"], made_night.kinds["carried"]) == (1, ROWS - 1)
+    whole = config.changed({"output.dir": str(tmp_path / "whole")})
+    run_job(whole)
+    made = pq.read_table(tmp_path / "store/date=2026-01-02", partitioning=None)
+    for name in ("text_embedding", "similarity", "embedding"):
+        ours, theirs = (np.array(each[name].drop_null().to_pylist()) for each in (made, table_of(whole)))
+        assert np.allclose(ours, theirs, atol=2e-6), name
+    with pytest.raises(NightError, match=r"manifest.image=null: nights are of images"):
+        night(config.changed({"manifest.image": None}), tmp_path / "store", "2026-01-03")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("images", ["image", None])
+def test_processes_and_feeders_write_the_same_bytes(
+    job: tuple[Config, dict[str, Any]], tmp_path: Path, images: str | None
+) -> None:
+    config = job[0].changed({"manifest.image": images, "loader.batch_size": 8, "output.dir": str(tmp_path / "one")})
+    run_job(config)
+    others = {"cluster": ClusterConfig(name="local", workers=2), "loader": replace(config.loader, feeders=2)}
+    for name, value in others.items():
+        run_job(config.changed({name: value, "output.dir": str(tmp_path / name)}))
+        assert content(tmp_path / name) == content(tmp_path / "one")

@@ -39,7 +39,8 @@ class Dataset:
     """A finished dataset; ``marker`` is the content of ``_SUCCESS``, which names every part by its digest.
 
     ``schema`` is the schema of its parts with plain types, ``starts`` the row number at which each part begins.
-    ``encoded`` is True if an earlier version wrote other encodings of these types, such as views.
+    ``encoded`` is True if an earlier version wrote other encodings of these types, such as views. ``searched`` is set
+    where another column of embeddings than the usual one is read.
     """
 
     storage: Storage
@@ -49,6 +50,7 @@ class Dataset:
     schema: pa.Schema
     starts: NDArray[np.int64]
     encoded: bool = False
+    searched: str = ""
 
     @property
     def url(self) -> str:
@@ -83,7 +85,7 @@ class Dataset:
     @property
     def column(self) -> str:
         """Name of the column of embeddings: ``text_embedding`` in a dataset of texts alone."""
-        return vectors_in(self.schema)
+        return self.searched or vectors_in(self.schema)
 
     @property
     def dtype(self) -> np.dtype[Any]:

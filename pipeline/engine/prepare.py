@@ -182,7 +182,7 @@ def fingerprints(engine: Engine) -> dict[str, Any]:
     config, bank, tower = engine.config, engine.bank(), engine.text_tower
     prints: dict[str, Any] = {
         "model": engine.checkpoint.fingerprint,
-        "images": decoding(config.images, engine.jpeg_engine) if engine.has_images else None,
+        "images": decoding(config.images, engine.jpeg_engine) if engine.has_images else {},
         "backend": engine.encoder.fingerprint,
         "batch_size": config.loader.batch_size,
         "prompts": None if bank is None else prompts_fingerprint(config, bank),

@@ -249,5 +249,5 @@ def _cell(cell: str | bytes | None) -> str | Failure:
         try:
             cell = cell.decode()
         except UnicodeDecodeError as error:
-            return Failure("not_utf8", f"the text is no UTF-8: {error}")
+            return Failure("not_text", f"the text is no UTF-8: {error}")
     return cell if cell.strip() else Failure("no_text", "the text is empty, or holds white space alone")

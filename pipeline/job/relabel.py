@@ -10,6 +10,7 @@ from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 
 from pipeline.config.schema import Config
 from pipeline.core.concurrency import in_order
-from pipeline.core.errors import PromptsError
+from pipeline.core.errors import ConfigError, Problem, PromptsError
 from pipeline.core.failpoints import failpoint
 from pipeline.core.machine import machine, memory, versions
 from pipeline.core.processes import cores, spent
@@ -29,7 +30,7 @@ from pipeline.dataset import commits, lease, plan
 from pipeline.dataset.commits import Commit
 from pipeline.dataset.dataset import Dataset, vectors_of
 from pipeline.dataset.names import check_names, named_like_folders
-from pipeline.dataset.parts import LAYOUT, PartFormat, ShardResult, build_table, count_statuses, format_of
+from pipeline.dataset.parts import LAYOUT, PartFormat, ShardResult, TextVectors, build_table, count_statuses, format_of
 from pipeline.engine.demo.notes import log_notes, notes_of
 from pipeline.engine.prepare import prompts_fingerprint
 from pipeline.engine.query import labels_of, open_model
@@ -91,9 +92,12 @@ def relabel(source: Dataset, config: Config, *, began: float | None = None, note
     Raises:
         PipelineError: one of :mod:`pipeline.core.errors`, each with its exit code.
     """
+    if source.column != "embedding":
+        problem = Problem("dataset", source.url, "holds texts alone, and labels are of images", "name one of images")
+        raise ConfigError([problem])
     storage = open_storage(config.output.dir)
     config = config.changed({"output.dir": storage.url})
-    check_names(storage.url, list(named_like_folders([source.id, *source.kept], storage.url)))
+    check_names(storage.url, list(named_like_folders([source.id, *source.kept], storage.url, source.own_columns)))
     began = began or time.time()
     with ExitStack() as opened:
         with log_to_terminal(config.log):
@@ -225,6 +229,7 @@ def _report(work: _Work, labelled: _Labelled, committed: Sequence[Commit], began
         counts=by_status(counts),
         labels=content.labels,
         scores=content.scores,
+        similarity=content.similarity,
         prompts={"labels": len(bank.names), "cached": bank.cached},
         memory=memory(),
         machine=machine("cpu", cores()),
@@ -241,7 +246,8 @@ def _relabel(work: _Work, commit: Commit) -> tuple[ShardReport, int]:
     torch.set_num_threads(1)
     columns = [work.source.id, *work.source.kept]
     with work.clocks.time(Stage.READ):
-        table = work.source.read(commit, [*columns, "embedding", "label", "status", "error"], proven=True)
+        texts = [name for name in ("text_embedding",) if name in work.source.own_columns]
+        table = work.source.read(commit, [*columns, "embedding", *texts, "label", "status", "error"], proven=True)
     with work.clocks.time(Stage.LABEL):
         failpoint("label")
         result = _label(work, commit, table, columns)
@@ -278,7 +284,18 @@ def _label(work: _Work, commit: Commit, table: pa.Table, columns: list[str]) -> 
         scores=scores.numpy(),
         names=work.bank.names,
         threshold=work.config.labels.threshold,
+        texts=_texts(table, vectors),
     )
+
+
+def _texts(table: pa.Table, images: NDArray[Any]) -> TextVectors | None:
+    """The embeddings of texts beside ``images``; None where the source has none."""
+    if "text_embedding" not in table.column_names:
+        return None
+    vectors, missing = np.zeros_like(images), np.ones(table.num_rows, dtype=bool)
+    stored, rows = vectors_of(table["text_embedding"])
+    vectors[rows], missing[rows] = stored, False
+    return TextVectors(vectors, missing)
 
 
 def _failures(table: pa.Table, rows: NDArray[np.int64]) -> dict[int, Failure]:

@@ -62,6 +62,7 @@ class Tile:
     score: float | None = None
     jpeg: str | None = None
     note: str = ""
+    text: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +95,10 @@ def to_html(
     def tiles(rows: Sequence[Row]) -> list[Tile]:
         # The gallery leaves out rows whose image could not be read again.
         shown = [row for row in rows if row.number in pictures]
-        return [Tile(row.id, row.label, row.score, _jpeg(row.number, pictures)) for row in shown]
+        return [
+            Tile(row.id, row.label, row.score, _jpeg(row.number, pictures), text=content.captions.get(row.number, ""))
+            for row in shown
+        ]
 
     most = max(content.labels.values(), default=1)
     page = environment().get_template("page.html.j2").render(
@@ -122,6 +126,8 @@ def to_html(
         all_labels=len(content.labels),
         unlabelled=report["counts"].get(OK, 0) - sum(content.labels.values()),
         scores=plots.score_plot(content.scores) if content.scores else None,
+        similarity=plots.similarity_plot(content.similarity) if content.similarity else None,
+        pairs=(tiles(content.pairs.most), tiles(content.pairs.least)) if content.pairs else ([], []),
         decoder=report["config"]["images"]["decoder"],
         runs=[] if "night" in report else _runs(report),
         nights=report.get("nights", []),
@@ -141,6 +147,7 @@ def environment(*packages: str) -> Environment:
     made.filters["rate"] = lambda value: in_words(value) if value else MISSING
     # A key such as images.decoder=fast keeps its case.
     made.filters["capital"] = lambda text: text if re.match(r"\S*[.=]\S", text) else f"{text[:1].upper()}{text[1:]}"
+    made.filters["similarity"] = "{:.3f}".format
     made.filters["score"] = lambda score: f"{score:.2f}" if score >= 0.01 or not score else f"{score:.1g}"
     return made
 

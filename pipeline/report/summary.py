@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -27,7 +27,7 @@ PAIRS = 8
 HINTS = {
     "no_image": "the cell of manifest.image is null",
     "no_text": "the cell of manifest.text is null, empty or white space",
-    "not_utf8": "the cell of manifest.text holds bytes that are no UTF-8",
+    "not_text": "the cell of manifest.text holds bytes that are no UTF-8",
     "empty": "the file has 0 bytes; copy it again",
     "not_found": "no such file; does manifest.root point to the folder that relative paths start from?",
     "permission": "the file may not be read by the user of this job",
@@ -65,7 +65,8 @@ class DatasetSummary:
 
     ``parts`` are the names of its files in ``folder``, each with the number of its first row. ``scores`` are counts in
     equal steps from 0 to 1, ``odd`` the rows with the lowest scores of all. ``similarity`` and ``pairs`` are of images
-    and their texts: counts in equal steps from -1 to 1, and the rows at either end.
+    and their texts: counts in equal steps from -1 to 1, and the rows at either end, whose texts are ``captions`` by the
+    number of the row.
     """
 
     folder: str
@@ -77,6 +78,7 @@ class DatasetSummary:
     odd: tuple[Row, ...] = ()
     similarity: tuple[int, ...] = ()
     pairs: Extremes | None = None
+    captions: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def failures(self) -> tuple[Mapping[str, object], ...]:
