@@ -140,8 +140,6 @@ def _check_texts(config: Config) -> Iterator[Problem]:
         yield Problem("backend", AUTO, alone, "name a backend, such as backend=torch")
     if config.loader.batch_size == 0:
         yield Problem("loader.batch_size", AUTO, alone, "give a number, or leave it out")
-    if config.run.dry:
-        yield Problem("run.dry", True, alone, "run a part of the manifest instead")
 
 
 def _check_prompts(config: Config) -> Iterator[Problem]:

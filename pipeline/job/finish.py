@@ -286,9 +286,11 @@ def log_summary(result: RunReport, config: Config) -> None:
         return
     where = place_of(result.machine, result.bound)
     rate = result.images_per_second
-    log.info("%s", summary.headline(result.images, result.wall_seconds, rate, result.bound, where=where))
+    headline = summary.headline(result.images, result.wall_seconds, rate, result.bound, where=where)
+    log.info("%s", summary.of_texts(headline, result.config))
     steady = result.steady_images_per_second
-    log.info("%s%s", f"after start-up: {steady:,.1f} images/s; " if steady else "", result.advice)
+    after = f"after start-up: {steady:,.1f} images/s; " if steady else ""
+    log.info("%s", summary.of_texts(f"{after}{result.advice}", result.config))
     if result.pace is not None:
         log.info("%s", result.pace.verdict)
     if result.repeats:

@@ -20,7 +20,7 @@ from pipeline.report import plots
 from pipeline.report.bottleneck import WAITS, in_words, share_of_limit
 from pipeline.report.history import in_short
 from pipeline.report.scores import Row
-from pipeline.report.summary import HINTS, DatasetSummary, Failed, headline, in_words_of_time
+from pipeline.report.summary import HINTS, DatasetSummary, Failed, headline, in_words_of_time, of_texts
 
 MOST_LABELS = 25
 # Earlier runs that are listed.
@@ -104,6 +104,7 @@ def to_html(
     page = environment().get_template("page.html.j2").render(
         report=report,
         headline=_headline(report),
+        unit=of_texts("images/s", report["config"]),
         output=output,
         model=report["config"]["model"]["name"],
         started=when(report["started"]),
@@ -253,7 +254,7 @@ def _headline(report: Mapping[str, Any]) -> str:
             f"in {in_words_of_time(report['wall_seconds'])}"
         )
     # No line break between a number and its unit.
-    return re.sub(r"(\d) (s|min)\b", "\\1\N{NO-BREAK SPACE}\\2", text)
+    return re.sub(r"(\d) (s|min)\b", "\\1\N{NO-BREAK SPACE}\\2", of_texts(text, report["config"]))
 
 
 def _jpeg(number: int, pictures: Mapping[int, bytes]) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -140,6 +141,11 @@ def headline(images: int, wall: float, rate: float, bound: str, *, where: str) -
     """The report in one sentence; ``where`` is the place of the bottleneck, such as ``2 cores``."""
     bottleneck = f"{bound} on {where}" if where else bound
     return f"{images:,} images in {in_words_of_time(wall)} ({rate:,.1f} images/s); bottleneck: {bottleneck}"
+
+
+def of_texts(sentence: str, config: Mapping[str, Any]) -> str:
+    """A sentence about the images of a job, as one about its texts where it has no images."""
+    return sentence.replace("image", "text") if config["manifest"]["image"] is None else sentence
 
 
 def in_words_of_time(seconds: float) -> str:
