@@ -133,6 +133,27 @@ def test_a_plan_without_texts_is_as_before(tmp_path: Path) -> None:
     assert "text" not in plan["config"]["manifest"]
 
 
+def test_columns_of_the_manifest_may_have_the_names_of_those_of_texts(tmp_path: Path) -> None:
+    path, kept = write_pairs(tmp_path / "m.parquet", captions(ROWS)), ["similarity", "text_embedding"]
+    table = pq.read_table(path)
+    for name in kept:
+        table = table.append_column(name, table["caption"])
+    pq.write_table(table, path)
+    config = pairs_config(path, tmp_path / "out", manifest={"text": None, "keep": kept})
+    report = run_job(config).to_dict()
+    assert report["similarity"] == []
+    made = open_dataset(config.output.dir)
+    assert made.kept == kept
+    convert(made, "numpy", tmp_path / "numpy")
+    assert set(kept) <= set(pq.read_schema(tmp_path / "numpy/metadata.parquet").names)
+    again = config.changed({"output.dir": str(tmp_path / "again"), "prompts.labels": ["red", "blue"]})
+    relabel(made, again)
+    assert pq.read_table(again.output.dir).select(kept).equals(table.select(kept))
+    assert healthy(Path(again.output.dir))
+    problems = check(config.changed({"manifest.text": "caption"}))
+    assert [problem.value for problem in problems] == kept
+
+
 @pytest.mark.parametrize("kind", [pa.large_string(), pa.string_view(), pa.dictionary(pa.int8(), pa.string())], ids=str)
 def test_texts_come_in_every_encoding_and_may_be_kept_too(
     job: tuple[Config, dict[str, Any]], tmp_path: Path, kind: pa.DataType
@@ -224,7 +245,7 @@ def test_short_and_long_texts_have_batches_of_their_own() -> None:
     texts = ["a red star" + " star" * count for count in range(40)]
     together, whole = texts_module.tokenize(tokenizer, texts)
     short = texts_module._are_short(together, tokenizer)
-    for text, tokens, is_short, is_whole in zip(texts, together, short, whole, strict=True):
+    for text, tokens, is_short, is_whole in zip(texts, together, short.tolist(), whole, strict=True):
         alone = tokenizer([text])
         assert is_whole == (tokenizer.count(text) <= tokenizer.max_tokens)
         used = tokens[:, : texts_module.SHORT] if is_short else tokens
@@ -232,7 +253,7 @@ def test_short_and_long_texts_have_batches_of_their_own() -> None:
             expected = tower(**alone, **({} if "attention_mask" in alone else {"attention_mask": None}))
             found = tower(used[None, 0], used[None, 1])
         assert torch.allclose(found, expected, atol=1e-5), text
-        assert texts_module._are_short(texts_module.tokenize(tokenizer, [text])[0], tokenizer) == [is_short]
+        assert texts_module._are_short(texts_module.tokenize(tokenizer, [text])[0], tokenizer).tolist() == [is_short]
 
 
 def test_readers_of_a_dataset_know_its_texts(

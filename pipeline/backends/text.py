@@ -15,7 +15,7 @@ from pipeline.backends.base import EncoderInfo, ImageEncoder, RuntimeEncoder
 from pipeline.backends.compare import compare, hold
 from pipeline.backends.devices import DTYPES, choose
 from pipeline.backends.torch_attention import preferred
-from pipeline.backends.torch_module import count_bytes, tower_on
+from pipeline.backends.torch_module import copied, count_bytes
 from pipeline.config.schema import BackendConfig, ParityConfig
 from pipeline.core.records import Parity
 from pipeline.models.checkpoint import Checkpoint
@@ -28,14 +28,14 @@ class TextEncoder(RuntimeEncoder):
         super().__init__(checkpoint, info, f"torch {torch.__version__}")
         tower, self._dtype = checkpoint.texts()[0], DTYPES[info.precision]
         shared = info.device.type == "cpu" and info.precision == "fp32"
-        self._tower = tower if shared else tower_on(tower, info.device, self._dtype)
+        self._tower = tower if shared else copied(tower, info.device, self._dtype)
         self.weight_bytes, self.flexible = count_bytes(self._tower), True
 
     @torch.inference_mode()
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """Embed a batch of tokens; see :meth:`pipeline.backends.base.ImageEncoder.encode`."""
         with preferred(self.device, self._dtype):
-            vectors: torch.Tensor = self._tower(pixels[:, 0], pixels[:, 1])
+            vectors: torch.Tensor = self._tower(pixels[:, 0], None if self._tower.causal else pixels[:, 1])
         return vectors
 
 

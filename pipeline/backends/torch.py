@@ -6,6 +6,7 @@ import torch
 
 from pipeline.backends.base import Draw, EncoderInfo
 from pipeline.backends.devices import DTYPES, choose
+from pipeline.backends.torch_ahead import Compilation, loaded
 from pipeline.backends.torch_attention import kernels, prove
 from pipeline.backends.torch_module import (
     TIMED,
@@ -32,13 +33,18 @@ def open_encoder(
     device, precision = choose(config)
     dtype, cuda = DTYPES[precision], device.type == "cuda"
     whole = device.type == "cpu" and precision == "fp32"
-    tower = checkpoint.image if whole else tower_on(checkpoint.image, device, dtype)
+    tower = checkpoint.image if whole else tower_on(checkpoint, device, dtype)
     options = {} if config.compile == "none" else {"compile": config.compile}
     if cuda and precision != "fp32":
         pixels = blank(checkpoint, batch_size=batch_size, device=device, dtype=dtype)
         options["attention"] = prove(kernels(tower, pixels), device, dtype)
     forward: Forward = tower
-    if config.compile != "none":
+    if config.compile == "default" and not cuda:
+        pixels = blank(checkpoint, batch_size=batch_size, device=device, dtype=dtype)
+        forward, _ = loaded(
+            Compilation(checkpoint, config, {"compile": config.compile, "precision": precision}, pixels), lambda: tower
+        )
+    elif config.compile != "none":
         pixels = blank(checkpoint, batch_size=batch_size, device=device, dtype=dtype)
         mode = WITHOUT_GRAPHS.get(config.compile, config.compile) if cuda else config.compile
         forward = compiled(tower, mode=mode, pixels=pixels)

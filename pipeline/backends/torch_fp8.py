@@ -47,7 +47,7 @@ def open_encoder(
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
     dtype = torch.bfloat16
-    tower = tower_on(checkpoint.image, device, dtype)
+    tower = tower_on(checkpoint, device, dtype)
     pixels = blank(checkpoint, batch_size=batch_size, device=device, dtype=dtype)
     attention = prove(kernels(tower, pixels), device, dtype)
     quantize_(tower, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()), filter_fn=in_a_layer)

@@ -22,7 +22,7 @@ from pipeline.backends.torch_graph import Replay
 from pipeline.core.errors import BackendUnavailable, install_hint
 from pipeline.core.records import PreprocessSpec
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.models.towers import Normaliser
+from pipeline.models.towers import ImageTower, Normaliser
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 Tower = TypeVar("Tower", bound=torch.nn.Module)
@@ -79,13 +79,18 @@ class QuickNormaliser:
         return torch.addcmul(self._shift, values, self._scale)
 
 
-def tower_on(tower: Tower, device: torch.device, dtype: torch.dtype) -> Tower:
-    """Copy a tower of a checkpoint to a device in ``dtype``; each tensor is copied once."""
+def tower_on(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> ImageTower:
+    """Copy the image tower of a checkpoint to a device in ``dtype``, see :func:`copied`."""
+    return copied(checkpoint.image, device, dtype)
+
+
+def copied(tower: Tower, device: torch.device, dtype: torch.dtype) -> Tower:
+    """Copy a tower to a device in ``dtype``; each tensor is copied once."""
     # Copies of the tensors, which deepcopy takes for those that it would make on the CPU and in full precision.
     made: dict[int, Any] = {}
     for value in tower.parameters():
-        copied = value.detach().to(device=device, dtype=dtype, copy=True)
-        made[id(value)] = torch.nn.Parameter(copied, requires_grad=value.requires_grad)
+        moved = value.detach().to(device=device, dtype=dtype, copy=True)
+        made[id(value)] = torch.nn.Parameter(moved, requires_grad=value.requires_grad)
     for buffer in tower.buffers():
         kind = dtype if buffer.is_floating_point() else buffer.dtype
         made[id(buffer)] = buffer.to(device=device, dtype=kind, copy=True)

@@ -136,6 +136,8 @@ def _check_texts(config: Config) -> Iterator[Problem]:
     if config.prompts.labels or config.prompts.path is not None:
         key = "prompts.path" if config.prompts.path is not None else "prompts.labels"
         yield Problem(key, config.prompts.path or config.prompts.labels, alone, way_out)
+    if config.labels.heads:
+        yield Problem("labels.heads", config.labels.heads, alone, way_out)
     if config.backend.name == AUTO:
         yield Problem("backend", AUTO, alone, "name a backend, such as backend=torch")
     if config.loader.batch_size == 0:

@@ -218,7 +218,7 @@ def _array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Iterator
 def _text_array(dataset: Dataset, path: Path, shape: tuple[int, ...]) -> Iterator[Callable[[pa.Table], object]]:
     """Write the embeddings of texts beside images, by a function that takes the next table; nothing without them."""
     name = "text_embedding"
-    if name not in dataset.schema.names or dataset.column == name:
+    if name not in dataset.own_columns or dataset.column == name:
         yield lambda table: None
         return
     with _array(path, shape, dataset.dtype) as write:
@@ -235,7 +235,8 @@ def _text_array(dataset: Dataset, path: Path, shape: tuple[int, ...]) -> Iterato
 @contextmanager
 def _metadata(dataset: Dataset, folder: Path) -> Iterator[Callable[[pa.Table], None]]:
     """Write ``metadata.parquet``, all columns but the embeddings, by a function that takes the next table."""
-    left = [name for name in dataset.schema.names if name not in (*VECTORS, "status", "error")]
+    unwanted = {*(name for name in VECTORS if name in dataset.own_columns), "status", "error"}
+    left = [name for name in dataset.schema.names if name not in unwanted]
     schema = pa.schema([dataset.schema.field(name) for name in left], metadata=dataset.schema.metadata)
     with pq.ParquetWriter(folder / "metadata.parquet", schema, compression="zstd") as writer:
         yield lambda table: writer.write_table(table.select(left).cast(schema)) if table.num_rows else None

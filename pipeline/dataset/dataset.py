@@ -20,7 +20,7 @@ from pipeline.core.plain import plain_fields, plain_table, read_batches
 from pipeline.core.records import OK
 from pipeline.dataset import commits, plan
 from pipeline.dataset.commits import Commit
-from pipeline.dataset.parts import vectors_in
+from pipeline.dataset.parts import TextVectors, vectors_in
 from pipeline.storage.base import Storage
 from pipeline.storage.factory import open_storage
 from pipeline.storage.local import LocalStorage
@@ -212,6 +212,16 @@ def vectors_of(column: pa.ChunkedArray) -> tuple[NDArray[Any], NDArray[np.int64]
     valid = array.is_valid().to_numpy(zero_copy_only=False)
     values = array.flatten().to_numpy(zero_copy_only=True)
     return values.reshape(-1, column.type.list_size), np.flatnonzero(valid)
+
+
+def text_vectors_of(table: pa.Table, images: NDArray[Any], own: Sequence[str]) -> TextVectors | None:
+    """The embeddings of texts beside those of ``images`` ``[N, D]``; None where ``own`` columns have none."""
+    if "text_embedding" not in own:
+        return None
+    vectors, missing = np.zeros_like(images), np.ones(table.num_rows, dtype=bool)
+    stored, rows = vectors_of(table["text_embedding"])
+    vectors[rows], missing[rows] = stored, False
+    return TextVectors(vectors, missing)
 
 
 def _table(file: Any, columns: Sequence[str], known: pa.Schema) -> pa.Table:

@@ -39,14 +39,18 @@ def check_names(output: str, problems: Sequence[Problem]) -> None:
 
 
 def differing_in_case(columns: Sequence[str], own: Sequence[str] = OUTPUT_COLUMNS) -> Iterator[Problem]:
-    """The columns from the manifest, the id first, that differ in case only from another column of the dataset.
+    """The columns from the manifest, the id first, named as another column of the dataset, or differing in case only.
 
     DuckDB, Spark and others ignore the case of names, and read one column where another was meant.
     """
     taken = {name: "the output" for name in own}
     for place, name in enumerate(columns):
-        same = next((other for other in taken if other != name and other.casefold() == name.casefold()), None)
-        if same is not None:
+        same = next((other for other in taken if other.casefold() == name.casefold()), None)
+        if same == name:
+            yield Problem(
+                _key(place), name, f"is already a column of {taken[name]}", "rename the column in the manifest"
+            )
+        elif same is not None:
             allowed = f"differs in case only from the column {same} of {taken[same]}, and DuckDB, Spark and others "
             allowed += "ignore case, so that they would read one for the other"
             yield Problem(_key(place), name, allowed, "rename the column in the manifest")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -93,16 +93,17 @@ def part_format(
     schema = pa.schema([*manifest_schema, *ours], metadata={METADATA_KEY: text.encode()})
     # Embeddings and scores are close to random and ids occur once: a dictionary would make them larger. Statistics of
     # an embedding's numbers help no reader.
-    unlike = {manifest_schema.names[0], *VECTORS, "top_scores", *(name for name in own if name not in types)}
+    vectors = set(VECTORS) & set(own)
+    unlike = {manifest_schema.names[0], *vectors, "top_scores", *(name for name in own if name not in types)}
     # Of float32 embeddings zstd saves 8 %, and much of the time goes there: a row of 512 is written in 6.1 microseconds
     # with it and in 3.9 without, and read in 5.0 and 3.0. Of float16 ones it saves 9 % for less (6.1 and 5.1, 3.4 and
     # 2.6), and the levels of their lists, which it packs too, weigh twice as much.
-    plain = set(VECTORS) if dtype == "float32" else set[str]()
+    plain = vectors if dtype == "float32" else set[str]()
     return PartFormat(
         schema=schema,
         compression=compression,
         compressed=_leaves(schema, without=plain),
-        statistics=_leaves(schema, without=set(VECTORS)),
+        statistics=_leaves(schema, without=vectors),
         dictionary=_leaves(schema, without=unlike),
     )
 
@@ -120,7 +121,8 @@ class ShardResult:
     """Embeddings and labels of one shard, by position in it; rows without an embedding hold zeros.
 
     ``vectors`` is ``[N, D]`` in the stored dtype, ``top`` int64 and ``scores`` float32 are ``[N, k]``
-    (k is 0 without labels), ``names`` are the label names that ``top`` points at.
+    (k is 0 without labels), ``names`` are the label names that ``top`` points at. ``values`` are further columns by
+    name, float32 ``[N]``.
     """
 
     rows: ShardRows
@@ -129,6 +131,7 @@ class ShardResult:
     scores: NDArray[np.float32]
     names: tuple[str, ...]
     threshold: float | None
+    values: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
     texts: TextVectors | None = None
 
 
@@ -140,6 +143,7 @@ def build_table(result: ShardResult, form: PartFormat) -> pa.Table:
     kind = form.schema.field(form.vectors).type
     columns = {name: result.rows.table.column(name) for name in result.rows.table.column_names}
     columns |= {form.vectors: _vectors(result.vectors, kind, failed), **_labels(result, failed)}
+    columns |= {name: pa.array(values, pa.float32(), mask=failed) for name, values in result.values.items()}
     if result.texts is not None:
         none = failed | result.texts.missing
         columns["text_embedding"] = _vectors(result.texts.vectors, kind, result.texts.missing)

@@ -6,11 +6,10 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
-from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
-from pipeline.backends.base import Draw, ImageEncoder, factory
+from pipeline.backends.base import ImageEncoder
 from pipeline.backends.decoder_parity import PICTURES
 from pipeline.backends.devices import choose_device
 from pipeline.backends.oom import HalvingEncoder
@@ -24,13 +23,15 @@ from pipeline.core.phases import phase
 from pipeline.core.records import ImageRef, PreprocessSpec, Sample, TextBank
 from pipeline.dataset.names import check_columns
 from pipeline.engine.batch_size import Benchmark, settle_batch_size
+from pipeline.engine.columns import bank_of, heads_of
 from pipeline.engine.demo import folder as demo
 from pipeline.engine.feeder_pool import FeederPool
 from pipeline.engine.feeders import open_feeders
 from pipeline.engine.loaded_rate import rate_beside_loader
 from pipeline.engine.loop import Worker
-from pipeline.engine.sample import draw_sample, images_compared, read_sample
-from pipeline.engine.text_tower import bank_of, open_tower
+from pipeline.engine.opening import images_compared, open_backend, spec_of
+from pipeline.engine.sample import draw_sample, read_sample
+from pipeline.engine.text_tower import open_tower
 from pipeline.images.factory import pixel_reader, with_gpu, worker_threads
 from pipeline.images.pool.pool import Decoders
 from pipeline.images.reader import PixelReader
@@ -38,6 +39,7 @@ from pipeline.manifest.ids import check_ids
 from pipeline.manifest.manifest import Manifest, open_manifest
 from pipeline.manifest.overlap import check_places
 from pipeline.models.checkpoint import Checkpoint, as_recorded, open_checkpoint
+from pipeline.models.heads import Head
 from pipeline.storage.base import Storage
 from pipeline.telemetry.clocks import StageClocks
 from pipeline.telemetry.tracing import span
@@ -127,6 +129,7 @@ class Engine:
             self.checkpoint.texts()
         # The model is opened in this thread, the prompts are embedded in another one.
         _ = self._bank
+        _ = self.heads
 
     def open(self, storage: Storage) -> None:
         """Open the reader and the encoder; backend and batch size are measured where the config leaves them open.
@@ -179,6 +182,16 @@ class Engine:
         """Model of the config."""
         with span("model"):
             return as_recorded(open_checkpoint(self.config.model), self._recorded)
+
+    @cached_property
+    def heads(self) -> tuple[Head, ...]:
+        """Heads of the config.
+
+        Raises:
+            ModelError: one cannot be read, or belongs to another model.
+            ConfigError: one of their columns has the name of another one.
+        """
+        return heads_of(self.config, self.checkpoint)
 
     @cached_property
     def spec(self) -> PreprocessSpec:
@@ -334,14 +347,3 @@ class Engine:
 
     def _draw(self, reader: PixelReader, count: int) -> Sample | None:
         return draw_sample(self.manifest, reader, count)
-
-
-def spec_of(config: Config, checkpoint: Checkpoint) -> PreprocessSpec:
-    """Return the preprocessing of the checkpoint with the crop of the config."""
-    return replace(checkpoint.spec, corner=config.images.crop_corner)
-
-
-def open_backend(config: Config, checkpoint: Checkpoint, sample: Draw, size: int) -> ImageEncoder:
-    """Open the backend of the config for batches of ``size``; see :class:`~pipeline.backends.base.BackendFactory`."""
-    opener = factory(config.backend.name)
-    return opener(checkpoint, config.backend, batch_size=size, sample=sample, limits=config.parity)

@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.backends import decoder_parity as decoder_gate
 from pipeline.backends.base import ImageEncoder
 from pipeline.backends.parity import Gate, is_pending, open_reference, pass_gate, record
-from pipeline.config.schema import Config
+from pipeline.config.schema import OUTPUT_COLUMNS, Config
 from pipeline.core.failpoints import failpoint
 from pipeline.core.machine import machine
 from pipeline.core.processes import cores
@@ -23,6 +23,7 @@ from pipeline.engine.sample import FirstBatch, FirstImages, first_images
 from pipeline.engine.text_tower import tower_parity
 from pipeline.engine.texts import tokens_fingerprint
 from pipeline.images.versions import fingerprint as decoding
+from pipeline.models.heads import Head, columns_of
 from pipeline.storage.base import Storage
 from pipeline.telemetry.tracing import span
 
@@ -154,6 +155,7 @@ def job_of(engine: Engine, prepared: Prepared) -> Job:
         manifest=engine.manifest,
         form=parts.format_of(prepared.plan, engine.manifest.schema, prepared.dim),
         bank=engine.bank(),
+        heads=engine.heads,
     )
 
 
@@ -179,7 +181,7 @@ def note(engine: Engine, prepared: Prepared, storage: Storage) -> None:
 
 def fingerprints(engine: Engine) -> dict[str, Any]:
     """Fingerprints of all inputs of the rows; two runs belong to one dataset if these are equal."""
-    config, bank, tower = engine.config, engine.bank(), engine.text_tower
+    config, bank, heads, tower = engine.config, engine.bank(), engine.heads, engine.text_tower
     prints: dict[str, Any] = {
         "model": engine.checkpoint.fingerprint,
         "images": decoding(config.images, engine.jpeg_engine) if engine.has_images else {},
@@ -196,6 +198,18 @@ def fingerprints(engine: Engine) -> dict[str, Any]:
     if tower is not None:
         prints["output"]["columns"] = list(config.manifest.output_columns)
         prints["texts"] = tower.fingerprint | tokens_fingerprint(engine.checkpoint.texts()[1])
+    return with_heads(prints, heads)
+
+
+def with_heads(fingerprints: Mapping[str, Any], heads: Sequence[Head]) -> dict[str, Any]:
+    """The fingerprints of a dataset with the columns of ``heads``, and of no others."""
+    prints = {name: value for name, value in fingerprints.items() if name != "heads"}
+    usual = tuple(name for name in plan.own_columns(prints) if not name.startswith("head_"))
+    prints["output"] = {name: value for name, value in prints["output"].items() if name != "columns"}
+    if heads:
+        prints["heads"] = [head.fingerprint for head in heads]
+    if heads or usual != OUTPUT_COLUMNS:
+        prints["output"]["columns"] = [*usual, *columns_of(heads)]
     return prints
 
 

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.config.schema import Config
 from pipeline.core.records import Failure, ImageRef, Piece, Pixels, Sample, Shard
 from pipeline.images.decode import limit_pixels
 from pipeline.images.factory import SAMPLE_THREADS
@@ -140,8 +139,3 @@ def _refs(manifest: Manifest, reader: ShardReader, file: int, group: int) -> Ite
     piece = Piece(file=file, row_group=group, start=0, stop=rows)
     for batch in reader.read(Shard(index=0, rows=rows, pieces=(piece,))):
         yield from refs(manifest, batch)
-
-
-def images_compared(config: Config) -> int:
-    """Images that a backend is compared on; twice as many where one half is for calibration."""
-    return config.parity.images * (2 if config.backend.quantization == "static" else 1)

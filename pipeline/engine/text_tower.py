@@ -1,36 +1,16 @@
-"""The text tower of an engine: for the labels, once and in fp32, and for the texts of a manifest, batch by batch."""
+"""The text tower of a job with texts, opened and compared with fp32."""
 
 from __future__ import annotations
-
-import torch
 
 from pipeline.backends.base import ImageEncoder
 from pipeline.backends.oom import HalvingEncoder
 from pipeline.backends.streams import count_streams
 from pipeline.backends.text import open_text_encoder, pass_text_gate
 from pipeline.config.schema import Config
-from pipeline.core.processes import cores
-from pipeline.core.records import Parity, TextBank
-from pipeline.engine.demo import folder as demo
+from pipeline.core.records import Parity
 from pipeline.engine.texts import first_texts
 from pipeline.manifest.manifest import Manifest
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.models.label_files import read_labels
-from pipeline.models.text import build_bank
-from pipeline.telemetry.tracing import span
-
-
-def bank_of(config: Config, checkpoint: Checkpoint) -> TextBank | None:
-    """Embed the labels of a config, those of the demo for the demo model; None where it has none."""
-    if config.manifest.image is None:
-        # The demo's own labels are of images too.
-        return None
-    # A new thread may have fewer of torch's threads than the machine has cores.
-    torch.set_num_threads(cores())
-    prompts = demo.prompts_of(config)
-    with span("prompts"):
-        labels = read_labels(prompts)
-        return build_bank(checkpoint, labels, prompts, config.labels) if labels.names else None
 
 
 def open_tower(config: Config, checkpoint: Checkpoint) -> HalvingEncoder | None:

@@ -7,6 +7,7 @@ own.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,11 +17,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from numpy.typing import NDArray
 
 from pipeline.core.failpoints import failpoint
 from pipeline.core.plain import plain_array, plain_type
 from pipeline.core.records import Failure, ImageBatch, Shard, ShardRows
 from pipeline.engine.padding import repeats
+from pipeline.images.pool.processes import Abandoned
 from pipeline.manifest.manifest import Manifest
 from pipeline.manifest.shards import ShardReader, cut
 from pipeline.models.tokens import Tokenizer
@@ -31,6 +34,8 @@ SHORT = 32
 LONGEST = 16_384
 # Texts that are tokenized at a time.
 CHUNK = 1024
+# Positions of some texts, and their tokens.
+_Some = tuple[NDArray[np.int64], torch.Tensor]
 # Texts that the text tower is compared with fp32 on, and rows that are searched for them.
 COMPARED, SEARCHED = 16, 512
 
@@ -80,13 +85,15 @@ class Texts:
         # Beside images, the loader reads the other columns.
         others = () if manifest.image else manifest.schema.names
         self._reader = ShardReader(manifest, columns=(*others, manifest.text))
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="texts")
+        self._thread = ThreadPoolExecutor(1, "texts", initializer=_take, initargs=(device,))
         self._begun: dict[int, Future[ShardTexts]] = {}
+        self._stopped = threading.Event()
 
     def __enter__(self) -> Texts:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._stopped.set()
         self._thread.shutdown(wait=True, cancel_futures=True)
         self._reader.close()
 
@@ -121,6 +128,7 @@ class Texts:
         read, cells = list[pa.RecordBatch](), list[str | Failure]()
         for batch in self._reader.read(shard):
             failpoint("rows")
+            self._go_on()
             read.append(pa.RecordBatch.from_arrays([batch.column(name) for name in schema.names], schema=schema))
             cells += _cells(batch.column(self._manifest.text))
         missing, repeated, first = dict[int, Failure](), dict[int, int](), dict[str, int]()
@@ -133,26 +141,30 @@ class Texts:
         truncated = len(cut_off) + sum(earlier in cut_off for earlier in repeated.values())
         return ShardTexts(shard, pa.Table.from_batches(read, schema), tuple(batches), missing, repeated, truncated)
 
+    def _go_on(self) -> None:
+        if self._stopped.is_set():
+            raise Abandoned
+
     def _batches(self, shard: Shard, first: Mapping[str, int]) -> tuple[list[ImageBatch], set[int]]:
         """Batches of texts by the position of each, and the positions of those that are cut."""
-        narrow, wide, cut_off = list[tuple[int, torch.Tensor]](), list[tuple[int, torch.Tensor]](), set[int]()
+        narrow, wide, cut_off = list[_Some](), list[_Some](), set[int]()
         left = iter(first.items())
         while some := list(islice(left, CHUNK)):
+            self._go_on()
             tokens, whole = tokenize(self._tokenizer, [text for text, _ in some])
-            short = _are_short(tokens, self._tokenizer)
-            for (_, position), row, is_short, is_whole in zip(some, tokens, short, whole, strict=True):
-                (narrow if is_short else wide).append((position, row[:, :SHORT] if is_short else row))
-                cut_off |= set() if is_whole else {position}
-        batches = []
-        for kind in (narrow, wide):
-            for start in range(0, len(kind), self._batch_size):
-                part = kind[start : start + self._batch_size]
-                stacked = torch.stack([row for _, row in part])
+            rows, short = np.array([position for _, position in some]), _are_short(tokens, self._tokenizer)
+            cut_off |= {int(row) for row, is_whole in zip(rows, whole, strict=True) if not is_whole}
+            narrow.append((rows[short.numpy()], tokens[short][:, :, :SHORT]))
+            wide.append((rows[~short.numpy()], tokens[~short]))
+        batches = list[ImageBatch]()
+        for kind in (narrow, wide) if first else ():
+            rows, tokens = np.concatenate([rows for rows, _ in kind]), torch.cat([tokens for _, tokens in kind])
+            for start in range(0, len(rows), self._batch_size):
+                part = tokens[start : start + self._batch_size]
                 if len(part) < self._batch_size:
-                    stacked = torch.cat([stacked, stacked[repeats(len(part), self._batch_size)]])
-                rows = np.array([position for position, _ in part], dtype=np.int64)
-                tokens = stacked.pin_memory() if self._pinned else stacked
-                batches.append(ImageBatch(shard=shard, rows=rows, pixels=tokens, slot=-1))
+                    part = torch.cat([part, part[repeats(len(part), self._batch_size)]])
+                part = part.pin_memory() if self._pinned else part
+                batches.append(ImageBatch(shard, rows[start : start + self._batch_size], part, slot=-1))
         return batches, cut_off
 
 
@@ -183,6 +195,12 @@ class TextLoader:
 
     def release(self, batch: ImageBatch) -> None:
         """Do nothing: a batch has memory of its own."""
+
+
+def _take(device: torch.device) -> None:
+    if device.type == "cuda":
+        # Pinned memory belongs to the current device of a thread.
+        torch.cuda.set_device(device)
 
 
 def tokenize(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[torch.Tensor, list[bool]]:
@@ -222,13 +240,12 @@ def _widths(tokenizer: Tokenizer) -> list[int]:
     return [longest] if tokenizer.padded or longest <= SHORT else [SHORT, longest]
 
 
-def _are_short(tokens: torch.Tensor, tokenizer: Tokenizer) -> list[bool]:
+def _are_short(tokens: torch.Tensor, tokenizer: Tokenizer) -> torch.Tensor:
     """Which texts fit into :data:`SHORT` tokens, by their own tokens alone; none where padding is part of the text."""
     if len(_widths(tokenizer)) == 1:
-        return [False] * len(tokens)
+        return torch.zeros(len(tokens), dtype=torch.bool)
     # From the last place on: some tokenizers pad with the token that ends a text.
-    fits: list[bool] = (tokens[:, 0, SHORT - 1 :] == tokenizer.pad_id).all(dim=1).tolist()
-    return fits
+    return (tokens[:, 0, SHORT - 1 :] == tokenizer.pad_id).all(dim=1)
 
 
 def _cells(column: pa.Array) -> list[str | Failure]:

@@ -17,14 +17,17 @@ from pipeline.storage.urls import from_here, local_file
 DEMO_FOLDER = Path(__file__).resolve().parents[1] / "engine" / "demo" / "model"
 TOKENIZER_FILES = (
     *("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "tokenizer.model"),
-    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("sentencepiece.bpe.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
 )
 # Files of a checkpoint that are read, and those that tell another library's layout. A second file of weights is not
 # downloaded.
-WANTED_FILES = (
+_FILES = (
     *(CONFIG, "preprocessor_config.json", "processor_config.json", *TOKENIZER_FILES, WEIGHTS, INDEX),
-    *("modules.json", "open_clip_config.json"),
+    *("modules.json", "open_clip_config.json", "adapter_config.json"),
 )
+# The folder of a CLIP in models of sentence-transformers.
+INNER = "0_CLIPModel"
+WANTED_FILES = (*_FILES, *(f"{INNER}/{name}" for name in _FILES))
 # The hub's own bot adds safetensors to older checkpoints as pull requests; OpenAI's CLIP has them only there.
 # transformers trusts the same author and title.
 CONVERTER, CONVERSION = "SFconvertbot", "Adding `safetensors` variant of this model"
@@ -119,11 +122,11 @@ def find_cached(config: ModelConfig) -> Cached | None:
 
 
 def _snapshot(name: str, revision: str, *files: str) -> Path | None:
-    """The cache's folder of a revision that holds one of the files, by default ``config.json``."""
+    """The cache's folder of a revision that holds one of the files, by default one that begins a checkpoint."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
-    for file in files or (CONFIG,):
+    for file in files or (CONFIG, "modules.json"):
         try:
             found = try_to_load_from_cache(name, file, revision=revision)
         except (HFValidationError, OSError):
@@ -142,7 +145,9 @@ def _pull_requests(name: str) -> list[str]:
 
 
 def _has_weights(folder: Path) -> bool:
-    """True if the weights that are loaded are all in the folder."""
+    """True if the weights that are loaded are all in the folder, or in that of a CLIP in it."""
+    if (folder / INNER).is_dir():
+        return _has_weights(folder / INNER)
     if (folder / WEIGHTS).is_file():
         return True
     shards = shards_of(folder)

@@ -99,7 +99,10 @@ def summarize(folder: str, parts: Sequence[tuple[str, int]], *, id: str, example
             with open_arrow(place) as file:
                 # Not read_table, for which Arrow imports its data sets.
                 parquet = pq.ParquetFile(file, pre_buffer=False)
-                pairs = ["similarity"] if "similarity" in parquet.schema_arrow.names else []
+                # Behind the kept columns, one of which may have the same name.
+                names = parquet.schema_arrow.names
+                own = names[names.index("embedding") :] if "embedding" in names else []
+                pairs = [name for name in ("similarity",) if name in own]
                 columns = [id, "label", "score", *pairs, "status", "error"]
                 table = plain_table(parquet.read(columns=columns, use_threads=False))
         except pa.ArrowException as error:
