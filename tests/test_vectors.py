@@ -142,6 +142,26 @@ def test_heads_give_the_same_in_a_job_and_afterwards_and_are_refused_on_signs(fo
         found.relabel(heads=[path], output=tmp_path / "none")
 
 
+def test_texts_beside_images_are_stored_in_the_same_form(folder: Path, tmp_path: Path) -> None:
+    stored = {"dtype": "int8", "vector": "list", "dims": 64}
+    texts = {"text": "truth", "keep": ["meta"]}
+    run_job(config_for(folder / "m.parquet", tmp_path / "out", output=stored, manifest=texts))
+    table, found = pq.read_table(tmp_path / "out"), opened(str(tmp_path / "out"))
+    assert table["text_embedding"].type == table["embedding"].type == found.form.type
+    images, there = found.form.load(table["embedding"])
+    words, all_rows = found.form.load(table["text_embedding"])
+    assert (there.tolist(), len(all_rows)) == (GOOD, ROWS)
+    cosines = table["similarity"].to_numpy()[GOOD]
+    assert np.allclose(cosines, (images * words[GOOD]).sum(axis=1), atol=1e-6)
+    with open_dataset(tmp_path / "out") as source:
+        source.relabel(["a star"], output=tmp_path / "new").close()
+    columns = ["embedding", "text_embedding", "similarity"]
+    assert pq.read_table(tmp_path / "new").select(columns).equals(table.select(columns))
+    assert verify.main([str(tmp_path / "out")]) == verify.main([str(tmp_path / "new")]) == 0
+    assert convert.main([str(tmp_path / "out"), "--to", "numpy", "--out", str(tmp_path / "numpy")]) == 0
+    assert np.load(tmp_path / "numpy/text_embeddings.npy").dtype == np.int8
+
+
 def test_arrays_hold_what_is_stored(folder: Path, variant: str, tmp_path: Path) -> None:
     assert convert.main([str(folder / variant), "--to", "numpy", "--out", str(tmp_path / "out")]) == 0
     matrix, note = np.load(tmp_path / "out/embeddings.npy"), json.loads((tmp_path / "out/conversion.json").read_text())

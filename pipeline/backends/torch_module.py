@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from packaging.version import Version
@@ -25,10 +26,13 @@ from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.towers import ImageTower, Normaliser
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
+Tower = TypeVar("Tower", bound=torch.nn.Module)
 # Entry of the fingerprint where the compiler chooses kernels by timing them.
 TIMED = {"kernels": "chosen by timing"}
 # The first version whose quantize_ leaves the precision of fp32 products as it is in this process.
 TORCHAO = "0.18"
+# A layer of a transformer, or a stage of another network, by its name in transformers, open_clip and timm.
+_LAYER = re.compile(r"\.(layers?|resblocks|blocks|stages)\.[0-9]+\.")
 log = logging.getLogger(__name__)
 
 
@@ -79,13 +83,17 @@ class QuickNormaliser:
 
 
 def tower_on(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> ImageTower:
-    """Copy the image tower of a checkpoint to a device in ``dtype``; each tensor is copied once."""
-    tower = checkpoint.image
+    """Copy the image tower of a checkpoint to a device in ``dtype``, see :func:`copied`."""
+    return copied(checkpoint.image, device, dtype)
+
+
+def copied(tower: Tower, device: torch.device, dtype: torch.dtype) -> Tower:
+    """Copy a tower to a device in ``dtype``; each tensor is copied once."""
     # Copies of the tensors, which deepcopy takes for those that it would make on the CPU and in full precision.
     made: dict[int, Any] = {}
     for value in tower.parameters():
-        copied = value.detach().to(device=device, dtype=dtype, copy=True)
-        made[id(value)] = torch.nn.Parameter(copied, requires_grad=value.requires_grad)
+        moved = value.detach().to(device=device, dtype=dtype, copy=True)
+        made[id(value)] = torch.nn.Parameter(moved, requires_grad=value.requires_grad)
     for buffer in tower.buffers():
         kind = dtype if buffer.is_floating_point() else buffer.dtype
         made[id(buffer)] = buffer.to(device=device, dtype=kind, copy=True)
@@ -156,7 +164,20 @@ def in_a_layer(module: torch.nn.Module, name: str) -> bool:
     What comes after the pooling has one row for each picture, of which int8 products on CUDA want more than 16; it
     costs nearly nothing either way.
     """
-    return isinstance(module, torch.nn.Linear) and ".encoder.layers." in name
+    return isinstance(module, torch.nn.Linear) and _LAYER.search(name) is not None
+
+
+def need_layers(tower: torch.nn.Module, backend: str) -> None:
+    """Check that :func:`in_a_layer` finds layers.
+
+    Raises:
+        BackendUnavailable: it finds none, so that nothing would be quantized.
+    """
+    if not any(in_a_layer(module, name) for name, module in tower.named_modules()):
+        raise BackendUnavailable(
+            f"backend={backend} finds no linear layers in this image tower that it could quantize; take backend=torch "
+            "with precision=bf16, or backend=onnx_int8"
+        )
 
 
 def count_bytes(module: torch.nn.Module) -> int:

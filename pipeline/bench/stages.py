@@ -213,7 +213,7 @@ class Stages:
         generator = np.random.default_rng(0)
         result = ShardResult(
             rows=ShardRows(shard=shards[0], table=table, failures={}),
-            vectors=form.vectors.encode(generator.standard_normal((count, self._dim)).astype(np.float32)),
+            vectors=form.stored.encode(generator.standard_normal((count, self._dim)).astype(np.float32)),
             top=generator.integers(0, len(names), (count, k)),
             scores=generator.random((count, k), dtype=np.float32),
             names=names,

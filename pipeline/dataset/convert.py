@@ -23,6 +23,7 @@ from pipeline.core.errors import ConfigError, Problem, install_hint
 from pipeline.core.records import OK
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.index import TRAINED, import_faiss, lists_for, spread
+from pipeline.dataset.parts import VECTORS
 from pipeline.dataset.portable import converted, for_datasets, with_wide_decimals
 from pipeline.dataset.vectors import vectors_of
 from pipeline.storage.local import appearing
@@ -92,7 +93,8 @@ def convert(dataset: Dataset, to: str, out: Path, *, ivf: bool = False) -> Conve
 def _to_numpy(dataset: Dataset, folder: Path, ivf: bool) -> None:
     """``embeddings.npy``, ``ids.npy`` ``[N]``, and the other columns in ``metadata.parquet``, row by row.
 
-    Embeddings are as they are stored: ``[N, D]``, and uint8 ``[N, D / 8]`` for binary ones.
+    Embeddings are as they are stored: ``[N, D]``, and uint8 ``[N, D / 8]`` for binary ones. Beside images, those of
+    texts are in ``text_embeddings.npy``, with NaN where a row has no text; of int8 and binary, zeros.
     """
     count, kind, form = dataset.vectors, _id_type(dataset), dataset.form
     shape = (count, form.width)
@@ -101,9 +103,11 @@ def _to_numpy(dataset: Dataset, folder: Path, ivf: bool) -> None:
         _array(folder / "ids.npy", (count,), kind) as ids,
         closing(_rows(dataset)) as tables,
         _metadata(dataset, folder) as metadata,
+        _text_array(dataset, folder / "text_embeddings.npy", shape) as texts,
     ):
         for table in tables:
-            matrix(vectors_of(table["embedding"], form.width)[0])
+            texts(table)
+            matrix(vectors_of(table[dataset.column], form.width)[0])
             ids(table[dataset.id].to_numpy())
             metadata(table)
 
@@ -120,7 +124,7 @@ def _to_faiss(dataset: Dataset, folder: Path, ivf: bool) -> None:
         index.train(spread(dataset, min(dataset.vectors, TRAINED * lists))[0])
     with closing(_rows(dataset)) as tables, _metadata(dataset, folder) as metadata:
         for table in tables:
-            index.add(np.ascontiguousarray(dataset.form.load(table["embedding"])[0]))
+            index.add(np.ascontiguousarray(dataset.form.load(table[dataset.column])[0]))
             metadata(table)
     faiss.write_index(index, str(folder / "vectors.faiss"))
 
@@ -130,7 +134,7 @@ def _to_binary_faiss(dataset: Dataset, folder: Path, faiss: Any) -> None:
     index = faiss.IndexBinaryFlat(dataset.dim)
     with closing(_rows(dataset)) as tables, _metadata(dataset, folder) as metadata:
         for table in tables:
-            index.add(np.ascontiguousarray(vectors_of(table["embedding"], dataset.form.width)[0]))
+            index.add(np.ascontiguousarray(vectors_of(table[dataset.column], dataset.form.width)[0]))
             metadata(table)
     faiss.write_index_binary(index, str(folder / "vectors.faiss"))
 
@@ -203,7 +207,7 @@ def _rows(dataset: Dataset) -> Generator[pa.Table, None, None]:
     """The rows of every part that have an embedding, with all columns."""
     with closing(dataset.stream(dataset.schema.names)) as tables:
         for table in tables:
-            yield table.filter(pc.is_valid(table["embedding"]))
+            yield table.filter(pc.is_valid(table[dataset.column]))
 
 
 def _id_type(dataset: Dataset) -> np.dtype[Any]:
@@ -232,9 +236,29 @@ def _array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Iterator
 
 
 @contextmanager
+def _text_array(dataset: Dataset, path: Path, shape: tuple[int, ...]) -> Iterator[Callable[[pa.Table], object]]:
+    """Write the embeddings of texts beside images, by a function that takes the next table; nothing without them."""
+    name = "text_embedding"
+    if name not in dataset.own_columns or dataset.column == name:
+        yield lambda table: None
+        return
+    form = dataset.form
+    with _array(path, shape, form.element) as write:
+
+        def add(table: pa.Table) -> None:
+            rows = np.full((table.num_rows, form.width), np.nan if form.exact else 0, dtype=form.element)
+            vectors, there = vectors_of(table[name], form.width)
+            rows[there] = vectors
+            write(rows)
+
+        yield add
+
+
+@contextmanager
 def _metadata(dataset: Dataset, folder: Path) -> Iterator[Callable[[pa.Table], None]]:
     """Write ``metadata.parquet``, all columns but the embeddings, by a function that takes the next table."""
-    left = [name for name in dataset.schema.names if name not in ("embedding", "status", "error")]
+    unwanted = {*(name for name in VECTORS if name in dataset.own_columns), "status", "error"}
+    left = [name for name in dataset.schema.names if name not in unwanted]
     schema = pa.schema([dataset.schema.field(name) for name in left], metadata=dataset.schema.metadata)
     with pq.ParquetWriter(folder / "metadata.parquet", schema, compression="zstd") as writer:
         yield lambda table: writer.write_table(table.select(left).cast(schema)) if table.num_rows else None
@@ -254,8 +278,8 @@ configs:
 
 # {dataset.url.rstrip("/").rsplit("/", 1)[-1]}
 
-{dataset.vectors:,} image embeddings of length {dataset.dim}, L2-normalised, stored as {dataset.form.dtype}, with
-zero-shot labels. Model: `{about.get("model", "unknown")}`. Rows whose image could not be read are left out:
+{dataset.vectors:,} embeddings of length {dataset.dim}, L2-normalised, stored as {dataset.form.dtype}, with zero-shot
+labels. Model: `{about.get("model", "unknown")}`. Rows without an embedding are left out:
 {dataset.plan.rows - dataset.vectors:,}.
 
 ```python

@@ -20,7 +20,8 @@ from pipeline.core.plain import plain_fields, plain_table, read_batches
 from pipeline.core.records import OK
 from pipeline.dataset import commits, plan
 from pipeline.dataset.commits import Commit
-from pipeline.dataset.vectors import VectorFormat
+from pipeline.dataset.parts import TextVectors, vectors_in
+from pipeline.dataset.vectors import VectorFormat, vectors_of
 from pipeline.storage.base import Storage
 from pipeline.storage.factory import open_storage
 from pipeline.storage.local import LocalStorage
@@ -39,7 +40,8 @@ class Dataset:
     """A finished dataset; ``marker`` is the content of ``_SUCCESS``, which names every part by its digest.
 
     ``schema`` is the schema of its parts with plain types, ``starts`` the row number at which each part begins.
-    ``encoded`` is True if an earlier version wrote other encodings of these types, such as views.
+    ``encoded`` is True if an earlier version wrote other encodings of these types, such as views. ``searched`` is set
+    where another column of embeddings than the usual one is read.
     """
 
     storage: Storage
@@ -49,6 +51,7 @@ class Dataset:
     schema: pa.Schema
     starts: NDArray[np.int64]
     encoded: bool = False
+    searched: str = ""
 
     @property
     def url(self) -> str:
@@ -81,6 +84,11 @@ class Dataset:
         return self.form.dim
 
     @property
+    def column(self) -> str:
+        """Name of the column of embeddings: ``text_embedding`` in a dataset of texts alone."""
+        return self.searched or vectors_in(self.schema)
+
+    @property
     def dtype(self) -> np.dtype[Any]:
         """The type of stored numbers: float32, float16, int8, or uint8 for bits."""
         return self.form.element
@@ -88,7 +96,7 @@ class Dataset:
     @property
     def form(self) -> VectorFormat:
         """The form of stored embeddings."""
-        kind = self.schema.field("embedding").type
+        kind = self.schema.field(self.column).type
         size = kind.list_size if pa.types.is_fixed_size_list(kind) else 0
         return VectorFormat.of(self.plan.fingerprints["output"], size)
 
@@ -202,6 +210,16 @@ def open_dataset(url: str) -> Dataset:
     starts = np.cumsum([0, *(commit.rows for commit in read[:-1])], dtype=np.int64)
     schema = plain_fields(stored)
     return Dataset(storage, found, commits=read, marker=marker, schema=schema, starts=starts, encoded=schema != stored)
+
+
+def text_vectors_of(table: pa.Table, images: NDArray[Any], own: Sequence[str]) -> TextVectors | None:
+    """The embeddings of texts beside those of ``images`` ``[N, width]``; None where ``own`` columns have none."""
+    if "text_embedding" not in own:
+        return None
+    vectors, missing = np.zeros_like(images), np.ones(table.num_rows, dtype=bool)
+    stored, rows = vectors_of(table["text_embedding"], images.shape[1])
+    vectors[rows], missing[rows] = stored, False
+    return TextVectors(vectors, missing)
 
 
 def _table(file: Any, columns: Sequence[str], known: pa.Schema) -> pa.Table:

@@ -24,7 +24,7 @@ _OF_THE_RUN = {
 # Settings that backend=auto chooses.
 _OF_THE_BACKEND = ("name", "precision", "compile", "quantization")
 # Settings with these values are left out, so that plans are those of earlier versions.
-_OFTEN_LEFT_OUT = {"output.dims": None, "output.vector": "fixed"}
+_OFTEN_LEFT_OUT = {"manifest.text": None, "output.dims": None, "output.vector": "fixed"}
 # Addresses that may be relative to the current folder.
 _PLACES = ("manifest.path", "manifest.root", "prompts.path")
 # Addresses of a plan that may move.

@@ -21,13 +21,12 @@ TOKENIZER_FILES = (
 )
 # Files of a checkpoint that are read, and those that tell another library's layout. A second file of weights is not
 # downloaded.
-_FILES = (
+WANTED_FILES = (
     *(CONFIG, "preprocessor_config.json", "processor_config.json", *TOKENIZER_FILES, WEIGHTS, INDEX),
     *("modules.json", "open_clip_config.json", "adapter_config.json"),
 )
 # The folder of a CLIP in models of sentence-transformers.
 INNER = "0_CLIPModel"
-WANTED_FILES = (*_FILES, *(f"{INNER}/{name}" for name in _FILES))
 # The hub's own bot adds safetensors to older checkpoints as pull requests; OpenAI's CLIP has them only there.
 # transformers trusts the same author and title.
 CONVERTER, CONVERSION = "SFconvertbot", "Adding `safetensors` variant of this model"
@@ -227,6 +226,8 @@ def _fetch(name: str, revision: str | None) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=[*files]))
 
     folder = fetch(WANTED_FILES)
+    if (folder / "modules.json").is_file() and not (folder / CONFIG).is_file():
+        fetch([f"{INNER}/{name}" for name in WANTED_FILES])
     shards = [] if (folder / WEIGHTS).is_file() else shards_of(folder)
     # An index that names other places is refused when the weights are opened.
     return fetch([*WANTED_FILES, *shards]) if shards and all("/" not in each for each in shards) else folder
