@@ -16,10 +16,11 @@ from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError, NumericalError, StorageError
 from pipeline.dataset.dataset import open_dataset as opened
 from pipeline.dataset.search import nearest
-from pipeline.dataset.vectors import VectorFormat, cut, described
+from pipeline.dataset.vectors import VectorFormat, cut, described, vectors_of
 from pipeline.engine.recall import RecallSample, recall
 from pipeline.job.main import run_job
 from tests.jobs import DAMAGED, config_for, content, scenes_manifest
+from tests.nights import Collection, healthy, night
 from tests.test_heads import head
 
 ROWS, DIM = 60, 128
@@ -244,3 +245,47 @@ def test_a_list_of_another_length_is_damage(folder: Path, tmp_path: Path) -> Non
     vectors, rows = form.load(column.slice(0, 2))
     assert (vectors.shape, rows.tolist()) == ((1, 3), [0])
     assert form.load(column.slice(1, 1))[0].shape == (0, 3)
+
+
+@pytest.mark.compat("faiss")
+def test_faiss_gets_the_bits(folder: Path, tmp_path: Path) -> None:
+    import faiss
+
+    run_job(config_of(folder / "m.parquet", tmp_path / "bits", {"dtype": "binary"}))
+    assert convert.main([str(tmp_path / "bits"), "--to", "faiss", "--out", str(tmp_path / "out")]) == 0
+    index = faiss.read_index_binary(str(tmp_path / "out/vectors.faiss"))
+    stored = opened(str(tmp_path / "bits"))
+    bits = vectors_of(pq.read_table(tmp_path / "bits")["embedding"])[0]
+    distances, rows = index.search(np.ascontiguousarray(bits[:1]), 5)
+    assert (index.ntotal, rows[0][0], distances[0][0]) == (len(GOOD), 0, 0)
+    scores = nearest(stored, stored.form.decode(bits[:1]), 5)[0].scores
+    assert np.allclose(scores, 1 - 2 * distances[0] / DIM, atol=1e-6)
+    # There is no index of lists for bits.
+    typed = [str(tmp_path / "bits"), "--to", "faiss", "--ivf", "--out", str(tmp_path / "lists")]
+    assert convert.main(typed) == 2
+
+
+def test_nights_carry_rows_as_they_are_stored(tmp_path: Path) -> None:
+    photos = Collection(tmp_path / "images")
+    photos.folder.mkdir()
+    for number in range(6):
+        photos.draw(number, damaged=number == 3)
+    photos.write()
+    config = photos.config(output={"dtype": "int8", "dims": 40, "vector": "list"}, manifest={"shard_rows": 4})
+    first = night(config, tmp_path / "nights", "2026-11-01")
+    photos.draw(1, version=1)
+    photos.write()
+    second = night(config, tmp_path / "nights", "2026-11-02")
+    assert (first.embedded, second.anew, second.kinds["carried"], second.embedded) == (6, "", 5, 1)
+    places = [tmp_path / "nights" / f"date=2026-11-0{day}" for day in (1, 2)]
+    one, two = (pq.ParquetFile(next(place.glob("part-00001-*"))).read(columns=["id", "embedding"]) for place in places)
+    assert one.equals(two)
+    assert opened(str(places[1])).dim == 40
+    assert healthy(places[1])
+
+
+def test_answers_of_the_service_are_floats() -> None:
+    vector = np.array([0.6, 0.0, 0.8, 0.0] * 4, dtype=np.float32) / 2
+    assert np.allclose(VectorFormat("binary", 16).floats(vector), vector)
+    assert VectorFormat("float16", 16).floats(vector) == vector.astype(np.float16).tolist()
+    assert np.allclose(VectorFormat("int8", 2).floats(vector), [1, 0])
