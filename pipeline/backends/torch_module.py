@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable
 from importlib.metadata import version
@@ -29,6 +30,8 @@ Forward = Callable[[torch.Tensor], torch.Tensor]
 TIMED = {"kernels": "chosen by timing"}
 # The first version whose quantize_ leaves the precision of fp32 products as it is in this process.
 TORCHAO = "0.18"
+# A layer of a transformer, or a stage of another network, by its name in transformers, open_clip and timm.
+_LAYER = re.compile(r"\.(encoder\.layers?|resblocks|blocks|stages)\.[0-9]+\.")
 log = logging.getLogger(__name__)
 
 
@@ -156,7 +159,7 @@ def in_a_layer(module: torch.nn.Module, name: str) -> bool:
     What comes after the pooling has one row for each picture, of which int8 products on CUDA want more than 16; it
     costs nearly nothing either way.
     """
-    return isinstance(module, torch.nn.Linear) and ".encoder.layers." in name
+    return isinstance(module, torch.nn.Linear) and _LAYER.search(name) is not None
 
 
 def count_bytes(module: torch.nn.Module) -> int:

@@ -14,7 +14,8 @@ from pipeline.core.errors import ModelError
 from pipeline.doctor.check import Check, Status, Subject
 from pipeline.engine.demo.notes import FACT, WAY_OUT, notes_of
 from pipeline.models.architectures import ARCHITECTURES
-from pipeline.models.hub import DEMO_FOLDER, WANTED_FILES, Cached, find_cached, find_folder
+from pipeline.models.files import is_open_clip
+from pipeline.models.hub import DEMO_FOLDER, Cached, find_cached, find_folder, hub_id, wanted_files
 
 GROUP = "hub and model"
 HUB_SECONDS = 5.0
@@ -30,7 +31,7 @@ def look(subject: Subject) -> Iterator[Check]:
     if constants.HF_HUB_OFFLINE:
         problem = "not checked: HF_HUB_OFFLINE is set"
     elif not (local and subject.quick):
-        problem = hub_problem(None if local else config.name)
+        problem = hub_problem(None if local else hub_id(config))
     if local and (problem or subject.quick):
         yield Check(GROUP, "hub", Status.SKIP, f"{problem or 'not checked'}; this job does not need it")
     elif not problem:
@@ -54,8 +55,8 @@ def _from_hub(config: ModelConfig, problem: str, cache: str) -> Check:
     if problem:
         way_out = f"connect this machine to the hub once, or {OFFLINE}"
         return Check(GROUP, "model", Status.FAIL, f"{fact}, and cannot be downloaded from the hub", way_out)
-    patterns = " ".join(f"'{pattern}'" for pattern in WANTED_FILES)
-    way_out = f"the first run downloads it; ahead of time: hf download {config.name} --include {patterns}"
+    patterns = " ".join(f"'{pattern}'" for pattern in wanted_files(config))
+    way_out = f"the first run downloads it; ahead of time: hf download {hub_id(config)} --include {patterns}"
     return Check(GROUP, "model", Status.WARN, fact, way_out)
 
 
@@ -112,7 +113,7 @@ def _opened(config: ModelConfig, cached: Cached | None) -> Check:
     except ModelError as error:
         way_out = "set model.name to a folder with a checkpoint, or to a model of the hub"
         return Check(GROUP, "model", Status.FAIL, str(error), way_out)
-    if not (folder / "config.json").is_file():
+    if not (folder / "config.json").is_file() and not is_open_clip(folder):
         fact = f"{folder}: no config.json, so this is not a Hugging Face checkpoint"
         way_out = "set model.name to the folder that holds config.json and model.safetensors"
         return Check(GROUP, "model", Status.FAIL, fact, way_out)

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
-from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -326,7 +325,7 @@ class Engine:
 
 def spec_of(config: Config, checkpoint: Checkpoint) -> PreprocessSpec:
     """Return the preprocessing of the checkpoint with the crop of the config."""
-    return replace(checkpoint.spec, corner=config.images.crop_corner)
+    return checkpoint.cropped(config.images.crop_corner)
 
 
 def open_backend(config: Config, checkpoint: Checkpoint, sample: Draw, size: int) -> ImageEncoder:
