@@ -72,15 +72,49 @@ def _clip(vision: dict[str, Any], text: dict[str, Any] | None = None, **more: An
     return {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text or TEXT, **more}
 
 
-# The towers of the published models, with fewer and narrower layers, or the smallest model of timm of the same class.
+def _register() -> None:
+    """Models of timm with fewer and narrower layers, under names of their own; open_clip takes them by name alone."""
+    from timm.models import eva, fastvit, is_model, register_model, vitamin
+
+    def small_fastvit(pretrained: bool = False, **options: Any) -> Any:
+        return fastvit.fastvit_mci0(layers=(1, 1, 1, 1), embed_dims=(16, 32, 64, 128), **options)
+
+    def small_eva02(pretrained: bool = False, **options: Any) -> Any:
+        sizes = {"img_size": 56, "embed_dim": 48, "depth": 2, "ref_feat_shape": (4, 4)}
+        return eva.eva02_tiny_patch14_224(**{**options, **sizes})
+
+    def small_pe_core(pretrained: bool = False, **options: Any) -> Any:
+        sizes = {"img_size": 64, "embed_dim": 48, "depth": 2, "ref_feat_shape": (4, 4)}
+        return eva.vit_pe_core_tiny_patch16_384(**{**options, **sizes, "attn_pool_num_heads": 2})
+
+    def small_vitamin(pretrained: bool = False, **options: Any) -> Any:
+        convolutions = vitamin.VitConvCfg(norm_layer="layernorm2d", norm_eps=1e-6)
+        stages = vitamin.VitCfg(
+            embed_dim=(16, 24, 48), depths=(1, 1, 1), stem_width=16, conv_cfg=convolutions, head_type="1d"
+        )
+        sizes = {"img_size": 64, "embed_dim": 48, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0}
+        return vitamin._create_vitamin(
+            "small_vitamin",
+            embed_cfg=stages,
+            mlp_layer=vitamin.GeGluMlp,
+            class_token=False,
+            **{**options, **sizes, "global_pool": "avg"},
+        )
+
+    for model in (small_fastvit, small_eva02, small_pe_core, small_vitamin):
+        if not is_model(model.__name__):
+            register_model(model)
+
+
+# The towers of the published models, with fewer and narrower layers.
 SHAPES: dict[str, dict[str, Any]] = {
     "ViT": _clip(VISION),
     "ViT-quickgelu": _clip(VISION, quick_gelu=True),
     "SigLIP": _clip(
         _timm("test_vit", 160, "map", "none"), SIGLIP_TEXT, embed_dim=64, init_logit_bias=-10, custom_text=True
     ),
-    "MobileCLIP": _clip(_timm("fastvit_mci0", 256, "avg", None), {**TEXT, "no_causal_mask": True}, custom_text=True),
-    "EVA02": _clip(_timm("eva02_tiny_patch14_224", 224, "token", None), custom_text=True),
+    "MobileCLIP": _clip(_timm("small_fastvit", 64, "avg", None), {**TEXT, "no_causal_mask": True}, custom_text=True),
+    "EVA02": _clip(_timm("small_eva02", 56, "token", None), custom_text=True),
     "CoCa": _clip(
         {**VISION, "attentional_pool": True, "attn_pooler_heads": 4, "attn_pooler_queries": 8, "output_tokens": True},
         {**TEXT, "embed_cls": True, "output_tokens": True},
@@ -89,7 +123,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     ),
     "ConvNeXt": _clip(_timm("test_convnext", 160, "", "linear")),
     "ResNet": _clip({"image_size": 64, "layers": [1, 1, 1, 1], "width": 16, "patch_size": None}),
-    "ViTamin": _clip(_timm("vitamin_small_224", 224, "", "linear"), custom_text=True),
+    "ViTamin": _clip(_timm("small_vitamin", 64, "", "linear"), custom_text=True),
     "CLIPA": _clip(
         {**VISION, "no_ln_pre": True, "pool_type": "avg", "final_ln_after_pool": True},
         {
@@ -101,7 +135,7 @@ SHAPES: dict[str, dict[str, Any]] = {
             "no_causal_mask": True,
         },
     ),
-    "PE-Core": _clip(_timm("vit_pe_core_tiny_patch16_384", 384, "map", None), custom_text=True),
+    "PE-Core": _clip(_timm("small_pe_core", 64, "map", None), custom_text=True),
     "RoBERTa": _clip(VISION, _transformers("roberta", "mean_pooler")),
     "NLLB": _clip(VISION, {**_transformers("m2m_100", "cls_pooler"), "hf_proj_type": "linear"}),
 }
@@ -111,6 +145,7 @@ TEXT_CONFIGS = {"roberta": ROBERTA, "m2m_100": NLLB}
 def write_open_clip(folder: Path, shape: str, **changes: Any) -> Path:
     """A checkpoint of random weights, each of which counts; ``changes`` are those of its ``model_cfg``."""
     library = need_open_clip("the tests")
+    _register()
     values = {**copy.deepcopy(SHAPES[shape]), **changes}
     kind = values["text_cfg"].get("hf_model_name")
     if kind:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -215,6 +216,16 @@ def test_a_folder_of_open_clip_is_named_as_what_it_is(tmp_path: Path, name: str)
     alone = r"no config\.json.*checkpoint of open_clip without its open_clip_config\.json"
     wanted = r"open_clip_config\.json: model_cfg is None" if name.endswith(".json") else alone
     with pytest.raises(ModelError, match=wanted):
+        opened(tmp_path)
+
+
+def test_the_extra_of_open_clip_is_named_where_it_is_not_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {"embed_dim": 24, "vision_cfg": {"width": 48}, "text_cfg": {"width": 32}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": values}))
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    with pytest.raises(ModelError, match=r"needs the library open_clip .*pip install .*\[open_clip\]"):
         opened(tmp_path)
 
 

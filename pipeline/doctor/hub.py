@@ -7,6 +7,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from pipeline.config.schema import DEMO_MODEL, ModelConfig
@@ -65,7 +66,18 @@ def is_local(config: ModelConfig) -> bool:
     folder = config.name == DEMO_MODEL or Path(os.path.expanduser(config.name)).is_dir()
     # Such a name can only be a folder.
     path = config.name.startswith((".", "/", "~")) or config.name.count("/") > 1
-    return folder or path or (config.weights == "random" and config.name in ARCHITECTURES)
+    return folder or path or _needs_no_files(config)
+
+
+def _needs_no_files(config: ModelConfig) -> bool:
+    """Return True for random weights of a model whose config is known here."""
+    if config.weights != "random" or config.name in ARCHITECTURES:
+        return config.weights == "random"
+    if find_spec("open_clip") is None or Path(os.path.expanduser(config.name)).is_dir():
+        return False
+    from pipeline.models.open_clip_models import published
+
+    return published(hub_id(config)) is not None
 
 
 def as_cached(config: ModelConfig) -> ModelConfig | None:
@@ -106,7 +118,7 @@ def hub_problem(name: str | None) -> str:
 
 def _opened(config: ModelConfig, cached: Cached | None) -> Check:
     """Check the files of the model's folder, without opening them."""
-    if config.weights == "random" and config.name in ARCHITECTURES:
+    if _needs_no_files(config):
         return Check(GROUP, "model", Status.OK, f"{config.name} with random weights, which need no download")
     try:
         folder = cached.folder if cached is not None else find_folder(config)

@@ -239,11 +239,16 @@ def _image_sizes(model: Any, values: Mapping[str, Any], spec: PreprocessSpec) ->
         patches = visual.grid_size[0] * visual.grid_size[1]
     return Sizes(
         layers=sum(blocks),
-        heads=max(1, width // int(vision.get("head_width", 64))),
+        heads=max(1, width // int(vision.get("head_width", 64))) if _attends(visual) else 0,
         width=width,
         widest=int(width * float(vision.get("mlp_ratio", 4.0))),
         tokens=1 + (patches or (spec.size[0] // _STRIDE) * (spec.size[1] // _STRIDE)),
     )
+
+
+def _attends(module: torch.nn.Module) -> bool:
+    """True if a part of the module is an attention, by the name of its class."""
+    return any("attention" in type(part).__name__.lower() for part in module.modules())
 
 
 def _depths(trunk: torch.nn.Module) -> list[int]:

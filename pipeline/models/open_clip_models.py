@@ -50,13 +50,49 @@ def build(place: Path | str, values: Mapping[str, Any], config: ModelConfig) -> 
     try:
         with torch.random.fork_rng(devices=[]), nullcontext() if random else _Unset():
             torch.manual_seed(config.seed)
-            return kind(**given).eval().requires_grad_(False)
+            model = kind(**given).eval().requires_grad_(False)
     # A library raises anything for values that it does not expect.
     except Exception as error:
         raise ModelError(
             f"{place}: open_clip builds no model of model_cfg ({first_line(error)}); copy the file from the original "
             "checkpoint"
         ) from error
+    for module in model.modules():
+        if type(module) is torch.nn.MultiheadAttention:
+            module.__class__ = _Attention
+    return model
+
+
+class _Attention(torch.nn.MultiheadAttention):
+    """torch's attention without its short cut for inference, which hides from a compiler and a proof what it runs."""
+
+    def forward(self, query: Any, key: Any, value: Any, need_weights: bool = False, attn_mask: Any = None) -> Any:
+        """Attend to batches ``[N, T, W]``, as open_clip calls it."""
+        # The same tensors stay the same ones, for which one product makes all parts.
+        keys = key.transpose(0, 1)
+        queries, values = (keys if part is key else part.transpose(0, 1) for part in (query, value))
+        separate = {f"{name}_proj_weight": getattr(self, f"{name}_proj_weight") for name in "qkv"}
+        output, weights = torch.nn.functional.multi_head_attention_forward(
+            queries,
+            keys,
+            values,
+            self.embed_dim,
+            self.num_heads,
+            self.in_proj_weight,
+            self.in_proj_bias,
+            self.bias_k,
+            self.bias_v,
+            self.add_zero_attn,
+            0.0,
+            self.out_proj.weight,
+            self.out_proj.bias,
+            training=False,
+            need_weights=need_weights,
+            attn_mask=attn_mask,
+            use_separate_proj_weight=not self._qkv_same_embed_dim,
+            **(separate if not self._qkv_same_embed_dim else {}),
+        )
+        return output.transpose(0, 1), weights
 
 
 class _Unset(TorchFunctionMode):
@@ -76,7 +112,7 @@ def published(name: str) -> tuple[str, dict[str, Any], dict[str, Any]] | None:
     """
     library: Any = need_open_clip(name)
     pairs = [(model, library.get_pretrained_cfg(model, tag)) for model, tag in library.list_pretrained()]
-    hubs = [(model, tag) for model, tag in pairs if str(tag.get("hf_hub", "")).rstrip("/") == name]
+    hubs = [(model, tag) for model, tag in pairs if "/".join(str(tag.get("hf_hub")).split("/")[:2]) == name]
     # Some weights serve two models; their repository is called after one.
     hubs.sort(key=lambda pair: pair[0] != name.rpartition("/")[2])
     tags = hubs or [(model, tag) for model, tag in pairs if model == name]
