@@ -1,7 +1,8 @@
 """Offline batch inference for CLIP-style models: images in, embeddings and labels out.
 
 For programs and notebooks: :func:`embed`, :func:`embed_texts`, :func:`open_dataset`, the :class:`Dataset` that comes of
-them, and :class:`PipelineError`, from which every foreseen error descends (see :mod:`pipeline.core.errors`).
+them, :func:`save_head` for models of embeddings, and :class:`PipelineError`, from which every foreseen error descends
+(see :mod:`pipeline.core.errors`).
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pipeline.api.dataset import Dataset
     from pipeline.api.embed import embed, embed_texts, open_dataset
+    from pipeline.api.heads import save_head
     from pipeline.core.errors import PipelineError
 
-__all__ = ["Dataset", "PipelineError", "embed", "embed_texts", "open_dataset"]
+__all__ = ["Dataset", "PipelineError", "embed", "embed_texts", "open_dataset", "save_head"]
 __version__ = "0.1.0"
 
 _HOMES = {
@@ -22,6 +24,7 @@ _HOMES = {
     "embed": "pipeline.api.embed",
     "embed_texts": "pipeline.api.embed",
     "open_dataset": "pipeline.api.embed",
+    "save_head": "pipeline.api.heads",
 }
 
 

@@ -113,7 +113,8 @@ def _export(engine: Engine, options: argparse.Namespace) -> Iterator[Artifact]:
         trace = TraceOptions(options.precision, torch.device("cpu"))
         yield traced(checkpoint, trace, store, sample=sample, limits=limits)
         return
-    for tower in TOWERS if options.tower == "both" else (options.tower,):
+    both = TOWERS if checkpoint.text is not None else ("image",)
+    for tower in both if options.tower == "both" else (options.tower,):
         graph = GraphOptions(
             tower=tower,
             precision=options.precision,

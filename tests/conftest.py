@@ -74,11 +74,11 @@ def pytest_collection_finish() -> None:
 
 def load_the_demo_once() -> None:
     """Read the demo's files once a process: no test changes what was opened, and most jobs have this model."""
-    checkpoint: Any = sys.modules.get("pipeline.models.transformers_form")
+    form: Any = sys.modules.get("pipeline.models.transformers_form")
     # Without the module, no test of this run opens a model.
-    if checkpoint is not None:
-        for name in ("load_model", "_tokenizer", "sha256"):
-            setattr(checkpoint, name, _once(getattr(checkpoint, name), checkpoint.DEMO_FOLDER))
+    if form is not None:
+        for module, name in ((form, "load_model"), (form.dual, "_tokenizer"), (form, "sha256")):
+            setattr(module, name, _once(getattr(module, name), form.DEMO_FOLDER))
 
 
 def _once(read: Callable[..., Any], folder: Path) -> Callable[..., Any]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch.nn.functional import interpolate
 from transformers import (
     AutoTokenizer,
     BertTokenizer,
@@ -20,15 +22,36 @@ from transformers import (
     CLIPConfig,
     CLIPModel,
     CLIPProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    CLIPVisionModelWithProjection,
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
+    IJepaConfig,
+    IJepaModel,
+    MetaClip2Config,
+    MetaClip2Model,
     PreTrainedTokenizerFast,
     Siglip2Tokenizer,
     SiglipConfig,
     SiglipModel,
     SiglipProcessor,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTModel,
 )
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.chinese_clip.image_processing_pil_chinese_clip import ChineseCLIPImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from pipeline.config.schema import ModelConfig
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
@@ -42,16 +65,33 @@ VISION = {**TEXT, "hidden_size": 48, "image_size": 32, "patch_size": 8}
 
 @dataclass(frozen=True)
 class Case:
-    """A small checkpoint in a folder, opened here and by transformers; ``padding`` is the family's."""
+    """A small checkpoint in a folder, opened here and by transformers; ``padding`` is the family's.
+
+    ``features`` are the image features of its own library, and ``levels`` the most that pixels differ from its
+    processor's, in levels of 255.
+    """
 
     checkpoint: Checkpoint
     model: Any
     processor: Any
     texts: list[str]
     padding: dict[str, Any]
+    features: Callable[[Any], torch.Tensor] | None = None
+    levels: float = 0.0
 
     def inputs(self, texts: list[str], images: list[Image.Image]) -> dict[str, torch.Tensor]:
         return dict(self.processor(text=texts, images=images, return_tensors="pt", **self.padding))
+
+    def pixels(self, images: list[Image.Image]) -> torch.Tensor:
+        processor = getattr(self.processor, "image_processor", self.processor)
+        pixels: torch.Tensor = processor(images=images, return_tensors="pt")["pixel_values"]
+        return pixels
+
+    def image_features(self, pixels: torch.Tensor) -> torch.Tensor:
+        if self.features is not None:
+            return self.features(self.model(pixel_values=pixels))
+        features: torch.Tensor = self.model.get_image_features(pixel_values=pixels).pooler_output
+        return features
 
 
 def save(model: Any, folder: Path, preprocessor: dict[str, Any]) -> None:
@@ -60,22 +100,25 @@ def save(model: Any, folder: Path, preprocessor: dict[str, Any]) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.2)
-        model.logit_scale.fill_(4.0)
+        if hasattr(model, "logit_scale"):
+            model.logit_scale.fill_(4.0)
         if hasattr(model, "logit_bias"):
             model.logit_bias.fill_(-3.0)
     model.save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
 
 
-def write_clip(folder: Path, *, eos: int | None = None) -> Any:
+def write_clip(folder: Path, *, eos: int | None = None, act: str = "quick_gelu") -> Any:
     tokenizer = AutoTokenizer.from_pretrained(DEMO_FOLDER)
     text = {
         **TEXT,
         "vocab_size": len(tokenizer),
         "max_position_embeddings": 32,
         "eos_token_id": tokenizer.eos_token_id if eos is None else eos,
+        "hidden_act": act,
     }
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config=VISION, projection_dim=24)).eval()
+    vision = {**VISION, "hidden_act": act}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)).eval()
     save(model, folder, {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}})
     tokenizer.save_pretrained(folder)
     return model
@@ -88,6 +131,29 @@ def write_chinese_clip(folder: Path) -> Any:
     model = ChineseCLIPModel(ChineseCLIPConfig(text_config=text, vision_config=VISION, projection_dim=24)).eval()
     save(model, folder, {"size": {"height": 32, "width": 32}, "do_center_crop": False})
     (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
+    return model
+
+
+def write_metaclip(folder: Path) -> Any:
+    """XLM-R's tokenizer, whose EOS is 2, which CLIP's old configs wrote without meaning it."""
+    words = ["▁a", "▁red", "▁circle", "▁photo", "▁of", "▁two", "▁blue", "▁stars", "▁cat", "▁A", "▁un", "▁chat", "▁猫"]
+    ends = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0)]
+    tokenizer = Tokenizer(models.Unigram([*ends, *((word, -1.0) for word in words)], unk_id=3))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.add_special_tokens([*(name for name, _ in ends), "<mask>"])
+    special = [("<s>", 0), ("</s>", 2)]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=special)
+    text = {
+        **TEXT,
+        **{"vocab_size": tokenizer.get_vocab_size(), "max_position_embeddings": 16},
+        **{"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1},
+    }
+    model = MetaClip2Model(MetaClip2Config(text_config=text, vision_config=VISION, projection_dim=24)).eval()
+    save(model, folder, {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}})
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    settings = {**names, "tokenizer_class": "XLMRobertaTokenizer", "model_max_length": 16}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return model
 
 
@@ -141,10 +207,30 @@ def _write_siglip(folder: Path, tokenizer: Tokenizer, ends: dict[str, Any], *, e
     return model
 
 
-def open_clip(folder: Path, *, eos: int | None = None) -> Case:
-    model = write_clip(folder, eos=eos)
+def open_clip(folder: Path, *, eos: int | None = None, act: str = "quick_gelu") -> Case:
+    model = write_clip(folder, eos=eos, act=act)
     processor = CLIPProcessor(CLIPImageProcessorPil.from_pretrained(folder), AutoTokenizer.from_pretrained(folder))
     return Case(open_checkpoint(ModelConfig(name=str(folder))), model, processor, ENGLISH, {"padding": True})
+
+
+def open_sentence_transformers(folder: Path) -> Case:
+    """As clip-ViT-B-32 of sentence-transformers: the CLIP is in a folder of its own."""
+    inner = folder / "0_CLIPModel"
+    inner.mkdir()
+    case = open_clip(inner)
+    kinds = {"0_CLIPModel": "sentence_transformers.models.CLIPModel", "1_N": "sentence_transformers.models.Normalize"}
+    (folder / "1_N").mkdir()
+    modules = [{"idx": i, "name": str(i), "path": path, "type": kind} for i, (path, kind) in enumerate(kinds.items())]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    return replace(case, checkpoint=open_checkpoint(ModelConfig(name=str(folder))))
+
+
+def open_metaclip(folder: Path) -> Case:
+    model = write_metaclip(folder)
+    processor = CLIPProcessor(CLIPImageProcessorPil.from_pretrained(folder), AutoTokenizer.from_pretrained(folder))
+    texts = ["a red circle", "un chat", "A photo of two blue stars", "猫", "a cat " * 20]
+    padding = {"padding": True, "truncation": True}
+    return Case(open_checkpoint(ModelConfig(name=str(folder))), model, processor, texts, padding)
 
 
 def open_chinese_clip(folder: Path) -> Case:
@@ -171,13 +257,112 @@ def open_siglip2(folder: Path) -> Case:
     return Case(open_checkpoint(ModelConfig(name=str(folder))), model, processor, ENGLISH, padding)
 
 
-CASES: dict[str, Callable[[Path], Case]] = {
+Open = Callable[[Path], Case]
+CASES: dict[str, Open] = {
     "clip": open_clip,
     # OpenAI's first configs say that EOS is 2, and mean the highest id.
     "clip-legacy-eos": lambda folder: open_clip(folder, eos=2),
+    # As laion's, whose activation is the exact GELU.
+    "clip-gelu": lambda folder: open_clip(folder, act="gelu"),
+    "sentence-transformers": open_sentence_transformers,
+    "metaclip_2": open_metaclip,
     "chinese_clip": open_chinese_clip,
     "siglip": open_siglip,
     # As google/siglip-so400m-patch14-224.
     "siglip-16-tokens": lambda folder: open_siglip(folder, tokens=16),
     "siglip2": open_siglip2,
+}
+
+
+class Dinov3Reference:
+    """The processor of DINOv3, which needs torchvision: rescaled, resized in float32, then normalised."""
+
+    def __call__(self, images: list[Image.Image], return_tensors: str) -> dict[str, torch.Tensor]:
+        mean, std = (torch.tensor(each).view(3, 1, 1) for each in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+        rows = [torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255 for image in images]
+        # As torchvision.transforms.v2.functional.resize of floating-point tensors.
+        sized = [interpolate(row, (32, 32), mode="bilinear", antialias=True)[0] for row in rows]
+        return {"pixel_values": torch.stack([(row - mean) / std for row in sized])}
+
+
+def vision(model: Any, preprocessor: dict[str, Any], processor: Any, features: Any, **more: Any) -> Open:
+    """A row of an image tower alone; ``model`` makes it, and ``features`` reads them from its output."""
+
+    def opened(folder: Path) -> Case:
+        torch.manual_seed(0)
+        own = model().eval()
+        save(own, folder, preprocessor)
+        # The tower of a classifier.
+        own = getattr(own, "vit", own)
+        read = processor() if processor is Dinov3Reference else processor.from_pretrained(folder)
+        return Case(open_checkpoint(ModelConfig(name=str(folder))), own, read, [], {}, features, **more)
+
+    return opened
+
+
+def cls(output: Any) -> torch.Tensor:
+    token: torch.Tensor = output.last_hidden_state[:, 0]
+    return token
+
+
+def pooled(output: Any) -> torch.Tensor:
+    features: torch.Tensor = output.pooler_output
+    return features
+
+
+SQUARE, CROP = {"height": 32, "width": 32}, {"shortest_edge": 36}
+DINOV2 = {"size": CROP, "crop_size": SQUARE, "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+# Trained on larger pictures than the processor makes, as the published ones are.
+LARGER = {**TEXT, "image_size": 56, "patch_size": 8, "mlp_ratio": 2}
+CLIP_PIXELS = {"size": {"shortest_edge": 32}, "crop_size": SQUARE}
+TOWERS: dict[str, Open] = {
+    "dinov2": vision(lambda: Dinov2Model(Dinov2Config(**LARGER)), DINOV2, BitImageProcessorPil, pooled),
+    "dinov2-swiglu": vision(
+        lambda: Dinov2Model(Dinov2Config(**LARGER, use_swiglu_ffn=True)), DINOV2, BitImageProcessorPil, pooled
+    ),
+    "dinov2_with_registers": vision(
+        lambda: Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**LARGER, num_register_tokens=3)),
+        DINOV2,
+        BitImageProcessorPil,
+        pooled,
+    ),
+    "dinov3_vit": vision(
+        lambda: DINOv3ViTModel(DINOv3ViTConfig(**VISION, num_register_tokens=2)),
+        {"size": SQUARE, "resample": 2},
+        Dinov3Reference,
+        pooled,
+        # Pixels are rounded to 8 bits here between the steps.
+        levels=1.01,
+    ),
+    "vit": vision(lambda: ViTModel(ViTConfig(**VISION)), {"size": SQUARE}, ViTImageProcessorPil, pooled),
+    "vit-classifier": vision(
+        lambda: ViTForImageClassification(ViTConfig(**VISION, num_labels=7)),
+        {"size": 32},
+        ViTImageProcessorPil,
+        cls,
+    ),
+    "ijepa": vision(
+        lambda: IJepaModel(IJepaConfig(**VISION)),
+        {"size": SQUARE},
+        ViTImageProcessorPil,
+        lambda output: output.last_hidden_state.mean(dim=1),
+    ),
+    "clip_vision_model": vision(
+        lambda: CLIPVisionModel(CLIPVisionConfig(**VISION)), CLIP_PIXELS, CLIPImageProcessorPil, pooled
+    ),
+    "clip_vision_model-projection": vision(
+        lambda: CLIPVisionModelWithProjection(CLIPVisionConfig(**VISION, projection_dim=24)),
+        CLIP_PIXELS,
+        CLIPImageProcessorPil,
+        lambda output: output.image_embeds,
+    ),
+    "siglip_vision_model": vision(
+        lambda: SiglipVisionModel(SiglipVisionConfig(**VISION)), {"size": SQUARE}, SiglipImageProcessorPil, pooled
+    ),
+    "siglip_vision_model-mean": vision(
+        lambda: SiglipVisionModel(SiglipVisionConfig(**VISION, vision_use_head=False)),
+        {"size": SQUARE},
+        SiglipImageProcessorPil,
+        lambda output: output.last_hidden_state.mean(dim=1),
+    ),
 }

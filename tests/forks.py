@@ -284,7 +284,7 @@ def _serve() -> None:
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
     from transformers.utils import logging
 
-    from pipeline.models import checkpoint
+    from pipeline.models import transformers_form
 
     Image.init()
     Plugins.instance()
@@ -293,7 +293,7 @@ def _serve() -> None:
     # Most jobs have this model, and each fork a copy of it. Its tokenizer would start threads here, as would a bar.
     load_the_demo_once()
     logging.disable_progress_bar()
-    checkpoint.load_model(checkpoint.DEMO_FOLDER, checkpoint.DEMO_FOLDER)
+    transformers_form.load_model(transformers_form.DEMO_FOLDER, transformers_form.DEMO_FOLDER)
     gc.freeze()
     # Orphans of killed jobs become children of this process, so that none goes unseen.
     ctypes.CDLL(None, use_errno=True).prctl(SUBREAPER, 1, 0, 0, 0)

@@ -24,6 +24,7 @@ from PIL import Image
 
 from pipeline.engine.demo.scenes import SHAPES
 from pipeline.job.main import run_job
+from pipeline.models.heads import read_head
 from pipeline.nightly.store import RUN_SCHEMA
 from tests.conftest import ROOT
 from tests.jobs import config_for, scenes_manifest
@@ -88,7 +89,8 @@ def test_help_says_what_a_script_wants_and_how_it_is_called(
     assert left.value.code == 0
     said = capsys.readouterr().out
     assert f"python jobs/analytics/{name}.py" in said
-    assert "--picture" in said
+    # A head is looked at where it is used: search, sort and plot its column.
+    assert "--picture" in said or name == "train_head"
 
 
 @pytest.mark.slow
@@ -350,3 +352,19 @@ def test_a_machine_without_a_package_is_told_what_to_install(
     assert left.value.code == (
         f"{package} is not installed; these scripts need: pip install -c constraints.txt -e '.[analytics]'"
     )
+
+
+@pytest.mark.compat("sklearn")
+def test_a_head_is_trained_on_kept_truth(
+    load: Callable[[str], Any], store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script, first = load("train_head"), str(store / "date=2026-01-01")
+    out = tmp_path / "circle.json"
+    accuracy = script.main([first, "--truth", "truth", "--contains", "circle", "--out", str(out), "--held-out", "0.5"])
+    assert accuracy > 0.9
+    assert "held-out rows" in capsys.readouterr().out
+    found = read_head(str(out))
+    assert found.columns == ("head_circle",)
+    assert found.model is not None
+    with pytest.raises(SystemExit, match="one value"):
+        script.main([first, "--truth", "truth", "--contains", "no such", "--out", str(out)])

@@ -43,7 +43,7 @@ STATIC = GraphOptions("image", "int8", quantization="static")
 TEXT_INT8 = GraphOptions("text", "int8", quantization="dynamic")
 PLAIN = [GraphOptions("image", fused=False), GraphOptions("text", fused=False)]
 FP16 = [GraphOptions(tower, "fp16", fused=fused) for tower in ("image", "text") for fused in (True, False)]
-FAMILIES = ["clip", "siglip", "chinese_clip"]
+FAMILIES = ["clip", "metaclip_2", "siglip", "chinese_clip"]
 
 
 # Instructions for sums of 8-bit products (x86: AVX-512 VNNI, AVX-VNNI).
@@ -326,8 +326,8 @@ def test_every_family_exports_both_towers(family: Checkpoint, store: ArtifactSto
             assert idle(onnx.load(artifact.file(onnx_export.GRAPH)).graph) == []
         return artifact, artifact.card["facts"]["operators"]
 
-    active = {"clip": ("QuickGelu", "QuickGelu"), "siglip": ("FastGelu", "FastGelu")}.get(
-        family.family, ("QuickGelu", "BiasGelu")
+    active = {"siglip": ("FastGelu", "FastGelu"), "chinese_clip": ("QuickGelu", "BiasGelu")}.get(
+        family.family, ("QuickGelu", "QuickGelu")
     )
     for options, gelu in zip((IMAGE, TEXT), active, strict=True):
         artifact, counts = make(options)
@@ -342,7 +342,7 @@ def test_every_family_exports_both_towers(family: Checkpoint, store: ArtifactSto
     assert tokens == ["batch", "64" if family.family == "siglip" else "tokens"]
 
     # The small vocabularies contain few words.
-    texts = {"clip": label_names(), "siglip": ENGLISH, "chinese_clip": CHINESE}[family.family]
+    texts = {"clip": label_names(), "chinese_clip": CHINESE}.get(family.family, ENGLISH)
     prompts = [[template.replace("{}", text) for template in ("{}", "a photo of a {}", "一张{}")] for text in texts]
     bank = embed_prompts(family, prompts)
     assert np.linalg.norm(bank[0] - bank[1]) > 0.002, "the prompts must not look alike to this test"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,11 @@ from PIL import Image
 from torch.nn.functional import normalize
 from transformers import Siglip2Config, Siglip2Model
 
-from pipeline.config.schema import LabelsConfig, ModelConfig, PromptsConfig
+from pipeline.backends.base import factory
+from pipeline.config.schema import BackendConfig, LabelsConfig, ModelConfig, ParityConfig, PromptsConfig
 from pipeline.core.errors import ModelError
 from pipeline.core.records import Embeddings
+from pipeline.engine.demo.folder import rendered_sample
 from pipeline.engine.demo.scenes import render, sample
 from pipeline.images.preprocess import preprocess
 from pipeline.job.main import run_job
@@ -25,7 +28,8 @@ from pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline.models.label_files import read_labels
 from pipeline.models.labels import label
 from pipeline.models.text import build_bank, embed_prompts
-from tests.families import CASES, Case, open_chinese_clip, write_clip, write_siglip
+from pipeline.models.towers import Normaliser
+from tests.families import CASES, TOWERS, Case, open_chinese_clip, write_clip, write_siglip
 from tests.jobs import config_for, scenes_manifest
 
 IMAGES = [render(sample(5, i), *size) for i, size in enumerate([(90, 64), (48, 71), (32, 32)])]
@@ -34,6 +38,12 @@ IMAGES = [render(sample(5, i), *size) for i, size in enumerate([(90, 64), (48, 7
 @pytest.fixture(scope="module", params=CASES)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     return CASES[request.param](tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="module", params=[*CASES, *TOWERS])
+def images_case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """Of every family, those without texts among them."""
+    return (CASES | TOWERS)[request.param](tmp_path_factory.mktemp("checkpoint"))
 
 
 def pixels_of(checkpoint: Checkpoint, images: list[Image.Image]) -> torch.Tensor:
@@ -56,19 +66,29 @@ def test_tokens_are_those_of_the_family_s_processor(case: Case) -> None:
     assert len({tuple(row.tolist()) for row in tokens["input_ids"]}) == len(case.texts)
 
 
-def test_pixels_are_those_of_the_family_s_processor(case: Case) -> None:
-    found = pixels_of(case.checkpoint, IMAGES)
-    torch.testing.assert_close(found, case.inputs(case.texts, IMAGES)["pixel_values"], atol=1e-6, rtol=0)
+def test_pixels_are_those_of_the_family_s_processor(images_case: Case) -> None:
+    checkpoint = images_case.checkpoint
+    tolerance = 1e-6 + images_case.levels / 255 / min(checkpoint.spec.std)
+    found, expected = pixels_of(checkpoint, IMAGES), images_case.pixels(IMAGES)
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
+
+
+def test_image_features_are_those_of_the_family_s_model(images_case: Case) -> None:
+    checkpoint, pixels = images_case.checkpoint, images_case.pixels(IMAGES)
+    found, expected = checkpoint.image_features(pixels), images_case.image_features(pixels)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    assert found.shape == (3, checkpoint.dim)
+    torch.testing.assert_close(checkpoint.image(pixels), normalize(expected, dim=1), atol=1e-6, rtol=0)
+    assert torch.pdist(normalize(found, dim=1)).min() > 1e-3, "the pictures must not look alike to this test"
 
 
 def test_features_are_those_of_the_family_s_model(case: Case) -> None:
     inputs = case.inputs(case.texts, IMAGES)
-    pixels = inputs.pop("pixel_values")
-    expected = case.model.get_image_features(pixel_values=pixels).pooler_output
-    torch.testing.assert_close(case.checkpoint.image_features(pixels), expected, atol=1e-6, rtol=0)
+    expected = case.image_features(inputs.pop("pixel_values"))
     found = case.checkpoint.text_features(case.checkpoint.tokenize(case.texts))
     torch.testing.assert_close(found, case.model.get_text_features(**inputs).pooler_output, atol=1e-6, rtol=0)
-    assert found.shape == expected.shape == (3, case.checkpoint.dim)
+    assert found.shape == (len(case.texts), case.checkpoint.dim)
+    assert expected.shape == (3, case.checkpoint.dim)
     assert torch.pdist(normalize(found, dim=1)).min() > 1e-3, "the texts must not look alike to this test"
 
 
@@ -86,8 +106,9 @@ def test_pooling_and_projection_are_those_of_the_papers(case: Case) -> None:
         texts = model.text_model.head(text[:, -1])
     else:
         images = model.visual_projection(model.vision_model.post_layernorm(image[:, 0]))
-        place = inputs["attention_mask"].sum(1) - 1 if family == "clip" else torch.zeros(3, dtype=torch.int64)
-        texts = model.text_projection(text[torch.arange(3), place])
+        ended, rows = family in ("clip", "metaclip_2"), len(text)
+        place = inputs["attention_mask"].sum(1) - 1 if ended else torch.zeros(rows, dtype=torch.int64)
+        texts = model.text_projection(text[torch.arange(rows), place])
     checkpoint = case.checkpoint
     own = pixels_of(checkpoint, IMAGES)
     torch.testing.assert_close(checkpoint.image_features(own), images, atol=1e-5, rtol=1e-5)
@@ -98,7 +119,7 @@ def test_scores_are_those_of_the_family_s_model(case: Case, tmp_path: Path) -> N
     prompts = PromptsConfig(labels=case.texts, templates=["{}"], cache=str(tmp_path))
     bank = build_bank(case.checkpoint, read_labels(prompts), prompts, LabelsConfig())
     batch = Embeddings(case.checkpoint.image(pixels_of(case.checkpoint, IMAGES)))
-    found = label(batch, bank, torch.from_numpy(bank.features), top_k=3)
+    found = label(batch, bank, torch.from_numpy(bank.features), top_k=len(case.texts))
     logits = case.model(**case.inputs(case.texts, IMAGES)).logits_per_image
     scores = logits.sigmoid() if case.checkpoint.family == "siglip" else logits.softmax(dim=1)
     torch.testing.assert_close(found.scores, scores.gather(1, found.indices), atol=1e-7, rtol=1e-4)
@@ -124,6 +145,29 @@ def test_the_towers_give_the_same_embeddings_and_share_the_weights(case: Case) -
     assert shared <= {"logit_scale", "logit_bias"}
     assert all(halves[0][name] == halves[1][name] for name in shared)
     assert all(name.startswith(("visi", "visual", "logit")) for name in halves[0])
+
+
+# The lowest cosine to fp32 that a precision must keep with weights of noise, which int8 has few levels for.
+LOWEST = {"fp32": 0.999_99, "bf16": 0.999, "int8": 0.95}
+BACKENDS = [
+    BackendConfig(precision="bf16", device="cpu"),
+    *(BackendConfig(name=name, precision="fp32", device="cpu") for name in ("torchscript", "onnx")),
+    BackendConfig(name="onnx_int8", precision="int8", device="cpu"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.needs("onnx", "onnxscript", "onnxruntime")
+@pytest.mark.parametrize("config", BACKENDS, ids=lambda config: f"{config.name}-{config.precision}")
+def test_backends_hold_parity_for_every_family(images_case: Case, config: BackendConfig, tmp_path: Path) -> None:
+    checkpoint, limits = images_case.checkpoint, ParityConfig(lowest_cosine=LOWEST, mean_cosine=LOWEST)
+    pictures = rendered_sample(checkpoint.spec, 16)
+    config = replace(config, artifacts=str(tmp_path))
+    encoder = factory(config.name)(checkpoint, config, batch_size=16, sample=lambda: pictures, limits=limits)
+    normalise = Normaliser(checkpoint.spec, torch.device("cpu"))
+    expected = images_case.image_features(normalise(pictures.pixels))
+    cosines = (torch.as_tensor(encoder.encode(pictures.pixels)) * normalize(expected, dim=1)).sum(dim=1)
+    assert cosines.min() > LOWEST[config.precision]
 
 
 def test_chinese_clip_cuts_to_52_tokens_and_keeps_the_end(tmp_path: Path) -> None:

@@ -241,6 +241,59 @@ def test_a_folder_of_sentence_transformers_is_named_as_what_it_is(tmp_path: Path
         opened(tmp_path / inner)
 
 
+def modules(folder: Path, *kinds: str, inner: str = "0_CLIPModel") -> None:
+    """A folder of sentence-transformers with a CLIP in it, and what follows."""
+    shutil.copytree(DEMO_FOLDER, folder / inner, dirs_exist_ok=True)
+    entries = [{"path": f"{i}_{kind}", "type": f"sentence_transformers.models.{kind}"} for i, kind in enumerate(kinds)]
+    (folder / "modules.json").write_text(json.dumps([{**entries[0], "path": inner}, *entries[1:]]))
+
+
+@pytest.mark.parametrize(("inner", "kind"), [("0_CLIPModel", "CLIPModel"), ("", "Transformer")])
+def test_a_clip_of_sentence_transformers_is_the_model_in_it(tmp_path: Path, inner: str, kind: str) -> None:
+    modules(tmp_path, kind, "Normalize", inner=inner)
+    assert opened(tmp_path).fingerprint == opened(DEMO_FOLDER).fingerprint
+
+
+def test_what_sentence_transformers_adds_is_refused_by_name(tmp_path: Path) -> None:
+    modules(tmp_path, "CLIPModel", "Dense", "Normalize", "LayerNorm")
+    with pytest.raises(ModelError, match=r"modules\.json: sentence-transformers computes Dense, LayerNorm after"):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize("inner", ["../other", "/etc", "a/b", ".."])
+def test_a_module_outside_of_the_folder_is_not_opened(tmp_path: Path, inner: str) -> None:
+    modules(tmp_path, "CLIPModel")
+    entry = {"path": inner, "type": "sentence_transformers.models.CLIPModel"}
+    (tmp_path / "modules.json").write_text(json.dumps([entry]))
+    with pytest.raises(ModelError, match="of a module is no folder within this one"):
+        opened(tmp_path)
+
+
+def test_an_adapter_alone_is_refused_with_the_call_that_merges_it(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "a/clip"}')
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"x")
+    call = r"holds an adapter .*from_pretrained\('a/clip'\).*PeftModel.*merge_and_unload\(\)\.save_pretrained"
+    with pytest.raises(ModelError, match=call):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("family", "near"),
+    [
+        ("vit_mae", "the nearest is dinov2 or vit"),
+        ("blip", "the nearest is clip, such as openai/clip-vit-base-patch32"),
+        ("altclip", "the nearest is metaclip_2 or siglip"),
+        ("convnext", r"the nearest is dinov2.*open_clip's form \(pip install .*open_clip"),
+        ("clip_text_model", "clip with both of its towers"),
+        ("gpt2", "chinese_clip"),
+    ],
+)
+def test_a_model_type_that_does_not_open_is_named_with_the_nearest(tmp_path: Path, family: str, near: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    with pytest.raises(ModelError, match=f"model_type '{family}' is not supported; supported are clip.*{near}"):
+        opened(tmp_path)
+
+
 def keys(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
     for key, value in values.items():
         yield f"{prefix}{key}"

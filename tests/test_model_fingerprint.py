@@ -37,7 +37,7 @@ def earlier(patch: pytest.MonkeyPatch) -> None:
         tower = {key: value for key, value in raw["vision_config"].items() if key != "vision_use_head"}
         return (fingerprint.digest({**raw, "vision_config": tower}),)
 
-    patch.setattr("pipeline.models.transformers_form.architecture_digests", digests)
+    patch.setattr("pipeline.models.dual.architecture_digests", digests)
 
 
 def adds(*classes: Any) -> Release:

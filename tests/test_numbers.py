@@ -170,7 +170,7 @@ def test_a_score_that_is_no_number_ends_what_made_it(kind: str, value: float) ->
 def test_scores_of_a_job_are_proved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = open_checkpoint(ModelConfig())
     assert are_unit(build_bank(real, read_labels(LABELS), LABELS, LabelsConfig()).features).all()
-    monkeypatch.setattr("pipeline.models.transformers_form.scale_and_bias", lambda name, model: (NAN, 0.0))
+    monkeypatch.setattr("pipeline.models.dual.scale_and_bias", lambda name, model: (NAN, 0.0))
     manifest = scenes_manifest(tmp_path / "m.parquet", 4)
     with pytest.raises(NumericalError, match="shard 0, batch 0: a score is NaN"):
         run_job(config_for(manifest, tmp_path / "out"))

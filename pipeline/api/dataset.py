@@ -188,18 +188,19 @@ class Dataset:
 
     def relabel(
         self,
-        labels: Sequence[str] | Mapping[str, str | Sequence[str] | None] | str | os.PathLike[str],
+        labels: Sequence[str] | Mapping[str, str | Sequence[str] | None] | str | os.PathLike[str] | None = None,
         *,
         templates: Sequence[str] | str | None = None,
         top_k: int | None = None,
         threshold: float | None = None,
+        heads: Sequence[str | os.PathLike[str]] | None = None,
         output: str | os.PathLike[str] | None = None,
         progress: bool = False,
     ) -> Dataset:
-        """Make a dataset of the same embeddings with other labels; no image is read.
+        """Make a dataset of the same embeddings with other labels or heads; no image is read.
 
-        Arguments that are None keep this dataset's settings. ``output`` is that of :func:`~pipeline.embed`. Calls in
-        several threads run one after another.
+        Arguments that are None keep this dataset's settings. ``heads`` are files of :func:`~pipeline.save_head`;
+        ``output`` is that of :func:`~pipeline.embed`. Calls in several threads run one after another.
 
         Raises:
             PipelineError: a setting is wrong, or the model that made the dataset cannot be opened.
@@ -208,11 +209,12 @@ class Dataset:
 
         stored, scratch = self._stored, Scratch() if output is None else None
         place = str(scratch.path / "dataset") if scratch is not None else absolute(os.fspath(output or ""))
-        numbers = {"labels.top_k": top_k, "labels.threshold": threshold}
+        files_of_heads = None if heads is None else [absolute(os.fspath(each)) for each in heads]
+        given = {"labels.top_k": top_k, "labels.threshold": threshold, "labels.heads": files_of_heads}
         prompts, files = prompts_of(labels), ExitStack()
         settings = {
             **label_settings(labels, templates),
-            **{key: value for key, value in numbers.items() if value is not None},
+            **{key: value for key, value in given.items() if value is not None},
             "output.dir": place,
             "report.progress": "bar" if progress else "none",
             "log.level": "warning",

@@ -25,7 +25,8 @@ GAIN = 1.03
 OPERATIONS = {"cpu": 4e10, "cuda": 2e13}
 # Seconds that are guessed for what was not made before: compiling a layer; exporting a graph, and a million of its
 # parameters, besides so many images in fp32 with which it is compared; opening a graph.
-COMPILING, EXPORTING, EXPORTING_MILLION, EXPORT_IMAGES, OPENING = 4.0, 5.0, 0.3, 140, 1.0
+COMPILING = {"cpu": 6.0, "cuda": 4.0}
+EXPORTING, EXPORTING_MILLION, EXPORT_IMAGES, OPENING = 5.0, 0.3, 140, 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +89,7 @@ class Rate:
 def candidates(config: BackendConfig, checkpoint: Checkpoint, device: torch.device) -> list[Candidate]:
     """The candidates on a device, simpler ones first; the first one is eager fp32."""
     sizes = checkpoint.image.sizes
-    compiling = COMPILING * sizes.layers
+    compiling = COMPILING[device.type] * sizes.layers
 
     def named(name: str, precision: str, compile: str = "none") -> BackendConfig:
         return replace(config, name=name, precision=precision, compile=compile, quantization="dynamic")

@@ -6,6 +6,7 @@ import torch
 
 from pipeline.backends.base import Draw, EncoderInfo
 from pipeline.backends.devices import DTYPES, choose
+from pipeline.backends.torch_ahead import Compilation, loaded
 from pipeline.backends.torch_attention import kernels, prove
 from pipeline.backends.torch_module import (
     TIMED,
@@ -38,7 +39,12 @@ def open_encoder(
         pixels = blank(checkpoint, batch_size=batch_size, device=device, dtype=dtype)
         options["attention"] = prove(kernels(tower, pixels), device, dtype)
     forward: Forward = tower
-    if config.compile != "none":
+    if config.compile == "default" and not cuda:
+        pixels = blank(checkpoint, batch_size=batch_size, device=device, dtype=dtype)
+        forward, _ = loaded(
+            Compilation(checkpoint, config, {"compile": config.compile, "precision": precision}, pixels), lambda: tower
+        )
+    elif config.compile != "none":
         pixels = blank(checkpoint, batch_size=batch_size, device=device, dtype=dtype)
         mode = WITHOUT_GRAPHS.get(config.compile, config.compile) if cuda else config.compile
         forward = compiled(tower, mode=mode, pixels=pixels)

@@ -6,6 +6,7 @@ import torch
 
 from pipeline.backends.base import Draw, EncoderInfo
 from pipeline.backends.devices import choose
+from pipeline.backends.torch_ahead import Compilation, loaded
 from pipeline.backends.torch_attention import kernels, prove
 from pipeline.backends.torch_module import (
     TIMED,
@@ -20,6 +21,7 @@ from pipeline.backends.torch_module import (
 )
 from pipeline.config.schema import BackendConfig, ParityConfig
 from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.towers import ImageTower
 
 # Turing, the first GPUs with int8 tensor cores.
 INT8_CAPABILITY = (7, 5)
@@ -30,30 +32,40 @@ def open_encoder(
 ) -> ModuleEncoder:
     """See :class:`~pipeline.backends.base.BackendFactory`."""
     torchao = need_torchao()
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
-
     device, precision = choose(config)
     # Of all other operations. On the CPU converting to bf16 and back costs more than it saves.
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     dynamic = multiplies_int8(device)
-    tower = tower_on(checkpoint, device, dtype)
     options = {"torchao": torchao, "activations": "int8 by row" if dynamic else str(dtype)}
     pixels = blank(checkpoint, batch_size=batch_size, device=device, dtype=dtype)
-    if device.type == "cuda":
+    if device.type == "cpu":
+        whole = Compilation(checkpoint, config, {"activations": options["activations"]}, pixels)
+        forward, weight_bytes = loaded(whole, lambda: _quantized(tower_on(checkpoint, device, dtype), dynamic=dynamic))
+    else:
+        tower = tower_on(checkpoint, device, dtype)
         options |= {"attention": prove(kernels(tower, pixels), device, dtype), **TIMED}
         note_timed("backend=torch_int8")
-    scheme = Int8DynamicActivationInt8WeightConfig() if dynamic else Int8WeightOnlyConfig()
-    quantize_(tower, scheme, filter_fn=in_a_layer)
+        _quantized(tower, dynamic=dynamic)
+        forward, weight_bytes = compiled(tower, mode="default", pixels=pixels), count_bytes(tower)
     info = EncoderInfo(
         "torch_int8",
         precision,
         device,
         batch_size,
-        weight_bytes=count_bytes(tower),
+        weight_bytes=weight_bytes,
         options=options,
         graph=device.type == "cuda" and config.cuda_graph,
     )
-    return ModuleEncoder(compiled(tower, mode="default", pixels=pixels), checkpoint, info, dtype=dtype)
+    return ModuleEncoder(forward, checkpoint, info, dtype=dtype)
+
+
+def _quantized(tower: ImageTower, *, dynamic: bool) -> ImageTower:
+    """The tower itself, with the layers of its transformer in int8."""
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
+
+    scheme = Int8DynamicActivationInt8WeightConfig() if dynamic else Int8WeightOnlyConfig()
+    quantize_(tower, scheme, filter_fn=in_a_layer)
+    return tower
 
 
 def multiplies_int8(device: torch.device) -> bool:

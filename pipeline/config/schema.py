@@ -168,6 +168,7 @@ class LabelsConfig:
     top_k: Annotated[int, Range(1, 1_000)] = 5
     threshold: Annotated[float | None, Range(0, 1, "null for none")] = None
     scoring: Annotated[str, OneOf("auto", "softmax", "sigmoid")] = "auto"
+    heads: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.config.schema import OUTPUT_COLUMNS
 from pipeline.core.concurrency import AHEAD, in_order
 from pipeline.core.errors import NoDataset, StorageError, UnfinishedDataset
 from pipeline.core.plain import plain_fields, plain_table, read_batches
@@ -68,7 +67,12 @@ class Dataset:
     @property
     def kept(self) -> list[str]:
         """The names of the columns kept from the manifest."""
-        return list(self.schema.names[1 : -len(OUTPUT_COLUMNS)])
+        return list(self.schema.names[1 : -len(self.own_columns)])
+
+    @property
+    def own_columns(self) -> tuple[str, ...]:
+        """The names of the pipeline's columns."""
+        return plan.own_columns(self.plan.fingerprints)
 
     @property
     def dim(self) -> int:

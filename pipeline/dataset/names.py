@@ -16,14 +16,14 @@ from pipeline.storage.urls import is_local, local_path
 log = logging.getLogger(__name__)
 
 
-def check_columns(config: Config) -> None:
-    """Check the names of a job's columns, see :func:`check_names`.
+def check_columns(config: Config, own: Sequence[str] = OUTPUT_COLUMNS) -> None:
+    """Check the names of a job's columns, of which ``own`` are the pipeline's, see :func:`check_names`.
 
     Raises:
         ConfigError: readers would take one for another, or for a part of the output's address.
     """
     output, columns = config.output.dir, [config.manifest.id, *config.manifest.keep]
-    check_names(output, [*differing_in_case(columns), *named_like_folders(columns, output)])
+    check_names(output, [*differing_in_case(columns, own), *named_like_folders(columns, output, own)])
 
 
 def check_names(output: str, problems: Sequence[Problem]) -> None:
@@ -38,29 +38,33 @@ def check_names(output: str, problems: Sequence[Problem]) -> None:
         log.warning("%s", problem)
 
 
-def differing_in_case(columns: Sequence[str]) -> Iterator[Problem]:
-    """The columns from the manifest, the id first, that differ in case only from another column of the dataset.
+def differing_in_case(columns: Sequence[str], own: Sequence[str] = OUTPUT_COLUMNS) -> Iterator[Problem]:
+    """The columns from the manifest, the id first, named as another column of the dataset, or differing in case only.
 
     DuckDB, Spark and others ignore the case of names, and read one column where another was meant.
     """
-    taken = {name: "the output" for name in OUTPUT_COLUMNS}
+    taken = {name: "the output" for name in own}
     for place, name in enumerate(columns):
-        same = next((other for other in taken if other != name and other.casefold() == name.casefold()), None)
-        if same is not None:
+        same = next((other for other in taken if other.casefold() == name.casefold()), None)
+        if same == name:
+            yield Problem(
+                _key(place), name, f"is already a column of {taken[name]}", "rename the column in the manifest"
+            )
+        elif same is not None:
             allowed = f"differs in case only from the column {same} of {taken[same]}, and DuckDB, Spark and others "
             allowed += "ignore case, so that they would read one for the other"
             yield Problem(_key(place), name, allowed, "rename the column in the manifest")
         taken.setdefault(name, _key(place))
 
 
-def named_like_folders(columns: Sequence[str], address: str) -> Iterator[Problem]:
+def named_like_folders(columns: Sequence[str], address: str, own: Sequence[str] = OUTPUT_COLUMNS) -> Iterator[Problem]:
     """The columns, the id first, named like a partition such as ``date=2026-11-22`` in the address of a dataset.
 
     Readers of partitioned folders show the value of the folder in place of that of each row.
     """
     place = os.path.abspath(os.path.expanduser(local_path(address))) if is_local(address) else address
     folders = {unquote(folder.partition("=")[0]).casefold(): folder for folder in place.split("/") if "=" in folder}
-    for number, name in enumerate([*columns, *OUTPUT_COLUMNS]):
+    for number, name in enumerate([*columns, *own]):
         folder = folders.get(name.casefold())
         if folder is None:
             continue

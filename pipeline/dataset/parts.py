@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.core.records import OK, ShardRows
-from pipeline.dataset.plan import Plan
+from pipeline.dataset.plan import Plan, own_columns
 
 METADATA_KEY = b"pipeline"
 # Version of the encoding of rows as bytes, part of the fingerprints: raise it when the same rows give other bytes.
@@ -64,20 +64,22 @@ def part_format(
 ) -> PartFormat:
     """Id and kept columns, then the columns of the pipeline; the fingerprints travel as metadata."""
     value = pa.float16() if dtype == "float16" else pa.float32()
-    ours = [
-        pa.field("embedding", pa.list_(pa.field("element", value), dim)),
-        pa.field("label", pa.string()),
-        pa.field("score", pa.float32()),
-        pa.field("top_labels", pa.list_(pa.field("element", pa.string()))),
-        pa.field("top_scores", pa.list_(pa.field("element", pa.float32()))),
-        pa.field("status", pa.string()),
-        pa.field("error", pa.string()),
-    ]
+    types = {
+        "embedding": pa.list_(pa.field("element", value), dim),
+        "label": pa.string(),
+        "top_labels": pa.list_(pa.field("element", pa.string())),
+        "top_scores": pa.list_(pa.field("element", pa.float32())),
+        "status": pa.string(),
+        "error": pa.string(),
+    }
+    own = own_columns(fingerprints)
+    # The score, and those of heads.
+    ours = [pa.field(name, types.get(name, pa.float32())) for name in own]
     text = json.dumps(fingerprints, sort_keys=True, ensure_ascii=False)
     schema = pa.schema([*manifest_schema, *ours], metadata={METADATA_KEY: text.encode()})
     # Embeddings and scores are close to random and ids occur once: a dictionary would make them larger. Statistics of
     # an embedding's numbers help no reader.
-    unlike = {manifest_schema.names[0], "embedding", "score", "top_scores"}
+    unlike = {manifest_schema.names[0], "embedding", "top_scores", *(name for name in own if name not in types)}
     # Of float32 embeddings zstd saves 8 %, and much of the time goes there: a row of 512 is written in 6.1 microseconds
     # with it and in 3.9 without, and read in 5.0 and 3.0. Of float16 ones it saves 9 % for less (6.1 and 5.1, 3.4 and
     # 2.6), and the levels of their lists, which it packs too, weigh twice as much.
@@ -96,7 +98,8 @@ class ShardResult:
     """Embeddings and labels of one shard, by position in it; rows without an embedding hold zeros.
 
     ``vectors`` is ``[N, D]`` in the stored dtype, ``top`` int64 and ``scores`` float32 are ``[N, k]``
-    (k is 0 without labels), ``names`` are the label names that ``top`` points at.
+    (k is 0 without labels), ``names`` are the label names that ``top`` points at. ``values`` are further columns by
+    name, float32 ``[N]``.
     """
 
     rows: ShardRows
@@ -105,6 +108,7 @@ class ShardResult:
     scores: NDArray[np.float32]
     names: tuple[str, ...]
     threshold: float | None
+    values: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
 
 
 def build_table(result: ShardResult, form: PartFormat) -> pa.Table:
@@ -119,6 +123,7 @@ def build_table(result: ShardResult, form: PartFormat) -> pa.Table:
     )
     columns = {name: result.rows.table.column(name) for name in result.rows.table.column_names}
     columns |= {"embedding": vectors, **_labels(result, failed)}
+    columns |= {name: pa.array(values, pa.float32(), mask=failed) for name, values in result.values.items()}
     statuses, errors = [OK] * count, list[str | None]([None]) * count
     for position, failure in failures.items():
         statuses[position], errors[position] = failure.status, short_error(_utf8(failure.error))

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pipeline.config.schema import Config
+from pipeline.config.schema import OUTPUT_COLUMNS, Config
 from pipeline.core.errors import PlanMismatch, short
 from pipeline.dataset.places import moved_root
 from pipeline.dataset.saved_config import recipe_of
@@ -60,6 +60,11 @@ class Plan:
         if self.sources:
             content["sources"] = list(self.sources)
         return (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def own_columns(fingerprints: Mapping[str, Any]) -> tuple[str, ...]:
+    """The columns of a dataset that are the pipeline's, behind the id and the kept ones."""
+    return tuple(fingerprints.get("output", {}).get("columns", OUTPUT_COLUMNS))
 
 
 def count_shards(rows: int, shard_rows: int) -> int:

@@ -13,9 +13,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.config.schema import OUTPUT_COLUMNS
 from pipeline.dataset.parts import METADATA_KEY
-from pipeline.dataset.plan import Plan, source_of
+from pipeline.dataset.plan import Plan, own_columns, source_of
 from pipeline.storage.base import Storage
 from pipeline.storage.retry import retried
 from pipeline.storage.urls import explained, open_arrow
@@ -114,7 +113,8 @@ def _audit_content(url: str, data: bytes | None, plan: Plan, record: PartRecord)
 
 
 def _audit_schema(schema: pa.Schema, plan: Plan, part: str) -> Problem | None:
-    if tuple(schema.names[-len(OUTPUT_COLUMNS) :]) != OUTPUT_COLUMNS:
+    own = own_columns(plan.fingerprints)
+    if tuple(schema.names[-len(own) :]) != own:
         return Problem("wrong schema", f"its part {part} has the columns {', '.join(schema.names)}")
     try:
         found = json.loads((schema.metadata or {}).get(METADATA_KEY, b""))
@@ -132,7 +132,7 @@ def _audit_schema(schema: pa.Schema, plan: Plan, part: str) -> Problem | None:
     wanted_names = [name for place, name in enumerate(wanted["manifest"]["columns"]) if place != 1]
     kind, dtype = schema.field("embedding").type, str(wanted["output"]["dtype"])
     stored = pa.types.is_fixed_size_list(kind) and kind.value_type == pa.type_for_alias(dtype)
-    if schema.names[: -len(OUTPUT_COLUMNS)] != wanted_names or not stored:
+    if schema.names[: -len(own)] != wanted_names or not stored:
         return Problem("wrong schema", f"its part {part} has columns {', '.join(schema.names)}, embeddings of {kind}")
     return None
 

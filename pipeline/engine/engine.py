@@ -9,8 +9,6 @@ from contextlib import ExitStack, suppress
 from functools import cached_property, partial
 from typing import Any
 
-import torch
-
 from pipeline.backends.base import Draw, ImageEncoder, factory
 from pipeline.backends.decoder_parity import PICTURES
 from pipeline.backends.devices import choose_device
@@ -22,10 +20,10 @@ from pipeline.config.schema import BackendConfig, Config
 from pipeline.core.concurrency import aside
 from pipeline.core.errors import ManifestError, ParityError
 from pipeline.core.phases import phase
-from pipeline.core.processes import cores
 from pipeline.core.records import ImageRef, PreprocessSpec, Sample, TextBank
 from pipeline.dataset.names import check_columns
 from pipeline.engine.batch_size import Benchmark, settle_batch_size
+from pipeline.engine.columns import bank_of, heads_of
 from pipeline.engine.demo import folder as demo
 from pipeline.engine.feeder_pool import FeederPool
 from pipeline.engine.feeders import open_feeders
@@ -39,8 +37,7 @@ from pipeline.manifest.ids import check_ids
 from pipeline.manifest.manifest import Manifest, open_manifest
 from pipeline.manifest.overlap import check_places
 from pipeline.models.checkpoint import Checkpoint, as_recorded, open_checkpoint
-from pipeline.models.label_files import read_labels
-from pipeline.models.text import build_bank
+from pipeline.models.heads import Head
 from pipeline.storage.base import Storage
 from pipeline.telemetry.clocks import StageClocks
 from pipeline.telemetry.tracing import span
@@ -127,6 +124,7 @@ class Engine:
         log.info("%s: %d rows in %d files", config.manifest.path, manifest.rows, len(manifest.files))
         # The model is opened in this thread, the prompts are embedded in another one.
         _ = self._bank
+        _ = self.heads
 
     def open(self, storage: Storage) -> None:
         """Open the reader and the encoder; backend and batch size are measured where the config leaves them open.
@@ -168,6 +166,16 @@ class Engine:
         """Model of the config."""
         with span("model"):
             return as_recorded(open_checkpoint(self.config.model), self._recorded)
+
+    @cached_property
+    def heads(self) -> tuple[Head, ...]:
+        """Heads of the config.
+
+        Raises:
+            ModelError: one cannot be read, or belongs to another model.
+            ConfigError: one of their columns has the name of another one.
+        """
+        return heads_of(self.config, self.checkpoint)
 
     @cached_property
     def spec(self) -> PreprocessSpec:
@@ -332,16 +340,6 @@ def open_backend(config: Config, checkpoint: Checkpoint, sample: Draw, size: int
     """Open the backend of the config for batches of ``size``; see :class:`~pipeline.backends.base.BackendFactory`."""
     opener = factory(config.backend.name)
     return opener(checkpoint, config.backend, batch_size=size, sample=sample, limits=config.parity)
-
-
-def bank_of(config: Config, checkpoint: Checkpoint) -> TextBank | None:
-    """Embed the labels of a config, those of the demo for the demo model; None where it has none."""
-    # A new thread may have fewer of torch's threads than the machine has cores.
-    torch.set_num_threads(cores())
-    prompts = demo.prompts_of(config)
-    with span("prompts"):
-        labels = read_labels(prompts)
-        return build_bank(checkpoint, labels, prompts, config.labels) if labels.names else None
 
 
 def images_compared(config: Config) -> int:

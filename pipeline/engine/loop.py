@@ -32,6 +32,7 @@ from pipeline.engine.static_forward import open_forward
 from pipeline.images.factory import worker_threads
 from pipeline.images.reader import PixelReader
 from pipeline.manifest.manifest import Manifest
+from pipeline.models.heads import Head, values_of
 from pipeline.storage.factory import open_storage
 from pipeline.telemetry.clocks import StageClocks
 
@@ -47,6 +48,7 @@ class Job:
     manifest: Manifest
     form: PartFormat
     bank: TextBank | None
+    heads: tuple[Head, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +102,7 @@ def embed(
         number = result.rows.shard.index
         with within(number), clocks.time(Stage.WRITE):
             failpoint("part.build")
-            table = build_table(result, job.form)
+            table = build_table(replace(result, values=values_of(job.heads, result.vectors)), job.form)
             report = commit_part(storage, number, table, job.form, count_statuses(result.rows))
             began = asked.pop(number)
             report = replace(report, repeats=len(result.rows.repeats), began=began, ended=time.time())

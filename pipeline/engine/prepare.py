@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.backends import decoder_parity as decoder_gate
 from pipeline.backends.base import ImageEncoder
 from pipeline.backends.parity import Gate, is_pending, open_reference, pass_gate, record
-from pipeline.config.schema import Config
+from pipeline.config.schema import OUTPUT_COLUMNS, Config
 from pipeline.core.failpoints import failpoint
 from pipeline.core.machine import machine
 from pipeline.core.processes import cores
@@ -21,6 +21,7 @@ from pipeline.engine.engine import Engine
 from pipeline.engine.loop import Job
 from pipeline.engine.sample import FirstBatch, FirstImages, first_images
 from pipeline.images.versions import fingerprint as decoding
+from pipeline.models.heads import Head, columns_of
 from pipeline.storage.base import Storage
 from pipeline.telemetry.tracing import span
 
@@ -148,6 +149,7 @@ def job_of(engine: Engine, prepared: Prepared) -> Job:
         manifest=engine.manifest,
         form=parts.format_of(prepared.plan, engine.manifest.schema, prepared.dim),
         bank=engine.bank(),
+        heads=engine.heads,
     )
 
 
@@ -173,8 +175,8 @@ def note(engine: Engine, prepared: Prepared, storage: Storage) -> None:
 
 def fingerprints(engine: Engine) -> dict[str, Any]:
     """Fingerprints of all inputs of the rows; two runs belong to one dataset if these are equal."""
-    config, bank = engine.config, engine.bank()
-    return {
+    config, bank, heads = engine.config, engine.bank(), engine.heads
+    prints: dict[str, Any] = {
         "model": engine.checkpoint.fingerprint,
         "images": decoding(config.images, engine.jpeg_engine),
         "backend": engine.encoder.fingerprint,
@@ -187,6 +189,17 @@ def fingerprints(engine: Engine) -> dict[str, Any]:
             "layout": parts.LAYOUT,
         },
     }
+    return with_heads(prints, heads)
+
+
+def with_heads(fingerprints: Mapping[str, Any], heads: Sequence[Head]) -> dict[str, Any]:
+    """The fingerprints of a dataset with the columns of ``heads``, and of no others."""
+    prints = {name: value for name, value in fingerprints.items() if name != "heads"}
+    prints["output"] = {name: value for name, value in prints["output"].items() if name != "columns"}
+    if heads:
+        prints["heads"] = [head.fingerprint for head in heads]
+        prints["output"]["columns"] = [*OUTPUT_COLUMNS, *columns_of(heads)]
+    return prints
 
 
 def prompts_fingerprint(config: Config, bank: TextBank) -> dict[str, Any]:

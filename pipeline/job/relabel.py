@@ -10,6 +10,7 @@ from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +18,7 @@ import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 
-from pipeline.config.schema import Config
+from pipeline.config.schema import OUTPUT_COLUMNS, Config
 from pipeline.core.concurrency import in_order
 from pipeline.core.errors import PromptsError
 from pipeline.core.failpoints import failpoint
@@ -28,12 +29,12 @@ from pipeline.core.run_report import RunReport
 from pipeline.dataset import commits, lease, plan
 from pipeline.dataset.commits import Commit
 from pipeline.dataset.dataset import Dataset, vectors_of
-from pipeline.dataset.names import check_names, named_like_folders
+from pipeline.dataset.names import check_names, differing_in_case, named_like_folders
 from pipeline.dataset.parts import LAYOUT, PartFormat, ShardResult, build_table, count_statuses, format_of
 from pipeline.engine.demo.notes import log_notes, notes_of
-from pipeline.engine.prepare import prompts_fingerprint
+from pipeline.engine.prepare import log_labels, prompts_fingerprint, with_heads
 from pipeline.engine.query import labels_of, open_model
-from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.heads import Head, columns_of, read_heads, values_of
 from pipeline.models.labels import label
 from pipeline.models.numbers import check_scores
 from pipeline.models.text import build_bank
@@ -74,8 +75,9 @@ class _Work:
     source: Dataset
     storage: Storage
     form: PartFormat
-    bank: TextBank
-    features: torch.Tensor
+    bank: TextBank | None
+    heads: tuple[Head, ...]
+    features: torch.Tensor | None
     config: Config
     plan: plan.Plan
     clocks: StageClocks
@@ -104,14 +106,21 @@ def relabel(source: Dataset, config: Config, *, began: float | None = None, note
         if notes:
             log_notes(config)
         torch.set_num_threads(cores())
-        bank = read_bank(open_model(source, config.model), config)
-        features = "from the cache" if bank.cached else "embedded and cached"
-        log.info("%s: %d rows; %d labels, text features %s", source.url, source.plan.rows, len(bank.names), features)
-        wanted = plan.settle(storage, _plan(source, config, bank))
+        heads = read_heads(config.labels.heads, source.plan.fingerprints["model"], source.dim)
+        check_names(
+            storage.url, list(differing_in_case([source.id, *source.kept], [*OUTPUT_COLUMNS, *columns_of(heads)]))
+        )
+        bank = read_bank(source, config)
+        log.info("%s: %d rows", source.url, source.plan.rows)
+        log_labels(bank)
+        wanted = plan.settle(storage, _plan(source, config, bank, heads))
         held.confirm()
         plan.write_once(storage, wanted)
         failpoint("plan.settled")
-        work = _work(source, storage, config, bank, wanted)
+        columns = [source.id, *source.kept]
+        form = format_of(wanted, pa.schema([source.schema.field(name) for name in columns]), source.dim)
+        features = None if bank is None else torch.from_numpy(bank.features)
+        work = _Work(source, storage, form, bank, heads, features, config, wanted, StageClocks())
         done = commits.find_done(storage, wanted, held.confirm)
         resumed = sum(commit.rows for commit in done.values())
         if done:
@@ -132,27 +141,34 @@ def relabel(source: Dataset, config: Config, *, began: float | None = None, note
         return report
 
 
-def read_bank(checkpoint: Checkpoint, config: Config) -> TextBank:
-    """The embedded label set of a config, the demo's own for the demo model.
+def read_bank(source: Dataset, config: Config) -> TextBank | None:
+    """The embedded label set of a config, the demo's own for the demo model; None if it names heads alone.
 
     Raises:
-        PromptsError: it names no labels.
+        PromptsError: it names no labels and no heads.
+        ModelError: the model that made the source is not there.
     """
     labels = labels_of(config)
-    if not labels.names:
-        raise PromptsError("no labels: give some, as with 'prompts.labels=[cat,dog]' or prompts.path=labels.csv")
-    return build_bank(checkpoint, labels, config.prompts, config.labels)
+    if labels.names:
+        return build_bank(open_model(source, config.model), labels, config.prompts, config.labels)
+    if not config.labels.heads:
+        raise PromptsError(
+            "no labels: give some, as with 'prompts.labels=[cat,dog]' or prompts.path=labels.csv, or heads, as with "
+            "labels.heads=[aesthetic.json]"
+        )
+    return None
 
 
-def _plan(source: Dataset, config: Config, bank: TextBank) -> plan.Plan:
+def _plan(source: Dataset, config: Config, bank: TextBank | None, heads: tuple[Head, ...]) -> plan.Plan:
     prints = {
         **source.plan.fingerprints,
-        "prompts": prompts_fingerprint(config, bank),
+        "prompts": None if bank is None else prompts_fingerprint(config, bank),
         # The parts are written in this version's layout, whichever version wrote the source.
         "output": {**source.plan.fingerprints["output"], "layout": LAYOUT},
         "source": source.fingerprint,
     }
     about = {**source.plan.about, "model": config.model.name, "source": source.address}
+    prints = with_heads(prints, heads)
     return plan.new_plan(config, prints, rows=source.plan.rows, about=about)
 
 
@@ -170,12 +186,6 @@ class _Labelled:
     changed: int
     began: float
     core_seconds: float
-
-
-def _work(source: Dataset, storage: Storage, config: Config, bank: TextBank, wanted: plan.Plan) -> _Work:
-    columns = [source.id, *source.kept]
-    form = format_of(wanted, pa.schema([source.schema.field(name) for name in columns]), source.dim)
-    return _Work(source, storage, form, bank, torch.from_numpy(bank.features), config, wanted, StageClocks())
 
 
 def _run(work: _Work, done: Mapping[int, Commit], held: lease.Lease) -> _Labelled:
@@ -225,7 +235,7 @@ def _report(work: _Work, labelled: _Labelled, committed: Sequence[Commit], began
         counts=by_status(counts),
         labels=content.labels,
         scores=content.scores,
-        prompts={"labels": len(bank.names), "cached": bank.cached},
+        prompts={} if bank is None else {"labels": len(bank.names), "cached": bank.cached},
         memory=memory(),
         machine=machine("cpu", cores()),
         versions=versions(),
@@ -261,24 +271,36 @@ def _label(work: _Work, commit: Commit, table: pa.Table, columns: list[str]) -> 
         failures = _failures(table, rows)
         vectors = np.zeros((shard.rows, stored.shape[1]), dtype=stored.dtype)
         vectors[rows] = stored
-    k = min(work.config.labels.top_k, len(work.bank.names))
-    top, scores = torch.zeros((shard.rows, k), dtype=torch.int64), torch.zeros((shard.rows, k))
+    top, scores = _score(work, stored, rows, commit)
+    return ShardResult(
+        rows=ShardRows(shard=shard, table=table.select(columns), failures=failures),
+        vectors=vectors,
+        top=top,
+        scores=scores,
+        names=() if work.bank is None else work.bank.names,
+        values=values_of(work.heads, vectors),
+        threshold=work.config.labels.threshold,
+    )
+
+
+def _score(
+    work: _Work, stored: NDArray[Any], rows: NDArray[np.int64], commit: Commit
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """The best labels and their scores of each row of the shard, ``[N, k]``; ``rows`` are those of ``stored``."""
+    bank, features = work.bank, work.features
+    if bank is None or features is None:
+        return np.zeros((commit.rows, 0), dtype=np.int64), np.zeros((commit.rows, 0), dtype=np.float32)
+    k = min(work.config.labels.top_k, len(bank.names))
+    top, scores = torch.zeros((commit.rows, k), dtype=torch.int64), torch.zeros((commit.rows, k))
     size = min(MOST, int(work.source.plan.fingerprints["batch_size"]))
     for start in range(0, len(rows), size):
         places = torch.from_numpy(rows[start : start + size])
         # Copied: Arrow's memory is read-only, of which torch warns.
         batch = torch.from_numpy(stored[start : start + size].astype(np.float32))
-        found = label(Embeddings(batch), work.bank, work.features, top_k=k)
+        found = label(Embeddings(batch), bank, features, top_k=k)
         check_scores(found.scores, f"shard {commit.shard}")
         top[places], scores[places] = found.indices, found.scores
-    return ShardResult(
-        rows=ShardRows(shard=shard, table=table.select(columns), failures=failures),
-        vectors=vectors,
-        top=top.numpy(),
-        scores=scores.numpy(),
-        names=work.bank.names,
-        threshold=work.config.labels.threshold,
-    )
+    return top.numpy(), scores.numpy()
 
 
 def _failures(table: pa.Table, rows: NDArray[np.int64]) -> dict[int, Failure]:

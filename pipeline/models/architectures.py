@@ -74,8 +74,16 @@ def _squeezed(side: int, resample: int) -> dict[str, Any]:
     }
 
 
+def _imagenet(preprocessor: dict[str, Any]) -> dict[str, Any]:
+    return {**preprocessor, "image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)}
+
+
 CLIP_PREPROCESSOR = _cropped(224)
 SIGLIP_PREPROCESSOR = _squeezed(224, BICUBIC)
+VIT_PREPROCESSOR = _squeezed(224, BILINEAR)
+DINOV3_PREPROCESSOR = _imagenet(VIT_PREPROCESSOR)
+# The shorter edge to 256, then the centre.
+DINOV2_PREPROCESSOR = _imagenet({**CLIP_PREPROCESSOR, "size": {"shortest_edge": 256}})
 # The whole picture, squeezed into a square: image_transform in OFA-Sys/Chinese-CLIP.
 CHINESE_CLIP_PREPROCESSOR: dict[str, Any] = {
     **CLIP_PREPROCESSOR,

@@ -6,16 +6,41 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import ModelError, PipelineError
+from pipeline.core.records import PreprocessSpec
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 # In the order in which open_clip takes them.
 OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", WEIGHTS)
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """What was read of a checkpoint besides its model: ``values`` of its config, and digests of its ``weights``."""
+
+    folder: Path
+    spec: PreprocessSpec
+    values: dict[str, Any]
+    weights: dict[str, str]
+
+
+def check_side(name: str, spec: PreprocessSpec, side: int) -> None:
+    """Hold the preprocessing against the side of the pictures that a model takes.
+
+    Raises:
+        ModelError: it gives others.
+    """
+    if spec.size != (side, side):
+        raise ModelError(
+            f"{name}: the preprocessor makes pictures of {spec.size[0]} x {spec.size[1]} pixels, "
+            f"the model takes {side} x {side}; config.json and preprocessor_config.json belong to different checkpoints"
+        )
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -33,6 +33,10 @@ _SIZES = (
     *("intermediate_size", "layer_norm_eps", "logit_scale_init_value", "max_position_embeddings", "model_type"),
     *("num_attention_heads", "num_channels", "num_hidden_layers", "pad_token_id", "patch_size", "projection_dim"),
     *("projection_size", "type_vocab_size", "vocab_size"),
+    # Of image towers alone.
+    *("key_bias", "layerscale_value", "mlp_bias", "mlp_ratio", "num_register_tokens", "pooler_act"),
+    *("pooler_output_size", "proj_bias", "qkv_bias", "query_bias", "rope_theta", "use_gated_mlp", "use_swiglu_ffn"),
+    *("value_bias",),
 )
 # Written in towers as well, where they say nothing.
 _OF_TOWERS: dict[str, Any] = {"_name_or_path": "", "architectures": None, "dtype": "float32"}

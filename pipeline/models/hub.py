@@ -26,14 +26,17 @@ from pipeline.storage.urls import from_here, local_file
 DEMO_FOLDER = Path(__file__).resolve().parents[1] / "engine" / "demo" / "model"
 TOKENIZER_FILES = (
     *("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "tokenizer.model"),
-    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("sentencepiece.bpe.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
 )
 # Files of a checkpoint that are read, and those that tell another library's layout. A second file of weights is not
 # downloaded.
-WANTED_FILES = (
+_FILES = (
     *(CONFIG, "preprocessor_config.json", "processor_config.json", *TOKENIZER_FILES, WEIGHTS, INDEX),
-    *("modules.json", OPEN_CLIP_CONFIG, "text_tower/config.json"),
+    *("modules.json", OPEN_CLIP_CONFIG, "text_tower/config.json", "adapter_config.json"),
 )
+# The folder of a CLIP in models of sentence-transformers.
+INNER = "0_CLIPModel"
+WANTED_FILES = (*_FILES, *(f"{INNER}/{name}" for name in _FILES))
 # open_clip spells ids of the hub so; its own form is meant then, where the hub has two of a model.
 OPEN_CLIP_PREFIX = "hf-hub:"
 # The hub's own bot adds safetensors to older checkpoints as pull requests; OpenAI's CLIP has them only there.
@@ -143,11 +146,11 @@ def find_cached(config: ModelConfig) -> Cached | None:
 
 
 def _snapshot(name: str, revision: str, *files: str) -> Path | None:
-    """The cache's folder of a revision that holds one of the files, by default a config."""
+    """The cache's folder of a revision that holds one of the files, by default one that begins a checkpoint."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
-    for file in files or (CONFIG, OPEN_CLIP_CONFIG):
+    for file in files or (CONFIG, OPEN_CLIP_CONFIG, "modules.json"):
         try:
             found = try_to_load_from_cache(name, file, revision=revision)
         except (HFValidationError, OSError):
@@ -166,7 +169,9 @@ def _pull_requests(name: str) -> list[str]:
 
 
 def _has_weights(config: ModelConfig, folder: Path) -> bool:
-    """True if the weights that are loaded are all in the folder."""
+    """True if the weights that are loaded are all in the folder, or in that of a CLIP in it."""
+    if (folder / INNER).is_dir():
+        return _has_weights(config, folder / INNER)
     if config.name.startswith(OPEN_CLIP_PREFIX) or is_open_clip(folder):
         return any((folder / name).is_file() for name in OPEN_CLIP_WEIGHTS)
     if (folder / WEIGHTS).is_file():

@@ -9,13 +9,24 @@ from typing import Any
 
 from pipeline.core.errors import ModelError
 from pipeline.core.records import PreprocessSpec
-from pipeline.models.architectures import CLIP_PREPROCESSOR, SIGLIP_PREPROCESSOR
+from pipeline.models.architectures import (
+    CLIP_PREPROCESSOR,
+    DINOV3_PREPROCESSOR,
+    SIGLIP_PREPROCESSOR,
+    VIT_PREPROCESSOR,
+)
 from pipeline.models.files import is_number, read_json
 
+# Families whose processors crop by default, and read a bare size as the shorter edge. DINOv2's is BiT's, with the
+# defaults of CLIP's.
+_CROPPED = ("clip", "chinese_clip", "metaclip_2", "clip_vision_model", "dinov2", "dinov2_with_registers")
 # The defaults of transformers' image processors.
-_DEFAULTS = {"clip": CLIP_PREPROCESSOR, "chinese_clip": CLIP_PREPROCESSOR, "siglip": SIGLIP_PREPROCESSOR}
-# Families whose processors crop by default, and read a bare size as the shorter edge.
-_CROPPED = ("clip", "chinese_clip")
+_DEFAULTS = {
+    **dict.fromkeys(_CROPPED, CLIP_PREPROCESSOR),
+    **dict.fromkeys(("siglip", "siglip_vision_model"), SIGLIP_PREPROCESSOR),
+    **dict.fromkeys(("vit", "ijepa"), VIT_PREPROCESSOR),
+    "dinov3_vit": DINOV3_PREPROCESSOR,
+}
 # The filters of Pillow by number: nearest, Lanczos, bilinear, bicubic, box, Hamming.
 _FILTERS = range(6)
 # No picture of a model is larger.

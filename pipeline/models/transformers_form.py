@@ -1,101 +1,33 @@
-"""Checkpoints in the layout of transformers: dual encoders of images and texts."""
+"""Checkpoints in the layout of transformers, by the ``model_type`` of their config."""
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig
 
 from pipeline.config.schema import ModelConfig
 from pipeline.core.concurrency import aside
 from pipeline.core.errors import ModelError
 from pipeline.core.log_format import silence
-from pipeline.core.records import PreprocessSpec
+from pipeline.models import dual, vision
 from pipeline.models.architectures import ARCHITECTURES
 from pipeline.models.config_check import open_config
-from pipeline.models.files import CONFIG, explain_other_layout, guarded, loaded_weights, read_json
-from pipeline.models.fingerprint import digests as architecture_digests
-from pipeline.models.hub import DEMO_FOLDER, TOKENIZER_FILES, find_weights
-from pipeline.models.numbers import scale_and_bias
+from pipeline.models.files import CONFIG, Read, explain_other_layout, guarded, loaded_weights, read_json
+from pipeline.models.hub import DEMO_FOLDER, find_weights
+from pipeline.models.other_forms import model_folder, nearest
 from pipeline.models.preprocessor import read_spec, to_spec
 from pipeline.models.record import Checkpoint
-from pipeline.models.tokens import Tokenizer
-from pipeline.models.towers import ImageTower, Sizes, TextTower, without
 from pipeline.models.trust import check_config
-from pipeline.models.weights import check_tensors, load_model
+from pipeline.models.weights import PLAIN, check_tensors, load_model
 from pipeline.storage.base import sha256
 
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """Properties of all checkpoints of one ``model_type``, as they were trained.
-
-    A tokenizer can be read from any of the files ``vocabularies``. The embedding of ``projected`` families has
-    ``projection_dim`` values, of others the width of the image tower. ``masked`` families use the attention mask,
-    ``padded`` ones pad every text to the full length, and ``lowered`` ones take texts in lower case. ``tokens`` is the
-    length in tokens that texts are cut to, where the text tower could take more; ``fusion`` is its graph's, see
-    :class:`~pipeline.models.towers.Sizes`.
-    """
-
-    scoring: str
-    vocabularies: tuple[str, ...]
-    projected: bool = True
-    masked: bool = True
-    padded: bool = False
-    lowered: bool = False
-    tokens: int | None = None
-    fusion: str = "clip"
-
-
-FAMILIES = {
-    # Pooled at EOS, under a causal mask: padding changes nothing.
-    "clip": Family(scoring="softmax", vocabularies=("tokenizer.json", "vocab.json")),
-    # Trained on texts padded to the full length, and pooled at the last token, without a mask. In lower case:
-    # SigLIP's own tokenizer lowers texts, but SigLIP 2's files name Gemma's, which keeps capitals.
-    "siglip": Family(
-        scoring="sigmoid",
-        vocabularies=("tokenizer.json", "spiece.model", "tokenizer.model"),
-        projected=False,
-        masked=False,
-        padded=True,
-        lowered=True,
-    ),
-    # BERT, pooled at CLS: padding is masked. It has 512 positions, and was trained on 52 (cn_clip.clip.tokenize).
-    "chinese_clip": Family(scoring="softmax", vocabularies=("tokenizer.json", "vocab.txt"), tokens=52, fusion="bert"),
-}
-# The children of transformers' dual encoders that only one half uses.
-_TEXT_MODULES = ("text_model", "text_projection")
-_VISION_MODULES = ("vision_model", "visual_projection")
+# Values of model_type that open.
+KNOWN = (*dual.FAMILIES, *vision.FAMILIES)
 # The imports of transformers for loading a model log messages as well.
 silence()
-
-
-class DualImageTower(ImageTower):
-    """The image half of a dual encoder of transformers."""
-
-    def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """See :class:`ImageTower`."""
-        features: torch.Tensor = self.model.get_image_features(pixel_values=pixel_values).pooler_output
-        return features
-
-
-class DualTextTower(TextTower):
-    """The text half of a dual encoder of transformers; with ``masked``, it uses the attention mask."""
-
-    def __init__(self, model: Any, sizes: Sizes, *, masked: bool) -> None:
-        super().__init__(model, sizes)
-        self.masked = masked
-
-    def features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """See :class:`TextTower`."""
-        mask = {"attention_mask": attention_mask} if self.masked else {}
-        features: torch.Tensor = self.model.get_text_features(input_ids=input_ids, **mask).pooler_output
-        return features
 
 
 def open_folder(config: ModelConfig, folder: Path) -> Checkpoint:
@@ -104,18 +36,19 @@ def open_folder(config: ModelConfig, folder: Path) -> Checkpoint:
     Raises:
         ModelError: of a family that is not supported, or a file of it is missing, damaged, or another checkpoint's.
     """
+    folder = model_folder(folder, KNOWN)
     values, settings = _read_config(folder)
+    spec = read_spec(folder, settings.model_type)
     if config.weights == "random":
-        return _open_random(config, folder, values, settings, read_spec(folder, settings.model_type))
+        return _open_random(config, settings, Read(folder, spec, values, {"random": str(config.seed)}))
     place = find_weights(config, folder)
     weights = loaded_weights(place)
-    check_tensors(weights)
+    tensors = check_tensors(weights)
     # A core reads the files while another one makes the model of them.
-    read = aside(lambda: {path.name: sha256(path) for path in weights}, name="digests")
-    model = load_model(folder, place)
-    tokenizer, spec = _tokenizer(folder, settings.model_type), read_spec(folder, settings.model_type)
-    digests = {"weights": read.result(), "tokenizer": _digest_files(folder)}
-    return _assemble(config, model, Parts(tokenizer, spec, values, digests))
+    digests = aside(lambda: {path.name: sha256(path) for path in weights}, name="digests")
+    alone = settings.model_type in vision.FAMILIES
+    model = load_model(folder, place, vision.build_of(settings, tensors) if alone else PLAIN)
+    return _assemble(config, model, Read(folder, spec, values, digests.result()))
 
 
 def open_known(config: ModelConfig) -> Checkpoint:
@@ -124,115 +57,25 @@ def open_known(config: ModelConfig) -> Checkpoint:
     settings = AutoConfig.for_model(**values)
     spec = to_spec(preprocessor, settings.model_type, config.name)
     # The demo's tokenizer saves a download: the features of random weights have no meaning.
-    return _open_random(config, DEMO_FOLDER, values, settings, spec)
+    return _open_random(config, settings, Read(DEMO_FOLDER, spec, values, {"random": str(config.seed)}))
 
 
-def _open_random(
-    config: ModelConfig, folder: Path, values: dict[str, Any], settings: Any, spec: PreprocessSpec
-) -> Checkpoint:
-    tokenizer = _tokenizer(folder, settings.model_type)
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(settings.text_config, name, getattr(tokenizer, name))
-    with torch.random.fork_rng(devices=[]), guarded(folder, "no model can be built from its config"):
+def _open_random(config: ModelConfig, settings: Any, read: Read) -> Checkpoint:
+    build = PLAIN
+    if settings.model_type in vision.FAMILIES:
+        build = vision.build_of(settings, None)
+    else:
+        dual.take_token_ids(settings, read.folder)
+    with torch.random.fork_rng(devices=[]), guarded(read.folder, "no model can be built from its config"):
         torch.manual_seed(config.seed)
-        model = AutoModel.from_config(settings, dtype=torch.float32)
-    digests = {"weights": {"random": str(config.seed)}, "tokenizer": _digest_files(folder)}
-    return _assemble(config, model, Parts(tokenizer, spec, values, digests))
+        model = build(settings)
+    return _assemble(config, model, read)
 
 
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """A checkpoint without its model: ``values`` of its config, ``digests`` of its weights and its tokenizer."""
-
-    tokenizer: Any
-    spec: PreprocessSpec
-    values: dict[str, Any]
-    digests: dict[str, Any]
-
-
-def _assemble(config: ModelConfig, model: Any, parts: Parts) -> Checkpoint:
-    """Check that the parts belong together."""
+def _assemble(config: ModelConfig, model: Any, read: Read) -> Checkpoint:
     model.eval().requires_grad_(False)
-    settings, tokenizer, spec = model.config, parts.tokenizer, parts.spec
-    side = settings.vision_config.image_size
-    if spec.size != (side, side):
-        raise ModelError(
-            f"{config.name}: the preprocessor makes pictures of {spec.size[0]} x {spec.size[1]} pixels, "
-            f"the model takes {side} x {side}; config.json and preprocessor_config.json belong to different checkpoints"
-        )
-    family = settings.model_type
-    # CLIP pools the text at EOS. transformers takes the highest id where the config says 2, as OpenAI's first
-    # configs do, and the first token, the same for every text, where a text has no EOS of the config's.
-    eos = settings.text_config.eos_token_id
-    if family == "clip" and eos != 2 and eos not in tokenizer("a")["input_ids"]:
-        raise ModelError(
-            f"{config.name}: the model takes a text's features at token {eos} (text_config.eos_token_id), and its "
-            "tokenizer does not write that token; config.json and tokenizer belong to different checkpoints"
-        )
-    bos = settings.text_config.bos_token_id
-    if family == "clip" and eos != 2 and bos in tokenizer.added_tokens_decoder:
-        begun = tokenizer("a")["input_ids"][0]
-        if begun != bos:
-            raise ModelError(
-                f"{config.name}: the model was trained on texts that begin with token {bos} "
-                f"(text_config.bos_token_id), and its tokenizer begins them with {begun}; config.json and "
-                "tokenizer_config.json belong to different checkpoints"
-            )
-    _check_tokens(config, model, tokenizer)
-    today, *earlier = architecture_digests(settings.to_dict(), parts.values)
-    scale, bias = scale_and_bias(config.name, model)
-    row = FAMILIES[family]
-    positions = int(settings.text_config.max_position_embeddings)
-    tokens = Tokenizer(
-        tokenizer, min(positions, row.tokens or positions), masked=row.masked, padded=row.padded, lowered=row.lowered
-    )
-    patches = (side // int(settings.vision_config.patch_size)) ** 2
-    image, text = without(model, *_TEXT_MODULES), without(model, *_VISION_MODULES)
-    return Checkpoint(
-        name=config.name,
-        family=family,
-        image=DualImageTower(image, _sizes(settings.vision_config, patches + 1, "clip")),
-        text=DualTextTower(text, _sizes(settings.text_config, tokens.max_tokens, row.fusion), masked=row.masked),
-        tokenizer=tokens,
-        spec=spec,
-        dim=int(settings.projection_dim if row.projected else settings.vision_config.hidden_size),
-        scoring=row.scoring,
-        scale=scale,
-        revision=config.revision,
-        bias=bias,
-        fingerprint={
-            "family": family,
-            "weights": parts.digests["weights"],
-            "architecture": today,
-            "tokenizer": parts.digests["tokenizer"],
-            "preprocess": dataclasses.asdict(spec),
-        },
-        earlier=tuple(earlier),
-    )
-
-
-def _sizes(tower: Any, tokens: int, fusion: str) -> Sizes:
-    return Sizes(
-        layers=int(tower.num_hidden_layers),
-        heads=int(tower.num_attention_heads),
-        width=int(tower.hidden_size),
-        widest=int(tower.intermediate_size),
-        tokens=tokens,
-        fusion=fusion,
-    )
-
-
-def _check_tokens(config: ModelConfig, model: Any, tokenizer: Any) -> None:
-    """Hold the tokenizer's ids against the rows of the embedding of tokens, which an unknown id would end."""
-    rows = int(model.text_model.get_input_embeddings().weight.shape[0])
-    beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= rows}
-    if beyond:
-        token, number = min(beyond.items(), key=lambda item: item[1])
-        raise ModelError(
-            f"{config.name}: {len(beyond)} tokens of the tokenizer have no row in the text embedding ({rows} rows), "
-            f"for example {token!r} with the id {number}: tokens were added, and the embedding was not resized "
-            "(resize_token_embeddings), or tokenizer and weights belong to different checkpoints"
-        )
+    assemble = vision.assemble if model.config.model_type in vision.FAMILIES else dual.assemble
+    return assemble(config, model, read)
 
 
 def _read_config(folder: Path) -> tuple[dict[str, Any], Any]:
@@ -249,36 +92,10 @@ def _read_config(folder: Path) -> tuple[dict[str, Any], Any]:
             "patches, and batches here have one shape; take SigLIP 2 at a fixed resolution, such as "
             "google/siglip2-base-patch16-224 or google/siglip2-so400m-patch16-256"
         )
-    if not isinstance(family, str) or family not in FAMILIES:
+    if not isinstance(family, str) or family not in KNOWN:
         raise ModelError(
-            f"{folder}: model_type {family!r} is not supported; supported are {', '.join(FAMILIES)}"
-            f"{other and '; '}{other}"
+            f"{folder}: model_type {family!r} is not supported; supported are {', '.join(KNOWN)}"
+            f"{nearest(family)}{other and '; '}{other}"
         )
     check_config(path, values)
     return values, open_config(path, values)
-
-
-def _tokenizer(folder: Path, family: str) -> Any:
-    # Without these files transformers creates an empty vocabulary, and all prompts are equal.
-    wanted = FAMILIES[family].vocabularies
-    if not any((folder / name).is_file() for name in wanted):
-        raise ModelError(f"{folder}: no tokenizer; copy one of {', '.join(wanted)} from the original checkpoint")
-    # transformers needs sentencepiece for SigLIP's own files; tokenizer.json has the same content without it.
-    complete = family == "siglip" and (folder / "tokenizer.json").is_file()
-    reader = PreTrainedTokenizerFast if complete else AutoTokenizer
-    with guarded(folder, "the tokenizer cannot be loaded"):
-        tokenizer = reader.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        # Wrong settings are noticed at the first texts only.
-        tokenizer(["a", "a photo"], padding=True, truncation=True, max_length=16, return_tensors="pt")
-        tokenizer("a")
-    return tokenizer
-
-
-def _digest_files(folder: Path) -> str:
-    """A digest of all files that a tokenizer may consist of."""
-    digest = hashlib.sha256()
-    for name in TOKENIZER_FILES:
-        path = folder / name
-        if path.is_file():
-            digest.update(name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig
 from transformers.initialization import no_init_weights
 
 from pipeline.core.errors import ModelError
@@ -23,16 +26,41 @@ _COUNTED = ("position_ids", "num_batches_tracked")
 _LAYERS = re.compile(r"\.layers?\.[0-9]+\.")
 
 
-def check_tensors(weights: list[Path]) -> None:
+@dataclass(frozen=True, slots=True)
+class Build:
+    """The way to a model of a config: the name of a class of transformers, and options of the model itself."""
+
+    name: str = "AutoModel"
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def type(self) -> Any:
+        """The class."""
+        return getattr(transformers, self.name)
+
+    def __call__(self, settings: Any) -> Any:
+        """The model in fp32, with random weights unless their initialisation is off."""
+        make = self.type.from_config if self.name == "AutoModel" else self.type._from_config
+        return make(settings, dtype=torch.float32, **self.options)
+
+
+PLAIN = Build()
+
+
+def check_tensors(weights: list[Path]) -> set[str]:
     """Read the headers of the weights: their files are whole, and hold plain floating-point numbers.
+
+    Returns the names of the tensors.
 
     Raises:
         ModelError: with the file, and the tensor.
     """
+    names = set[str]()
     for path in weights:
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118
+                    names.add(name)
                     part = file.get_slice(name)
                     if part.get_dtype() not in _NUMBERS and not name.endswith(_COUNTED):
                         raise ModelError(
@@ -44,16 +72,17 @@ def check_tensors(weights: list[Path]) -> None:
                 f"{path}: the weights cannot be loaded ({first_line(error)}); the file is damaged or truncated: "
                 "download the checkpoint again"
             ) from error
+    return names
 
 
-def _filled(settings: Any, weights: list[Path]) -> Any:
+def _filled(settings: Any, weights: list[Path], build: Build) -> Any:
     """The model of a config with the tensors in these files; None where they do not hold exactly its own.
 
     transformers builds a model without memory first, for which torch imports its compiler, and prepares to rename the
     tensors of all its models: that takes longer than to read a small model.
     """
     with no_init_weights():
-        model = AutoModel.from_config(settings, dtype=torch.float32)
+        model = build(settings)
     # Of BERT's, transformers sets the row of the padding to zero, whatever the file holds.
     if any(getattr(module, "padding_idx", None) is not None for module in model.modules()):
         return None
@@ -76,7 +105,7 @@ def _filled(settings: Any, weights: list[Path]) -> Any:
     return model.eval()
 
 
-def load_model(folder: Path, weights: Path) -> Any:
+def load_model(folder: Path, weights: Path, build: Build = PLAIN) -> Any:
     """The model of the config in ``folder`` with the weights in another folder, or the same, in fp32.
 
     Raises:
@@ -85,10 +114,10 @@ def load_model(folder: Path, weights: Path) -> Any:
     config = folder / CONFIG
     try:
         settings = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        model = _filled(settings, loaded_weights(weights))
+        model = _filled(settings, loaded_weights(weights), build)
         if model is not None:
             return model
-        model, facts = AutoModel.from_pretrained(
+        model, facts = build.type.from_pretrained(
             weights,
             config=settings,
             dtype=torch.float32,
@@ -98,6 +127,7 @@ def load_model(folder: Path, weights: Path) -> Any:
             # They are named below; transformers would only log them.
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            **build.options,
         )
     # A library raises anything for values that it does not expect.
     except Exception as error:

@@ -14,7 +14,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pipeline.config.schema import OUTPUT_COLUMNS
 from pipeline.core.concurrency import in_order
 from pipeline.core.errors import StorageError
 from pipeline.core.plain import plain_table
@@ -138,7 +137,7 @@ def _share_part(work: Assembly, previous: Dataset, shard: Shard) -> bool:
         return False
     names = work.manifest.schema.names
     # Some readers do not take parts with several encodings of one column.
-    if previous.encoded or previous.schema.names != [*names, *OUTPUT_COLUMNS]:
+    if previous.encoded or previous.schema.names != [*names, *previous.own_columns]:
         return False
     if previous.storage.size(commit.part) != commit.size:
         url = url_of(previous.storage, commit.part)
@@ -175,7 +174,7 @@ def _write_part(work: Assembly, shard: Shard) -> None:
         raise ValueError(f"shard {shard.index}: {shard.table.num_rows} rows come from {found} places")
     made = in_order_of(pieces, places)
     columns = {name: shard.table.column(name) for name in shard.table.column_names}
-    columns |= {name: made.column(name) for name in OUTPUT_COLUMNS}
+    columns |= {name: made.column(name) for name in plan.own_columns(work.plan.fingerprints)}
     schema = work.form.schema
     table = pa.Table.from_arrays([_as(columns[field.name], field.type) for field in schema], schema=schema)
     table = table.combine_chunks()

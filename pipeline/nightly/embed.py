@@ -134,6 +134,7 @@ def signs_of(config: Config, model: Any) -> dict[str, Any]:
     ``model`` is the checkpoint's fingerprint.
     """
     from pipeline.core.machine import versions
+    from pipeline.models.heads import read_head
 
     recipe = recipe_of(config)
     for group in ("manifest", "errors", "parity"):
@@ -146,6 +147,8 @@ def signs_of(config: Config, model: Any) -> dict[str, Any]:
     signs = {
         "recipe": recipe,
         "labels": labels,
+        # Only where there are any, as nights before there were heads have none.
+        **({"heads": [read_head(path).fingerprint for path in config.labels.heads]} if config.labels.heads else {}),
         "versions": versions(config.backend.info.packages),
         "model": model,
     }
@@ -154,9 +157,9 @@ def signs_of(config: Config, model: Any) -> dict[str, Any]:
 
 
 def _without_places(signs: Mapping[str, Any]) -> dict[str, Any]:
-    """The signs without the addresses of model and labels, whose contents they hold too."""
+    """The signs without the addresses of model, labels and heads, whose contents they hold too."""
     recipe = {**signs.get("recipe", {})}
-    for group, name in (("model", "name"), ("prompts", "path")):
+    for group, name in (("model", "name"), ("prompts", "path"), ("labels", "heads")):
         recipe[group] = {key: value for key, value in recipe.get(group, {}).items() if key != name}
     return {**signs, "recipe": recipe}
 

@@ -12,7 +12,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.config.schema import OUTPUT_COLUMNS
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.parts import METADATA_KEY
 from pipeline.manifest.manifest import Manifest
@@ -47,7 +46,7 @@ class RowReader:
 
     def _read(self, part: int) -> pa.Table:
         # Rows of a damaged part would get a new digest, which would hide the damage for good.
-        return self.dataset.read(self.dataset.commits[part], OUTPUT_COLUMNS, proven=True)
+        return self.dataset.read(self.dataset.commits[part], self.dataset.own_columns, proven=True)
 
 
 def in_order_of(tables: Sequence[pa.Table], places: Sequence[NDArray[np.int64]]) -> pa.Table:

@@ -196,7 +196,8 @@ def _warm(engine: Engine, encoders: Sequence[ImageEncoder], spec: PreprocessSpec
     if encoders[0].flexible and encoders[0].device.type == "cpu":
         sizes = [min(sizes)]
     work: list[Future[Any]] = [engine.encode([grey] * size) for size in sizes for _ in range(engine.streams)]
-    work.append(engine.texts.embed(["a photo"]))
+    if engine.checkpoint.text is not None:
+        work.append(engine.texts.embed(["a photo"]))
     for each in work:
         each.result()
 

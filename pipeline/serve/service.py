@@ -149,9 +149,9 @@ class Service:
         """Return the labelling of a request.
 
         Raises:
-            Refused: neither the request nor the service has labels.
+            Refused: neither the request nor the service has labels, or the model has no text tower.
         """
-        engine = self.ready_engine()
+        engine = self._engine_of_texts()
         top_k = request.top_k or self.config.labels.top_k
         if request.labels is not None:
             templates = request.templates or tuple(self.config.prompts.templates)
@@ -161,8 +161,19 @@ class Service:
         return replace(engine.labelling, top_k=min(top_k, len(engine.labelling.bank.names)))
 
     async def texts(self, texts: Sequence[str]) -> list[NDArray[np.float32]]:
-        """Return the features of each text."""
-        return await self._text(self.ready_engine().texts.embed(texts)) if texts else []
+        """Return the features of each text.
+
+        Raises:
+            Refused: the model has no text tower.
+        """
+        return await self._text(self._engine_of_texts().texts.embed(texts)) if texts else []
+
+    def _engine_of_texts(self) -> Engine:
+        engine = self.ready_engine()
+        if engine.checkpoint.text is None:
+            name, family = engine.checkpoint.name, engine.checkpoint.family
+            raise invalid(f"the model of this service embeds images alone ({name}, {family}); send images to /embed")
+        return engine
 
     async def _text(self, work: Future[_T]) -> _T:
         try:

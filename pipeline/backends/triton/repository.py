@@ -93,7 +93,8 @@ def _model(folder: Path, checkpoint: Checkpoint, artifact: Artifact, serving: Se
         target = version / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(artifact.file(name), target)
-    graph = read_graph(version / GRAPH, artifact.card["options"]["precision"], checkpoint.max_tokens)
+    longest = checkpoint.max_tokens if checkpoint.text is not None else 0
+    graph = read_graph(version / GRAPH, artifact.card["options"]["precision"], longest)
     config = model_config(
         folder.name,
         graph,
@@ -178,7 +179,8 @@ def _card(
             "pad_id": tokenizer.pad_id,
             "lowercase": tokenizer.lowered,
         }
-    card["scores"] = {"function": checkpoint.scoring, "scale": checkpoint.scale, "bias": checkpoint.bias}
+    if checkpoint.scoring is not None:
+        card["scores"] = {"function": checkpoint.scoring, "scale": checkpoint.scale, "bias": checkpoint.bias}
     return card
 
 

@@ -1,0 +1,39 @@
+"""What a job needs for the columns that follow from embeddings: text features of labels, and heads."""
+
+from __future__ import annotations
+
+import torch
+
+from pipeline.config.schema import OUTPUT_COLUMNS, Config
+from pipeline.core.processes import cores
+from pipeline.core.records import TextBank
+from pipeline.dataset.names import check_columns
+from pipeline.engine.demo import folder as demo
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.heads import Head, columns_of, read_heads
+from pipeline.models.label_files import read_labels
+from pipeline.models.text import build_bank
+from pipeline.telemetry.tracing import span
+
+
+def bank_of(config: Config, checkpoint: Checkpoint) -> TextBank | None:
+    """Embed the labels of a config, those of the demo for the demo model; None where it has none."""
+    # A new thread may have fewer of torch's threads than the machine has cores.
+    torch.set_num_threads(cores())
+    prompts = demo.prompts_of(config)
+    with span("prompts"):
+        labels = read_labels(prompts)
+        return build_bank(checkpoint, labels, prompts, config.labels) if labels.names else None
+
+
+def heads_of(config: Config, checkpoint: Checkpoint) -> tuple[Head, ...]:
+    """Read the heads of a config.
+
+    Raises:
+        ModelError: one cannot be read, or belongs to another model.
+        ConfigError: one of their columns has the name of another one.
+    """
+    heads = read_heads(config.labels.heads, checkpoint.fingerprint, checkpoint.dim)
+    if heads:
+        check_columns(config, [*OUTPUT_COLUMNS, *columns_of(heads)])
+    return heads
