@@ -31,3 +31,4 @@ format: ## Fix and format the code
 pages: ## Write the generated pages: the config's and the table of packages
 	$(PYTHON) -m tests.conf_readme
 	$(PYTHON) -m tests.layout
+	$(PYTHON) -m tests.models_readme

@@ -34,7 +34,7 @@ YAML files.
 
 | | |
 | --- | --- |
-| model | `model=demo`, `clip_vit_b32`, `clip_vit_b16`, `clip_vit_l14`, `siglip2_base`, `chinese_clip_base`, ..., or `model=hub model.name=<Hugging Face id or local folder>` for any CLIP, SigLIP (fixed resolution) or Chinese-CLIP checkpoint; `model.revision` pins a version; `model.weights=random` takes the full-size model without a download, for measurements |
+| model | `model=demo`, `clip_vit_b32`, `clip_vit_b16`, `clip_vit_l14`, `siglip2_base`, `chinese_clip_base`, ..., or `model=hub model.name=<Hugging Face id or local folder>` for any other model, such as a CLIP, a SigLIP at a fixed resolution or a DINOv2 ([what opens](../pipeline/models/README.md)); `model.revision` pins a version; `model.weights=random` takes the full-size model without a download, for measurements |
 | backend | `backend=torch`, `torchscript`, `torch_int8`, `torch_fp8`, `onnx`, `onnx_int8`, `tensorrt`, or `auto`: the fastest within the limits of `parity`; see [Backends](../pipeline/backends/README.md) |
 | precision and device | `backend.precision=fp32`, `bf16`, `fp16` (CUDA), `auto`; `backend.device=cpu`, `cuda`, `cuda:1`, `auto`; `backend.compile=default` compiles `torch` |
 | manifest | `manifest.path` is a Parquet file, a folder or a glob at any fsspec address; `manifest.id`, `manifest.image` (paths or URLs, bytes, or `struct<bytes, path>`), `manifest.keep=[a,b]`, `manifest.root` |

@@ -93,6 +93,7 @@ ROWS: dict[str, Run | Slow | Prove | Elsewhere] = {
     "python -m tests.fuzz": Slow(replaced=(("10000", "20"),)),
     "python -m tests.relabel_cost": Elsewhere("tests/relabel_cost.py", "python -m tests.relabel_cost"),
     "python -m tests.conf_readme": Elsewhere("tests/test_words.py", "conf_readme.page()"),
+    "python -m tests.models_readme": Elsewhere("tests/test_families.py", "models_readme.page(text)"),
     "PIPELINE_SERVE_OVERRIDES=": Elsewhere("jobs/deploy/up.py", "PIPELINE_SERVE_OVERRIDES"),
     "mkdir -p outputs/nginx": Elsewhere("tests/test_deploy.py", '"-p", str(folder)'),
     "nginx -p": Elsewhere("tests/test_deploy.py", '"nginx.conf")'),

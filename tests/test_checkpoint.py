@@ -2,14 +2,16 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModel, AutoTokenizer, SiglipConfig, SiglipModel
 
-from pipeline.config.schema import ModelConfig
+from pipeline.config.schema import ModelConfig, conf_dir
 from pipeline.core.errors import ModelError
 from pipeline.models.architectures import ARCHITECTURES
 from pipeline.models.checkpoint import open_checkpoint
@@ -100,12 +102,15 @@ def test_full_size_architectures_need_no_download(name: str, dim: int, parameter
     assert not torch.equal(features[0], features[1])
 
 
-# Parameters of the published weights, in millions: MTEB's list of models, and the README of OFA-Sys/Chinese-CLIP.
+# Parameters of the published weights, in millions: MTEB's list of models, the README of OFA-Sys/Chinese-CLIP, and the
+# cards of the models of images alone (86 M of DINOv3, 2 B of MetaCLIP 2), to the first digit behind the point.
 PUBLISHED_MILLIONS = {
     "openai/clip-vit-base-patch32": 151.3,
     "openai/clip-vit-base-patch16": 149.6,
     "openai/clip-vit-large-patch14": 427.6,
     "openai/clip-vit-large-patch14-336": 427.9,
+    "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": 986.1,
+    "facebook/metaclip-2-worldwide-huge-quickgelu": 1858.8,
     "google/siglip-base-patch16-224": 203.2,
     "google/siglip-so400m-patch14-384": 878.0,
     "google/siglip2-base-patch16-224": 375.2,
@@ -113,6 +118,13 @@ PUBLISHED_MILLIONS = {
     "google/siglip2-so400m-patch14-384": 1136.0,
     "OFA-Sys/chinese-clip-vit-base-patch16": 188.3,
     "OFA-Sys/chinese-clip-vit-large-patch14": 406.2,
+    "facebook/dinov2-small": 22.1,
+    "facebook/dinov2-base": 86.6,
+    "facebook/dinov2-large": 304.4,
+    "facebook/dinov3-vits16-pretrain-lvd1689m": 21.6,
+    "facebook/dinov3-vitb16-pretrain-lvd1689m": 85.7,
+    "facebook/dinov3-vitl16-pretrain-lvd1689m": 303.1,
+    "google/vit-base-patch16-224-in21k": 86.4,
 }
 
 
@@ -120,11 +132,26 @@ PUBLISHED_MILLIONS = {
 def test_every_architecture_has_the_published_size(name: str) -> None:
     values, preprocessor = ARCHITECTURES[name]
     settings = AutoConfig.for_model(**values)
+    spec = to_spec(preprocessor, settings.model_type, name)
     with torch.device("meta"):
-        model = AutoModel.from_config(settings)
+        model = AutoModel.from_config(settings).eval()
+        pixels = torch.zeros(1, 3, *spec.size)
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == PUBLISHED_MILLIONS[name]
-    side = settings.vision_config.image_size
-    assert to_spec(preprocessor, settings.model_type, name).size == (side, side)
+    side = getattr(settings, "vision_config", settings).image_size
+    if settings.model_type == "dinov2":
+        assert (side, spec.size) == (518, (224, 224)), "positions are interpolated"
+        side = 224
+    assert spec.size == (side, side)
+    options = [
+        path.read_text() for path in (conf_dir() / "model").glob("*.yaml") if f"name: {name}\n" in path.read_text()
+    ]
+    for text in options:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            (model.get_image_features if hasattr(model, "get_image_features") else model)(pixel_values=pixels)
+        said = re.search(r"([0-9.]+) GFLOP an\simage", text.replace("\n# ", " "))
+        assert said is not None, text
+        assert float(said[1]) == pytest.approx(counter.get_total_flops() / 1e9, rel=0.01)
+        assert f"{side} pixels" in text
     assert str(side) in name or side == 224, "the resolution stands in the name unless it is 224"
 
 

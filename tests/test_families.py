@@ -17,8 +17,9 @@ from torch.nn.functional import normalize
 from transformers import Siglip2Config, Siglip2Model
 
 from pipeline.backends.base import factory
+from pipeline.backends.torch_module import in_a_layer, need_layers
 from pipeline.config.schema import BackendConfig, LabelsConfig, ModelConfig, ParityConfig, PromptsConfig
-from pipeline.core.errors import ModelError
+from pipeline.core.errors import BackendUnavailable, ModelError
 from pipeline.core.records import Embeddings
 from pipeline.engine.demo.folder import rendered_sample
 from pipeline.engine.demo.scenes import render, sample
@@ -29,7 +30,9 @@ from pipeline.models.label_files import read_labels
 from pipeline.models.labels import label
 from pipeline.models.text import build_bank, embed_prompts
 from pipeline.models.towers import Normaliser
-from tests.families import CASES, TOWERS, Case, open_chinese_clip, write_clip, write_siglip
+from tests import models_readme
+from tests.families import CASES, ENGLISH, Case, open_chinese_clip, write_clip, write_siglip
+from tests.image_towers import TOWERS
 from tests.jobs import config_for, scenes_manifest
 
 IMAGES = [render(sample(5, i), *size) for i, size in enumerate([(90, 64), (48, 71), (32, 32)])]
@@ -147,6 +150,15 @@ def test_the_towers_give_the_same_embeddings_and_share_the_weights(case: Case) -
     assert all(name.startswith(("visi", "visual", "logit")) for name in halves[0])
 
 
+def test_every_image_tower_has_layers_to_quantize(images_case: Case) -> None:
+    tower = images_case.checkpoint.image
+    found = [name for name, module in tower.named_modules() if in_a_layer(module, name)]
+    # Of each layer the three projections of attention, its output, and two of the MLP (three of a gated one).
+    assert len(found) in (6 * tower.sizes.layers, 7 * tower.sizes.layers)
+    with pytest.raises(BackendUnavailable, match="finds no linear layers"):
+        need_layers(torch.nn.Linear(2, 2), "torch_int8")
+
+
 # The lowest cosine to fp32 that a precision must keep with weights of noise, which int8 has few levels for.
 LOWEST = {"fp32": 0.999_99, "bf16": 0.999, "int8": 0.95}
 BACKENDS = [
@@ -166,8 +178,20 @@ def test_backends_hold_parity_for_every_family(images_case: Case, config: Backen
     encoder = factory(config.name)(checkpoint, config, batch_size=16, sample=lambda: pictures, limits=limits)
     normalise = Normaliser(checkpoint.spec, torch.device("cpu"))
     expected = images_case.image_features(normalise(pictures.pixels))
-    cosines = (torch.as_tensor(encoder.encode(pictures.pixels)) * normalize(expected, dim=1)).sum(dim=1)
+    cosines = (torch.as_tensor(encoder.encode(pictures.pixels)) * normalize(expected.detach(), dim=1)).sum(dim=1)
     assert cosines.min() > LOWEST[config.precision]
+
+
+@pytest.mark.compat("sentence_transformers")
+def test_a_folder_of_sentence_transformers_gives_what_it_gives(tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    checkpoint = CASES["sentence-transformers"](tmp_path).checkpoint
+    theirs = SentenceTransformer(str(tmp_path), device="cpu")
+    found = checkpoint.image(pixels_of(checkpoint, IMAGES))
+    torch.testing.assert_close(found, torch.from_numpy(theirs.encode(IMAGES)), atol=1e-5, rtol=0)
+    texts = torch.from_numpy(embed_prompts(checkpoint, [[text] for text in ENGLISH]))
+    torch.testing.assert_close(texts, torch.from_numpy(theirs.encode(ENGLISH)), atol=1e-5, rtol=0)
 
 
 def test_chinese_clip_cuts_to_52_tokens_and_keeps_the_end(tmp_path: Path) -> None:
@@ -302,3 +326,9 @@ def test_published_values_come_out(
     if scores is not None:
         given = found.softmax(dim=0) if checkpoint.scoring == "softmax" else found.sigmoid()
         torch.testing.assert_close(given, torch.tensor(scores), atol=tolerance, rtol=1e-3)
+
+
+def test_the_page_lists_what_opens() -> None:
+    text = models_readme.PAGE.read_text(encoding="utf-8")
+    assert models_readme.page(text) == text, "run python -m tests.models_readme"
+    assert models_readme.table() in text

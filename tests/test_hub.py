@@ -54,6 +54,24 @@ def test_a_checkpoint_without_safetensors_takes_the_hub_s_conversion(hub: dict[s
     assert hub["asked"] == [None, "refs/pr/7"]
 
 
+def test_a_clip_of_sentence_transformers_is_downloaded_from_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def snapshot_download(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append(allow_patterns)
+        (tmp_path / "modules.json").write_text("[]")
+        if "0_CLIPModel/config.json" in allow_patterns:
+            shutil.copytree(DEMO_FOLDER, tmp_path / "0_CLIPModel")
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert find_folder(ModelConfig(name=NAME)) == tmp_path
+    assert asked[1] == [f"0_CLIPModel/{name}" for name in asked[0]]
+    assert len(asked) == 2
+
+
 def test_a_pinned_revision_is_taken_as_it_is(hub: dict[str, Any]) -> None:
     assert find_folder(ModelConfig(name=NAME, revision="v2")) == DEMO_FOLDER
     assert hub["asked"] == ["v2"]

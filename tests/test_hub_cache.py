@@ -132,7 +132,16 @@ def shards_alone(cache: Cache, name: str, folder: Path) -> None:
     cache.add(name, "refs/pr/2", *copy.glob("model*"))
 
 
-WAYS = (whole, listed, conversion, conversion_beside_a_pickle, weights_alone, in_shards, shards_alone)
+def of_sentence_transformers(cache: Cache, name: str, folder: Path) -> None:
+    (folder / "modules.json").write_text('[{"path": "0_CLIPModel", "type": "sentence_transformers.models.CLIPModel"}]')
+    place = cache.add(name, "main", folder / "modules.json")
+    shutil.copytree(DEMO_FOLDER, place / "0_CLIPModel")
+
+
+WAYS = (
+    *(whole, listed, conversion, conversion_beside_a_pickle, weights_alone, in_shards, shards_alone),
+    of_sentence_transformers,
+)
 
 
 @pytest.mark.usefixtures("_no_network")

@@ -19,7 +19,8 @@ from pipeline.api.embed import embed_texts
 from pipeline.config.schema import Config, LoaderConfig, ModelConfig
 from pipeline.core.errors import ModelError
 from pipeline.job.main import run_job
-from tests.families import TOWERS, Case
+from tests.families import Case
+from tests.image_towers import TOWERS
 from tests.jobs import config_for, scene, scenes_manifest
 
 NO_TEXT = "a dinov2 model has no text tower"

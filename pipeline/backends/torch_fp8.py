@@ -14,6 +14,7 @@ from pipeline.backends.torch_module import (
     compiled,
     count_bytes,
     in_a_layer,
+    need_layers,
     need_torchao,
     note_timed,
     tower_on,
@@ -50,6 +51,7 @@ def open_encoder(
     tower = tower_on(checkpoint, device, dtype)
     pixels = blank(checkpoint, batch_size=batch_size, device=device, dtype=dtype)
     attention = prove(kernels(tower, pixels), device, dtype)
+    need_layers(tower, "torch_fp8")
     quantize_(tower, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()), filter_fn=in_a_layer)
     info = EncoderInfo(
         "torch_fp8",

@@ -15,6 +15,7 @@ from pipeline.backends.torch_module import (
     compiled,
     count_bytes,
     in_a_layer,
+    need_layers,
     need_torchao,
     note_timed,
     tower_on,
@@ -63,6 +64,7 @@ def _quantized(tower: ImageTower, *, dynamic: bool) -> ImageTower:
     """The tower itself, with the layers of its transformer in int8."""
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
 
+    need_layers(tower, "torch_int8")
     scheme = Int8DynamicActivationInt8WeightConfig() if dynamic else Int8WeightOnlyConfig()
     quantize_(tower, scheme, filter_fn=in_a_layer)
     return tower

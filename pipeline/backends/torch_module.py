@@ -31,7 +31,7 @@ TIMED = {"kernels": "chosen by timing"}
 # The first version whose quantize_ leaves the precision of fp32 products as it is in this process.
 TORCHAO = "0.18"
 # A layer of a transformer, or a stage of another network, by its name in transformers, open_clip and timm.
-_LAYER = re.compile(r"\.(encoder\.layers?|resblocks|blocks|stages)\.[0-9]+\.")
+_LAYER = re.compile(r"\.(layers?|resblocks|blocks|stages)\.[0-9]+\.")
 log = logging.getLogger(__name__)
 
 
@@ -160,6 +160,19 @@ def in_a_layer(module: torch.nn.Module, name: str) -> bool:
     costs nearly nothing either way.
     """
     return isinstance(module, torch.nn.Linear) and _LAYER.search(name) is not None
+
+
+def need_layers(tower: torch.nn.Module, backend: str) -> None:
+    """Check that :func:`in_a_layer` finds layers.
+
+    Raises:
+        BackendUnavailable: it finds none, so that nothing would be quantized.
+    """
+    if not any(in_a_layer(module, name) for name, module in tower.named_modules()):
+        raise BackendUnavailable(
+            f"backend={backend} finds no linear layers in this image tower that it could quantize; take backend=torch "
+            "with precision=bf16, or backend=onnx_int8"
+        )
 
 
 def count_bytes(module: torch.nn.Module) -> int:

@@ -16,7 +16,7 @@ from pipeline.doctor.check import Check, Status, Subject
 from pipeline.engine.demo.notes import FACT, WAY_OUT, notes_of
 from pipeline.models.architectures import ARCHITECTURES
 from pipeline.models.files import is_open_clip
-from pipeline.models.hub import DEMO_FOLDER, Cached, find_cached, find_folder, hub_id, wanted_files
+from pipeline.models.hub import DEMO_FOLDER, INNER, Cached, find_cached, find_folder, hub_id, wanted_files
 
 GROUP = "hub and model"
 HUB_SECONDS = 5.0
@@ -125,11 +125,13 @@ def _opened(config: ModelConfig, cached: Cached | None) -> Check:
     except ModelError as error:
         way_out = "set model.name to a folder with a checkpoint, or to a model of the hub"
         return Check(GROUP, "model", Status.FAIL, str(error), way_out)
+    weights = cached.weights if cached is not None else folder
+    if (folder / INNER / "config.json").is_file():
+        folder = weights = folder / INNER
     if not (folder / "config.json").is_file() and not is_open_clip(folder):
         fact = f"{folder}: no config.json, so this is not a Hugging Face checkpoint"
         way_out = "set model.name to the folder that holds config.json and model.safetensors"
         return Check(GROUP, "model", Status.FAIL, fact, way_out)
-    weights = cached.weights if cached is not None else folder
     size = sum(os.path.getsize(path) for path in weights.glob("*.safetensors"))
     if not size and config.weights != "random":
         way_out = "choose a model.revision that has them, or convert the checkpoint with save_pretrained()"

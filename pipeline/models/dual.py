@@ -26,6 +26,7 @@ from pipeline.models.towers import ImageTower, Sizes, TextTower, without
 class Family:
     """Properties of all checkpoints of one ``model_type``, as they were trained.
 
+    ``about`` names models of it for the page, and ``example`` one of the hub.
     A tokenizer can be read from any of the files ``vocabularies``. The embedding of ``projected`` families has
     ``projection_dim`` values, of others the width of the image tower. ``masked`` families use the attention mask,
     ``padded`` ones pad every text to the full length, ``lowered`` ones take texts in lower case, and ``ended`` ones
@@ -33,6 +34,8 @@ class Family:
     tower could take more; ``fusion`` is its graph's, see :class:`~pipeline.models.towers.Sizes`.
     """
 
+    about: str
+    example: str
     scoring: str
     vocabularies: tuple[str, ...]
     projected: bool = True
@@ -46,14 +49,26 @@ class Family:
 
 FAMILIES = {
     # Pooled at EOS, under a causal mask: padding changes nothing.
-    "clip": Family(scoring="softmax", vocabularies=("tokenizer.json", "vocab.json"), ended=True),
+    "clip": Family(
+        about="CLIP of OpenAI, LAION, DataComp and MetaCLIP 1, and models tuned from it",
+        example="openai/clip-vit-base-patch32",
+        scoring="softmax",
+        vocabularies=("tokenizer.json", "vocab.json"),
+        ended=True,
+    ),
     # The same, in many languages: its tokenizer is XLM-V's, or mT5's, and its first EOS is really that of its config.
     "metaclip_2": Family(
-        scoring="softmax", vocabularies=("tokenizer.json", "sentencepiece.bpe.model", "spiece.model"), ended=True
+        about="MetaCLIP 2, for texts in 300 languages",
+        example="facebook/metaclip-2-worldwide-huge-quickgelu",
+        scoring="softmax",
+        vocabularies=("tokenizer.json", "sentencepiece.bpe.model", "spiece.model"),
+        ended=True,
     ),
     # Trained on texts padded to the full length, and pooled at the last token, without a mask. In lower case:
     # SigLIP's own tokenizer lowers texts, but SigLIP 2's files name Gemma's, which keeps capitals.
     "siglip": Family(
+        about="SigLIP, and SigLIP 2 at a fixed resolution",
+        example="google/siglip2-base-patch16-224",
         scoring="sigmoid",
         vocabularies=("tokenizer.json", "spiece.model", "tokenizer.model"),
         projected=False,
@@ -62,7 +77,14 @@ FAMILIES = {
         lowered=True,
     ),
     # BERT, pooled at CLS: padding is masked. It has 512 positions, and was trained on 52 (cn_clip.clip.tokenize).
-    "chinese_clip": Family(scoring="softmax", vocabularies=("tokenizer.json", "vocab.txt"), tokens=52, fusion="bert"),
+    "chinese_clip": Family(
+        about="Chinese-CLIP with ViT towers",
+        example="OFA-Sys/chinese-clip-vit-base-patch16",
+        scoring="softmax",
+        vocabularies=("tokenizer.json", "vocab.txt"),
+        tokens=52,
+        fusion="bert",
+    ),
 }
 # The children of transformers' dual encoders that only one half uses.
 _TEXT_MODULES = ("text_model", "text_projection")

@@ -30,13 +30,12 @@ TOKENIZER_FILES = (
 )
 # Files of a checkpoint that are read, and those that tell another library's layout. A second file of weights is not
 # downloaded.
-_FILES = (
+WANTED_FILES = (
     *(CONFIG, "preprocessor_config.json", "processor_config.json", *TOKENIZER_FILES, WEIGHTS, INDEX),
     *("modules.json", OPEN_CLIP_CONFIG, "text_tower/config.json", "adapter_config.json"),
 )
 # The folder of a CLIP in models of sentence-transformers.
 INNER = "0_CLIPModel"
-WANTED_FILES = (*_FILES, *(f"{INNER}/{name}" for name in _FILES))
 # open_clip spells ids of the hub so; its own form is meant then, where the hub has two of a model.
 OPEN_CLIP_PREFIX = "hf-hub:"
 # The hub's own bot adds safetensors to older checkpoints as pull requests; OpenAI's CLIP has them only there.
@@ -256,6 +255,8 @@ def _fetch(config: ModelConfig, revision: str | None) -> Path:
     folder = fetch(wanted)
     if is_open_clip(folder) and config.weights != "random" and not _has_weights(config, folder):
         return fetch([*wanted, *OPEN_CLIP_WEIGHTS[:2]])
+    if (folder / "modules.json").is_file() and not (folder / CONFIG).is_file():
+        fetch([f"{INNER}/{name}" for name in WANTED_FILES])
     shards = [] if (folder / WEIGHTS).is_file() else shards_of(folder)
     # An index that names other places is refused when the weights are opened.
     return fetch([*wanted, *shards]) if shards and all("/" not in each for each in shards) else folder

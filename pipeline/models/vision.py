@@ -23,6 +23,9 @@ class Vision:
     """Properties of all image towers of one ``model_type``.
 
     Attributes:
+        about: models of it, for the page.
+        example: one of the hub.
+        features: the image features in words.
         pooling: the values of an output that are the embedding: ``cls`` and ``mean`` of the last layer's tokens,
             ``pooler`` for the model's own.
         head: the end of the name of a tensor that some checkpoints have; with it the pooling is ``with_head``, made by
@@ -32,6 +35,9 @@ class Vision:
         fusion: of its exported graph, see :class:`~pipeline.models.towers.Sizes`.
     """
 
+    about: str
+    example: str
+    features: str
     pooling: str
     head: str | None = None
     with_head: str = "pooler"
@@ -44,19 +50,33 @@ class Vision:
 
 # The class token after the last norm, x_norm_clstoken of facebookresearch/dinov2, whose linear classifiers and
 # retrieval take it; transformers has it as pooler_output.
-_DINO = Vision(pooling="cls", resized=True)
+_CLASS_TOKEN = "class token after the last norm"
 FAMILIES = {
-    "dinov2": _DINO,
-    "dinov2_with_registers": _DINO,
+    "dinov2": Vision("DINOv2", "facebook/dinov2-base", _CLASS_TOKEN, pooling="cls", resized=True),
+    "dinov2_with_registers": Vision(
+        "DINOv2 with registers", "facebook/dinov2-with-registers-base", _CLASS_TOKEN, pooling="cls", resized=True
+    ),
     # The model card of facebook/dinov3-vitb16-pretrain-lvd1689m: outputs.pooler_output, which is the same token.
-    "dinov3_vit": _DINO,
+    "dinov3_vit": Vision(
+        "DINOv3 with ViT towers", "facebook/dinov3-vitb16-pretrain-lvd1689m", _CLASS_TOKEN, pooling="cls", resized=True
+    ),
     # google/vit-base-patch16-224-in21k has the pooler that it was trained with, "which can be used for downstream
     # tasks" (its card); classifiers, DINO's and others have none, and take the class token (ViTForImageClassification).
-    "vit": Vision(pooling="cls", head="pooler.dense.weight", bare=Build(options={"add_pooling_layer": False})),
+    "vit": Vision(
+        "ViT: ImageNet-21k, DINO 1, the towers of classifiers",
+        "google/vit-base-patch16-224-in21k",
+        f"pooler where the checkpoint has one, else the {_CLASS_TOKEN}",
+        pooling="cls",
+        head="pooler.dense.weight",
+        bare=Build(options={"add_pooling_layer": False}),
+    ),
     # The model card of facebook/ijepa_vith14_1k: the mean of all tokens; there is no class token.
-    "ijepa": Vision(pooling="mean", tokens=0),
+    "ijepa": Vision("I-JEPA", "facebook/ijepa_vith14_1k", "mean of the tokens", pooling="mean", tokens=0),
     # As CLIP itself: the class token after the norm, through the projection where the checkpoint has it.
     "clip_vision_model": Vision(
+        "CLIP's image tower alone, CLIPVisionModelWithProjection among them",
+        "openai/clip-vit-base-patch32 saved by CLIPVisionModel",
+        "as CLIP's where the checkpoint has the projection, else the class token before it",
         pooling="pooler",
         head="visual_projection.weight",
         with_head="projection",
@@ -64,7 +84,15 @@ FAMILIES = {
         fusion="clip",
     ),
     # As SigLIP itself: attention pooling; without that head the mean (SiglipForImageClassification).
-    "siglip_vision_model": Vision(pooling="mean", head="head.probe", tokens=0, fusion="clip"),
+    "siglip_vision_model": Vision(
+        "SigLIP's image tower alone, at a fixed resolution",
+        "google/siglip2-base-patch16-224 saved by SiglipVisionModel",
+        "attention pooling where the checkpoint has it, else the mean of the tokens",
+        pooling="mean",
+        head="head.probe",
+        tokens=0,
+        fusion="clip",
+    ),
 }
 # The classes whose weights have the head, for random weights.
 _HEADED = ("ViTModel", "CLIPVisionModelWithProjection")

@@ -75,7 +75,7 @@ def check_tensors(weights: list[Path]) -> set[str]:
     return names
 
 
-def _filled(settings: Any, weights: list[Path], build: Build) -> Any:
+def _filled(settings: Any, weights: list[Path], build: Build = PLAIN) -> Any:
     """The model of a config with the tensors in these files; None where they do not hold exactly its own.
 
     transformers builds a model without memory first, for which torch imports its compiler, and prepares to rename the
