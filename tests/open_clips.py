@@ -39,6 +39,17 @@ ROBERTA = {
     "max_position_embeddings": 40,
     "pad_token_id": 1,
 }
+BERT = {**ROBERTA, "model_type": "bert"}
+MT5 = {
+    "model_type": "mt5",
+    "vocab_size": 64,
+    "d_model": 32,
+    "d_kv": 16,
+    "d_ff": 64,
+    "num_layers": 2,
+    "num_heads": 2,
+    "pad_token_id": 1,
+}
 NLLB = {
     "model_type": "m2m_100",
     "vocab_size": 64,
@@ -137,9 +148,11 @@ SHAPES: dict[str, dict[str, Any]] = {
     ),
     "PE-Core": _clip(_timm("small_pe_core", 64, "map", None), custom_text=True),
     "RoBERTa": _clip(VISION, _transformers("roberta", "mean_pooler")),
+    "BERT": _clip(VISION, _transformers("bert", "cls_pooler")),
+    "mT5": _clip(VISION, _transformers("mt5", "mean_pooler")),
     "NLLB": _clip(VISION, {**_transformers("m2m_100", "cls_pooler"), "hf_proj_type": "linear"}),
 }
-TEXT_CONFIGS = {"roberta": ROBERTA, "m2m_100": NLLB}
+TEXT_CONFIGS = {"roberta": ROBERTA, "m2m_100": NLLB, "bert": BERT, "mt5": MT5}
 
 
 def write_open_clip(folder: Path, shape: str, **changes: Any) -> Path:

@@ -171,8 +171,9 @@ def _has_weights(config: ModelConfig, folder: Path) -> bool:
     """True if the weights that are loaded are all in the folder, or in that of a CLIP in it."""
     if (folder / INNER).is_dir():
         return _has_weights(config, folder / INNER)
-    if config.name.startswith(OPEN_CLIP_PREFIX) or is_open_clip(folder):
-        return any((folder / name).is_file() for name in OPEN_CLIP_WEIGHTS)
+    theirs = is_open_clip(folder)
+    if config.name.startswith(OPEN_CLIP_PREFIX) or theirs:
+        return any((folder / name).is_file() for name in OPEN_CLIP_WEIGHTS[: None if theirs else 2])
     if (folder / WEIGHTS).is_file():
         return True
     shards = shards_of(folder)

@@ -66,7 +66,9 @@ def build(place: Path | str, values: Mapping[str, Any], config: ModelConfig) -> 
 class _Attention(torch.nn.MultiheadAttention):
     """torch's attention without its short cut for inference, which hides from a compiler and a proof what it runs."""
 
-    def forward(self, query: Any, key: Any, value: Any, need_weights: bool = False, attn_mask: Any = None) -> Any:
+    def forward(  # type: ignore[override]
+        self, query: Any, key: Any, value: Any, need_weights: bool = False, attn_mask: Any = None
+    ) -> Any:
         """Attend to batches ``[N, T, W]``, as open_clip calls it."""
         # The same tensors stay the same ones, for which one product makes all parts.
         keys = key.transpose(0, 1)
