@@ -108,7 +108,8 @@ def _run(composed: DictConfig, errors: ErrorOutput, opened: ExitStack) -> int:
     with phases.within("manifest"):
         config = _with_manifest(config, run, errors, opened)
     # The decoders start while this process imports torch, which takes seconds.
-    decoders = open_decoders(config) if config.cluster.name == "inline" else None
+    images = config.manifest.image is not None
+    decoders = open_decoders(config) if images and config.cluster.name == "inline" else None
     if decoders is not None:
         # The others, where the job itself reads its images, when its device is known.
         decoders.start(SAMPLE_THREADS)

@@ -57,6 +57,8 @@ def _act(options: argparse.Namespace) -> int:
 
     leave_out_pandas()
     dataset = open_dataset(options.dataset)
+    if options.column is not None:
+        dataset = _with_column(dataset, options)
     with log_to_terminal():
         if options.build_index:
             _build(dataset, options)
@@ -73,6 +75,22 @@ def _act(options: argparse.Namespace) -> int:
     else:
         print("\n".join(table(hits, dataset.id, dataset.kept)))
     return 0
+
+
+def _with_column(dataset: Dataset, options: argparse.Namespace) -> Dataset:
+    from dataclasses import replace
+
+    from pipeline.dataset.parts import VECTORS
+
+    problems = []
+    if options.index or options.build_index:
+        problems.append(Problem("--column", options.column, "is searched exactly", "leave out the index"))
+    there = [name for name in VECTORS if name in dataset.own_columns]
+    if options.column not in there:
+        problems.append(Problem("--column", options.column, f"must be one of {', '.join(there)} in {dataset.url}"))
+    if problems:
+        raise ConfigError(problems)
+    return replace(dataset, searched=options.column)
 
 
 def table(hits: Sequence[Hit], id: str, kept: Sequence[str]) -> list[str]:
@@ -173,6 +191,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("text", metavar="TEXT", nargs="?", help="what the images should show")
     parser.add_argument("--image", metavar="FILE", help="an image to search with")
     parser.add_argument("--id", metavar="ID", help="a row of the dataset to search with")
+    parser.add_argument("--column", metavar="NAME", help="search the embeddings of another column: text_embedding")
     parser.add_argument("--top", type=int, default=10, metavar="N", help="how many rows; default: 10")
     parser.add_argument("--index", action="store_true", help="approximate, from the index of the dataset")
     parser.add_argument("--build-index", action="store_true", help="build that index, and measure its recall")

@@ -72,6 +72,8 @@ class ReadyDecoders:
         spec: PreprocessSpec,
         abandoned: Callable[[], bool],
         give_back: list[GiveBack] | None,
+        *,
+        exact: bool,
     ) -> list[Pixels | Failure]:
         return [PICTURES[int(data[-9:]) % MANY] for data in encoded]
 

@@ -109,11 +109,13 @@ def vectors(
         SystemExit: no row has an embedding.
     """
     tables, blocks, left_out = [], [], 0
-    for batch in _open(files).to_batches(columns=[*columns, "embedding"]):
-        whole = batch.filter(batch["embedding"].is_valid())
+    # Of a job of texts alone, those of the texts.
+    name = "embedding" if "embedding" in _open(files).schema.names else "text_embedding"
+    for batch in _open(files).to_batches(columns=[*columns, name]):
+        whole = batch.filter(batch[name].is_valid())
         left_out += batch.num_rows - whole.num_rows
         if whole.num_rows:
-            flat = whole["embedding"].flatten().to_numpy(zero_copy_only=False)
+            flat = whole[name].flatten().to_numpy(zero_copy_only=False)
             flat = flat.reshape(whole.num_rows, -1)
             blocks.append(flat if dtype is None else flat.astype(dtype, copy=False))
             tables.append(whole.select(list(columns)).to_pandas())

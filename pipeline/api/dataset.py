@@ -29,6 +29,7 @@ from pipeline.core.records import OK
 from pipeline.dataset import dataset
 from pipeline.dataset import search as exact
 from pipeline.dataset.dataset import vectors_of
+from pipeline.dataset.parts import VECTORS
 from pipeline.engine.query import derive
 
 if TYPE_CHECKING:
@@ -105,7 +106,10 @@ class Dataset:
 
     @cached_property
     def embeddings(self) -> NDArray[np.float32]:
-        """One row of length 1 for every image, float32 ``[N, D]``, read-only; NaN if the image failed."""
+        """One row of length 1 for every image, float32 ``[N, D]``, read-only; NaN if the image failed.
+
+        Of a job of texts alone, they are those of the texts.
+        """
         matrix = np.full((len(self), self.dim), np.nan, np.float32)
         for commit, (vectors, rows) in zip(self._stored.commits, self._vectors(), strict=True):
             matrix[rows + self._stored.starts[commit.shard]] = vectors
@@ -131,8 +135,9 @@ class Dataset:
         return pa.concat_tables(self._stored.stream(list(names if columns is None else columns)))
 
     def frame(self, columns: Sequence[str] | None = None) -> pd.DataFrame:
-        """Every row in order; the default is all columns but ``embedding``, see :attr:`embeddings`."""
-        names = [name for name in self._stored.schema.names if name != "embedding"]
+        """Every row in order; the default is all columns but those of embeddings, see :attr:`embeddings`."""
+        vectors = {name for name in VECTORS if name in self._stored.own_columns}
+        names = [name for name in self._stored.schema.names if name not in vectors]
         frame: pd.DataFrame = self.table(names if columns is None else columns).to_pandas()
         return frame
 
@@ -250,7 +255,8 @@ class Dataset:
             return embed_image(self._model, config, path)
 
     def _vectors(self) -> Iterator[tuple[NDArray[Any], NDArray[np.int64]]]:
-        return (vectors_of(table["embedding"]) for table in self._stored.stream(["embedding"]))
+        name = self._stored.column
+        return (vectors_of(table[name]) for table in self._stored.stream([name]))
 
     def _summary(self) -> str:
         rows = ", ".join(f"{count:,} {status}" for status, count in self.counts.items())

@@ -47,6 +47,7 @@ def embed(
     ids: Sequence[str] | Sequence[int] | None = None,
     id: str | None = None,
     image: str | None = None,
+    text: str | None = None,
     keep: Sequence[str] = (),
     root: str | os.PathLike[str] | None = None,
     backend: str = "torch",
@@ -78,6 +79,7 @@ def embed(
         ids: One for each image, unique. The default is the paths, or the row numbers.
         id: The id column of a table or manifest; the default is ``id``, or else the index of a DataFrame.
         image: The image column; the default is ``path``, or for tables ``image``.
+        text: A column of texts of a table or manifest, which are embedded too: ``text_embedding`` and ``similarity``.
         keep: Columns to copy to the dataset.
         root: The folder of relative paths; paths outside it are refused.
         backend: A name under ``conf/backend``.
@@ -120,7 +122,7 @@ def embed(
 
     columns = Columns(
         id=id, image=image, keep=[keep] if isinstance(keep, str) else keep, ids=id_list(ids),
-        root=None if root is None else os.fspath(root),
+        root=None if root is None else os.fspath(root), text=text,
     )  # fmt: skip
     return _run(config, images, columns, prompts, None if output is None else os.fspath(output))
 

@@ -43,6 +43,12 @@ class Columns:
     keep: Sequence[str]
     ids: Sequence[object] | None
     root: str | None
+    text: str | None = None
+
+    @property
+    def copied(self) -> list[str]:
+        """The columns that are written beside the id and the images."""
+        return [*self.keep, *([self.text] if self.text is not None else [])]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +104,7 @@ def _from_address(address: str, columns: Columns, out: Path) -> InputManifest:
         return _from_list([address], columns, out)
     if columns.ids is not None:
         raise ConfigError([Problem("ids", "...", "cannot be given for a manifest", "name its column: id='...'")])
-    named = {"id": columns.id, "image": columns.image, "root": columns.root}
+    named = {"id": columns.id, "image": columns.image, "root": columns.root, "text": columns.text}
     given = {key: str(value) for key, value in named.items() if value is not None}
     return InputManifest({"path": address, "keep": _names(columns.keep), **given})
 
@@ -110,7 +116,7 @@ def _from_frame(frame: pd.DataFrame, columns: Columns, out: Path) -> InputManife
         # Without an id column, the index holds the ids.
         way_out = "give ids=[...], name a column with id='...', or pass frame.reset_index(drop=True)"
         ids = id_column([cell(value) for value in frame.index], len(frame), "index", way_out)
-    others = frame[list(dict.fromkeys([*([columns.id] if ids is None else []), *columns.keep]))]
+    others = frame[list(dict.fromkeys([*([columns.id] if ids is None else []), *columns.copied]))]
     try:
         table = pa.Table.from_pandas(others.set_axis(_names(others.columns), axis=1), preserve_index=False)
         table = plain_table(table, kept=True)
@@ -126,13 +132,13 @@ def _from_table(table: pa.Table, columns: Columns, out: Path) -> InputManifest:
     ids = None if columns.ids is None else id_column(columns.ids, table.num_rows)
     if ids is None and id not in table.column_names:
         ids = pa.array(range(table.num_rows), pa.int64())
-    others = table.select(list(dict.fromkeys([*([id] if ids is None else []), *columns.keep])))
+    others = table.select(list(dict.fromkeys([*([id] if ids is None else []), *columns.copied])))
     others = _with_ids(others, id, ids)
     kind = plain_type(table.schema.field(image).type)
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
         return _from_cells(table[image].to_pylist(), others, columns, out)
     # A manifest holds bytes and structs unchanged; its own check refuses any other type.
-    config = _config(out, id, image, columns.keep)
+    config = _config(out, id, image, columns)
     return _write([others.append_column(image, table[image])], InputManifest(config, out), columns.root)
 
 
@@ -151,7 +157,7 @@ def _from_cells(cells: list[Any], others: pa.Table, columns: Columns, out: Path)
         column = pa.array(encoded, pa.binary())
     # The image column may be kept, or hold the ids, too; that copy is written as it was given.
     name = name if name not in others.column_names else f"{name}_"
-    config = _config(out, str(columns.id), name, columns.keep)
+    config = _config(out, str(columns.id), name, columns)
     return _write([others.append_column(name, column)], InputManifest(config, out, schemes), root)
 
 
@@ -207,8 +213,12 @@ def _write(tables: Iterable[pa.Table], manifest: InputManifest, root: str | None
     return manifest
 
 
-def _config(out: Path, id: str, image: str, keep: Sequence[str] = (), root: str | None = None) -> dict[str, Any]:
-    return {"path": str(out), "id": id, "image": image, "keep": _names(keep), "root": root}
+def _config(out: Path, id: str, image: str, columns: Columns | None = None, root: str | None = None) -> dict[str, Any]:
+    found: dict[str, Any] = {"path": str(out), "id": id, "image": image, "keep": [], "root": root}
+    if columns is not None:
+        found["keep"] = _names(columns.keep)
+        found |= {} if columns.text is None else {"text": str(columns.text)}
+    return found
 
 
 def _with_ids(table: pa.Table, id: str, ids: pa.Array | None) -> pa.Table:
@@ -223,7 +233,7 @@ def _resolve(columns: Columns, there: Sequence[Any]) -> Columns:
     """The arguments with the names of the image column, which must exist, and of the id column, which need not."""
     image = columns.image if columns.image is not None else next((name for name in USUAL if name in there), USUAL[0])
     id = columns.id if columns.id is not None else "id"
-    wanted = dict.fromkeys([image, *([] if columns.id is None else [id]), *columns.keep])
+    wanted = dict.fromkeys([image, *([] if columns.id is None else [id]), *columns.copied])
     missing = [name for name in wanted if name not in there]
     if missing:
         raise ManifestError(f"images: no column {missing[0]!r}; its columns are: {', '.join(map(str, there))}")
@@ -240,7 +250,7 @@ def _names(names: Iterable[object]) -> list[str]:
 
 
 def _refuse_columns(columns: Columns, why: str) -> None:
-    given = {"id": columns.id, "image": columns.image, "keep": list(columns.keep) or None}
+    given = {"id": columns.id, "image": columns.image, "text": columns.text, "keep": list(columns.keep) or None}
     problems = [Problem(name, value, why) for name, value in given.items() if value is not None]
     if problems:
         raise ConfigError(problems)

@@ -9,7 +9,7 @@ import re
 import shutil
 from collections.abc import Callable
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from packaging.version import Version
@@ -26,6 +26,7 @@ from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.towers import ImageTower, Normaliser
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
+Tower = TypeVar("Tower", bound=torch.nn.Module)
 # Entry of the fingerprint where the compiler chooses kernels by timing them.
 TIMED = {"kernels": "chosen by timing"}
 # The first version whose quantize_ leaves the precision of fp32 products as it is in this process.
@@ -82,13 +83,17 @@ class QuickNormaliser:
 
 
 def tower_on(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> ImageTower:
-    """Copy the image tower of a checkpoint to a device in ``dtype``; each tensor is copied once."""
-    tower = checkpoint.image
+    """Copy the image tower of a checkpoint to a device in ``dtype``, see :func:`copied`."""
+    return copied(checkpoint.image, device, dtype)
+
+
+def copied(tower: Tower, device: torch.device, dtype: torch.dtype) -> Tower:
+    """Copy a tower to a device in ``dtype``; each tensor is copied once."""
     # Copies of the tensors, which deepcopy takes for those that it would make on the CPU and in full precision.
     made: dict[int, Any] = {}
     for value in tower.parameters():
-        copied = value.detach().to(device=device, dtype=dtype, copy=True)
-        made[id(value)] = torch.nn.Parameter(copied, requires_grad=value.requires_grad)
+        moved = value.detach().to(device=device, dtype=dtype, copy=True)
+        made[id(value)] = torch.nn.Parameter(moved, requires_grad=value.requires_grad)
     for buffer in tower.buffers():
         kind = dtype if buffer.is_floating_point() else buffer.dtype
         made[id(buffer)] = buffer.to(device=device, dtype=kind, copy=True)

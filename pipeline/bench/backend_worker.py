@@ -22,7 +22,8 @@ from pipeline.config.schema import from_dict
 from pipeline.core.machine import machine, memory
 from pipeline.core.processes import cores
 from pipeline.core.records import Sample
-from pipeline.engine.engine import Engine, open_backend
+from pipeline.engine.engine import Engine
+from pipeline.engine.opening import open_backend
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
 
 # The longest warm-up, in multiples of one measurement.

@@ -60,7 +60,7 @@ class Micro:
 
     def _open(self, size: int, values: Mapping[str, Any]) -> Any:
         from pipeline.engine.demo.folder import rendered_sample
-        from pipeline.engine.engine import open_backend
+        from pipeline.engine.opening import open_backend
 
         spec, config = self._checkpoint.spec, self._config.changed(values)
         return open_backend(config, self._checkpoint, lambda: rendered_sample(spec, 8), size)

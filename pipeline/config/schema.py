@@ -109,11 +109,24 @@ class ManifestConfig:
 
     path: Annotated[str | None, filled("must name a file, a folder or a glob, or be null for demo scenes")] = None
     id: Annotated[str, filled("must name a column")] = "id"
-    image: Annotated[str, filled("must name a column")] = "path"
+    image: Annotated[str | None, filled("must name a column, or be null for a job of texts alone")] = "path"
+    text: Annotated[str | None, filled("must name a column, or be null")] = None
     keep: list[str] = field(default_factory=list)
     root: str | None = None
     shard_rows: Annotated[int, Range(1, 1_000_000)] = 4096
     demo_scenes: Annotated[int, Range(1)] = 1000
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that are read: id, image and text where they are named, then the kept ones."""
+        return [self.id, *(name for name in (self.image, self.text) if name is not None), *self.keep]
+
+    @property
+    def output_columns(self) -> tuple[str, ...]:
+        """The columns of the dataset that are not of the manifest."""
+        images, texts = self.image is not None, self.text is not None
+        there = {"embedding": images, "text_embedding": texts, "similarity": images and texts}
+        return (*(name for name, is_there in there.items() if is_there), *OUTPUT_COLUMNS[1:])
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,8 @@ AUTOMATIC = [key for key, rule in CONSTRAINTS.items() if isinstance(rule, Range)
 def check(config: Config) -> list[Problem]:
     """Return every problem that the types of the schema do not exclude."""
     rules = (
-        *(_check_constraints, _check_backend, _check_parity, _check_images, _check_columns, _check_prompts),
-        *(_check_part, _check_cluster, _check_run, _check_encoding),
+        *(_check_constraints, _check_backend, _check_parity, _check_images, _check_columns, _check_texts),
+        *(_check_prompts, _check_part, _check_cluster, _check_run, _check_encoding),
     )
     return list(chain.from_iterable(rule(config) for rule in rules))
 
@@ -108,15 +108,40 @@ def _check_images(config: Config) -> Iterator[Problem]:
 
 def _check_columns(config: Config) -> Iterator[Problem]:
     manifest = config.manifest
-    taken = {manifest.id: "manifest.id", **dict.fromkeys(OUTPUT_COLUMNS, "the output")}
+    ours = {*OUTPUT_COLUMNS, *manifest.output_columns}
+    taken = {manifest.id: "manifest.id", **dict.fromkeys(ours, "the output")}
     for name in manifest.keep:
         if name in taken:
             yield Problem("manifest.keep", name, f"is already a column of {taken[name]}; leave it out")
         taken[name] = "manifest.keep"
     if manifest.path is None and (manifest.keep or manifest.root is not None):
         yield Problem("manifest.path", None, "must be set where manifest.keep or manifest.root is")
-    if manifest.id in OUTPUT_COLUMNS:
+    if manifest.id in ours:
         yield Problem("manifest.id", manifest.id, "is the name of an output column; rename it")
+
+
+def _check_texts(config: Config) -> Iterator[Problem]:
+    manifest, way_out = config.manifest, "leave it out"
+    if manifest.text is not None and manifest.path is None:
+        yield Problem("manifest.path", None, "must be set where manifest.text is")
+    if manifest.text is not None and manifest.text == manifest.image:
+        yield Problem("manifest.text", manifest.text, "is the column of manifest.image; name a column of texts")
+    if manifest.image is not None:
+        return
+    if manifest.text is None:
+        allowed = "leaves nothing to embed: manifest.text is null too"
+        yield Problem("manifest.image", None, allowed, "name a column of images, of texts, or both")
+    # Of these, all is measured on images, or written of them.
+    alone = "is of images, and manifest.image=null embeds texts alone"
+    if config.prompts.labels or config.prompts.path is not None:
+        key = "prompts.path" if config.prompts.path is not None else "prompts.labels"
+        yield Problem(key, config.prompts.path or config.prompts.labels, alone, way_out)
+    if config.labels.heads:
+        yield Problem("labels.heads", config.labels.heads, alone, way_out)
+    if config.backend.name == AUTO:
+        yield Problem("backend", AUTO, alone, "name a backend, such as backend=torch")
+    if config.loader.batch_size == 0:
+        yield Problem("loader.batch_size", AUTO, alone, "give a number, or leave it out")
 
 
 def _check_prompts(config: Config) -> Iterator[Problem]:

@@ -176,13 +176,15 @@ class ShardRows:
     """All that is known of a shard once its last image was read, except for embeddings.
 
     ``table`` holds the id and the kept columns in manifest order; ``failures`` maps positions to why, ``repeats`` those
-    of images to the first one with the same bytes, which alone was embedded.
+    of images to the first one with the same bytes, which alone was embedded. ``texts`` counts the rows of a job with
+    texts: with a text (``rows``), without one, with one that another row has too, with one that was cut.
     """
 
     shard: Shard
     table: pa.Table
     failures: Mapping[int, Failure]
     repeats: Mapping[int, int] = field(default_factory=dict)
+    texts: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,6 +256,7 @@ class ShardReport:
 
     ``repeats`` counts the rows that share the embedding of an earlier row with the same bytes. ``began``, the request
     for its rows, and ``ended``, when it was durable, are seconds since the epoch; 0 where they were not measured.
+    ``texts`` are those of :class:`ShardRows`.
     """
 
     shard: int
@@ -264,6 +267,7 @@ class ShardReport:
     repeats: int = 0
     began: float = 0.0
     ended: float = 0.0
+    texts: Mapping[str, int] = field(default_factory=dict)
 
 
 def by_status(counts: Mapping[str, int]) -> dict[str, int]:

@@ -52,7 +52,10 @@ class RunReport:
     the loop in which the GPUs computed, by their own clocks; None without one. ``peak_gpu_mib`` of ``memory`` is what
     was in use on the GPU, also by other programs. ``startup`` are seconds by phase, which add up to
     ``startup_seconds``, and ``ending`` those from the last batch to the report; a run of other processes than this one
-    has their start-up in ``workers``.
+    has their start-up in ``workers``. ``texts`` counts the rows that this run committed of a job with texts: with a
+    text (``rows``), without one (``missing``), with one that a row before has too (``repeats``), with one that was cut
+    to the tokens of the text tower (``truncated``). ``similarity`` counts rows by it, in equal steps from -1 to 1;
+    ``text_parity`` compares the text tower with fp32, and is None where it is fp32.
     """
 
     started: str
@@ -73,6 +76,7 @@ class RunReport:
     prompts: Mapping[str, object]
     parity: Parity | None = None
     decoder_parity: Parity | None = None
+    text_parity: Parity | None = None
     batch_sizes: tuple[int, ...] = ()
     memory: Mapping[str, float]
     machine: Mapping[str, object]
@@ -86,6 +90,8 @@ class RunReport:
     repeats: int = 0
     timeline: Timeline | None = None
     scores: tuple[int, ...] = ()
+    texts: Mapping[str, int] = field(default_factory=dict)
+    similarity: tuple[int, ...] = ()
     history: tuple[Mapping[str, object], ...] = ()
     run: str = ""
     notes: tuple[str, ...] = ()

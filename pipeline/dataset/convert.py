@@ -23,6 +23,7 @@ from pipeline.core.errors import ConfigError, Problem, install_hint
 from pipeline.core.records import OK
 from pipeline.dataset.dataset import Dataset, vectors_of
 from pipeline.dataset.index import TRAINED, import_faiss, lists_for, spread
+from pipeline.dataset.parts import VECTORS
 from pipeline.dataset.portable import converted, for_datasets, with_wide_decimals
 from pipeline.storage.local import appearing
 from pipeline.storage.urls import explained, within
@@ -86,7 +87,10 @@ def convert(dataset: Dataset, to: str, out: Path, *, ivf: bool = False) -> Conve
 
 
 def _to_numpy(dataset: Dataset, folder: Path, ivf: bool) -> None:
-    """``embeddings.npy`` ``[N, D]``, ``ids.npy`` ``[N]``, and the other columns in ``metadata.parquet``, row by row."""
+    """``embeddings.npy`` ``[N, D]``, ``ids.npy`` ``[N]``, and the other columns in ``metadata.parquet``, row by row.
+
+    Beside images, embeddings of texts are in ``text_embeddings.npy``, with NaN where a row has no text.
+    """
     count, kind = dataset.vectors, _id_type(dataset)
     shape = (count, dataset.dim)
     with (
@@ -94,9 +98,11 @@ def _to_numpy(dataset: Dataset, folder: Path, ivf: bool) -> None:
         _array(folder / "ids.npy", (count,), kind) as ids,
         closing(_rows(dataset)) as tables,
         _metadata(dataset, folder) as metadata,
+        _text_array(dataset, folder / "text_embeddings.npy", shape) as texts,
     ):
         for table in tables:
-            matrix(vectors_of(table["embedding"])[0])
+            texts(table)
+            matrix(vectors_of(table[dataset.column])[0])
             ids(table[dataset.id].to_numpy())
             metadata(table)
 
@@ -110,7 +116,7 @@ def _to_faiss(dataset: Dataset, folder: Path, ivf: bool) -> None:
         index.train(spread(dataset, min(dataset.vectors, TRAINED * lists))[0])
     with closing(_rows(dataset)) as tables, _metadata(dataset, folder) as metadata:
         for table in tables:
-            index.add(np.ascontiguousarray(vectors_of(table["embedding"])[0], dtype=np.float32))
+            index.add(np.ascontiguousarray(vectors_of(table[dataset.column])[0], dtype=np.float32))
             metadata(table)
     faiss.write_index(index, str(folder / "vectors.faiss"))
 
@@ -180,7 +186,7 @@ def _rows(dataset: Dataset) -> Generator[pa.Table, None, None]:
     """The rows of every part that have an embedding, with all columns."""
     with closing(dataset.stream(dataset.schema.names)) as tables:
         for table in tables:
-            yield table.filter(pc.is_valid(table["embedding"]))
+            yield table.filter(pc.is_valid(table[dataset.column]))
 
 
 def _id_type(dataset: Dataset) -> np.dtype[Any]:
@@ -209,9 +215,28 @@ def _array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Iterator
 
 
 @contextmanager
+def _text_array(dataset: Dataset, path: Path, shape: tuple[int, ...]) -> Iterator[Callable[[pa.Table], object]]:
+    """Write the embeddings of texts beside images, by a function that takes the next table; nothing without them."""
+    name = "text_embedding"
+    if name not in dataset.own_columns or dataset.column == name:
+        yield lambda table: None
+        return
+    with _array(path, shape, dataset.dtype) as write:
+
+        def add(table: pa.Table) -> None:
+            rows = np.full((table.num_rows, dataset.dim), np.nan, dtype=dataset.dtype)
+            vectors, there = vectors_of(table[name])
+            rows[there] = vectors
+            write(rows)
+
+        yield add
+
+
+@contextmanager
 def _metadata(dataset: Dataset, folder: Path) -> Iterator[Callable[[pa.Table], None]]:
     """Write ``metadata.parquet``, all columns but the embeddings, by a function that takes the next table."""
-    left = [name for name in dataset.schema.names if name not in ("embedding", "status", "error")]
+    unwanted = {*(name for name in VECTORS if name in dataset.own_columns), "status", "error"}
+    left = [name for name in dataset.schema.names if name not in unwanted]
     schema = pa.schema([dataset.schema.field(name) for name in left], metadata=dataset.schema.metadata)
     with pq.ParquetWriter(folder / "metadata.parquet", schema, compression="zstd") as writer:
         yield lambda table: writer.write_table(table.select(left).cast(schema)) if table.num_rows else None
@@ -231,8 +256,8 @@ configs:
 
 # {dataset.url.rstrip("/").rsplit("/", 1)[-1]}
 
-{dataset.vectors:,} image embeddings of length {dataset.dim}, L2-normalised, stored as {dataset.dtype}, with zero-shot
-labels. Model: `{about.get("model", "unknown")}`. Rows whose image could not be read are left out:
+{dataset.vectors:,} embeddings of length {dataset.dim}, L2-normalised, stored as {dataset.dtype}, with zero-shot
+labels. Model: `{about.get("model", "unknown")}`. Rows without an embedding are left out:
 {dataset.plan.rows - dataset.vectors:,}.
 
 ```python

@@ -20,6 +20,7 @@ from pipeline.core.plain import plain_fields, plain_table, read_batches
 from pipeline.core.records import OK
 from pipeline.dataset import commits, plan
 from pipeline.dataset.commits import Commit
+from pipeline.dataset.parts import TextVectors, vectors_in
 from pipeline.storage.base import Storage
 from pipeline.storage.factory import open_storage
 from pipeline.storage.local import LocalStorage
@@ -38,7 +39,8 @@ class Dataset:
     """A finished dataset; ``marker`` is the content of ``_SUCCESS``, which names every part by its digest.
 
     ``schema`` is the schema of its parts with plain types, ``starts`` the row number at which each part begins.
-    ``encoded`` is True if an earlier version wrote other encodings of these types, such as views.
+    ``encoded`` is True if an earlier version wrote other encodings of these types, such as views. ``searched`` is set
+    where another column of embeddings than the usual one is read.
     """
 
     storage: Storage
@@ -48,6 +50,7 @@ class Dataset:
     schema: pa.Schema
     starts: NDArray[np.int64]
     encoded: bool = False
+    searched: str = ""
 
     @property
     def url(self) -> str:
@@ -77,7 +80,12 @@ class Dataset:
     @property
     def dim(self) -> int:
         """Length of an embedding."""
-        return int(self.schema.field("embedding").type.list_size)
+        return int(self.schema.field(self.column).type.list_size)
+
+    @property
+    def column(self) -> str:
+        """Name of the column of embeddings: ``text_embedding`` in a dataset of texts alone."""
+        return self.searched or vectors_in(self.schema)
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -204,6 +212,16 @@ def vectors_of(column: pa.ChunkedArray) -> tuple[NDArray[Any], NDArray[np.int64]
     valid = array.is_valid().to_numpy(zero_copy_only=False)
     values = array.flatten().to_numpy(zero_copy_only=True)
     return values.reshape(-1, column.type.list_size), np.flatnonzero(valid)
+
+
+def text_vectors_of(table: pa.Table, images: NDArray[Any], own: Sequence[str]) -> TextVectors | None:
+    """The embeddings of texts beside those of ``images`` ``[N, D]``; None where ``own`` columns have none."""
+    if "text_embedding" not in own:
+        return None
+    vectors, missing = np.zeros_like(images), np.ones(table.num_rows, dtype=bool)
+    stored, rows = vectors_of(table["text_embedding"])
+    vectors[rows], missing[rows] = stored, False
+    return TextVectors(vectors, missing)
 
 
 def _table(file: Any, columns: Sequence[str], known: pa.Schema) -> pa.Table:

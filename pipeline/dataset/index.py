@@ -218,8 +218,8 @@ def _fewest_lists(
 
 def _vectors(dataset: Dataset) -> Generator[tuple[NDArray[np.int64], NDArray[np.float32]], None, None]:
     """Row numbers and float32 embeddings of every part."""
-    for commit, table in zip(dataset.commits, dataset.stream(["embedding"]), strict=True):
-        stored, rows = vectors_of(table["embedding"])
+    for commit, table in zip(dataset.commits, dataset.stream([dataset.column]), strict=True):
+        stored, rows = vectors_of(table[dataset.column])
         yield rows + dataset.starts[commit.shard], np.ascontiguousarray(stored, dtype=np.float32)
 
 

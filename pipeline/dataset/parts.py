@@ -22,6 +22,10 @@ METADATA_KEY = b"pipeline"
 LAYOUT = 2
 # Characters of an error.
 LONGEST_ERROR = 500
+# Columns of embeddings.
+VECTORS = ("embedding", "text_embedding")
+# Rows whose similarity is computed at a time.
+ROWS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +41,18 @@ class PartFormat:
     @property
     def dim(self) -> int:
         """Length of an embedding."""
-        size: int = self.schema.field("embedding").type.list_size
+        size: int = self.schema.field(self.vectors).type.list_size
         return size
+
+    @property
+    def vectors(self) -> str:
+        """Name of the column that ``status`` speaks of: ``text_embedding`` in a dataset of texts alone."""
+        return vectors_in(self.schema)
+
+
+def vectors_in(schema: pa.Schema) -> str:
+    """Name of the column of a dataset's embeddings: ``embedding``, or ``text_embedding`` of texts alone."""
+    return "embedding" if "embedding" in schema.names else "text_embedding"
 
 
 def format_of(plan: Plan, manifest_schema: pa.Schema, dim: int) -> PartFormat:
@@ -65,7 +79,7 @@ def part_format(
     """Id and kept columns, then the columns of the pipeline; the fingerprints travel as metadata."""
     value = pa.float16() if dtype == "float16" else pa.float32()
     types = {
-        "embedding": pa.list_(pa.field("element", value), dim),
+        **dict.fromkeys(VECTORS, pa.list_(pa.field("element", value), dim)),
         "label": pa.string(),
         "top_labels": pa.list_(pa.field("element", pa.string())),
         "top_scores": pa.list_(pa.field("element", pa.float32())),
@@ -73,24 +87,33 @@ def part_format(
         "error": pa.string(),
     }
     own = own_columns(fingerprints)
-    # The score, and those of heads.
+    # The score and the similarity, and the scores of heads.
     ours = [pa.field(name, types.get(name, pa.float32())) for name in own]
     text = json.dumps(fingerprints, sort_keys=True, ensure_ascii=False)
     schema = pa.schema([*manifest_schema, *ours], metadata={METADATA_KEY: text.encode()})
     # Embeddings and scores are close to random and ids occur once: a dictionary would make them larger. Statistics of
     # an embedding's numbers help no reader.
-    unlike = {manifest_schema.names[0], "embedding", "top_scores", *(name for name in own if name not in types)}
+    vectors = set(VECTORS) & set(own)
+    unlike = {manifest_schema.names[0], *vectors, "top_scores", *(name for name in own if name not in types)}
     # Of float32 embeddings zstd saves 8 %, and much of the time goes there: a row of 512 is written in 6.1 microseconds
     # with it and in 3.9 without, and read in 5.0 and 3.0. Of float16 ones it saves 9 % for less (6.1 and 5.1, 3.4 and
     # 2.6), and the levels of their lists, which it packs too, weigh twice as much.
-    plain = {"embedding"} if dtype == "float32" else set[str]()
+    plain = vectors if dtype == "float32" else set[str]()
     return PartFormat(
         schema=schema,
         compression=compression,
         compressed=_leaves(schema, without=plain),
-        statistics=_leaves(schema, without={"embedding"}),
+        statistics=_leaves(schema, without=vectors),
         dictionary=_leaves(schema, without=unlike),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class TextVectors:
+    """Embeddings of the texts of one shard beside its images: ``[N, D]`` in the stored dtype, and rows without one."""
+
+    vectors: NDArray[Any]
+    missing: NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +132,7 @@ class ShardResult:
     names: tuple[str, ...]
     threshold: float | None
     values: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    texts: TextVectors | None = None
 
 
 def build_table(result: ShardResult, form: PartFormat) -> pa.Table:
@@ -116,19 +140,39 @@ def build_table(result: ShardResult, form: PartFormat) -> pa.Table:
     count, failures = result.rows.shard.rows, result.rows.failures
     failed = np.zeros(count, dtype=bool)
     failed[list(failures)] = True
-    vectors = pa.FixedSizeListArray.from_arrays(
-        pa.array(result.vectors.reshape(-1), type=form.schema.field("embedding").type.value_type),
-        type=form.schema.field("embedding").type,
-        mask=pa.array(failed),
-    )
+    kind = form.schema.field(form.vectors).type
     columns = {name: result.rows.table.column(name) for name in result.rows.table.column_names}
-    columns |= {"embedding": vectors, **_labels(result, failed)}
+    columns |= {form.vectors: _vectors(result.vectors, kind, failed), **_labels(result, failed)}
     columns |= {name: pa.array(values, pa.float32(), mask=failed) for name, values in result.values.items()}
+    if result.texts is not None:
+        none = failed | result.texts.missing
+        columns["text_embedding"] = _vectors(result.texts.vectors, kind, result.texts.missing)
+        columns["similarity"] = pa.array(similarity(result.vectors, result.texts.vectors), pa.float32(), mask=none)
     statuses, errors = [OK] * count, list[str | None]([None]) * count
     for position, failure in failures.items():
         statuses[position], errors[position] = failure.status, short_error(_utf8(failure.error))
     columns |= {"status": pa.array(statuses, pa.string()), "error": pa.array(errors, pa.string())}
     return pa.Table.from_arrays([columns[name] for name in form.schema.names], schema=form.schema)
+
+
+def similarity(images: NDArray[Any], texts: NDArray[Any]) -> NDArray[np.float32]:
+    """Cosines of the rows of two ``[N, D]``, float32 ``[N]``: of the vectors as they are stored, computed in float64.
+
+    Rows of zeros have none, and get 0.
+    """
+    cosines = np.zeros(len(images), dtype=np.float32)
+    for start in range(0, len(images), ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
+        one, other = images[rows].astype(np.float64), texts[rows].astype(np.float64)
+        lengths = np.sqrt((one * one).sum(axis=1) * (other * other).sum(axis=1))
+        products = (one * other).sum(axis=1)
+        cosines[rows] = np.clip(np.divide(products, lengths, out=products, where=lengths > 0), -1, 1)
+    return cosines
+
+
+def _vectors(values: NDArray[Any], kind: pa.DataType, missing: NDArray[np.bool_]) -> pa.Array:
+    flat = pa.array(values.reshape(-1), type=kind.value_type)
+    return pa.FixedSizeListArray.from_arrays(flat, type=kind, mask=pa.array(missing))
 
 
 def write_part(table: pa.Table, path: Path, form: PartFormat) -> None:

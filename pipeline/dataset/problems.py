@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.dataset.parts import METADATA_KEY
+from pipeline.dataset.parts import METADATA_KEY, VECTORS, vectors_in
 from pipeline.dataset.plan import Plan, own_columns, source_of
 from pipeline.storage.base import Storage
 from pipeline.storage.retry import retried
@@ -130,8 +130,9 @@ def _audit_schema(schema: pa.Schema, plan: Plan, part: str) -> Problem | None:
         return Problem("wrong fingerprints", f"its part {part} is of another job; what differs: {', '.join(differing)}")
     # The id and the kept columns; the image column is second in the fingerprint, and not in the output.
     wanted_names = [name for place, name in enumerate(wanted["manifest"]["columns"]) if place != 1]
-    kind, dtype = schema.field("embedding").type, str(wanted["output"]["dtype"])
+    kind, dtype = schema.field(vectors_in(schema)).type, str(wanted["output"]["dtype"])
     stored = pa.types.is_fixed_size_list(kind) and kind.value_type == pa.type_for_alias(dtype)
+    stored = stored and all(schema.field(name).type == kind for name in VECTORS if name in own)
     if schema.names[: -len(own)] != wanted_names or not stored:
         return Problem("wrong schema", f"its part {part} has columns {', '.join(schema.names)}, embeddings of {kind}")
     return None

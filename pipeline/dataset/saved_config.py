@@ -39,6 +39,9 @@ def recipe_of(config: Config) -> dict[str, Any]:
     if config.images.decoder != "gpu":
         # Of no meaning there; the plans of earlier versions are without it.
         del recipe["images"]["gpu_share"]
+    if config.manifest.text is None:
+        # Likewise.
+        del recipe["manifest"]["text"]
     for key in _PLACES:
         group, name = key.split(".")
         address = value_of(config, key)

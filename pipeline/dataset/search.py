@@ -50,14 +50,14 @@ def nearest(dataset: Dataset, queries: NDArray[np.float32], count: int) -> list[
     _check(dataset, queries)
 
     def best_of(commit: Commit, table: pa.Table) -> list[Found]:
-        stored, rows = vectors_of(table["embedding"])
+        stored, rows = vectors_of(table[dataset.column])
         rough = stored.astype(np.float32, copy=False) @ queries.T
         numbers = rows + dataset.starts[commit.shard]
         return [_best(stored, numbers, rough[:, place], query, count) for place, query in enumerate(queries)]
 
     none = Found(np.zeros(0, np.int64), np.zeros(0))
     best = [none] * len(queries)
-    with closing(dataset.each(best_of, ["embedding"])) as parts:
+    with closing(dataset.each(best_of, [dataset.column])) as parts:
         for part in parts:
             best = [merge([before, found], count) for before, found in zip(best, part, strict=True)]
     return best
@@ -83,11 +83,11 @@ def rescore(dataset: Dataset, rows: NDArray[np.int64], query: NDArray[np.float32
 
     def of_part(commit: Commit, table: pa.Table) -> Found:
         start = dataset.starts[commit.shard]
-        stored, there = vectors_of(table["embedding"])
+        stored, there = vectors_of(table[dataset.column])
         chosen = np.isin(there + start, rows)
         return Found(there[chosen] + start, score(stored[chosen], query))
 
-    found = dataset.each(of_part, ["embedding"], parts=_parts(dataset, rows))
+    found = dataset.each(of_part, [dataset.column], parts=_parts(dataset, rows))
     return merge([none, *found], count)
 
 
@@ -135,11 +135,13 @@ def find_row(dataset: Dataset, id: str) -> tuple[int, NDArray[np.float32]]:
         commit, place = next(((commit, place) for commit, place in places if place >= 0), (None, -1))
     if commit is None:
         raise ConfigError([Problem("--id", id, f"no row of {dataset.url} has this {dataset.id}")])
-    row = dataset.read(commit, ["embedding", "status", "error"]).slice(place, 1)
-    stored, _ = vectors_of(row["embedding"])
+    row = dataset.read(commit, [dataset.column, "status", "error"]).slice(place, 1)
+    stored, _ = vectors_of(row[dataset.column])
     if not len(stored):
         values = row.select(["status", "error"]).to_pylist()[0]
-        raise ConfigError([Problem("--id", id, f"has no embedding ({values['status']}: {values['error']})")])
+        # The status is that of the image, where there is one.
+        why = f" ({values['status']}: {values['error']})" if values["error"] else ""
+        raise ConfigError([Problem("--id", id, f"has no {dataset.column}{why}")])
     return int(dataset.starts[commit.shard]) + place, stored[0].astype(np.float32)
 
 

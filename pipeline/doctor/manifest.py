@@ -26,7 +26,7 @@ def look(subject: Subject) -> Iterator[Check]:
     try:
         first, count = first_file(config)
         manifest = open_manifest(first)
-        check_columns(config)
+        check_columns(config, config.manifest.output_columns)
         check_places(config, manifest)
     except PipelineError as error:
         way_out = unless_in(error, "correct manifest.path, or the names of the columns")
@@ -34,7 +34,9 @@ def look(subject: Subject) -> Iterator[Check]:
         return
     files = "1 file" if count == 1 else f"the first of {count:,} files"
     columns = ", ".join(f"{name} ({manifest.schema.field(name).type})" for name in manifest.schema.names)
-    fact = f"{files}: {manifest.rows:,} rows; {columns}; images in {manifest.image} ({manifest.image_kind})"
+    fact = f"{files}: {manifest.rows:,} rows; {columns}"
+    fact += f"; images in {manifest.image} ({manifest.image_kind})" if manifest.image else ""
+    fact += f"; texts in {manifest.text}" if manifest.text else ""
     yield Check(GROUP, "manifest", Status.OK, fact, figures={"files": float(count), "rows": float(manifest.rows)})
 
 

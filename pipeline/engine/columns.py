@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.config.schema import OUTPUT_COLUMNS, Config
+from pipeline.config.schema import Config
 from pipeline.core.processes import cores
 from pipeline.core.records import TextBank
 from pipeline.dataset.names import check_columns
@@ -18,6 +18,9 @@ from pipeline.telemetry.tracing import span
 
 def bank_of(config: Config, checkpoint: Checkpoint) -> TextBank | None:
     """Embed the labels of a config, those of the demo for the demo model; None where it has none."""
+    if config.manifest.image is None:
+        # The demo's own labels are of images too.
+        return None
     # A new thread may have fewer of torch's threads than the machine has cores.
     torch.set_num_threads(cores())
     prompts = demo.prompts_of(config)
@@ -35,5 +38,5 @@ def heads_of(config: Config, checkpoint: Checkpoint) -> tuple[Head, ...]:
     """
     heads = read_heads(config.labels.heads, checkpoint.fingerprint, checkpoint.dim)
     if heads:
-        check_columns(config, [*OUTPUT_COLUMNS, *columns_of(heads)])
+        check_columns(config, [*config.manifest.output_columns, *columns_of(heads)])
     return heads

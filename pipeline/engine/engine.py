@@ -9,7 +9,7 @@ from contextlib import ExitStack, suppress
 from functools import cached_property, partial
 from typing import Any
 
-from pipeline.backends.base import Draw, ImageEncoder, factory
+from pipeline.backends.base import ImageEncoder
 from pipeline.backends.decoder_parity import PICTURES
 from pipeline.backends.devices import choose_device
 from pipeline.backends.oom import HalvingEncoder
@@ -29,7 +29,9 @@ from pipeline.engine.feeder_pool import FeederPool
 from pipeline.engine.feeders import open_feeders
 from pipeline.engine.loaded_rate import rate_beside_loader
 from pipeline.engine.loop import Worker
+from pipeline.engine.opening import images_compared, open_backend, spec_of
 from pipeline.engine.sample import draw_sample, read_sample
+from pipeline.engine.text_tower import open_tower
 from pipeline.images.factory import pixel_reader, with_gpu, worker_threads
 from pipeline.images.pool.pool import Decoders
 from pipeline.images.reader import PixelReader
@@ -104,7 +106,7 @@ class Engine:
     @cached_property
     def feeders(self) -> FeederPool | None:
         """Feeder processes of a job; None if it reads in this process."""
-        pool = open_feeders(self.config, choose_device(self.config.backend.device))
+        pool = open_feeders(self.config, choose_device(self.config.backend.device)) if self.has_images else None
         if pool is not None:
             self._opened.callback(pool.close)
         return pool
@@ -116,12 +118,15 @@ class Engine:
             PipelineError: one of :mod:`pipeline.core.errors`; nothing was written then.
         """
         config, manifest = self.config, self.manifest
-        check_columns(config)
+        check_columns(config, config.manifest.output_columns)
         check_places(config, manifest)
         with suppress(TimeoutError), phase("ids"):
             # A wrong manifest of ordinary size is reported before a model is opened.
             self._ids.result(IDS_SECONDS)
         log.info("%s: %d rows in %d files", config.manifest.path, manifest.rows, len(manifest.files))
+        if manifest.text:
+            # A model without a text tower is refused before any work.
+            self.checkpoint.texts()
         # The model is opened in this thread, the prompts are embedded in another one.
         _ = self._bank
         _ = self.heads
@@ -135,11 +140,22 @@ class Engine:
         Raises:
             PipelineError: one of :mod:`pipeline.core.errors`; nothing was written then.
         """
-        # A decoder that this machine does not have is reported before a batch size is measured.
-        _ = self.reader
+        if self.has_images:
+            # A decoder that this machine does not have is reported before a batch size is measured.
+            _ = self.reader
         self.choose_backend(storage)
         self._choose_batch_size(storage)
-        _ = self.encoder
+        _ = self.encoder, self.text_tower
+
+    @property
+    def has_images(self) -> bool:
+        """False in a job of texts alone."""
+        return self.config.manifest.image is not None
+
+    @cached_property
+    def text_tower(self) -> HalvingEncoder | None:
+        """The text tower, opened for the batch size of the config; None where the manifest names no texts."""
+        return open_tower(self.config, self.checkpoint)
 
     def choose_backend(self, storage: Storage | None = None) -> None:
         """Take a backend where the config leaves it open: measured now for the job of an output, else remembered."""
@@ -281,7 +297,9 @@ class Engine:
 
     @cached_property
     def encoder(self) -> HalvingEncoder:
-        """The backend, opened for the batch size of the config."""
+        """The backend, opened for the batch size of the config; the text tower in a job of texts alone."""
+        if not self.has_images and self.text_tower is not None:
+            return self.text_tower
         with span("backend", {"name": self.config.backend.name}):
             return self.open_encoder(self.config.loader.batch_size)
 
@@ -329,19 +347,3 @@ class Engine:
 
     def _draw(self, reader: PixelReader, count: int) -> Sample | None:
         return draw_sample(self.manifest, reader, count)
-
-
-def spec_of(config: Config, checkpoint: Checkpoint) -> PreprocessSpec:
-    """Return the preprocessing of the checkpoint with the crop of the config."""
-    return checkpoint.cropped(config.images.crop_corner)
-
-
-def open_backend(config: Config, checkpoint: Checkpoint, sample: Draw, size: int) -> ImageEncoder:
-    """Open the backend of the config for batches of ``size``; see :class:`~pipeline.backends.base.BackendFactory`."""
-    opener = factory(config.backend.name)
-    return opener(checkpoint, config.backend, batch_size=size, sample=sample, limits=config.parity)
-
-
-def images_compared(config: Config) -> int:
-    """Images that a backend is compared on; twice as many where one half is for calibration."""
-    return config.parity.images * (2 if config.backend.quantization == "static" else 1)

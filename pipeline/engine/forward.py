@@ -15,8 +15,9 @@ from pipeline.backends.row_order import in_order, turned
 from pipeline.core.errors import BackendUnavailable, NumericalError
 from pipeline.core.failpoints import failpoint
 from pipeline.core.records import Embeddings, ImageBatch, Shard, ShardRows, Stage, TextBank
-from pipeline.dataset.parts import ShardResult
+from pipeline.dataset.parts import ShardResult, TextVectors
 from pipeline.engine.padding import repeats_on
+from pipeline.engine.texts import ShardTexts
 from pipeline.models.labels import label
 from pipeline.models.numbers import UNIT_TOLERANCE, check_scores
 from pipeline.telemetry.clocks import StageClocks
@@ -211,6 +212,8 @@ class ShardResults:
     def __init__(
         self, shard: Shard, *, dim: int, dtype: str, labelling: Labelling | None, threshold: float | None
     ) -> None:
+        # Embeddings of texts beside those of images, once there are any.
+        self._texts: np.ndarray | None = None
         self._shard, self._threshold = shard, threshold
         self._names = labelling.bank.names if labelling is not None else ()
         k = min(labelling.top_k, len(self._names)) if labelling is not None else 0
@@ -236,8 +239,17 @@ class ShardResults:
         self._scores[batch.rows] = batch.scores.numpy()
         batch.release()
 
-    def finish(self, rows: ShardRows) -> ShardResult:
-        """The whole shard; duplicate images get the results of the first of them."""
+    def add_texts(self, batch: PendingBatch) -> None:
+        """Add embeddings of texts that stand beside images, as :meth:`add` does."""
+        batch.wait()
+        check(batch, batch.rows, f"shard {self._shard.index}, texts")
+        if self._texts is None:
+            self._texts = np.zeros_like(self._vectors)
+        self._texts[batch.rows] = batch.vectors.numpy()
+        batch.release()
+
+    def finish(self, rows: ShardRows, texts: ShardTexts | None = None) -> ShardResult:
+        """The whole shard; duplicate images get the results of the first of them, and so do ``texts`` beside them."""
         if rows.repeats:
             repeated, first = list(rows.repeats), list(rows.repeats.values())
             for column in (self._vectors, self._top, self._scores):
@@ -249,4 +261,12 @@ class ShardResults:
             scores=self._scores,
             names=self._names,
             threshold=self._threshold,
+            texts=None if texts is None else self._finish_texts(texts),
         )
+
+    def _finish_texts(self, texts: ShardTexts) -> TextVectors:
+        vectors = np.zeros_like(self._vectors) if self._texts is None else self._texts
+        vectors[list(texts.repeats)] = vectors[list(texts.repeats.values())]
+        missing = np.zeros(len(vectors), dtype=bool)
+        missing[list(texts.missing)] = True
+        return TextVectors(vectors, missing)

@@ -42,6 +42,7 @@ def rate_beside_loader(config: Config, manifest: Manifest, worker: Worker, secon
         PipelineError: the images cannot be read, as in the job.
     """
     encoder, reader = worker.encoder, worker.reader
+    assert reader is not None
     config = config.changed({"loader.batch_size": encoder.batch_size})
     # A loader that is stopped ends decoders in the middle of an image; those of the job go on.
     decoders = None if reader.decoders is None else reader.decoders.like(reader.decoder)

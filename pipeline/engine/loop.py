@@ -29,10 +29,12 @@ from pipeline.engine.gpu_clock import GpuClock
 from pipeline.engine.loader import Loader, LoaderSpec
 from pipeline.engine.sample import FirstBatch
 from pipeline.engine.static_forward import open_forward
+from pipeline.engine.texts import ShardTexts, TextLoader, Texts
 from pipeline.images.factory import worker_threads
 from pipeline.images.reader import PixelReader
 from pipeline.manifest.manifest import Manifest
 from pipeline.models.heads import Head, values_of
+from pipeline.models.tokens import Tokenizer
 from pipeline.storage.factory import open_storage
 from pipeline.telemetry.clocks import StageClocks
 
@@ -56,15 +58,18 @@ class Worker:
     """The opened reader and encoder of a process that embeds, the clocks of its stages and of its GPU, its feeders.
 
     ``before_writing`` is called once, before anything is written, with the first batches: as many as are encoded side
-    by side, or all. The next ones begin behind it; what it raises ends the loop.
+    by side, or all. The next ones begin behind it; what it raises ends the loop. A job with texts has a ``tokenizer``;
+    ``text_encoder`` embeds texts beside images, and in a job of texts alone, which has no reader, ``encoder`` does.
     """
 
-    reader: PixelReader
+    reader: PixelReader | None
     encoder: ImageEncoder
     clocks: StageClocks
     gpu: GpuClock = field(default_factory=lambda: GpuClock(torch.device("cpu")))
     feeders: FeederPool | None = None
     before_writing: Callable[[Sequence[FirstBatch]], None] | None = None
+    tokenizer: Tokenizer | None = None
+    text_encoder: ImageEncoder | None = None
 
 
 def embed(
@@ -106,6 +111,7 @@ def embed(
             report = commit_part(storage, number, table, job.form, count_statuses(result.rows))
             began = asked.pop(number)
             report = replace(report, repeats=len(result.rows.repeats), began=began, ended=time.time())
+            report = replace(report, texts=result.rows.texts)
         on_commit(report)
         return report
 
@@ -140,26 +146,36 @@ def _results(
             if job.bank is not None:
                 features = torch.from_numpy(job.bank.features).to(encoder.device)
                 labelling = Labelling(bank=job.bank, features=features, top_k=config.labels.top_k)
-            loader = open_loader(config, job.manifest, worker, ahead)
+            loader: Loader | Feeders | TextLoader
+            if worker.reader is not None or worker.tokenizer is None:
+                loader = open_loader(config, job.manifest, worker, ahead)
+            else:
+                loader = TextLoader(Texts(job.manifest, worker.tokenizer, config.loader.batch_size, encoder.device))
         opened.enter_context(loader)
+        texts = None
+        if worker.text_encoder is not None and worker.tokenizer is not None:
+            found = Texts(job.manifest, worker.tokenizer, config.loader.batch_size, encoder.device)
+            texts = _TextPass(opened.enter_context(found), open_forward(worker.text_encoder, None))
         streams = opened.enter_context(Streams(encoder.device, encoder.streams))
-        encoding = _Encoding(job, worker, loader, streams, labelling, open_forward(encoder, labelling))
+        encoding = _Encoding(job, worker, loader, streams, labelling, open_forward(encoder, labelling), texts)
 
         for step in _in_order(encoding.steps(shards), ahead):
             if step.batch is not None:
                 batch = step.batch.result()
                 # On CUDA the clock of the encoder runs until the device is done.
                 with clocks.time(Stage.ENCODE):
-                    step.results.add(batch)
-                clocks.count(len(batch.rows))
-                on_batch(len(batch.rows))
+                    (step.results.add_texts if step.beside else step.results.add)(batch)
+                if not step.beside:
+                    clocks.count(len(batch.rows))
+                    on_batch(len(batch.rows))
             if step.rows is not None:
-                yield step.results.finish(step.rows)
+                yield step.results.finish(step.rows, step.texts)
 
 
 def open_loader(config: Config, manifest: Manifest, worker: Worker, ahead: int) -> Loader | Feeders:
     """The loader of this process, or feeders, each with a loader of its own and its share of the cores."""
     device, reader = worker.encoder.device, worker.reader
+    assert reader is not None
     shards = -(-manifest.rows // config.manifest.shard_rows)
     pool = worker.feeders or open_feeders(config, device)
     count = min(pool.count, shards) if pool is not None else 0
@@ -186,11 +202,21 @@ def open_loader(config: Config, manifest: Manifest, worker: Worker, ahead: int) 
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """One batch of a shard, or its rows behind the last batch."""
+    """One batch of a shard, of texts ``beside`` its images too, or its rows behind the last batch."""
 
     results: ShardResults
     batch: Future[PendingBatch] | None = None
     rows: ShardRows | None = None
+    beside: bool = False
+    texts: ShardTexts | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _TextPass:
+    """The texts of the shards beside their images, and what embeds them."""
+
+    texts: Texts
+    forward: Forward
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,10 +225,11 @@ class _Encoding:
 
     job: Job
     worker: Worker
-    loader: Loader | Feeders
+    loader: Loader | Feeders | TextLoader
     streams: Streams
     labelling: Labelling | None
     forward: Forward
+    texts: _TextPass | None = None
 
     def steps(self, shards: Iterable[Shard]) -> Iterator[_Step]:
         """Every batch as it is submitted; each shard ends with its rows."""
@@ -218,13 +245,27 @@ class _Encoding:
                 held.call()
             if item is None:
                 return
+            if item.shard.index not in open_shards and self.texts is not None:
+                self.texts.texts.begin(item.shard)
             results, number = open_shards.get(item.shard.index) or (self._results_of(item.shard), 0)
             if isinstance(item, ShardRows):
                 open_shards.pop(item.shard.index, None)
-                yield _Step(results, rows=item)
+                if self.texts is None:
+                    yield _Step(results, rows=item)
+                else:
+                    yield from self._text_steps(self.texts, results, item)
             else:
                 open_shards[item.shard.index] = results, number + 1
                 yield _Step(results, batch=held.submit(self.streams, item, partial(self._encode, item, number)))
+
+    def _text_steps(self, beside: _TextPass, results: ShardResults, rows: ShardRows) -> Iterator[_Step]:
+        """Every batch of texts of a shard as it is submitted, and then its rows."""
+        with self.worker.clocks.time(Stage.WAIT_INPUT):
+            found = beside.texts.take(rows.shard)
+        for number, batch in enumerate(found.batches):
+            encode = partial(self._encode_texts, beside.forward, batch, number)
+            yield _Step(results, batch=self.streams.submit(encode), beside=True)
+        yield _Step(results, rows=replace(rows, texts=found.counts), texts=found)
 
     def _results_of(self, shard: Shard) -> ShardResults:
         return ShardResults(
@@ -235,8 +276,16 @@ class _Encoding:
             threshold=self.job.config.labels.threshold,
         )
 
+    def _encode_texts(self, forward: Forward, batch: ImageBatch, number: int) -> PendingBatch:
+        with within(batch.shard.index), self.worker.gpu.batch():
+            # From memory that a GPU copies from without being waited for.
+            there = replace(batch, pixels=batch.pixels.to(self.worker.encoder.device, non_blocking=True))
+            return forward.launch(there, self.worker.clocks, number=number)
+
     def _encode(self, batch: ImageBatch, number: int) -> PendingBatch:
         try:
+            if self.worker.reader is None:
+                return self._encode_texts(self.forward, batch, number)
             with within(batch.shard.index), self.worker.gpu.batch():
                 return self.forward.launch(batch, self.worker.clocks, number=number)
         except BaseException as error:

@@ -70,7 +70,7 @@ class Meter:
             clocks=self.clocks.total(),
             own_core_seconds=self._spent.own,
             child_core_seconds=self._spent.children,
-            memory={**memory(), **peak, **engine.reader.memory()},
+            memory={**memory(), **peak, **(engine.reader.memory() if engine.has_images else {})},
             batch_sizes=tuple(engine.encoder.batch_sizes),
             timeline=self.clocks.timeline(),
             gpu_batches=gpu.batches,

@@ -20,6 +20,8 @@ from pipeline.dataset import lease, parts, plan
 from pipeline.engine.engine import Engine
 from pipeline.engine.loop import Job
 from pipeline.engine.sample import FirstBatch, FirstImages, first_images
+from pipeline.engine.text_tower import tower_parity
+from pipeline.engine.texts import tokens_fingerprint
 from pipeline.images.versions import fingerprint as decoding
 from pipeline.models.heads import Head, columns_of
 from pipeline.storage.base import Storage
@@ -47,6 +49,7 @@ class Prepared:
     machine: Mapping[str, object]
     pending: bool = False
     gate_seconds: float = 0.0
+    text_parity: Parity | None = None
 
 
 def prepare(engine: Engine, storage: Storage) -> Prepared:
@@ -76,7 +79,10 @@ def prepare(engine: Engine, storage: Storage) -> Prepared:
         streams=encoder.streams,
         machine=_machine(encoder),
         pending=True,
+        text_parity=tower_parity(engine.text_tower, engine.checkpoint, manifest, config),
     )
+    if not engine.has_images:
+        return replace(prepared, pending=False)
     gate = _gate(engine, prepared, storage)
     if is_pending(encoder, gate) or decoder_gate.is_pending(encoder, config.images.decoder, gate):
         return prepared
@@ -175,10 +181,10 @@ def note(engine: Engine, prepared: Prepared, storage: Storage) -> None:
 
 def fingerprints(engine: Engine) -> dict[str, Any]:
     """Fingerprints of all inputs of the rows; two runs belong to one dataset if these are equal."""
-    config, bank, heads = engine.config, engine.bank(), engine.heads
+    config, bank, heads, tower = engine.config, engine.bank(), engine.heads, engine.text_tower
     prints: dict[str, Any] = {
         "model": engine.checkpoint.fingerprint,
-        "images": decoding(config.images, engine.jpeg_engine),
+        "images": decoding(config.images, engine.jpeg_engine) if engine.has_images else {},
         "backend": engine.encoder.fingerprint,
         "batch_size": config.loader.batch_size,
         "prompts": None if bank is None else prompts_fingerprint(config, bank),
@@ -189,16 +195,21 @@ def fingerprints(engine: Engine) -> dict[str, Any]:
             "layout": parts.LAYOUT,
         },
     }
+    if tower is not None:
+        prints["output"]["columns"] = list(config.manifest.output_columns)
+        prints["texts"] = tower.fingerprint | tokens_fingerprint(engine.checkpoint.texts()[1])
     return with_heads(prints, heads)
 
 
 def with_heads(fingerprints: Mapping[str, Any], heads: Sequence[Head]) -> dict[str, Any]:
     """The fingerprints of a dataset with the columns of ``heads``, and of no others."""
     prints = {name: value for name, value in fingerprints.items() if name != "heads"}
+    usual = tuple(name for name in plan.own_columns(prints) if not name.startswith("head_"))
     prints["output"] = {name: value for name, value in prints["output"].items() if name != "columns"}
     if heads:
         prints["heads"] = [head.fingerprint for head in heads]
-        prints["output"]["columns"] = [*OUTPUT_COLUMNS, *columns_of(heads)]
+    if heads or usual != OUTPUT_COLUMNS:
+        prints["output"]["columns"] = [*usual, *columns_of(heads)]
     return prints
 
 

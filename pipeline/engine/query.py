@@ -99,7 +99,7 @@ def embed_image(checkpoint: Checkpoint, config: Config, path: Path) -> NDArray[n
     import torch
 
     from pipeline.core.records import Failure, ImageRef
-    from pipeline.engine.engine import spec_of
+    from pipeline.engine.opening import spec_of
     from pipeline.images.factory import pixel_reader
     from pipeline.models.numbers import are_unit, say_damaged
     from pipeline.models.towers import Normaliser

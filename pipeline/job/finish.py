@@ -173,7 +173,8 @@ def publish(outcome: Outcome, draft: ReportDraft) -> None:
     else:
         content = read_report(draft.previous or b"")
     if config.report.html and storage.size(PAGE) is None:
-        pictures = Pictures(outcome.engine.manifest, outcome.engine.cpu_reader)
+        engine = outcome.engine
+        pictures = Pictures(engine.manifest, engine.cpu_reader) if engine.has_images else None
         try_to_publish(storage, partial(draw, content, draft.content, config.report.examples, pictures))
 
 
@@ -233,6 +234,9 @@ def _report(outcome: Outcome, ran: RunStats, content: DatasetSummary) -> RunRepo
         prompts={"labels": len(bank.names) if bank else 0, "cached": bank is not None and bank.cached},
         parity=prepared.parity,
         decoder_parity=prepared.decoder_parity,
+        text_parity=prepared.text_parity,
+        texts=ran.texts,
+        similarity=content.similarity,
         batch_sizes=ran.batch_sizes or (config.loader.batch_size,),
         pace=pace,
         memory=ran.memory or memory(prepared.device),
@@ -282,9 +286,11 @@ def log_summary(result: RunReport, config: Config) -> None:
         return
     where = place_of(result.machine, result.bound)
     rate = result.images_per_second
-    log.info("%s", summary.headline(result.images, result.wall_seconds, rate, result.bound, where=where))
+    headline = summary.headline(result.images, result.wall_seconds, rate, result.bound, where=where)
+    log.info("%s", summary.of_texts(headline, result.config))
     steady = result.steady_images_per_second
-    log.info("%s%s", f"after start-up: {steady:,.1f} images/s; " if steady else "", result.advice)
+    after = f"after start-up: {steady:,.1f} images/s; " if steady else ""
+    log.info("%s", summary.of_texts(f"{after}{result.advice}", result.config))
     if result.pace is not None:
         log.info("%s", result.pace.verdict)
     if result.repeats:

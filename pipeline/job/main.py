@@ -113,7 +113,8 @@ def run_job(config: Config, options: RunOptions | None = None) -> RunReport:
         with span("prepare"), phase("prepare" if config.cluster.name == "inline" else "workers"):
             prepared = executor.prepare(engine)
         output.monitor.labels["backend"] = prepared.config.backend.name
-        log_labels(engine.bank())
+        if engine.has_images:
+            log_labels(engine.bank())
         executor.begin(job_of(engine, prepared), partial(write_plan, prepared, output.storage, output.held))
         done = commits.find_done(output.storage, prepared.plan, output.held.confirm, every_byte=options.every_byte)
 

@@ -18,9 +18,9 @@ import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 
-from pipeline.config.schema import OUTPUT_COLUMNS, Config
+from pipeline.config.schema import Config
 from pipeline.core.concurrency import in_order
-from pipeline.core.errors import PromptsError
+from pipeline.core.errors import ConfigError, Problem, PromptsError
 from pipeline.core.failpoints import failpoint
 from pipeline.core.machine import machine, memory, versions
 from pipeline.core.processes import cores, spent
@@ -28,7 +28,7 @@ from pipeline.core.records import OK, Embeddings, Failure, Shard, ShardReport, S
 from pipeline.core.run_report import RunReport
 from pipeline.dataset import commits, lease, plan
 from pipeline.dataset.commits import Commit
-from pipeline.dataset.dataset import Dataset, vectors_of
+from pipeline.dataset.dataset import Dataset, text_vectors_of, vectors_of
 from pipeline.dataset.names import check_names, differing_in_case, named_like_folders
 from pipeline.dataset.parts import LAYOUT, PartFormat, ShardResult, build_table, count_statuses, format_of
 from pipeline.engine.demo.notes import log_notes, notes_of
@@ -93,9 +93,12 @@ def relabel(source: Dataset, config: Config, *, began: float | None = None, note
     Raises:
         PipelineError: one of :mod:`pipeline.core.errors`, each with its exit code.
     """
+    if source.column != "embedding":
+        problem = Problem("dataset", source.url, "holds texts alone, and labels are of images", "name one of images")
+        raise ConfigError([problem])
     storage = open_storage(config.output.dir)
     config = config.changed({"output.dir": storage.url})
-    check_names(storage.url, list(named_like_folders([source.id, *source.kept], storage.url)))
+    check_names(storage.url, list(named_like_folders([source.id, *source.kept], storage.url, source.own_columns)))
     began = began or time.time()
     with ExitStack() as opened:
         with log_to_terminal(config.log):
@@ -108,7 +111,8 @@ def relabel(source: Dataset, config: Config, *, began: float | None = None, note
         torch.set_num_threads(cores())
         heads = read_heads(config.labels.heads, source.plan.fingerprints["model"], source.dim)
         check_names(
-            storage.url, list(differing_in_case([source.id, *source.kept], [*OUTPUT_COLUMNS, *columns_of(heads)]))
+            storage.url,
+            list(differing_in_case([source.id, *source.kept], [*config.manifest.output_columns, *columns_of(heads)])),
         )
         bank = read_bank(source, config)
         log.info("%s: %d rows", source.url, source.plan.rows)
@@ -235,6 +239,7 @@ def _report(work: _Work, labelled: _Labelled, committed: Sequence[Commit], began
         counts=by_status(counts),
         labels=content.labels,
         scores=content.scores,
+        similarity=content.similarity,
         prompts={} if bank is None else {"labels": len(bank.names), "cached": bank.cached},
         memory=memory(),
         machine=machine("cpu", cores()),
@@ -251,7 +256,8 @@ def _relabel(work: _Work, commit: Commit) -> tuple[ShardReport, int]:
     torch.set_num_threads(1)
     columns = [work.source.id, *work.source.kept]
     with work.clocks.time(Stage.READ):
-        table = work.source.read(commit, [*columns, "embedding", "label", "status", "error"], proven=True)
+        texts = [name for name in ("text_embedding",) if name in work.source.own_columns]
+        table = work.source.read(commit, [*columns, "embedding", *texts, "label", "status", "error"], proven=True)
     with work.clocks.time(Stage.LABEL):
         failpoint("label")
         result = _label(work, commit, table, columns)
@@ -280,6 +286,7 @@ def _label(work: _Work, commit: Commit, table: pa.Table, columns: list[str]) -> 
         names=() if work.bank is None else work.bank.names,
         values=values_of(work.heads, vectors),
         threshold=work.config.labels.threshold,
+        texts=text_vectors_of(table, vectors, work.source.own_columns),
     )
 
 

@@ -52,7 +52,8 @@ class ManifestFile:
 class Manifest:
     """The opened manifest; ``image_kind`` is ``path``, ``bytes`` or ``struct``.
 
-    ``schema`` holds the fields of the id and the kept columns, in the order of the output, with plain types.
+    ``image`` and ``image_kind`` are empty in a job of texts alone, ``text`` in a job of images alone. ``schema`` holds
+    the fields of the id and the kept columns, in the order of the output, with plain types.
     """
 
     files: tuple[ManifestFile, ...]
@@ -61,6 +62,7 @@ class Manifest:
     image: str
     image_kind: str
     root: str
+    text: str = ""
 
     @property
     def rows(self) -> int:
@@ -75,8 +77,9 @@ class Manifest:
             "files": len(self.files),
             "rows": self.rows,
             "digest": hashlib.sha256(json.dumps(content).encode()).hexdigest(),
-            "columns": [self.id, self.image, *self.schema.names[1:]],
-            "root": None if self.image_kind == "bytes" else self.root,
+            "columns": [self.id, self.image or None, *self.schema.names[1:]],
+            "root": None if self.image_kind in ("", "bytes") else self.root,
+            **({"text": self.text} if self.text else {}),
         }
 
 
@@ -99,7 +102,7 @@ def open_manifest(config: ManifestConfig) -> Manifest:
         _check_columns(url, schema, config)
         if first is None:
             first = schema
-        for name in (config.id, config.image, *config.keep):
+        for name in config.columns:
             one, other = schema.field(name).type, first.field(name).type
             if plain_type(one, kept=True) != plain_type(other, kept=True):
                 mixed.add(name)
@@ -114,7 +117,8 @@ def open_manifest(config: ManifestConfig) -> Manifest:
         raise ManifestError(
             f"manifest.path={config.path}: the manifest has no rows, so there is nothing to embed; see what wrote it"
         )
-    if _image_kind(plain_type(first.field(config.image).type)) != "path":
+    image_kind = "" if config.image is None else _image_kind(plain_type(first.field(config.image).type))
+    if config.image is not None and image_kind != "path":
         refuse_text(next(file.url for file in files if file.rows), config.image)
     _check_count(sum(file.rows for file in files), config)
     if config.root is None and len(roots) > 1:
@@ -135,9 +139,10 @@ def open_manifest(config: ManifestConfig) -> Manifest:
         # One schema for all files, though one may promise that a column has no nulls and another not.
         schema=plain_fields(pa.schema([field.remove_metadata().with_nullable(True) for field in kept])),
         id=config.id,
-        image=config.image,
-        image_kind=_image_kind(plain_type(first.field(config.image).type)),
-        root=root or find_root(roots.pop(), urls[0], config.image) or common_folder(urls) or "/",
+        image=config.image or "",
+        image_kind=image_kind,
+        root=root or (config.image and find_root(roots.pop(), urls[0], config.image)) or common_folder(urls) or "/",
+        text=config.text or "",
     )
 
 
@@ -191,12 +196,12 @@ def _digest(url: str, info: dict[str, Any], footer: int, whole: int) -> str:
 
 def _check_columns(url: str, schema: pa.Schema, config: ManifestConfig) -> None:
     listing = ", ".join(f"{field.name} ({field.type})" for field in schema)
-    twice = [name for name in (config.id, config.image, *config.keep) if schema.names.count(name) > 1]
+    twice = [name for name in config.columns if schema.names.count(name) > 1]
     if twice:
         raise ManifestError(f"{url}: there are two columns {twice[0]!r}; its columns are: {listing}")
-    wanted = [("manifest.id", config.id), ("manifest.image", config.image)]
+    wanted = [("manifest.id", config.id), ("manifest.image", config.image), ("manifest.text", config.text)]
     wanted += [("manifest.keep", name) for name in config.keep]
-    missing = [(key, name) for key, name in wanted if name not in schema.names]
+    missing = [(key, name) for key, name in wanted if name is not None and name not in schema.names]
     if missing:
         parts = [f"{key}={name}" + _hint(name, schema.names) for key, name in missing]
         ways_out = "".join(dict.fromkeys(for_missing(url, schema, key, name) for key, name in missing))
@@ -210,7 +215,12 @@ def _check_columns(url: str, schema: pa.Schema, config: ManifestConfig) -> None:
             f"{url}: manifest.id={config.id} is {id_type}; ids are strings or integers: name another column, or write "
             f"this one as text; its columns are: {listing}{example_row(url, 0)}"
         )
-    if not _image_kind(plain_type(schema.field(config.image).type)):
+    if config.text is not None and not _is_text(plain_type(schema.field(config.text).type)):
+        raise ManifestError(
+            f"{url}: manifest.text={config.text} is {schema.field(config.text).type}; wanted a string: name another "
+            f"column, or write this one as text; its columns are: {listing}{example_row(url, 0)}"
+        )
+    if config.image is not None and not _image_kind(plain_type(schema.field(config.image).type)):
         raise ManifestError(
             f"{url}: manifest.image={config.image} is {schema.field(config.image).type}; wanted a string (path or "
             f"URL), binary (encoded image), or struct<bytes, path>; its columns are: {listing}{example_row(url, 0)}"

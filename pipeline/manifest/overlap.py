@@ -17,7 +17,7 @@ def check_places(config: Config, manifest: Manifest) -> None:
         ManifestError: every row would fail, or the next run would read its own parts as manifest files.
     """
     root, output = manifest.root, config.output.dir
-    if manifest.image_kind != "bytes" and is_local(root) and not Path(local_path(root)).is_dir():
+    if manifest.image_kind not in ("", "bytes") and is_local(root) and not Path(local_path(root)).is_dir():
         raise ManifestError(f"manifest.root={root}: no such folder; is a disk not mounted? manifest.root sets another")
     given_path = config.manifest.path or ""
     if not is_local(output) or not is_local(manifest.files[0].url):

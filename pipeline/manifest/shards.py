@@ -44,10 +44,12 @@ def cut(manifest: Manifest, shard_rows: int) -> Iterator[Shard]:
 class ShardReader:
     """Read shards; consecutive shards of one row group continue where the last one ended.
 
-    It keeps one file open. Close it, or use it as a context manager.
+    It keeps one file open. Close it, or use it as a context manager. It reads ``columns``; by default the id, the kept
+    columns and the image column.
     """
 
     manifest: Manifest
+    columns: tuple[str, ...] = ()
     _parquet: pq.ParquetFile | None = field(default=None, init=False)
     _batches: Iterator[pa.RecordBatch] | None = field(default=None, init=False)
     _at: tuple[int, int, int] = field(default=(-1, -1, -1), init=False)
@@ -67,7 +69,7 @@ class ShardReader:
         self._at = (-1, -1, -1)
 
     def read(self, shard: Shard) -> Iterator[pa.RecordBatch]:
-        """The rows of ``shard`` in order, a few at a time: id, kept columns, and the image column.
+        """The rows of ``shard`` in order, a few at a time.
 
         Raises:
             ManifestError: the file changed or ends early.
@@ -95,8 +97,8 @@ class ShardReader:
                     open_arrow(self.manifest.files[piece.file].url), buffer_size=1 << 20, pre_buffer=False
                 )
         kind = self.manifest.image_kind
-        columns = [*self.manifest.schema.names, self.manifest.image]
-        rows = PATH_ROWS if kind == "path" else BYTES_ROWS
+        columns = self.columns or (*self.manifest.schema.names, self.manifest.image)
+        rows = PATH_ROWS if kind == "path" or self.manifest.image not in columns else BYTES_ROWS
         names, known = list(dict.fromkeys(columns)), self.manifest.schema
         self._batches = read_batches(self._parquet, piece.row_group, names, rows, known)
         self._rest, skip = None, piece.start

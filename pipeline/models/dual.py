@@ -101,15 +101,18 @@ class DualImageTower(ImageTower):
 
 
 class DualTextTower(TextTower):
-    """The text half of a dual encoder of transformers; with ``masked``, it uses the attention mask."""
+    """The text half of a dual encoder of transformers; with ``masked``, it uses the attention mask, if there is one.
 
-    def __init__(self, model: Any, sizes: Sizes, *, masked: bool) -> None:
+    Without a mask, attention takes faster kernels: ``causal`` towers of CLIP need none.
+    """
+
+    def __init__(self, model: Any, sizes: Sizes, *, masked: bool, causal: bool) -> None:
         super().__init__(model, sizes)
-        self.masked = masked
+        self.masked, self.causal = masked, causal
 
     def features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """See :class:`TextTower`."""
-        mask = {"attention_mask": attention_mask} if self.masked else {}
+        mask = {"attention_mask": attention_mask} if self.masked and attention_mask is not None else {}
         features: torch.Tensor = self.model.get_text_features(input_ids=input_ids, **mask).pooler_output
         return features
 
@@ -157,7 +160,9 @@ def assemble(config: ModelConfig, model: Any, read: Read) -> Checkpoint:
         name=config.name,
         family=family,
         image=DualImageTower(image, _sizes(settings.vision_config, patches + 1, "clip")),
-        text=DualTextTower(text, _sizes(settings.text_config, tokens.max_tokens, row.fusion), masked=row.masked),
+        text=DualTextTower(
+            text, _sizes(settings.text_config, tokens.max_tokens, row.fusion), masked=row.masked, causal=row.ended
+        ),
         tokenizer=tokens,
         spec=spec,
         dim=int(settings.projection_dim if row.projected else settings.vision_config.hidden_size),

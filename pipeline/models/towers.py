@@ -79,8 +79,11 @@ class TextTower(torch.nn.Module):
     """Token ids and attention mask, int64 ``[N, T]``, in, L2-normalised text embeddings ``[N, D]`` out.
 
     By default ``model(ids)`` gives the features; families override :meth:`features`. Families that were trained without
-    a mask ignore it.
+    a mask ignore it. A ``causal`` tower takes the features at the end of the text, which sees no padding behind it: it
+    needs no mask.
     """
+
+    causal = False
 
     def __init__(self, model: Any, sizes: Sizes) -> None:
         super().__init__()
@@ -91,7 +94,7 @@ class TextTower(torch.nn.Module):
         features: torch.Tensor = self.model(input_ids)
         return features
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         """Embed a batch."""
         return _unit(self.features(input_ids, attention_mask))
 

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.core.concurrency import in_order
-from pipeline.core.plain import read_batches
+from pipeline.core.plain import plain_array, plain_type, read_batches
 from pipeline.core.processes import cores
 from pipeline.manifest.manifest import Manifest
 from pipeline.nightly.records import NightError
@@ -99,12 +99,15 @@ def read_keys(manifest: Manifest, content: Content) -> Iterator[pa.RecordBatch]:
     # Size, date and the like identify the content of one path only, so the path is part of the key.
     image = [] if content.how == "columns" and (content.digest or manifest.image_kind != "path") else [manifest.image]
     schema = pa.schema([("id", id_type(manifest)), SCHEMA_KEY])
-    columns = list(dict.fromkeys([manifest.id, *content.columns, *image]))
+    texts = [manifest.text] if manifest.text else []
+    columns = list(dict.fromkeys([manifest.id, *content.columns, *image, *texts]))
 
     def keyed(batch: pa.RecordBatch) -> pa.RecordBatch:
-        ids = batch.column(manifest.id)
-        return pa.RecordBatch.from_arrays([ids.cast(schema.field("id").type), _keys(batch, manifest, content, image)],
-                                          schema=schema)  # fmt: skip
+        ids, keys = batch.column(manifest.id), _keys(batch, manifest, content, image)
+        for name in texts:
+            # A row with another text is another row, whatever its image.
+            keys = pc.binary_join_element_wise(keys, _text_digests(batch.column(name)), "|")
+        return pa.RecordBatch.from_arrays([ids.cast(schema.field("id").type), keys], schema=schema)
 
     rows = FEW_ROWS if content.how == BYTES else MANY_ROWS
     batches = (batch for _, batch in scan(manifest, columns, rows=rows))
@@ -157,6 +160,13 @@ def _keys(batch: pa.RecordBatch, manifest: Manifest, content: Content, image: Se
         for cell in cells.to_pylist()
     ]
     return pa.array(found, pa.string())
+
+
+def _text_digests(column: pa.Array) -> pa.Array:
+    cells = plain_array(column, plain_type(column.type))
+    large = pa.types.is_large_string(cells.type)
+    raw = cells.cast(pa.large_binary() if large else pa.binary()).to_pylist()
+    return pa.array([_digest(cell) or "" for cell in raw], pa.string())
 
 
 def _texts(column: pa.Array) -> pa.Array:

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -169,7 +169,7 @@ def _embed_rows(pending: PendingNight, positions: NDArray[np.int64], name: str) 
     config, manifest, work = pending.config, pending.manifest, pending.work
     file = f"{name}.parquet"
     if work.size(file) is None:
-        copy_rows(manifest, positions, [manifest.id, manifest.image], work, file)
+        copy_rows(manifest, positions, replace(config.manifest, keep=[]).columns, work, file)
     output = open_below(work, name).url
     config = config.changed(
         {

@@ -112,10 +112,15 @@ def prepare(config: Config, options: NightOptions, store: Storage, day: str) -> 
             "backend.quantization=static calibrates the model on images of the manifest, so that every night would "
             "have another model; take backend.quantization=dynamic, or backend=torch_int8"
         )
+    if config.manifest.image is None:
+        raise NightError(
+            "manifest.image=null: nights are of images, whose content is compared; embed texts alone with "
+            "python -m pipeline.run"
+        )
     output = open_night(store, day)
     config = config.changed({"output.dir": output.url})
     manifest = open_manifest(config.manifest)
-    check_columns(config)
+    check_columns(config, config.manifest.output_columns)
     check_places(config, manifest)
     check_ids(manifest)
     content = find_content(manifest, options.content)
@@ -197,7 +202,7 @@ def open_target(pending: PendingNight) -> Target:
         return Target(config, manifest)
     folder, name = open_below(pending.store, MANIFESTS), f"{PREFIX}{pending.day}.parquet"
     if pending.work.read(COPIED) is None or folder.size(name) is None:
-        columns = [manifest.id, manifest.image, *manifest.schema.names[1:]]
+        columns = config.manifest.columns
         copy_rows(manifest, pending.positions({*Kind} - {Kind.CARRIED}), columns, folder, name)
         pending.work.write(COPIED, b"{}\n")
     config = config.changed({"manifest.path": url_of(folder, name), "manifest.root": manifest.root})

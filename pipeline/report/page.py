@@ -20,7 +20,7 @@ from pipeline.report import plots
 from pipeline.report.bottleneck import WAITS, in_words, share_of_limit
 from pipeline.report.history import in_short
 from pipeline.report.scores import Row
-from pipeline.report.summary import HINTS, DatasetSummary, Failed, headline, in_words_of_time
+from pipeline.report.summary import HINTS, DatasetSummary, Failed, headline, in_words_of_time, of_texts
 
 MOST_LABELS = 25
 # Earlier runs that are listed.
@@ -62,6 +62,7 @@ class Tile:
     score: float | None = None
     jpeg: str | None = None
     note: str = ""
+    text: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +95,16 @@ def to_html(
     def tiles(rows: Sequence[Row]) -> list[Tile]:
         # The gallery leaves out rows whose image could not be read again.
         shown = [row for row in rows if row.number in pictures]
-        return [Tile(row.id, row.label, row.score, _jpeg(row.number, pictures)) for row in shown]
+        return [
+            Tile(row.id, row.label, row.score, _jpeg(row.number, pictures), text=content.captions.get(row.number, ""))
+            for row in shown
+        ]
 
     most = max(content.labels.values(), default=1)
     page = environment().get_template("page.html.j2").render(
         report=report,
         headline=_headline(report),
+        unit=of_texts("images/s", report["config"]),
         output=output,
         model=report["config"]["model"]["name"],
         started=when(report["started"]),
@@ -122,6 +127,8 @@ def to_html(
         all_labels=len(content.labels),
         unlabelled=report["counts"].get(OK, 0) - sum(content.labels.values()),
         scores=plots.score_plot(content.scores) if content.scores else None,
+        similarity=plots.similarity_plot(content.similarity) if content.similarity else None,
+        pairs=(tiles(content.pairs.most), tiles(content.pairs.least)) if content.pairs else ([], []),
         decoder=report["config"]["images"]["decoder"],
         runs=[] if "night" in report else _runs(report),
         nights=report.get("nights", []),
@@ -141,6 +148,7 @@ def environment(*packages: str) -> Environment:
     made.filters["rate"] = lambda value: in_words(value) if value else MISSING
     # A key such as images.decoder=fast keeps its case.
     made.filters["capital"] = lambda text: text if re.match(r"\S*[.=]\S", text) else f"{text[:1].upper()}{text[1:]}"
+    made.filters["similarity"] = "{:.3f}".format
     made.filters["score"] = lambda score: f"{score:.2f}" if score >= 0.01 or not score else f"{score:.1g}"
     return made
 
@@ -246,7 +254,7 @@ def _headline(report: Mapping[str, Any]) -> str:
             f"in {in_words_of_time(report['wall_seconds'])}"
         )
     # No line break between a number and its unit.
-    return re.sub(r"(\d) (s|min)\b", "\\1\N{NO-BREAK SPACE}\\2", text)
+    return re.sub(r"(\d) (s|min)\b", "\\1\N{NO-BREAK SPACE}\\2", of_texts(text, report["config"]))
 
 
 def _jpeg(number: int, pictures: Mapping[int, bytes]) -> str | None:

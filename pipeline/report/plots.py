@@ -104,6 +104,22 @@ def score_plot(histogram: Sequence[int]) -> Markup:
     return plot("scores", "Rows by the score of their best label", 2.2, draw)
 
 
+def similarity_plot(histogram: Sequence[int]) -> Markup:
+    """Rows by the similarity of image and text, over the part of the axis that has rows."""
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        figure.subplots_adjust(left=0.75 / WIDTH, right=1 - 0.2 / WIDTH, top=0.96, bottom=0.2)
+        amount_axes(axes, "rows", integer=True)
+        edges = np.linspace(-1, 1, len(histogram) + 1)
+        there = np.flatnonzero(histogram)
+        axes.stairs(histogram, edges, fill=True, color=SERIES[0])
+        axes.set_xlim(max(-1, edges[there[0]] - 0.05), min(1, edges[there[-1] + 1] + 0.05))
+        axes.set_xlabel("similarity of image and text")
+
+    return plot("similarity", "Rows by the similarity of image and text", 2.2, draw)
+
+
 def amount_axes(axes: Axes, name: str, *, bins: int = 4, integer: bool = False) -> None:
     """Make axes of amounts, such as images/s: without a box, with a grid and about ``bins`` values."""
     bare(axes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -25,7 +25,7 @@ from pipeline.report.page import by_status, to_html
 from pipeline.report.scores import Row
 from pipeline.report.summary import DatasetSummary, summarize
 from pipeline.report.svg import load_matplotlib
-from pipeline.report.thumbnails import REACH, THUMBNAIL, spread, thumbnails
+from pipeline.report.thumbnails import REACH, THUMBNAIL, captions, spread, thumbnails
 from pipeline.storage.base import Storage
 from pipeline.storage.urls import open_arrow
 
@@ -57,12 +57,15 @@ def draw(report: Mapping[str, Any], content: DatasetSummary, examples: int, pict
     if pictures is not None and examples:
         wanted = {row.number: str(row.id) for rows in by_status(content.failed).values() for row in rows}
         wanted |= {row.number: row.id for row in (*some, *content.odd)}
+        both = [row for row in (*content.pairs.most, *content.pairs.least)] if content.pairs else []
         wanted |= {row.number: row.id for label in content.extremes for row in (*label.most, *label.least)}
+        wanted |= {row.number: row.id for row in both}
         with ThreadPoolExecutor(1, thread_name_prefix="pictures") as beside:
             made = beside.submit(thumbnails, pictures.manifest, pictures.reader, wanted)
             # Other processes decode the pictures meanwhile.
             load_matplotlib()
             shown = made.result()
+        content = replace(content, captions=captions(pictures.manifest, [row.number for row in both]))
     return to_html(report, content, some, shown, output=content.folder)
 
 
@@ -99,7 +102,7 @@ def redraw(url: str, *, examples: int | None = None) -> bytes:
     if "night" in report:
         report["nights"] = recent_nights(dataset.url, report["night"]["date"])
     manifest = _manifest(config, dataset) if examples else None
-    if manifest is None:
+    if manifest is None or not manifest.image:
         return draw(report, content, examples, None)
     with pixel_reader(config, manifest.root, THUMBNAIL) as reader:
         return draw(report, content, examples, Pictures(manifest, reader))

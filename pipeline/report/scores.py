@@ -12,6 +12,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 BINS = 40
+SIMILARITY_BINS = 200
 # Labels whose extreme rows are kept: the first in the dataset.
 MOST_LABELS = 4096
 
@@ -132,3 +133,35 @@ class Scores:
         """The rows with the lowest scores of all labels, lowest first."""
         rows = [row for label, code in self._codes.items() for row in self._least.rows(code, label)]
         return tuple(sorted(rows, key=lambda row: (row.score, row.number))[:count])
+
+
+class Similarities:
+    """Statistics of pairs of images and texts, of a dataset that is added part by part, in order.
+
+    Args:
+        keep: number of rows at either end.
+    """
+
+    def __init__(self, *, keep: int) -> None:
+        self._bins = np.zeros(SIMILARITY_BINS, dtype=np.int64)
+        self._most, self._least = _End(keep, 1), _End(keep, -1)
+
+    def add(self, ids: pa.ChunkedArray, similarity: pa.ChunkedArray, *, start: int) -> None:
+        """Add the next rows; ``start`` is the number of the first."""
+        values = similarity.combine_chunks().fill_null(float("nan")).to_numpy(zero_copy_only=False).astype(np.float64)
+        there = np.isfinite(values)
+        self._bins += np.histogram(np.clip(values[there], -1, 1), bins=SIMILARITY_BINS, range=(-1, 1))[0]
+        for end in (self._most, self._least):
+            end.add(np.where(there, 0, -1), values, ids, start=start)
+
+    @property
+    def histogram(self) -> tuple[int, ...]:
+        """Rows by similarity, in :data:`SIMILARITY_BINS` equal steps from -1 to 1; empty where no row has one."""
+        return tuple(self._bins.tolist()) if self._bins.any() else ()
+
+    @property
+    def extremes(self) -> Extremes | None:
+        """The rows at either end, each once; None where no row has a similarity."""
+        most = self._most.rows(0, "")
+        least = [row for row in self._least.rows(0, "") if row not in most]
+        return Extremes("", int(self._bins.sum()), tuple(most), tuple(least)) if most else None

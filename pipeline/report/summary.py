@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -15,15 +16,19 @@ from pipeline.core.errors import StorageError
 from pipeline.core.plain import plain_table
 from pipeline.core.records import OK
 from pipeline.dataset.parts import short_error
-from pipeline.report.scores import Extremes, Row, Scores
+from pipeline.report.scores import Extremes, Row, Scores, Similarities
 from pipeline.storage.factory import open_storage
 from pipeline.storage.urls import open_arrow
 
 # Labels on the page, and rows of each at either end of the scores.
 SHEET_LABELS, EACH_END = 12, 4
+# Pairs of images and texts at either end of the similarity.
+PAIRS = 8
 # Advice for the failed rows of each status, one line of the page.
 HINTS = {
     "no_image": "the cell of manifest.image is null",
+    "no_text": "the cell of manifest.text is null, empty or white space",
+    "not_text": "the cell of manifest.text holds bytes that are no UTF-8",
     "empty": "the file has 0 bytes; copy it again",
     "not_found": "no such file; does manifest.root point to the folder that relative paths start from?",
     "permission": "the file may not be read by the user of this job",
@@ -60,7 +65,9 @@ class DatasetSummary:
     """The content of a dataset: rows by label, the first failures of each status, and its scores.
 
     ``parts`` are the names of its files in ``folder``, each with the number of its first row. ``scores`` are counts in
-    equal steps from 0 to 1, ``odd`` the rows with the lowest scores of all.
+    equal steps from 0 to 1, ``odd`` the rows with the lowest scores of all. ``similarity`` and ``pairs`` are of images
+    and their texts: counts in equal steps from -1 to 1, and the rows at either end, whose texts are ``captions`` by the
+    number of the row.
     """
 
     folder: str
@@ -70,6 +77,9 @@ class DatasetSummary:
     scores: tuple[int, ...] = ()
     extremes: tuple[Extremes, ...] = ()
     odd: tuple[Row, ...] = ()
+    similarity: tuple[int, ...] = ()
+    pairs: Extremes | None = None
+    captions: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def failures(self) -> tuple[Mapping[str, object], ...]:
@@ -89,18 +99,25 @@ def summarize(folder: str, parts: Sequence[tuple[str, int]], *, id: str, example
             with open_arrow(place) as file:
                 # Not read_table, for which Arrow imports its data sets.
                 parquet = pq.ParquetFile(file, pre_buffer=False)
-                table = plain_table(parquet.read(columns=[id, "label", "score", "status", "error"], use_threads=False))
+                # Behind the kept columns, one of which may have the same name.
+                names = parquet.schema_arrow.names
+                own = names[names.index("embedding") :] if "embedding" in names else []
+                pairs = [name for name in ("similarity",) if name in own]
+                columns = [id, "label", "score", *pairs, "status", "error"]
+                table = plain_table(parquet.read(columns=columns, use_threads=False))
         except pa.ArrowException as error:
             raise StorageError(
                 f"{place}: not readable as Parquet ({error}); python -m pipeline.verify {folder} --repair does it again"
             ) from error
         return part[1], table
 
-    scores = Scores(keep=EACH_END)
+    scores, similar = Scores(keep=EACH_END), Similarities(keep=PAIRS)
     failed: list[Failed] = []
     seen: Counter[str] = Counter()
     for start, table in in_order(read, parts, threads=open_storage(folder).threads):
         scores.add(table[id], table["label"], table["score"], start=start)
+        if "similarity" in table.column_names:
+            similar.add(table[id], table["similarity"], start=start)
         bad = pc.indices_nonzero(pc.not_equal(table["status"], OK))
         # A few of each status are more useful than many of one.
         for place, row in zip(
@@ -118,6 +135,8 @@ def summarize(folder: str, parts: Sequence[tuple[str, int]], *, id: str, example
         scores=scores.histogram,
         extremes=scores.extremes(SHEET_LABELS),
         odd=scores.least_certain(EACH_END),
+        similarity=similar.histogram,
+        pairs=similar.extremes,
     )
 
 
@@ -125,6 +144,11 @@ def headline(images: int, wall: float, rate: float, bound: str, *, where: str) -
     """The report in one sentence; ``where`` is the place of the bottleneck, such as ``2 cores``."""
     bottleneck = f"{bound} on {where}" if where else bound
     return f"{images:,} images in {in_words_of_time(wall)} ({rate:,.1f} images/s); bottleneck: {bottleneck}"
+
+
+def of_texts(sentence: str, config: Mapping[str, Any]) -> str:
+    """A sentence about the images of a job, as one about its texts where it has no images."""
+    return sentence.replace("image", "text") if config["manifest"]["image"] is None else sentence
 
 
 def in_words_of_time(seconds: float) -> str:

@@ -13,9 +13,11 @@ from dataclasses import replace
 from itertools import islice
 
 import numpy as np
+import pyarrow as pa
 from PIL import Image
 
-from pipeline.core.errors import PipelineError
+from pipeline.core.errors import PipelineError, short
+from pipeline.core.plain import plain_array, plain_type
 from pipeline.core.records import OK, Failure, ImageRef, Piece, PreprocessSpec, Shard
 from pipeline.images.decode import EXACT, GLANCE
 from pipeline.images.reader import PixelReader
@@ -30,6 +32,8 @@ THUMBNAIL = PreprocessSpec(
 REACH = 512
 # Pictures that are read in parallel.
 AT_ONCE = 8
+# Characters of a text.
+CAPTION = 160
 # Timeout for reading one of them, and for decoding it, in seconds.
 ONE_SECONDS = 5.0
 log = logging.getLogger(__name__)
@@ -79,8 +83,29 @@ def find(manifest: Manifest, numbers: Sequence[int], *, seconds: float) -> Gener
     Raises:
         ManifestError: the manifest cannot be read any more.
     """
+    for chosen, batch in _rows(manifest, numbers, (), seconds=seconds):
+        yield from zip(chosen, refs(manifest, batch), strict=True)
+
+
+def captions(manifest: Manifest, numbers: Sequence[int], *, seconds: float = 5.0) -> dict[int, str]:
+    """The texts of some rows, as far as they are shown; fewer where they cannot be read, or not in time."""
+    found: dict[int, str] = {}
+    try:
+        for chosen, batch in _rows(manifest, sorted(numbers), (manifest.text,), seconds=seconds) if numbers else ():
+            texts = batch.column(manifest.text)
+            cells = plain_array(texts, plain_type(texts.type)).to_pylist()
+            found |= {number: short(cell, CAPTION) for number, cell in zip(chosen, cells, strict=True) if cell}
+    except (PipelineError, UnicodeDecodeError) as error:
+        log.warning("texts are missing in the report: %s", error)
+    return found
+
+
+def _rows(
+    manifest: Manifest, numbers: Sequence[int], columns: tuple[str, ...], *, seconds: float
+) -> Generator[tuple[list[int], pa.RecordBatch]]:
+    """Some of the rows ``numbers`` at a time, and their columns; see :class:`ShardReader`."""
     end, begin = time.monotonic() + seconds, 0
-    with ShardReader(manifest) as reader:
+    with ShardReader(manifest, columns) as reader:
         for file, source in enumerate(manifest.files):
             for group, rows in enumerate(source.row_groups):
                 wanted = numbers[bisect_left(numbers, begin) : bisect_left(numbers, begin + rows)]
@@ -91,7 +116,7 @@ def find(manifest: Manifest, numbers: Sequence[int], *, seconds: float) -> Gener
                     for batch in reader.read(Shard(index=0, rows=piece.stop, pieces=(piece,))):
                         chosen = [number for number in wanted if at <= number < at + batch.num_rows]
                         if chosen:
-                            yield from zip(chosen, refs(manifest, batch.take([n - at for n in chosen])), strict=True)
+                            yield chosen, batch.take([n - at for n in chosen])
                         at += batch.num_rows
                         if time.monotonic() > end:
                             return

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -19,6 +20,7 @@ class WorkerStats:
     about the job to its opened model. ``own_core_seconds`` are those of all its threads, ``child_core_seconds`` of its
     decoder processes. ``batch_sizes`` has more than one entry where the device had no memory for the first.
     ``gpu_seconds`` are those in which a GPU computed its ``gpu_batches``, of which ``gpu_starved`` waited for launches.
+    ``texts`` see :class:`~pipeline.core.records.ShardRows`.
     """
 
     name: str
@@ -40,6 +42,7 @@ class WorkerStats:
     gpu_batches: int = 0
     gpu_seconds: float = 0.0
     gpu_starved: int = 0
+    texts: Mapping[str, int] = field(default_factory=dict)
 
     def with_shard(self, report: ShardReport) -> WorkerStats:
         """Return the statistics with one more shard."""
@@ -49,6 +52,7 @@ class WorkerStats:
             images=self.images + report.counts.get(OK, 0) - report.repeats,
             repeats=self.repeats + report.repeats,
             shards=self.shards + 1,
+            texts=_sum((self.texts, report.texts)),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -156,6 +160,11 @@ class RunStats:
         return sum(worker.repeats for worker in self.workers)
 
     @property
+    def texts(self) -> dict[str, int]:
+        """Rows of a job with texts, see :class:`~pipeline.core.records.ShardRows`."""
+        return _sum(worker.texts for worker in self.workers)
+
+    @property
     def batch_sizes(self) -> tuple[int, ...]:
         """Batch sizes of the process that had to lower its own most often."""
         return max((worker.batch_sizes for worker in self.workers), key=len, default=())
@@ -179,3 +188,10 @@ class RunStats:
         """
         own = {name: values[name] for name in ("began", "ended", "rows", "images")}
         return cls(**own, workers=tuple(map(WorkerStats.from_json, values["members"])))
+
+
+def _sum(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for each in counts:
+        total.update(each)
+    return dict(total)

@@ -228,8 +228,9 @@ class WorkerState:
         engine, prepared = self._prepare()
         import torch
 
-        from pipeline.engine.loop import Worker, embed
+        from pipeline.engine.loop import embed
         from pipeline.engine.meter import Meter
+        from pipeline.engine.worker import worker_of
 
         if engine.encoder.device.type == "cuda":
             # Opened in another thread, and the current device is each thread's own.
@@ -242,14 +243,7 @@ class WorkerState:
         reports = embed(
             self._stream(first),
             self._job.result(),
-            Worker(
-                engine.reader,
-                engine.encoder,
-                meter.clocks,
-                meter.gpu,
-                engine.feeders,
-                self._hold if prepared.pending else None,
-            ),
+            worker_of(engine, meter, self._hold if prepared.pending else None),
             on_batch=self._on_batch,
             on_commit=partial(self._report, meter),
         )

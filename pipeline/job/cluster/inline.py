@@ -9,10 +9,11 @@ from dataclasses import replace
 
 from pipeline.core.records import Shard, ShardReport
 from pipeline.engine.engine import Engine
-from pipeline.engine.loop import Job, Worker, embed
+from pipeline.engine.loop import Job, embed
 from pipeline.engine.meter import Meter
 from pipeline.engine.prepare import Prepared, note, prepare, settle
 from pipeline.engine.sample import FirstBatch
+from pipeline.engine.worker import worker_of
 from pipeline.storage.base import Storage
 from pipeline.telemetry.run_stats import WorkerStats
 
@@ -78,8 +79,7 @@ class Inline:
         meter = self._meter = Meter(engine, "0", self._startup)
         try:
             hold = self._hold if self.prepared.pending else None
-            worker = Worker(engine.reader, engine.encoder, meter.clocks, meter.gpu, engine.feeders, hold)
-            with closing(embed(shards, self._job, worker, on_batch=on_batch)) as reports:
+            with closing(embed(shards, self._job, worker_of(engine, meter, hold), on_batch=on_batch)) as reports:
                 for report in reports:
                     meter.add(report)
                     yield report
