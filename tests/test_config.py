@@ -127,6 +127,7 @@ def test_hub_needs_a_name_which_is_reported_with_all_other_problems() -> None:
 def test_hub_with_a_name_takes_that_checkpoint() -> None:
     model = config_of("model=hub", "model.name=me/mine", "model.revision=v2").model
     assert (model.name, model.revision, model.weights) == ("me/mine", "v2", "pretrained")
+    assert config_of("model=hub", "model.name=hf-hub:me/mine").model.name == "hf-hub:me/mine"
 
 
 def test_a_value_that_points_nowhere_is_a_problem_and_not_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

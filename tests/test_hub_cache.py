@@ -21,7 +21,7 @@ from pipeline.config.schema import ModelConfig, conf_dir
 from pipeline.core.errors import ModelError
 from pipeline.models import hub
 from pipeline.models.checkpoint import open_checkpoint
-from pipeline.models.files import INDEX, WEIGHTS
+from pipeline.models.files import INDEX, OPEN_CLIP_CONFIG, WEIGHTS, is_open_clip
 from pipeline.models.hub import DEMO_FOLDER, find_cached, find_folder, find_weights
 from tests.forks import forks
 from tests.processes import run_python
@@ -99,6 +99,13 @@ def conversion(cache: Cache, name: str, folder: Path) -> None:
     cache.add(name, "refs/pr/19", *files(*OTHERS, WEIGHTS))
 
 
+def in_the_form_of_open_clip(cache: Cache, name: str, folder: Path) -> None:
+    made = [folder / OPEN_CLIP_CONFIG, folder / hub.OPEN_CLIP_WEIGHTS[0]]
+    for path in made:
+        path.write_text("{}")
+    cache.add(name, "main", *made)
+
+
 def conversion_beside_a_pickle(cache: Cache, name: str, folder: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(b"never read")
     cache.add(name, "main", *files(*OTHERS), folder / "pytorch_model.bin", tree=("flax_model.msgpack",))
@@ -152,9 +159,26 @@ def test_what_is_in_the_cache_opens_without_a_network(cache: Cache, tmp_path: Pa
 @pytest.mark.usefixtures("_no_network")
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_every_published_checkpoint_is_found_in_the_cache(cache: Cache, tmp_path: Path, name: str) -> None:
-    conversion(cache, name, tmp_path)
-    folder = find_folder(ModelConfig(name=name))
-    assert (find_weights(ModelConfig(name=name), folder) / WEIGHTS).is_file()
+    config, theirs = ModelConfig(name=name), name.startswith(hub.OPEN_CLIP_PREFIX)
+    (in_the_form_of_open_clip if theirs else conversion)(cache, hub.hub_id(config), tmp_path)
+    weights = hub.OPEN_CLIP_WEIGHTS[0] if theirs else WEIGHTS
+    assert (find_weights(config, find_folder(config)) / weights).is_file()
+
+
+@pytest.mark.usefixtures("_no_network")
+def test_of_two_forms_in_one_repository_the_prefix_of_open_clip_wants_its_own(cache: Cache, tmp_path: Path) -> None:
+    whole(cache, NAME, tmp_path)
+    plain, theirs = ModelConfig(name=NAME), ModelConfig(name=f"hf-hub:{NAME}")
+    assert find_cached(plain) is not None
+    assert find_cached(theirs) is None
+    in_the_form_of_open_clip(cache, NAME, tmp_path)
+    folder = find_folder(theirs)
+    assert find_folder(plain) == folder
+    assert not is_open_clip(folder)
+    assert {WEIGHTS, INDEX} & {*hub.wanted_files(theirs)} == set()
+    assert {*hub.wanted_files(theirs)} & {*hub.OPEN_CLIP_WEIGHTS} == {*hub.OPEN_CLIP_WEIGHTS[:2]}
+    (folder / "config.json").unlink()
+    assert is_open_clip(folder), "a config of transformers would be beside weights of it"
 
 
 @pytest.mark.usefixtures("_no_network")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -188,7 +189,7 @@ WEIGHTS: dict[str, tuple[Callable[[Path], Any], str]] = {
             (folder / "config.json").write_text("{}"),
             (folder / "open_clip_config.json").write_text("{}"),
         ],
-        "model_type None is not supported.*checkpoint of open_clip",
+        r"open_clip_config\.json: model_cfg is None; wanted an object",
     ),
 }
 
@@ -212,7 +213,19 @@ def test_half_precision_is_read_as_it_is(copy: Path) -> None:
 )
 def test_a_folder_of_open_clip_is_named_as_what_it_is(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("{}")
-    with pytest.raises(ModelError, match=r"no config\.json.*checkpoint of open_clip"):
+    alone = r"no config\.json.*checkpoint of open_clip without its open_clip_config\.json"
+    wanted = r"open_clip_config\.json: model_cfg is None" if name.endswith(".json") else alone
+    with pytest.raises(ModelError, match=wanted):
+        opened(tmp_path)
+
+
+def test_the_extra_of_open_clip_is_named_where_it_is_not_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {"embed_dim": 24, "vision_cfg": {"width": 48}, "text_cfg": {"width": 32}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": values}))
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    with pytest.raises(ModelError, match=r"needs the library open_clip .*pip install .*\[open_clip\]"):
         opened(tmp_path)
 
 

@@ -25,7 +25,8 @@ KERNELS = {
     "_scaled_dot_product_efficient_attention": "efficient",
     "_scaled_dot_product_flash_attention_for_cpu": "cpu",
 }
-FAST = ("cudnn", "flash")
+NO_ATTENTION = "no attention"
+FAST = ("cudnn", "flash", NO_ATTENTION)
 
 
 def preferred(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
@@ -49,12 +50,15 @@ def preference(capability: tuple[int, int], cudnn: int) -> list[SDPBackend]:
 def kernels(tower: Callable[[torch.Tensor], torch.Tensor], pixels: torch.Tensor) -> list[str]:
     """Run the tower once, and return the attention kernels that it called, each once, by name.
 
-    Attention that is put together from products and a softmax is no kernel.
+    Attention that is put together from products and a softmax is no kernel; a convolutional tower has no attention.
 
     Args:
         tower: the image tower, neither compiled nor captured.
         pixels: normalised pixels of the static shape, in the dtype and on the device of the tower.
     """
+    sizes = getattr(tower, "sizes", None)
+    if sizes is not None and sizes.heads == 0:
+        return [NO_ATTENTION]
     # In inference mode, which the caller may be in, operators arrive here before they are taken apart.
     with preferred(pixels.device, pixels.dtype), torch.inference_mode(False), torch.no_grad(), _Calls() as calls:
         tower(torch.zeros_like(pixels))
@@ -71,8 +75,8 @@ def prove(found: Collection[str], device: torch.device, dtype: torch.dtype) -> s
     if torch.cuda.get_device_capability(device) >= AMPERE and (not found or not set(found) <= set(FAST)):
         raise BackendUnavailable(
             f"{torch.cuda.get_device_name(device)}: attention of this model in {dtype} runs in the kernel {names}, "
-            f"which is several times slower than {' or '.join(FAST)}; take backend.precision=fp32, or another build "
-            f"of torch {torch.__version__}"
+            f"which is several times slower than {' or '.join(FAST[:2])}; take backend.precision=fp32, or another "
+            f"build of torch {torch.__version__}"
         )
     return names
 

@@ -7,6 +7,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from pipeline.config.schema import DEMO_MODEL, ModelConfig
@@ -14,7 +15,8 @@ from pipeline.core.errors import ModelError
 from pipeline.doctor.check import Check, Status, Subject
 from pipeline.engine.demo.notes import FACT, WAY_OUT, notes_of
 from pipeline.models.architectures import ARCHITECTURES
-from pipeline.models.hub import DEMO_FOLDER, INNER, WANTED_FILES, Cached, find_cached, find_folder
+from pipeline.models.files import is_open_clip
+from pipeline.models.hub import DEMO_FOLDER, INNER, Cached, find_cached, find_folder, hub_id, wanted_files
 
 GROUP = "hub and model"
 HUB_SECONDS = 5.0
@@ -30,7 +32,7 @@ def look(subject: Subject) -> Iterator[Check]:
     if constants.HF_HUB_OFFLINE:
         problem = "not checked: HF_HUB_OFFLINE is set"
     elif not (local and subject.quick):
-        problem = hub_problem(None if local else config.name)
+        problem = hub_problem(None if local else hub_id(config))
     if local and (problem or subject.quick):
         yield Check(GROUP, "hub", Status.SKIP, f"{problem or 'not checked'}; this job does not need it")
     elif not problem:
@@ -54,8 +56,8 @@ def _from_hub(config: ModelConfig, problem: str, cache: str) -> Check:
     if problem:
         way_out = f"connect this machine to the hub once, or {OFFLINE}"
         return Check(GROUP, "model", Status.FAIL, f"{fact}, and cannot be downloaded from the hub", way_out)
-    patterns = " ".join(f"'{pattern}'" for pattern in WANTED_FILES)
-    way_out = f"the first run downloads it; ahead of time: hf download {config.name} --include {patterns}"
+    patterns = " ".join(f"'{pattern}'" for pattern in wanted_files(config))
+    way_out = f"the first run downloads it; ahead of time: hf download {hub_id(config)} --include {patterns}"
     return Check(GROUP, "model", Status.WARN, fact, way_out)
 
 
@@ -64,7 +66,18 @@ def is_local(config: ModelConfig) -> bool:
     folder = config.name == DEMO_MODEL or Path(os.path.expanduser(config.name)).is_dir()
     # Such a name can only be a folder.
     path = config.name.startswith((".", "/", "~")) or config.name.count("/") > 1
-    return folder or path or (config.weights == "random" and config.name in ARCHITECTURES)
+    return folder or path or _needs_no_files(config)
+
+
+def _needs_no_files(config: ModelConfig) -> bool:
+    """Return True for random weights of a model whose config is known here."""
+    if config.weights != "random" or config.name in ARCHITECTURES:
+        return config.weights == "random"
+    if find_spec("open_clip") is None or Path(os.path.expanduser(config.name)).is_dir():
+        return False
+    from pipeline.models.open_clip_models import published
+
+    return published(hub_id(config)) is not None
 
 
 def as_cached(config: ModelConfig) -> ModelConfig | None:
@@ -105,7 +118,7 @@ def hub_problem(name: str | None) -> str:
 
 def _opened(config: ModelConfig, cached: Cached | None) -> Check:
     """Check the files of the model's folder, without opening them."""
-    if config.weights == "random" and config.name in ARCHITECTURES:
+    if _needs_no_files(config):
         return Check(GROUP, "model", Status.OK, f"{config.name} with random weights, which need no download")
     try:
         folder = cached.folder if cached is not None else find_folder(config)
@@ -115,7 +128,7 @@ def _opened(config: ModelConfig, cached: Cached | None) -> Check:
     weights = cached.weights if cached is not None else folder
     if (folder / INNER / "config.json").is_file():
         folder = weights = folder / INNER
-    if not (folder / "config.json").is_file():
+    if not (folder / "config.json").is_file() and not is_open_clip(folder):
         fact = f"{folder}: no config.json, so this is not a Hugging Face checkpoint"
         way_out = "set model.name to the folder that holds config.json and model.safetensors"
         return Check(GROUP, "model", Status.FAIL, fact, way_out)

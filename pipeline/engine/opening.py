@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from pipeline.backends.base import Draw, ImageEncoder, factory
 from pipeline.config.schema import Config
 from pipeline.core.records import PreprocessSpec
@@ -12,7 +10,7 @@ from pipeline.models.checkpoint import Checkpoint
 
 def spec_of(config: Config, checkpoint: Checkpoint) -> PreprocessSpec:
     """Return the preprocessing of the checkpoint with the crop of the config."""
-    return replace(checkpoint.spec, corner=config.images.crop_corner)
+    return checkpoint.cropped(config.images.crop_corner)
 
 
 def open_backend(config: Config, checkpoint: Checkpoint, sample: Draw, size: int) -> ImageEncoder:

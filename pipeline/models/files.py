@@ -15,6 +15,9 @@ from pipeline.core.records import PreprocessSpec
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
+OPEN_CLIP_CONFIG = "open_clip_config.json"
+# In the order in which open_clip takes them.
+OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", WEIGHTS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +125,38 @@ def loaded_weights(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
+def is_open_clip(folder: Path) -> bool:
+    """True for a checkpoint in open_clip's form, which none in that of transformers stands beside.
+
+    Repositories of timm have a ``config.json`` of its own, without ``model_type``.
+    """
+    if not (folder / OPEN_CLIP_CONFIG).is_file():
+        return False
+    weights = (folder / WEIGHTS).is_file() or (folder / INDEX).is_file()
+    return not weights or not (folder / CONFIG).is_file() or "model_type" not in read_json(folder / CONFIG)
+
+
+def open_clip_weights(folder: Path) -> Path:
+    """The safetensors file that open_clip loads.
+
+    Raises:
+        ModelError: there is none; with the way to make one of a pickle.
+    """
+    for name in OPEN_CLIP_WEIGHTS:
+        if (folder / name).is_file():
+            return folder / name
+    wanted = folder / OPEN_CLIP_WEIGHTS[0]
+    pickles = [path for ending in ("bin", "pt", "pth") for path in sorted(folder.glob(f"*.{ending}"))]
+    if not pickles:
+        raise ModelError(f"{folder}: no {wanted.name} beside {OPEN_CLIP_CONFIG}; download it again, or copy it here")
+    raise ModelError(
+        f"{folder}: no {wanted.name}, only {pickles[0].name}, a pickle, which can run code when it is loaded. Convert "
+        f'it once, without running code in it: python -c "import torch, safetensors.torch as s; w = torch.load('
+        f"{str(pickles[0])!r}, map_location='cpu', weights_only=True); w = w.get('state_dict', w); "
+        f's.save_file({{k: v.contiguous().clone() for k, v in w.items()}}, {str(wanted)!r})"'
+    )
+
+
 def shards_of(folder: Path) -> list[str]:
     """The names of the files of sharded weights, as their index has them; empty where there is no index.
 
@@ -144,12 +179,8 @@ def explain_other_layout(folder: Path) -> str:
         clip = next((name for name in inner if "clip" in name.lower()), None)
         way_out = f"give its CLIP, model.name={folder / clip}" if clip else "give the folder of the CLIP within it"
         return f"this is a folder of sentence-transformers; {way_out}"
-    names = ("open_clip_config.json", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-    if any((folder / name).is_file() for name in names):
-        return (
-            "this is a checkpoint of open_clip, whose tensors have other names; take the same model in the layout of "
-            "transformers, or convert it (convert_clip_original_pytorch_to_hf.py, then save_pretrained())"
-        )
+    if any((folder / name).is_file() for name in (*OPEN_CLIP_WEIGHTS[:2], "open_clip_pytorch_model.bin")):
+        return f"this is a checkpoint of open_clip without its {OPEN_CLIP_CONFIG}; copy it from the original one"
     return ""
 
 

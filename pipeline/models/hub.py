@@ -11,7 +11,16 @@ from typing import Any
 
 from pipeline.config.schema import DEMO_MODEL, ModelConfig
 from pipeline.core.errors import ModelError
-from pipeline.models.files import CONFIG, INDEX, WEIGHTS, first_line, shards_of
+from pipeline.models.files import (
+    CONFIG,
+    INDEX,
+    OPEN_CLIP_CONFIG,
+    OPEN_CLIP_WEIGHTS,
+    WEIGHTS,
+    first_line,
+    is_open_clip,
+    shards_of,
+)
 from pipeline.storage.urls import from_here, local_file
 
 DEMO_FOLDER = Path(__file__).resolve().parents[1] / "engine" / "demo" / "model"
@@ -23,10 +32,12 @@ TOKENIZER_FILES = (
 # downloaded.
 WANTED_FILES = (
     *(CONFIG, "preprocessor_config.json", "processor_config.json", *TOKENIZER_FILES, WEIGHTS, INDEX),
-    *("modules.json", "open_clip_config.json", "adapter_config.json"),
+    *("modules.json", OPEN_CLIP_CONFIG, "text_tower/config.json", "adapter_config.json"),
 )
 # The folder of a CLIP in models of sentence-transformers.
 INNER = "0_CLIPModel"
+# open_clip spells ids of the hub so; its own form is meant then, where the hub has two of a model.
+OPEN_CLIP_PREFIX = "hf-hub:"
 # The hub's own bot adds safetensors to older checkpoints as pull requests; OpenAI's CLIP has them only there.
 # transformers trusts the same author and title.
 CONVERTER, CONVERSION = "SFconvertbot", "Adding `safetensors` variant of this model"
@@ -50,6 +61,18 @@ class Cached:
     conversion: str | None
 
 
+def hub_id(config: ModelConfig) -> str:
+    """The id on the hub, without open_clip's prefix."""
+    return config.name.removeprefix(OPEN_CLIP_PREFIX)
+
+
+def wanted_files(config: ModelConfig) -> tuple[str, ...]:
+    """The files of a repository that are downloaded, before it is known in which form its checkpoint is."""
+    if not config.name.startswith(OPEN_CLIP_PREFIX):
+        return WANTED_FILES
+    return (*(name for name in WANTED_FILES if name not in (WEIGHTS, INDEX)), *OPEN_CLIP_WEIGHTS[:2])
+
+
 def find_folder(config: ModelConfig) -> Path:
     """The demo's folder, a local folder, or the cached files of the hub.
 
@@ -61,7 +84,7 @@ def find_folder(config: ModelConfig) -> Path:
     local = local_file(config.name)
     if local.is_dir():
         return local
-    if config.name.startswith((".", "/", "~")) or config.name.count("/") > 1:
+    if hub_id(config).startswith((".", "/", "~")) or hub_id(config).count("/") > 1:
         raise ModelError(f"model.name={config.name}: no such folder{from_here(config.name)}")
     from huggingface_hub.errors import HFValidationError
 
@@ -86,7 +109,7 @@ def find_folder(config: ModelConfig) -> Path:
 
 def find_weights(config: ModelConfig, folder: Path) -> Path:
     """The folder with the weights of the checkpoint in ``folder``: itself, or the cache's conversion of them."""
-    if folder == DEMO_FOLDER or local_file(config.name).is_dir() or _has_weights(folder):
+    if folder == DEMO_FOLDER or local_file(config.name).is_dir() or _has_weights(config, folder):
         return folder
     cached = find_cached(config)
     return cached.weights if cached is not None and cached.folder == folder else folder
@@ -98,16 +121,17 @@ def find_cached(config: ModelConfig) -> Cached | None:
     The weights may be in a pull request of the hub's bot alone (:data:`CONVERTER`). Its number is known to the hub, so
     a cache with several pull requests is no answer; model.revision says which then.
     """
-    folder = _snapshot(config.name, config.revision or "main")
+    name = hub_id(config)
+    folder = _snapshot(name, config.revision or "main")
     whole = config.weights == "random"
-    if folder is not None and (whole or _has_weights(folder)):
+    if folder is not None and (whole or _has_weights(config, folder)):
         return Cached(folder, folder, None)
     if whole or config.revision is not None:
         return None
     found: dict[Path, Cached] = {}
-    for revision in _pull_requests(config.name):
-        place = _snapshot(config.name, revision, WEIGHTS, INDEX)
-        if place is None or not _has_weights(place):
+    for revision in _pull_requests(name):
+        place = _snapshot(name, revision, WEIGHTS, INDEX)
+        if place is None or not _has_weights(config, place):
             continue
         configs = [each / CONFIG for each in (place, folder) if each is not None and (each / CONFIG).is_file()]
         # A conversion changes nothing but the format of the weights.
@@ -125,7 +149,7 @@ def _snapshot(name: str, revision: str, *files: str) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
-    for file in files or (CONFIG, "modules.json"):
+    for file in files or (CONFIG, OPEN_CLIP_CONFIG, "modules.json"):
         try:
             found = try_to_load_from_cache(name, file, revision=revision)
         except (HFValidationError, OSError):
@@ -143,10 +167,13 @@ def _pull_requests(name: str) -> list[str]:
     return [f"refs/pr/{path.name}" for path in sorted(folder.glob("*"))]
 
 
-def _has_weights(folder: Path) -> bool:
+def _has_weights(config: ModelConfig, folder: Path) -> bool:
     """True if the weights that are loaded are all in the folder, or in that of a CLIP in it."""
     if (folder / INNER).is_dir():
-        return _has_weights(folder / INNER)
+        return _has_weights(config, folder / INNER)
+    theirs = is_open_clip(folder)
+    if config.name.startswith(OPEN_CLIP_PREFIX) or theirs:
+        return any((folder / name).is_file() for name in OPEN_CLIP_WEIGHTS[: None if theirs else 2])
     if (folder / WEIGHTS).is_file():
         return True
     shards = shards_of(folder)
@@ -206,28 +233,31 @@ def _reason(error: Exception) -> str:
 def _download(config: ModelConfig) -> Path:
     from huggingface_hub import get_repo_discussions
 
-    folder = _fetch(config.name, config.revision)
-    if config.weights == "random" or config.revision is not None or _has_weights(folder):
+    folder = _fetch(config, config.revision)
+    if config.weights == "random" or config.revision is not None or _has_weights(config, folder):
         return folder
     # Without the hub, the cache may have the conversion.
-    for discussion in get_repo_discussions(config.name, author=CONVERTER, discussion_type="pull_request"):
+    for discussion in get_repo_discussions(hub_id(config), author=CONVERTER, discussion_type="pull_request"):
         if discussion.title == CONVERSION and discussion.status == "open":
             revision = f"refs/pr/{discussion.num}"
             log.info("%s has no safetensors on main; taking the hub's own conversion, %s", config.name, revision)
-            return _fetch(config.name, revision)
+            return _fetch(config, revision)
     return folder
 
 
-def _fetch(name: str, revision: str | None) -> Path:
-    """Download what is read of a revision; then the shards of its weights, if an index names them."""
+def _fetch(config: ModelConfig, revision: str | None) -> Path:
+    """Download what is read of a revision; then the shards of its weights, if an index names them, or open_clip's."""
     from huggingface_hub import snapshot_download
 
     def fetch(files: Sequence[str]) -> Path:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=[*files]))
+        return Path(snapshot_download(hub_id(config), revision=revision, allow_patterns=[*files]))
 
-    folder = fetch(WANTED_FILES)
+    wanted = wanted_files(config)
+    folder = fetch(wanted)
+    if is_open_clip(folder) and config.weights != "random" and not _has_weights(config, folder):
+        return fetch([*wanted, *OPEN_CLIP_WEIGHTS[:2]])
     if (folder / "modules.json").is_file() and not (folder / CONFIG).is_file():
         fetch([f"{INNER}/{name}" for name in WANTED_FILES])
     shards = [] if (folder / WEIGHTS).is_file() else shards_of(folder)
     # An index that names other places is refused when the weights are opened.
-    return fetch([*WANTED_FILES, *shards]) if shards and all("/" not in each for each in shards) else folder
+    return fetch([*wanted, *shards]) if shards and all("/" not in each for each in shards) else folder

@@ -67,6 +67,38 @@ def import_transformers() -> None:
         _import_lean(found, found.loader)
 
 
+def import_open_clip() -> ModuleType:
+    """Import open_clip with its own modules; torchvision, whose pictures it would make, is left out.
+
+    Pixels are made here, so what open_clip takes of torchvision is never called. Its import takes seconds, and fails
+    where it was built for another torch. In a program of others it is imported as it is, if that works.
+
+    Raises:
+        ImportError: open_clip, or what it needs, is not installed.
+    """
+    if "open_clip" in sys.modules or _imports_torchvision():
+        return import_module("open_clip")
+    with ExitStack() as opened:
+        if _COMPILER not in sys.modules:
+            opened.enter_context(_put_off(_COMPILER))
+        opened.enter_context(_put_off("torchvision", _Absent))
+        return import_module("open_clip")
+
+
+def _imports_torchvision() -> bool:
+    """True if torchvision is imported now, or can be and this is no command."""
+    if runs_a_command() or "torchvision" in sys.modules:
+        return "torchvision" in sys.modules
+    try:
+        import_module("torchvision")
+    # One that does not fit torch raises anything.
+    except Exception:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        return False
+    return True
+
+
 def _import_lean(found: ModuleSpec, loader: Loader) -> None:
     from importlib.metadata import version
 
@@ -146,16 +178,17 @@ def _replaced(module: Any, name: str, change: Callable[[Any], object]) -> Iterat
 
 
 @contextmanager
-def _put_off(package: str) -> Iterator[None]:
-    """Put modules in the place of a package in the body that import the real ones when something is called."""
-    finder: Any = _Finder(package)
+def _put_off(package: str, kind: type[ModuleType] | None = None) -> Iterator[None]:
+    """Put modules in the place of a package in the body, by default such as import the real ones when called."""
+    kind = kind or _Later
+    finder: Any = _Finder(package, kind)
     sys.meta_path.insert(0, finder)
     try:
         yield
     finally:
         sys.meta_path.remove(finder)
         for name, module in list(sys.modules.items()):
-            if isinstance(module, _Later):
+            if isinstance(module, kind):
                 del sys.modules[name]
                 parent, _, own = name.rpartition(".")
                 if vars(sys.modules.get(parent, module)).get(own) is module:
@@ -165,15 +198,15 @@ def _put_off(package: str) -> Iterator[None]:
 class _Finder:
     """A finder and loader of the modules of one package."""
 
-    def __init__(self, package: str) -> None:
-        self._package = package
+    def __init__(self, package: str, kind: type[ModuleType]) -> None:
+        self._package, self._kind = package, kind
 
     def find_spec(self, name: str, path: Sequence[str] | None = None, target: object = None) -> ModuleSpec | None:
         mine = name == self._package or name.startswith(f"{self._package}.")
         return ModuleSpec(name, self, is_package=True) if mine else None  # type: ignore[arg-type]
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        return _Later(spec.name)
+        return self._kind(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
         pass
@@ -199,3 +232,21 @@ class _Later(ModuleType):
 
 def _unmarked(function: Any = None, *_: object, **__: object) -> Any:
     return function if callable(function) else _unmarked
+
+
+class _Absent(ModuleType):
+    """A module without content, in which every name is an empty class."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Empty(name, (), {})
+
+
+class _Empty(type):
+    """The type of a class in which every name is such a class again."""
+
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Empty(name, (), {})

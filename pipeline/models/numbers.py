@@ -61,7 +61,8 @@ def scale_and_bias(name: str, model: Any) -> tuple[float, float]:
         ModelError: a score with them would not be a finite number, or the same for all images.
     """
     logarithm = float(model.logit_scale)
-    bias = float(getattr(model, "logit_bias", 0.0))
+    summand = getattr(model, "logit_bias", None)
+    bias = 0.0 if summand is None else float(summand)
     scale = float(model.logit_scale.exp())
     most = torch.finfo(torch.float32).max / 4
     if not 0 < scale < most:

@@ -68,6 +68,10 @@ class Checkpoint:
             )
         return self.text, self.tokenizer
 
+    def cropped(self, corner: str) -> PreprocessSpec:
+        """The preprocessing with this rounding of odd margins; a family that has only its own (open_clip) keeps it."""
+        return dataclasses.replace(self.spec, corner=self.spec.corner if self.spec.corner != "floor" else corner)
+
     @property
     def max_tokens(self) -> int:
         """The most tokens of a text, special ones included; longer texts are cut."""

@@ -29,7 +29,7 @@ class Sizes:
 
     Attributes:
         layers: blocks of attention and MLP, or what comes near to them.
-        heads: of an attention.
+        heads: of an attention; 0 for a tower without attention.
         width: values of a token.
         widest: values of a token in the MLP.
         tokens: of one input: the patches of a picture and its further tokens, or the most tokens of a text.

@@ -20,6 +20,8 @@ from pipeline.models.files import CONFIG, first_line, loaded_weights, read_json
 
 # Types of numbers that are read as they are; integers are quantised weights, of which the factors would be lost.
 _NUMBERS = ("F64", "F32", "F16", "BF16")
+# Positions and batches are counted in whole numbers.
+_COUNTED = ("position_ids", "num_batches_tracked")
 # Tensors of one layer of a tower.
 _LAYERS = re.compile(r"\.layers?\.[0-9]+\.")
 
@@ -60,8 +62,7 @@ def check_tensors(weights: list[Path]) -> set[str]:
                 for name in file.keys():  # noqa: SIM118
                     names.add(name)
                     part = file.get_slice(name)
-                    # Positions are counted in whole numbers.
-                    if part.get_dtype() not in _NUMBERS and not name.endswith("position_ids"):
+                    if part.get_dtype() not in _NUMBERS and not name.endswith(_COUNTED):
                         raise ModelError(
                             f"{path}: the tensor {name} holds {part.get_dtype()}, not floating-point numbers as "
                             f"{', '.join(_NUMBERS)}; take the checkpoint before it was quantised or converted"

@@ -195,14 +195,16 @@ def _example(checkpoint: Checkpoint, tower: str) -> tuple[dict[str, torch.Tensor
 
 
 def _fold_splits(graph: Any) -> None:
-    """Split the packed weights of SigLIP's pooling head; onnxscript folds only nodes with one output."""
+    """Split packed weights, as of SigLIP's pooling head; onnxscript folds only nodes with one output."""
     import onnx_ir
 
     for node in list(graph):
         if node.op_type != "Split" or any(value.const_value is None for value in node.inputs):
             continue
-        whole, sizes = (value.const_value.numpy() for value in node.inputs)
-        parts = np.split(whole, np.cumsum(sizes)[:-1], axis=node.attributes["axis"].as_int())
+        whole, *sizes = (value.const_value.numpy() for value in node.inputs)
+        # Without sizes, the parts are equal.
+        cuts = np.cumsum(sizes[0])[:-1] if sizes else len(node.outputs)
+        parts = np.split(whole, cuts, axis=node.attributes["axis"].as_int())
         for output, part in zip(node.outputs, parts, strict=True):
             name = f"{output.name}_folded"
             value = onnx_ir.Value(name=name, const_value=onnx_ir.tensor(part, name=name))

@@ -150,7 +150,7 @@ def _card(
     checkpoint: Checkpoint, models: Mapping[str, dict[str, Any]], images: ImagesConfig, serving: Serving
 ) -> dict[str, Any]:
     """Return the contents of ``card.json``: preprocessing, tokens, scores, and the origin of the models."""
-    spec = checkpoint.spec
+    spec = checkpoint.cropped(images.crop_corner)
     model = {
         "name": checkpoint.name,
         "revision": checkpoint.revision,
@@ -165,7 +165,7 @@ def _card(
             "transparency": images.transparency,
             "resize": spec.resize,
             "crop": spec.crop,
-            "corner": images.crop_corner,
+            "corner": spec.corner,
             "resample": Image.Resampling(spec.resample).name,
             "mean": spec.mean,
             "std": spec.std,
