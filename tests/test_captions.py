@@ -420,3 +420,26 @@ def test_an_interrupted_job_goes_on_and_heads_stand_behind_its_texts(
     relabel(open_dataset(config.output.dir), again)
     assert table_of(again).column_names == table_of(job[0]).column_names
     assert healthy(Path(again.output.dir))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("images", ["image", None])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_texts_on_cuda_are_those_of_a_cpu(
+    job: tuple[Config, dict[str, Any]], tmp_path: Path, precision: str, images: str | None
+) -> None:
+    config = job[0].changed({"manifest.image": images, "backend.device": "cuda", "backend.precision": precision})
+    config = config.changed({"output.dir": str(tmp_path / "out"), "loader.batch_size": 8})
+    run_job(config)
+    made, wanted = table_of(config), table_of(job[0])
+    there = made["text_embedding"].is_valid()
+    assert there.equals(wanted["text_embedding"].is_valid())
+    ours, theirs = (vectors(each["text_embedding"].filter(there)) for each in (made, wanted))
+    assert (ours * theirs).sum(axis=1).min() > (0.99999 if precision == "fp32" else 0.995)
+    if images is not None:
+        near = 1e-4 if precision == "fp32" else 0.05
+        ours, theirs = (np.array(each["similarity"].drop_null().to_pylist()) for each in (made, wanted))
+        assert np.abs(ours - theirs).max() < near
+    again = config.changed({"output.dir": str(tmp_path / "again")})
+    run_job(again)
+    assert content(tmp_path / "again") == content(tmp_path / "out")
