@@ -123,6 +123,7 @@ def _shown(value: Any, *, most: int | None = WIDTH) -> str:
 def _query(dataset: Dataset, options: argparse.Namespace) -> tuple[int | None, NDArray[np.float32]]:
     """Return the row that is the query, if it is one, and the vector."""
     from pipeline.dataset.search import find_row
+    from pipeline.dataset.vectors import cut
     from pipeline.engine.query import config_of_dataset, embed_image, embed_text, open_model
 
     if options.id is not None:
@@ -131,8 +132,10 @@ def _query(dataset: Dataset, options: argparse.Namespace) -> tuple[int | None, N
     import_transformers()
     checkpoint = open_model(dataset, config.model)
     if options.image is not None:
-        return None, embed_image(checkpoint, config, Path(os.path.expanduser(options.image)))
-    return None, embed_text(checkpoint, [options.text])[0]
+        query = embed_image(checkpoint, config, Path(os.path.expanduser(options.image)))
+    else:
+        query = embed_text(checkpoint, [options.text])[0]
+    return None, cut(query[None], dataset.dim)[0]
 
 
 def _model(dataset: Dataset, options: argparse.Namespace) -> ModelConfig:
@@ -146,6 +149,7 @@ def _model(dataset: Dataset, options: argparse.Namespace) -> ModelConfig:
 
 def _build(dataset: Dataset, options: argparse.Namespace) -> None:
     from pipeline.dataset.index import RECALL, build_index
+    from pipeline.dataset.vectors import cut
     from pipeline.engine.query import config_of_dataset, embed_text, labels_of, open_model
 
     def texts() -> NDArray[np.float32] | None:
@@ -155,7 +159,7 @@ def _build(dataset: Dataset, options: argparse.Namespace) -> None:
         except PipelineError:
             # The file of the labels may no longer exist.
             names = ()
-        return embed_text(open_model(dataset, config.model), list(names)) if names else None
+        return cut(embed_text(open_model(dataset, config.model), list(names)), dataset.dim) if names else None
 
     made = build_index(dataset, texts)
     recall = ", ".join(f"{value:.3f} for {kind}" for kind, value in made.recall.items())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import os
 import runpy
 import shutil
@@ -22,6 +23,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from pipeline.dataset.vectors import VectorFormat
 from pipeline.engine.demo.scenes import SHAPES
 from pipeline.job.main import run_job
 from pipeline.models.heads import read_head
@@ -368,3 +370,22 @@ def test_a_head_is_trained_on_kept_truth(
     assert found.model is not None
     with pytest.raises(SystemExit, match="one value"):
         script.main([first, "--truth", "truth", "--contains", "no such", "--out", str(out)])
+
+
+@pytest.mark.parametrize(("dtype", "fixed"), [("int8", True), ("int8", False), ("binary", True)])
+def test_bytes_and_bits_are_read_as_numbers(
+    load: Callable[[str], Any], tmp_path: Path, dtype: str, fixed: bool
+) -> None:
+    vectors = np.random.default_rng(0).normal(size=(5, 16)).astype(np.float32)
+    form = VectorFormat(dtype, 16, fixed=fixed)
+    output = {"dtype": dtype, "dim": 16, "vector": "fixed" if fixed else "list"}
+    column = form.column(form.encode(vectors), np.array([False, True, False, False, False]))
+    table = pa.table({"id": range(5), "embedding": column})
+    table = table.replace_schema_metadata({"pipeline": json.dumps({"output": output})})
+    pq.write_table(table, tmp_path / "part.parquet")
+    rows, matrix, left_out = load("common").vectors([str(tmp_path / "part.parquet")], ["id"])
+    wanted = form.decode(form.encode(vectors))[[0, 2, 3, 4]]
+    assert (rows["id"].tolist(), left_out) == ([0, 2, 3, 4], 1)
+    assert np.array_equal(matrix, wanted)
+    stored = load("common").vectors([str(tmp_path / "part.parquet")], ["id"], dtype=None)[1].astype(np.float32)
+    assert np.allclose(stored / np.linalg.norm(stored, axis=1, keepdims=True), wanted)

@@ -36,6 +36,7 @@ from pipeline.search import main as search
 from tests.conftest import ROOT
 from tests.jobs import config_for, content, scene
 from tests.nights import healthy, night
+from tests.test_heads import head
 
 ROWS = 30
 LONG = "a red circle " * 40
@@ -399,3 +400,23 @@ def test_a_job_of_texts_alone_is_estimated(job: tuple[Config, dict[str, Any]], t
     found = estimate_job(config, limits=Limits(warm_seconds=0, seconds=0, batches=1))
     assert found.exit_code == 0
     assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupted_job_goes_on_and_heads_stand_behind_its_texts(
+    job: tuple[Config, dict[str, Any]], tmp_path: Path
+) -> None:
+    config = job[0].changed({"output.dir": str(tmp_path / "out"), "labels.heads": [head(tmp_path)]})
+    run_job(config)
+    whole = content(tmp_path / "out")
+    for name in ("_SUCCESS", "_commits/00001.json"):
+        (tmp_path / "out" / name).unlink()
+    report = run_job(config).to_dict()
+    assert content(tmp_path / "out") == whole
+    assert (report["rows"], report["texts"]["rows"], report["resumed_rows"]) == (10, 10, 20)
+    table = table_of(config)
+    assert table.column_names[-1] == "head_taste"
+    assert table["similarity"].equals(table_of(job[0])["similarity"])
+    again = config.changed({"output.dir": str(tmp_path / "again"), "labels.heads": []})
+    relabel(open_dataset(config.output.dir), again)
+    assert table_of(again).column_names == table_of(job[0]).column_names
+    assert healthy(Path(again.output.dir))

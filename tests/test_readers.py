@@ -37,6 +37,8 @@ KINDS = {
     f"partition/date={SECOND}": CHANGED,
     # With kept columns of every type but one: Polars has no decimals of more than 38 digits.
     "kept": TEXTS,
+    "bytes": ALL,
+    "bits": ALL,
 }
 Rows = list[tuple[str, Any]]
 
@@ -70,6 +72,8 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pq.write_table(table, made / "kept.parquet")
     keep = {"keep": [*columns], "root": str(made / "photos"), "shard_rows": 5}
     run_job(config_for(made / "kept.parquet", made / "kept", manifest=keep))
+    for name, stored in {"bytes": {"dtype": "int8", "vector": "list"}, "bits": {"dtype": "binary", "dims": 64}}.items():
+        run_job(photos.config(output={"dir": str(made / name), **stored}, manifest={"shard_rows": 5}))
     source = open_dataset(str(made / "job"))
     labels = photos.config(output={"dir": str(made / "relabelled")}, prompts={"labels": ["a star", "a ring"]})
     relabel(source, derive(source, labels, ["output.dir", "prompts.labels"]))

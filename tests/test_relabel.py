@@ -14,7 +14,8 @@ import pytest
 
 from pipeline import convert, relabel, search, verify
 from pipeline.core.errors import StorageError, UnfinishedDataset
-from pipeline.dataset.dataset import open_dataset, vectors_of
+from pipeline.dataset.dataset import open_dataset
+from pipeline.dataset.vectors import vectors_of
 from pipeline.storage.factory import open_storage
 from tests.damage import flip, part_of
 from tests.finished import FAILED, ROWS, everything, run_scenes

@@ -102,13 +102,15 @@ def vectors(
 ) -> tuple[pd.DataFrame, np.ndarray, int]:
     """Return ``columns`` and embeddings [N, D] of the rows with an embedding, and the number of rows without one.
 
-    Takes N * D * 4 bytes, and temporarily twice as much. With ``dtype`` None embeddings keep their stored type.
-    Arrow's fixed-size lists are converted to NumPy without Python lists.
+    Takes N * D * 4 bytes, and temporarily twice as much. With ``dtype`` None embeddings keep their stored type, and
+    those of int8 have other lengths than 1; bits are always read as the numbers that they stand for. Arrow's lists are
+    converted to NumPy without Python lists.
 
     Raises:
         SystemExit: no row has an embedding.
     """
     tables, blocks, left_out = [], [], 0
+    decode = _decoder(files, stored=dtype is None)
     # Of a job of texts alone, those of the texts.
     name = "embedding" if "embedding" in _open(files).schema.names else "text_embedding"
     for batch in _open(files).to_batches(columns=[*columns, name]):
@@ -116,7 +118,7 @@ def vectors(
         left_out += batch.num_rows - whole.num_rows
         if whole.num_rows:
             flat = whole[name].flatten().to_numpy(zero_copy_only=False)
-            flat = flat.reshape(whole.num_rows, -1)
+            flat = decode(flat.reshape(whole.num_rows, -1))
             blocks.append(flat if dtype is None else flat.astype(dtype, copy=False))
             tables.append(whole.select(list(columns)).to_pandas())
     if not blocks:
@@ -218,6 +220,17 @@ def show(heading: str, table: pd.DataFrame, rows: int = 15) -> None:
     print("".join(letter if letter.isprintable() or letter == "\n" else ascii(letter)[1:-1] for letter in text))
     if len(table) > rows:
         print(f"... {len(table) - rows:,} more")
+
+
+def _decoder(files: list[str], *, stored: bool) -> Callable[[np.ndarray], np.ndarray]:
+    """Return what makes numbers of embeddings as they are stored, by the metadata of the dataset's parts."""
+    metadata = _open(files).schema.metadata or {}
+    output = json.loads(metadata.get(b"pipeline", b"{}")).get("output", {})
+    if output.get("dtype") not in ("int8", "binary") or (stored and output["dtype"] == "int8"):
+        return lambda flat: flat
+    from pipeline.dataset.vectors import VectorFormat
+
+    return VectorFormat.of(output, 0).decode
 
 
 def _open(files: list[str]) -> Any:

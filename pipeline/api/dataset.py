@@ -28,8 +28,8 @@ from pipeline.core.errors import ConfigError, NoDataset, Problem
 from pipeline.core.records import OK
 from pipeline.dataset import dataset
 from pipeline.dataset import search as exact
-from pipeline.dataset.dataset import vectors_of
 from pipeline.dataset.parts import VECTORS
+from pipeline.dataset.vectors import cut
 from pipeline.engine.query import derive
 
 if TYPE_CHECKING:
@@ -187,6 +187,7 @@ class Dataset:
                 itself, query = exact.find_row(stored, str(id))
         else:
             query = _unit(vector, self.dim)
+        query = cut(query[None], self.dim)[0]
         found = exact.nearest(stored, query[None], top + (itself is not None))[0]
         found = exact.without(found, itself, top)
         return Hits(stored, found.rows.tolist(), exact.fetch(stored, found), shown)
@@ -254,9 +255,9 @@ class Dataset:
             path.write_bytes(encode(image, "image"))
             return embed_image(self._model, config, path)
 
-    def _vectors(self) -> Iterator[tuple[NDArray[Any], NDArray[np.int64]]]:
-        name = self._stored.column
-        return (vectors_of(table[name]) for table in self._stored.stream([name]))
+    def _vectors(self) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int64]]]:
+        stored = self._stored
+        return (stored.form.load(table[stored.column]) for table in stored.stream([stored.column]))
 
     def _summary(self) -> str:
         rows = ", ".join(f"{count:,} {status}" for status, count in self.counts.items())

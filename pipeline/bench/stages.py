@@ -28,6 +28,7 @@ from pipeline.core.processes import cores
 from pipeline.core.records import Embeddings, ImageRef, Pixels, ShardRows, Stage
 from pipeline.dataset.commits import commit_part
 from pipeline.dataset.parts import ShardResult, build_table, part_format
+from pipeline.dataset.vectors import described
 from pipeline.engine.engine import Engine
 from pipeline.images.factory import worker_threads
 from pipeline.images.reader import PixelReader
@@ -202,7 +203,7 @@ class Stages:
             dim=self._dim,
             dtype=config.output.dtype,
             compression=config.output.compression,
-            fingerprints={},
+            fingerprints={"output": described(config.output, self._dim)},
         )
         shards = list(cut(self._manifest, config.manifest.shard_rows))
         with ShardReader(self._manifest) as reader:
@@ -212,7 +213,7 @@ class Stages:
         generator = np.random.default_rng(0)
         result = ShardResult(
             rows=ShardRows(shard=shards[0], table=table, failures={}),
-            vectors=generator.standard_normal((count, self._dim)).astype(config.output.dtype),
+            vectors=form.stored.encode(generator.standard_normal((count, self._dim)).astype(np.float32)),
             top=generator.integers(0, len(names), (count, k)),
             scores=generator.random((count, k), dtype=np.float32),
             names=names,

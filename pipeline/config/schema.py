@@ -30,7 +30,6 @@ PILLOW_FORMATS = (
 # HEIF, of which HEIC is the usual kind, is decoded by pi-heif, and JXL (JPEG XL) by the extra jxl.
 FORMATS = (*PILLOW_FORMATS, "HEIF", "JXL")
 
-
 DEVICE = Text(
     re.compile(r"auto|cpu|cuda(:[0-9]+)?").fullmatch, "must be auto, cpu, cuda, or cuda:N", ("auto", "cpu", "cuda")
 )
@@ -189,7 +188,9 @@ class OutputConfig:
     """Group ``output``: location of the dataset, and storage of its vectors."""
 
     dir: Annotated[str, filled("must name a folder or an fsspec address")] = "outputs/demo"
-    dtype: Annotated[str, OneOf("float32", "float16")] = "float32"
+    dtype: Annotated[str, OneOf("float32", "float16", "int8", "binary")] = "float32"
+    dims: Annotated[int | None, Range(1, 65_536, "null for all")] = None
+    vector: Annotated[str, OneOf("fixed", "list")] = "fixed"
     compression: Annotated[str, OneOf("zstd", "snappy", "none")] = "zstd"
     lease_seconds: Annotated[float, Range(1)] = 60.0
 

@@ -55,7 +55,9 @@ class RunReport:
     has their start-up in ``workers``. ``texts`` counts the rows that this run committed of a job with texts: with a
     text (``rows``), without one (``missing``), with one that a row before has too (``repeats``), with one that was cut
     to the tokens of the text tower (``truncated``). ``similarity`` counts rows by it, in equal steps from -1 to 1;
-    ``text_parity`` compares the text tower with fp32, and is None where it is fp32.
+    ``text_parity`` compares the text tower with fp32, and is None where it is fp32. ``stored`` is how embeddings are
+    stored, where less than the model's floats is: ``dtype``, ``dim``, ``bytes`` of an embedding, and ``recall_at_10``
+    against float32 among ``sample`` rows of this run.
     """
 
     started: str
@@ -98,6 +100,7 @@ class RunReport:
     gpu_busy: float | None = None
     startup: Mapping[str, float] = field(default_factory=dict)
     ending: Mapping[str, float] = field(default_factory=dict)
+    stored: Mapping[str, object] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of ``_report.json`` as types that JSON has."""

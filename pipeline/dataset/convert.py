@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,11 @@ from numpy.typing import NDArray
 
 from pipeline.core.errors import ConfigError, Problem, install_hint
 from pipeline.core.records import OK
-from pipeline.dataset.dataset import Dataset, vectors_of
+from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.index import TRAINED, import_faiss, lists_for, spread
 from pipeline.dataset.parts import VECTORS
 from pipeline.dataset.portable import converted, for_datasets, with_wide_decimals
+from pipeline.dataset.vectors import vectors_of
 from pipeline.storage.local import appearing
 from pipeline.storage.urls import explained, within
 
@@ -66,6 +67,9 @@ def convert(dataset: Dataset, to: str, out: Path, *, ivf: bool = False) -> Conve
         problems.append(Problem("--out", str(out), "must be a folder that is not there yet", "name another one"))
     if not dataset.vectors:
         problems.append(Problem("DATASET", dataset.url, "no row has an embedding, so there is nothing to convert"))
+    if ivf and dataset.form.dtype == "binary":
+        allowed = "is for floats; binary embeddings get an exact index, which compares bits"
+        problems.append(Problem("--ivf", True, allowed, "leave it out"))
     if problems:
         raise ConfigError(problems)
     write = FORMATS[to]
@@ -79,7 +83,7 @@ def convert(dataset: Dataset, to: str, out: Path, *, ivf: bool = False) -> Conve
             rows=dataset.vectors,
             left_out=dataset.plan.rows - dataset.vectors,
             dim=dataset.dim,
-            dtype=str(dataset.dtype),
+            dtype=dataset.form.dtype,
             files=files,
         )
         (folder / NOTE).write_text(json.dumps(asdict(made), indent=2) + "\n")
@@ -87,14 +91,15 @@ def convert(dataset: Dataset, to: str, out: Path, *, ivf: bool = False) -> Conve
 
 
 def _to_numpy(dataset: Dataset, folder: Path, ivf: bool) -> None:
-    """``embeddings.npy`` ``[N, D]``, ``ids.npy`` ``[N]``, and the other columns in ``metadata.parquet``, row by row.
+    """``embeddings.npy``, ``ids.npy`` ``[N]``, and the other columns in ``metadata.parquet``, row by row.
 
-    Beside images, embeddings of texts are in ``text_embeddings.npy``, with NaN where a row has no text.
+    Embeddings are as they are stored: ``[N, D]``, and uint8 ``[N, D / 8]`` for binary ones. Beside images, those of
+    texts are in ``text_embeddings.npy``, with NaN where a row has no text; of int8 and binary, zeros.
     """
-    count, kind = dataset.vectors, _id_type(dataset)
-    shape = (count, dataset.dim)
+    count, kind, form = dataset.vectors, _id_type(dataset), dataset.form
+    shape = (count, form.width)
     with (
-        _array(folder / "embeddings.npy", shape, dataset.dtype) as matrix,
+        _array(folder / "embeddings.npy", shape, form.element) as matrix,
         _array(folder / "ids.npy", (count,), kind) as ids,
         closing(_rows(dataset)) as tables,
         _metadata(dataset, folder) as metadata,
@@ -102,7 +107,7 @@ def _to_numpy(dataset: Dataset, folder: Path, ivf: bool) -> None:
     ):
         for table in tables:
             texts(table)
-            matrix(vectors_of(table[dataset.column])[0])
+            matrix(vectors_of(table[dataset.column], form.width)[0])
             ids(table[dataset.id].to_numpy())
             metadata(table)
 
@@ -110,15 +115,28 @@ def _to_numpy(dataset: Dataset, folder: Path, ivf: bool) -> None:
 def _to_faiss(dataset: Dataset, folder: Path, ivf: bool) -> None:
     """``vectors.faiss``, whose row i is row i of ``metadata.parquet``; the index is in memory until it is written."""
     faiss = import_faiss("--to")
+    if dataset.form.dtype == "binary":
+        _to_binary_faiss(dataset, folder, faiss)
+        return
     lists = lists_for(dataset.vectors)
     index = faiss.index_factory(dataset.dim, f"IVF{lists},Flat" if ivf else "Flat", faiss.METRIC_INNER_PRODUCT)
     if ivf:
         index.train(spread(dataset, min(dataset.vectors, TRAINED * lists))[0])
     with closing(_rows(dataset)) as tables, _metadata(dataset, folder) as metadata:
         for table in tables:
-            index.add(np.ascontiguousarray(vectors_of(table[dataset.column])[0], dtype=np.float32))
+            index.add(np.ascontiguousarray(dataset.form.load(table[dataset.column])[0]))
             metadata(table)
     faiss.write_index(index, str(folder / "vectors.faiss"))
+
+
+def _to_binary_faiss(dataset: Dataset, folder: Path, faiss: Any) -> None:
+    """``vectors.faiss`` for ``faiss.read_index_binary``: the exact flat index by Hamming distance."""
+    index = faiss.IndexBinaryFlat(dataset.dim)
+    with closing(_rows(dataset)) as tables, _metadata(dataset, folder) as metadata:
+        for table in tables:
+            index.add(np.ascontiguousarray(vectors_of(table[dataset.column], dataset.form.width)[0]))
+            metadata(table)
+    faiss.write_index_binary(index, str(folder / "vectors.faiss"))
 
 
 def _to_datasets(dataset: Dataset, folder: Path, ivf: bool) -> None:
@@ -148,6 +166,9 @@ def _to_lance(dataset: Dataset, folder: Path, ivf: bool) -> None:
         allowed = f"pylance is not installed ({error})"
         raise ConfigError([Problem("--to", "lance", allowed, install_hint("lance"))]) from error
     schema = with_wide_decimals(_without_status(dataset)).remove_metadata()
+    # Lance searches in lists of a fixed length only.
+    place = schema.get_field_index("embedding")
+    schema = schema.set(place, schema.field(place).with_type(replace(dataset.form, fixed=True).type))
     failed: list[BaseException] = []
 
     def batches() -> Iterator[pa.RecordBatch]:
@@ -221,11 +242,12 @@ def _text_array(dataset: Dataset, path: Path, shape: tuple[int, ...]) -> Iterato
     if name not in dataset.own_columns or dataset.column == name:
         yield lambda table: None
         return
-    with _array(path, shape, dataset.dtype) as write:
+    form = dataset.form
+    with _array(path, shape, form.element) as write:
 
         def add(table: pa.Table) -> None:
-            rows = np.full((table.num_rows, dataset.dim), np.nan, dtype=dataset.dtype)
-            vectors, there = vectors_of(table[name])
+            rows = np.full((table.num_rows, form.width), np.nan if form.exact else 0, dtype=form.element)
+            vectors, there = vectors_of(table[name], form.width)
             rows[there] = vectors
             write(rows)
 
@@ -256,7 +278,7 @@ configs:
 
 # {dataset.url.rstrip("/").rsplit("/", 1)[-1]}
 
-{dataset.vectors:,} embeddings of length {dataset.dim}, L2-normalised, stored as {dataset.dtype}, with zero-shot
+{dataset.vectors:,} embeddings of length {dataset.dim}, L2-normalised, stored as {dataset.form.dtype}, with zero-shot
 labels. Model: `{about.get("model", "unknown")}`. Rows without an embedding are left out:
 {dataset.plan.rows - dataset.vectors:,}.
 

@@ -21,6 +21,7 @@ from pipeline.core.records import OK
 from pipeline.dataset import commits, plan
 from pipeline.dataset.commits import Commit
 from pipeline.dataset.parts import TextVectors, vectors_in
+from pipeline.dataset.vectors import VectorFormat, vectors_of
 from pipeline.storage.base import Storage
 from pipeline.storage.factory import open_storage
 from pipeline.storage.local import LocalStorage
@@ -80,7 +81,7 @@ class Dataset:
     @property
     def dim(self) -> int:
         """Length of an embedding."""
-        return int(self.schema.field(self.column).type.list_size)
+        return self.form.dim
 
     @property
     def column(self) -> str:
@@ -89,8 +90,15 @@ class Dataset:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """The type of stored embeddings: float32 or float16."""
-        return np.dtype(str(self.plan.fingerprints["output"]["dtype"]))
+        """The type of stored numbers: float32, float16, int8, or uint8 for bits."""
+        return self.form.element
+
+    @property
+    def form(self) -> VectorFormat:
+        """The form of stored embeddings."""
+        kind = self.schema.field(self.column).type
+        size = kind.list_size if pa.types.is_fixed_size_list(kind) else 0
+        return VectorFormat.of(self.plan.fingerprints["output"], size)
 
     @property
     def vectors(self) -> int:
@@ -204,22 +212,12 @@ def open_dataset(url: str) -> Dataset:
     return Dataset(storage, found, commits=read, marker=marker, schema=schema, starts=starts, encoded=schema != stored)
 
 
-def vectors_of(column: pa.ChunkedArray) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    """The embeddings of a column ``embedding`` as stored, ``[n, D]`` and read-only, and the positions of their rows."""
-    array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
-    if isinstance(array, pa.ChunkedArray):
-        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], column.type)
-    valid = array.is_valid().to_numpy(zero_copy_only=False)
-    values = array.flatten().to_numpy(zero_copy_only=True)
-    return values.reshape(-1, column.type.list_size), np.flatnonzero(valid)
-
-
 def text_vectors_of(table: pa.Table, images: NDArray[Any], own: Sequence[str]) -> TextVectors | None:
-    """The embeddings of texts beside those of ``images`` ``[N, D]``; None where ``own`` columns have none."""
+    """The embeddings of texts beside those of ``images`` ``[N, width]``; None where ``own`` columns have none."""
     if "text_embedding" not in own:
         return None
     vectors, missing = np.zeros_like(images), np.ones(table.num_rows, dtype=bool)
-    stored, rows = vectors_of(table["text_embedding"])
+    stored, rows = vectors_of(table["text_embedding"], images.shape[1])
     vectors[rows], missing[rows] = stored, False
     return TextVectors(vectors, missing)
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.core.errors import ArtifactError, ConfigError, ModelError, Problem, StorageError, install_hint
-from pipeline.dataset.dataset import Dataset, vectors_of
+from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.search import Found, nearest, rescore, without
 from pipeline.storage.local import LocalStorage
 from pipeline.storage.urls import explained
@@ -219,8 +219,8 @@ def _fewest_lists(
 def _vectors(dataset: Dataset) -> Generator[tuple[NDArray[np.int64], NDArray[np.float32]], None, None]:
     """Row numbers and float32 embeddings of every part."""
     for commit, table in zip(dataset.commits, dataset.stream([dataset.column]), strict=True):
-        stored, rows = vectors_of(table[dataset.column])
-        yield rows + dataset.starts[commit.shard], np.ascontiguousarray(stored, dtype=np.float32)
+        vectors, rows = dataset.form.load(table[dataset.column])
+        yield rows + dataset.starts[commit.shard], np.ascontiguousarray(vectors)
 
 
 def spread(dataset: Dataset, count: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from pipeline.core.records import OK, ShardRows
 from pipeline.dataset.plan import Plan, own_columns
+from pipeline.dataset.vectors import VectorFormat
 
 METADATA_KEY = b"pipeline"
 # Version of the encoding of rows as bytes, part of the fingerprints: raise it when the same rows give other bytes.
@@ -30,19 +31,17 @@ ROWS_AT_ONCE = 4096
 
 @dataclass(frozen=True, slots=True)
 class PartFormat:
-    """The schema of every part of a dataset, and the Parquet columns with compression, statistics or a dictionary."""
+    """The schema of every part of a dataset, and the Parquet columns with compression, statistics or a dictionary.
+
+    ``stored`` is the form of embeddings.
+    """
 
     schema: pa.Schema
+    stored: VectorFormat
     compression: str
     compressed: tuple[str, ...]
     statistics: tuple[str, ...]
     dictionary: tuple[str, ...]
-
-    @property
-    def dim(self) -> int:
-        """Length of an embedding."""
-        size: int = self.schema.field(self.vectors).type.list_size
-        return size
 
     @property
     def vectors(self) -> str:
@@ -61,7 +60,7 @@ def format_of(plan: Plan, manifest_schema: pa.Schema, dim: int) -> PartFormat:
     Args:
         plan: the dataset's.
         manifest_schema: id and kept columns.
-        dim: length of an embedding.
+        dim: length of an embedding of the model, or of a stored one.
     """
     output = plan.fingerprints["output"]
     return part_format(
@@ -77,9 +76,9 @@ def part_format(
     manifest_schema: pa.Schema, *, dim: int, dtype: str, compression: str, fingerprints: Mapping[str, Any]
 ) -> PartFormat:
     """Id and kept columns, then the columns of the pipeline; the fingerprints travel as metadata."""
-    value = pa.float16() if dtype == "float16" else pa.float32()
+    stored = VectorFormat.of({**fingerprints.get("output", {}), "dtype": dtype}, dim)
     types = {
-        **dict.fromkeys(VECTORS, pa.list_(pa.field("element", value), dim)),
+        **dict.fromkeys(VECTORS, stored.type),
         "label": pa.string(),
         "top_labels": pa.list_(pa.field("element", pa.string())),
         "top_scores": pa.list_(pa.field("element", pa.float32())),
@@ -95,12 +94,16 @@ def part_format(
     # an embedding's numbers help no reader.
     vectors = set(VECTORS) & set(own)
     unlike = {manifest_schema.names[0], *vectors, "top_scores", *(name for name in own if name not in types)}
+    if not stored.exact:
+        # Parquet has no integers of less than 32 bits; a dictionary of the 256 values stores a byte for each.
+        unlike -= vectors
     # Of float32 embeddings zstd saves 8 %, and much of the time goes there: a row of 512 is written in 6.1 microseconds
     # with it and in 3.9 without, and read in 5.0 and 3.0. Of float16 ones it saves 9 % for less (6.1 and 5.1, 3.4 and
     # 2.6), and the levels of their lists, which it packs too, weigh twice as much.
     plain = vectors if dtype == "float32" else set[str]()
     return PartFormat(
         schema=schema,
+        stored=stored,
         compression=compression,
         compressed=_leaves(schema, without=plain),
         statistics=_leaves(schema, without=vectors),
@@ -110,7 +113,7 @@ def part_format(
 
 @dataclass(frozen=True, slots=True)
 class TextVectors:
-    """Embeddings of the texts of one shard beside its images: ``[N, D]`` in the stored dtype, and rows without one."""
+    """Embeddings of the texts of one shard beside its images: ``[N, width]`` as stored, and rows without one."""
 
     vectors: NDArray[Any]
     missing: NDArray[np.bool_]
@@ -120,7 +123,7 @@ class TextVectors:
 class ShardResult:
     """Embeddings and labels of one shard, by position in it; rows without an embedding hold zeros.
 
-    ``vectors`` is ``[N, D]`` in the stored dtype, ``top`` int64 and ``scores`` float32 are ``[N, k]``
+    ``vectors`` is ``[N, width]`` as they are stored, ``top`` int64 and ``scores`` float32 are ``[N, k]``
     (k is 0 without labels), ``names`` are the label names that ``top`` points at. ``values`` are further columns by
     name, float32 ``[N]``.
     """
@@ -140,14 +143,14 @@ def build_table(result: ShardResult, form: PartFormat) -> pa.Table:
     count, failures = result.rows.shard.rows, result.rows.failures
     failed = np.zeros(count, dtype=bool)
     failed[list(failures)] = True
-    kind = form.schema.field(form.vectors).type
     columns = {name: result.rows.table.column(name) for name in result.rows.table.column_names}
-    columns |= {form.vectors: _vectors(result.vectors, kind, failed), **_labels(result, failed)}
+    columns |= {form.vectors: form.stored.column(result.vectors, failed), **_labels(result, failed)}
     columns |= {name: pa.array(values, pa.float32(), mask=failed) for name, values in result.values.items()}
     if result.texts is not None:
         none = failed | result.texts.missing
-        columns["text_embedding"] = _vectors(result.texts.vectors, kind, result.texts.missing)
-        columns["similarity"] = pa.array(similarity(result.vectors, result.texts.vectors), pa.float32(), mask=none)
+        columns["text_embedding"] = form.stored.column(result.texts.vectors, result.texts.missing)
+        cosines = similarity(*map(form.stored.decode, (result.vectors, result.texts.vectors)))
+        columns["similarity"] = pa.array(cosines, pa.float32(), mask=none)
     statuses, errors = [OK] * count, list[str | None]([None]) * count
     for position, failure in failures.items():
         statuses[position], errors[position] = failure.status, short_error(_utf8(failure.error))
@@ -168,11 +171,6 @@ def similarity(images: NDArray[Any], texts: NDArray[Any]) -> NDArray[np.float32]
         products = (one * other).sum(axis=1)
         cosines[rows] = np.clip(np.divide(products, lengths, out=products, where=lengths > 0), -1, 1)
     return cosines
-
-
-def _vectors(values: NDArray[Any], kind: pa.DataType, missing: NDArray[np.bool_]) -> pa.Array:
-    flat = pa.array(values.reshape(-1), type=kind.value_type)
-    return pa.FixedSizeListArray.from_arrays(flat, type=kind, mask=pa.array(missing))
 
 
 def write_part(table: pa.Table, path: Path, form: PartFormat) -> None:

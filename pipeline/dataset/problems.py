@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from pipeline.dataset.parts import METADATA_KEY, VECTORS, vectors_in
 from pipeline.dataset.plan import Plan, own_columns, source_of
+from pipeline.dataset.vectors import VectorFormat, other_lengths
 from pipeline.storage.base import Storage
 from pipeline.storage.retry import retried
 from pipeline.storage.urls import explained, open_arrow
@@ -101,6 +102,8 @@ def _audit_content(url: str, data: bytes | None, plan: Plan, record: PartRecord)
                 return Problem("wrong rows", f"its part {part} has {there} rows, not {record.rows}")
             if problem := _audit_schema(parquet.schema_arrow, plan, part):
                 return problem
+            if problem := _audit_lengths(parquet, plan, part):
+                return problem
             found = _count(parquet)
     except pa.ArrowMemoryError:
         raise
@@ -130,11 +133,26 @@ def _audit_schema(schema: pa.Schema, plan: Plan, part: str) -> Problem | None:
         return Problem("wrong fingerprints", f"its part {part} is of another job; what differs: {', '.join(differing)}")
     # The id and the kept columns; the image column is second in the fingerprint, and not in the output.
     wanted_names = [name for place, name in enumerate(wanted["manifest"]["columns"]) if place != 1]
-    kind, dtype = schema.field(vectors_in(schema)).type, str(wanted["output"]["dtype"])
-    stored = pa.types.is_fixed_size_list(kind) and kind.value_type == pa.type_for_alias(dtype)
+    kind = schema.field(vectors_in(schema)).type
+    fixed = pa.types.is_fixed_size_list(kind)
+    form = VectorFormat.of(wanted["output"], kind.list_size if fixed else 0)
+    stored = fixed == form.fixed and (kind.list_size == form.width if fixed else pa.types.is_list(kind))
+    stored = stored and kind.value_type == form.type.value_type
     stored = stored and all(schema.field(name).type == kind for name in VECTORS if name in own)
     if schema.names[: -len(own)] != wanted_names or not stored:
         return Problem("wrong schema", f"its part {part} has columns {', '.join(schema.names)}, embeddings of {kind}")
+    return None
+
+
+def _audit_lengths(parquet: pq.ParquetFile, plan: Plan, part: str) -> Problem | None:
+    """Compare the length of every embedding where its type does not fix it."""
+    form = VectorFormat.of(plan.fingerprints["output"], 0)
+    if form.fixed:
+        return None
+    columns = [name for name in VECTORS if name in own_columns(plan.fingerprints)]
+    for batch in parquet.iter_batches(columns=columns, use_threads=False):
+        if wrong := [length for column in batch.columns for length in other_lengths(column, form.width)]:
+            return Problem("wrong schema", f"its part {part} has an embedding of {wrong[0]} elements, not {form.width}")
     return None
 
 

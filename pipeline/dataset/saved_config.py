@@ -23,6 +23,8 @@ _OF_THE_RUN = {
 }  # fmt: skip
 # Settings that backend=auto chooses.
 _OF_THE_BACKEND = ("name", "precision", "compile", "quantization")
+# Settings with these values are left out, so that plans are those of earlier versions.
+_OFTEN_LEFT_OUT = {"manifest.text": None, "output.dims": None, "output.vector": "fixed"}
 # Addresses that may be relative to the current folder.
 _PLACES = ("manifest.path", "manifest.root", "prompts.path")
 # Addresses of a plan that may move.
@@ -39,9 +41,10 @@ def recipe_of(config: Config) -> dict[str, Any]:
     if config.images.decoder != "gpu":
         # Of no meaning there; the plans of earlier versions are without it.
         del recipe["images"]["gpu_share"]
-    if config.manifest.text is None:
-        # Likewise.
-        del recipe["manifest"]["text"]
+    for key, default in _OFTEN_LEFT_OUT.items():
+        group, name = key.split(".")
+        if value_of(config, key) == default:
+            del recipe[group][name]
     for key in _PLACES:
         group, name = key.split(".")
         address = value_of(config, key)

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from pipeline.core.errors import ConfigError, NumericalError, Problem
 from pipeline.dataset.commits import Commit
-from pipeline.dataset.dataset import Dataset, vectors_of
+from pipeline.dataset.dataset import Dataset
+from pipeline.dataset.vectors import vectors_of
 
 # The error of a float32 product of unit vectors is smaller; candidates this close to the last one are recomputed.
 MARGIN = 1e-4
@@ -45,13 +46,14 @@ class Hit:
 def nearest(dataset: Dataset, queries: NDArray[np.float32], count: int) -> list[Found]:
     """The ``count`` rows with the largest inner product with each query, float32 ``[Q, D]`` of length 1.
 
-    Rows and queries have length 1, so this is the cosine. With float16 embeddings the error is up to 0.001.
+    Rows and queries have length 1, so this is the cosine. With float16 embeddings the error is up to 0.001. Of binary
+    ones, whose numbers are their signs, it is 1 - 2 * h / D between two rows, with h the Hamming distance.
     """
     _check(dataset, queries)
 
     def best_of(commit: Commit, table: pa.Table) -> list[Found]:
-        stored, rows = vectors_of(table[dataset.column])
-        rough = stored.astype(np.float32, copy=False) @ queries.T
+        stored, rows = dataset.form.load(table[dataset.column])
+        rough = stored @ queries.T
         numbers = rows + dataset.starts[commit.shard]
         return [_best(stored, numbers, rough[:, place], query, count) for place, query in enumerate(queries)]
 
@@ -83,9 +85,9 @@ def rescore(dataset: Dataset, rows: NDArray[np.int64], query: NDArray[np.float32
 
     def of_part(commit: Commit, table: pa.Table) -> Found:
         start = dataset.starts[commit.shard]
-        stored, there = vectors_of(table[dataset.column])
+        stored, there = vectors_of(table[dataset.column], dataset.form.width)
         chosen = np.isin(there + start, rows)
-        return Found(there[chosen] + start, score(stored[chosen], query))
+        return Found(there[chosen] + start, score(dataset.form.decode(stored[chosen]), query))
 
     found = dataset.each(of_part, [dataset.column], parts=_parts(dataset, rows))
     return merge([none, *found], count)
@@ -136,13 +138,13 @@ def find_row(dataset: Dataset, id: str) -> tuple[int, NDArray[np.float32]]:
     if commit is None:
         raise ConfigError([Problem("--id", id, f"no row of {dataset.url} has this {dataset.id}")])
     row = dataset.read(commit, [dataset.column, "status", "error"]).slice(place, 1)
-    stored, _ = vectors_of(row[dataset.column])
+    stored, _ = dataset.form.load(row[dataset.column])
     if not len(stored):
         values = row.select(["status", "error"]).to_pylist()[0]
         # The status is that of the image, where there is one.
         why = f" ({values['status']}: {values['error']})" if values["error"] else ""
         raise ConfigError([Problem("--id", id, f"has no {dataset.column}{why}")])
-    return int(dataset.starts[commit.shard]) + place, stored[0].astype(np.float32)
+    return int(dataset.starts[commit.shard]) + place, stored[0]
 
 
 def without(found: Found, row: int | None, count: int) -> Found:

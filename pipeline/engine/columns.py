@@ -8,6 +8,7 @@ from pipeline.config.schema import Config
 from pipeline.core.processes import cores
 from pipeline.core.records import TextBank
 from pipeline.dataset.names import check_columns
+from pipeline.dataset.vectors import VectorFormat, check_heads, described
 from pipeline.engine.demo import folder as demo
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.heads import Head, columns_of, read_heads
@@ -34,9 +35,12 @@ def heads_of(config: Config, checkpoint: Checkpoint) -> tuple[Head, ...]:
 
     Raises:
         ModelError: one cannot be read, or belongs to another model.
-        ConfigError: one of their columns has the name of another one.
+        ConfigError: one of their columns has the name of another one, or the output stores more numbers than an
+            embedding has, or their signs alone.
     """
-    heads = read_heads(config.labels.heads, checkpoint.fingerprint, checkpoint.dim)
+    form = VectorFormat.of(described(config.output, checkpoint.dim), checkpoint.dim)
+    check_heads(form, config.labels.heads)
+    heads = read_heads(config.labels.heads, checkpoint.fingerprint, form.dim)
     if heads:
         check_columns(config, [*config.manifest.output_columns, *columns_of(heads)])
     return heads

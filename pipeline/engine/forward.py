@@ -16,7 +16,9 @@ from pipeline.core.errors import BackendUnavailable, NumericalError
 from pipeline.core.failpoints import failpoint
 from pipeline.core.records import Embeddings, ImageBatch, Shard, ShardRows, Stage, TextBank
 from pipeline.dataset.parts import ShardResult, TextVectors
+from pipeline.dataset.vectors import VectorFormat
 from pipeline.engine.padding import repeats_on
+from pipeline.engine.recall import RecallSample
 from pipeline.engine.texts import ShardTexts
 from pipeline.models.labels import label
 from pipeline.models.numbers import UNIT_TOLERANCE, check_scores
@@ -203,21 +205,27 @@ class ShardResults:
 
     Args:
         shard: the shard.
-        dim: length of an embedding.
-        dtype: type of the stored embeddings.
+        form: of the stored embeddings.
         labelling: as for :class:`Forward`.
         threshold: lowest score of the column ``label``.
+        sample: takes embeddings before they are stored, or None.
     """
 
     def __init__(
-        self, shard: Shard, *, dim: int, dtype: str, labelling: Labelling | None, threshold: float | None
+        self,
+        shard: Shard,
+        form: VectorFormat,
+        *,
+        labelling: Labelling | None,
+        threshold: float | None,
+        sample: RecallSample | None = None,
     ) -> None:
         # Embeddings of texts beside those of images, once there are any.
         self._texts: np.ndarray | None = None
-        self._shard, self._threshold = shard, threshold
+        self._shard, self._form, self._threshold, self._sample = shard, form, threshold, sample
         self._names = labelling.bank.names if labelling is not None else ()
         k = min(labelling.top_k, len(self._names)) if labelling is not None else 0
-        self._vectors = np.zeros((shard.rows, dim), dtype=np.dtype(dtype))
+        self._vectors = np.zeros((shard.rows, form.width), dtype=form.element)
         self._top = np.zeros((shard.rows, k), dtype=np.int64)
         self._scores = np.zeros((shard.rows, k), dtype=np.float32)
         self._batches = 0
@@ -234,7 +242,10 @@ class ShardResults:
         check(batch, batch.rows, where)
         check_scores(batch.scores, where)
         self._batches += 1
-        self._vectors[batch.rows] = batch.vectors.numpy()
+        vectors = batch.vectors.numpy()
+        self._vectors[batch.rows] = self._form.encode(vectors)
+        if self._sample is not None:
+            self._sample.add(vectors)
         self._top[batch.rows] = batch.top.numpy()
         self._scores[batch.rows] = batch.scores.numpy()
         batch.release()
@@ -245,7 +256,7 @@ class ShardResults:
         check(batch, batch.rows, f"shard {self._shard.index}, texts")
         if self._texts is None:
             self._texts = np.zeros_like(self._vectors)
-        self._texts[batch.rows] = batch.vectors.numpy()
+        self._texts[batch.rows] = self._form.encode(batch.vectors.numpy())
         batch.release()
 
     def finish(self, rows: ShardRows, texts: ShardTexts | None = None) -> ShardResult:

@@ -27,6 +27,7 @@ from pipeline.engine.feeders import Feeders, open_feeders
 from pipeline.engine.forward import Forward, Labelling, PendingBatch, ShardResults, memory_explained
 from pipeline.engine.gpu_clock import GpuClock
 from pipeline.engine.loader import Loader, LoaderSpec
+from pipeline.engine.recall import RecallSample
 from pipeline.engine.sample import FirstBatch
 from pipeline.engine.static_forward import open_forward
 from pipeline.engine.texts import ShardTexts, TextLoader, Texts
@@ -70,6 +71,7 @@ class Worker:
     before_writing: Callable[[Sequence[FirstBatch]], None] | None = None
     tokenizer: Tokenizer | None = None
     text_encoder: ImageEncoder | None = None
+    sample: RecallSample | None = None
 
 
 def embed(
@@ -107,11 +109,11 @@ def embed(
         number = result.rows.shard.index
         with within(number), clocks.time(Stage.WRITE):
             failpoint("part.build")
-            table = build_table(replace(result, values=values_of(job.heads, result.vectors)), job.form)
+            values = values_of(job.heads, job.form.stored.decode(result.vectors)) if job.heads else {}
+            table = build_table(replace(result, values=values), job.form)
             report = commit_part(storage, number, table, job.form, count_statuses(result.rows))
-            began = asked.pop(number)
-            report = replace(report, repeats=len(result.rows.repeats), began=began, ended=time.time())
-            report = replace(report, texts=result.rows.texts)
+            report = replace(report, repeats=len(result.rows.repeats), texts=result.rows.texts)
+            report = replace(report, began=asked.pop(number), ended=time.time())
         on_commit(report)
         return report
 
@@ -270,10 +272,10 @@ class _Encoding:
     def _results_of(self, shard: Shard) -> ShardResults:
         return ShardResults(
             shard,
-            dim=self.worker.encoder.dim,
-            dtype=self.job.config.output.dtype,
+            self.job.form.stored,
             labelling=self.labelling,
             threshold=self.job.config.labels.threshold,
+            sample=self.worker.sample,
         )
 
     def _encode_texts(self, forward: Forward, batch: ImageBatch, number: int) -> PendingBatch:

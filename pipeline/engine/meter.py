@@ -13,6 +13,7 @@ from pipeline.core.processes import Spent, cores, spent
 from pipeline.core.records import ShardReport
 from pipeline.engine.engine import Engine
 from pipeline.engine.gpu_clock import GpuClock
+from pipeline.engine.recall import sample_of
 from pipeline.telemetry.clocks import StageClocks
 from pipeline.telemetry.run_stats import WorkerStats
 
@@ -31,6 +32,7 @@ class Meter:
     def __init__(self, engine: Engine, name: str, startup_seconds: float) -> None:
         self.clocks, self._before = StageClocks(), spent()
         self.gpu = GpuClock(engine.encoder.device)
+        self.sample = sample_of(engine.config.output, engine.encoder.dim)
         self._engine, self._spent, self._peak_gpu = engine, Spent(0.0, 0.0), 0.0
         self._stats = WorkerStats(
             name=name,
@@ -76,6 +78,7 @@ class Meter:
             gpu_batches=gpu.batches,
             gpu_seconds=gpu.seconds,
             gpu_starved=gpu.starved,
+            recall={} if self.sample is None else self.sample.measure(),
         )
 
     def _sample_gpu(self) -> None:

@@ -17,6 +17,7 @@ from pipeline.core.machine import machine
 from pipeline.core.processes import cores
 from pipeline.core.records import Parity, Sample, TextBank
 from pipeline.dataset import lease, parts, plan
+from pipeline.dataset.vectors import described
 from pipeline.engine.engine import Engine
 from pipeline.engine.loop import Job
 from pipeline.engine.sample import FirstBatch, FirstImages, first_images
@@ -63,6 +64,8 @@ def prepare(engine: Engine, storage: Storage) -> Prepared:
     log.info("model %s with %s on %s in %s", config.model.name, encoder.name, encoder.device, encoder.precision)
     if encoder.device.type == "cuda":
         log.info("each batch is launched as %s", _launched(encoder))
+    if config.output.dtype == "float16":
+        log.info("output.dtype=float16: Trino does not read it, and other readers make float32 of it")
     engine.check_ids()
 
     prints = fingerprints(engine)
@@ -190,7 +193,7 @@ def fingerprints(engine: Engine) -> dict[str, Any]:
         "prompts": None if bank is None else prompts_fingerprint(config, bank),
         "manifest": engine.manifest.fingerprint,
         "output": {
-            "dtype": config.output.dtype,
+            **described(config.output, engine.encoder.dim),
             "compression": config.output.compression,
             "layout": parts.LAYOUT,
         },

@@ -22,4 +22,5 @@ def worker_of(engine: Engine, meter: Meter, hold: Callable[[Sequence[FirstBatch]
         before_writing=hold,
         tokenizer=engine.checkpoint.texts()[1] if engine.manifest.text else None,
         text_encoder=engine.text_tower if images else None,
+        sample=meter.sample,
     )

@@ -21,6 +21,7 @@ from pipeline.core.processes import cores
 from pipeline.core.records import OK, Timeline, by_status, failed_rows
 from pipeline.core.run_report import Pace, RunReport
 from pipeline.dataset.commits import Commit
+from pipeline.dataset.vectors import VectorFormat
 from pipeline.engine.demo.notes import notes_of
 from pipeline.engine.engine import Engine
 from pipeline.engine.prepare import Prepared
@@ -254,7 +255,18 @@ def _report(outcome: Outcome, ran: RunStats, content: DatasetSummary) -> RunRepo
         notes=notes_of(config),
         gpu_busy=None if use is None else round(use.busy, 4),
         startup=_rounded(embedded.startup),
+        stored=_stored(outcome, ran),
     )
+
+
+def _stored(outcome: Outcome, ran: RunStats) -> dict[str, object]:
+    """How embeddings are stored; empty where it is as the model's floats."""
+    prepared, recall = outcome.prepared, ran.recall
+    form = VectorFormat.of(prepared.plan.fingerprints["output"], prepared.dim)
+    if form.exact and form.dim == prepared.dim:
+        return {}
+    measured = {"recall_at_10": round(recall["at_10"], 4), "sample": recall["rows"]} if recall else {}
+    return {"dtype": form.dtype, "dim": form.dim, "bytes": form.size, **measured}
 
 
 def _bottleneck(outcome: Outcome, ran: RunStats, pace: Pace | None, startup: float) -> Bottleneck:
@@ -293,6 +305,8 @@ def log_summary(result: RunReport, config: Config) -> None:
     log.info("%s", summary.of_texts(f"{after}{result.advice}", result.config))
     if result.pace is not None:
         log.info("%s", result.pace.verdict)
+    if result.stored:
+        log.info("%s", summary.stored_as(result.stored))
     if result.repeats:
         log.info("%d rows share the embedding of another row with the same bytes", result.repeats)
     log.info("rows by status: %s", ", ".join(f"{name} {count}" for name, count in result.counts.items()))

@@ -7,10 +7,9 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -28,9 +27,10 @@ from pipeline.core.records import OK, Embeddings, Failure, Shard, ShardReport, S
 from pipeline.core.run_report import RunReport
 from pipeline.dataset import commits, lease, plan
 from pipeline.dataset.commits import Commit
-from pipeline.dataset.dataset import Dataset, text_vectors_of, vectors_of
+from pipeline.dataset.dataset import Dataset, text_vectors_of
 from pipeline.dataset.names import check_names, differing_in_case, named_like_folders
 from pipeline.dataset.parts import LAYOUT, PartFormat, ShardResult, build_table, count_statuses, format_of
+from pipeline.dataset.vectors import check_heads, cut, vectors_of
 from pipeline.engine.demo.notes import log_notes, notes_of
 from pipeline.engine.prepare import log_labels, prompts_fingerprint, with_heads
 from pipeline.engine.query import labels_of, open_model
@@ -109,6 +109,7 @@ def relabel(source: Dataset, config: Config, *, began: float | None = None, note
         if notes:
             log_notes(config)
         torch.set_num_threads(cores())
+        check_heads(source.form, config.labels.heads)
         heads = read_heads(config.labels.heads, source.plan.fingerprints["model"], source.dim)
         check_names(
             storage.url,
@@ -154,7 +155,11 @@ def read_bank(source: Dataset, config: Config) -> TextBank | None:
     """
     labels = labels_of(config)
     if labels.names:
-        return build_bank(open_model(source, config.model), labels, config.prompts, config.labels)
+        bank = build_bank(open_model(source, config.model), labels, config.prompts, config.labels)
+        if source.form.dtype == "binary" or source.dim < bank.features.shape[1]:
+            kept = f"{source.form.dtype} embeddings of {source.dim} of {bank.features.shape[1]} numbers"
+            log.info("%s holds %s: labels and scores are near those of a job, not equal", source.url, kept)
+        return replace(bank, features=cut(bank.features, source.dim))
     if not config.labels.heads:
         raise PromptsError(
             "no labels: give some, as with 'prompts.labels=[cat,dog]' or prompts.path=labels.csv, or heads, as with "
@@ -270,30 +275,31 @@ def _relabel(work: _Work, commit: Commit) -> tuple[ShardReport, int]:
 
 
 def _label(work: _Work, commit: Commit, table: pa.Table, columns: list[str]) -> ShardResult:
-    stored, rows = vectors_of(table["embedding"])
+    form = work.form.stored
+    stored, rows = vectors_of(table["embedding"], form.width)
     shard = Shard(index=commit.shard, rows=commit.rows, pieces=())
     failures, vectors = dict[int, Failure](), stored
     if len(rows) < shard.rows:
         failures = _failures(table, rows)
         vectors = np.zeros((shard.rows, stored.shape[1]), dtype=stored.dtype)
         vectors[rows] = stored
-    top, scores = _score(work, stored, rows, commit)
+    top, scores = _score(work, form.decode(stored), rows, commit)
     return ShardResult(
         rows=ShardRows(shard=shard, table=table.select(columns), failures=failures),
         vectors=vectors,
         top=top,
         scores=scores,
         names=() if work.bank is None else work.bank.names,
-        values=values_of(work.heads, vectors),
+        values=values_of(work.heads, form.decode(vectors)) if work.heads else {},
         threshold=work.config.labels.threshold,
         texts=text_vectors_of(table, vectors, work.source.own_columns),
     )
 
 
 def _score(
-    work: _Work, stored: NDArray[Any], rows: NDArray[np.int64], commit: Commit
+    work: _Work, vectors: NDArray[np.float32], rows: NDArray[np.int64], commit: Commit
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """The best labels and their scores of each row of the shard, ``[N, k]``; ``rows`` are those of ``stored``."""
+    """The best labels and their scores of each row of the shard, ``[N, k]``; ``rows`` are those of ``vectors``."""
     bank, features = work.bank, work.features
     if bank is None or features is None:
         return np.zeros((commit.rows, 0), dtype=np.int64), np.zeros((commit.rows, 0), dtype=np.float32)
@@ -303,7 +309,7 @@ def _score(
     for start in range(0, len(rows), size):
         places = torch.from_numpy(rows[start : start + size])
         # Copied: Arrow's memory is read-only, of which torch warns.
-        batch = torch.from_numpy(stored[start : start + size].astype(np.float32))
+        batch = torch.from_numpy(vectors[start : start + size].copy())
         found = label(Embeddings(batch), bank, features, top_k=k)
         check_scores(found.scores, f"shard {commit.shard}")
         top[places], scores[places] = found.indices, found.scores

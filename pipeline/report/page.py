@@ -20,7 +20,7 @@ from pipeline.report import plots
 from pipeline.report.bottleneck import WAITS, in_words, share_of_limit
 from pipeline.report.history import in_short
 from pipeline.report.scores import Row
-from pipeline.report.summary import HINTS, DatasetSummary, Failed, headline, in_words_of_time, of_texts
+from pipeline.report.summary import HINTS, DatasetSummary, Failed, headline, in_words_of_time, of_texts, stored_as
 
 MOST_LABELS = 25
 # Earlier runs that are listed.
@@ -130,6 +130,8 @@ def to_html(
         similarity=plots.similarity_plot(content.similarity) if content.similarity else None,
         pairs=(tiles(content.pairs.most), tiles(content.pairs.least)) if content.pairs else ([], []),
         decoder=report["config"]["images"]["decoder"],
+        # Reports of earlier versions do not say it.
+        stored=stored_as(report["stored"]) if report.get("stored") else "",
         runs=[] if "night" in report else _runs(report),
         nights=report.get("nights", []),
         settings=settings(report["config"]),

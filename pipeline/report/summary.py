@@ -50,6 +50,15 @@ HINTS = {
 }
 
 
+def stored_as(stored: Mapping[str, Any]) -> str:
+    """The form of stored embeddings, the field ``stored`` of a report, in a sentence."""
+    text = f"embeddings are stored as {stored['dtype']}, {stored['dim']} numbers in {stored['bytes']} bytes"
+    if "recall_at_10" in stored:
+        text += f"; of the 10 nearest rows, {stored['recall_at_10']:.1%} are those of the model's float32 embeddings"
+        text += f" (among {stored['sample']:,} rows of this run)"
+    return text
+
+
 @dataclass(frozen=True, slots=True)
 class Failed:
     """One row that failed; ``number`` counts the rows of the manifest from 0."""

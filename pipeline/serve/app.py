@@ -23,6 +23,7 @@ from pipeline.config.schema import Config
 from pipeline.core.errors import exit_code_of
 from pipeline.core.log_format import ending, new_run
 from pipeline.core.records import OK, Failure
+from pipeline.dataset.vectors import VectorFormat
 from pipeline.engine.forward import Labelling
 from pipeline.serve.errors import Refused
 from pipeline.serve.forward import Row
@@ -172,13 +173,14 @@ def _add_inference(app: FastAPI, service: Service) -> None:
             return _json(await _unless_disconnected(request, work(parsed)))
 
     async def embed(body: EmbedRequest) -> dict[str, Any]:
-        engine, dtype = service.ready_engine(), np.dtype(service.config.output.dtype)
+        engine = service.ready_engine()
+        kept = engine.vectors
         rows, texts = await asyncio.gather(service.rows(body.images, None), service.texts(body.texts))
         return {
             "fingerprint": engine.fingerprint,
-            "dim": engine.checkpoint.dim,
-            "images": [_embedding(image, row, dtype) for image, row in zip(body.images, rows, strict=True)],
-            "texts": [{"embedding": vector.astype(dtype).tolist()} for vector in texts],
+            "dim": kept.dim,
+            "images": [_embedding(image, row, kept) for image, row in zip(body.images, rows, strict=True)],
+            "texts": [{"embedding": kept.floats(vector)} for vector in texts],
         }
 
     async def predict(body: PredictRequest) -> dict[str, Any]:
@@ -198,10 +200,10 @@ def _add_inference(app: FastAPI, service: Service) -> None:
         return await answer(request, PredictRequest, predict)
 
 
-def _embedding(image: EncodedImage, row: Row | Failure, dtype: np.dtype[Any]) -> dict[str, Any]:
+def _embedding(image: EncodedImage, row: Row | Failure, kept: VectorFormat) -> dict[str, Any]:
     if isinstance(row, Failure):
         return {"id": image.id, **_failed(row), "embedding": None}
-    return {"id": image.id, "status": OK, "error": None, "embedding": row.vector.astype(dtype).tolist()}
+    return {"id": image.id, "status": OK, "error": None, "embedding": kept.floats(row.vector)}
 
 
 def _prediction(

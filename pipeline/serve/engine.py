@@ -24,6 +24,7 @@ from pipeline.backends.streams import count_streams, keep_memory
 from pipeline.config.schema import Config
 from pipeline.core.processes import cores
 from pipeline.core.records import Failure, ImageRef, Parity, Pixels, PreprocessSpec
+from pipeline.dataset.vectors import VectorFormat, described
 from pipeline.engine import engine as job
 from pipeline.engine.forward import Labelling, memory_explained
 from pipeline.images.factory import decoder_of, open_decoders, worker_threads
@@ -45,11 +46,12 @@ class Engine:
     """The opened model; close what it was opened in. Its methods return futures, and work in threads of their own.
 
     ``fingerprints`` is what an answer follows from, and ``fingerprint`` its digest; ``parity`` the figures of each
-    shape that was compared with fp32.
+    shape that was compared with fp32; ``vectors`` the form of the embeddings of a dataset with the same config.
     """
 
     config: Config
     checkpoint: Checkpoint
+    vectors: VectorFormat
     texts: Texts
     labelling: Labelling | None
     batch_size: int
@@ -111,6 +113,7 @@ def open_engine(config: Config, opened: ExitStack, *, timer: Timer, texts: Calla
     parts.choose_backend()
     config = parts.config
     checkpoint, spec, bank = parts.checkpoint, parts.spec, parts.bank()
+    vectors = VectorFormat.of(described(config.output, checkpoint.dim), checkpoint.dim)
     if device.type == "cpu":
         keep_memory()
     encoding = _pool("encode", streams, opened, initializer=torch.set_num_threads, initargs=(threads,))
@@ -131,6 +134,7 @@ def open_engine(config: Config, opened: ExitStack, *, timer: Timer, texts: Calla
     engine = Engine(
         config=config,
         checkpoint=checkpoint,
+        vectors=vectors,
         texts=embedder,
         labelling=None if bank is None else embedder.with_bank(bank, config.labels.top_k),
         batch_size=largest.batch_size,

@@ -20,7 +20,8 @@ class WorkerStats:
     about the job to its opened model. ``own_core_seconds`` are those of all its threads, ``child_core_seconds`` of its
     decoder processes. ``batch_sizes`` has more than one entry where the device had no memory for the first.
     ``gpu_seconds`` are those in which a GPU computed its ``gpu_batches``, of which ``gpu_starved`` waited for launches.
-    ``texts`` see :class:`~pipeline.core.records.ShardRows`.
+    ``texts`` see :class:`~pipeline.core.records.ShardRows`. ``recall`` has the ``rows`` of a sample, and the share
+    ``at_10`` of their nearest rows that stored embeddings keep.
     """
 
     name: str
@@ -43,6 +44,7 @@ class WorkerStats:
     gpu_seconds: float = 0.0
     gpu_starved: int = 0
     texts: Mapping[str, int] = field(default_factory=dict)
+    recall: Mapping[str, float] = field(default_factory=dict)
 
     def with_shard(self, report: ShardReport) -> WorkerStats:
         """Return the statistics with one more shard."""
@@ -163,6 +165,13 @@ class RunStats:
     def texts(self) -> dict[str, int]:
         """Rows of a job with texts, see :class:`~pipeline.core.records.ShardRows`."""
         return _sum(worker.texts for worker in self.workers)
+
+    @property
+    def recall(self) -> dict[str, float]:
+        """The recall of all samples by their rows; empty without one."""
+        found = [worker.recall for worker in self.workers if worker.recall]
+        rows = sum(each["rows"] for each in found)
+        return {"rows": rows, "at_10": sum(each["rows"] * each["at_10"] for each in found) / rows} if rows else {}
 
     @property
     def batch_sizes(self) -> tuple[int, ...]:

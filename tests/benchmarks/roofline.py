@@ -175,7 +175,8 @@ def _page(content: dict[str, Any]) -> str:
             "",
             f"The roof is {found['roof_gflops']:.0f} GFLOP/s. A batch takes {found['whole_ms']:.0f} ms "
             f"({rate:.1f} images/s), its products alone {inside:.0f} ms; at the roof they would take "
-            f"{sum(row['gflops'] * row['ms'] for row in products) / found['roof_gflops']:.0f} ms.",
+            f"{sum(row['gflops'] * row['ms'] for row in products) / found['roof_gflops']:.0f} ms. So the products bind "
+            f"{inside / found['whole_ms']:.0%} of it, and what lies between them the rest.",
             "",
             "| product | shape | how many | ms a batch | GFLOP/s | of the roof |",
             "| --- | --- | ---: | ---: | ---: | ---: |",
