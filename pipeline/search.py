@@ -42,7 +42,7 @@ WIDTH = 48
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, search or build the index, print; return the exit code."""
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_intermixed_args(arguments)
     return run_command(lambda: _act(options), ErrorOutput("interrupted"))
 
 

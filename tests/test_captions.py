@@ -221,7 +221,7 @@ def test_a_model_without_a_text_tower_is_refused_before_any_work(
     config = job[0].changed({"output.dir": str(tmp_path / "out")})
     with Engine(config) as engine:
         engine.checkpoint = replace(open_checkpoint(config.model), text=None, tokenizer=None, scoring=None)
-        with pytest.raises(ModelError, match="has no text tower"):
+        with pytest.raises(ModelError, match=r"has no text tower.*manifest\.text=null"):
             engine.begin()
     assert not (tmp_path / "out").exists()
 
@@ -278,6 +278,9 @@ def test_readers_of_a_dataset_know_its_texts(
     assert search(asked) == 0
     hits = json.loads(capsys.readouterr().out)
     assert {hits[0]["id"], hits[1]["id"]} >= {"008", "009"} or hits[0]["score"] > 0.999
+    # Options may stand before the text.
+    assert search([asked[0], *asked[2:], asked[1]]) == 0
+    assert json.loads(capsys.readouterr().out) == hits
     assert search([*asked[:-1], "similarity"]) == 2
     assert "must be one of embedding, text_embedding" in capsys.readouterr().err
 

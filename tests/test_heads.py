@@ -120,6 +120,52 @@ def test_an_estimator_that_is_not_linear_is_not_saved(tmp_path: Path, vectors: n
         assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.compat("sklearn")
+def test_an_estimator_without_probabilities_or_values_is_refused(tmp_path: Path, vectors: np.ndarray) -> None:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.svm import LinearSVC
+
+    some, words = vectors[:100], np.where(vectors[:100, 0] > 0, "yes", "no")
+    with pytest.raises(ModelError, match="no probabilities"):
+        save_head(tmp_path / "wrong.json", LinearSVC().fit(some, words))
+    with pytest.raises(ModelError, match="not fitted"):
+        save_head(tmp_path / "wrong.json", LogisticRegression())
+    estimator = LogisticRegression().fit(some, words)
+    wanted = estimator.predict_proba(vectors)[:, 1:]
+    saved = save_head(tmp_path / "sparse.json", estimator.sparsify())
+    assert np.abs(read_head(str(saved))(vectors) - wanted).max() < 1e-5
+
+
+def test_a_refused_head_leaves_an_earlier_one_as_it_was(tmp_path: Path) -> None:
+    saved = save_head(tmp_path / "taste.json", torch.nn.Linear(DIM, 1))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    broken = torch.nn.Linear(DIM, 1)
+    torch.nn.init.constant_(broken.weight, torch.nan)
+    with pytest.raises(ModelError, match=f"{saved}: layers.0.: the tensor 0.weight holds NaN"):
+        save_head(saved, broken)
+    with pytest.raises(ModelError, match="name is"):
+        save_head(saved, torch.nn.Linear(DIM, 1), name="no good")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    (tmp_path / "folder.json").mkdir()
+    for path in (
+        *(tmp_path / each for each in ("taste", "taste.safetensors", "folder.json")),
+        "s3://bucket/taste.json",
+    ):
+        with pytest.raises(ModelError, match="local JSON file"):
+            save_head(path, torch.nn.Linear(DIM, 1))
+    assert {path.name for path in tmp_path.iterdir()} == {*before, "folder.json"}
+
+
+def test_modules_of_several_values_and_of_half_precision_are_saved(tmp_path: Path, vectors: np.ndarray) -> None:
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Linear(DIM, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)).bfloat16()
+    found = read_head(str(save_head(tmp_path / "two.json", module)))
+    assert found.columns == ("head_two_0", "head_two_1")
+    assert module[0].weight.dtype == torch.bfloat16
+    with torch.inference_mode():
+        assert np.abs(found(vectors) - module.double()(torch.from_numpy(vectors)).numpy()).max() < 1e-6
+
+
 WRONG: dict[str, dict[str, Any]] = {
     "name": {"name": "no good"},
     "unknown keys": {"layer": []},
@@ -150,6 +196,11 @@ def test_files_that_are_no_head_are_refused(tmp_path: Path, vectors: np.ndarray)
     path = Path(head(tmp_path))
     with pytest.raises(ModelError, match="given by its JSON file"):
         read_head(str(path.with_suffix(".safetensors")))
+    with pytest.raises(ModelError, match=r"s3://bucket/taste\.json: a head is read from a local file"):
+        read_head("s3://bucket/taste.json")
+    unreal = {"w": torch.ones(1, DIM, dtype=torch.complex64), "b": torch.zeros(1)}
+    with pytest.raises(ModelError, match="the tensor w holds complex numbers"):
+        read_head(head(tmp_path, "unreal", tensors=unreal))
     path.with_suffix(".safetensors").write_bytes(b"no tensors")
     with pytest.raises(ModelError, match="cannot be read as safetensors"):
         read_head(str(path))

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.core.errors import ModelError
+from pipeline.storage.urls import is_local, local_file
 
 # What scikit-learn calls its activations, and their names in a head.
 _ACTIVATIONS = {"identity": "none", "logistic": "sigmoid", "relu": "relu", "tanh": "tanh", "softmax": "softmax"}
@@ -44,7 +47,7 @@ def save_head(path: str | os.PathLike[str], estimator: Any, *, dataset: Any = No
 
     from pipeline.models.heads import read_head
 
-    file = Path(path)
+    file = _file_of(path)
     layers, output, classes = _parts(estimator)
     tensors: dict[str, NDArray[Any]] = {}
     described: list[dict[str, str]] = []
@@ -57,9 +60,25 @@ def save_head(path: str | os.PathLike[str], estimator: Any, *, dataset: Any = No
     if dataset is not None:
         content["model"] = _model_of(dataset)
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, file.with_suffix(".safetensors"))
-    file.write_text(json.dumps(content, indent=2) + "\n")
-    _check(estimator, read_head(str(file)), file)
+    # A head that is refused replaces no earlier one, and leaves no files.
+    with TemporaryDirectory(dir=file.parent, prefix=".head-") as folder:
+        draft = Path(folder) / file.name
+        save_file(tensors, draft.with_suffix(".safetensors"))
+        draft.write_text(json.dumps(content, indent=2) + "\n")
+        try:
+            head = read_head(str(draft))
+        except ModelError as error:
+            raise ModelError(str(error).replace(str(draft), str(file))) from None
+        _check(estimator, head)
+        for suffix in (".safetensors", ".json"):
+            draft.with_suffix(suffix).replace(file.with_suffix(suffix))
+    return file
+
+
+def _file_of(path: str | os.PathLike[str]) -> Path:
+    file = local_file(os.fspath(path))
+    if not is_local(os.fspath(path)) or file.suffix != ".json" or file.is_dir():
+        raise ModelError(f"{path}: a head is saved as a local JSON file, such as heads/taste.json; give such a path")
     return file
 
 
@@ -73,19 +92,29 @@ def _model_of(dataset: Any) -> dict[str, Any]:
 def _parts(estimator: Any) -> tuple[_Layers, str, list[str]]:
     """The layers of an estimator, how its output is taken, and the names of its classes."""
     if hasattr(estimator, "named_children"):
-        return _layers_of_torch(estimator), "none", []
+        layers = _layers_of_torch(estimator)
+        return layers, "none", _named([], layers)
     *before, last = [step for _, step in getattr(estimator, "steps", [("", estimator)])]
     classes = [str(each) for each in getattr(last, "classes_", ())]
+    if classes and not hasattr(last, "predict_proba"):
+        raise ModelError(
+            f"{type(last).__name__}: gives no probabilities of its classes, which the columns of a head would hold; "
+            "take a LogisticRegression"
+        )
     if hasattr(last, "coefs_"):
         inner, output = _ACTIVATIONS.get(last.activation, "?"), _ACTIVATIONS.get(last.out_activation_, "?")
         pairs = zip(last.coefs_, last.intercepts_, strict=True)
         layers = [(np.asarray(weight, np.float64).T, np.asarray(bias, np.float64), inner) for weight, bias in pairs]
         layers[-1] = (*layers[-1][:2], "none")
     elif hasattr(last, "coef_"):
-        weight = np.atleast_2d(np.asarray(last.coef_, np.float64))
+        # sparsify() makes the coefficients sparse.
+        coefficients = last.coef_.toarray() if hasattr(last.coef_, "toarray") else last.coef_
+        weight = np.atleast_2d(np.asarray(coefficients, np.float64))
         bias = np.broadcast_to(np.asarray(last.intercept_, np.float64), len(weight)).copy()
         layers = [(weight, bias, "none")]
         output = ("softmax" if len(weight) > 1 else "sigmoid") if classes else "none"
+    elif hasattr(last, "fit") and not any(name.endswith("_") for name in vars(last)):
+        raise ModelError(f"{type(last).__name__}: is not fitted; fit it on embeddings before you save it")
     else:
         raise ModelError(
             f"{type(last).__name__}: cannot be saved as a head, which is made of linear layers; take a "
@@ -93,10 +122,13 @@ def _parts(estimator: Any) -> tuple[_Layers, str, list[str]]:
         )
     for step in reversed(before):
         layers[0] = _behind(step, layers[0])
+    return layers, output, _named(classes, layers)
+
+
+def _named(classes: list[str], layers: _Layers) -> list[str]:
+    """The names of the outputs of layers: of classes if there are any, else numbers; none for a single output."""
     outputs = len(layers[-1][1])
-    if outputs > 1 and not classes:
-        classes = [str(number) for number in range(outputs)]
-    return layers, output, classes if outputs > 1 else []
+    return (classes or [str(number) for number in range(outputs)]) if outputs > 1 else []
 
 
 def _behind(step: Any, layer: tuple[NDArray[np.float64], NDArray[np.float64], str]) -> Any:
@@ -143,7 +175,7 @@ def _flat(module: Any) -> Iterator[Any]:
         yield module
 
 
-def _check(estimator: Any, head: Any, file: Path) -> None:
+def _check(estimator: Any, head: Any) -> None:
     """Compare what was saved with the estimator, on vectors of length 1."""
     dim = head.layers[0].weight.shape[1]
     vectors = np.random.default_rng(0).normal(size=(CHECKED, dim))
@@ -151,10 +183,9 @@ def _check(estimator: Any, head: Any, file: Path) -> None:
     if hasattr(estimator, "named_children"):
         import torch
 
-        training = estimator.training
+        # A copy, as in float64 a module in half precision gives its own values too.
         with torch.inference_mode():
-            wanted = estimator.eval()(torch.from_numpy(vectors).to(next(estimator.parameters()))).cpu().double().numpy()
-        estimator.train(training)
+            wanted = copy.deepcopy(estimator).eval().cpu().double()(torch.from_numpy(vectors)).numpy()
     elif hasattr(estimator, "predict_proba"):
         wanted = np.asarray(estimator.predict_proba(vectors))
         wanted = wanted if len(head.columns) > 1 else wanted[:, -1:]
@@ -162,8 +193,6 @@ def _check(estimator: Any, head: Any, file: Path) -> None:
         wanted = np.asarray(estimator.predict(vectors)).reshape(CHECKED, -1)
     found = head(vectors)
     if found.shape != wanted.shape or not np.abs(found - wanted).max() <= NEAR * max(1.0, float(np.abs(wanted).max())):
-        file.unlink()
-        file.with_suffix(".safetensors").unlink()
         raise ModelError(
             f"{type(estimator).__name__}: what it computes cannot be saved as a head: its own values differ from "
             "those of its linear layers; take a LogisticRegression, a Ridge, or an MLP"

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from pipeline.core.errors import ModelError, NumericalError
 from pipeline.models.files import first_line, read_json
-from pipeline.storage.urls import from_here, local_file
+from pipeline.storage.urls import from_here, is_local, local_file
 
 OUTPUTS = ("none", "sigmoid", "softmax")
 ACTIVATIONS = ("none", "relu", "gelu", "tanh", "sigmoid")
@@ -180,6 +180,8 @@ def read_head(path: str) -> Head:
     Raises:
         ModelError: one of them cannot be read, or they do not belong together.
     """
+    if not is_local(path):
+        raise ModelError(f"{path}: a head is read from a local file; copy it and its safetensors to this machine")
     file = local_file(path)
     weights = file.with_suffix(".safetensors")
     if file.suffix != ".json":
@@ -237,10 +239,15 @@ def _read_tensors(path: Path) -> dict[str, NDArray[np.float64]]:
     from safetensors.torch import load_file
 
     try:
-        return {name: tensor.double().numpy() for name, tensor in load_file(path).items()}
+        tensors = load_file(path)
+        unreal = sorted(name for name, tensor in tensors.items() if tensor.is_complex())
+        values = {name: tensor.double().numpy() for name, tensor in tensors.items() if name not in unreal}
     # Of safetensors and of torch, for a file that is none and for types that are no numbers.
     except Exception as error:
         raise ModelError(f"{path}: cannot be read as safetensors ({first_line(error)})") from error
+    if unreal:
+        raise ModelError(f"{path}: the tensor {unreal[0]} holds complex numbers, and heads are of real ones")
+    return values
 
 
 def _layers(path: str, given: Any, tensors: Mapping[str, NDArray[np.float64]]) -> tuple[Layer, ...]:

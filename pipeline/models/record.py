@@ -63,8 +63,8 @@ class Checkpoint:
         if self.text is None or self.tokenizer is None:
             raise ModelError(
                 f"{self.name}: a {self.family} model has no text tower, so it embeds pictures alone: no labels, no "
-                "texts. Leave the labels out (prompts.labels=[] prompts.path=null), search with --image, or take a "
-                "model of images and texts, such as model=clip_vit_b32"
+                "texts. Leave labels and texts out (prompts.labels=[] prompts.path=null manifest.text=null), search "
+                "with --image, or take a model of images and texts, such as model=clip_vit_b32"
             )
         return self.text, self.tokenizer
 

@@ -84,7 +84,7 @@ def lines(estimate: Estimate) -> Iterator[str]:
     yield _line("memory", _memory(e))
     yield _line("failures", _failures(e))
     if e.repeats:
-        yield _line("repeats", f"{e.repeats:.1%} of the sample are images with the bytes of another one")
+        yield _line("repeats", f"{e.repeats:.1%} of the sample have the image or the text of another row")
     yield _line("bound", f"{e.bound}: {e.advice}")
     if e.pace:
         yield _line("", e.pace)
