@@ -178,6 +178,7 @@ WRONG: dict[str, dict[str, Any]] = {
     "output is": {"output": "exp"},
     "name each of them in classes": {"output": "softmax"},
     "names 2 classes": {"classes": ["a", "b"]},
+    "softmax over one class": {"classes": ["a"], "output": "softmax"},
     "classes is": {"classes": ["a/b"]},
     "takes 128 values, and the layer before gives 1": {"layers": [{"weight": "w", "bias": "b"}, {"weight": "w"}]},
     "model is": {"model": {"name": "x"}},
@@ -227,8 +228,13 @@ def test_a_head_of_another_model_is_refused(tmp_path: Path, caplog: pytest.LogCa
         read_heads([own, other], fingerprint, DIM)
     with pytest.raises(ModelError, match="takes embeddings of 128 numbers, and those of this model have 512"):
         read_heads([silent], fingerprint, 512)
-    with pytest.raises(ModelError, match="writes the column head_own"):
+    with pytest.raises(ModelError, match="has the name own"):
         read_heads([own, own], fingerprint, DIM)
+    pair = {"w": torch.zeros(2, DIM), "b": torch.zeros(2)}
+    one = head(tmp_path, "a", tensors=pair, classes=["b_c", "d"])
+    two = head(tmp_path, "a_b", tensors=pair, classes=["C", "d"])
+    with pytest.raises(ModelError, match="writes the column head_a_b_C"):
+        read_heads([one, two], fingerprint, DIM)
 
 
 def test_a_job_and_a_relabelling_write_the_same_columns(tmp_path: Path) -> None:
@@ -253,7 +259,7 @@ def test_a_job_and_a_relabelling_write_the_same_columns(tmp_path: Path) -> None:
         assert verify([str(tmp_path / name)]) == 0
         stored = dataset.open_dataset(str(tmp_path / name))
         assert stored.kept == ["truth", "meta"]
-        assert [each["columns"] for each in stored.plan.fingerprints["heads"]] == [columns[:1], columns[1:]]
+        assert [each["columns"] for each in stored.plan.fingerprints["heads"].values()] == [columns[:1], columns[1:]]
     # Without heads again: the new dataset has the source's without its columns.
     with open_dataset(tmp_path / "direct") as opened:
         opened.relabel(["circle", "star"], heads=[], output=tmp_path / "without").close()
@@ -286,3 +292,20 @@ def test_a_kept_column_of_the_same_name_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=name):
             run_job(config)
         assert not (tmp_path / "out" / "_plan.json").exists()
+
+
+def test_a_relabelling_takes_no_head_that_changed_since(tmp_path: Path) -> None:
+    manifest = scenes_manifest(tmp_path / "manifest.parquet", 8)
+    path = head(tmp_path)
+    run_job(config_for(manifest, tmp_path / "out", labels={"heads": [path]}))
+    with open_dataset(tmp_path / "out") as opened:
+        opened.relabel(["x", "y"], output=tmp_path / "same").close()
+        assert pq.read_table(tmp_path / "same")["head_taste"].equals(pq.read_table(tmp_path / "out")["head_taste"])
+        head(tmp_path, tensors={"w": torch.zeros(1, DIM), "b": torch.zeros(1)})
+        with pytest.raises(ModelError, match=r"taste changed since .* labels.heads=\[\]"):
+            opened.relabel(["x", "y"], output=tmp_path / "new")
+        Path(path).unlink()
+        with pytest.raises(ModelError, match=r"no such file.*is taken where none is given.*labels.heads=\[\]"):
+            opened.relabel(["x", "y"], output=tmp_path / "new")
+        opened.relabel(["x", "y"], heads=[], output=tmp_path / "new").close()
+    assert "head_taste" not in pq.read_table(tmp_path / "new").column_names

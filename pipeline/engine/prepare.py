@@ -210,7 +210,7 @@ def with_heads(fingerprints: Mapping[str, Any], heads: Sequence[Head]) -> dict[s
     usual = tuple(name for name in plan.own_columns(prints) if not name.startswith("head_"))
     prints["output"] = {name: value for name, value in prints["output"].items() if name != "columns"}
     if heads:
-        prints["heads"] = [head.fingerprint for head in heads]
+        prints["heads"] = {head.name: head.fingerprint for head in heads}
     if heads or usual != OUTPUT_COLUMNS:
         prints["output"]["columns"] = [*usual, *columns_of(heads)]
     return prints

@@ -134,6 +134,8 @@ def derive(source: Dataset, composed: Config, typed: Sequence[str]) -> Config:
         config = config.changed({"prompts.labels": [], "prompts.path": None})
     for key in typed:
         config = config.changed({key: value_of(composed, key) if "." in key else getattr(composed, key)})
+    if not {"labels", "labels.heads"} & {*typed}:
+        _check_heads(source, config)
     problems = check(config)
     output = open_storage(config.output.dir).url
     inside, around = within(output, source.url), within(source.url, output)
@@ -144,3 +146,27 @@ def derive(source: Dataset, composed: Config, typed: Sequence[str]) -> Config:
     if problems:
         raise ConfigError(problems)
     return config
+
+
+def _check_heads(source: Dataset, config: Config) -> None:
+    """Refuse heads that are taken from the source, and are not those any more that it was made with.
+
+    Raises:
+        ModelError: a file changed, moved or is gone.
+    """
+    from pipeline.models.heads import read_head
+
+    way_out = "Say which heads the new dataset has: labels.heads=[PATH.json], or labels.heads=[] for none"
+    try:
+        found = {head.name: head.fingerprint for head in map(read_head, config.labels.heads)}
+    except ModelError as error:
+        raise ModelError(
+            f"{error} (labels.heads of {source.url}, which is taken where none is given). {way_out}"
+        ) from error
+    recorded = source.plan.fingerprints.get("heads", {})
+    if changed := [name for name in found if found[name] != recorded.get(name)]:
+        paths = ", ".join(config.labels.heads)
+        raise ModelError(
+            f"{paths}: {', '.join(changed)} changed since {source.url} was made, whose heads are taken where none are "
+            f"given. {way_out}"
+        )

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.core.errors import ModelError, NumericalError
+from pipeline.core.errors import ModelError, NumericalError, short
 from pipeline.models.files import first_line, read_json
 from pipeline.storage.urls import from_here, is_local, local_file
 
@@ -35,6 +35,8 @@ ACTIVATIONS = ("none", "relu", "gelu", "tanh", "sigmoid")
 NAME = re.compile(r"[A-Za-z0-9_]{1,64}")
 # A head of more columns than these is a set of labels.
 MOST_CLASSES = 256
+# Bytes of the JSON of a head at most.
+MOST_BYTES = 2**20
 # Rows that are computed together; what a row becomes may not follow from how many there are.
 ROWS = 4096
 _KEYS = {"name", "layers", "output", "classes", "model"}
@@ -61,7 +63,7 @@ class Head:
         layers: applied one after the other.
         output: one of :data:`OUTPUTS`.
         model: name and digests of the weights of the model whose embeddings it was trained on; None if it does not say.
-        fingerprint: its columns and digests of its files.
+        fingerprint: its columns, and digests of its description and its tensors.
     """
 
     name: str
@@ -138,11 +140,15 @@ def read_heads(paths: Sequence[str], model: Mapping[str, Any], dim: int) -> tupl
         dim: length of an embedding.
 
     Raises:
-        ModelError: a file cannot be read, two heads write the same column, or one belongs to another model.
+        ModelError: a file cannot be read, two heads have the same name or column, or one belongs to another model.
     """
     heads = tuple(read_head(path) for path in paths)
     taken: dict[str, str] = {}
     for path, head in zip(paths, heads, strict=True):
+        if same := [
+            other for other, one in zip(paths, heads, strict=True) if one.name == head.name and one is not head
+        ]:
+            raise ModelError(f"{path}: has the name {head.name}, as does {same[0]}; change the name of one of them")
         for column in head.columns:
             if other := taken.get(column.casefold()):
                 raise ModelError(f"{path}: writes the column {column}, as does {other}; change the name of one of them")
@@ -187,10 +193,18 @@ def read_head(path: str) -> Head:
     if file.suffix != ".json":
         raise ModelError(f"{path}: a head is given by its JSON file, such as {file.with_suffix('.json')}")
     for each in (file, weights):
-        if not each.is_file():
+        try:
+            there = each.is_file()
+        except OSError as error:
+            raise ModelError(f"{short(str(each))}: {error.strerror}") from error
+        if not there:
             raise ModelError(
                 f"{each}: no such file; a head is NAME.json with NAME.safetensors beside it{from_here(path)}"
             )
+    if file.stat().st_size > MOST_BYTES:
+        raise ModelError(
+            f"{path}: {file.stat().st_size:,} bytes are no description of a head; the tensors go beside it"
+        )
     values = read_json(file)
     _refuse_unknown(path, values, _KEYS)
     name, output = values.get("name"), values.get("output", "none")
@@ -216,7 +230,6 @@ def read_head(path: str) -> Head:
         output=output,
         model=model,
         fingerprint={
-            "name": name,
             "columns": list(columns),
             # Not as the file is spelled: where it was trained does not change a number.
             "layers": hashlib.sha256(json.dumps([values["layers"], output], sort_keys=True).encode()).hexdigest(),
@@ -304,6 +317,8 @@ def _classes(path: str, given: Any, outputs: int, output: str) -> tuple[str, ...
         )
     if len(given) != outputs:
         raise ModelError(f"{path}: names {len(given)} classes, and its last layer gives {outputs} values")
+    if outputs == 1 and output == "softmax":
+        raise ModelError(f"{path}: softmax over one class is always 1; take output=sigmoid")
     if outputs > MOST_CLASSES:
         raise ModelError(f"{path}: {outputs} classes would be as many columns; {MOST_CLASSES} are the most")
     return tuple(given)

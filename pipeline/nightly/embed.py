@@ -148,7 +148,11 @@ def signs_of(config: Config, model: Any) -> dict[str, Any]:
         "recipe": recipe,
         "labels": labels,
         # Only where there are any, as nights before there were heads have none.
-        **({"heads": [read_head(path).fingerprint for path in config.labels.heads]} if config.labels.heads else {}),
+        **(
+            {"heads": {head.name: head.fingerprint for head in map(read_head, config.labels.heads)}}
+            if config.labels.heads
+            else {}
+        ),
         "versions": versions(config.backend.info.packages),
         "model": model,
     }
