@@ -56,10 +56,11 @@ def test_no_normalisation_means_zero_and_one() -> None:
     assert to_spec(CLIP_PREPROCESSOR, "clip", "here").mean == OPENAI_MEAN
 
 
-def test_siglip_2_resizes_bilinearly_and_siglip_bicubically() -> None:
+def test_siglip_2_dinov3_and_vit_resize_bilinearly_and_all_others_bicubically() -> None:
     for name, (values, preprocessor) in ARCHITECTURES.items():
         spec = to_spec(preprocessor, values["model_type"], name)
-        assert spec.resample == (2 if "siglip2" in name else 3), name
+        bilinear = any(part in name for part in ("siglip2", "dinov3", "google/vit-"))
+        assert spec.resample == (2 if bilinear else 3), name
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,6 @@ import re
 import numpy as np
 from common import identifier, parts, start, vectors
 
-try:
-    from sklearn.linear_model import LogisticRegression
-except ImportError:
-    raise SystemExit("scikit-learn is not installed: pip install -c constraints.txt -e '.[analytics]'") from None
-
 from pipeline import PipelineError, save_head
 
 
@@ -35,6 +30,10 @@ def main(argv: list[str] | None = None) -> float:
     parser.add_argument("--held-out", type=float, default=0.25, metavar="SHARE", help="rows for the accuracy [0.25]")
     parser.add_argument("--seed", type=int, default=0, help="of the rows that are held out [0]")
     args = parser.parse_args(argv)
+    try:
+        from sklearn.linear_model import LogisticRegression
+    except ImportError:
+        raise SystemExit("scikit-learn is not installed: pip install -c constraints.txt -e '.[analytics]'") from None
     files = parts(args.dataset)
     rows, matrix, left_out = vectors(files, [identifier(files), args.truth])
     known = rows[args.truth].notna().to_numpy()
