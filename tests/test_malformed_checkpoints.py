@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from pipeline.config.schema import ModelConfig
 from pipeline.core.errors import ModelError
-from pipeline.models import checkpoint
+from pipeline.models import transformers_form
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline.models.hub import DEMO_FOLDER
 from pipeline.models.text import embed_prompts
@@ -314,8 +314,8 @@ def test_any_value_of_any_key_works_or_is_refused_in_one_line(
     text, wanted = (copy / name).read_text(), numbers(open_checkpoint(ModelConfig()))
     if name != "config.json":
         # The model is made from that file and the weights, whose values do not change here.
-        model = checkpoint.load_model(DEMO_FOLDER, DEMO_FOLDER)
-        monkeypatch.setattr(checkpoint, "load_model", lambda *folders: model)
+        model = transformers_form.load_model(DEMO_FOLDER, DEMO_FOLDER)
+        monkeypatch.setattr(transformers_form, "load_model", lambda *given: model)
     for value in VALUES:
         (copy / name).write_text(text)
         change(copy / name, key, value)
