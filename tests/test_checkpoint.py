@@ -239,7 +239,8 @@ def test_a_folder_that_is_no_checkpoint_is_explained(copy: Path, spoil, message:
 @pytest.mark.parametrize(
     "code",
     [
-        "from pipeline.config.schema import ModelConfig; from pipeline.models.checkpoint import *; open_checkpoint(ModelConfig())",
+        "from pipeline.config.schema import ModelConfig as Model; from pipeline.models.checkpoint import *; "
+        "open_checkpoint(Model())",
         "import pipeline.models.checkpoint, importlib.util as i; i.find_spec('torchao') and __import__('torchao')",
     ],
     ids=["imported and opened", "before torchao"],
