@@ -17,6 +17,7 @@ from pipeline.config.schema import ModelConfig
 from pipeline.core.errors import ConfigError, ModelError, NumericalError, PlanMismatch
 from pipeline.dataset import dataset
 from pipeline.dataset.commits import SUCCESS
+from pipeline.dataset.saved_config import recipe_of
 from pipeline.job.main import run_job
 from pipeline.models.checkpoint import open_checkpoint
 from pipeline.models.heads import read_head, read_heads, values_of
@@ -309,3 +310,23 @@ def test_a_relabelling_takes_no_head_that_changed_since(tmp_path: Path) -> None:
             opened.relabel(["x", "y"], output=tmp_path / "new")
         opened.relabel(["x", "y"], heads=[], output=tmp_path / "new").close()
     assert "head_taste" not in pq.read_table(tmp_path / "new").column_names
+
+
+def test_a_head_is_found_from_another_folder_and_where_its_project_moved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "project" / "heads").mkdir(parents=True)
+    head(tmp_path / "project" / "heads")
+    scenes_manifest(tmp_path / "project" / "manifest.parquet", 8)
+    monkeypatch.chdir(tmp_path / "project")
+    config = config_for(Path("manifest.parquet"), Path("outputs/run"), labels={"heads": ["heads/taste.json"]})
+    run_job(config)
+    wanted = pq.read_table("outputs/run")["head_taste"]
+    monkeypatch.chdir(tmp_path)
+    for place in ("project", "moved"):
+        if place == "moved":
+            (tmp_path / "project").rename(tmp_path / "moved")
+        with open_dataset(tmp_path / place / "outputs" / "run") as opened:
+            opened.relabel(["x", "y"], output=tmp_path / f"from-{place}").close()
+        assert pq.read_table(tmp_path / f"from-{place}")["head_taste"].equals(wanted)
+    assert "heads" not in recipe_of(config.changed({"labels.heads": []}))["labels"]

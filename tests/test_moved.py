@@ -16,7 +16,7 @@ from pipeline.api.embed import open_dataset
 from pipeline.config.schema import Config
 from pipeline.core.errors import ManifestError, PlanMismatch
 from pipeline.dataset.places import moved_root
-from pipeline.dataset.saved_config import config_of
+from pipeline.dataset.saved_config import config_of, recipe_of
 from pipeline.job.main import run_job
 from pipeline.manifest.build import from_folder
 from pipeline.models.hub import DEMO_FOLDER
@@ -384,3 +384,19 @@ def test_what_moved_with_a_file_is_where_that_move_brought_it(address: str, want
 def test_a_plan_without_a_root_has_none_that_moved(content: dict[str, object], wanted: str | None) -> None:
     now = {"fingerprints": {"manifest": {"root": "/photos"}}, "config": {"manifest": {"path": "/m.parquet"}}}
     assert moved_root(content, now) == moved_root(now, content) == wanted
+
+
+@pytest.mark.parametrize("file", ["config.json", "open_clip_config.json", "modules.json"])
+def test_a_model_of_any_form_is_found_from_another_folder_and_where_its_project_moved(
+    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "project" / "model").mkdir(parents=True)
+    (tmp_path / "project" / "model" / file).write_text("{}")
+    monkeypatch.chdir(tmp_path / "project")
+    recipe = recipe_of(Config().changed({"model.name": "model"}))
+    monkeypatch.chdir(tmp_path)
+    for place in ("project", "moved"):
+        if place == "moved":
+            (tmp_path / "project").rename(tmp_path / "moved")
+        found = config_of(recipe, str(tmp_path / place / "outputs" / "run"))
+        assert found.model.name == str(tmp_path / place / "model")

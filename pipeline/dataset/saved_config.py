@@ -24,7 +24,14 @@ _OF_THE_RUN = {
 # Settings that backend=auto chooses.
 _OF_THE_BACKEND = ("name", "precision", "compile", "quantization")
 # Settings with these values are left out, so that plans are those of earlier versions.
-_OFTEN_LEFT_OUT = {"manifest.text": None, "output.dims": None, "output.vector": "fixed"}
+_OFTEN_LEFT_OUT: dict[str, object] = {
+    "manifest.text": None,
+    "output.dims": None,
+    "output.vector": "fixed",
+    "labels.heads": [],
+}
+# Files by which a folder is a checkpoint: of transformers, of open_clip, of sentence-transformers.
+MODEL_FILES = ("config.json", "open_clip_config.json", "modules.json")
 # Addresses that may be relative to the current folder.
 _PLACES = ("manifest.path", "manifest.root", "prompts.path")
 # Addresses of a plan that may move.
@@ -50,8 +57,12 @@ def recipe_of(config: Config) -> dict[str, Any]:
         address = value_of(config, key)
         if address is not None and is_local(address):
             recipe[group][name] = _absolute(address)
+    if config.labels.heads:
+        recipe["labels"]["heads"] = list(map(_absolute, config.labels.heads))
     # A model is a name on the hub, unless it is a folder.
-    if config.model.name != DEMO_MODEL and (local_file(config.model.name) / "config.json").is_file():
+    if config.model.name != DEMO_MODEL and any(
+        (local_file(config.model.name) / name).is_file() for name in MODEL_FILES
+    ):
         recipe["model"]["name"] = _absolute(config.model.name)
     return recipe
 
@@ -96,13 +107,15 @@ def gone_places(config: Config) -> list[str]:
 
 def _with_moved_places(config: Config) -> Config:
     """The config with the new places of what moved together with the dataset."""
-    found: dict[str, str] = {}
+    found: dict[str, Any] = {}
     for key in gone_places(config):
         # A model is a folder of files; another folder of its name is none.
-        address, file = value_of(config, key), "/config.json" if key == "model.name" else ""
-        again = next(find_again(f"{address}{file}", config.output.dir), None)
+        files = [f"/{name}" for name in MODEL_FILES] if key == "model.name" else [""]
+        again = next((place for file in files if (place := _moved(value_of(config, key), file, config))), None)
         if key != "manifest.root" and again is not None:
-            found[key] = again.removesuffix(file)
+            found[key] = again
+    heads = config.labels.heads
+    found["labels.heads"] = [(_moved(each, "", config) or each) if is_gone(each) else each for each in heads]
     # The folder of the images is found by the move of their manifest alone, whose digest the plan knows.
     root, old = config.manifest.root, config.manifest.path
     if root is not None and old is not None and "manifest.path" in found and is_gone(root):
@@ -110,6 +123,12 @@ def _with_moved_places(config: Config) -> Config:
         if moved is not None and not is_gone(moved):
             found["manifest.root"] = moved
     return config.changed(found)
+
+
+def _moved(address: str, file: str, config: Config) -> str | None:
+    """The place near the output where ``file`` of an address lies now; None if it is not found."""
+    again = next(find_again(f"{address}{file}", config.output.dir), None)
+    return None if again is None else again.removesuffix(file)
 
 
 def _absolute(address: str) -> str:
