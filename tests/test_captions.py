@@ -32,6 +32,7 @@ from pipeline.job.relabel import relabel
 from pipeline.models.checkpoint import open_checkpoint
 from pipeline.models.text import embed_prompts
 from pipeline.nightly.records import NightError
+from pipeline.report.summary import of_texts
 from pipeline.search import main as search
 from tests.conftest import ROOT
 from tests.jobs import config_for, content, scene
@@ -446,3 +447,10 @@ def test_texts_on_cuda_are_those_of_a_cpu(
     again = config.changed({"output.dir": str(tmp_path / "again")})
     run_job(again)
     assert content(tmp_path / "again") == content(tmp_path / "out")
+
+
+def test_a_sentence_about_texts_keeps_the_names_of_settings() -> None:
+    alone, both = {"manifest": {"image": None}}, {"manifest": {"image": "path"}}
+    sentence = "12 images in 3 s, 4.0 images/s; each image by images.decoder=exact"
+    assert of_texts(sentence, alone) == "12 texts in 3 s, 4.0 texts/s; each text by images.decoder=exact"
+    assert of_texts(sentence, both) == sentence

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -157,7 +158,10 @@ def headline(images: int, wall: float, rate: float, bound: str, *, where: str) -
 
 def of_texts(sentence: str, config: Mapping[str, Any]) -> str:
     """A sentence about the images of a job, as one about its texts where it has no images."""
-    return sentence.replace("image", "text") if config["manifest"]["image"] is None else sentence
+    if config["manifest"]["image"] is not None:
+        return sentence
+    # Not in the names of settings, such as images.formats.
+    return re.sub(r"\bimage(s?)\b(?![.=])", r"text\1", sentence)
 
 
 def in_words_of_time(seconds: float) -> str:
