@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pipeline.core.errors import ModelError
 from pipeline.storage.urls import is_local, local_file
 
-# What scikit-learn calls its activations, and their names in a head.
+# Activations by their names in scikit-learn, and their names in a head.
 _ACTIVATIONS = {"identity": "none", "logistic": "sigmoid", "relu": "relu", "tanh": "tanh", "softmax": "softmax"}
 # Of torch's modules; those without a name change nothing when a model is used.
 _MODULES = {"ReLU": "relu", "GELU": "gelu", "Tanh": "tanh", "Sigmoid": "sigmoid", "Dropout": None, "Identity": None}

@@ -39,15 +39,14 @@ def open_encoder(
         pixels = blank(checkpoint, batch_size=batch_size, device=device, dtype=dtype)
         options["attention"] = prove(kernels(tower, pixels), device, dtype)
     forward: Forward = tower
-    if config.compile == "default" and not cuda:
+    if config.compile != "none":
         pixels = blank(checkpoint, batch_size=batch_size, device=device, dtype=dtype)
-        forward, _ = loaded(
-            Compilation(checkpoint, config, {"compile": config.compile, "precision": precision}, pixels), lambda: tower
-        )
-    elif config.compile != "none":
-        pixels = blank(checkpoint, batch_size=batch_size, device=device, dtype=dtype)
-        mode = WITHOUT_GRAPHS.get(config.compile, config.compile) if cuda else config.compile
-        forward = compiled(tower, mode=mode, pixels=pixels)
+        if config.compile == "default" and not cuda:
+            decides = {"compile": config.compile, "precision": precision}
+            forward, _ = loaded(Compilation(checkpoint, config, decides, pixels), lambda: tower)
+        else:
+            mode = WITHOUT_GRAPHS.get(config.compile, config.compile) if cuda else config.compile
+            forward = compiled(tower, mode=mode, pixels=pixels)
         if cuda and config.compile == "max-autotune":
             options |= TIMED
             note_timed("backend.compile=max-autotune")

@@ -31,7 +31,6 @@ from pipeline.backends.devices import out_of_memory
 from pipeline.backends.proofs import surroundings
 from pipeline.backends.streams import count_streams
 from pipeline.backends.torch_module import Forward, compiled, count_bytes
-from pipeline.config.choices import BACKENDS
 from pipeline.config.schema import BackendConfig
 from pipeline.core.errors import ArtifactError, StorageError
 from pipeline.models.checkpoint import Checkpoint
@@ -51,7 +50,7 @@ class Compilation:
     Attributes:
         checkpoint: the model.
         config: names the backend and the artefact store.
-        options: what decides the tower besides the model: its precision, for example.
+        options: facts on which the tower depends besides the model, such as its precision.
         pixels: normalised pixels of the static shape, in the dtype of the tower.
     """
 
@@ -77,7 +76,7 @@ class Compilation:
             **around,
             "environment": environment,
         }
-        return recipe(KIND, self.checkpoint, options, BACKENDS[self.config.name].packages)
+        return recipe(KIND, self.checkpoint, options, self.config.info.packages)
 
 
 class _NotMade(Exception):

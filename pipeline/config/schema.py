@@ -79,7 +79,7 @@ class BackendConfig:
 
     @property
     def compiles(self) -> bool:
-        """True if torch compiles it at each start, for one batch size."""
+        """True if torch compiles it, for one batch size."""
         return self.compile != "none" or self.info.torch_compile
 
 

@@ -104,6 +104,13 @@ def _kind(field: pa.Field, known: pa.Schema | None, *, kept: bool = False) -> pa
     return plain_type(field.type, kept=kept)
 
 
+def text_bytes(column: pa.Array) -> list[bytes | None]:
+    """The cells of a plain column of texts, whose bytes need not be UTF-8."""
+    large = pa.types.is_large_string(column.type)
+    cells: list[bytes | None] = column.cast(pa.large_binary() if large else pa.binary()).to_pylist()
+    return cells
+
+
 def plain_array(array: pa.Array, kind: pa.DataType) -> pa.Array:
     """The values of an array as an array of ``kind``, its plain type."""
     if array.type == kind:

@@ -16,13 +16,14 @@ from pipeline.storage.urls import is_local, local_path
 log = logging.getLogger(__name__)
 
 
-def check_columns(config: Config, own: Sequence[str] = OUTPUT_COLUMNS) -> None:
-    """Check the names of a job's columns, of which ``own`` are the pipeline's, see :func:`check_names`.
+def check_columns(config: Config, heads: Sequence[str] = ()) -> None:
+    """Check the names of a job's columns, those of ``heads`` among them, see :func:`check_names`.
 
     Raises:
         ConfigError: readers would take one for another, or for a part of the output's address.
     """
     output, columns = config.output.dir, [config.manifest.id, *config.manifest.keep]
+    own = [*config.manifest.output_columns, *heads]
     check_names(output, [*differing_in_case(columns, own), *named_like_folders(columns, output, own)])
 
 

@@ -128,6 +128,15 @@ class VectorFormat:
         return self.decode(stored), rows
 
 
+def form_of(output: OutputConfig, dim: int) -> VectorFormat:
+    """The form in which an output stores embeddings of length ``dim``.
+
+    Raises:
+        ConfigError: see :func:`described`.
+    """
+    return VectorFormat.of(described(output, dim), dim)
+
+
 def vectors_of(column: pa.ChunkedArray, width: int = 0) -> tuple[NDArray[Any], NDArray[np.int64]]:
     """The embeddings of a column ``embedding`` as stored, read-only ``[n, width]``, and the positions of their rows.
 

@@ -26,7 +26,7 @@ def look(subject: Subject) -> Iterator[Check]:
     try:
         first, count = first_file(config)
         manifest = open_manifest(first)
-        check_columns(config, config.manifest.output_columns)
+        check_columns(config)
         check_places(config, manifest)
     except PipelineError as error:
         way_out = unless_in(error, "correct manifest.path, or the names of the columns")

@@ -1,4 +1,4 @@
-"""What a job needs for the columns that follow from embeddings: text features of labels, and heads."""
+"""Text features of labels, and heads: the means of a job to compute columns from embeddings."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pipeline.config.schema import Config
 from pipeline.core.processes import cores
 from pipeline.core.records import TextBank
 from pipeline.dataset.names import check_columns
-from pipeline.dataset.vectors import VectorFormat, check_heads, described
+from pipeline.dataset.vectors import check_heads, form_of
 from pipeline.engine.demo import folder as demo
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.heads import Head, columns_of, read_heads
@@ -38,9 +38,9 @@ def heads_of(config: Config, checkpoint: Checkpoint) -> tuple[Head, ...]:
         ConfigError: one of their columns has the name of another one, or the output stores more numbers than an
             embedding has, or their signs alone.
     """
-    form = VectorFormat.of(described(config.output, checkpoint.dim), checkpoint.dim)
+    form = form_of(config.output, checkpoint.dim)
     check_heads(form, config.labels.heads)
     heads = read_heads(config.labels.heads, checkpoint.fingerprint, form.dim)
     if heads:
-        check_columns(config, [*config.manifest.output_columns, *columns_of(heads)])
+        check_columns(config, columns_of(heads))
     return heads

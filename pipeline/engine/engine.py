@@ -118,7 +118,7 @@ class Engine:
             PipelineError: one of :mod:`pipeline.core.errors`; nothing was written then.
         """
         config, manifest = self.config, self.manifest
-        check_columns(config, config.manifest.output_columns)
+        check_columns(config)
         check_places(config, manifest)
         with suppress(TimeoutError), phase("ids"):
             # A wrong manifest of ordinary size is reported before a model is opened.

@@ -148,18 +148,19 @@ def _results(
             if job.bank is not None:
                 features = torch.from_numpy(job.bank.features).to(encoder.device)
                 labelling = Labelling(bank=job.bank, features=features, top_k=config.labels.top_k)
-            loader: Loader | Feeders | TextLoader
-            if worker.reader is not None or worker.tokenizer is None:
-                loader = open_loader(config, job.manifest, worker, ahead)
-            else:
-                loader = TextLoader(Texts(job.manifest, worker.tokenizer, config.loader.batch_size, encoder.device))
+            tokens, device = worker.tokenizer, encoder.device
+            texts = None if tokens is None else Texts(job.manifest, tokens, config.loader.batch_size, device)
+            loader: Loader | Feeders | TextLoader = (
+                TextLoader(texts)
+                if worker.reader is None and texts is not None
+                else open_loader(config, job.manifest, worker, ahead)
+            )
         opened.enter_context(loader)
-        texts = None
-        if worker.text_encoder is not None and worker.tokenizer is not None:
-            found = Texts(job.manifest, worker.tokenizer, config.loader.batch_size, encoder.device)
-            texts = _TextPass(opened.enter_context(found), open_forward(worker.text_encoder, None))
+        beside = None
+        if worker.text_encoder is not None and texts is not None:
+            beside = _TextPass(opened.enter_context(texts), open_forward(worker.text_encoder, None))
         streams = opened.enter_context(Streams(encoder.device, encoder.streams))
-        encoding = _Encoding(job, worker, loader, streams, labelling, open_forward(encoder, labelling), texts)
+        encoding = _Encoding(job, worker, loader, streams, labelling, open_forward(encoder, labelling), beside)
 
         for step in _in_order(encoding.steps(shards), ahead):
             if step.batch is not None:
@@ -178,9 +179,8 @@ def open_loader(config: Config, manifest: Manifest, worker: Worker, ahead: int) 
     """The loader of this process, or feeders, each with a loader of its own and its share of the cores."""
     device, reader = worker.encoder.device, worker.reader
     assert reader is not None
-    shards = -(-manifest.rows // config.manifest.shard_rows)
     pool = worker.feeders or open_feeders(config, device)
-    count = min(pool.count, shards) if pool is not None else 0
+    count = min(pool.count, -(-manifest.rows // config.manifest.shard_rows)) if pool is not None else 0
     if count:
         config = share_of(config, count)
     spec = LoaderSpec(

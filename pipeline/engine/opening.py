@@ -1,4 +1,4 @@
-"""What an engine opens, or takes from its config, in one call."""
+"""Functions of a config and its checkpoint: preprocessing, the opened backend, the number of compared images."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config.schema import OutputConfig
-from pipeline.dataset.vectors import VectorFormat, described
+from pipeline.dataset.vectors import VectorFormat, form_of
 
 # Embeddings of a sample, in memory in float32, and the neighbours that are compared.
 ROWS, NEIGHBOURS = 2000, 10
@@ -45,7 +45,7 @@ class RecallSample:
 
 def sample_of(output: OutputConfig, dim: int) -> RecallSample | None:
     """A sample for a job whose output stores less than the floats of a model's embeddings of length ``dim``."""
-    form = VectorFormat.of(described(output, dim), dim)
+    form = form_of(output, dim)
     return None if form.exact and form.dim == dim else RecallSample(form)
 
 

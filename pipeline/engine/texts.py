@@ -1,6 +1,6 @@
-"""Texts of a shard: read, looked at once each, and cut into batches of token ids of a few static shapes.
+"""Texts of a shard: read, without repeats, and cut into batches of token ids of a few static shapes.
 
-What a batch holds follows from the manifest and the config alone, as for images: the texts of one shard without
+The content of a batch follows from the manifest and the config alone, as for images: the texts of one shard without
 repeats, in order, those of few tokens apart from the others, the last batch of each kind filled up with texts of its
 own.
 """
@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.core.failpoints import failpoint
-from pipeline.core.plain import plain_array, plain_type
+from pipeline.core.plain import plain_array, plain_type, text_bytes
 from pipeline.core.records import Failure, ImageBatch, Shard, ShardRows
 from pipeline.engine.padding import repeats
 from pipeline.images.pool.processes import Abandoned
@@ -231,7 +231,7 @@ def first_texts(manifest: Manifest, tokenizer: Tokenizer) -> tuple[list[str], to
 
 
 def tokens_fingerprint(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What decides the numbers besides the tower and the tokenizer: the lengths of batches, and of texts."""
+    """Widths of batches and length of texts, on which embeddings depend besides the tower and the tokenizer."""
     return {"tokens": _widths(tokenizer), "characters": LONGEST}
 
 
@@ -254,8 +254,7 @@ def _cells(column: pa.Array) -> list[str | Failure]:
     try:
         cells = column.to_pylist()
     except UnicodeDecodeError:
-        large = pa.types.is_large_string(column.type)
-        cells = column.cast(pa.large_binary() if large else pa.binary()).to_pylist()
+        cells = text_bytes(column)
     return [_cell(cell) for cell in cells]
 
 

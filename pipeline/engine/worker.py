@@ -10,8 +10,8 @@ from pipeline.engine.meter import Meter
 from pipeline.engine.sample import FirstBatch
 
 
-def worker_of(engine: Engine, meter: Meter, hold: Callable[[Sequence[FirstBatch]], None] | None) -> Worker:
-    """Return the worker of this process; ``hold`` is called before anything is written."""
+def worker_of(engine: Engine, meter: Meter, before_writing: Callable[[Sequence[FirstBatch]], None] | None) -> Worker:
+    """Return the worker of this process; for ``before_writing`` see :class:`~pipeline.engine.loop.Worker`."""
     images = engine.has_images
     return Worker(
         reader=engine.reader if images else None,
@@ -19,7 +19,7 @@ def worker_of(engine: Engine, meter: Meter, hold: Callable[[Sequence[FirstBatch]
         clocks=meter.clocks,
         gpu=meter.gpu,
         feeders=engine.feeders,
-        before_writing=hold,
+        before_writing=before_writing,
         tokenizer=engine.checkpoint.texts()[1] if engine.manifest.text else None,
         text_encoder=engine.text_tower if images else None,
         sample=meter.sample,

@@ -260,7 +260,7 @@ def _report(outcome: Outcome, ran: RunStats, content: DatasetSummary) -> RunRepo
 
 
 def _stored(outcome: Outcome, ran: RunStats) -> dict[str, object]:
-    """How embeddings are stored; empty where it is as the model's floats."""
+    """The form of stored embeddings and its recall; empty where it is that of the model's floats."""
     prepared, recall = outcome.prepared, ran.recall
     form = VectorFormat.of(prepared.plan.fingerprints["output"], prepared.dim)
     if form.exact and form.dim == prepared.dim:

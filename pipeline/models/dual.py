@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from pipeline.config.schema import ModelConfig
 from pipeline.core.errors import ModelError
 from pipeline.models.files import Read, check_side, guarded
 from pipeline.models.fingerprint import digests as architecture_digests
+from pipeline.models.fingerprint import files_digest
 from pipeline.models.hub import TOKENIZER_FILES
 from pipeline.models.numbers import scale_and_bias
 from pipeline.models.record import Checkpoint
@@ -174,7 +174,7 @@ def assemble(config: ModelConfig, model: Any, read: Read) -> Checkpoint:
             "family": family,
             "weights": read.weights,
             "architecture": today,
-            "tokenizer": _digest_files(read.folder),
+            "tokenizer": files_digest(path for path in map(read.folder.joinpath, TOKENIZER_FILES) if path.is_file()),
             "preprocess": dataclasses.asdict(spec),
         },
         earlier=tuple(earlier),
@@ -226,13 +226,3 @@ def _tokenizer(folder: Path, family: str) -> Any:
         tokenizer(["a", "a photo"], padding=True, truncation=True, max_length=16, return_tensors="pt")
         tokenizer("a")
     return tokenizer
-
-
-def _digest_files(folder: Path) -> str:
-    """A digest of all files that a tokenizer may consist of."""
-    digest = hashlib.sha256()
-    for name in TOKENIZER_FILES:
-        path = folder / name
-        if path.is_file():
-            digest.update(name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()

@@ -22,7 +22,7 @@ OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.saf
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """What was read of a checkpoint besides its model: ``values`` of its config, and digests of its ``weights``."""
+    """Content of a checkpoint besides its model: ``values`` of its config, and digests of its ``weights``."""
 
     folder: Path
     spec: PreprocessSpec

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 # The folder and the library's version are no part of the architecture.
@@ -87,3 +88,11 @@ def _facts(dump: Mapping[str, Any], given: Mapping[str, Any], added: Mapping[str
 
 def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
+
+
+def files_digest(files: Iterable[Path], begin: bytes = b"") -> str:
+    """SHA-256 of ``begin``, and of the name and the content of each file."""
+    digest = hashlib.sha256(begin)
+    for path in files:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()

@@ -221,7 +221,7 @@ def _colours(values: Any, place: str) -> tuple[float, float, float]:
 
 
 def facts(model: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a ``model_cfg`` decides embeddings and scores."""
+    """The entries of a ``model_cfg`` on which embeddings and scores depend."""
     found: dict[str, Any] = {}
     for key, value in sorted(model.items()):
         if isinstance(value, dict) and key in _TOWERS:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 
 from pipeline.core.errors import ModelError, short
 from pipeline.models.files import OPEN_CLIP_CONFIG, guarded
+from pipeline.models.fingerprint import files_digest
 from pipeline.models.hub import TOKENIZER_FILES
 from pipeline.models.lean import import_open_clip
 from pipeline.models.tokens import Tokenizer
@@ -115,7 +115,4 @@ def _options(folder: Path, text: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _digest(files: Sequence[Path], *facts: Any) -> str:
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-    for path in files:
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
+    return files_digest(files, json.dumps(facts, sort_keys=True).encode())

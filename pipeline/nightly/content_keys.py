@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.core.concurrency import in_order
-from pipeline.core.plain import plain_array, plain_type, read_batches
+from pipeline.core.plain import plain_array, plain_type, read_batches, text_bytes
 from pipeline.core.processes import cores
 from pipeline.manifest.manifest import Manifest
 from pipeline.nightly.records import NightError
@@ -163,10 +163,8 @@ def _keys(batch: pa.RecordBatch, manifest: Manifest, content: Content, image: Se
 
 
 def _text_digests(column: pa.Array) -> pa.Array:
-    cells = plain_array(column, plain_type(column.type))
-    large = pa.types.is_large_string(cells.type)
-    raw = cells.cast(pa.large_binary() if large else pa.binary()).to_pylist()
-    return pa.array([_digest(cell) or "" for cell in raw], pa.string())
+    cells = text_bytes(plain_array(column, plain_type(column.type)))
+    return pa.array([_digest(cell) or "" for cell in cells], pa.string())
 
 
 def _texts(column: pa.Array) -> pa.Array:

@@ -144,18 +144,15 @@ def signs_of(config: Config, model: Any) -> dict[str, Any]:
     if config.prompts.path is not None:
         with open_file(config.prompts.path) as file:
             labels = hashlib.file_digest(file, "sha256").hexdigest()
-    signs = {
+    signs: dict[str, Any] = {
         "recipe": recipe,
         "labels": labels,
-        # Only where there are any, as nights before there were heads have none.
-        **(
-            {"heads": {head.name: head.fingerprint for head in map(read_head, config.labels.heads)}}
-            if config.labels.heads
-            else {}
-        ),
         "versions": versions(config.backend.info.packages),
         "model": model,
     }
+    if config.labels.heads:
+        # Nights before there were heads have no such entry.
+        signs["heads"] = {head.name: head.fingerprint for head in map(read_head, config.labels.heads)}
     found: dict[str, Any] = json.loads(json.dumps(signs))
     return found
 

@@ -120,7 +120,7 @@ def prepare(config: Config, options: NightOptions, store: Storage, day: str) -> 
     output = open_night(store, day)
     config = config.changed({"output.dir": output.url})
     manifest = open_manifest(config.manifest)
-    check_columns(config, config.manifest.output_columns)
+    check_columns(config)
     check_places(config, manifest)
     check_ids(manifest)
     content = find_content(manifest, options.content)

@@ -24,7 +24,7 @@ from pipeline.backends.streams import count_streams, keep_memory
 from pipeline.config.schema import Config
 from pipeline.core.processes import cores
 from pipeline.core.records import Failure, ImageRef, Parity, Pixels, PreprocessSpec
-from pipeline.dataset.vectors import VectorFormat, described
+from pipeline.dataset.vectors import VectorFormat, form_of
 from pipeline.engine import engine as job
 from pipeline.engine.forward import Labelling, memory_explained
 from pipeline.images.factory import decoder_of, open_decoders, worker_threads
@@ -113,7 +113,7 @@ def open_engine(config: Config, opened: ExitStack, *, timer: Timer, texts: Calla
     parts.choose_backend()
     config = parts.config
     checkpoint, spec, bank = parts.checkpoint, parts.spec, parts.bank()
-    vectors = VectorFormat.of(described(config.output, checkpoint.dim), checkpoint.dim)
+    vectors = form_of(config.output, checkpoint.dim)
     if device.type == "cpu":
         keep_memory()
     encoding = _pool("encode", streams, opened, initializer=torch.set_num_threads, initargs=(threads,))
