@@ -330,3 +330,10 @@ def test_a_head_is_found_from_another_folder_and_where_its_project_moved(
             opened.relabel(["x", "y"], output=tmp_path / f"from-{place}").close()
         assert pq.read_table(tmp_path / f"from-{place}")["head_taste"].equals(wanted)
     assert "heads" not in recipe_of(config.changed({"labels.heads": []}))["labels"]
+
+
+def test_a_head_that_cannot_be_written_is_an_error_that_names_it(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file" / "taste.json", Path("/proc/no-such-folder/taste.json")):
+        with pytest.raises(ModelError, match=f"{path}: cannot be written"):
+            save_head(path, torch.nn.Sequential(torch.nn.Linear(DIM, 1)))

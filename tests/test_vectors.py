@@ -196,7 +196,7 @@ def test_a_row_is_stored_by_itself(clusters: np.ndarray, dtype: str) -> None:
     form = VectorFormat(dtype, 256)
     stored = form.encode(clusters)
     assert np.array_equal(form.encode(clusters[7:8])[0], stored[7])
-    # What is stored again is the same.
+    # Decoded and stored again, a row is the same.
     assert np.array_equal(form.encode(form.decode(stored)), stored)
     assert np.allclose(np.linalg.norm(form.decode(stored), axis=1), 1, atol=1e-6)
     assert form.decode(np.zeros_like(stored)).dtype == np.float32

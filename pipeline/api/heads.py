@@ -41,12 +41,8 @@ def save_head(path: str | os.PathLike[str], estimator: Any, *, dataset: Any = No
         The JSON file.
 
     Raises:
-        ModelError: the estimator is of another kind, or what is saved would not give its values.
+        ModelError: the estimator is of another kind, what is saved would not give its values, or it cannot be written.
     """
-    from safetensors.numpy import save_file
-
-    from pipeline.models.heads import read_head
-
     file = _file_of(path)
     layers, output, classes = _parts(estimator)
     tensors: dict[str, NDArray[Any]] = {}
@@ -59,6 +55,19 @@ def save_head(path: str | os.PathLike[str], estimator: Any, *, dataset: Any = No
         content["classes"] = classes
     if dataset is not None:
         content["model"] = _model_of(dataset)
+    try:
+        _write(file, tensors, content, estimator)
+    except OSError as error:
+        raise ModelError(f"{file}: cannot be written ({error.strerror}); name a folder that can") from error
+    return file
+
+
+def _write(file: Path, tensors: dict[str, NDArray[Any]], content: dict[str, Any], estimator: Any) -> None:
+    """Write both files of a head, once it is compared with the estimator."""
+    from safetensors.numpy import save_file
+
+    from pipeline.models.heads import read_head
+
     file.parent.mkdir(parents=True, exist_ok=True)
     # A head that is refused replaces no earlier one, and leaves no files.
     with TemporaryDirectory(dir=file.parent, prefix=".head-") as folder:
@@ -72,7 +81,6 @@ def save_head(path: str | os.PathLike[str], estimator: Any, *, dataset: Any = No
         _check(estimator, head)
         for suffix in (".safetensors", ".json"):
             draft.with_suffix(suffix).replace(file.with_suffix(suffix))
-    return file
 
 
 def _file_of(path: str | os.PathLike[str]) -> Path:
