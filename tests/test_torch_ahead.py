@@ -18,7 +18,7 @@ import torch
 
 from pipeline.backends import torch_ahead
 from pipeline.backends.artifacts.store import Artifact, ArtifactStore
-from pipeline.backends.torch_ahead import FILE, Compilation, Library, loaded
+from pipeline.backends.torch_ahead import FILE, Compilation, Library, load_or_compile
 from pipeline.backends.torch_module import compiled
 from pipeline.config.schema import BackendConfig
 from pipeline.core.errors import ArtifactError
@@ -71,7 +71,7 @@ def noise(seed: int = 1) -> torch.Tensor:
 def made(demo: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with the library of the tower."""
     store = tmp_path_factory.mktemp("made")
-    loaded(compilation(demo, store), lambda: Tower(demo.dim))
+    load_or_compile(compilation(demo, store), lambda: Tower(demo.dim))
     return store
 
 
@@ -146,7 +146,7 @@ def test_a_second_start_compiles_nothing_and_gives_the_same_bits(
     expected = just_in_time(demo)
     for name in ("compiled", "_compile"):
         monkeypatch.setattr(torch_ahead, name, lambda *_, **__: never())
-    forward, weight_bytes = loaded(compilation(demo, store), never)
+    forward, weight_bytes = load_or_compile(compilation(demo, store), never)
     assert isinstance(forward, Library)
     assert weight_bytes == 4 * 108 * demo.dim
     assert torch.equal(run(forward, noise()), expected)
@@ -159,7 +159,7 @@ def test_a_second_start_compiles_nothing_and_gives_the_same_bits(
 
 @pytest.mark.slow
 def test_batches_side_by_side_give_the_same_bits(demo: Checkpoint, store: Path) -> None:
-    forward, _ = loaded(compilation(demo, store), never)
+    forward, _ = load_or_compile(compilation(demo, store), never)
     expected = [run(forward, noise(seed)) for seed in range(4)]
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda i: run(forward, noise(i % 4)), range(24)))
@@ -175,7 +175,7 @@ def test_a_torn_library_is_made_again(demo: Checkpoint, store: Path, caplog: pyt
     artifact.file(FILE).unlink()
     artifact.file(FILE).write_bytes(whole[: len(whole) // 2])
     with caplog.at_level(logging.WARNING):
-        forward, _ = loaded(compilation(demo, store), lambda: Tower(demo.dim))
+        forward, _ = load_or_compile(compilation(demo, store), lambda: Tower(demo.dim))
     assert caplog.text.count("is damaged and is removed") == 1
     assert isinstance(forward, Library)
     assert ArtifactStore(store).problems(artifact) == []
@@ -192,7 +192,7 @@ def test_without_a_store_or_with_other_digits_it_is_compiled_at_each_start(
     for place, why in (("file", "file"), ("differs", "last digits"), ("broken", "invalid ELF|too short")):
         caplog.clear()
         with caplog.at_level(logging.INFO):
-            forward, weight_bytes = loaded(compilation(demo, tmp_path / place), lambda: Tower(demo.dim))
+            forward, weight_bytes = load_or_compile(compilation(demo, tmp_path / place), lambda: Tower(demo.dim))
         lines = [record.getMessage() for record in caplog.records if "at each start" in record.getMessage()]
         assert len(lines) == 1
         assert re.search(why, lines[0]), lines
@@ -212,7 +212,7 @@ def test_a_tower_that_cannot_be_exported_is_compiled_at_each_start(
             return super().forward(pixels)
 
     with caplog.at_level(logging.INFO):
-        forward, _ = loaded(compilation(demo, tmp_path), lambda: Odd(demo.dim))
+        forward, _ = load_or_compile(compilation(demo, tmp_path), lambda: Odd(demo.dim))
     assert "compiling ahead of time failed (ValueError: not this way)" in caplog.text
     assert not isinstance(forward, Library)
     assert run(forward, noise()).shape == (SHAPE[0], demo.dim)
@@ -221,7 +221,7 @@ def test_a_tower_that_cannot_be_exported_is_compiled_at_each_start(
 
 @pytest.mark.slow
 def test_other_threads_go_on_while_a_batch_is_embedded(demo: Checkpoint, store: Path) -> None:
-    forward, _ = loaded(compilation(demo, store), never)
+    forward, _ = load_or_compile(compilation(demo, store), never)
     ended, ticks = threading.Event(), list[float]()
 
     def tick() -> None:

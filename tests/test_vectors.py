@@ -16,7 +16,7 @@ from pipeline.config.schema import Config
 from pipeline.core.errors import ConfigError, NumericalError, StorageError
 from pipeline.dataset.dataset import open_dataset as opened
 from pipeline.dataset.search import nearest
-from pipeline.dataset.vectors import VectorFormat, cut, described, vectors_of
+from pipeline.dataset.vectors import VectorFormat, cut, form_fingerprint, vectors_of
 from pipeline.engine.recall import RecallSample, recall
 from pipeline.job.main import run_job
 from tests.jobs import DAMAGED, config_for, content, scenes_manifest
@@ -188,7 +188,7 @@ def test_plans_without_these_settings_are_as_before(folder: Path) -> None:
     plan = json.loads((folder / "full" / "_plan.json").read_text())
     assert plan["fingerprints"]["output"] == {"dtype": "float32", "compression": "zstd", "layout": 2}
     assert plan["config"]["output"] == {"dtype": "float32", "compression": "zstd"}
-    assert described(Config().changed({"output.dims": DIM}).output, DIM) == {"dtype": "float32"}
+    assert form_fingerprint(Config().changed({"output.dims": DIM}).output, DIM) == {"dtype": "float32"}
 
 
 @pytest.mark.parametrize("dtype", ["int8", "binary"])
@@ -229,12 +229,12 @@ def test_bytes_keep_the_neighbours(clusters: np.ndarray) -> None:
 def test_what_cannot_be_stored_is_refused() -> None:
     output = Config().output
     with pytest.raises(ConfigError, match=r"output\.dims = 192: must be at most 128, the length of this model's"):
-        described(Config().changed({"output.dims": 192}).output, DIM)
+        form_fingerprint(Config().changed({"output.dims": 192}).output, DIM)
     with pytest.raises(ConfigError, match="fills whole bytes; 100 numbers do not"):
-        described(Config().changed({"output.dims": 100, "output.dtype": "binary"}).output, DIM)
+        form_fingerprint(Config().changed({"output.dims": 100, "output.dtype": "binary"}).output, DIM)
     with pytest.raises(NumericalError, match="the first 2 numbers of an embedding are 0"):
         cut(np.array([[0, 0, 1]], dtype=np.float32), 2)
-    assert described(output, DIM) == {"dtype": "float32"}
+    assert form_fingerprint(output, DIM) == {"dtype": "float32"}
 
 
 def test_a_list_of_another_length_is_damage(folder: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import torch
 
 from pipeline.backends.base import Draw, EncoderInfo
 from pipeline.backends.devices import DTYPES, choose
-from pipeline.backends.torch_ahead import Compilation, loaded
+from pipeline.backends.torch_ahead import Compilation, load_or_compile
 from pipeline.backends.torch_attention import kernels, prove
 from pipeline.backends.torch_module import (
     TIMED,
@@ -43,7 +43,7 @@ def open_encoder(
         pixels = blank(checkpoint, batch_size=batch_size, device=device, dtype=dtype)
         if config.compile == "default" and not cuda:
             decides = {"compile": config.compile, "precision": precision}
-            forward, _ = loaded(Compilation(checkpoint, config, decides, pixels), lambda: tower)
+            forward, _ = load_or_compile(Compilation(checkpoint, config, decides, pixels), lambda: tower)
         else:
             mode = WITHOUT_GRAPHS.get(config.compile, config.compile) if cuda else config.compile
             forward = compiled(tower, mode=mode, pixels=pixels)

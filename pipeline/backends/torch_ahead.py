@@ -139,7 +139,7 @@ class Library:
             raise RuntimeError(f"the compiled tower failed in {name}; the lines before this one say why")
 
 
-def loaded(compilation: Compilation, tower: Callable[[], torch.nn.Module]) -> tuple[Forward, int]:
+def load_or_compile(compilation: Compilation, tower: Callable[[], torch.nn.Module]) -> tuple[Forward, int]:
     """The forward of a tower and the bytes of its weights, from the artefact store, or compiled and then stored.
 
     Where no library can be stored or used, the tower is compiled at each start, with the same numbers.

@@ -6,7 +6,7 @@ import torch
 
 from pipeline.backends.base import Draw, EncoderInfo
 from pipeline.backends.devices import choose
-from pipeline.backends.torch_ahead import Compilation, loaded
+from pipeline.backends.torch_ahead import Compilation, load_or_compile
 from pipeline.backends.torch_attention import kernels, prove
 from pipeline.backends.torch_module import (
     TIMED,
@@ -41,7 +41,9 @@ def open_encoder(
     pixels = blank(checkpoint, batch_size=batch_size, device=device, dtype=dtype)
     if device.type == "cpu":
         whole = Compilation(checkpoint, config, {"activations": options["activations"]}, pixels)
-        forward, weight_bytes = loaded(whole, lambda: _quantized(tower_on(checkpoint, device, dtype), dynamic=dynamic))
+        forward, weight_bytes = load_or_compile(
+            whole, lambda: _quantized(tower_on(checkpoint, device, dtype), dynamic=dynamic)
+        )
     else:
         tower = tower_on(checkpoint, device, dtype)
         options |= {"attention": prove(kernels(tower, pixels), device, dtype), **TIMED}

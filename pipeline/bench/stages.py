@@ -28,7 +28,7 @@ from pipeline.core.processes import cores
 from pipeline.core.records import Embeddings, ImageRef, Pixels, ShardRows, Stage
 from pipeline.dataset.commits import commit_part
 from pipeline.dataset.parts import ShardResult, build_table, part_format
-from pipeline.dataset.vectors import described
+from pipeline.dataset.vectors import form_fingerprint
 from pipeline.engine.engine import Engine
 from pipeline.images.factory import worker_threads
 from pipeline.images.reader import PixelReader
@@ -203,7 +203,7 @@ class Stages:
             dim=self._dim,
             dtype=config.output.dtype,
             compression=config.output.compression,
-            fingerprints={"output": described(config.output, self._dim)},
+            fingerprints={"output": form_fingerprint(config.output, self._dim)},
         )
         shards = list(cut(self._manifest, config.manifest.shard_rows))
         with ShardReader(self._manifest) as reader:

@@ -132,9 +132,9 @@ def form_of(output: OutputConfig, dim: int) -> VectorFormat:
     """The form in which an output stores embeddings of length ``dim``.
 
     Raises:
-        ConfigError: see :func:`described`.
+        ConfigError: see :func:`form_fingerprint`.
     """
-    return VectorFormat.of(described(output, dim), dim)
+    return VectorFormat.of(form_fingerprint(output, dim), dim)
 
 
 def vectors_of(column: pa.ChunkedArray, width: int = 0) -> tuple[NDArray[Any], NDArray[np.int64]]:
@@ -190,7 +190,7 @@ def check_heads(form: VectorFormat, heads: Sequence[str]) -> None:
         raise ConfigError([Problem("labels.heads", list(heads), allowed, "output.dtype=int8 stores numbers")])
 
 
-def described(output: OutputConfig, dim: int) -> dict[str, Any]:
+def form_fingerprint(output: OutputConfig, dim: int) -> dict[str, Any]:
     """The form of an output's vectors for its fingerprints; that of earlier versions is named by its dtype alone.
 
     Args:

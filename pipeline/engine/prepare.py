@@ -17,7 +17,7 @@ from pipeline.core.machine import machine
 from pipeline.core.processes import cores
 from pipeline.core.records import Parity, Sample, TextBank
 from pipeline.dataset import lease, parts, plan
-from pipeline.dataset.vectors import described
+from pipeline.dataset.vectors import form_fingerprint
 from pipeline.engine.engine import Engine
 from pipeline.engine.loop import Job
 from pipeline.engine.sample import FirstBatch, FirstImages, first_images
@@ -193,7 +193,7 @@ def fingerprints(engine: Engine) -> dict[str, Any]:
         "prompts": None if bank is None else prompts_fingerprint(config, bank),
         "manifest": engine.manifest.fingerprint,
         "output": {
-            **described(config.output, engine.encoder.dim),
+            **form_fingerprint(config.output, engine.encoder.dim),
             "compression": config.output.compression,
             "layout": parts.LAYOUT,
         },

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pipeline.config.schema import ModelConfig
 from pipeline.core.errors import ModelError
-from pipeline.models.files import Read, check_side, guarded
+from pipeline.models.files import CheckpointFiles, check_side, guarded
 from pipeline.models.fingerprint import digests as architecture_digests
 from pipeline.models.fingerprint import files_digest
 from pipeline.models.hub import TOKENIZER_FILES
@@ -117,7 +117,7 @@ class DualTextTower(TextTower):
         return features
 
 
-def assemble(config: ModelConfig, model: Any, read: Read) -> Checkpoint:
+def assemble(config: ModelConfig, model: Any, read: CheckpointFiles) -> Checkpoint:
     """A dual encoder and what was read of its folder as a checkpoint, after checks that they belong together.
 
     Raises:

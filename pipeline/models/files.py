@@ -21,7 +21,7 @@ OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.saf
 
 
 @dataclass(frozen=True, slots=True)
-class Read:
+class CheckpointFiles:
     """Content of a checkpoint besides its model: ``values`` of its config, and digests of its ``weights``."""
 
     folder: Path

@@ -15,7 +15,7 @@ from pipeline.core.log_format import silence
 from pipeline.models import dual, vision
 from pipeline.models.architectures import ARCHITECTURES
 from pipeline.models.config_check import open_config
-from pipeline.models.files import CONFIG, Read, explain_other_layout, guarded, loaded_weights, read_json
+from pipeline.models.files import CONFIG, CheckpointFiles, explain_other_layout, guarded, loaded_weights, read_json
 from pipeline.models.hub import DEMO_FOLDER, find_weights
 from pipeline.models.other_forms import model_folder, nearest
 from pipeline.models.preprocessor import read_spec, to_spec
@@ -40,7 +40,7 @@ def open_folder(config: ModelConfig, folder: Path) -> Checkpoint:
     values, settings = _read_config(folder)
     spec = read_spec(folder, settings.model_type)
     if config.weights == "random":
-        return _open_random(config, settings, Read(folder, spec, values, {"random": str(config.seed)}))
+        return _open_random(config, settings, CheckpointFiles(folder, spec, values, {"random": str(config.seed)}))
     place = find_weights(config, folder)
     weights = loaded_weights(place)
     tensors = check_tensors(weights)
@@ -48,7 +48,7 @@ def open_folder(config: ModelConfig, folder: Path) -> Checkpoint:
     digests = aside(lambda: {path.name: sha256(path) for path in weights}, name="digests")
     alone = settings.model_type in vision.FAMILIES
     model = load_model(folder, place, vision.build_of(settings, tensors) if alone else PLAIN)
-    return _assemble(config, model, Read(folder, spec, values, digests.result()))
+    return _assemble(config, model, CheckpointFiles(folder, spec, values, digests.result()))
 
 
 def open_known(config: ModelConfig) -> Checkpoint:
@@ -57,10 +57,10 @@ def open_known(config: ModelConfig) -> Checkpoint:
     settings = AutoConfig.for_model(**values)
     spec = to_spec(preprocessor, settings.model_type, config.name)
     # The demo's tokenizer saves a download: the features of random weights have no meaning.
-    return _open_random(config, settings, Read(DEMO_FOLDER, spec, values, {"random": str(config.seed)}))
+    return _open_random(config, settings, CheckpointFiles(DEMO_FOLDER, spec, values, {"random": str(config.seed)}))
 
 
-def _open_random(config: ModelConfig, settings: Any, read: Read) -> Checkpoint:
+def _open_random(config: ModelConfig, settings: Any, read: CheckpointFiles) -> Checkpoint:
     build = PLAIN
     if settings.model_type in vision.FAMILIES:
         build = vision.build_of(settings, None)
@@ -72,7 +72,7 @@ def _open_random(config: ModelConfig, settings: Any, read: Read) -> Checkpoint:
     return _assemble(config, model, read)
 
 
-def _assemble(config: ModelConfig, model: Any, read: Read) -> Checkpoint:
+def _assemble(config: ModelConfig, model: Any, read: CheckpointFiles) -> Checkpoint:
     model.eval().requires_grad_(False)
     assemble = vision.assemble if model.config.model_type in vision.FAMILIES else dual.assemble
     return assemble(config, model, read)

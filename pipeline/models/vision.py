@@ -11,7 +11,7 @@ import torch
 
 from pipeline.config.schema import ModelConfig
 from pipeline.core.errors import ModelError
-from pipeline.models.files import Read, check_side
+from pipeline.models.files import CheckpointFiles, check_side
 from pipeline.models.fingerprint import digests as architecture_digests
 from pipeline.models.record import Checkpoint
 from pipeline.models.towers import ImageTower, Sizes
@@ -129,7 +129,7 @@ def build_of(settings: Any, tensors: Collection[str] | None) -> Build:
     return row.build if headed else row.bare
 
 
-def assemble(config: ModelConfig, model: Any, read: Read) -> Checkpoint:
+def assemble(config: ModelConfig, model: Any, read: CheckpointFiles) -> Checkpoint:
     """An image tower and what was read of its folder as a checkpoint.
 
     Raises:
