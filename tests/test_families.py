@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 from transformers import Siglip2Config, Siglip2Model
 
 from pipeline.backends.base import factory
-from pipeline.backends.torch_module import in_a_layer, need_layers
+from pipeline.backends.torch_module import in_a_layer, quantize_layers
 from pipeline.config.schema import BackendConfig, LabelsConfig, ModelConfig, ParityConfig, PromptsConfig
 from pipeline.core.errors import BackendUnavailable, ModelError
 from pipeline.core.records import Embeddings
@@ -156,7 +156,7 @@ def test_every_image_tower_has_layers_to_quantize(images_case: Case) -> None:
     # Of each layer the three projections of attention, its output, and two of the MLP (three of a gated one).
     assert len(found) in (6 * tower.sizes.layers, 7 * tower.sizes.layers)
     with pytest.raises(BackendUnavailable, match="finds no linear layers"):
-        need_layers(torch.nn.Linear(2, 2), "torch_int8")
+        quantize_layers(torch.nn.Linear(2, 2), "torch_int8", None)
 
 
 # The lowest cosine to fp32 that a precision must keep with weights of noise, which int8 has few levels for.

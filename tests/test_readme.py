@@ -9,6 +9,8 @@ import shlex
 import subprocess
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config.compose import check_overrides
@@ -26,11 +28,15 @@ RUNS = [command for command in ALL if isinstance(row_of(command), Run)]
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a user's folder with pictures."""
+    """Return a user's folder: pictures, a table of them with captions, and one of somebody's answers about them."""
     folder = tmp_path_factory.mktemp("readme")
     (folder / "Pictures").mkdir()
     for i in range(12):
         (folder / "Pictures" / f"{i:03}.jpg").write_bytes(scene(i)[0])
+    ids = [f"{i:03}.jpg" for i in range(12)]
+    pairs = {"id": ids, "path": [f"Pictures/{each}" for each in ids], "caption": [scene(i)[1] for i in range(12)]}
+    pq.write_table(pa.table(pairs), folder / "pairs.parquet")
+    pq.write_table(pa.table({"id": ids, "is_sharp": [i % 2 == 0 for i in range(12)]}), folder / "answers.parquet")
     return folder
 
 

@@ -13,10 +13,9 @@ from pipeline.backends.torch_module import (
     blank,
     compiled,
     count_bytes,
-    in_a_layer,
-    need_layers,
     need_torchao,
     note_timed,
+    quantize_layers,
     tower_on,
 )
 from pipeline.config.schema import BackendConfig, ParityConfig
@@ -45,14 +44,13 @@ def open_encoder(
             "take backend=torch backend.precision=bf16, or backend=torch_int8"
         )
     torchao = need_torchao()
-    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow
 
     dtype = torch.bfloat16
     tower = tower_on(checkpoint, device, dtype)
     pixels = blank(checkpoint, batch_size=batch_size, device=device, dtype=dtype)
     attention = prove(kernels(tower, pixels), device, dtype)
-    need_layers(tower, "torch_fp8")
-    quantize_(tower, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()), filter_fn=in_a_layer)
+    quantize_layers(tower, "torch_fp8", Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
     info = EncoderInfo(
         "torch_fp8",
         precision,

@@ -14,10 +14,9 @@ from pipeline.backends.torch_module import (
     blank,
     compiled,
     count_bytes,
-    in_a_layer,
-    need_layers,
     need_torchao,
     note_timed,
+    quantize_layers,
     tower_on,
 )
 from pipeline.config.schema import BackendConfig, ParityConfig
@@ -64,11 +63,10 @@ def open_encoder(
 
 def _quantized(tower: ImageTower, *, dynamic: bool) -> ImageTower:
     """The tower itself, with the layers of its transformer in int8."""
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
 
-    need_layers(tower, "torch_int8")
     scheme = Int8DynamicActivationInt8WeightConfig() if dynamic else Int8WeightOnlyConfig()
-    quantize_(tower, scheme, filter_fn=in_a_layer)
+    quantize_layers(tower, "torch_int8", scheme)
     return tower
 
 

@@ -167,8 +167,8 @@ def in_a_layer(module: torch.nn.Module, name: str) -> bool:
     return isinstance(module, torch.nn.Linear) and _LAYER.search(name) is not None
 
 
-def need_layers(tower: torch.nn.Module, backend: str) -> None:
-    """Check that :func:`in_a_layer` finds layers.
+def quantize_layers(tower: torch.nn.Module, backend: str, scheme: Any) -> None:
+    """Quantize the layers that :func:`in_a_layer` finds, in place, by a config of torchao.
 
     Raises:
         BackendUnavailable: it finds none, so that nothing would be quantized.
@@ -178,6 +178,14 @@ def need_layers(tower: torch.nn.Module, backend: str) -> None:
             f"backend={backend} finds no linear layers in this image tower that it could quantize; take backend=torch "
             "with precision=bf16, or backend=onnx_int8"
         )
+    from torchao.quantization import quantize_
+
+    for module in tower.modules():
+        # timm's attention of EVA gives the weight as a keyword, which torchao's tensors do not take, unless it adds
+        # the bias on its own.
+        if hasattr(module, "qkv_bias_separate"):
+            module.qkv_bias_separate = True
+    quantize_(tower, scheme, filter_fn=in_a_layer)
 
 
 def count_bytes(module: torch.nn.Module) -> int:
