@@ -324,6 +324,8 @@ def test_a_stream_does_not_end_while_feeders_start(patience: float) -> None:
         ({"part": "0/3"}, {}, ["cluster.part"]),
         ({"part": "half"}, {"batch_size": 0}, ["cluster.part", "loader.batch_size"]),
         ({"part": "1/2", "name": "local"}, {}, ["cluster.part"]),
+        ({"part": "auto", "name": "local"}, {"batch_size": 0}, ["cluster.part", "loader.batch_size"]),
+        ({"part": "automatic"}, {}, ["cluster.part"]),
         ({"name": "address"}, {}, ["cluster.address"]),
         ({"address": "tcp://a:1"}, {}, ["cluster.address"]),
         ({"name": "address", "address": "tls://a:1"}, {}, ["cluster.address"]),

@@ -180,6 +180,7 @@ def quantize_layers(tower: torch.nn.Module, backend: str, scheme: Any) -> None:
         )
     from torchao.quantization import quantize_
 
+    module: Any
     for module in tower.modules():
         # timm's attention of EVA gives the weight as a keyword, which torchao's tensors do not take, unless it adds
         # the bias on its own.

@@ -174,8 +174,8 @@ def _check_part(config: Config) -> Iterator[Problem]:
     cluster = config.cluster
     if cluster.part is None:
         return
-    if part_of(cluster.part) is None:
-        allowed = "must be NUMBER/COUNT, counted from 1, such as 3/16"
+    if cluster.part != AUTO and part_of(cluster.part) is None:
+        allowed = f"must be {AUTO}, or NUMBER/COUNT, counted from 1, such as 3/16"
         yield Problem("cluster.part", cluster.part, allowed, "or null for the whole")
     if cluster.name != "inline":
         allowed = f"splits a job without a scheduler; with cluster={cluster.name} leave it out"

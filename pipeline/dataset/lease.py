@@ -86,6 +86,13 @@ def holders(storage: Storage) -> Iterator[tuple[str, str, Holder | None]]:
                 yield folder, name, parse(storage.read(name))
 
 
+def remove(storage: Storage, folder: str) -> None:
+    """Remove the lease of a run that is gone, of whose folder no other run takes one."""
+    for name in leases(storage, folder).values():
+        storage.remove(name)
+    _remove_folder(storage, folder)
+
+
 def take(storage: Storage, *, seconds: float, folder: str = FOLDER) -> Lease:
     """Take the lease, or take over one whose holder is gone.
 
@@ -209,9 +216,13 @@ class Lease:
                 if number < self._number:
                     self._storage.remove(name)
             self._storage.remove(self._name)
-        if isinstance(self._storage, LocalStorage):
-            with suppress(OSError):
-                (self._storage.root / self._folder).rmdir()
+        _remove_folder(self._storage, self._folder)
+
+
+def _remove_folder(storage: Storage, folder: str) -> None:
+    if isinstance(storage, LocalStorage):
+        with suppress(OSError):
+            (storage.root / folder).rmdir()
 
 
 def _judge(storage: Storage, name: str, seconds: float) -> str | None:

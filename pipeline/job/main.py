@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +14,7 @@ from pipeline.config.schema import Config
 from pipeline.core.errors import StorageError
 from pipeline.core.log_format import new_run
 from pipeline.core.phases import Phases, phase
-from pipeline.core.records import OK
+from pipeline.core.records import OK, Shard
 from pipeline.core.run_report import RunReport
 from pipeline.dataset import commits, lease, plan
 from pipeline.engine.demo import folder as demo
@@ -23,6 +23,7 @@ from pipeline.engine.engine import Engine
 from pipeline.engine.prepare import Prepared, job_of, log_labels, write_plan
 from pipeline.images.pool.pool import Decoders
 from pipeline.job import finish
+from pipeline.job.cluster.claims import Claims
 from pipeline.job.cluster.executor import Executor, executor_of
 from pipeline.job.cluster.main_guard import leave_if_run_again
 from pipeline.job.cluster.part import Part
@@ -34,6 +35,7 @@ from pipeline.storage.factory import open_storage
 from pipeline.telemetry.logs import log_to, log_to_terminal, progress_mode
 from pipeline.telemetry.monitor import Monitor, monitored
 from pipeline.telemetry.progress import Progress
+from pipeline.telemetry.run_stats import RunStats
 from pipeline.telemetry.tracing import shard as shard_span
 from pipeline.telemetry.tracing import span
 
@@ -72,13 +74,18 @@ class RunOptions:
 @dataclass(frozen=True, slots=True)
 class _Output:
     """The output of a run: its storage and lease, the part of the shards that the run embeds, its monitor and its
-    phases."""
+    phases; with ``cluster.part=auto`` its claims too."""
 
     storage: Storage
     held: lease.Lease
     part: Part
     monitor: Monitor
     phases: Phases
+    claims: Claims | None = None
+
+    def rounds(self, todo: Iterator[Shard]) -> Iterable[Iterator[Shard]]:
+        """The shards to do, one round after the other."""
+        return [todo] if self.claims is None else self.claims.rounds(todo)
 
 
 def run_job(config: Config, options: RunOptions | None = None) -> RunReport:
@@ -120,8 +127,9 @@ def run_job(config: Config, options: RunOptions | None = None) -> RunReport:
 
         # Embed: what has no commit yet; _SUCCESS is written when the commits cover the plan.
         embedded = _embed(output, executor, engine.manifest, prepared, done)
-        prepared = executor.prepared
-        committed = _finalize(output, executor, prepared, done)
+        prepared, publishes = executor.prepared, output.claims is None or output.claims.end()
+        given_up = tuple(sorted({*executor.given_up, *(output.claims.given_up if output.claims else ())}))
+        committed = _finalize(output, given_up, prepared, done) if publishes else []
         phases.ended("marker")
 
         # Finish: the report of this run, and the errors of a complete dataset.
@@ -137,17 +145,21 @@ def run_job(config: Config, options: RunOptions | None = None) -> RunReport:
             embedded=embedded,
             workers=executor.workers,
             committed=tuple(committed),
-            given_up=executor.given_up,
+            given_up=given_up if publishes else (),
         )
         draft = finish.report_of(outcome)
         output.monitor.finished(draft.report, dataset_bytes=sum(commit.size for commit in committed))
         output.held.confirm()
+        if not publishes:
+            return draft.report
         if outcome.missing and not outcome.given_up:
             # The part of the job that commits the last shard publishes the report, and counts the failures.
             missing, shards = outcome.missing, prepared.plan.shards
             log.info("%s: %d of %d shards are missing; other parts do them", config.output.dir, missing, shards)
             return draft.report
         finish.publish(outcome, draft)
+        if output.claims is not None:
+            output.claims.clear()
         phases.ended("report")
         if options.summary:
             finish.log_summary(draft.report, prepared.config)
@@ -187,7 +199,10 @@ def _open_output(config: Config, options: RunOptions, phases: Phases, opened: Ex
     opened.enter_context(log_to(storage, part.log, form=config.log, run=run))
     if held.taken_over:
         log.warning("took over from %s", held.taken_over)
-    return config, _Output(storage=storage, held=held, part=part, monitor=monitor, phases=phases)
+    claims = None
+    if part.token:
+        claims = opened.enter_context(Claims(storage, part.lease, config.output.lease_seconds, held.check))
+    return config, _Output(storage, held, part, monitor, phases, claims)
 
 
 def _embed(
@@ -212,19 +227,23 @@ def _embed(
             startup.update(output.phases.take())
 
     rows, images, began = 0, 0, time.time()
-    with (
-        Progress(manifest.rows, done=resumed, mode=progress_mode(config), streams=prepared.streams) as progress,
-        closing(executor.run(todo, on_batch)) as reports,
-    ):
+    with Progress(manifest.rows, done=resumed, mode=progress_mode(config), streams=prepared.streams) as progress:
         output.monitor.looping(progress.figures, resumed=resumed)
-        for report in reports:
-            output.held.check()
-            shard_span(report)
-            rows += report.rows if report.committed else 0
-            # The progress counts the images of a worker that died twice, since they are embedded again.
-            images += report.counts[OK] - report.repeats
-            progress.failed(report.rows - report.counts[OK])
-            progress.shared(report.repeats)
+        for shards in output.rounds(todo):
+            with closing(executor.run(shards, on_batch)) as reports:
+                for report in reports:
+                    output.held.check()
+                    shard_span(report)
+                    rows += report.rows if report.committed else 0
+                    # The progress counts the images of a worker that died twice, since they are embedded again.
+                    images += report.counts[OK] - report.repeats
+                    progress.failed(report.rows - report.counts[OK])
+                    progress.shared(report.repeats)
+                    if output.claims is not None:
+                        output.claims.committed(report.shard)
+                        # A machine that goes away leaves what it did.
+                        done_so_far = RunStats(began, time.time(), rows, images, executor.workers)
+                        output.part.record(output.storage, done_so_far)
     output.phases.ended("last parts")
     return Embedded(
         rows=rows,
@@ -238,7 +257,7 @@ def _embed(
 
 
 def _finalize(
-    output: _Output, executor: Executor, prepared: Prepared, done: Mapping[int, commits.Commit]
+    output: _Output, given_up: Iterable[int], prepared: Prepared, done: Mapping[int, commits.Commit]
 ) -> list[commits.Commit]:
     """Return the commits of all parts of the job, after writing ``_SUCCESS`` if they cover the plan.
 
@@ -247,7 +266,7 @@ def _finalize(
     """
     storage, plan = output.storage, prepared.plan
     committed = commits.read_present(storage, plan, known=done)
-    left = {*range(plan.shards)} - {commit.shard for commit in committed} - {*executor.given_up}
+    left = {*range(plan.shards)} - {commit.shard for commit in committed} - {*given_up}
     lost = [shard for shard in sorted(left) if output.part.has(shard)]
     if lost:
         raise StorageError(f"{storage.url}: shard {lost[0]} has no commit any more; run the same command again")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from pipeline.config.ranges import AUTO
 from pipeline.config.schema import Config
 from pipeline.core.concurrency import aside
 from pipeline.core.errors import ConfigError, OutputBusy, Problem, exit_code_of
@@ -33,7 +35,9 @@ class Monitor:
     def __init__(self, config: Config, run: str, *, began: float) -> None:
         self._job, self._url = config.metrics.job, config.metrics.pushgateway
         self._path = None if config.metrics.textfile is None else Path(os.path.expanduser(config.metrics.textfile))
-        self._group = {} if config.cluster.part is None else {"part": config.cluster.part}
+        part = config.cluster.part
+        # Parts that claim their shards have no numbers.
+        self._group = {} if part is None else {"part": socket.gethostname() if part == AUTO else part}
         self.labels = {"job": self._job, "model": config.model.name, "backend": config.backend.name, **self._group}
         self.run, self._state = run, RunState(run=run, began=began)
         self._ended = threading.Event()

@@ -30,7 +30,7 @@ class Inline:
         self._engine: Engine
         self._write: Callable[[], None]
         self.prepared: Prepared
-        self._meter: Meter
+        self._meter: Meter | None = None
 
     def __enter__(self) -> Inline:
         return self
@@ -68,18 +68,17 @@ class Inline:
 
     def _hold(self, first: Sequence[FirstBatch]) -> None:
         began = time.time()
-        with self._meter.stopped():
+        with self._measured().stopped():
             settled = settle(self._engine, self.prepared, self._storage, first)
         self.prepared = replace(settled, gate_seconds=time.time() - began)
         self._record()
 
     def run(self, shards: Iterable[Shard], on_batch: Callable[[int], None]) -> Generator[ShardReport]:
-        """See :func:`pipeline.engine.loop.embed`."""
-        engine = self._engine
-        meter = self._meter = Meter(engine, "0", self._startup)
+        """See :func:`pipeline.engine.loop.embed`; the statistics are those of all calls."""
+        meter = self._measured()
         try:
             hold = self._hold if self.prepared.pending else None
-            with closing(embed(shards, self._job, worker_of(engine, meter, hold), on_batch=on_batch)) as reports:
+            with closing(embed(shards, self._job, worker_of(self._engine, meter, hold), on_batch=on_batch)) as reports:
                 for report in reports:
                     meter.add(report)
                     yield report
@@ -88,9 +87,14 @@ class Inline:
 
     def lap(self) -> None:
         """Take the core seconds so far as those of the job; see :attr:`workers`."""
-        self._meter.lap()
+        self._measured().lap()
 
     @property
     def workers(self) -> tuple[WorkerStats, ...]:
         """Statistics of this process."""
-        return (self._meter.stats(),)
+        return (self._measured().stats(),)
+
+    def _measured(self) -> Meter:
+        if self._meter is None:
+            self._meter = Meter(self._engine, "0", self._startup)
+        return self._meter
