@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config.schema import ClusterConfig, Config
-from pipeline.core.errors import LeaseLost, ShardsGivenUp
+from pipeline.core.errors import LeaseLost, ShardsGivenUp, StorageError
 from pipeline.core.processes import Process, this_process
 from pipeline.core.records import Shard
 from pipeline.dataset import lease
@@ -316,6 +316,23 @@ def test_shards_that_are_given_up_are_said(job: Config, tmp_path: Path, monkeypa
         run_job(auto(job, output))
     assert caught.value.exit_code == 3
     # The same command tries it again.
+    assert run_job(auto(job, output)).exit_code == 0
+    assert same(output, job)
+
+
+@pytest.mark.parametrize("damage", ["torn commit", "short part", "no part"])
+def test_a_damaged_shard_is_done_again_by_the_next_run(job: Config, tmp_path: Path, damage: str) -> None:
+    output = tmp_path / "out"
+    run_job(auto(job, output))
+    part = sorted(output.glob("part-*"))[4]
+    if damage == "torn commit":
+        (output / "_commits" / "00004.json").write_bytes(b"{")
+    elif damage == "short part":
+        part.write_bytes(part.read_bytes()[:-1])
+    else:
+        part.unlink()
+    with pytest.raises(StorageError, match="run the same command again"):
+        run_job(auto(job, output))
     assert run_job(auto(job, output)).exit_code == 0
     assert same(output, job)
 

@@ -231,10 +231,13 @@ def test_what_parts_did_is_told_once(single: Config, tmp_path: Path) -> None:
     assert [member.shards for member in report.workers] == [3, 3, 3]
 
 
-@pytest.mark.parametrize(("held", "wanted"), [
+@pytest.mark.parametrize(
+    ("held", "wanted"),
+    [
         *((None, "1/2"), ("1/2", None), ("1/2", "2/3"), ("1/2", "1/2")),
         *((None, "auto"), ("auto", None), ("1/2", "auto"), ("auto", "1/2")),
-    ])
+    ],
+)
 def test_runs_that_split_the_work_otherwise_keep_one_another_out(
     single: Config, tmp_path: Path, held: str | None, wanted: str | None
 ) -> None:

@@ -25,7 +25,7 @@ from pipeline.core.records import ShardReport
 from pipeline.dataset.parts import PartFormat, write_part
 from pipeline.dataset.plan import Plan
 from pipeline.dataset.plan import read as read_plan
-from pipeline.dataset.problems import PartRecord, audit, prefix_of
+from pipeline.dataset.problems import PartRecord, Proof, audit, prefix_of
 from pipeline.storage.base import Storage, sha256
 from pipeline.storage.urls import explained
 
@@ -102,18 +102,41 @@ def find_done(
     return done
 
 
+def listed(storage: Storage) -> set[int]:
+    """The shards of all commits that are there; none is read."""
+    names = (name.removesuffix(".json") for name in storage.sizes(FOLDER))
+    return {int(name) for name in names if name.isdigit()}
+
+
+def has(storage: Storage, shard: int) -> bool:
+    """True if there is a commit of a shard; it is not read."""
+    return storage.size(_name(shard)) is not None
+
+
 def look(storage: Storage, plan: Plan, *, every_byte: bool = True) -> tuple[dict[int, Commit], list[Checked]]:
     """The shards that need no work: a commit whose part is there, whole, and of this plan; and what is anything else
     (torn, foreign, part missing or damaged). Nothing is changed.
 
-    Without ``every_byte``, a digest that an object store keeps with a part stands for its bytes, and the commit for the
-    plan that they are of; a local disk keeps none, and is read.
+    Without ``every_byte``, the commit stands for the plan that a part is of, and an object store for the bytes: of a
+    part that was not written after its commit, and of one whose digest it keeps. A local disk is read.
     """
     plan = _with_sources(storage, plan)
     # Commits first: a part is there before its commit, so a shard that another run commits meanwhile
     # is not taken for one without a part.
-    names = sorted(name for name in storage.sizes(FOLDER) if name.endswith(".json"))
-    checked = partial(check, storage, plan, storage.sizes().get, every_byte=every_byte)
+    committed = storage.entries(FOLDER)
+    parts = storage.entries()
+
+    def size_of(part: str) -> int | None:
+        return parts[part].size if part in parts else None
+
+    def proof(record: PartRecord) -> bool:
+        """The writer uploads a part with its digest, which the store compares, before it writes the commit."""
+        part, commit = parts.get(record.part), committed.get(f"{record.shard:05d}.json")
+        since = storage.remote and part is not None and commit is not None and 0 < part.modified <= commit.modified
+        return since or storage.proven(record.part) == record.sha256
+
+    names = sorted(name for name in committed if name.endswith(".json"))
+    checked = partial(check, storage, plan, size_of, proof=None if every_byte else proof)
     done, bad = dict[int, Commit](), list[Checked]()
     for each in in_order(checked, names, threads=storage.threads):
         if each.problem:
@@ -247,16 +270,16 @@ class Checked:
 
 
 def check(
-    storage: Storage, plan: Plan, size_of: Callable[[str], int | None], name: str, *, every_byte: bool = True
+    storage: Storage, plan: Plan, size_of: Callable[[str], int | None], name: str, *, proof: Proof | None = None
 ) -> Checked:
-    """Look at a commit file and at its part; ``size_of`` and ``every_byte`` are as for :func:`audit`."""
+    """Look at a commit file and at its part; ``size_of`` and ``proof`` are as for :func:`audit`."""
     data = storage.read(f"{FOLDER}/{name}")
     commit = _parse(data)
     if commit is None:
         return Checked(name, None, "torn commit", "the commit is torn", data)
     if not 0 <= commit.shard < plan.shards or f"{FOLDER}/{name}" != _name(commit.shard):
         return Checked(name, None, "foreign commit", f"the commit is of a foreign shard ({commit.shard})", data)
-    problem = audit(storage, plan, size_of, PartRecord(**asdict(commit)), every_byte=every_byte)
+    problem = audit(storage, plan, size_of, PartRecord(**asdict(commit)), proof)
     if problem is None:
         return Checked(name, commit)
     return Checked(name, commit, problem.kind, problem.text, data)
@@ -290,7 +313,10 @@ def _discard(storage: Storage, plan: Plan, bad: Checked, *, every_byte: bool) ->
     def size_of(part: str) -> int | None:
         return storage.size(part) if is_part(part) else None
 
-    now = check(storage, plan, size_of, bad.name, every_byte=every_byte)
+    def proof(record: PartRecord) -> bool:
+        return storage.proven(record.part) == record.sha256
+
+    now = check(storage, plan, size_of, bad.name, proof=None if every_byte else proof)
     if now.data is None or not now.problem:
         return
     # The part first: a damaged one must never outlive its commit and be used by the next. The part that a bad commit

@@ -123,13 +123,23 @@ def run_job(config: Config, options: RunOptions | None = None) -> RunReport:
         if engine.has_images:
             log_labels(engine.bank())
         executor.begin(job_of(engine, prepared), partial(write_plan, prepared, output.storage, output.held))
-        done = commits.find_done(output.storage, prepared.plan, output.held.confirm, every_byte=options.every_byte)
+        find_done = partial(
+            commits.find_done, output.storage, prepared.plan, output.held.confirm, every_byte=options.every_byte
+        )
+        # Processes that claim shards come and go, and do not look at every part.
+        done = {} if output.claims else find_done()
 
         # Embed: what has no commit yet; _SUCCESS is written when the commits cover the plan.
         embedded = _embed(output, executor, engine.manifest, prepared, done)
         prepared, publishes = executor.prepared, output.claims is None or output.claims.end()
         given_up = tuple(sorted({*executor.given_up, *(output.claims.given_up if output.claims else ())}))
-        committed = _finalize(output, given_up, prepared, done) if publishes else []
+        try:
+            committed = _finalize(output, given_up, prepared, done) if publishes else []
+        except StorageError:
+            if output.claims:
+                # Clear what is damaged: the next run does it again.
+                find_done()
+            raise
         phases.ended("marker")
 
         # Finish: the report of this run, and the errors of a complete dataset.
@@ -210,9 +220,12 @@ def _embed(
 ) -> Embedded:
     """Run the executor over the shards of this part that have no commit."""
     config = prepared.config
-    resumed = sum(commit.rows for commit in done.values())
-    if done:
-        log.info("%d of %d shards (%d rows) are done already", len(done), prepared.plan.shards, resumed)
+    count, resumed = len(done), sum(commit.rows for commit in done.values())
+    if output.claims:
+        count = len(commits.listed(output.storage))
+        resumed = min(manifest.rows, count * config.manifest.shard_rows)
+    if count:
+        log.info("%d of %d shards (%d rows) are done already", count, prepared.plan.shards, resumed)
     shards = cut(manifest, config.manifest.shard_rows)
     todo = (shard for shard in shards if output.part.has(shard.index) and shard.index not in done)
     output.phases.ended("plan")

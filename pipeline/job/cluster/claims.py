@@ -134,9 +134,8 @@ class Claims:
         for match in map(_FILE.fullmatch, self.storage.sizes(FOLDER)):
             if match is not None:
                 self._numbers[match[1]] = max(int(match[2]), self._numbers.get(match[1], 0))
-        for name in self.storage.sizes(commits.FOLDER):
-            if name[:-5].isdigit():
-                self._open.pop(int(name[:-5]), None)
+        for shard in commits.listed(self.storage):
+            self._open.pop(shard, None)
         return self._open
 
     def _free(self) -> list[Shard]:
@@ -174,7 +173,7 @@ class Claims:
         key = f"{shard.index:05d}"
         if not self._create(key, number):
             return False
-        if self.storage.size(f"{commits.FOLDER}/{key}.json") is not None:
+        if commits.has(self.storage, shard.index):
             # It was committed, and its claim removed, since this process looked.
             self.committed(shard.index)
             return False
