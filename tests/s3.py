@@ -124,6 +124,13 @@ class Proxy:
             return rule
 
 
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing of a client that was killed."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
+
 @contextmanager
 def proxy_to(upstream: str) -> Iterator[Proxy]:
     """A proxy that runs in threads of this process."""
@@ -132,7 +139,7 @@ def proxy_to(upstream: str) -> Iterator[Proxy]:
     class Handler(_Handler):
         owner = proxy
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = _Server(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
     proxy.url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)

@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -326,6 +327,8 @@ def test_a_stream_does_not_end_while_feeders_start(patience: float) -> None:
         ({"part": "1/2", "name": "local"}, {}, ["cluster.part"]),
         ({"part": "auto", "name": "local"}, {"batch_size": 0}, ["cluster.part", "loader.batch_size"]),
         ({"part": "automatic"}, {}, ["cluster.part"]),
+        ({"name": "local", "max_workers": 4}, {}, ["cluster.max_workers"]),
+        ({"name": "slurm", "host": "10.0.0.1", "workers": 8, "max_workers": 4}, {}, ["cluster.max_workers"]),
         ({"name": "address"}, {}, ["cluster.address"]),
         ({"address": "tcp://a:1"}, {}, ["cluster.address"]),
         ({"name": "address", "address": "tls://a:1"}, {}, ["cluster.address"]),
@@ -399,6 +402,43 @@ def test_a_slurm_job_is_asked_for_as_the_config_says() -> None:
     # Two feeders of four cores with two shards each, one part that is written and one that is embedded.
     assert "--nthreads 6" in script
     assert "--memory-limit 0" in script
+
+
+# The processes that dask-jobqueue's local jobs leave to the garbage collector.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.slow
+def test_the_number_of_jobs_of_a_queue_follows_the_work(
+    single: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobqueue = pytest.importorskip("dask_jobqueue.local")
+    adapted, asked = list[dict[str, int]](), list[int]()
+
+    class Queue(jobqueue.LocalCluster):  # type: ignore[misc, name-defined]
+        """Jobs are processes of this machine."""
+
+        def __init__(self, **options: Any) -> None:
+            for name in ("queue", "account", "job_cpu", "walltime"):
+                options.pop(name)
+            super().__init__(**options, interface=None)
+
+        def adapt(self, **options: int) -> Any:
+            adapted.append(options)
+            return super().adapt(**options)
+
+        def scale(self, n: int | None = None, jobs: int = 0) -> Any:
+            asked.append(n or jobs)
+            return super().scale(n, jobs)
+
+    monkeypatch.setattr("dask_jobqueue.slurm.SLURMCluster", Queue)
+    monkeypatch.setattr(slurm, "shards_at_once", lambda config: 2)
+    monkeypatch.setenv("PIPELINE_FAILPOINTS", "part.build=delay:4")
+    cluster = ClusterConfig(name="slurm", host="127.0.0.1", workers=1, max_workers=2)
+    report = run_job(replace(at(single, tmp_path / "out"), cluster=cluster))
+    same(single, tmp_path / "out")
+    assert adapted == [{"minimum": 1, "maximum": 2}]
+    # From one for the model to two for the shards.
+    assert (asked[0], max(asked)) == (1, 2)
+    assert report.rows == ROWS
 
 
 def test_pods_are_asked_for_as_the_config_says() -> None:

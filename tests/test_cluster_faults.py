@@ -101,9 +101,9 @@ class Foreign:
         self.started: list[subprocess.Popen[bytes]] = []
         self._start("dask_scheduler", "--host", "127.0.0.1", "--port", str(port))
 
-    def join(self, failpoints: str = "") -> None:
+    def join(self, failpoints: str = "", *options: str) -> None:
         """One more worker."""
-        options = ("--nthreads", "2", "--memory-limit", "0", "--no-nanny")
+        options = ("--nthreads", "2", "--memory-limit", "0", *(options or ("--no-nanny",)))
         self._start("dask_worker", self.address, *options, failpoints=failpoints)
 
     def _start(self, name: str, *options: str, failpoints: str = "") -> None:
@@ -142,6 +142,26 @@ def test_a_worker_that_joins_late_gets_its_share(single: Config, tmp_path: Path)
     shards = [member.shards for member in report.workers]
     assert (len(shards), sum(shards)) == (2, 9)
     assert min(shards) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", ["--no-nanny", "--nanny"])
+def test_a_worker_that_is_told_to_end_gives_its_shards_back(
+    single: Config, tmp_path: Path, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with foreign(tmp_path, "part.build=delay:0.5") as cluster:
+        cluster.join("encode=delay:1", option)
+        preempted = cluster.started[-1]
+        config = replace(at(single, tmp_path / "out"), cluster=ClusterConfig(name="address", address=cluster.address))
+        thread = when_committed(tmp_path / "out", 3, lambda: preempted.send_signal(signal.SIGTERM))
+        report = run_job(config)
+        thread.join()
+        assert preempted.wait(30) is not None
+    same(single, tmp_path / "out")
+    assert (report.counts["ok"], report.given_up) == (ROWS - 2, ())
+    # The report of its last shard may be lost, but not the shard.
+    assert report.rows in (ROWS, ROWS - 8)
+    assert "died" not in capsys.readouterr().err
 
 
 @pytest.mark.slow

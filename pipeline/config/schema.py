@@ -210,6 +210,7 @@ class ClusterConfig:
     name: Annotated[str, OneOf(*CLUSTERS)] = "inline"
     part: str | None = None
     workers: Annotated[int, Range(0, 100_000)] = 0
+    max_workers: Annotated[int, Range(0, 100_000)] = 0
     cores: Annotated[int, Range(0, 4_096)] = 0
     tries: Annotated[int, Range(1, 100)] = 3
     wait_seconds: Annotated[float, Range(1)] = 600.0

@@ -201,6 +201,13 @@ def _check_cluster(config: Config) -> Iterator[Problem]:
     elif (cluster.address or "").startswith("tls://"):
         allowed = "a tls:// address needs cluster.tls_ca, cluster.tls_cert and cluster.tls_key"
         yield Problem("cluster.address", cluster.address, allowed)
+    if cluster.max_workers and name in CHOICES["cluster.name"]:
+        if name not in ("slurm", "kubernetes"):
+            allowed = f"cluster={name} has a fixed number of processes, or takes all workers that join"
+            yield Problem("cluster.max_workers", cluster.max_workers, allowed, "leave it out")
+        elif cluster.max_workers < cluster.workers:
+            allowed = f"must be at least cluster.workers={cluster.workers}"
+            yield Problem("cluster.max_workers", cluster.max_workers, allowed)
     if name == "slurm" and cluster.host in ("127.0.0.1", "localhost"):
         allowed = "must be an address of this machine that the nodes of the cluster reach"
         yield Problem("cluster.host", cluster.host, allowed)

@@ -87,6 +87,15 @@ def shards_at_once(config: Config, processes: int = 1) -> int:
     return min(MOST_SHARDS, 2 + max(-(-held // config.manifest.shard_rows), SHARDS * feeders))
 
 
+def scale(opened: Any, cluster: ClusterConfig) -> None:
+    """Ask for ``cluster.workers``, or let Dask follow the work from there up to ``cluster.max_workers``."""
+    least = cluster.workers or 1
+    if cluster.max_workers > least:
+        opened.adapt(minimum=least, maximum=cluster.max_workers)
+    else:
+        opened.scale(least)
+
+
 def security(cluster: ClusterConfig) -> Security | None:
     """The TLS files, for all sides; None where there are none."""
     if cluster.tls_ca is None:

@@ -10,7 +10,7 @@ from distributed import Client
 
 from pipeline.config.schema import Config
 from pipeline.core.errors import ClusterUnavailable, install_hint
-from pipeline.job.cluster.dask_cluster import shards_at_once
+from pipeline.job.cluster.dask_cluster import scale, shards_at_once
 
 
 def pod_settings(config: Config) -> dict[str, Any]:
@@ -48,4 +48,5 @@ def open_client(config: Config) -> Iterator[Client]:
         ) from error
     name = "clip-pipeline-{uuid}"
     with KubeCluster(name=name, **pod_settings(config)) as cluster, Client(cluster, set_as_default=False) as client:
+        scale(cluster, config.cluster)
         yield client

@@ -11,7 +11,7 @@ from distributed import Client
 
 from pipeline.config.schema import Config
 from pipeline.core.errors import ClusterUnavailable, install_hint
-from pipeline.job.cluster.dask_cluster import scheduler_options, security, shards_at_once
+from pipeline.job.cluster.dask_cluster import scale, scheduler_options, security, shards_at_once
 
 
 def make_cluster(config: Config) -> Any:
@@ -56,6 +56,6 @@ def make_cluster(config: Config) -> Any:
 def open_client(config: Config) -> Iterator[Client]:
     """See :func:`pipeline.job.cluster.dask_cluster.open_cluster`."""
     with make_cluster(config) as cluster:
-        cluster.scale(jobs=config.cluster.workers or 1)
+        scale(cluster, config.cluster)
         with Client(cluster, set_as_default=False) as client:
             yield client
