@@ -52,6 +52,9 @@ def changed(key: str, value: Any) -> Config:
     """A config with a manifest, and one value of any type that is not the default."""
     group, name = key.split(".")
     config = Config(manifest=ManifestConfig(path="m.parquet"))
+    if key == "cluster.max_workers":
+        # Other kinds have a number that is fixed.
+        config = config.changed({"cluster.name": "slurm", "cluster.host": "10.0.0.1"})
     return dataclasses.replace(config, **{group: dataclasses.replace(getattr(config, group), **{name: value})})
 
 

@@ -205,7 +205,7 @@ def _check_cluster(config: Config) -> Iterator[Problem]:
         if name not in ("slurm", "kubernetes"):
             allowed = f"cluster={name} has a fixed number of processes, or takes all workers that join"
             yield Problem("cluster.max_workers", cluster.max_workers, allowed, "leave it out")
-        elif cluster.max_workers < cluster.workers:
+        elif 0 < cluster.max_workers < cluster.workers:
             allowed = f"must be at least cluster.workers={cluster.workers}"
             yield Problem("cluster.max_workers", cluster.max_workers, allowed)
     if name == "slurm" and cluster.host in ("127.0.0.1", "localhost"):
