@@ -57,8 +57,8 @@ class Round:
         self._paused: list[tuple[Child, float]] = []
 
     def run(self, most: int) -> None:
-        """Run until the dataset is done; at most so many kills."""
-        parts = [self._start() for _ in range(self.options.parts)]
+        """Run until the dataset is done, with at most so many kills; no blow falls once a part has published it."""
+        parts, published = [self._start() for _ in range(self.options.parts)], False
         blow = time.monotonic() + self._pause()
         while parts:
             time.sleep(0.02)
@@ -66,12 +66,13 @@ class Round:
             self._go_on(now)
             if now > blow:
                 blow = now + self._pause()
-                if self.blows["kill"] < most:
+                if self.blows["kill"] < most and not published:
                     self._strike(self.dice.choice(parts))
             for number, part in enumerate(parts):
                 if not part.alive():
                     code = part.wait()
                     assert code in (0, 75, -signal.SIGKILL), f"exit code {code}: {part.said()[-3000:]}"
+                    published |= code == 0
                     parts[number : number + 1] = [] if code == 0 else [self._start()]
                     break
 
