@@ -54,8 +54,11 @@ VECTORS = np.random.default_rng(0).standard_normal((MANY, DIM), dtype=np.float32
 VECTORS /= np.linalg.norm(VECTORS, axis=1, keepdims=True)
 
 
+@dataclass(frozen=True)
 class ReadySource:
     """The path itself stands for the bytes of the image."""
+
+    max_bytes: int = 0
 
     def read(self, ref: ImageRef) -> bytes | Failure:
         return (ref.path or "").encode()

@@ -36,6 +36,7 @@ from pipeline.images.decode import limit_pixels
 from pipeline.images.pool.pool import GiveBack
 from pipeline.images.pool.processes import Abandoned
 from pipeline.images.reader import PixelReader, Timer
+from pipeline.images.sources.spans import Spans
 from pipeline.manifest.manifest import Manifest
 from pipeline.manifest.shards import ShardReader, refs
 
@@ -151,6 +152,7 @@ class Loader:
         self._stopped = threading.Event()
         # For each task whose pictures are not in a batch yet: calls that give its decoder's answers back.
         self._lent: deque[list[GiveBack]] = deque()
+        self._spans = Spans(reader.source)
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Loader:
@@ -223,6 +225,7 @@ class Loader:
             self._ready.put(error)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+            self._spans.close()
             for lent in self._lent:
                 for give_back in lent:
                     give_back()
@@ -275,11 +278,10 @@ class Loader:
                     failpoint("rows")
                     columns = [batch.column(name) for name in self._manifest.schema.names]
                     kept.append(pa.RecordBatch.from_arrays(columns, schema=self._manifest.schema))
-                    images = refs(self._manifest, batch)
+                    images = self._spans.join(refs(self._manifest, batch))
                     yield _Read(shard=shard, repeats=repeats, start=start, images=images, bytes=batch.nbytes)
                     start += batch.num_rows
-                table = pa.Table.from_batches(kept, schema=self._manifest.schema)
-                yield ShardRows(shard=shard, table=table, failures={})
+                yield ShardRows(shard, table=pa.Table.from_batches(kept, schema=self._manifest.schema), failures={})
 
     def _submit(
         self, read: Iterable[_Read | ShardRows | None], pool: ThreadPoolExecutor
@@ -294,8 +296,7 @@ class Loader:
                 known = partial(item.repeats.known, first) if item.repeats is not None else None
                 self._lent.append([])
                 arguments = (part, self._timer, self._stopped.is_set, known, self._lent[-1])
-                future = pool.submit(self._reader.read_all, *arguments)
-                yield _Chunk(item.shard, item.repeats, first, len(part), future)
+                yield _Chunk(item.shard, item.repeats, first, len(part), pool.submit(self._reader.read_all, *arguments))
 
     def _take(self, done: _Chunk | ShardRows, filling: _Filling | None) -> _Filling | None:
         filling = filling or _Filling(done.shard)
@@ -331,8 +332,7 @@ class Loader:
     def _finish(self, filling: _Filling) -> None:
         started = time.perf_counter()
         slot = self._slots[filling.slot]
-        count = len(filling.rows)
-        slot.fill(count, self._cuda)
+        slot.fill(len(filling.rows), self._cuda)
         rows = np.asarray(filling.rows, dtype=np.int64)
         self._timer(Stage.COPY, time.perf_counter() - started)
         self._ready.put(ImageBatch(shard=filling.shard, rows=rows, pixels=slot.batch(), slot=filling.slot))

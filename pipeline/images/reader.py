@@ -16,6 +16,7 @@ from pipeline.images.pool.pool import Decoders, GiveBack
 from pipeline.images.pool.processes import Abandoned, never
 from pipeline.images.pool.protocol import CHUNK
 from pipeline.images.sources.source import Source
+from pipeline.images.sources.spans import Member
 
 if TYPE_CHECKING:
     from pipeline.images.gpu.decoder import NvidiaDecoder
@@ -102,7 +103,7 @@ class PixelReader:
             if abandoned():
                 raise Abandoned
             failpoint("read")
-            data = self.source.read(ref)
+            data = ref.read(self.source) if isinstance(ref, Member) else self.source.read(ref)
             if isinstance(data, Failure):
                 results[position] = data
             elif known is None or not known(position, data):

@@ -15,11 +15,13 @@ from pipeline.core.errors import ManifestError
 from pipeline.core.plain import read_batches
 from pipeline.core.records import ImageRef, Piece, Shard
 from pipeline.manifest.manifest import Manifest
-from pipeline.storage.urls import open_arrow
+from pipeline.storage.urls import is_local, open_arrow
 
 # Rows read at a time. Encoded images are large, so a batch of them is kept small.
 PATH_ROWS = 512
 BYTES_ROWS = 32
+# Bytes of a column that are read, and held, at a time. Requests to a store take time whatever their size.
+LOCAL_BUFFER, REMOTE_BUFFER = 2**20, 16 * 2**20
 
 
 def cut(manifest: Manifest, shard_rows: int) -> Iterator[Shard]:
@@ -91,11 +93,11 @@ class ShardReader:
             return
         if self._parquet is None or self._at[0] != piece.file:
             self.close()
-            # Small reads and no read-ahead: a row group of images may be larger than memory.
+            url = self.manifest.files[piece.file].url
+            buffer = LOCAL_BUFFER if is_local(url) else REMOTE_BUFFER
+            # No read-ahead: a row group of images may be larger than memory.
             with self._explained(piece):
-                self._parquet = pq.ParquetFile(
-                    open_arrow(self.manifest.files[piece.file].url), buffer_size=1 << 20, pre_buffer=False
-                )
+                self._parquet = pq.ParquetFile(open_arrow(url), buffer_size=buffer, pre_buffer=False)
         kind = self.manifest.image_kind
         columns = self.columns or (*self.manifest.schema.names, self.manifest.image)
         rows = PATH_ROWS if kind == "path" or self.manifest.image not in columns else BYTES_ROWS

@@ -103,13 +103,19 @@ def open_file(url: str) -> Any:
 
 
 def open_arrow(url: str) -> Any:
-    """A file for Arrow to read; a local one is read without Python."""
-    if not is_local(url):
-        return open_file(url)
-    import pyarrow as pa
+    """A file for Arrow to read, without a cache: Arrow asks for a part of a column at a time.
 
+    A driver's cache reads on behind each part, and drops what it has read when another column comes, so that most bytes
+    would be read twice. A local file is read without Python.
+    """
     with explained(url):
-        return pa.OSFile(local_path(url), "rb")
+        if is_local(url):
+            import pyarrow as pa
+
+            return pa.OSFile(local_path(url), "rb")
+        fs, path = filesystem(url)
+        # The drivers that keep files on disk choose the cache of the driver below.
+        return fs.open(path, "rb", **({} if "::" in url else {"cache_type": "none"}))
 
 
 @contextmanager

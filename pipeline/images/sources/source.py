@@ -68,7 +68,7 @@ class Source:
             return Failure("no_image", "the manifest's cell holds neither bytes nor a path")
         if held := describe(ref.path):
             return Failure("unreadable", held)
-        path, start, stop = _split(ref.path)
+        path, start, stop = split_range(ref.path)
         if stop is not None and stop < start:
             return Failure("unreadable", f"{ref.path}: the range ends before it starts")
         own = scheme_of(self.root) or "file"
@@ -220,7 +220,8 @@ def _server(url: str) -> str:
     return url.split("://", 1)[1].split("/", 1)[0].split("::", 1)[0]
 
 
-def _split(path: str) -> tuple[str, int, int | None]:
+def split_range(path: str) -> tuple[str, int, int | None]:
+    """The path of the file, the first byte, and the byte behind the last one; None for the end of the file."""
     match = _RANGE.search(path)
     if match is None:
         return path, 0, None
