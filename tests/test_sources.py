@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,9 +19,10 @@ import pytest
 
 from pipeline.core.errors import StorageError
 from pipeline.core.records import Failure, ImageRef
-from pipeline.images.sources import beneath
+from pipeline.images.sources import beneath, spans
 from pipeline.images.sources import source as sources
 from pipeline.images.sources.source import Source
+from pipeline.images.sources.spans import Member, Spans
 from tests.servers import answer, serve
 
 BYTES = bytes(range(100))
@@ -454,3 +458,290 @@ def test_a_web_address_is_read_when_its_scheme_is_listed_and_its_host_is_public_
         assert server.connections == 0
         named = Source(root=str(root), max_bytes=LIMIT, schemes=schemes, private_hosts=(server.place,))
         assert named.read(ref) == BYTES[:10]
+
+
+# --- spans
+
+MEMBER = 700
+
+
+def members(count: int, file: str = "photos.tar", step: int = MEMBER) -> list[ImageRef]:
+    """References to ranges that follow one another with 100 bytes between them."""
+    return [ImageRef(id=row, path=f"{file}#bytes={row * step}-{row * step + step - 100}") for row in range(count)]
+
+
+def outcome(source: Source, ref: ImageRef) -> object:
+    try:
+        return ref.read(source) if isinstance(ref, Member) else source.read(ref)
+    except StorageError as error:
+        return str(error)
+
+
+def joined(source: Source, refs: Sequence[ImageRef]) -> tuple[Spans, list[ImageRef]]:
+    made = Spans(source)
+    return made, made.join(refs)
+
+
+@contextmanager
+def small_spans(**limits: int) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"SPAN": 4000, "GAP": 200, "HELD": 12000, **limits}.items():
+            patch.setattr(spans, name, value)
+        yield
+
+
+@contextmanager
+def requests(place: str) -> Iterator[list[int]]:
+    """The sizes of the reads of ranges, of local files by the kernel or in fsspec's memory."""
+    seen: list[int] = []
+    owner, name = (os, "pread") if place == "local" else (fsspec.filesystem("memory"), "cat_file")
+    real = getattr(owner, name)
+
+    def count(*arguments: Any, **options: Any) -> bytes:
+        data: bytes = real(*arguments, **options)
+        seen.append(len(data))
+        return data
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, count)
+        yield seen
+
+
+@pytest.fixture(params=["local", "memory"])
+def tars(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Source]:
+    """Three files of random bytes, and what reads them."""
+    folder = tmp_path / "tars"
+    folder.mkdir()
+    for number, size in enumerate((50_000, 20_000, 0)):
+        data = random.Random(number).randbytes(size)
+        (folder / f"{number}.tar").write_bytes(data)
+        fsspec.filesystem("memory").pipe_file(f"/tars/{number}.tar", data)
+    root = str(folder) if request.param == "local" else "memory://tars"
+    return request.param, Source(root=root, max_bytes=LIMIT, schemes=("file", "memory"))
+
+
+def some_range(dice: random.Random, size: int = 50_000) -> tuple[int, int]:
+    start = dice.randrange(size)
+    return dice.choice([
+        (start, start + dice.randint(1, LIMIT)),
+        (start // 500 * 500, start // 500 * 500 + 500),
+        (start // 500 * 500, start // 500 * 500 + dice.randint(0, 3 * LIMIT)),
+        (start, dice.randrange(size)),
+        (size - dice.randint(1, 300), size + dice.randint(0, 500)),
+        (dice.randrange(10**18), dice.randrange(10**18)),
+        (0, 10**17), (10**17, 10**17 + 5),
+    ])  # fmt: skip
+
+
+def some_refs(dice: random.Random) -> list[ImageRef]:
+    """Rows of several files, near one another and far apart, twice and out of order, sound and not."""
+    others: list[tuple[str | None, bytes | None]] = [
+        (None, None), ("", None), (None, b"cell"), ("0.tar#bytes=0-10", b"cell"), ("2.tar", None),
+        ("../secret.jpg#bytes=0-10", None), ("no.tar#bytes=0-10", None), ("no.tar#bytes=10-20", None),
+        ("http://a.example/0.tar#bytes=0-10", None), ("data:,x#bytes=0-5", None), ("data:,x#bytes=5-9", None),
+        ("x" * 5000 + "#bytes=0-5", None), ("x" * 5000 + "#bytes=5-9", None), ("0.tar#bytes=0-5#bytes=5-9", None),
+        ("0.tar#bytes=", None), ("zip://0.tar#bytes=0-10", None), ("zip://0.tar#bytes=10-20", None),
+    ]  # fmt: skip
+    refs = []
+    for row in range(dice.choice([1, 5, 100, 400])):
+        file = dice.choice(["0.tar"] * 6 + ["./0.tar", "1.tar", "2.tar", "no.tar", "memory://tars/1.tar"])
+        path, data = f"{file}#bytes=%d-%d" % some_range(dice), None
+        if dice.random() < 0.1:
+            path, data = dice.choice(others)
+        refs.append(ImageRef(id=row, path=path, data=data))
+    refs += dice.choices(refs, k=len(refs) // 10)
+    if dice.random() < 0.5:
+        refs.sort(key=lambda ref: ref.path or "")
+    return refs
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("kernel", [True, False])
+def test_rows_of_spans_are_those_of_single_reads(
+    tars: tuple[str, Source], seed: int, *, kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not kernel:
+        by_name(monkeypatch)
+    dice, source = random.Random(seed), tars[1]
+    with small_spans(HELD=dice.choice([3000, 12_000, 10**6])):
+        batches = [some_refs(dice) for _ in range(3)]
+        made = Spans(source)
+        rows = [ref for batch in batches for ref in made.join(batch)]
+        singly = [ref for batch in batches for ref in batch]
+        assert [(ref.id, ref.path, ref.data) for ref in rows] == [(ref.id, ref.path, ref.data) for ref in singly]
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(lambda ref: outcome(source, ref), rows))
+        made.close()
+        assert found == [outcome(source, ref) for ref in singly]
+        assert made._free == spans.HELD
+        assert not any(ref.span._data for ref in rows if isinstance(ref, Member) and ref.span is not None)
+
+
+def test_neighbours_of_a_file_are_read_at_once(tars: tuple[str, Source]) -> None:
+    place, source = tars
+    refs = members(60, "0.tar")
+    with small_spans(), requests(place) as singly:
+        wanted = [outcome(source, ref) for ref in refs]
+    with small_spans(), requests(place) as together:
+        made, rows = joined(source, refs)
+        assert [outcome(source, ref) for ref in rows] == wanted
+        made.close()
+    assert len(singly) == 60
+    assert together == [5 * MEMBER - 100] * 12
+
+
+@pytest.mark.parametrize(
+    ("ranges", "count"),
+    [
+        ([(0, 500), (700, 1200)], 1),
+        ([(0, 500), (701, 1200)], 2),
+        ([(700, 1200), (0, 500)], 1),
+        ([(0, 500), (0, 500)], 1),
+        ([(0, 900), (100, 200), (850, 950)], 1),
+        ([(row, row + 1000) for row in (0, 1000, 2000, 3000)], 1),
+        ([(row, row + 1000) for row in (0, 1000, 2000, 3001)], 2),
+        ([(0, 1000)], 1),
+    ],
+)
+def test_a_span_has_a_limit_and_few_bytes_between_its_rows(
+    tars: tuple[str, Source], ranges: list[tuple[int, int]], count: int
+) -> None:
+    place, source = tars
+    refs = [ImageRef(id=0, path=f"0.tar#bytes={start}-{stop}") for start, stop in ranges]
+    with small_spans(), requests(place) as seen:
+        made, rows = joined(source, refs)
+        assert [outcome(source, ref) for ref in rows] == [outcome(source, ref) for ref in refs]
+        made.close()
+    assert len(seen) == count + len(refs)
+    assert max(seen) <= 4000
+
+
+def test_rows_of_several_files_in_turn_are_read_by_file(tars: tuple[str, Source]) -> None:
+    place, source = tars
+    pairs = zip(members(20, "0.tar"), members(20, "1.tar"), strict=True)
+    refs = [ref for pair in pairs for ref in pair]
+    with requests(place) as seen:
+        made, rows = joined(source, refs)
+        found = [outcome(source, ref) for ref in rows]
+        made.close()
+    assert seen == [20 * MEMBER - 100] * 2
+    assert found == [outcome(source, ref) for ref in refs]
+
+
+def test_spans_hold_no_more_than_their_limit(tars: tuple[str, Source]) -> None:
+    place, source = tars
+    with small_spans(), requests(place) as seen:
+        # The other rows of each span are never read, as when a run ends early.
+        made, rows = joined(source, members(50, "0.tar"))
+        firsts = [ref for row, ref in enumerate(rows) if row % 5 == 0]
+        assert all(isinstance(outcome(source, ref), bytes) for ref in firsts)
+        made.close()
+        assert made._free >= 0
+    assert sum(size > MEMBER for size in seen) == 3
+    assert sum(size < MEMBER for size in seen) == 7
+
+
+def test_a_span_is_read_once_by_all_threads_and_the_next_one_ahead(
+    tars: tuple[str, Source], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, read_span, asked = tars[1], Spans.read, []
+
+    def slowly(self: Spans, path: str) -> bytes:
+        asked.append(path)
+        time.sleep(0.05)
+        return read_span(self, path)
+
+    monkeypatch.setattr(Spans, "read", slowly)
+    with small_spans():
+        made, rows = joined(source, members(20, "0.tar"))
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(lambda ref: outcome(source, ref), rows[:5]))
+        made.close()
+    assert found == [outcome(source, ref) for ref in members(5, "0.tar")]
+    assert asked == ["0.tar#bytes=0-3400", "0.tar#bytes=3500-6900"]
+
+
+@pytest.mark.parametrize(
+    "error", [ConnectionError("cut"), OSError(5, "disk"), ValueError("driver"), KeyError("driver")]
+)
+@pytest.mark.parametrize("longest", [0, LIMIT])
+def test_a_span_that_cannot_be_read_leaves_its_rows_to_be_read_alone(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, longest: int
+) -> None:
+    memory = fsspec.filesystem("memory")
+    memory.pipe_file("/broken/0.tar", bytes(50_000))
+    real = memory.cat_file
+
+    def cat_file(path: str, start: int, end: int) -> bytes:
+        if end - start > longest:
+            raise error
+        data: bytes = real(path, start=start, end=end)
+        return data
+
+    monkeypatch.setattr(memory, "cat_file", cat_file)
+    source, refs = Source(root="memory://broken", max_bytes=LIMIT), members(20, "0.tar")
+    made, rows = joined(source, refs)
+    for ref, row in zip(refs, rows, strict=True):
+        if isinstance(error, KeyError) and not longest:
+            with pytest.raises(KeyError):
+                outcome(source, row)
+        else:
+            assert outcome(source, row) == outcome(source, ref)
+            assert isinstance(outcome(source, ref), bytes) == bool(longest)
+    made.close()
+    assert made._free == spans.HELD
+
+
+@pytest.mark.parametrize("change", ["shorter", "gone", "a link out", "a folder"])
+def test_a_file_that_changed_gives_each_row_its_own_status(root: Path, change: str) -> None:
+    source, refs = Source(root=str(root), max_bytes=LIMIT), members(20)
+    (root.parent / "secret.tar").write_bytes(bytes(50_000))
+    file = root / "photos.tar"
+    file.write_bytes(random.Random(0).randbytes(50_000))
+    made, rows = joined(source, refs)
+    if change == "shorter":
+        file.write_bytes(file.read_bytes()[: 7 * MEMBER + 50])
+    else:
+        file.unlink()
+    if change == "a link out":
+        file.symlink_to(root.parent / "secret.tar")
+    if change == "a folder":
+        file.mkdir()
+    found = [outcome(source, ref) for ref in rows]
+    made.close()
+    assert found == [outcome(source, ref) for ref in refs]
+    assert any(isinstance(one, bytes) for one in found) == (change == "shorter")
+    assert isinstance(found[-1], Failure)
+
+
+def test_a_store_that_answers_with_less_gives_each_row_all_its_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = fsspec.filesystem("memory")
+    memory.pipe_file("/short/0.tar", random.Random(0).randbytes(50_000))
+    real = memory.cat_file
+    monkeypatch.setattr(memory, "cat_file", lambda *place, **options: real(*place, **options)[: 3 * MEMBER - 150])
+    source, refs = Source(root="memory://short", max_bytes=LIMIT), members(20, "0.tar")
+    made, rows = joined(source, refs)
+    assert [outcome(source, ref) for ref in rows] == [outcome(source, ref) for ref in refs]
+    made.close()
+
+
+@pytest.mark.parametrize("name", ["ffd8ffe0" * 28, "x" * 4070])
+def test_a_text_that_is_no_path_is_none_as_part_of_a_span(name: str) -> None:
+    fsspec.filesystem("memory").pipe_file(f"/texts/{name}", BYTES)
+    # With fewer digits, each would be a path.
+    refs = [ImageRef(id=0, path=f"{name}#bytes={start:018}-{start + 5:018}") for start in (0, 5)]
+    source = Source(root="memory://texts", max_bytes=LIMIT)
+    made, rows = joined(source, refs)
+    made.close()
+    found = [outcome(source, ref) for ref in rows]
+    assert found == [outcome(source, ref) for ref in refs]
+    assert all(isinstance(one, Failure) for one in found)
+
+
+def test_web_addresses_are_read_one_by_one() -> None:
+    with serve({"/0.tar": answer(200, bytes(50_000))}) as server:
+        source = Source(root=server.url, max_bytes=10**6, schemes=("http",), private_hosts=(server.place,))
+        refs = [*members(3, "0.tar"), *members(3, f"{server.url}/0.tar")]
+        made, rows = joined(source, refs)
+        made.close()
+    assert rows == refs
