@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
 from pipeline.config.schema import ManifestConfig
 from pipeline.core.errors import ManifestError
@@ -187,6 +191,58 @@ def test_one_shard_of_a_huge_row_group_does_not_load_the_row_group(tmp_path: Pat
     assert seen == [(n, n) for n in [*range(128), *range(40 * 64, 41 * 64)]]
     assert peak < most
     assert pa.total_allocated_bytes() - before < MEGABYTE
+
+
+ASKED: list[tuple[int, int]] = []
+
+
+class CountedFile(AbstractBufferedFile):
+    """A file of a store, which notes the ranges that are asked for."""
+
+    def _fetch_range(self, start: int, end: int) -> bytes:
+        ASKED.append((start, min(end, self.size)))
+        with open(self.path, "rb") as file:
+            file.seek(start)
+            return file.read(end - start)
+
+
+class CountedStore(AbstractFileSystem):
+    """The local disk as a store."""
+
+    protocol, cachable = "counted", False
+
+    def info(self, path: str, **options: Any) -> dict[str, Any]:
+        name = str(self._strip_protocol(path))
+        return {"name": name, "size": Path(name).stat().st_size, "type": "file", "ETag": "same"}
+
+    def _open(self, path: str, mode: str = "rb", **options: Any) -> CountedFile:
+        return CountedFile(self, path, mode, **options)
+
+
+@pytest.mark.parametrize("order", [["id", "image", "caption"], ["caption", "image", "id"]])
+def test_a_store_is_asked_once_for_each_byte_in_large_requests(tmp_path: Path, order: list[str]) -> None:
+    fsspec.register_implementation("counted", CountedStore, clobber=True)
+    noise, count = random.Random(3), 3000
+    cells = {
+        "id": [f"{row}.jpg" for row in range(count)],
+        "image": [noise.randbytes(20_000) for _ in range(count)],
+        "caption": [noise.randbytes(1000).hex() for _ in range(count)],
+    }
+    path = tmp_path / "m.parquet"
+    options = {"compression": "none", "use_dictionary": False, "row_group_size": 2000}
+    pq.write_table(pa.table(cells).select(order), path, **options)
+    footer = path.stat().st_size - pq.read_metadata(path).serialized_size - 8
+    manifest = open_manifest(ManifestConfig(path=f"counted://{path}", image="image", keep=["caption"]))
+    ASKED.clear()
+    with ShardReader(manifest) as reader:
+        assert read_ids(reader, next(cut(manifest, count))) == cells["id"]
+    asked = sorted(one for one in ASKED if one[1] < footer)
+    assert all(stop <= start for (_, stop), (start, _) in itertools.pairwise(asked))
+    sizes = [stop - start for start, stop in asked]
+    assert sum(sizes) > 60 * MEGABYTE
+    # Three columns in two row groups, and a request for every 16 MiB of the images; some are of a page that is longer.
+    assert len(sizes) <= 2 * 3 + 4 + 2
+    assert max(sizes) < 24 * MEGABYTE
 
 
 BIG = 100 * MEGABYTE
