@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import random
+import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,13 +23,15 @@ from PIL import Image
 from pipeline.config.schema import FORMATS, ManifestConfig
 from pipeline.core.errors import ManifestError, StorageError
 from pipeline.core.failpoints import armed
-from pipeline.core.records import ImageBatch, PreprocessSpec, Shard, ShardRows, Stage
+from pipeline.core.records import Failure, ImageBatch, ImageRef, PreprocessSpec, Shard, ShardRows, Stage
 from pipeline.engine.duplicates import Repeats
 from pipeline.engine.loader import Loader, LoaderSpec
 from pipeline.engine.padding import repeats
 from pipeline.images.decode import Decoder
 from pipeline.images.reader import PixelReader
+from pipeline.images.sources import beneath, spans
 from pipeline.images.sources.source import Source
+from pipeline.manifest.build import from_tars
 from pipeline.manifest.manifest import Manifest, open_manifest
 from pipeline.manifest.shards import ShardReader, cut
 from tests.pictures import saved
@@ -43,7 +48,8 @@ def _no_thread_is_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith(("loader", "decode", "rows"))]
+    own = ("loader", "decode", "rows", "spans")
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith(own)]
 
 
 def colour(row: int) -> tuple[int, int, int]:
@@ -175,6 +181,87 @@ def test_a_shard_ends_with_its_rows(tmp_path: Path) -> None:
     assert table.column_names == ["id", "kept"]
     assert table["id"].to_pylist() == [f"row-{row}" for row in range(70)]
     assert table["kept"].to_pylist() == list(range(70))
+
+
+def write_tars(folder: Path, order: str) -> None:
+    """Three tars of images, some of them damaged, empty, missing or there twice, and their manifest."""
+    folder.mkdir()
+    paths = []
+    for number in range(3):
+        paths.append(str(folder / f"{number}.tar"))
+        with tarfile.open(paths[-1], "w") as tar:
+            for row in range(number * 30, number * 30 + 30):
+                data = {7: b"", 40: b"no image", 66: encoded(65)}.get(row, encoded(row))
+                info = tarfile.TarInfo(f"{row}.png")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    from_tars(paths, str(folder / "m.parquet"))
+    table = pq.read_table(folder / "m.parquet").select(["id", "path"])
+    cells = table["path"].to_pylist()
+    cells[50], cells[51], cells[52] = cells[49], "1.tar#bytes=90000000-90000100", "no.tar#bytes=0-100"
+    table = table.set_column(1, "path", pa.array(cells)).append_column("kept", pa.array(range(len(cells))))
+    rows = list(range(len(cells)))
+    if order == "shuffled":
+        random.Random(1).shuffle(rows)
+    if order == "in turn":
+        rows.sort(key=lambda row: row % 30)
+    pq.write_table(table.take(rows), folder / "m.parquet", row_group_size=50)
+
+
+def unpack(manifest: Manifest, folder: Path) -> None:
+    """The same rows, each with a file of its own."""
+    folder.mkdir()
+    source = Source(root=manifest.root, max_bytes=1_000_000)
+    table = pq.read_table(manifest.files[0].url)
+    names = [f"{row}.png" for row in range(len(table))]
+    for name, row in zip(names, table.to_pylist(), strict=True):
+        data = source.read(ImageRef(id=0, path=row["path"]))
+        if not isinstance(data, Failure) or data.status == "empty":
+            (folder / name).write_bytes(b"" if isinstance(data, Failure) else data)
+    pq.write_table(table.set_column(1, "path", pa.array(names)), folder / "m.parquet", row_group_size=50)
+
+
+def from_paths(folder: Path) -> Manifest:
+    return open_manifest(ManifestConfig(path=str(folder / "m.parquet"), keep=["kept"], root=str(folder)))
+
+
+@pytest.mark.parametrize("order", ["in order", "shuffled", "in turn"])
+@pytest.mark.parametrize("small", [True, False])
+@pytest.mark.parametrize("workers", [1, 4])
+def test_members_of_tars_come_as_their_files_would(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: str, *, small: bool, workers: int
+) -> None:
+    if small:
+        for name, value in (("SPAN", 5000), ("GAP", 1000), ("HELD", 12_000)):
+            monkeypatch.setattr(spans, name, value)
+    write_tars(tmp_path / "tars", order)
+    manifest = from_paths(tmp_path / "tars")
+    unpack(manifest, tmp_path / "files")
+    reads: list[str] = []
+    read = beneath.Folder.read
+    monkeypatch.setattr(beneath.Folder, "read", lambda self, path, *most: reads.append(path) or read(self, path, *most))
+    together = run(manifest, list(cut(manifest, 40)), workers=workers)
+    count = len(reads)
+    monkeypatch.setattr(spans.Spans, "join", lambda self, refs: refs)
+    singly = run(manifest, list(cut(manifest, 40)), workers=workers)
+    files = from_paths(tmp_path / "files")
+    unpacked = run(files, list(cut(files, 40)), workers=workers)
+    assert len(batches(together)) == len(batches(singly)) == len(batches(unpacked))
+    for one, other, file in zip(batches(together), batches(singly), batches(unpacked), strict=True):
+        assert (one.shard, one.rows) == (other.shard, other.rows) == (file.shard, file.rows)
+        assert np.array_equal(one.pixels, other.pixels)
+        assert np.array_equal(one.pixels, file.pixels)
+    for told, alone, file_rows in zip(shard_rows(together), shard_rows(singly), shard_rows(unpacked), strict=True):
+        assert told.table.equals(alone.table)
+        assert told.table.equals(file_rows.table)
+        assert told.failures == alone.failures
+        statuses = {row: failure.status for row, failure in file_rows.failures.items()}
+        assert {row: failure.status for row, failure in told.failures.items()} == statuses | {
+            row: "empty" for row in statuses if told.failures[row].error.startswith("1.tar#bytes=90000000-")
+        }
+        assert told.repeats == alone.repeats == file_rows.repeats
+    # One for each tar in each of four record batches, and the rows that are empty, behind the end, and in no file.
+    assert count < 90 if small else count <= 4 * 3 + 3
 
 
 def test_failed_rows_drop_out_and_are_told(tmp_path: Path) -> None:
