@@ -7,9 +7,11 @@ import io
 import json
 import os
 import shutil
+import tarfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -32,10 +34,13 @@ from pipeline.core.errors import (
     TooManyFailures,
 )
 from pipeline.dataset.parts import LAYOUT, METADATA_KEY
+from pipeline.images.sources.beneath import Folder
+from pipeline.images.sources.spans import Spans
 from pipeline.job.main import RunOptions, run_job
+from pipeline.manifest.build import from_tars
 from pipeline.models.checkpoint import open_checkpoint
 from pipeline.models.hub import DEMO_FOLDER
-from tests.jobs import StubEncoder, config_for, content, scenes_manifest, stub_backend
+from tests.jobs import StubEncoder, config_for, content, scene, scenes_manifest, stub_backend
 
 ROWS = 70
 
@@ -248,6 +253,58 @@ def files_manifest(folder: Path, rows: int, colour: str) -> Path:
     names = [f"{i}.png" for i in range(rows)]
     pq.write_table(pa.table({"id": names, "image": names}), folder.parent / "m.parquet")
     return folder.parent / "m.parquet"
+
+
+def scenes_tars(folder: Path, rows: int) -> Path:
+    """Two tars of scenes, one of which is damaged, and their manifest."""
+    folder.mkdir()
+    for start in (0, rows // 2):
+        with tarfile.open(folder / f"{start}.tar", "w") as tar:
+            for row in range(start, start + rows // 2):
+                data = scene(row)[0] if row != 3 else b"no image"
+                info = tarfile.TarInfo(f"{row:04}.jpg")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    from_tars([str(folder / "0.tar"), str(folder / f"{rows // 2}.tar")], str(folder / "m.parquet"))
+    return folder / "m.parquet"
+
+
+@pytest.mark.parametrize(
+    "loader",
+    [
+        {"isolation": "none"},
+        pytest.param({"isolation": "process"}, marks=pytest.mark.slow),
+        pytest.param({"isolation": "process", "feeders": 2}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_dataset_of_tars_is_that_of_single_reads_and_of_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loader: dict[str, Any]
+) -> None:
+    table = pq.read_table(scenes_tars(tmp_path / "tars", 60))
+    (tmp_path / "files").mkdir()
+    for row, name in enumerate(table["id"].to_pylist()):
+        file = tmp_path / "files" / f"{name}.jpg"
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(scene(row)[0] if row != 3 else b"no image")
+    names = pa.array([f"{name}.jpg" for name in table["id"].to_pylist()])
+    pq.write_table(table.set_column(1, "path", names), tmp_path / "files" / "m.parquet")
+
+    def job(manifest: str, out: str, **settings: Any) -> Path:
+        rows = {"root": str(tmp_path / manifest), "image": "path", "keep": ["txt"]}
+        run_job(config_for(tmp_path / manifest / "m.parquet", tmp_path / out, manifest=rows, loader=settings))
+        return tmp_path / out
+
+    reads: list[str] = []
+    read = Folder.read
+    monkeypatch.setattr(Folder, "read", lambda self, path, *most: reads.append(path) or read(self, path, *most))
+    together = job("tars", "together", **loader)
+    if loader["isolation"] == "none":
+        assert 0 < len(reads) < 20
+    monkeypatch.setattr(Spans, "join", lambda self, refs: refs)
+    assert content(together) == content(job("tars", "singly"))
+    found, wanted = pq.read_table(together), pq.read_table(job("files", "whole"))
+    assert found.drop_columns(["error"]).equals(wanted.drop_columns(["error"]))
+    assert found["status"].to_pylist().count("ok") == 59
 
 
 def test_the_same_paths_under_another_root_are_another_job(tmp_path: Path) -> None:
