@@ -1,21 +1,25 @@
 """The pipeline's own cost per row: all of it real but the reading, the decoding and the encoder.
 
-``python -m tests.own_cost [ROWS] [--dtype float16] [--batch 256]`` makes a manifest of ROWS rows (an id and
-a path each), streams it through the loader, the labels, the parts and the commits on one core, and prints the CPU time
-of a row: user and system time of the whole process, over every thread, fsync included.
+``python -m tests.own_cost [ROWS] [--dtype float16] [--batch 256] [--tar 15000]`` makes a manifest of ROWS rows (an id
+and a path each), streams it through the loader, the labels, the parts and the commits on one core, and prints the CPU
+time of a row: user and system time of the whole process, over every thread, fsync included.
 
 What stands in: a source that gives a few bytes for every path without a look at the disk, decoders that give
 ready-made pictures of 8 x 8 pixels (so that copying pixels is not the measure), and an encoder of 512 dimensions that
-looks ready-made unit vectors up. Rows get the best 5 of 10 labels.
+looks ready-made unit vectors up. Rows get the best 5 of 10 labels. With ``--tar BYTES``, rows are members of a tar of
+so many bytes each, which are read.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import io
 import json
 import os
 import resource
 import sys
+import tarfile
 import tempfile
 import threading
 import time
@@ -40,6 +44,7 @@ from pipeline.images.decode import Decoder
 from pipeline.images.pool.pool import Decoders, GiveBack
 from pipeline.images.reader import PixelReader
 from pipeline.images.sources.source import Source
+from pipeline.manifest.build import from_tars
 from pipeline.manifest.manifest import open_manifest
 from pipeline.manifest.shards import cut
 from pipeline.telemetry.clocks import StageClocks
@@ -129,6 +134,17 @@ def write_manifest(path: Path, rows: int, group: int = 50_000) -> None:
             writer.write_table(pa.table({"id": names, "path": names}, schema=schema))
 
 
+def write_tar(folder: Path, rows: int, size: int) -> None:
+    """A tar of members of ``size`` bytes that end with their number, and its manifest."""
+    noise = np.random.default_rng(0).bytes(size - 9)
+    with tarfile.open(folder / "0.tar", "w") as tar:
+        for row in range(rows):
+            info = tarfile.TarInfo(f"{row:09d}.jpg")
+            info.size = size
+            tar.addfile(info, io.BytesIO(noise + f"{row:09d}".encode()))
+    from_tars([str(folder / "0.tar")], str(folder / "manifest.parquet"))
+
+
 @contextmanager
 def _thread_times(spent: dict[str, float]) -> Iterator[None]:
     """Add up the CPU seconds of threads by the first word of their names, as they end."""
@@ -150,7 +166,9 @@ def _thread_times(spent: dict[str, float]) -> Iterator[None]:
         threading.Thread.run = run  # type: ignore[method-assign]
 
 
-def job_for(folder: Path, *, dtype: str, compression: str, batch: int, workers: int) -> tuple[Job, PixelReader]:
+def job_for(
+    folder: Path, *, dtype: str, compression: str, batch: int, workers: int, tar: int
+) -> tuple[Job, PixelReader]:
     """A job over ``folder/manifest.parquet`` into ``folder/out``, and the reader that decodes nothing."""
     config = Config(
         manifest=ManifestConfig(path=str(folder / "manifest.parquet")),
@@ -168,7 +186,7 @@ def job_for(folder: Path, *, dtype: str, compression: str, batch: int, workers: 
     )
     form = part_format(manifest.schema, dim=DIM, dtype=dtype, compression=compression, fingerprints={})
     reader = PixelReader(
-        source=cast("Source", ReadySource()),
+        source=Source(root=manifest.root, max_bytes=2**20) if tar else cast("Source", ReadySource()),
         decoder=Decoder(formats=("JPEG",), max_pixels=100_000_000),
         spec=SPEC,
         decoders=cast("Decoders", ReadyDecoders()),
@@ -184,12 +202,16 @@ def measure(
     compression: str = "zstd",
     batch: int = 64,
     workers: int = 1,
+    tar: int = 0,
     warm: bool = True,
 ) -> Cost:
     """Run the loop over ``rows`` rows in this process; with ``warm``, over a small shard before."""
     if not (folder / "manifest.parquet").exists():
-        write_manifest(folder / "manifest.parquet", rows)
-    job, reader = job_for(folder, dtype=dtype, compression=compression, batch=batch, workers=workers)
+        if tar:
+            write_tar(folder, rows, tar)
+        else:
+            write_manifest(folder / "manifest.parquet", rows)
+    job, reader = job_for(folder, dtype=dtype, compression=compression, batch=batch, workers=workers, tar=tar)
     clocks, spent = StageClocks(), dict[str, float]()
     shards = list(cut(job.manifest, job.config.manifest.shard_rows))
     if warm:
@@ -224,13 +246,18 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--compression", default="zstd")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--tar", type=int, default=0, help="bytes of each member of a tar, instead of paths alone")
     parser.add_argument("--folder", type=Path, help="where the manifest and the dataset go for the time being")
     given = parser.parse_args(arguments)
-    settings: dict[str, Any] = {name: getattr(given, name) for name in ("dtype", "compression", "batch", "workers")}
+    settings: dict[str, Any] = {
+        name: getattr(given, name) for name in ("dtype", "compression", "batch", "workers", "tar")
+    }
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
     pa.set_cpu_count(1)
+    # As pipeline.run does.
+    gc.set_threshold(100_000, 20, 50)
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
         cost = measure(Path(folder), given.rows, **settings)
     print(json.dumps({**settings, **asdict(cost)}, indent=2))

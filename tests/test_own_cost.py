@@ -15,9 +15,9 @@ from tests.own_cost import DIM, MANY, VECTORS, measure
 MOST = 150
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_rows_cost_little_and_are_those_of_their_pictures(tmp_path: Path, dtype: str) -> None:
-    cost = measure(tmp_path, 9000, dtype=dtype)
+@pytest.mark.parametrize(("dtype", "tar"), [("float32", 0), ("float16", 0), ("float16", 5000)])
+def test_rows_cost_little_and_are_those_of_their_pictures(tmp_path: Path, dtype: str, tar: int) -> None:
+    cost = measure(tmp_path, 9000, dtype=dtype, tar=tar)
     assert cost.rows == 9000 - 4096
     assert cost.cpu_us < MOST
     assert cost.size_ratio <= 1.02
