@@ -264,6 +264,15 @@ def test_members_of_tars_come_as_their_files_would(
     assert count < 90 if small else count <= 4 * 3 + 3
 
 
+def test_a_loader_of_tars_that_is_left_early_leaves_no_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spans, "SPAN", 5000)
+    write_tars(tmp_path / "tars", "in order")
+    manifest = from_paths(tmp_path / "tars")
+    with make_loader(manifest, workers=4) as loader:
+        assert isinstance(next(loader.stream(list(cut(manifest, 40)))), ImageBatch)
+        assert any(name.startswith("spans") for name in threads())
+
+
 def test_failed_rows_drop_out_and_are_told(tmp_path: Path) -> None:
     bad = (0, 3, 7, 8, 9, 29, 30, 31)
     write(tmp_path, range(40), bad=bad)
