@@ -27,6 +27,8 @@ LONGEST_ERROR = 500
 VECTORS = ("embedding", "text_embedding")
 # Rows whose similarity is computed at a time.
 ROWS_AT_ONCE = 4096
+# Rows in a row group of a part, at most: readers skip, and read side by side, by row groups.
+GROUP_ROWS = 32_768
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,11 +176,15 @@ def similarity(images: NDArray[Any], texts: NDArray[Any]) -> NDArray[np.float32]
 
 
 def write_part(table: pa.Table, path: Path, form: PartFormat) -> None:
-    """Write one row group; the same table gives the same bytes with the same version of Arrow."""
+    """Write a part in as few row groups as ``GROUP_ROWS`` allows, of the same length but for the last.
+
+    The same table gives the same bytes with the same version of Arrow.
+    """
+    groups = max(1, -(-table.num_rows // GROUP_ROWS))
     pq.write_table(
         table,
         path,
-        row_group_size=max(1, table.num_rows),
+        row_group_size=max(1, -(-table.num_rows // groups)),
         # Columns that are not named are left as they are.
         compression=dict.fromkeys(form.compressed, form.compression),
         use_dictionary=list(form.dictionary),
