@@ -9,10 +9,11 @@ import time
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from pipeline.config.compose import check_overrides, groups, known_keys, register, to_config
+from pipeline.config.compose import check_overrides, groups, register, to_config
 from pipeline.config.hydra_guard import check_files, compose_once
 from pipeline.config.options import read_options, take_folder
 from pipeline.config.schema import conf_dir
+from pipeline.config.validate import known_keys
 from pipeline.core.cli import (
     ErrorOutput,
     FolderGone,

@@ -40,7 +40,7 @@ YAML files.
 | manifest | `manifest.path` is a Parquet file, a folder or a glob at any fsspec address; `manifest.id`, `manifest.image` (paths or URLs, bytes, or `struct<bytes, path>`), `manifest.text` ([captions](../pipeline/job/README.md#texts)), `manifest.keep=[a,b]`, `manifest.root` |
 | labels | `prompts.labels=[cat,dog]` or `prompts.path=labels.csv` (YAML, CSV, Parquet), `prompts.templates`; `labels.top_k`, `labels.threshold` |
 | images | `images=exact`, `fast`, `scaled`, `gpu`; see [Decoders](../pipeline/images/README.md#decoders) |
-| batches | `loader.batch_size` (`auto` measures the best size once and stores it), `loader.workers`, `backend.streams` (batches encoded side by side on a CPU); `manifest.shard_rows` is the unit of commit and resume |
+| batches | `loader.batch_size` (`auto` measures the best size once and stores it), `loader.workers`, `backend.streams` (batches encoded side by side on a CPU); `manifest.shard_rows` ([`auto`](../pipeline/job/README.md#resume)) is the unit of commit and resume |
 | addresses | manifest, images and output may be in S3 (`output.dir=s3://bucket/photos`; `pip install -e '.[s3]'`, credentials and endpoint as for every AWS tool) or at any other fsspec address; `images.schemes=[file,https]` allows web addresses in rows |
 """
 WORDS = {int: "whole number", float: "number", bool: "true or false", str: "text", list[str]: "list of texts"}

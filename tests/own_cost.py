@@ -171,7 +171,7 @@ def job_for(
 ) -> tuple[Job, PixelReader]:
     """A job over ``folder/manifest.parquet`` into ``folder/out``, and the reader that decodes nothing."""
     config = Config(
-        manifest=ManifestConfig(path=str(folder / "manifest.parquet")),
+        manifest=ManifestConfig(path=str(folder / "manifest.parquet"), shard_rows=MANY),
         loader=LoaderConfig(batch_size=batch, workers=workers),
         output=OutputConfig(dir=str(folder / "out"), dtype=dtype, compression=compression),
     )

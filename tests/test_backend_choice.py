@@ -64,7 +64,8 @@ def _store_of_the_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def auto(**backend: Any) -> Config:
-    return Config().changed({"backend": BackendConfig(name="auto", device="cpu", streams=1, **backend)})
+    named = BackendConfig(name="auto", device="cpu", streams=1, **backend)
+    return Config().changed({"backend": named, "manifest.shard_rows": 4096})
 
 
 def known_are(monkeypatch: pytest.MonkeyPatch, *known: Candidate) -> None:

@@ -147,7 +147,7 @@ def test_the_default_on_cuda_goes_by_model_and_memory(
 
 
 def test_the_default_on_a_cpu_is_64(tmp_path: Path) -> None:
-    config = compose_config(["backend.device=cpu", f"output.dir={tmp_path / 'out'}"])
+    config = compose_config(["backend.device=cpu", "manifest.shard_rows=4096", f"output.dir={tmp_path / 'out'}"])
     assert settled(config, Machine({})) == 64
     for typed in ("64", "default"):
         again = compose_config([f"loader.batch_size={typed}"])
@@ -160,7 +160,7 @@ def test_the_default_on_a_cpu_is_64(tmp_path: Path) -> None:
     ("rows", "size"), [(1, 1), (7, 7), (32, 8), (127, 8), (128, 16), (372, 32), (511, 32), (512, 64), (10**6, 64)]
 )
 def test_a_small_job_on_a_cpu_has_a_batch_for_every_core(rows: int, size: int, tmp_path: Path) -> None:
-    config = compose_config(["backend.device=cpu", f"output.dir={tmp_path / 'out'}"])
+    config = compose_config(["backend.device=cpu", "manifest.shard_rows=4096", f"output.dir={tmp_path / 'out'}"])
     assert settled(config, Machine({}), rows=rows) == size
     assert settled(config.changed({"loader.batch_size": 64}), Machine({}), rows=rows) == min(64, rows)
     # Compiled for each size, one size serves all jobs.
@@ -170,7 +170,7 @@ def test_a_small_job_on_a_cpu_has_a_batch_for_every_core(rows: int, size: int, t
 def test_a_resume_on_a_cpu_keeps_the_size_of_the_plan(tmp_path: Path) -> None:
     storage = LocalStorage(str(tmp_path / "out"))
     plan.write_once(storage, plan.Plan(rows=100, shards=1, shard_rows=100, fingerprints={"batch_size": 64}, about={}))
-    config = compose_config(["backend.device=cpu", f"output.dir={tmp_path / 'out'}"])
+    config = compose_config(["backend.device=cpu", "manifest.shard_rows=4096", f"output.dir={tmp_path / 'out'}"])
     assert settled(config, Machine({}), rows=100) == 64
 
 

@@ -175,12 +175,13 @@ def test_all_problems_of_the_command_line_are_reported_at_once(capsys: pytest.Ca
         assert words in said
 
 
-def test_labels_and_a_batch_size_are_filled_in_where_the_config_has_none() -> None:
+def test_labels_and_sizes_are_filled_in_where_the_config_has_none() -> None:
     config = compose_config([*pipeline_run.defaults(compose_config(["model=clip_vit_b32"]))])
     assert config.images.repeats == "each"
     assert len(config.prompts.labels) == 10
     assert config.loader.batch_size > 0
-    given = compose_config(["prompts.labels=[cat]", "loader.batch_size=8"])
+    assert config.manifest.shard_rows == 4096
+    given = compose_config(["prompts.labels=[cat]", "loader.batch_size=8", "manifest.shard_rows=100"])
     assert pipeline_run.defaults(given) == ["images.repeats=each"]
 
 

@@ -34,6 +34,7 @@ from pipeline.models.text import embed_prompts
 from pipeline.nightly.records import NightError
 from pipeline.report.summary import of_texts
 from pipeline.search import main as search
+from pipeline.storage.factory import open_storage
 from tests.conftest import ROOT
 from tests.jobs import config_for, content, scene
 from tests.nights import healthy, night
@@ -223,7 +224,7 @@ def test_a_model_without_a_text_tower_is_refused_before_any_work(
     with Engine(config) as engine:
         engine.checkpoint = replace(open_checkpoint(config.model), text=None, tokenizer=None, scoring=None)
         with pytest.raises(ModelError, match=r"has no text tower.*manifest\.text=null"):
-            engine.begin()
+            engine.begin(open_storage(config.output.dir))
     assert not (tmp_path / "out").exists()
 
 

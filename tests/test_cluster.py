@@ -25,7 +25,7 @@ import psutil
 from distributed import Client
 
 from pipeline.config.choices import CLUSTERS
-from pipeline.config.schema import ClusterConfig, Config, LoaderConfig
+from pipeline.config.schema import ClusterConfig, Config, LoaderConfig, ManifestConfig
 from pipeline.config.validate import check, part_of
 from pipeline.core import errors
 from pipeline.core.errors import ClusterUnavailable, PipelineError, ShardsGivenUp, WorkerMismatch
@@ -88,6 +88,15 @@ def test_workers_take_the_backend_that_one_of_them_chose(client: Client, single:
         for each in (tmp_path / "out", Path(single.output.dir))
     )
     assert made == wanted
+
+
+@pytest.mark.slow
+def test_workers_take_the_shards_that_the_driver_chose(client: Client, single: Config, tmp_path: Path) -> None:
+    config = single.changed({"manifest.shard_rows": 0})
+    run_job(at(config, tmp_path / "whole"))
+    report = run_job(on(client, at(config, tmp_path / "out")))
+    same(at(config, tmp_path / "whole"), tmp_path / "out")
+    assert report.config["manifest"]["shard_rows"] == 4096
 
 
 @pytest.mark.slow
@@ -285,7 +294,7 @@ def test_cores_are_shared_without_overlap_while_there_are_enough(monkeypatch: py
 
 
 def test_short_shards_are_under_way_in_larger_numbers() -> None:
-    config = Config(loader=LoaderConfig(batch_size=64, workers=2))
+    config = Config(loader=LoaderConfig(batch_size=64, workers=2)).changed({"manifest.shard_rows": 4096})
     assert shards_at_once(config) == 3
     assert shards_at_once(replace(config, manifest=replace(config.manifest, shard_rows=16))) == 10
     assert shards_at_once(replace(config, manifest=replace(config.manifest, shard_rows=1))) == 32
@@ -293,7 +302,7 @@ def test_short_shards_are_under_way_in_larger_numbers() -> None:
 
 def test_every_feeder_of_a_gpu_has_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dask_cluster, "cores", lambda: 16)
-    config = Config().changed({"cluster.name": "cuda"})
+    config = Config().changed({"cluster.name": "cuda", "manifest.shard_rows": 4096})
     assert shards_at_once(config) == 2 + 2 * 4
     assert shards_at_once(config, processes=2) == 2 + 2 * 2
     # Threads that are configured are those of each process.
@@ -393,7 +402,7 @@ def test_a_slurm_job_is_asked_for_as_the_config_says() -> None:
         slurm_python="/env/bin/python",
     )
     pytest.importorskip("dask_jobqueue")
-    with slurm.make_cluster(Config(cluster=settings)) as cluster:
+    with slurm.make_cluster(Config(cluster=settings, manifest=ManifestConfig(shard_rows=4096))) as cluster:
         script = cluster.job_script()
     for line in ("-p gpu", "-A lab", "--cpus-per-task=8", "--gres=gpu:1", "--qos=high", "-t 04:00:00", "--mem=32G"):
         assert f"#SBATCH {line}" in script, script
@@ -445,7 +454,7 @@ def test_pods_are_asked_for_as_the_config_says() -> None:
     cluster = ClusterConfig(
         name="kubernetes", kubernetes_image="me/clip", workers=4, cores=8, kubernetes_gpus=1, kubernetes_env=["A=b=c"]
     )
-    wanted = pod_settings(Config(cluster=cluster))
+    wanted = pod_settings(Config(cluster=cluster, manifest=ManifestConfig(shard_rows=4096)))
     assert (wanted["image"], wanted["n_workers"], wanted["env"]) == ("me/clip", 4, {"A": "b=c"})
     assert wanted["resources"]["limits"] == {"memory": "32Gi", "cpu": "8", "nvidia.com/gpu": "1"}
 

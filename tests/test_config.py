@@ -13,8 +13,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from pipeline.config.choices import BACKENDS
-from pipeline.config.compose import compose_config, groups, known_keys, read_config, register, to_config
-from pipeline.config.ranges import DEFAULT
+from pipeline.config.compose import compose_config, groups, read_config, register, to_config
+from pipeline.config.ranges import AUTO, DEFAULT
 from pipeline.config.schema import (
     FORMATS,
     OUTPUT_COLUMNS,
@@ -25,7 +25,7 @@ from pipeline.config.schema import (
     nearest,
     value_of,
 )
-from pipeline.config.validate import AUTOMATIC, CHOICES, RANGES, check
+from pipeline.config.validate import AUTOMATIC, CHOICES, RANGES, check, known_keys
 from pipeline.core.errors import ConfigError, Problem
 
 OPTIONS = [(group, option) for group, options in groups(conf_dir()).items() for option in options]
@@ -64,7 +64,7 @@ def documented(group: str, option: str) -> dict[str, Any]:
     # The word stands for the number in the schema.
     if (group, content.get("batch_size")) == ("loader", DEFAULT):
         content["batch_size"] = LoaderConfig.batch_size
-    return content
+    return {key: 0 if value == AUTO and f"{group}.{key}" in AUTOMATIC else value for key, value in content.items()}
 
 
 def test_every_group_of_the_schema_has_its_folder() -> None:

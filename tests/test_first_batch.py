@@ -326,7 +326,7 @@ def test_a_worker_that_joins_compares_before_its_first_commit(
     storage = open_storage(config.output.dir)
     with stub_backend(Joined):
         with Engine(config) as engine:
-            engine.begin()
+            engine.begin(storage)
             engine.open(storage)
             prepared = prepare(engine, storage)
             work = job_of(engine, prepared)

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config.compose import compose_config, groups, known_keys
+from pipeline.config.compose import compose_config, groups
 from pipeline.config.options import read_options, take_folder
 from pipeline.config.schema import Config, conf_dir
+from pipeline.config.validate import known_keys
 from pipeline.core.errors import Problem
 from tests.forks import forks
 from tests.jobs import scene

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from pipeline.config.compose import check_overrides, compose_config, groups, known_keys, register, to_config
+from pipeline.config.compose import check_overrides, compose_config, groups, register, to_config
 from pipeline.config.schema import Config, conf_dir, value_of
+from pipeline.config.validate import known_keys
 from pipeline.core.errors import ConfigError, Problem
 
 MODELS = ", ".join(groups(conf_dir())["model"])

@@ -16,8 +16,9 @@ import yaml
 from hydra import compose, initialize_config_dir
 
 from pipeline import run as command
-from pipeline.config.compose import groups, known_keys, register
+from pipeline.config.compose import groups, register
 from pipeline.config.schema import conf_dir
+from pipeline.config.validate import known_keys
 from pipeline.core.cli import ErrorOutput
 from tests.conftest import ROOT
 from tests.forks import forks

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.__main__ import COMMANDS
-from pipeline.config.compose import groups, known_keys
+from pipeline.config.compose import groups
 from pipeline.config.schema import conf_dir
+from pipeline.config.validate import known_keys
 from pipeline.core.errors import install_hint
 from tests import conf_readme, layout
 from tests.commands import PARSERS, parser_of, prove

@@ -86,7 +86,8 @@ def measure(overrides: Sequence[str], plan: Plan, out: Path, *, line: str) -> Pi
         from pipeline.bench.stages import NAMES, Stages
 
         others = [name for name in dict.fromkeys(plan.decoders) if name != config.images.decoder]
-        with Stages(compose_config(overrides), work, plan.images, others) as stages:
+        given = compose_config(overrides)
+        with Stages(given, work, plan.images, others) as stages:
             alone = [_Entry(name, partial(stages.measure, name, plan.seconds)) for name in map(str, NAMES)]
             decoders = [
                 _Entry(str(Stage.DECODE), partial(stages.measure, Stage.DECODE, plan.seconds, other), other)
@@ -107,7 +108,7 @@ def measure(overrides: Sequence[str], plan: Plan, out: Path, *, line: str) -> Pi
         labels=len(stages.bank.names),
         batch=stages.batch,
         streams=stages.stream_count,
-        padding=padding(stages.images.count, config.manifest.shard_rows, stages.batch),
+        padding=padding(stages.images.count, given.manifest.shard_rows, stages.batch),
         repeats=plan.repeats,
         seconds=plan.seconds,
         machine=machine,
@@ -137,7 +138,7 @@ def render(work: Path, plan: Plan) -> list[str]:
 
 
 def defaults(config: Config) -> list[str]:
-    """Return overrides for labels and a batch size, where the config has none, and for embedding every image."""
+    """Return overrides for labels, a batch size and shards where the config has none, and for embedding every image."""
     # Images of a manifest that is too short are repeated.
     more = ["images.repeats=each"]
     if not config.prompts.labels and config.prompts.path is None:
@@ -145,10 +146,13 @@ def defaults(config: Config) -> list[str]:
 
         more.append(f"prompts.labels=[{','.join(map(quoted, label_names()[:10]))}]")
     from pipeline.engine.batch_size import SIZES, is_default_of_cuda
+    from pipeline.engine.shard_size import LEAST
 
-    # Without a fixed size, the stages would have to measure one as well.
+    # The stages do not choose sizes as a job does.
     if not config.loader.batch_size or is_default_of_cuda(config):
         more.append(f"loader.batch_size={64 if not config.loader.batch_size else SIZES['cuda'][0]}")
+    if not config.manifest.shard_rows:
+        more.append(f"manifest.shard_rows={LEAST}")
     return more
 
 

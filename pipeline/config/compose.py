@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 from pipeline.config.hydra_guard import check_setting
 from pipeline.config.options import unread
 from pipeline.config.ranges import AUTO, DEFAULT, DefaultNumber
-from pipeline.config.schema import Config, LoaderConfig, conf_dir, nearest, value_of
-from pipeline.config.validate import AUTOMATIC, check, limits
+from pipeline.config.schema import Config, LoaderConfig, ManifestConfig, conf_dir, nearest, value_of
+from pipeline.config.validate import AUTOMATIC, check, known_keys, limits
 from pipeline.core.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
@@ -45,6 +45,13 @@ class TypedLoader(LoaderConfig):
     """Group ``loader`` as it is typed: ``batch_size`` may be one of two words, for which the config has numbers."""
 
     batch_size: int | str = DEFAULT  # type: ignore[assignment]
+
+
+@dataclass(frozen=True)
+class TypedManifest(ManifestConfig):
+    """Group ``manifest`` as it is typed: ``shard_rows`` may be ``auto``, for which the config has 0."""
+
+    shard_rows: int | str = AUTO  # type: ignore[assignment]
 
 
 def compose_config(arguments: Sequence[str]) -> Config:
@@ -90,12 +97,6 @@ def joined(problems: Sequence[Problem], others: Iterable[Problem]) -> list[Probl
     return [*problems, *(problem for problem in others if problem.key not in keys)]
 
 
-def known_keys() -> list[str]:
-    """Every dotted key of the schemas, such as ``loader.batch_size``."""
-    groups = get_type_hints(Config)
-    return [f"{group}.{field.name}" for group, kind in groups.items() for field in fields(kind)]
-
-
 def groups(conf: Path) -> dict[str, list[str]]:
     """The config groups and their options: the folders and files under ``conf``."""
     return {
@@ -122,7 +123,7 @@ def _schema() -> DictConfig:
     # Every override is checked against a schema; a copy takes a fifth of the time.
     from omegaconf import OmegaConf
 
-    node: DictConfig = OmegaConf.structured(Config(loader=TypedLoader()))
+    node: DictConfig = OmegaConf.structured(Config(loader=TypedLoader(), manifest=TypedManifest()))
     for part in (node, *(node[group.name] for group in fields(Config))):
         OmegaConf.set_readonly(part, None)
     # A merge keeps the default where the other side has ???: model=hub would run the demo model.
@@ -198,7 +199,7 @@ def read_config(composed: DictConfig) -> tuple[Config, list[Problem]]:
     loader = LoaderConfig(**vars(config.loader))
     if loader.batch_size == _DEFAULT_SIZE:
         loader = replace(loader, batch_size=LoaderConfig.batch_size)
-    config = replace(config, loader=loader)
+    config = replace(config, loader=loader, manifest=ManifestConfig(**vars(config.manifest)))
     return config, problems + check(config)
 
 
@@ -217,7 +218,7 @@ def _resolve(node: DictConfig, key: str) -> Problem | None:
         if OmegaConf.is_config(value):
             OmegaConf.to_container(value, resolve=True, throw_on_missing=True)
         if key in AUTOMATIC:
-            node[name] = _number(value)
+            node[name] = _number(key, value)
     except OmegaConfBaseException as error:
         raw: Any = OmegaConf.to_container(node)
         return Problem(key, raw[name], str(error).splitlines()[0])
@@ -226,11 +227,11 @@ def _resolve(node: DictConfig, key: str) -> Problem | None:
     return None
 
 
-def _number(typed: int | str) -> int:
-    """Return the number that stands for what was typed; raise ValueError for a word that is none of these."""
+def _number(key: str, typed: int | str) -> int:
+    """Return the number that stands for what was typed; raise ValueError for a word that ``key`` does not take."""
     if typed == AUTO:
         return 0
-    if typed == DEFAULT:
+    if typed == DEFAULT and isinstance(value_of(Config(), key), DefaultNumber):
         return _DEFAULT_SIZE
     number = int(typed)
     if number in (0, _DEFAULT_SIZE):
@@ -337,7 +338,7 @@ def _check_type(key: str, value: Any) -> list[Problem]:
     try:
         OmegaConf.update(typed, ".".join((name, *entry)), value)
         if key in AUTOMATIC and not OmegaConf.is_interpolation(typed, name):
-            _number(value)
+            _number(key, value)
     except (OmegaConfBaseException, ValueError):
         if key in AUTOMATIC:
             return [Problem(key, value, limits(key))]

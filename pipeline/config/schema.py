@@ -112,7 +112,7 @@ class ManifestConfig:
     text: Annotated[str | None, filled("must name a column, or be null")] = None
     keep: list[str] = field(default_factory=list)
     root: str | None = None
-    shard_rows: Annotated[int, Range(1, 1_000_000)] = 4096
+    shard_rows: Annotated[int, Range(0, 1_000_000, AUTO)] = 0
     demo_scenes: Annotated[int, Range(1)] = 1000
 
     @property
@@ -347,5 +347,4 @@ def value_of(config: Config, key: str) -> Any:
 
 def from_dict(values: Mapping[str, Mapping[str, Any]]) -> Config:
     """Return the config of groups as ``dataclasses.asdict`` makes them; what is missing has its default."""
-    config = Config()
-    return replace(config, **{group: replace(getattr(config, group), **keys) for group, keys in values.items()})
+    return replace(Config(), **{group: replace(getattr(Config(), group), **keys) for group, keys in values.items()})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from itertools import chain
 from typing import Annotated, get_origin, get_type_hints
 
@@ -28,6 +28,12 @@ CHOICES = {key: rule.words for key, rule in CONSTRAINTS.items() if isinstance(ru
 RANGES = {key: (rule.lowest, rule.highest) for key, rule in CONSTRAINTS.items() if isinstance(rule, Range)}
 # Keys of numbers for which the word ``auto`` may be typed.
 AUTOMATIC = [key for key, rule in CONSTRAINTS.items() if isinstance(rule, Range) and rule.word == AUTO]
+
+
+def known_keys() -> list[str]:
+    """Every dotted key of the schemas, such as ``loader.batch_size``."""
+    groups = get_type_hints(Config)
+    return [f"{group}.{field.name}" for group, kind in groups.items() for field in fields(kind)]
 
 
 def check(config: Config) -> list[Problem]:

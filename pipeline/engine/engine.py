@@ -31,6 +31,7 @@ from pipeline.engine.loaded_rate import rate_beside_loader
 from pipeline.engine.loop import Worker
 from pipeline.engine.opening import images_compared, open_backend, spec_of
 from pipeline.engine.sample import draw_sample, read_sample
+from pipeline.engine.shard_size import with_shard_rows
 from pipeline.engine.text_tower import open_tower
 from pipeline.images.factory import pixel_reader, with_gpu, worker_threads
 from pipeline.images.pool.pool import Decoders
@@ -111,8 +112,8 @@ class Engine:
             self._opened.callback(pool.close)
         return pool
 
-    def begin(self) -> None:
-        """Open the manifest and the model, and begin to check the ids and to embed the prompts.
+    def begin(self, storage: Storage) -> None:
+        """Open manifest and model, settle the shards of the output, begin to check the ids and to embed the prompts.
 
         Raises:
             PipelineError: one of :mod:`pipeline.core.errors`; nothing was written then.
@@ -128,8 +129,8 @@ class Engine:
             # A model without a text tower is refused before any work.
             self.checkpoint.texts()
         # The model is opened in this thread, the prompts are embedded in another one.
-        _ = self._bank
-        _ = self.heads
+        _ = self._bank, self.heads
+        self.config = with_shard_rows(config, self.checkpoint, manifest, storage)
 
     def open(self, storage: Storage) -> None:
         """Open the reader and the encoder; backend and batch size are measured where the config leaves them open.

@@ -114,7 +114,7 @@ def run_job(config: Config, options: RunOptions | None = None) -> RunReport:
         if config.cluster.name == "inline":
             engine.start()
         phases.ended("output")
-        engine.begin()
+        engine.begin(output.storage)
 
         # Plan: written behind the gates, which may look at the first batch; no part is written before the plan.
         with span("prepare"), phase("prepare" if config.cluster.name == "inline" else "workers"):

@@ -148,7 +148,7 @@ def open_manifest(config: ManifestConfig) -> Manifest:
 
 def _check_count(rows: int, config: ManifestConfig) -> None:
     """Refuse more shards than the names of parts have digits for: readers sort parts by name."""
-    if -(-rows // config.shard_rows) > MOST_SHARDS:
+    if config.shard_rows and -(-rows // config.shard_rows) > MOST_SHARDS:
         allowed = f"{rows:,} rows would be more than {MOST_SHARDS:,} parts, the most that a dataset may have"
         hint = f"take manifest.shard_rows={-(-rows // MOST_SHARDS)} or more"
         raise ConfigError([Problem("manifest.shard_rows", config.shard_rows, allowed, hint)])

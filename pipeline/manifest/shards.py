@@ -25,7 +25,9 @@ LOCAL_BUFFER, REMOTE_BUFFER = 2**20, 16 * 2**20
 
 
 def cut(manifest: Manifest, shard_rows: int) -> Iterator[Shard]:
-    """Every shard in order; a pure function of the manifest's row groups and ``shard_rows``."""
+    """Every shard in order; a pure function of the manifest's row groups and ``shard_rows``, which is at least 1."""
+    if shard_rows < 1:
+        raise ValueError(f"shards of {shard_rows} rows")
     index, left, pieces = 0, shard_rows, list[Piece]()
     for number, file in enumerate(manifest.files):
         for group, rows in enumerate(file.row_groups):

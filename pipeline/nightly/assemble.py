@@ -80,10 +80,14 @@ def assemble(pending: PendingNight, target: Target, embedded: EmbeddedRows, held
 
 def _assembly(pending: PendingNight, target: Target, embedded: EmbeddedRows, previous: Dataset | None) -> Assembly:
     from pipeline.engine.batch_size import known_size
+    from pipeline.engine.shard_size import with_shard_rows
+    from pipeline.models.checkpoint import open_checkpoint
 
     manifest = target.manifest
     sample = next(dataset for dataset in (*embedded.datasets, previous) if dataset is not None)
     config = with_backend_of(target.config, sample.plan.config)
+    if not config.manifest.shard_rows:
+        config = with_shard_rows(config, open_checkpoint(config.model), manifest, pending.output)
     # The batch size of the main job over the whole manifest; that over few rows is smaller.
     size = known_size(config, manifest.rows) or int(sample.plan.fingerprints["batch_size"])
     fingerprints = {

@@ -21,7 +21,7 @@ from pipeline.dataset import plan
 from pipeline.dataset.names import check_columns
 from pipeline.dataset.saved_config import with_backend_of
 from pipeline.manifest.ids import check_ids
-from pipeline.manifest.manifest import Manifest, open_manifest
+from pipeline.manifest.manifest import MOST_SHARDS, Manifest, open_manifest
 from pipeline.manifest.overlap import check_places
 from pipeline.nightly.content_keys import BYTES, Content, find_content, id_type, read_keys, read_schema
 from pipeline.nightly.diff import OF_COPYING, OF_DECODING, OF_READING, Rule, compare
@@ -195,9 +195,14 @@ def compare_rows(pending: PendingNight) -> dict[str, int]:
 def open_target(pending: PendingNight) -> Target:
     """The rows of the night's dataset: the whole manifest, or for a partition a copy of the rows not carried.
 
-    The copy stays in the store for repairs.
+    The copy stays in the store for repairs. With ``manifest.shard_rows=auto`` the shards are as long as those of the
+    previous night, which has equal parts then; without one, or with more rows than such shards hold, it stays ``auto``.
     """
     manifest, config = pending.manifest, pending.config
+    if pending.previous is not None and not config.manifest.shard_rows:
+        found = plan.read(open_night(pending.store, pending.previous.date))
+        if found is not None and plan.count_shards(manifest.rows, found.shard_rows) <= MOST_SHARDS:
+            config = config.changed({"manifest.shard_rows": found.shard_rows})
     if pending.snapshot:
         return Target(config, manifest)
     folder, name = open_below(pending.store, MANIFESTS), f"{PREFIX}{pending.day}.parquet"

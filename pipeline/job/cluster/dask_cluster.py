@@ -76,14 +76,13 @@ def shards_at_once(config: Config, processes: int = 1) -> int:
     import torch
 
     from pipeline.engine.feeders import SHARDS, count_feeders
+    from pipeline.engine.shard_size import asks_for_gpus
 
     batch = config.loader.batch_size or 256
     workers = config.loader.workers or config.cluster.cores or max(1, cores() // processes)
     held = batch + max(batch, 2 * LEAST * workers)
-    gpus = {"cuda": 1, "slurm": config.cluster.slurm_gpus, "kubernetes": config.cluster.kubernetes_gpus}
-    on_gpu = gpus.get(config.cluster.name) or config.backend.device.startswith("cuda")
     config = config.changed({"loader.workers": workers})
-    feeders = count_feeders(config, torch.device("cuda" if on_gpu else "cpu"))
+    feeders = count_feeders(config, torch.device("cuda" if asks_for_gpus(config) else "cpu"))
     return min(MOST_SHARDS, 2 + max(-(-held // config.manifest.shard_rows), SHARDS * feeders))
 
 

@@ -95,10 +95,10 @@ class DaskExecutor:
             ClusterUnavailable: it cannot be opened, or has no worker.
             PipelineError: what the worker found.
         """
-        self._client = self._opened.enter_context(open_cluster(self._config))
+        self._client = self._opened.enter_context(open_cluster(engine.config))
         self._client.subscribe_topic(f"pipeline-{self._token}", lambda event: self._events.put(event[1]))
         self._spec = JobSpec(
-            token=self._token, config=self._config, manifest=engine.manifest, model=engine.checkpoint.fingerprint
+            token=self._token, config=engine.config, manifest=engine.manifest, model=engine.checkpoint.fingerprint
         )
         self._clear()
         self._deliver("order", self._spec, closes=True)

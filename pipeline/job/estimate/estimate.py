@@ -105,12 +105,12 @@ def rehearse(config: Config, began: float, limits: Limits, decoders: Decoders | 
         # Closed before the folder is removed.
         engine = opened.enter_context(Engine(scenes.config, decoders=decoders))
         engine.start()
-        engine.begin()
+        engine.begin(storage)
         executor.prepare(engine)
         prepared = executor.settle()
         done, damaged = commits.look(storage, prepared.plan, every_byte=False)
         part = Part.of(config)
-        shards = cut(engine.manifest, config.manifest.shard_rows)
+        shards = cut(engine.manifest, prepared.plan.shard_rows)
         left = [shard for shard in shards if part.has(shard.index) and shard.index not in done]
         startup = time.time() - began - scenes.seconds
         trial = None

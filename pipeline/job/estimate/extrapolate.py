@@ -144,6 +144,7 @@ def figures(trial: Trial | None, work: Work, prepared: Prepared) -> Estimate:
         output=config.output.dir,
         rows=wanted.rows,
         shards=wanted.shards,
+        shard_rows=wanted.shard_rows,
         done_rows=sum(commit.rows for commit in work.done.values()),
         done_shards=len(work.done),
         damaged_shards=work.damaged,

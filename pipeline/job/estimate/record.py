@@ -17,6 +17,7 @@ class Estimate:
             machine stays as busy as it was during the measurement.
         scenes_seconds: rendering of the demo's scenes, on top of ``seconds``.
         cores_busy: cores that the sample used on average.
+        shard_rows: rows of a shard, the last of which may have less.
         output_bytes: bytes still to be written; ``done_bytes`` exist already.
         free_bytes: free bytes of the disk; None for an object store.
         memory: peaks by kind, as in the report of a run.
@@ -43,6 +44,7 @@ class Estimate:
     images_per_second: float = 0.0
     cores_busy: float = 0.0
     batch_size: int = 0
+    shard_rows: int = 0
     sample: Mapping[str, float] = field(default_factory=dict)
     scenes_seconds: float = 0.0
     output_bytes: int = 0
@@ -71,7 +73,7 @@ class Estimate:
 def lines(estimate: Estimate) -> Iterator[str]:
     """Return the lines of the log, each with its name."""
     e = estimate
-    yield _line("rows", f"{e.rows:,} in {_count(e.shards, 'shard')}; {_done(e)}")
+    yield _line("rows", f"{e.rows:,} in {_count(e.shards, 'shard')} of up to {e.shard_rows:,}; {_done(e)}")
     if not e.left_rows:
         yield _line("time", f"nothing to do: a run would start and end within {span(e.seconds)}")
         return
