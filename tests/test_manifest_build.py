@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import tarfile
 import uuid
 from collections.abc import Mapping
@@ -244,6 +245,41 @@ def write_tar(path: Path, members: Mapping[str, bytes], mode: str = "w", kind: i
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     return str(path)
+
+
+@pytest.mark.parametrize("given", ["{00..11}.tar", "*.tar", "[01]?.tar", "memory"])
+def test_a_glob_or_a_range_of_tars_is_all_of_them_in_order(tmp_path: Path, given: str) -> None:
+    for number in range(12):
+        write_tar(tmp_path / "tars" / f"{number:02}.tar", {"1.jpg": b"x" * (number + 1)})
+    if given == "memory":
+        fsspec.filesystem("memory").put(str(tmp_path / "tars"), "/globs", recursive=True)
+        given = "memory://globs/*.tar"
+    else:
+        given = str(tmp_path / "tars" / given)
+    assert build.from_tars([given], str(tmp_path / "m.parquet")) == 12
+    table = pq.read_table(tmp_path / "m.parquet")
+    assert table["id"].to_pylist() == [f"{number:02}/1" for number in range(12)]
+    assert [len(data) for data in images_of(opened(tmp_path / "m.parquet")).values()] == [*range(1, 13)]
+
+
+def test_a_tar_whose_name_looks_like_a_pattern_is_taken_as_it_is(tmp_path: Path) -> None:
+    tars = [write_tar(tmp_path / name, {"1.jpg": b"1"}) for name in ("a[1].tar", "{0..1}.tar")]
+    assert build.from_tars(tars, str(tmp_path / "m.parquet")) == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("*.tar", "no tar is there"),
+        ("{5..4}.tar", "no tar is there"),
+        ("{0..1}.tar", "0.tar: no such file"),
+        ("memory://nothing/*.tar", "no tar is there"),
+    ],
+)
+def test_tars_that_are_not_there_are_named(tmp_path: Path, given: str, message: str) -> None:
+    path = given if "://" in given else str(tmp_path / given)
+    with pytest.raises(ManifestError, match=re.escape(message)):
+        build.from_tars([path], str(tmp_path / "m.parquet"))
 
 
 LONG = "folder/" * 30 + "0001"

@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     csv.add_argument("--id", help="the column of ids (default: id, or else the image paths)")
     csv.add_argument("--root", help="where relative paths start (default: the folder of the CSV)")
     tar = kinds.add_parser("tar", help="WebDataset tars; images stay where they are")
-    tar.add_argument("tars", nargs="+", help="plain tars, not compressed ones")
+    tar.add_argument("tars", nargs="+", help="plain tars, not compressed ones; also 's3://bucket/{00000..00999}.tar'")
     for kind in (folder, csv, tar):
         kind.add_argument("out", help="the Parquet file to write")
     return parser

@@ -7,7 +7,9 @@ A manifest records the folder that its relative paths start from, so that a job 
 from __future__ import annotations
 
 import os
+import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import groupby, islice
@@ -18,15 +20,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config.extensions import BY_FORMAT, EXTENSIONS, extension_of
+from pipeline.core.concurrency import in_order
 from pipeline.core.errors import ManifestError, StorageError
+from pipeline.core.processes import cores
 from pipeline.manifest.csv_table import read_table
 from pipeline.manifest.folder import LeftOut, list_files
-from pipeline.manifest.manifest import ROOT_KEY
+from pipeline.manifest.manifest import FILES_AT_A_TIME, ROOT_KEY
 from pipeline.storage.factory import open_storage
-from pipeline.storage.urls import is_local, local_file, open_file, scheme_of
+from pipeline.storage.urls import explained, filesystem, is_local, local_file, open_file, scheme_of
 
 SIDECARS = ("txt", "json", "cls")
 GROUP_ROWS = 65_536
+# A range of numbers in the names of WebDataset.
+_NUMBERS = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
 def from_folder(folder: str, out: str, *, left_out: LeftOut | None = None, every: bool = False) -> int:
@@ -93,24 +99,53 @@ def from_tars(paths: Sequence[str], out: str) -> int:
     """Write a row for every image in WebDataset tars, addressed by its bytes; nothing is unpacked.
 
     Columns: ``id`` (tar name and key), ``path`` (``<tar>#bytes=START-STOP``), and the text of the members with the
-    same key: ``txt``, ``json`` and ``cls``, null where there is none. Returns the number of rows.
+    same key: ``txt``, ``json`` and ``cls``, null where there is none. Returns the number of rows. Some tars are read
+    side by side, and each of them once from end to end.
+
+    Args:
+        paths: files, globs, or ranges such as ``s3://bucket/{00000..41454}.tar``.
+        out: the Parquet file to write.
 
     Raises:
-        ManifestError: a tar is compressed or damaged, or holds no images.
+        ManifestError: a tar is compressed or damaged, a glob matches none, two have one name, or there are no images.
     """
     local = all(is_local(path) for path in paths)
-    names = [str(local_file(path).resolve()) if local else path for path in paths]
-    if len({PurePosixPath(name).name for name in names}) != len(names):
-        raise ManifestError("two tars have the same name, and ids begin with it; rename one")
+    names = [str(local_file(name).resolve()) if local else name for path in paths for name in _expanded(path)]
+    repeated = [name for name, count in Counter(PurePosixPath(name).name for name in names).items() if count > 1]
+    if repeated:
+        raise ManifestError(f"two tars have the same name, {repeated[0]}, and ids begin with it; rename one")
     root = os.path.commonpath([os.path.dirname(name) for name in names]) if local else names[0].rpartition("/")[0]
     schema = pa.schema([(name, pa.string()) for name in ("id", "path", *SIDECARS)])
-    rows = (row for name in names for row in _tar_rows(name, os.path.relpath(name, root) if local else name))
+
+    def rows_of(name: str) -> list[dict[str, Any]]:
+        return list(_tar_rows(name, os.path.relpath(name, root) if local else name))
+
+    threads = cores() if local else FILES_AT_A_TIME
+    rows = (row for found in in_order(rows_of, names, threads=threads) for row in found)
     written = _write(rows, schema, out, root=root)
     if not written:
         raise ManifestError(
             f"{', '.join(paths)}: no images; a WebDataset tar holds members such as 0001.jpg and 0001.txt"
         )
     return written
+
+
+def _expanded(path: str) -> list[str]:
+    """The files of a glob or a range of numbers, sorted; a file that is there is one whatever its name is."""
+    fs, plain = filesystem(path)
+    match = _NUMBERS.search(path)
+    if (match is None and not any(mark in path for mark in "*?[")) or (is_local(path) and os.path.exists(plain)):
+        return [path]
+    if match is not None:
+        first, last = int(match[1]), int(match[2])
+        numbers = range(first, last + 1)
+        found = [f"{path[: match.start()]}{n:0{len(match[1])}}{path[match.end() :]}" for n in numbers]
+    else:
+        with explained(path):
+            found = [name if is_local(path) else fs.unstrip_protocol(name) for name in sorted(fs.glob(plain))]
+    if not found:
+        raise ManifestError(f"{path}: no tar is there; see the folder and the pattern")
+    return found
 
 
 def _tar_rows(url: str, shown: str) -> Iterator[dict[str, Any]]:
