@@ -43,7 +43,7 @@ END = [
 ]
 PLACES = BEGIN + SHARDS + END
 # Not reached by an unbroken job on a local disk; each has a test of its own.
-SPECIAL = ("child.decode", "object.put", "object.created", "commit.lost")
+SPECIAL = ("ids.write", "child.decode", "object.put", "object.created", "commit.lost")
 
 
 def small_job(folder: Path, rows: int = ROWS, **groups: dict[str, Any]) -> Config:

@@ -39,7 +39,7 @@ MODULES = {
     "decode": "images/reader", "child": "images/pool/worker", "decoded": "images/reader", "encode": "engine/forward",
     "encoded": "engine/forward", "label": "engine/forward", "storage": "storage/local",
     "object": "storage/object_store", "commit": "dataset/commits", "finalize": "dataset/commits",
-    "report": "job/finish",
+    "report": "job/finish", "ids": "manifest/hash_files",
 }  # fmt: skip
 RELABELLED = {"plan.settled", "label", "part.build", "report.written"}
 

@@ -26,6 +26,7 @@ VARIABLE = "PIPELINE_FAILPOINTS"
 # Every failpoint, in the order in which a job comes by.
 POINTS = (
     "lease.taken",
+    "ids.write",
     "plan.settled",
     "rows",
     "read",

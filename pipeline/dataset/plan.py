@@ -123,13 +123,13 @@ def read(storage: Storage) -> Plan | None:
     return plan
 
 
-def recorded_model(storage: Storage) -> Mapping[str, Any] | None:
-    """The fingerprint of the model in an output's plan, which may say the same in other words than today's.
+def recorded(storage: Storage, name: str) -> Mapping[str, Any] | None:
+    """The fingerprint of ``model``, ``manifest`` or another input in an output's plan.
 
     None where there is no plan, or none that can be read, which :func:`compare` refuses.
     """
     try:
-        found = json.loads(storage.read(NAME) or b"{}")["fingerprints"]["model"]
+        found = json.loads(storage.read(NAME) or b"{}")["fingerprints"][name]
     except (ValueError, TypeError, KeyError):
         return None
     return found if isinstance(found, dict) else None

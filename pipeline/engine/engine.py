@@ -77,6 +77,7 @@ class Engine:
         # By the number of images.
         self._samples: dict[int, Sample | None] = {}
         self._chosen = False
+        self._check: Callable[[Manifest], None] = check_ids
 
     def __enter__(self) -> Engine:
         return self
@@ -112,13 +113,13 @@ class Engine:
             self._opened.callback(pool.close)
         return pool
 
-    def begin(self, storage: Storage) -> None:
-        """Open manifest and model, settle the shards of the output, begin to check the ids and to embed the prompts.
+    def begin(self, storage: Storage, check: Callable[[Manifest], None] = check_ids) -> None:
+        """Open manifest and model, settle the shards of the output, begin to ``check`` the ids and to embed the prompts.
 
         Raises:
             PipelineError: one of :mod:`pipeline.core.errors`; nothing was written then.
         """
-        config, manifest = self.config, self.manifest
+        config, manifest, self._check = self.config, self.manifest, check
         check_columns(config)
         check_places(config, manifest)
         with suppress(TimeoutError), phase("ids"):
@@ -338,7 +339,7 @@ class Engine:
 
     @cached_property
     def _ids(self) -> Future[object]:
-        return aside(partial(check_ids, self.manifest), name="ids")
+        return aside(partial(self._check, self.manifest), name="ids")
 
     def _drawn(self, count: int) -> Sample | None:
         if count not in self._samples:

@@ -28,6 +28,7 @@ from pipeline.job.cluster.executor import Executor, executor_of
 from pipeline.job.cluster.main_guard import leave_if_run_again
 from pipeline.job.cluster.part import Part
 from pipeline.job.finish import Embedded, Outcome
+from pipeline.job.unique_ids import UniqueIds
 from pipeline.manifest.manifest import Manifest
 from pipeline.manifest.shards import cut
 from pipeline.storage.base import Storage
@@ -109,12 +110,13 @@ def run_job(config: Config, options: RunOptions | None = None) -> RunReport:
         with phases.within(_SCENES):
             config, rendering_seconds = with_demo_scenes(config)
         executor = opened.enter_context(executor_of(config, output.storage, output.held.check))
-        recorded = plan.recorded_model(output.storage) or options.recorded
+        recorded = plan.recorded(output.storage, "model") or options.recorded
         engine = opened.enter_context(Engine(config, decoders=options.decoders, recorded=recorded))
         if config.cluster.name == "inline":
             engine.start()
         phases.ended("output")
-        engine.begin(output.storage)
+        unique = opened.enter_context(UniqueIds(output.storage, output.part, seconds=config.output.lease_seconds))
+        engine.begin(output.storage, unique.check)
 
         # Plan: written behind the gates, which may look at the first batch; no part is written before the plan.
         with span("prepare"), phase("prepare" if config.cluster.name == "inline" else "workers"):
@@ -122,7 +124,7 @@ def run_job(config: Config, options: RunOptions | None = None) -> RunReport:
         output.monitor.labels["backend"] = prepared.config.backend.name
         if engine.has_images:
             log_labels(engine.bank())
-        executor.begin(job_of(engine, prepared), partial(write_plan, prepared, output.storage, output.held))
+        executor.begin(job_of(engine, prepared), partial(_write_plan, prepared, output, unique))
         find_done = partial(
             commits.find_done, output.storage, prepared.plan, output.held.confirm, every_byte=options.every_byte
         )
@@ -213,6 +215,11 @@ def _open_output(config: Config, options: RunOptions, phases: Phases, opened: Ex
     if part.token:
         claims = opened.enter_context(Claims(storage, part.lease, config.output.lease_seconds, held.check))
     return config, _Output(storage, held, part, monitor, phases, claims)
+
+
+def _write_plan(prepared: Prepared, output: _Output, unique: UniqueIds) -> None:
+    write_plan(prepared, output.storage, output.held)
+    unique.release()
 
 
 def _embed(

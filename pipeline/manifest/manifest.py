@@ -82,6 +82,10 @@ class Manifest:
             **({"text": self.text} if self.text else {}),
         }
 
+    def has_rows_of(self, fingerprint: object) -> bool:
+        """True for the fingerprint of a manifest with the same files and columns; images may be in another folder."""
+        return isinstance(fingerprint, dict) and {**fingerprint, "root": 0} == {**self.fingerprint, "root": 0}
+
 
 def open_manifest(config: ManifestConfig) -> Manifest:
     """Find the files and check every schema; of rows, a few images are looked at.

@@ -119,7 +119,7 @@ def run_main_job(config: Config, *, run: str, recorded: Mapping[str, Any] | None
 def _recorded(pending: PendingNight) -> Mapping[str, Any] | None:
     """The model's fingerprint on the previous night."""
     previous = pending.previous
-    return None if previous is None else plan.recorded_model(open_night(pending.store, previous.date))
+    return None if previous is None else plan.recorded(open_night(pending.store, previous.date), "model")
 
 
 def digest_of(fingerprints: Mapping[str, Any]) -> str:

@@ -122,7 +122,8 @@ def prepare(config: Config, options: NightOptions, store: Storage, day: str) -> 
     manifest = open_manifest(config.manifest)
     check_columns(config)
     check_places(config, manifest)
-    check_ids(manifest)
+    if not manifest.has_rows_of(_begun(store, day).get("manifest")):
+        check_ids(manifest)
     content = find_content(manifest, options.content)
     previous = newest_before(store, day)
     if previous is not None and previous.layout != options.layout:
@@ -229,9 +230,7 @@ def _scratch(work: Storage) -> Iterator[Path]:
 
 def _begin(store: Storage, day: str, facts: dict[str, Any]) -> str:
     """Begin a night, or find it begun with the same facts; return why it was begun anew, if it was."""
-    outer = open_below(store, WORK, f"{PREFIX}{day}")
-    data = outer.read(BEGUN)
-    found: dict[str, Any] = json.loads(data) if data is not None else {}
+    outer, found = open_below(store, WORK, f"{PREFIX}{day}"), _begun(store, day)
     anew = str(found.pop("anew", ""))
     begun, now = found.get("manifest"), facts["manifest"]["root"]
     there = begun.get("root") if isinstance(begun, dict) else None
@@ -246,6 +245,12 @@ def _begin(store: Storage, day: str, facts: dict[str, Any]) -> str:
     remove_folder(store, f"{WORK}/{PREFIX}{day}")
     outer.write(BEGUN, json.dumps(facts).encode())
     return ""
+
+
+def _begun(store: Storage, day: str) -> dict[str, Any]:
+    """The facts of a night that was begun, written behind the check of its ids; empty if it was not."""
+    found: dict[str, Any] = json.loads(open_below(store, WORK, f"{PREFIX}{day}").read(BEGUN) or b"{}")
+    return found
 
 
 def _batch_size(store: Storage, previous: Night) -> int:
