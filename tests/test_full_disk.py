@@ -19,14 +19,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config.schema import Config
+from pipeline.config.schema import Config, ManifestConfig
 from pipeline.core.errors import StorageError
 from pipeline.core.failpoints import armed
 from pipeline.job.main import run_job
+from pipeline.manifest import hash_files, ids
+from pipeline.manifest.manifest import open_manifest
 from pipeline.storage.factory import open_storage
+from pipeline.storage.urls import free_bytes
 from pipeline.telemetry.logs import log_to
 from tests.forks import forks, run_command
 from tests.jobs import config_for, content, overrides_of, scenes_manifest
+from tests.processes import wait_until
 
 ROWS, SHARD_ROWS = 24, 6
 # Bytes of each row that travel from the manifest into the parts, and do not compress.
@@ -168,6 +172,28 @@ def test_a_full_temporary_folder_before_an_object_store(
     run_job(config)
     assert len(open_storage(url).sizes("_commits")) == ROWS // SHARD_ROWS
     assert list(disk.iterdir()) == []
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_tmpdir_without_room_for_the_hashes_of_the_ids(
+    disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: bool
+) -> None:
+    pq.write_table(pa.table({"id": range(100_000), "path": ["x.jpg"] * 100_000}), tmp_path / "m.parquet")
+    manifest = open_manifest(ManifestConfig(path=str(tmp_path / "m.parquet")))
+    monkeypatch.setattr(tempfile, "tempdir", str(disk))
+    monkeypatch.setattr(ids, "IN_MEMORY_ROWS", 50_000)
+    if not known:
+        # As where other processes fill the disk meanwhile.
+        monkeypatch.setattr(hash_files, "free_bytes", lambda place: None)
+    before = free_bytes(str(disk))
+    with pytest.raises(StorageError) as caught:
+        ids.check_ids(manifest)
+    free = f" ({before:,} bytes free)" if known else ""
+    assert str(caught.value).startswith(f"{disk}: No space left on device{free}; the check of the ids writes 800,000 b")
+    assert "set TMPDIR to a folder on a larger disk" in str(caught.value)
+    wait_until(lambda: free_bytes(str(disk)) == before)
+    mount("-o", "remount,size=4m", str(disk))
+    ids.check_ids(manifest)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="permissions do not hold root up; a read-only disk does, above")
