@@ -119,5 +119,6 @@ def _memory(found: dict[str, Any]) -> list[str]:
         "## Memory of a job",
         "",
         f"{found['about']}, peak of the job and its decoders: {text}.",
-        "The check of the ids takes 8 bytes a row on top while it runs, and gives them back when it is done.",
+        "The check of the ids takes 8 bytes a row on top while it runs, and gives them back when it is done: in memory",
+        "up to 67 million rows, in TMPDIR beyond.",
     ]

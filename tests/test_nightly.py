@@ -458,13 +458,23 @@ def test_a_manifest_that_changed_since_a_night_was_begun_begins_it_again(
     def broken(*arguments: Any) -> None:
         raise OSError("the machine is gone")
 
+    def assembled(*arguments: Any) -> None:
+        raise InterruptedError("while assembling")
+
     with monkeypatch.context() as patch:
         patch.setattr("pipeline.nightly.run.assemble", broken)
         with pytest.raises(OSError, match="gone"):
             night(config, store, SECOND)
+        # The ids are checked before a night is begun, and not again.
+        patch.setattr("pipeline.nightly.prepare.check_ids", broken)
+        patch.setattr("pipeline.nightly.run.assemble", assembled)
+        with pytest.raises(InterruptedError, match="assembling"):
+            night(config, store, SECOND)
+        photos.draw(21)
+        photos.write()
+        with pytest.raises(OSError, match="gone"):
+            night(config, store, SECOND)
     assert (store / "_work" / f"date={SECOND}" / "carry" / "delta-0").is_dir()
-    photos.draw(21)
-    photos.write()
     assert night(config, store, SECOND).kinds["new"] == 2
     same_as_from_scratch(config, store, SECOND)
 

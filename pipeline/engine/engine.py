@@ -76,8 +76,7 @@ class Engine:
         self._opened = ExitStack()
         # By the number of images.
         self._samples: dict[int, Sample | None] = {}
-        self._chosen = False
-        self._check: Callable[[Manifest], None] = check_ids
+        self._chosen, self._check = False, check_ids
 
     def __enter__(self) -> Engine:
         return self
@@ -114,7 +113,7 @@ class Engine:
         return pool
 
     def begin(self, storage: Storage, check: Callable[[Manifest], None] = check_ids) -> None:
-        """Open manifest and model, settle the shards of the output, begin to ``check`` the ids and to embed the prompts.
+        """Open manifest and model, settle the output's shards, begin to ``check`` the ids and to embed the prompts.
 
         Raises:
             PipelineError: one of :mod:`pipeline.core.errors`; nothing was written then.

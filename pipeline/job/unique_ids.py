@@ -78,8 +78,8 @@ class UniqueIds:
                 held = lease.take(self._storage, seconds=self._seconds, folder=FOLDER)
             except OutputBusy:
                 if not waited:
-                    found = [holder for folder, _, holder in lease.holders(self._storage) if folder == FOLDER]
-                    log.info("the ids are checked by another part (%s); waiting for its plan", *found[-1:] or ["ended"])
+                    holder = next((each for folder, _, each in lease.holders(self._storage) if folder == FOLDER), None)
+                    log.info("the ids are checked by another part (%s); waiting for its plan", holder or "just ended")
                 waited = True
                 self._over.wait(INTERVAL)
                 continue
