@@ -9,6 +9,7 @@ import tempfile
 import threading
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from io import FileIO
 from itertools import pairwise
 from types import TracebackType
@@ -86,9 +87,9 @@ class HashFiles:
                 while start < end:
                     start += file.write(data[start:end])
 
-    def repeated(self) -> Generator[NDArray[np.uint64]]:
-        """The repeated hashes of each file."""
-        return in_order(_repeated_in, self._files, threads=min(cores(), SORTING_THREADS))
+    def repeated(self, most: int) -> Generator[NDArray[np.uint64]]:
+        """Up to ``most`` of the repeated hashes of each file; each once, in order, those of a later file are higher."""
+        return in_order(partial(_repeated_in, most=most), self._files, threads=min(cores(), SORTING_THREADS))
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -101,8 +102,8 @@ class HashFiles:
             ) from error
 
 
-def _repeated_in(file: FileIO) -> NDArray[np.uint64]:
-    """The repeated hashes of a file. Equal ones are held once, so that many of them take no more memory."""
+def _repeated_in(file: FileIO, *, most: int) -> NDArray[np.uint64]:
+    """Repeated hashes of a file. Equal ones are held once, so that many of them take no more memory."""
     file.seek(0)
     hashes = np.empty(0, dtype=np.uint64)
     found = [hashes]
@@ -110,8 +111,11 @@ def _repeated_in(file: FileIO) -> NDArray[np.uint64]:
         hashes = np.concatenate([hashes, more]) if len(hashes) else more
         found.append(repeated_values(hashes))
         if len(found[-1]):
-            hashes = hashes[np.append(True, hashes[1:] != hashes[:-1])]
-    return np.unique(np.concatenate(found))
+            hashes = _distinct(hashes)
+    whole = np.concatenate(found)
+    whole.sort()
+    # A copy: a part of an array would keep all of it.
+    return _distinct(whole)[:most].copy()
 
 
 def repeated_values(hashes: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -120,4 +124,11 @@ def repeated_values(hashes: NDArray[np.uint64]) -> NDArray[np.uint64]:
     starts = range(0, len(hashes), BLOCK)
     # Each block includes the first value of the next one, so that no pair is missed.
     blocks = (hashes[start : start + BLOCK + 1] for start in starts)
-    return np.unique(np.concatenate([block[1:][block[1:] == block[:-1]] for block in blocks]))
+    return _distinct(np.concatenate([block[1:][block[1:] == block[:-1]] for block in blocks]))
+
+
+def _distinct(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The values of a sorted array, each once."""
+    first = np.ones(len(values), dtype=bool)
+    np.not_equal(values[1:], values[:-1], out=first[1:])
+    return values[first]

@@ -66,7 +66,7 @@ def check_ids(manifest: Manifest) -> None:
 
 
 def _repeated_hashes(manifest: Manifest, rows: int, most: int) -> NDArray[np.uint64]:
-    """Up to ``most`` of the hashes that occur more than once in the first ``rows`` rows."""
+    """Up to ``most`` of the hashes that occur more than once in the first ``rows`` rows, in order."""
     if rows <= IN_MEMORY_ROWS:
         hashes = np.empty(rows, dtype=np.uint64)
 
@@ -78,7 +78,7 @@ def _repeated_hashes(manifest: Manifest, rows: int, most: int) -> NDArray[np.uin
     repeated = [np.empty(0, dtype=np.uint64)]
     with HashFiles(rows) as files:
         _hash_rows(manifest, rows, lambda _, hashes: files.append(hashes))
-        with closing(files.repeated()) as results:
+        with closing(files.repeated(most)) as results:
             for found in results:
                 repeated.append(found)
                 if sum(map(len, repeated)) >= most:
@@ -190,7 +190,9 @@ def _first_pair(manifest: Manifest, rows: int, repeated: NDArray[np.uint64]) -> 
     seen: dict[object, int] = {}
     for place in _places(manifest, rows):
         for position, ids in _batches(manifest, rows, *place):
-            for offset in np.flatnonzero(np.isin(_hash(ids), repeated)):
+            hashes = _hash(ids)
+            nearest = repeated[np.minimum(np.searchsorted(repeated, hashes), len(repeated) - 1)]
+            for offset in np.flatnonzero(hashes == nearest):
                 value, row = ids[int(offset)].as_py(), position + int(offset)
                 if value in seen:
                     return value, seen[value], row
