@@ -9,7 +9,7 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, replace
 from importlib import import_module
@@ -28,14 +28,18 @@ from pipeline.config.choices import CLUSTERS
 from pipeline.config.schema import ClusterConfig, Config, LoaderConfig, ManifestConfig
 from pipeline.config.validate import check, part_of
 from pipeline.core import errors
-from pipeline.core.errors import ClusterUnavailable, PipelineError, ShardsGivenUp, WorkerMismatch
+from pipeline.core.errors import ClusterUnavailable, ManifestError, PipelineError, ShardsGivenUp, WorkerMismatch
 from pipeline.core.records import Shard
+from pipeline.engine.loop import Job
+from pipeline.job import unique_ids
 from pipeline.job.cluster import cuda, dask_cluster, dask_worker, slurm
 from pipeline.job.cluster.affinity import shares
 from pipeline.job.cluster.dask_cluster import shards_at_once
+from pipeline.job.cluster.dask_executor import DaskExecutor
 from pipeline.job.cluster.kubernetes import pod_settings
 from pipeline.job.cluster.part import Part
 from pipeline.job.main import run_job
+from pipeline.manifest.manifest import Manifest
 from tests.conftest import ROOT
 from tests.crashes import check_dataset
 from tests.forks import forks
@@ -109,6 +113,29 @@ def test_the_same_job_again_embeds_nothing(client: Client, single: Config, tmp_p
     (tmp_path / "out" / "_commits" / "00003.json").unlink()
     assert run_job(at(single, tmp_path / "out")).rows == 8
     same(single, tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_the_plan_waits_for_ids_whose_check_takes_longer_than_the_workers(
+    client: Client, single: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = threading.Event()
+
+    def late(manifest: Manifest) -> None:
+        assert opened.wait(60)
+        time.sleep(1)
+        raise ManifestError("an id stands twice")
+
+    def begin(executor: DaskExecutor, job: Job, write: Callable[[], None]) -> None:
+        opened.set()
+        begin_job(executor, job, write)
+
+    begin_job = DaskExecutor.begin
+    monkeypatch.setattr(DaskExecutor, "begin", begin)
+    monkeypatch.setattr(unique_ids, "check_ids", late)
+    with pytest.raises(ManifestError, match="an id stands twice"):
+        run_job(on(client, at(single, tmp_path / "out")))
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"_run.log"}
 
 
 @pytest.mark.slow

@@ -76,7 +76,8 @@ class Engine:
         self._opened = ExitStack()
         # By the number of images.
         self._samples: dict[int, Sample | None] = {}
-        self._chosen, self._check = False, check_ids
+        self._chosen = False
+        self._ids: Future[None] | None = None
 
     def __enter__(self) -> Engine:
         return self
@@ -118,11 +119,12 @@ class Engine:
         Raises:
             PipelineError: one of :mod:`pipeline.core.errors`; nothing was written then.
         """
-        config, manifest, self._check = self.config, self.manifest, check
+        config, manifest = self.config, self.manifest
         check_columns(config)
         check_places(config, manifest)
         with suppress(TimeoutError), phase("ids"):
             # A wrong manifest of ordinary size is reported before a model is opened.
+            self._ids = aside(partial(check, manifest), name="ids")
             self._ids.result(IDS_SECONDS)
         log.info("%s: %d rows in %d files", config.manifest.path, manifest.rows, len(manifest.files))
         if manifest.text:
@@ -205,12 +207,12 @@ class Engine:
             return self._given_bank() if self._given_bank is not None else self._bank.result()
 
     def check_ids(self) -> None:
-        """Wait for the check of the ids.
+        """Wait for the check of the ids that :meth:`begin` began.
 
         Raises:
             ManifestError: an id is null or occurs twice.
         """
-        if self._manifest is None:
+        if self._ids is not None:
             with phase("ids"):
                 self._ids.result()
 
@@ -335,10 +337,6 @@ class Engine:
     @cached_property
     def _bank(self) -> Future[TextBank | None]:
         return aside(partial(bank_of, self.config, self.checkpoint), name="prompts")
-
-    @cached_property
-    def _ids(self) -> Future[object]:
-        return aside(partial(self._check, self.manifest), name="ids")
 
     def _drawn(self, count: int) -> Sample | None:
         if count not in self._samples:

@@ -124,7 +124,7 @@ def run_job(config: Config, options: RunOptions | None = None) -> RunReport:
         output.monitor.labels["backend"] = prepared.config.backend.name
         if engine.has_images:
             log_labels(engine.bank())
-        executor.begin(job_of(engine, prepared), partial(_write_plan, prepared, output, unique))
+        executor.begin(job_of(engine, prepared), partial(_write_plan, engine, prepared, output, unique))
         find_done = partial(
             commits.find_done, output.storage, prepared.plan, output.held.confirm, every_byte=options.every_byte
         )
@@ -217,7 +217,9 @@ def _open_output(config: Config, options: RunOptions, phases: Phases, opened: Ex
     return config, _Output(storage, held, part, monitor, phases, claims)
 
 
-def _write_plan(prepared: Prepared, output: _Output, unique: UniqueIds) -> None:
+def _write_plan(engine: Engine, prepared: Prepared, output: _Output, unique: UniqueIds) -> None:
+    """Write the plan behind the check of the ids, for which workers of a cluster do not wait."""
+    engine.check_ids()
     write_plan(prepared, output.storage, output.held)
     unique.release()
 
