@@ -53,14 +53,15 @@ class HashFiles:
         self._opened = ExitStack()
 
     def __enter__(self) -> Self:
-        with self._explained():
+        with self._explained(), ExitStack() as opened:
             folder = tempfile.gettempdir()
             log.info("sorting the hashes of the ids in %s (TMPDIR): %d MB", folder, self._bytes // 1_000_000)
             free = free_bytes(folder)
             if free is not None and free < self._bytes:
                 raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} ({free:,} bytes free)")
             for _ in self._firsts:
-                self._files.append(self._opened.enter_context(tempfile.TemporaryFile("w+b", 0)))
+                self._files.append(opened.enter_context(tempfile.TemporaryFile("w+b", 0)))
+            self._opened = opened.pop_all()
         return self
 
     def __exit__(
