@@ -20,7 +20,7 @@ from pipeline.config.schema import conf_dir
 from pipeline.core.machine import machine, versions
 from pipeline.core.processes import cores
 
-SECONDS, BATCHES = 4.0, 3
+SECONDS, BATCHES = 3.0, 2
 
 
 def main() -> None:
