@@ -71,7 +71,9 @@ class Round:
             for number, part in enumerate(parts):
                 if not part.alive():
                     code = part.wait()
-                    assert code in (0, 75, -signal.SIGKILL), f"exit code {code}: {part.said()[-3000:]}"
+                    # A signal may arrive before the handler is there, or while the interpreter ends.
+                    told = code == -signal.SIGTERM or (code == 1 and "KeyboardInterrupt" in part.said())
+                    assert told or code in (0, 75, -signal.SIGKILL), f"exit code {code}: {part.said()[-3000:]}"
                     published |= code == 0
                     parts[number : number + 1] = [] if code == 0 else [self._start()]
                     break
@@ -132,6 +134,8 @@ def part(groups: dict[str, dict[str, Any]], counts: str) -> int:
         return job(groups)
     except KeyboardInterrupt:
         return 75
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def embedded(counts: Path) -> int:
