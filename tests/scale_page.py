@@ -9,6 +9,8 @@ SHARD_ROWS = 4096
 ROW_BYTES = 512 * 4
 # A request of S3 from within its region, and a LIST of 1,000 names; what the client's processor takes is measured.
 GET_SECONDS, LIST_SECONDS, REQUESTS = 0.025, 0.15, 16
+# 100 million rows in shards of 4,096, and 5 billion with manifest.shard_rows=auto.
+COUNTS = (24_415, 49_825)
 
 
 def to_markdown(content: dict[str, Any]) -> str:
@@ -81,10 +83,10 @@ def _bytes(content: dict[str, Any]) -> list[str]:
     return [
         *lines,
         "",
-        "A resume on a local disk reads every byte, spread over the cores. In S3 it does not: each part is sent with",
-        "its SHA-256, which S3 compares and keeps, and a resume compares what S3 kept with the commit. A part without",
-        "such a checksum (above 95 MB, of another tool, in a store that keeps none) is read. `pipeline.verify` always",
-        "reads every byte.",
+        "A resume on a local disk reads every byte, spread over the cores. In S3 it reads none of a part that the listing",
+        "shows as not written since its commit: a part is sent with its SHA-256, which S3 compares, before the commit. Of",
+        "another one it compares the digest that S3 kept with the commit, or reads it. `pipeline.verify` always reads",
+        "every byte.",
     ]
 
 
@@ -98,16 +100,19 @@ def _s3(content: dict[str, Any]) -> list[str]:
         "each LIST of 1,000 names, one after another, or the processor's time where that is longer. Bytes of parts are",
         "not counted.",
         "",
-        "| | requests a shard | processor, ms a shard | 24,415 shards: requests | estimated seconds |",
-        "| --- | ---: | ---: | ---: | ---: |",
+        "| | requests a shard | processor, ms a shard | shards | requests | estimated seconds |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for step, title in {"find_done": "resume: find what is done", "read_commits": "all commits at the end"}.items():
-        lists = 2 * 25 if step == "find_done" else 25 * min(1, found[step]["lists"])
         each = found[step]["others"] / found["shards"]
         cpu = found[step]["cpu"] / found["shards"]
-        requests = 24_415 * each + lists
-        seconds = max(24_415 * each * GET_SECONDS / REQUESTS, 24_415 * cpu) + lists * LIST_SECONDS
-        lines.append(f"| {title} | {each:.2f} | {1000 * cpu:.1f} | {requests:,.0f} | {seconds:,.0f} |")
+        for count in COUNTS:
+            pages = -(-count // 1000)
+            lists = 2 * pages if step == "find_done" else pages * min(1, found[step]["lists"])
+            requests = count * each + lists
+            seconds = max(count * each * GET_SECONDS / REQUESTS, count * cpu) + lists * LIST_SECONDS
+            cells = f"{each:.2f} | {1000 * cpu:.1f} | {count:,} | {requests:,.0f} | {seconds:,.0f}"
+            lines.append(f"| {title} | {cells} |")
     return lines
 
 
