@@ -83,10 +83,9 @@ def _bytes(content: dict[str, Any]) -> list[str]:
     return [
         *lines,
         "",
-        "A resume on a local disk reads every byte, spread over the cores. In S3 it reads none of a part that the listing",
-        "shows as not written since its commit: a part is sent with its SHA-256, which S3 compares, before the commit. Of",
-        "another one it compares the digest that S3 kept with the commit, or reads it. `pipeline.verify` always reads",
-        "every byte.",
+        "A resume on a local disk reads every byte, spread over the cores. In S3 a part that is older than its commit,",
+        "as the listing shows, is taken as it is: it was sent with its SHA-256, which S3 compared. Of another one, the",
+        "digest that S3 kept is compared with the commit, or else it is read. `pipeline.verify` always reads every byte.",
     ]
 
 

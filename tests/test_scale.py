@@ -38,7 +38,8 @@ def test_a_small_simulation_gives_every_figure(tmp_path: Path) -> None:
     }
     page = to_markdown(content)
     assert "| shards | 50 |" in page
-    assert "| resume: find what is done | 2.00 | 2.0 | 48,880 |" in page
+    assert "| resume: find what is done | 2.00 | 2.0 | 24,415 | 48,880 |" in page
+    assert "| 2.00 | 2.0 | 49,825 | 99,750 |" in page
     assert "20 rows 101.0 MiB (+1.0%)" in page
 
 
