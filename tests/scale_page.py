@@ -85,7 +85,7 @@ def _bytes(content: dict[str, Any]) -> list[str]:
         "",
         "A resume on a local disk reads every byte, spread over the cores. In S3 a part that is older than its commit,",
         "as the listing shows, is taken as it is: it was sent with its SHA-256, which S3 compared. Of another one, the",
-        "digest that S3 kept is compared with the commit, or else it is read. `pipeline.verify` always reads every byte.",
+        "digest that S3 kept is compared with the commit, or else it is read. `pipeline.verify` reads every byte.",
     ]
 
 
