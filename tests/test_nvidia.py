@@ -440,7 +440,7 @@ def test_the_fingerprint_names_what_decodes_on_a_gpu_alone() -> None:
 
 
 def test_a_dataset_of_another_engine_is_refused_and_one_from_before_is_accepted(tmp_path: Path) -> None:
-    config = Config(images=ImagesConfig(decoder="gpu"))
+    config = Config(images=ImagesConfig(decoder="gpu"), manifest=ManifestConfig(shard_rows=4096))
 
     def plan_of(engine: str | None) -> plan.Plan:
         return plan.new_plan(config, {"images": fingerprint(config.images, engine)}, rows=5)
