@@ -63,6 +63,20 @@ def opened(storage: Storage, token: str = "own", check: Callable[[], None] = lam
     return Claims(storage, hold(storage, token), 0.2, check)
 
 
+class Renewing:
+    """The ``check`` of a waiting process, at each call of which another one renews its lease; it ends at the last."""
+
+    def __init__(self, storage: Storage, token: str, calls: int, ends: Callable[[], None]) -> None:
+        self.storage, self.token, self.calls, self.ends = storage, token, calls, ends
+        self.looked = 0
+
+    def __call__(self) -> None:
+        self.looked += 1
+        hold(self.storage, self.token, ELSEWHERE, self.looked)
+        if self.looked == self.calls:
+            self.ends()
+
+
 def numbers(round_: Iterator[Shard]) -> list[int]:
     return [shard.index for shard in round_]
 
@@ -143,20 +157,16 @@ def test_a_shard_of_a_process_that_is_gone_is_taken_over_alone(storage: Storage,
 def test_a_shard_of_a_process_that_lives_is_left_to_it(storage: Storage) -> None:
     other = opened(storage, "other")
     held = next(next(other.rounds(shards(4)))).index
-    looked = 0
 
-    def check() -> None:
-        # It renews while this one waits, and commits at last.
-        nonlocal looked
-        looked += 1
-        hold(storage, "other", ELSEWHERE, looked)
-        if looked == 60:
-            commit(storage, held)
-            other.committed(held)
+    def ends() -> None:
+        commit(storage, held)
+        other.committed(held)
 
-    with opened(storage, check=check) as found:
+    # It renews its lease while this one waits, and commits at last.
+    renewing = Renewing(storage, "other", 60, ends)
+    with opened(storage, check=renewing) as found:
         assert sorted(chain(*do(found, found.rounds(shards(4))))) == sorted({*range(4)} - {held})
-    assert looked >= 60
+    assert renewing.looked >= 60
 
 
 def test_waiting_ends_when_the_run_must_stop(storage: Storage) -> None:
@@ -216,21 +226,16 @@ def test_a_shard_that_ends_every_process_is_given_up(storage: Storage) -> None:
 
 
 def test_one_process_publishes_and_another_one_waits_for_it(storage: Storage) -> None:
-    looked = 0
-
-    def check() -> None:
-        nonlocal looked
-        looked += 1
-        hold(storage, "first", ELSEWHERE, looked)
-        if looked == 20:
-            storage.write("_SUCCESS", b"{}")
-            storage.remove(f"{FOLDER}/end-1.json")
+    def ends() -> None:
+        storage.write("_SUCCESS", b"{}")
+        storage.remove(f"{FOLDER}/end-1.json")
 
     first = opened(storage, "first")
     assert first.end()
-    second = opened(storage, "second", check)
+    renewing = Renewing(storage, "first", 20, ends)
+    second = opened(storage, "second", renewing)
     assert not second.end()
-    assert looked >= 20
+    assert renewing.looked >= 20
 
 
 @pytest.mark.parametrize("released", [True, False])
@@ -306,6 +311,17 @@ def test_a_process_goes_on_where_a_killed_one_stopped(job: Config, tmp_path: Pat
     assert report.rows + report.resumed_rows == 24
     assert len(report.workers) == 2
     assert not [name for name in open_storage(str(output)).folders() if name.startswith("_lease")]
+
+
+@pytest.mark.parametrize("moment", ["finalize.begin", "finalize.cleared", "report.written"])
+def test_a_killed_publisher_leaves_the_end_to_the_next_process(job: Config, tmp_path: Path, moment: str) -> None:
+    output = tmp_path / "out"
+    killed = forks().start("tests.forks:job", asdict(auto(job, output)), failpoints=f"{moment}=kill")
+    assert killed.wait() == -9
+    assert (output / FOLDER / "end-1.json").exists()
+    assert run_job(auto(job, output)).exit_code == 0
+    assert same(output, job)
+    assert verify(open_storage(str(output))).state == "healthy"
 
 
 def test_shards_that_are_given_up_are_said(job: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -417,8 +417,8 @@ def test_a_resume_in_s3_reads_no_part_that_the_store_can_prove(
     assert len(done) == 5
     # Each part was written before its commit, as the listing shows.
     assert not [fault for verb in ("GET", "HEAD") for fault in proxy.seen(verb, "part-")]
-    # The commits, the plan twice, and two lists.
-    assert len(proxy.requests) == 5 + 4
+    # The commits, the plan, and two lists.
+    assert len(proxy.requests) == 5 + 3
     proxy.reset()
     assert commits.read_commits(storage, wanted, known=done) == [done[shard] for shard in range(5)]
     assert len(proxy.requests) == 1

@@ -277,7 +277,7 @@ def test_nights_keep_the_shards_of_the_first_one(tmp_path: Path, monkeypatch: py
     stored = plan.read(LocalStorage(str(tmp_path / "nights" / "date=2026-11-22")))
     assert stored is not None
     assert (stored.shard_rows, stored.shards) == (8, 3)
-    # Where they would be too many, as a new job has them.
+    # More shards of 8 rows than a dataset may have: the rows of a shard are chosen as for a new job.
     monkeypatch.setattr("pipeline.nightly.prepare.MOST_SHARDS", 2)
     photos.draw(21)
     photos.write()

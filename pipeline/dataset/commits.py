@@ -91,7 +91,7 @@ def find_done(
     ``confirm`` is called before anything is cleared, and raises if the output is another run's by now.
     """
     plan = _with_sources(storage, plan)
-    done, bad = look(storage, plan, every_byte=every_byte)
+    done, bad = _look(storage, plan, every_byte=every_byte)
     if len(done) < plan.shards:
         confirm()
         storage.remove(SUCCESS)
@@ -120,7 +120,10 @@ def look(storage: Storage, plan: Plan, *, every_byte: bool = True) -> tuple[dict
     Without ``every_byte``, the commit stands for the plan that a part is of, and an object store for the bytes: of a
     part that was not written after its commit, and of one whose digest it keeps. A local disk is read.
     """
-    plan = _with_sources(storage, plan)
+    return _look(storage, _with_sources(storage, plan), every_byte=every_byte)
+
+
+def _look(storage: Storage, plan: Plan, *, every_byte: bool) -> tuple[dict[int, Commit], list[Checked]]:
     # Commits first: a part is there before its commit, so a shard that another run commits meanwhile
     # is not taken for one without a part.
     committed = storage.entries(FOLDER)
@@ -133,7 +136,7 @@ def look(storage: Storage, plan: Plan, *, every_byte: bool = True) -> tuple[dict
         """The writer uploads a part with its digest, which the store compares, before it writes the commit."""
         part, commit = parts.get(record.part), committed.get(f"{record.shard:05d}.json")
         since = storage.remote and part is not None and commit is not None and 0 < part.modified <= commit.modified
-        return since or storage.proven(record.part) == record.sha256
+        return since or _is_proven(storage, record)
 
     names = sorted(name for name in committed if name.endswith(".json"))
     checked = partial(check, storage, plan, size_of, proof=None if every_byte else proof)
@@ -307,16 +310,18 @@ def _is_decided(storage: Storage, plan: Plan, part: str) -> bool:
     return commit is not None and commit.part != part
 
 
+def _is_proven(storage: Storage, record: PartRecord) -> bool:
+    """True if the storage keeps the digest of a part that its commit names."""
+    return storage.proven(record.part) == record.sha256
+
+
 def _discard(storage: Storage, plan: Plan, bad: Checked, *, every_byte: bool) -> None:
     """Clear a bad commit and its part, unless another run has repaired them since they were checked."""
 
     def size_of(part: str) -> int | None:
         return storage.size(part) if is_part(part) else None
 
-    def proof(record: PartRecord) -> bool:
-        return storage.proven(record.part) == record.sha256
-
-    now = check(storage, plan, size_of, bad.name, proof=None if every_byte else proof)
+    now = check(storage, plan, size_of, bad.name, proof=None if every_byte else partial(_is_proven, storage))
     if now.data is None or not now.problem:
         return
     # The part first: a damaged one must never outlive its commit and be used by the next. The part that a bad commit

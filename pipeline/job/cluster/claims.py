@@ -86,7 +86,7 @@ class Claims:
     def committed(self, shard: int) -> None:
         """Remove the claims of a shard that has a commit now."""
         self._open.pop(shard, None)
-        key = f"{shard:05d}"
+        key = _key(shard)
         for number in range(self._own.pop(key, 0), 0, -1):
             self.storage.remove(_name(key, number))
 
@@ -110,8 +110,9 @@ class Claims:
 
     def clear(self) -> None:
         """Remove what processes that are gone left: claims, and leases."""
+        own = {_name(key, number) for key, number in self._own.items()}
         for name in self.storage.sizes(FOLDER):
-            if not name.startswith(_END):
+            if f"{FOLDER}/{name}" not in own:
                 self.storage.remove(f"{FOLDER}/{name}")
         for folder in self.storage.folders():
             if folder.startswith(LEASE) and folder != self.lease and self._is_over(folder):
@@ -140,7 +141,7 @@ class Claims:
 
     def _free(self) -> list[Shard]:
         # Another thread removes those that it has committed.
-        return [shard for index, shard in list(self._open.items()) if f"{index:05d}" not in self._numbers]
+        return [shard for index, shard in list(self._open.items()) if _key(index) not in self._numbers]
 
     def _take(self, free: list[Shard]) -> Iterator[Shard]:
         """Claim shards one after the other, from a random one on, so that processes rarely want the same."""
@@ -157,7 +158,7 @@ class Claims:
     def _left_by_others(self) -> Shard | None:
         """Take over the claim of a process that is gone, if there is one."""
         for index, shard in random.sample(list(self._open.items()), len(self._open)):
-            key = f"{index:05d}"
+            key = _key(index)
             number = self._numbers[key]
             if not self._is_left(key, number):
                 continue
@@ -170,7 +171,7 @@ class Claims:
         return None
 
     def _claim(self, shard: Shard, number: int) -> bool:
-        key = f"{shard.index:05d}"
+        key = _key(shard.index)
         if not self._create(key, number):
             return False
         if commits.has(self.storage, shard.index):
@@ -215,6 +216,10 @@ class Claims:
         while (left := end - time.monotonic()) > 0:
             self.check()
             time.sleep(min(left, 1.0))
+
+
+def _key(shard: int) -> str:
+    return f"{shard:05d}"
 
 
 def _name(key: str, number: int) -> str:

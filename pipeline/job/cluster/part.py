@@ -19,12 +19,13 @@ from pipeline.config.schema import Config
 from pipeline.config.validate import part_of
 from pipeline.core.errors import OutputBusy
 from pipeline.dataset import lease
+from pipeline.job.cluster import claims
 from pipeline.storage.base import Storage
 from pipeline.telemetry import logs
 from pipeline.telemetry.run_stats import RunStats
 
 FOLDER = "_parts"
-_LEASE = re.compile(rf"{lease.FOLDER}(?:-(\d+)-of-(\d+)|-auto-(\w+))?")
+_LEASE = re.compile(rf"{claims.LEASE}(\w+)|{lease.FOLDER}(?:-(\d+)-of-(\d+))?")
 log = logging.getLogger(__name__)
 
 
@@ -65,6 +66,8 @@ class Part:
     @property
     def lease(self) -> str:
         """The folder of its lease: parts do not keep one another out."""
+        if self.token:
+            return f"{claims.LEASE}{self.token}"
         return lease.FOLDER if self.whole else f"{lease.FOLDER}-{self.name}"
 
     @property
@@ -86,8 +89,8 @@ class Part:
             match = _LEASE.fullmatch(folder)
             if match is None or holder is None:
                 continue
-            other = Part(int(match[1]), int(match[2]), whole=False) if match[1] else Part()
-            other = Part.elastic(match[3]) if match[3] else other
+            other = Part(int(match[2]), int(match[3]), whole=False) if match[2] else Part()
+            other = Part.elastic(match[1]) if match[1] else other
             same = (other.whole, other.count, bool(other.token)) == (self.whole, self.count, bool(self.token))
             if not same and holder.lives():
                 raise OutputBusy(
