@@ -27,7 +27,7 @@ from pipeline.config.validate import check
 from pipeline.core.errors import BackendUnavailable, ConfigError, PlanMismatch
 from pipeline.dataset import plan
 from pipeline.engine import batch_size
-from pipeline.engine.batch_size import KIND, Benchmark, Measured, settle_batch_size
+from pipeline.engine.batch_size import KIND, Benchmark, Measured, known_size, settle_batch_size
 from pipeline.engine.demo.folder import rendered_sample
 from pipeline.models.checkpoint import Checkpoint, open_checkpoint
 from pipeline.models.towers import Sizes
@@ -154,6 +154,15 @@ def test_the_default_on_a_cpu_is_64(tmp_path: Path) -> None:
         assert again == Config()
         assert isinstance(again.loader.batch_size, DefaultNumber) == (typed == "default")
     assert isinstance(compose_config([]).loader.batch_size, DefaultNumber)
+
+
+@pytest.mark.parametrize("rows", [1, 64, 511, 512, 513, 100_000])
+@pytest.mark.parametrize("backend", ["torch", "torchscript"])
+def test_a_default_that_was_chosen_is_an_ordinary_number(rows: int, backend: str, tmp_path: Path) -> None:
+    overrides = [f"backend={backend}", "backend.device=cpu", "manifest.shard_rows=4096"]
+    config = compose_config([*overrides, f"output.dir={tmp_path / 'out'}"])
+    assert type(settled(config, Machine({}), rows=rows)) is int
+    assert type(known_size(config, rows)) is int
 
 
 @pytest.mark.parametrize(

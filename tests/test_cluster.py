@@ -44,7 +44,7 @@ from tests.conftest import ROOT
 from tests.crashes import check_dataset
 from tests.forks import forks
 from tests.grid import ROWS, SHARDS, at, failpoints, grid, nine_shards, on, same, when_committed
-from tests.jobs import overrides_of
+from tests.jobs import config_for, overrides_of, scenes_manifest
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +92,14 @@ def test_workers_take_the_backend_that_one_of_them_chose(client: Client, single:
         for each in (tmp_path / "out", Path(single.output.dir))
     )
     assert made == wanted
+
+
+@pytest.mark.slow
+def test_workers_report_every_size_of_batch_that_nobody_typed(client: Client, tmp_path: Path) -> None:
+    manifest = scenes_manifest(tmp_path / "m.parquet", 520)
+    config = config_for(manifest, tmp_path / "out", manifest={"shard_rows": 260})
+    report = run_job(on(client, replace(config, loader=replace(Config().loader, isolation="none"))))
+    assert (report.rows, report.batch_sizes) == (520, (64,))
 
 
 @pytest.mark.slow

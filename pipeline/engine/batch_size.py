@@ -261,11 +261,13 @@ def default_on_cpu(config: Config, rows: int) -> int:
     So all cores have batches to the end of a small job, and its first results come soon. A backend that is compiled for
     each size keeps to one.
     """
+    # Chosen now, so an ordinary number: workers send it to the driver, which takes no other kind.
+    default = int(config.loader.batch_size)
     if config.backend.compiles or config.backend.info.builds:
-        return config.loader.batch_size
+        return default
     smallest, _ = SIZES["cpu"]
     fitting = max(smallest, rows // CPU_BATCHES)
-    return min(config.loader.batch_size, 1 << (fitting.bit_length() - 1))
+    return min(default, 1 << (fitting.bit_length() - 1))
 
 
 def default_on_cuda(checkpoint: Checkpoint, device: torch.device) -> int:
