@@ -446,7 +446,7 @@ def test_requests_made_up_from_the_schema_meet_no_error_of_the_server(service: S
             case.validate_response(response, checks=wanted)
 
         run()
-    assert sorted(paths) == ["/embed", "/healthz", "/metrics", "/predict", "/readyz", "/version"]
+    assert sorted(paths) == ["/embed", "/healthz", "/metrics", "/predict", "/readyz", "/v1/embeddings", "/version"]
 
 
 # Shutdown. It ends the strict service, so it is the last test.

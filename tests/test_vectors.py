@@ -287,5 +287,5 @@ def test_nights_carry_rows_as_they_are_stored(tmp_path: Path) -> None:
 def test_answers_of_the_service_are_floats() -> None:
     vector = np.array([0.6, 0.0, 0.8, 0.0] * 4, dtype=np.float32) / 2
     assert np.allclose(VectorFormat("binary", 16).floats(vector), vector)
-    assert VectorFormat("float16", 16).floats(vector) == vector.astype(np.float16).tolist()
+    assert VectorFormat("float16", 16).floats(vector).tolist() == vector.astype(np.float16).tolist()
     assert np.allclose(VectorFormat("int8", 2).floats(vector), [1, 0])

@@ -107,11 +107,14 @@ class VectorFormat:
             return np.where(np.unpackbits(stored, axis=1).view(bool), one, -one)
         return stored.astype(np.float32, copy=False)
 
-    def floats(self, vector: NDArray[np.float32]) -> list[float]:
-        """One embedding of a model as numbers for JSON: as it is stored, or before it would become bytes or bits."""
-        first = cut(vector[None], self.dim)[0]
-        found: list[float] = (first.astype(self.element) if self.exact else first).tolist()
-        return found
+    def floats(self, vector: NDArray[np.float32]) -> NDArray[Any]:
+        """One embedding of a model as floats ``[D]``: as it is stored, or before it would become bytes or bits.
+
+        Raises:
+            NumericalError: its first ``D`` numbers are 0.
+        """
+        first: NDArray[Any] = cut(vector[None], self.dim)[0]
+        return first.astype(self.element) if self.exact else first
 
     def column(self, stored: NDArray[Any], failed: NDArray[np.bool_]) -> pa.Array:
         """Rows ``[N, width]`` as a column, null where one ``failed``."""

@@ -47,7 +47,7 @@ class Tokenizer:
 
     def count(self, text: str) -> int:
         """The number of tokens of a text before it is cut, special ones included."""
-        return len(self.own(text)["input_ids"])
+        return len(self.own(text.lower() if self.lowered else text)["input_ids"])
 
     def backend(self) -> Any:
         """The tokenizer of the library ``tokenizers`` behind it; None if it is Python code."""

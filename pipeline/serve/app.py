@@ -19,15 +19,17 @@ from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from pipeline.config.schema import Config
+from pipeline.config.schema import Config, ServeConfig
 from pipeline.core.errors import exit_code_of
 from pipeline.core.log_format import ending, new_run
 from pipeline.core.records import OK, Failure
 from pipeline.dataset.vectors import VectorFormat
 from pipeline.engine.forward import Labelling
+from pipeline.serve import openai
 from pipeline.serve.errors import Refused
 from pipeline.serve.forward import Row
 from pipeline.serve.middleware import KEY, Exchange, RequestMiddleware
+from pipeline.serve.openai import PREFIX, EmbeddingsRequest
 from pipeline.serve.requests import (
     EmbedRequest,
     EncodedImage,
@@ -36,7 +38,15 @@ from pipeline.serve.requests import (
     read_request,
     request_schemas,
 )
-from pipeline.serve.schemas import ERRORS, EmbedAnswer, PredictAnswer, State, VersionAnswer
+from pipeline.serve.schemas import (
+    ERRORS,
+    OPENAI_ERRORS,
+    EmbedAnswer,
+    EmbeddingsAnswer,
+    PredictAnswer,
+    State,
+    VersionAnswer,
+)
 from pipeline.serve.service import Service
 from pipeline.serve.settings import config_of_environment
 from pipeline.telemetry.logs import library_messages, log_to_terminal
@@ -48,7 +58,7 @@ LARGE = 2**18
 BOOT_ERROR = 3
 BOOT_CODE = "PIPELINE_SERVE_BOOT_CODE"
 _T = TypeVar("_T")
-_Body = TypeVar("_Body", EmbedRequest, PredictRequest)
+_Body = TypeVar("_Body", EmbedRequest, PredictRequest, EmbeddingsRequest)
 _Work = Coroutine[Any, Any, _T]
 log = logging.getLogger(__name__)
 
@@ -157,17 +167,21 @@ def _add_probes(app: FastAPI, service: Service) -> None:
 
 
 def _add_inference(app: FastAPI, service: Service) -> None:
-    async def answer(request: Request, model: type[_Body], work: Callable[[_Body], _Work[dict[str, Any]]]) -> Response:
+    async def answer(
+        request: Request,
+        read: Callable[[str, bytearray, ServeConfig], _Body],
+        work: Callable[[_Body], _Work[dict[str, Any]]],
+    ) -> Response:
         exchange: Exchange = request.scope["state"][KEY]
         service.ready_engine()
         client = request.client.host if request.client else ""
         exchange.resources.enter_context(service.admission.request(client))
         body = await _body(request)
         service.metrics.stage("read", exchange.seconds)
-        read = partial(read_request, model, request.headers.get("content-type", ""), body, service.config.serve)
-        parsed = read() if len(body) < LARGE else await asyncio.to_thread(read)
+        parse = partial(read, request.headers.get("content-type", ""), body, service.config.serve)
+        parsed = parse() if len(body) < LARGE else await asyncio.to_thread(parse)
         # The body must not stay in memory while its images are decoded.
-        del body, read
+        del body, parse
         exchange.facts |= {"images": len(parsed.images), "texts": len(getattr(parsed, "texts", None) or ())}
         with service.admission.images(len(parsed.images)):
             return _json(await _unless_disconnected(request, work(parsed)))
@@ -180,7 +194,7 @@ def _add_inference(app: FastAPI, service: Service) -> None:
             "fingerprint": engine.fingerprint,
             "dim": kept.dim,
             "images": [_embedding(image, row, kept) for image, row in zip(body.images, rows, strict=True)],
-            "texts": [{"embedding": kept.floats(vector)} for vector in texts],
+            "texts": [{"embedding": kept.floats(vector).tolist()} for vector in texts],
         }
 
     async def predict(body: PredictRequest) -> dict[str, Any]:
@@ -192,18 +206,29 @@ def _add_inference(app: FastAPI, service: Service) -> None:
     @app.post("/embed", response_model=EmbedAnswer, responses=ERRORS, openapi_extra=body_of(EmbedRequest))
     async def embed_route(request: Request) -> Response:
         """Embeddings of texts, and of images as in a dataset; a bad image has a status and no embedding."""
-        return await answer(request, EmbedRequest, embed)
+        return await answer(request, partial(read_request, EmbedRequest), embed)
 
     @app.post("/predict", response_model=PredictAnswer, responses=ERRORS, openapi_extra=body_of(PredictRequest))
     async def predict_route(request: Request) -> Response:
         """Best labels of images as in a dataset, from the labels of the service or of the request."""
-        return await answer(request, PredictRequest, predict)
+        return await answer(request, partial(read_request, PredictRequest), predict)
+
+    @app.post(
+        f"{PREFIX}embeddings",
+        response_model=EmbeddingsAnswer,
+        responses=OPENAI_ERRORS,
+        openapi_extra=body_of(EmbeddingsRequest),
+    )
+    async def embeddings_route(request: Request) -> Response:
+        """Embeddings of texts and images for OpenAI's clients; a bad image refuses the request."""
+        exchange: Exchange = request.scope["state"][KEY]
+        return await answer(request, openai.read_request, partial(openai.embed, service, hold=exchange.hold))
 
 
 def _embedding(image: EncodedImage, row: Row | Failure, kept: VectorFormat) -> dict[str, Any]:
     if isinstance(row, Failure):
         return {"id": image.id, **_failed(row), "embedding": None}
-    return {"id": image.id, "status": OK, "error": None, "embedding": kept.floats(row.vector)}
+    return {"id": image.id, "status": OK, "error": None, "embedding": kept.floats(row.vector).tolist()}
 
 
 def _prediction(
@@ -275,6 +300,6 @@ def _shown(config: Config) -> dict[str, Any]:
 def _openapi(app: FastAPI) -> dict[str, Any]:
     if app.openapi_schema is None:
         schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
-        schema["components"]["schemas"] |= request_schemas()
+        schema["components"]["schemas"] |= request_schemas(EmbeddingsRequest)
         app.openapi_schema = schema
     return app.openapi_schema

@@ -29,6 +29,7 @@ from pipeline.engine import engine as job
 from pipeline.engine.forward import Labelling, memory_explained
 from pipeline.images.factory import decoder_of, open_decoders, worker_threads
 from pipeline.images.reader import PixelReader
+from pipeline.images.sources.http import SCHEMES
 from pipeline.images.sources.source import Source
 from pipeline.images.versions import fingerprint as decoding
 from pipeline.models.checkpoint import Checkpoint
@@ -38,6 +39,8 @@ from pipeline.serve.text_cache import Texts
 Timer = Callable[[str, float], None]
 # Of two shapes, the smaller one holds so many times fewer pictures.
 STEP = 4
+# Images that are fetched from other servers at a time.
+FETCHES = 8
 log = logging.getLogger(__name__)
 
 
@@ -62,6 +65,8 @@ class Engine:
     fingerprints: dict[str, Any]
     fingerprint: str
     _reader: PixelReader
+    _source: Source
+    _fetching: ThreadPoolExecutor
     _decoding: ThreadPoolExecutor
     _encoding: ThreadPoolExecutor
     _forward: Forward
@@ -70,6 +75,10 @@ class Engine:
     def chunk(self) -> int:
         """How many images are best decoded together."""
         return self._reader.chunk
+
+    def fetch(self, url: str) -> Future[bytes | Failure]:
+        """The bytes of an image at an http or https address, or the failure that a dataset's row would have."""
+        return self._fetching.submit(self._source.read, ImageRef(id=0, path=url))
 
     def decode(self, images: Sequence[bytes]) -> Future[list[Pixels | Failure]]:
         """Pixels, or the failure that a dataset's row would have, for each image; in processes that may crash."""
@@ -145,12 +154,25 @@ def open_engine(config: Config, opened: ExitStack, *, timer: Timer, texts: Calla
         fingerprints=prints,
         fingerprint=hashlib.sha256(json.dumps(prints, sort_keys=True, default=str).encode()).hexdigest(),
         _reader=reader,
+        _source=_web(config),
+        _fetching=_pool("fetch", FETCHES, opened),
         _decoding=_pool("decode", worker_threads(config), opened),
         _encoding=encoding,
         _forward=forward,
     )
     _warm(engine, encoders, spec)
     return engine
+
+
+def _web(config: Config) -> Source:
+    """The source of images that requests name: no root, and of the allowed schemes those of the web alone."""
+    return Source(
+        root=os.devnull,
+        max_bytes=min(config.images.max_bytes, config.serve.max_body_bytes),
+        schemes=tuple(scheme for scheme in config.images.schemes if scheme in SCHEMES),
+        private_hosts=tuple(config.images.private_hosts),
+        read_seconds=min(config.loader.read_seconds, config.serve.timeout_seconds),
+    )
 
 
 def shapes(config: Config) -> list[int]:

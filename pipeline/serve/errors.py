@@ -9,7 +9,10 @@ MESSAGE = 500
 
 
 class Refused(Exception):
-    """Request that is refused; ``retry`` is the value of Retry-After in seconds, where another attempt can help."""
+    """Request that is refused.
+
+    ``retry`` is the value of Retry-After in seconds, where another attempt can help; ``param`` the field at fault.
+    """
 
     def __init__(
         self,
@@ -18,13 +21,14 @@ class Refused(Exception):
         message: str,
         *,
         retry: int | None = None,
+        param: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.name, self.message = status, name, message
+        self.status, self.name, self.message, self.param = status, name, message, param
         self.headers = dict(headers or {}) | ({} if retry is None else {"retry-after": str(retry)})
 
 
-def invalid(message: str) -> Refused:
+def invalid(message: str, *, name: str = "invalid", param: str | None = None) -> Refused:
     """Return the error for a body that is not valid."""
-    return Refused(422, "invalid", message if len(message) <= MESSAGE else f"{message[:MESSAGE]}...")
+    return Refused(422, name, message if len(message) <= MESSAGE else f"{message[:MESSAGE]}...", param=param)

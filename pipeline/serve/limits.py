@@ -67,6 +67,16 @@ class Admission:
             self.image_count -= count
             self._metrics.queue.dec(count)
 
+    def check_size(self, size: int) -> None:
+        """Check the bytes of one body.
+
+        Raises:
+            Refused: there are too many.
+        """
+        limit = min(self._limits.max_body_bytes, self._limits.held_bytes)
+        if size > limit:
+            raise Refused(413, "too_large", f"the body is over serve.max_body_bytes={limit:,}")
+
     def hold(self, count: int) -> None:
         """Count ``count`` more bytes of a body in memory, until :meth:`release`.
 

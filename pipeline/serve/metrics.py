@@ -9,7 +9,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 PREFIX = "clip_service"
 # Stages of a request in order; ``wait`` is the time in the queue for a batch.
-STAGES = ("read", "decode", "wait", "encode", "label", "text")
+STAGES = ("read", "fetch", "decode", "wait", "encode", "label", "text")
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 # Set where several processes share a port, as with gunicorn: each scrape then has the sums of all processes.
@@ -29,7 +29,7 @@ class Metrics:
         self.seconds = Histogram(f"{PREFIX}_request_seconds", "From the head of a request to its answer", ["route"],
                                  buckets=SECONDS, registry=registry)  # fmt: skip
         self.stages = Histogram(f"{PREFIX}_stage_seconds", "Time in each stage: of a request (read, decode, text), of "
-                                "an image (wait) or of a batch (encode, label)", ["stage"], buckets=SECONDS,
+                                "an image (fetch, wait) or of a batch (encode, label)", ["stage"], buckets=SECONDS,
                                 registry=registry)  # fmt: skip
         self.batch = Histogram(f"{PREFIX}_batch_images", "Images of a batch", buckets=BATCH_SIZES,
                                registry=registry)  # fmt: skip

@@ -14,11 +14,14 @@ import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from starlette.requests import ClientDisconnect
 
 from pipeline.serve.errors import Refused
+from pipeline.serve.limits import Admission
+from pipeline.serve.openai import PREFIX, openai_error
 from pipeline.serve.service import Service
 
 Message = MutableMapping[str, Any]
@@ -36,9 +39,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Exchange:
-    """One request and its answer; ``resources`` is closed once the client read the answer or disconnected."""
+    """One request and its answer; ``resources`` is closed once the client read the answer or disconnected.
+
+    ``held`` counts the bytes of its body and of the images that the body names.
+    """
 
     id: str
+    admission: Admission
     started: float = field(default_factory=time.perf_counter)
     held: int = 0
     received: bool = False
@@ -54,6 +61,16 @@ class Exchange:
         """Seconds since the head of the request was complete."""
         return time.perf_counter() - self.started
 
+    def hold(self, count: int) -> None:
+        """Count more bytes in memory, until the exchange ends.
+
+        Raises:
+            Refused: there are too many, of this request or in total.
+        """
+        self.admission.check_size(self.held + count)
+        self.admission.hold(count)
+        self.held += count
+
 
 class RequestMiddleware:
     """Middleware of the app. Each of ``routes`` has its own metrics; all other paths share ``other``."""
@@ -66,13 +83,13 @@ class RequestMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        exchange = Exchange(_request_id(scope))
+        exchange = Exchange(_request_id(scope), self._service.admission)
         scope.setdefault("state", {})[KEY] = exchange
         try:
             await self._answer(exchange, scope, receive, send)
         finally:
             exchange.resources.close()
-            self._service.admission.release(exchange.held)
+            exchange.admission.release(exchange.held)
             self._record(exchange, scope)
 
     async def _answer(self, exchange: Exchange, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
@@ -82,7 +99,7 @@ class RequestMiddleware:
         async def counted_receive() -> Message:
             message = await receive()
             if message["type"] == "http.request" and not exchange.received:
-                self._hold(exchange, len(message.get("body", b"")))
+                exchange.hold(len(message.get("body", b"")))
                 exchange.received = not message.get("more_body", False)
             return message
 
@@ -102,6 +119,7 @@ class RequestMiddleware:
                 message = {"type": "http.response.body"}
             await send(message)
 
+        refuse = partial(self._refuse, exchange, scope, marked_send)
         try:
             async with deadline:
                 self._check_length(scope)
@@ -111,9 +129,9 @@ class RequestMiddleware:
             late = Refused(504, "timeout", f"not answered {seconds}", retry=1)
             if not exchange.received and scope["method"] == "POST":
                 late = Refused(408, "slow_body", f"the body did not arrive {seconds}")
-            await self._refuse(exchange, late, marked_send)
+            await refuse(late)
         except Refused as refused:
-            await self._refuse(exchange, refused, marked_send)
+            await refuse(refused)
         except ClientDisconnect:
             exchange.status, exchange.error = DISCONNECTED, "gone"
         except asyncio.CancelledError:
@@ -123,40 +141,30 @@ class RequestMiddleware:
             self._service.unanswered += 1
             with suppress(Exception):
                 ending = Refused(503, "ending", "the service ends; ask another instance", retry=1)
-                await self._refuse(exchange, ending, marked_send)
+                await refuse(ending)
             raise
         except Exception as error:
             log.exception("%s %r failed", scope["method"][:20], scope["path"][:200], extra={"request": exchange.id})
             message = f"the service failed ({type(error).__name__}); its log has the details under this request"
-            await self._refuse(exchange, Refused(500, "internal", message), marked_send)
+            await refuse(Refused(500, "internal", message))
 
     def _check_length(self, scope: MutableMapping[str, Any]) -> None:
         """Refuse a body whose content-length is too large before it is read."""
         for name, value in scope["headers"]:
             if name == b"content-length" and value.isdigit():
-                self._check_size(int(value[:20]))
+                self._service.admission.check_size(int(value[:20]))
 
-    def _check_size(self, size: int) -> None:
-        limits = self._service.config.serve
-        limit = min(limits.max_body_bytes, limits.held_bytes)
-        if size > limit:
-            raise Refused(413, "too_large", f"the body is over serve.max_body_bytes={limit:,}")
-
-    def _hold(self, exchange: Exchange, count: int) -> None:
-        self._check_size(exchange.held + count)
-        self._service.admission.hold(count)
-        exchange.held += count
-
-    async def _refuse(self, exchange: Exchange, refused: Refused, send: Send) -> None:
+    async def _refuse(self, exchange: Exchange, scope: MutableMapping[str, Any], send: Send, refused: Refused) -> None:
         exchange.error, exchange.why = refused.name, refused.message
         if exchange.status:
             # Part of another answer was sent.
             return
         error = {"name": refused.name, "message": refused.message, "request": exchange.id}
-        body = json.dumps({"error": error}).encode()
+        status, told = openai_error(refused) if scope["path"].startswith(PREFIX) else (refused.status, error)
+        body = json.dumps({"error": told}).encode()
         headers = [(name.encode(), value.encode()) for name, value in refused.headers.items()]
         headers += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-        await send({"type": "http.response.start", "status": refused.status, "headers": headers})
+        await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
     def _record(self, exchange: Exchange, scope: MutableMapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Request bodies: the models that validate them, and the parsers of JSON and multipart/form-data."""
+"""Request bodies: the models that validate them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import base64
 import binascii
 import json
 import re
-from dataclasses import dataclass, field
 from itertools import islice
 from typing import Annotated, Any, TypeVar
 
@@ -23,88 +22,107 @@ from pydantic import (
 )
 from pydantic.json_schema import models_json_schema
 from pydantic_core import ErrorDetails, PydanticCustomError
-from python_multipart import MultipartParser
-from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 
 from pipeline.config.schema import ServeConfig
 from pipeline.models.label_files import as_read, is_text
 from pipeline.serve.errors import Refused, invalid
+from pipeline.serve.forms import OTHER_PARTS, read_form
 from pipeline.serve.schemas import EMBED_FIELDS, ONE_OF_IMAGES, PREDICT_FIELDS
 
 REFERENCE = "#/components/schemas/{model}"
 JSON, MULTIPART = "application/json", "multipart/form-data"
 # A message lists at most so many errors of a body.
 LISTED = 5
-# A form may have so many parts in addition to its images and texts.
-OTHER_PARTS = 8
 # The strings of JSON, and the commas between them. A string without an end extends to the end of the body, so that
 # no byte is read twice.
 PIECES = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|,', re.DOTALL)
 
 
-def _error(message: str) -> PydanticCustomError:
+def limit_error(message: str) -> PydanticCustomError:
+    """Return an error for a validator to raise; its message is shown as it is."""
     # Without a context, pydantic does not replace braces in the message.
     return PydanticCustomError("limit", message)
 
 
-def _limits(info: ValidationInfo) -> ServeConfig:
+def limits_of(info: ValidationInfo) -> ServeConfig:
+    """Return the limits that a body is validated with."""
     assert isinstance(info.context, ServeConfig)
     return info.context
 
 
-def _decoded(value: Any) -> bytes:
-    """Decode base64; the value is bytes in a form, never in JSON."""
+def decoded(value: Any) -> bytes:
+    """Decode base64; the value is bytes in a form, never in JSON.
+
+    Raises:
+        PydanticCustomError: it is not base64.
+    """
     if isinstance(value, bytes):
         return value
     if not isinstance(value, str):
-        raise _error("must be a string in base64")
+        raise limit_error("must be a string in base64")
     try:
         return base64.b64decode(value, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise _error(f"not base64 without line breaks and prefix: {error}") from error
+        raise limit_error(f"not base64 without line breaks and prefix: {error}") from error
 
 
-def _short(value: str, info: ValidationInfo) -> str:
-    limit = _limits(info).max_text_chars
+def short_text(value: str, info: ValidationInfo) -> str:
+    """Return a string of at most ``serve.max_text_chars`` characters.
+
+    Raises:
+        PydanticCustomError: it has more.
+    """
+    limit = limits_of(info).max_text_chars
     if len(value) > limit:
-        raise _error(f"{len(value):,} characters, over serve.max_text_chars={limit:,}")
+        raise limit_error(f"{len(value):,} characters, over serve.max_text_chars={limit:,}")
     return value
 
 
-def _text(value: str, info: ValidationInfo) -> str:
-    if not _short(value, info).strip() or not is_text(value):
-        raise _error("is empty, or is not text")
+def checked_text(value: str, info: ValidationInfo) -> str:
+    """Return a text for the text tower.
+
+    Raises:
+        PydanticCustomError: it is empty, too long, or not text.
+    """
+    if not short_text(value, info).strip() or not is_text(value):
+        raise limit_error("is empty, or is not text")
     return value
 
 
-def _check_count(name: str, count: int, limit: int, setting: str) -> None:
+def check_count(name: str, count: int, limit: int, setting: str) -> None:
+    """Check a number of values against a setting.
+
+    Raises:
+        PydanticCustomError: there are more.
+    """
     if count > limit:
-        raise _error(f"{name}: {count:,}, over {setting}={limit:,}")
+        raise limit_error(f"{name}: {count:,}, over {setting}={limit:,}")
 
 
-class _Closed(BaseModel):
-    # Strict, so that a number is not accepted as text; closed, so that a misspelt name is an error.
+class Closed(BaseModel):
+    """Model of a body: strict, so that a number is no text; closed, so that a misspelt name is an error."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-class EncodedImage(_Closed):
+class EncodedImage(Closed):
     """One encoded image (JPEG, PNG, ...) in base64; ``id`` is returned with its result."""
 
-    data: Annotated[bytes, PlainValidator(_decoded, json_schema_input_type=str)] = Field(
+    data: Annotated[bytes, PlainValidator(decoded, json_schema_input_type=str)] = Field(
         description="The bytes of the file, in base64."
     )
-    id: Annotated[str, AfterValidator(_short)] | None = None
+    id: Annotated[str, AfterValidator(short_text)] | None = None
 
 
-Texts = list[Annotated[str, AfterValidator(_text)]]
+Texts = list[Annotated[str, AfterValidator(checked_text)]]
 
 
 def _as_image(value: Any) -> Any:
     """Return the fields of one image: given as its data alone, or the only part of its name in a form."""
     if isinstance(value, list):
         if len(value) != 1:
-            raise _error(f"{len(value):,} images; give several as images")
+            raise limit_error(f"{len(value):,} images; give several as images")
         return value[0]
     return {"data": value} if isinstance(value, str) else value
 
@@ -113,18 +131,18 @@ def _as_list(value: Any, info: ValidationInfo) -> Any:
     """Return the texts in a single one: a JSON list of them, or separated by commas."""
     if not isinstance(value, str):
         return value
-    limits = _limits(info)
+    limits = limits_of(info)
     if value.lstrip().startswith("["):
         _check_values(value.encode(errors="replace"), limits)
         try:
             return json.loads(value)
         except (ValueError, RecursionError) as error:
-            raise _error("begins like a JSON list, and is none") from error
-    _check_count("labels", value.count(",") + 1, limits.max_texts, "serve.max_texts")
+            raise limit_error("begins like a JSON list, and is none") from error
+    check_count("labels", value.count(",") + 1, limits.max_texts, "serve.max_texts")
     return [each.strip() for each in value.split(",")]
 
 
-class EmbedRequest(_Closed):
+class EmbedRequest(Closed):
     """Images, texts, or both."""
 
     images: list[EncodedImage] = []
@@ -132,15 +150,15 @@ class EmbedRequest(_Closed):
 
     @model_validator(mode="after")
     def _check(self, info: ValidationInfo) -> EmbedRequest:
-        limits = _limits(info)
-        _check_count("images", len(self.images), min(limits.max_images, limits.queue), "serve.max_images")
-        _check_count("texts", len(self.texts), limits.max_texts, "serve.max_texts")
+        limits = limits_of(info)
+        check_count("images", len(self.images), min(limits.max_images, limits.queue), "serve.max_images")
+        check_count("texts", len(self.texts), limits.max_texts, "serve.max_texts")
         if not self.images and not self.texts:
-            raise _error("images and texts are both empty; give at least one")
+            raise limit_error("images and texts are both empty; give at least one")
         return self
 
 
-class PredictRequest(_Closed):
+class PredictRequest(Closed):
     """Images, or one image, and optionally labels in place of those of the service."""
 
     model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra=ONE_OF_IMAGES)
@@ -158,53 +176,53 @@ class PredictRequest(_Closed):
 
     @model_validator(mode="after")
     def _check(self, info: ValidationInfo) -> PredictRequest:
-        limits = _limits(info)
+        limits = limits_of(info)
         self._merge()
-        _check_count("images", len(self.images), min(limits.max_images, limits.queue), "serve.max_images")
+        check_count("images", len(self.images), min(limits.max_images, limits.queue), "serve.max_images")
         if not self.images:
-            raise _error("images is empty; give at least one")
+            raise limit_error("images is empty; give at least one")
         if self.labels is not None:
             self._check_labels(self.labels, limits)
         elif self.templates is not None:
-            raise _error("templates without labels; give both")
+            raise limit_error("templates without labels; give both")
         return self
 
     def _merge(self) -> None:
         """Take over what was given under another name."""
         if self.image is not None:
             if self.images:
-                raise _error("image and images; give one of them")
+                raise limit_error("image and images; give one of them")
             self.images, self.image = [self.image], None
         if self.texts is not None:
             if self.labels is not None:
-                raise _error("texts and labels; give one of them")
+                raise limit_error("texts and labels; give one of them")
             self.labels, self.texts = self.texts, None
 
     def _check_labels(self, labels: list[str], limits: ServeConfig) -> None:
         templates = self.templates or []
         if not labels or self.templates == []:
             name = "templates" if labels else "labels"
-            raise _error(f"{name} is empty; give at least one, or leave it out to use those of the service")
-        _check_count("templates", len(templates), limits.max_texts, "serve.max_texts")
-        _check_count("labels in templates", len(labels) * max(1, len(templates)), limits.max_texts, "serve.max_texts")
+            raise limit_error(f"{name} is empty; give at least one, or leave it out to use those of the service")
+        check_count("templates", len(templates), limits.max_texts, "serve.max_texts")
+        check_count("labels in templates", len(labels) * max(1, len(templates)), limits.max_texts, "serve.max_texts")
         seen: dict[str, str] = {}
         for label in labels:
             same = seen.get(as_read(label))
             seen[as_read(label)] = label
             if same is not None:
                 what = "is a duplicate" if same == label else f"and {same[:80]!r} differ in spaces or Unicode form only"
-                raise _error(f"labels: {label[:80]!r} {what}; remove it")
+                raise limit_error(f"labels: {label[:80]!r} {what}; remove it")
         for place, template in enumerate(templates):
             if template.count("{}") != 1:
-                raise _error(f"templates.{place}: must contain {{}} exactly once, for the label")
+                raise limit_error(f"templates.{place}: must contain {{}} exactly once, for the label")
         # The answer repeats the labels for every image.
         longest = sorted((len(json.dumps(label)) for label in labels), reverse=True)[: self.top_k or 1]
         if len(self.images) * sum(longest) > limits.max_body_bytes:
             limit = f"serve.max_body_bytes={limits.max_body_bytes:,}"
-            raise _error(f"the answer would exceed {limit}; take a lower top_k")
+            raise limit_error(f"the answer would exceed {limit}; take a lower top_k")
 
 
-_Request = TypeVar("_Request", EmbedRequest, PredictRequest)
+_Request = TypeVar("_Request", bound=BaseModel)
 
 
 def read_request(model: type[_Request], content_type: str, body: bytes | bytearray, limits: ServeConfig) -> _Request:
@@ -218,8 +236,8 @@ def read_request(model: type[_Request], content_type: str, body: bytes | bytearr
         if kind == JSON.encode():
             _check_values(body, limits)
             return model.model_validate_json(bytes(body), context=limits)
-        if kind == MULTIPART.encode():
-            values = _read_form(options.get(b"boundary", b""), bytes(body), limits)
+        if kind == MULTIPART.encode() and model in FORMS:
+            values = read_form(options.get(b"boundary", b""), bytes(body), limits)
             if model is PredictRequest and len(values.get("texts", ())) == 1:
                 # Once, it may hold several; repeated, each is one label.
                 [values["texts"]] = values["texts"]
@@ -227,8 +245,10 @@ def read_request(model: type[_Request], content_type: str, body: bytes | bytearr
     except ValidationError as error:
         found = error.errors(include_url=False, include_context=False, include_input=False)
         listed = "; ".join(_message(model, each) for each in found[:LISTED])
-        raise invalid(f"{listed} and {len(found) - LISTED} more" if len(found) > LISTED else listed) from error
-    raise Refused(415, "media_type", f"the body must be {JSON} or {MULTIPART}, and its type is {content_type!r}")
+        message = f"{listed} and {len(found) - LISTED} more" if len(found) > LISTED else listed
+        raise invalid(message, param=str(found[0]["loc"][0]) if found[0]["loc"] else None) from error
+    kinds = f"{JSON} or {MULTIPART}" if model in FORMS else JSON
+    raise Refused(415, "media_type", f"the body must be {kinds}, and its type is {content_type!r}")
 
 
 def _check_values(body: bytes | bytearray, limits: ServeConfig) -> None:
@@ -249,79 +269,6 @@ def _message(model: type[BaseModel], error: ErrorDetails) -> str:
     return message if error["type"] == "limit" and not place else f"{place or 'body'}: {message}"
 
 
-@dataclass(slots=True)
-class _Form:
-    """Parts of a form, collected by the parser's callbacks."""
-
-    limit: int
-    parts: list[tuple[dict[bytes, bytes], bytearray]] = field(default_factory=list)
-    ended: bool = False
-    _name: bytes = b""
-    _value: bytes = b""
-
-    def begin(self) -> None:
-        if len(self.parts) == self.limit:
-            raise invalid(f"a form of more than {self.limit} parts")
-        self.parts.append(({}, bytearray()))
-
-    def name(self, data: bytes, start: int, end: int) -> None:
-        self._name += data[start:end]
-
-    def value(self, data: bytes, start: int, end: int) -> None:
-        self._value += data[start:end]
-
-    def header(self) -> None:
-        self.parts[-1][0][self._name.lower()] = self._value
-        self._name = self._value = b""
-
-    def data(self, data: bytes, start: int, end: int) -> None:
-        self.parts[-1][1].extend(memoryview(data)[start:end])
-
-    def end(self) -> None:
-        self.ended = True
-
-
-def _read_form(boundary: bytes, body: bytes, limits: ServeConfig) -> dict[str, Any]:
-    """Return the parts of a form as the values of a model."""
-    form = _Form(limits.max_images + limits.max_texts + OTHER_PARTS)
-    try:
-        parser = MultipartParser(
-            boundary,
-            {
-                "on_part_begin": form.begin,
-                "on_part_data": form.data,
-                "on_header_field": form.name,
-                "on_header_value": form.value,
-                "on_header_end": form.header,
-                "on_end": form.end,
-            },
-        )
-        parser.write(body)
-        parser.finalize()
-    except FormParserError as error:
-        raise invalid(f"not a form: {error}") from error
-    if not form.ended:
-        raise invalid("the form is truncated: its last boundary is missing")
-    values: dict[str, Any] = {}
-    for headers, data in form.parts:
-        options = parse_options_header(headers.get(b"content-disposition", b""))[1]
-        name = options.get(b"name", b"").decode(errors="replace")
-        if name in ("images", "image"):
-            file = options.get(b"filename")
-            image = {"data": bytes(data), "id": None if file is None else file.decode(errors="replace")}
-            values.setdefault(name, []).append(image)
-        elif name == "top_k":
-            if name in values or not re.fullmatch(rb"[0-9]{1,4}", data):
-                raise invalid("top_k: must be one number from 1 to 1000")
-            values[name] = int(data)
-        else:
-            try:
-                values.setdefault(name, []).append(data.decode())
-            except UnicodeDecodeError as error:
-                raise invalid(f"{name}: not UTF-8 ({error.reason})") from error
-    return values
-
-
 FORMS: dict[type[BaseModel], dict[str, Any]] = {
     EmbedRequest: {"type": "object", "properties": EMBED_FIELDS},
     PredictRequest: {"type": "object", "properties": PREDICT_FIELDS, **ONE_OF_IMAGES},
@@ -329,14 +276,15 @@ FORMS: dict[type[BaseModel], dict[str, Any]] = {
 
 
 def body_of(model: type[BaseModel]) -> dict[str, Any]:
-    """Return the OpenAPI description of a body: JSON of a model, or a form."""
-    reference = {"$ref": REFERENCE.format(model=model.__name__)}
-    content = {JSON: {"schema": reference}, MULTIPART: {"schema": FORMS[model]}}
+    """Return the OpenAPI description of a body: JSON of a model, or a form if there is one."""
+    content = {JSON: {"schema": {"$ref": REFERENCE.format(model=model.__name__)}}}
+    if model in FORMS:
+        content[MULTIPART] = {"schema": FORMS[model]}
     return {"requestBody": {"required": True, "content": content}}
 
 
-def request_schemas() -> dict[str, Any]:
-    """Return the OpenAPI components that :func:`body_of` refers to."""
-    models = [(model, "validation") for model in FORMS]
+def request_schemas(*more: type[BaseModel]) -> dict[str, Any]:
+    """Return the OpenAPI components that :func:`body_of` refers to: the models with a form, and ``more``."""
+    models = [(model, "validation") for model in (*FORMS, *more)]
     found: dict[str, Any] = models_json_schema(models, ref_template=REFERENCE)[1]["$defs"]  # type: ignore[arg-type]
     return found

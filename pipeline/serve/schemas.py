@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel
 
@@ -51,6 +51,45 @@ class PredictAnswer(BaseModel):
     images: list[Prediction]
 
 
+class Embedding(BaseModel):
+    """One embedding for OpenAI's clients; in base64, of little-endian float32."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class Usage(BaseModel):
+    """Tokens of the texts, special ones included; texts with more than the model takes are cut."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingsAnswer(BaseModel):
+    """Embeddings of length 1 in the order of the input; ``model`` is the name in the request."""
+
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str
+    usage: Usage
+
+
+class OpenAIErrorDetail(BaseModel):
+    """Error for OpenAI's clients; ``code`` is its name, ``param`` the field at fault."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class OpenAIErrorAnswer(BaseModel):
+    """Body of every answer to a request of OpenAI's clients that was refused or failed."""
+
+    error: OpenAIErrorDetail
+
+
 class ErrorDetail(BaseModel):
     """Name and message of an error; ``request`` is the id of the request, as in the log."""
 
@@ -96,6 +135,10 @@ _DESCRIPTIONS = {
 }
 ERRORS: dict[int | str, dict[str, Any]] = {
     code: {"description": description, "model": ErrorAnswer} for code, description in _DESCRIPTIONS.items()
+}
+OPENAI_ERRORS: dict[int | str, dict[str, Any]] = {
+    400 if code == 422 else code: {"description": description, "model": OpenAIErrorAnswer}
+    for code, description in _DESCRIPTIONS.items()
 }
 
 ONE_OF_IMAGES: dict[str, Any] = {"anyOf": [{"required": ["images"]}, {"required": ["image"]}]}

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from pipeline.config.schema import DEMO_MODEL, Config
 from pipeline.core.concurrency import aside
-from pipeline.core.errors import DecoderUnavailable, ModelError
+from pipeline.core.errors import DecoderUnavailable, ModelError, StorageError
 from pipeline.core.records import OK, Failure, Pixels
 from pipeline.engine.demo.notes import NOTICE
 from pipeline.engine.forward import Labelling
@@ -167,6 +167,30 @@ class Service:
             Refused: the model has no text tower.
         """
         return await self._text(self._engine_of_texts().texts.embed(texts)) if texts else []
+
+    async def count_tokens(self, texts: Sequence[str]) -> int:
+        """Return the number of tokens of all texts, also of those that are cut.
+
+        Raises:
+            Refused: the model has no text tower.
+        """
+        return await asyncio.wrap_future(self._engine_of_texts().texts.count_tokens(texts)) if texts else 0
+
+    async def fetch(self, url: str) -> bytes | Failure:
+        """Return the bytes of an image at an http or https address, or the failure that its row would have.
+
+        Raises:
+            Refused: it is too large, or no server answers any more.
+        """
+        try:
+            found = await self._timed("fetch", self.ready_engine().fetch(url))
+        except StorageError as error:
+            log.warning("no image can be fetched: %s", error)
+            raise Refused(503, "no_network", "no server of images answers; try again", retry=RETRY) from error
+        if isinstance(found, Failure) and found.status == "too_many_bytes":
+            limit = f"{min(self.config.images.max_bytes, self.config.serve.max_body_bytes):,} bytes"
+            raise Refused(413, "too_large", f"{url[:200]}: over {limit} (images.max_bytes, serve.max_body_bytes)")
+        return found
 
     def _engine_of_texts(self) -> Engine:
         engine = self.ready_engine()

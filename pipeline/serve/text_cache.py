@@ -88,6 +88,11 @@ class Texts:
             return self._done([vector for vector in found if vector is not None], len(texts))
         return self._pool.submit(self._embed, texts)
 
+    def count_tokens(self, texts: Sequence[str]) -> Future[int]:
+        """Return the number of tokens of all texts before they are cut, special ones included."""
+        count = self._checkpoint.texts()[1].count
+        return self._pool.submit(lambda: sum(map(count, texts)))
+
     def labelling(self, names: Sequence[str], templates: Sequence[str], top_k: int) -> Future[Labelling]:
         """Return the labelling for names in all templates; equal label sets share a bank."""
         labels = LabelSet(tuple(names), tuple(tuple(each.replace("{}", name) for each in templates) for name in names))
