@@ -144,7 +144,7 @@ def _to_datasets(dataset: Dataset, folder: Path, ivf: bool) -> None:
     data = folder / "data"
     data.mkdir()
     total = sum(commit.counts.get(OK, 0) > 0 for commit in dataset.commits)
-    schema = for_datasets(_without_status(dataset))
+    schema = for_datasets(without_status(dataset))
     with closing(_rows(dataset)) as tables:
         # The library does not read a file without rows.
         for number, table in enumerate(table for table in tables if table.num_rows):
@@ -165,7 +165,7 @@ def _to_lance(dataset: Dataset, folder: Path, ivf: bool) -> None:
     except ImportError as error:
         allowed = f"pylance is not installed ({error})"
         raise ConfigError([Problem("--to", "lance", allowed, install_hint("lance"))]) from error
-    schema = with_wide_decimals(_without_status(dataset)).remove_metadata()
+    schema = with_wide_decimals(without_status(dataset)).remove_metadata()
     # Lance searches in lists of a fixed length only.
     place = schema.get_field_index("embedding")
     schema = schema.set(place, schema.field(place).with_type(replace(dataset.form, fixed=True).type))
@@ -198,7 +198,8 @@ FORMATS: dict[str, Callable[[Dataset, Path, bool], None]] = {
 }
 
 
-def _without_status(dataset: Dataset) -> pa.Schema:
+def without_status(dataset: Dataset) -> pa.Schema:
+    """Return the columns of a conversion: all but those of rows without an embedding."""
     fields = [field for field in dataset.schema if field.name not in ("status", "error")]
     return pa.schema(fields, metadata=dataset.schema.metadata)
 
