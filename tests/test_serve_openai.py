@@ -164,6 +164,12 @@ def test_an_input_that_cannot_be_embedded_is_refused_with_its_place(service: Ser
     assert named in told["message"]
 
 
+def test_a_body_of_white_space_is_read_once(service: Served) -> None:
+    body, started = b'{"input":' + b" " * 290_000 + b"x}", time.monotonic()
+    refused(service.ask("POST", "/v1/embeddings", body, {"content-type": "application/json"}))
+    assert time.monotonic() - started < 5
+
+
 @pytest.mark.parametrize(
     ("path", "code", "status"),
     [

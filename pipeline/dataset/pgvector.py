@@ -45,7 +45,7 @@ class PgTable:
             raise ConfigError([Problem("--out", "the URL", allowed, "escape other characters with %")])
         self._password, self.shown = parts.pop("password", None), psycopg.conninfo.make_conninfo("", **parts)
         with self._explained():
-            self._connection = psycopg.connect(url, autocommit=True, application_name="clip-pipeline")
+            self._connection = psycopg.connect(url, autocommit=True, prepare_threshold=None)
             self._connection.execute("create extension if not exists vector")
 
     def close(self) -> None:
@@ -83,7 +83,8 @@ class PgTable:
         copied = ["bytea" if field.name in VECTORS else sql_type(field.type) for field in self._columns]
         with self._explained(), self._connection.transaction():
             self._run("lock table {} in share row exclusive mode", self._name)
-            if self.mark() != {**mark, "parts": mark["parts"] - 1}:
+            found = self.mark() or {}
+            if (found.get("success"), found.get("parts")) != (mark["success"], mark["parts"] - 1):
                 raise OutputBusy(f"{self.shown}: another command writes into {self._short}; wait until it has ended")
             command = self._sql.SQL("copy {} from stdin (format binary)").format(self._name)
             with self._connection.cursor() as cursor, cursor.copy(command) as copy:
@@ -114,6 +115,5 @@ class PgTable:
         try:
             yield
         except self._error as error:
-            text = " ".join(str(error).split())
-            text = text.replace(self._password, "***") if self._password else text
+            text = " ".join(str(error).replace(str(self._password or "\0"), "***").split())
             raise StorageError(f"{self.shown}: {text}; the same command goes on behind the last whole part") from None

@@ -40,7 +40,7 @@ Timer = Callable[[str, float], None]
 # Of two shapes, the smaller one holds so many times fewer pictures.
 STEP = 4
 # Images that are fetched from other servers at a time.
-FETCHES = 8
+FETCHES = 16
 log = logging.getLogger(__name__)
 
 

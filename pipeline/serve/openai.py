@@ -40,7 +40,7 @@ from pipeline.storage.urls import scheme_of
 # Paths with OpenAI's form of errors.
 PREFIX = "/v1/"
 # An input that begins with a number is one of token ids, which may be longer than other bodies.
-_TOKENS = re.compile(rb'"input"\s*:\s*[\[\s]*[\d-]')
+_TOKENS = re.compile(rb'"input"\s*+:[\[\s]*+[\d-]')
 _DATA = re.compile(r"data:image/[\w.+-]+(?:;[\w-]+=[\w-]+)*;base64,", re.IGNORECASE | re.ASCII)
 _FORMS = 'a text, a data URI of an image, {"text": ...} or {"image": ...}'
 
