@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import torch
 
 OK = "ok"
+# The status of the row that stands for the images behind the damage of a tar, whose number is unknown.
+DAMAGED = "damaged_tar"
 
 
 class Stage(StrEnum):
@@ -32,11 +34,15 @@ class Stage(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ImageRef:
-    """Reference to one image of the manifest: encoded bytes, or a path or URL; neither for a null cell."""
+    """Reference to one image of the manifest: encoded bytes, or a path or URL; neither for a null cell.
+
+    ``failure`` says why there is none, if that is known before it is read.
+    """
 
     id: str | int
     path: str | None = None
     data: bytes | None = None
+    failure: Failure | None = None
 
 
 @dataclass(frozen=True, slots=True)

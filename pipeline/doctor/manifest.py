@@ -34,7 +34,7 @@ def look(subject: Subject) -> Iterator[Check]:
         return
     files = "1 file" if count == 1 else f"the first of {count:,} files"
     columns = ", ".join(f"{name} ({manifest.schema.field(name).type})" for name in manifest.schema.names)
-    fact = f"{files}: {manifest.rows:,} rows; {columns}"
+    fact = f"{files}: {manifest.about}{manifest.rows:,} rows; {columns}"
     fact += f"; images in {manifest.image} ({manifest.image_kind})" if manifest.image else ""
     fact += f"; texts in {manifest.text}" if manifest.text else ""
     yield Check(GROUP, "manifest", Status.OK, fact, figures={"files": float(count), "rows": float(manifest.rows)})

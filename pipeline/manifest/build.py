@@ -7,32 +7,27 @@ A manifest records the folder that its relative paths start from, so that a job 
 from __future__ import annotations
 
 import os
-import re
 import tarfile
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import groupby, islice
-from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.config.extensions import BY_FORMAT, EXTENSIONS, extension_of
+from pipeline.config.extensions import BY_FORMAT
 from pipeline.core.concurrency import in_order
 from pipeline.core.errors import ManifestError, StorageError
 from pipeline.core.processes import cores
 from pipeline.manifest.csv_table import read_table
 from pipeline.manifest.folder import LeftOut, list_files
 from pipeline.manifest.manifest import FILES_AT_A_TIME, ROOT_KEY
+from pipeline.manifest.tars import SIDECARS, expanded, is_image_kind, key_of, refuse_repeated, stem_of
 from pipeline.storage.factory import open_storage
-from pipeline.storage.urls import explained, filesystem, is_local, local_file, open_file, scheme_of
+from pipeline.storage.urls import is_local, local_file, open_file, scheme_of
 
-SIDECARS = ("txt", "json", "cls")
 GROUP_ROWS = 65_536
-# A range of numbers in the names of WebDataset.
-_NUMBERS = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
 def from_folder(folder: str, out: str, *, left_out: LeftOut | None = None, every: bool = False) -> int:
@@ -110,10 +105,8 @@ def from_tars(paths: Sequence[str], out: str) -> int:
         ManifestError: a tar is compressed or damaged, a glob matches none, two have one name, or there are no images.
     """
     local = all(is_local(path) for path in paths)
-    names = [str(local_file(name).resolve()) if local else name for path in paths for name in _expanded(path)]
-    repeated = [name for name, count in Counter(PurePosixPath(name).name for name in names).items() if count > 1]
-    if repeated:
-        raise ManifestError(f"two tars have the same name, {repeated[0]}, and ids begin with it; rename one")
+    names = [str(local_file(name).resolve()) if local else name for path in paths for name in expanded(path)]
+    refuse_repeated(names)
     root = os.path.commonpath([os.path.dirname(name) for name in names]) if local else names[0].rpartition("/")[0]
     schema = pa.schema([(name, pa.string()) for name in ("id", "path", *SIDECARS)])
 
@@ -130,42 +123,24 @@ def from_tars(paths: Sequence[str], out: str) -> int:
     return written
 
 
-def _expanded(path: str) -> list[str]:
-    """The files of a glob or a range of numbers, sorted; a file that is there is one whatever its name is."""
-    fs, plain = filesystem(path)
-    match = _NUMBERS.search(path)
-    if (match is None and not any(mark in path for mark in "*?[")) or (is_local(path) and os.path.exists(plain)):
-        return [path]
-    if match is not None:
-        first, last = int(match[1]), int(match[2])
-        numbers = range(first, last + 1)
-        found = [f"{path[: match.start()]}{n:0{len(match[1])}}{path[match.end() :]}" for n in numbers]
-    else:
-        with explained(path):
-            found = [name if is_local(path) else fs.unstrip_protocol(name) for name in sorted(fs.glob(plain))]
-    if not found:
-        raise ManifestError(f"{path}: no tar is there; see the folder and the pattern")
-    return found
-
-
 def _tar_rows(url: str, shown: str) -> Iterator[dict[str, Any]]:
-    stem = PurePosixPath(url).name.removesuffix(".tar")
+    stem = stem_of(url)
     try:
         with open_file(url) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             members = (
                 m for m in tar if m.isreg() and not m.issparse() and not m.name.rpartition("/")[2].startswith(".")
             )
-            for key, group in groupby(members, key=lambda member: _key(member.name)[0]):
+            for key, group in groupby(members, key=lambda member: key_of(member.name)[0]):
                 sample = list(group)
                 texts: dict[str, str | None] = dict.fromkeys(SIDECARS)
                 for member in sample:
-                    kind = _key(member.name)[1]
+                    kind = key_of(member.name)[1]
                     if kind in SIDECARS:
                         content = tar.extractfile(member)
                         texts[kind] = content.read().decode(errors="replace") if content is not None else None
-                images = [m for m in sample if extension_of(f"x.{_key(m.name)[1]}") in EXTENSIONS]
+                images = [m for m in sample if is_image_kind(key_of(m.name)[1])]
                 for member in images:
-                    name = key if len(images) == 1 else f"{key}.{_key(member.name)[1]}"
+                    name = key if len(images) == 1 else f"{key}.{key_of(member.name)[1]}"
                     stop = member.offset_data + member.size
                     yield {"id": f"{stem}/{name}", "path": f"{shown}#bytes={member.offset_data}-{stop}", **texts}
             # tarfile stops at a damaged header as at the end; the real end is a block of zeros, or the end of the file.
@@ -176,18 +151,9 @@ def _tar_rows(url: str, shown: str) -> Iterator[dict[str, Any]]:
         raise ManifestError(str(error)) from error
     except tarfile.TarError as error:
         raise ManifestError(
-            f"{url}: not a sound, plain tar ({error}); members of a compressed tar have no address, unzip it first"
+            f"{url}: not a sound, plain tar ({error}); members of a compressed tar have no address, unzip it first, or "
+            "give manifest.path of a job tars that gzip compressed"
         ) from error
-
-
-def _key(name: str) -> tuple[str, str]:
-    """WebDataset's rule: the key ends at the first dot of the base name, the rest is the kind.
-
-    Names that begin with a dot have no key and are skipped; macOS adds such metadata files.
-    """
-    folder, _, base = name.rpartition("/")
-    stem, _, kind = base.partition(".")
-    return (f"{folder}/{stem}" if folder else stem), kind.lower()
 
 
 def _write(rows: Iterable[dict[str, Any]], schema: pa.Schema, out: str, *, root: str) -> int:

@@ -1,4 +1,4 @@
-"""The Parquet files that ``manifest.path`` names."""
+"""The Parquet files, or the tars, that ``manifest.path`` names."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pipeline.config.schema import nearest
 from pipeline.core.errors import ManifestError
 from pipeline.manifest.folder import is_image
 from pipeline.manifest.tables import refuse_parts_of_tables, refuse_skipped, refuse_tables
+from pipeline.manifest.tars import expanded, is_range, is_tar
 from pipeline.storage.urls import filesystem, from_driver, from_here, is_local, local_file, no_driver
 
 log = logging.getLogger(__name__)
@@ -23,7 +24,7 @@ class Found:
     """The files at an address, sorted by name.
 
     ``skipped`` are Parquet files of a folder whose names, or folders, begin with ``_`` or ``.``, and ``images`` its
-    images by their names; both are relative to the folder.
+    images by their names; both are relative to the folder. ``tars`` are those of a folder.
     """
 
     fs: Any
@@ -31,16 +32,21 @@ class Found:
     parquet: tuple[str, ...]
     skipped: tuple[str, ...] = ()
     images: tuple[str, ...] = ()
+    tars: tuple[str, ...] = ()
 
 
 def find_files(path: str) -> list[str]:
-    """The Parquet files at a file, folder or glob address, sorted by name.
+    """The files at a file, folder or glob address, sorted by name: Parquet, or tars where a folder has no Parquet.
 
     Raises:
         ManifestError: no such file (the message names a similar one), a folder of images, or a table whose own log
             says which files count.
     """
+    if is_range(path):
+        return expanded(path)
     found = look(path)
+    if found.tars and not (found.parquet or found.images):
+        return [name if is_local(path) else found.fs.unstrip_protocol(name) for name in found.tars]
     if not found.parquet:
         raise ManifestError(f"manifest.path={path}: {_nothing(path, found)}")
     if found.images:
@@ -110,14 +116,16 @@ def _relative(name: str, root: str) -> str:
 
 def _listed(path: str, fs: Any, root: str) -> Found:
     if any(mark in root for mark in "*?[") and not fs.exists(root):
-        return Found(fs, root, tuple(sorted(name for name in fs.glob(root) if fs.isfile(name))))
+        there = sorted(fs.glob(root, detail=True).items())
+        # A store is asked again about what is neither file nor folder alone.
+        files = (name for name, info in there if info["type"] == "file" or (_is_other(info) and fs.isfile(name)))
+        return Found(fs, root, tuple(files))
     if not fs.isdir(root):
         return Found(fs, root, (root,) if fs.exists(root) else ())
     names = {name: _relative(name, root) for name in sorted(fs.find(root))}
     refuse_tables(path, root, names.values())
     parquet = {name: rest for name, rest in names.items() if rest.endswith((".parquet", ".pq"))}
-    # Names with a leading _ or . are metadata of other tools, as in all readers of Parquet folders.
-    skipped = [rest for rest in parquet.values() if any(part.startswith(("_", ".")) for part in rest.split("/"))]
+    skipped = [rest for rest in parquet.values() if _is_hidden(rest)]
     refuse_skipped(path, skipped)
     left_out = {*skipped}
     return Found(
@@ -126,7 +134,17 @@ def _listed(path: str, fs: Any, root: str) -> Found:
         parquet=tuple(name for name, rest in parquet.items() if rest not in left_out),
         skipped=tuple(skipped),
         images=tuple(rest for rest in names.values() if is_image(rest)),
+        tars=tuple(name for name, rest in names.items() if is_tar(rest) and not _is_hidden(rest)),
     )
+
+
+def _is_other(info: dict[str, Any]) -> bool:
+    return info["type"] not in ("file", "directory")
+
+
+def _is_hidden(name: str) -> bool:
+    """True for metadata of other tools, as in all readers of Parquet folders."""
+    return any(part.startswith(("_", ".")) for part in name.split("/"))
 
 
 def _reason(path: str, error: Exception) -> str:

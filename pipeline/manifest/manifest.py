@@ -1,4 +1,4 @@
-"""An opened manifest: its Parquet files, its columns, and their checks."""
+"""An opened manifest: its Parquet files or tars, its columns, and their checks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 import os.path
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,9 +18,12 @@ from pipeline.core.concurrency import in_order
 from pipeline.core.errors import ConfigError, ManifestError, Problem, short
 from pipeline.core.plain import plain_fields, plain_type
 from pipeline.core.processes import cores
+from pipeline.manifest import tars
 from pipeline.manifest.files import common_folder, find_files
 from pipeline.manifest.hints import for_missing, refuse_text
 from pipeline.manifest.root import find_root
+from pipeline.manifest.tar_stream import etag_of
+from pipeline.manifest.tars import is_tar
 from pipeline.storage.urls import filesystem, is_local, local_path, open_arrow, open_file
 
 ROOT_KEY = b"pipeline.root"
@@ -31,11 +34,16 @@ WHOLE_DIGEST_BYTES, WHOLE_DIGEST_ALL_BYTES = 1 << 30, 1 << 35
 MOST_SHARDS = 100_000
 # Requests to a store are slow, and run side by side.
 FILES_AT_A_TIME = 16
+# Bytes at the end of a tar that identify it, with its time, where it is too large for a digest of all.
+TAIL = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class ManifestFile:
-    """One Parquet file: address, rows of each row group, size in bytes, and a digest of its content."""
+    """One Parquet file: address, rows of each row group, size in bytes, and a digest of its content.
+
+    A tar is one row group, whose rows are estimated until they are counted.
+    """
 
     url: str
     row_groups: tuple[int, ...]
@@ -53,7 +61,8 @@ class Manifest:
     """The opened manifest; ``image_kind`` is ``path``, ``bytes`` or ``struct``.
 
     ``image`` and ``image_kind`` are empty in a job of texts alone, ``text`` in a job of images alone. ``schema`` holds
-    the fields of the id and the kept columns, in the order of the output, with plain types.
+    the fields of the id and the kept columns, in the order of the output, with plain types. If it is not ``counted``,
+    the files are tars, each of them a shard, and their rows are estimated.
     """
 
     files: tuple[ManifestFile, ...]
@@ -63,6 +72,7 @@ class Manifest:
     image_kind: str
     root: str
     text: str = ""
+    counted: bool = True
 
     @property
     def rows(self) -> int:
@@ -70,12 +80,31 @@ class Manifest:
         return sum(file.rows for file in self.files)
 
     @property
+    def about(self) -> str:
+        """The word before the number of rows in messages: ``about`` if it is an estimate."""
+        return "" if self.counted else "about "
+
+    def shards(self, shard_rows: int) -> int:
+        """Number of shards of ``shard_rows`` rows, or of tars."""
+        return -(-self.rows // shard_rows) if self.counted else len(self.files)
+
+    def with_rows(self, rows: Sequence[int]) -> Manifest:
+        """The same with the rows of each tar, if they are known of all of them; Parquet files have theirs."""
+        if self.counted or len(rows) != len(self.files):
+            return self
+        counted = zip(self.files, rows, strict=True)
+        return replace(self, files=tuple(replace(file, row_groups=(count,)) for file, count in counted))
+
+    @property
     def fingerprint(self) -> dict[str, Any]:
         """The facts that two runs of one dataset have in common."""
         content = [[file.digest, file.size, file.rows] for file in self.files]
+        if not self.counted:
+            # Ids begin with the names of tars.
+            content = [[file.digest, file.size, file.url.rpartition("/")[2]] for file in self.files]
         return {
             "files": len(self.files),
-            "rows": self.rows,
+            "rows": self.rows if self.counted else None,
             "digest": hashlib.sha256(json.dumps(content).encode()).hexdigest(),
             "columns": [self.id, self.image or None, *self.schema.names[1:]],
             "root": None if self.image_kind in ("", "bytes") else self.root,
@@ -96,6 +125,8 @@ def open_manifest(config: ManifestConfig) -> Manifest:
     if config.path is None:
         raise ManifestError("manifest.path is null; give a Parquet file, a folder of them, or a glob")
     urls = find_files(config.path)
+    if any(map(is_tar, urls)):
+        return _open_tars(urls, config)
     files, first, roots, mixed = [], None, set(), set[str]()
     local = is_local(config.path)
     # A store has digests of its own.
@@ -150,6 +181,38 @@ def open_manifest(config: ManifestConfig) -> Manifest:
     )
 
 
+def _open_tars(urls: Sequence[str], config: ManifestConfig) -> Manifest:
+    tars.check_columns(config)
+    other = next((url for url in urls if not is_tar(url)), None)
+    if other is not None or len(urls) > MOST_SHARDS:
+        reason = f"{len(urls):,} tars, more than {MOST_SHARDS:,}; embed them in several jobs"
+        raise ManifestError(f"manifest.path={config.path}: {f'tars, and {other} is none' if other else reason}")
+    tars.refuse_repeated(urls)
+    infos = tars.find_infos(urls)
+    sizes = [int(info["size"]) for info in infos]
+    per_row, local = tars.bytes_per_row(urls, sizes), is_local(urls[0])
+    whole = WHOLE_DIGEST_BYTES if sum(sizes) <= WHOLE_DIGEST_ALL_BYTES else 0
+
+    def file_of(place: tuple[str, dict[str, Any]]) -> ManifestFile:
+        url, info = place
+        size = int(info["size"])
+        # A store without tags says when a file was written; to read it for a digest would be to read it twice.
+        digest = _digest(url, info, TAIL, whole) if local else etag_of(info) or f"written:{info.get('mtime', '')}"
+        return ManifestFile(url, row_groups=(max(1, round(size / per_row)),), size=size, digest=digest)
+
+    kept = dict.fromkeys([*config.keep, *([config.text] if config.text else [])])
+    return Manifest(
+        files=tuple(in_order(file_of, zip(urls, infos, strict=True), threads=cores())),
+        schema=pa.schema([(name, pa.string()) for name in (config.id, *kept)]),
+        id=config.id,
+        image=config.image or "",
+        image_kind="bytes",
+        root=common_folder(urls) or "/",
+        text=config.text or "",
+        counted=False,
+    )
+
+
 def _check_count(rows: int, config: ManifestConfig) -> None:
     """Refuse more shards than the names of parts have digits for: readers sort parts by name."""
     if config.shard_rows and -(-rows // config.shard_rows) > MOST_SHARDS:
@@ -187,9 +250,9 @@ def _inspect(url: str, *, whole: int) -> tuple[pa.Schema, ManifestFile]:
 
 def _digest(url: str, info: dict[str, Any], footer: int, whole: int) -> str:
     """A digest of a file's content: the store's tag, or the SHA-256 of a local file of up to ``whole`` bytes."""
-    size, tag = int(info["size"]), info.get("ETag") or info.get("etag")
+    size, tag = int(info["size"]), etag_of(info)
     if tag:
-        return f"etag:{tag}"
+        return tag
     with open_file(url) as handle:
         if size <= whole:
             return f"sha256:{hashlib.file_digest(handle, 'sha256').hexdigest()}"

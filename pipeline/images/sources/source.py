@@ -62,6 +62,8 @@ class Source:
         Raises:
             StorageError: the machine, the store or the network failed, which says nothing about the image.
         """
+        if ref.failure is not None:
+            return ref.failure
         if ref.data is not None:
             return self._checked(ref.data, "the manifest's cell")
         if not ref.path:

@@ -74,7 +74,7 @@ class Spans:
         for file, group in sorted(groups, key=lambda one: min(row for _, _, row in one[1])):
             span = Span(self, file, group)
             for start, stop, row in group:
-                joined[row] = Member(refs[row].id, refs[row].path, None, span, start, stop)
+                joined[row] = Member(refs[row].id, refs[row].path, span=span, start=start, stop=stop)
             if self._last is not None:
                 self._last.following = span
             self._last = span
