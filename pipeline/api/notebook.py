@@ -94,7 +94,7 @@ def _thumbnails(dataset: Dataset, tiles: Sequence[Tile]) -> dict[int, bytes]:
     """
     try:
         config = config_of_dataset(dataset)
-        manifest = open_manifest(config.manifest)
+        manifest = open_manifest(config.manifest).with_rows([commit.rows for commit in dataset.commits])
         if manifest.rows != dataset.plan.rows:
             return {}
         # One process is enough for a few images, and starts sooner.

@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.core.concurrency import in_order
-from pipeline.core.errors import StorageError
+from pipeline.core.errors import ManifestError, StorageError
 from pipeline.core.failpoints import failpoint
 from pipeline.core.records import ShardReport
 from pipeline.dataset.parts import PartFormat, write_part
@@ -205,6 +205,7 @@ def finalize(
 
     Raises:
         StorageError: the counts do not add up.
+        ManifestError: there are no rows, in any of some tars.
     """
     failpoint("finalize.begin")
     ordered = sorted(commits, key=lambda commit: commit.shard)
@@ -212,11 +213,14 @@ def finalize(
     for commit in ordered:
         counts.update(commit.counts)
     rows = sum(commit.rows for commit in ordered)
-    if len(ordered) != plan.shards or rows != plan.rows or sum(counts.values()) != rows:
+    wanted = plan.rows if plan.counted else rows
+    if len(ordered) != plan.shards or rows != wanted or sum(counts.values()) != rows:
         raise StorageError(
-            f"{storage.url}: {len(ordered)} of {plan.shards} shards and {rows} of {plan.rows} rows are committed; "
+            f"{storage.url}: {len(ordered)} of {plan.shards} shards and {rows} of {wanted} rows are committed; "
             "run the same command again"
         )
+    if not rows:
+        raise ManifestError(f"{storage.url}: no tar of the manifest holds an image, so there is nothing to publish")
     sizes = storage.sizes()
     lost = [commit.part for commit in ordered if sizes.get(commit.part) != commit.size]
     if lost:

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -207,6 +207,8 @@ def open_dataset(url: str) -> Dataset:
             f"{first}: not readable as Parquet ({error}); "
             f"python -m pipeline.verify {storage.url} --repair does it again"
         ) from error
+    if not found.counted:
+        found = replace(found, rows=sum(commit.rows for commit in read))
     starts = np.cumsum([0, *(commit.rows for commit in read[:-1])], dtype=np.int64)
     schema = plain_fields(stored)
     return Dataset(storage, found, commits=read, marker=marker, schema=schema, starts=starts, encoded=schema != stored)

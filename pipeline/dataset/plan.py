@@ -36,6 +36,9 @@ class Plan:
     repair (see :mod:`pipeline.dataset.saved_config`); both may differ. The shard list is not spelled out: it follows
     from the manifest's row groups and ``shard_rows``, so a plan stays small at any size. ``sources`` are the manifests
     (see :func:`source_of`) of other datasets of the same kind that this one may share whole parts with.
+
+    Where each shard is a tar, the commits alone know the rows: then ``rows`` and ``shard_rows`` are 0, and null in the
+    file.
     """
 
     rows: int
@@ -46,13 +49,18 @@ class Plan:
     config: Mapping[str, Any] = field(default_factory=dict)
     sources: Sequence[str] = ()
 
+    @property
+    def counted(self) -> bool:
+        """False if the rows of a shard are known from its commit alone."""
+        return self.shard_rows > 0
+
     def to_json(self) -> bytes:
         """The content of ``_plan.json``."""
         content: dict[str, Any] = {
             "version": VERSION,
-            "rows": self.rows,
+            "rows": self.rows if self.counted else None,
             "shards": self.shards,
-            "shard_rows": self.shard_rows,
+            "shard_rows": self.shard_rows or None,
             "fingerprints": self.fingerprints,
             "about": self.about,
             "config": self.config,
@@ -77,17 +85,20 @@ def new_plan(
     fingerprints: Mapping[str, Any],
     *,
     rows: int,
+    shards: int = 0,
     about: Mapping[str, Any] | None = None,
     sources: Sequence[str] = (),
 ) -> Plan:
-    """The plan of a dataset of ``rows`` rows that is made with ``config``.
+    """The plan of a dataset of ``rows`` rows that is made with ``config``; of ``shards`` shards if it has no ``rows``.
 
     ``about`` is for readers; without it, model and manifest of the config. ``sources`` see :class:`Plan`.
     """
-    shard_rows = config.manifest.shard_rows
+    shard_rows = config.manifest.shard_rows if rows else 0
+    # What is estimated of tars is no setting.
+    config = config if rows else config.changed({"manifest.shard_rows": 0})
     return Plan(
         rows=rows,
-        shards=count_shards(rows, shard_rows),
+        shards=count_shards(rows, shard_rows) if rows else shards,
         shard_rows=shard_rows,
         fingerprints=fingerprints,
         about={"model": config.model.name, "manifest": config.manifest.path} if about is None else about,
@@ -115,10 +126,14 @@ def read(storage: Storage) -> Plan | None:
         content = dict(json.loads(data))
         if content.pop("version") != VERSION:
             raise ValueError("of another version of this pipeline")  # noqa: TRY301
+        counted = content["rows"] is not None or content["shard_rows"] is not None
+        if not counted:
+            content |= {"rows": 0, "shard_rows": 0}
         plan = Plan(**{"config": {}, **content})
     except (ValueError, TypeError, KeyError) as error:
         raise PlanMismatch(f"{storage.url}/{NAME}: not readable as a plan ({error})") from error
-    if not all(type(number) is int and number > 0 for number in (plan.rows, plan.shards, plan.shard_rows)):
+    numbers = (plan.rows, plan.shards, plan.shard_rows) if counted else (plan.shards,)
+    if not all(type(number) is int and number > 0 for number in numbers):
         raise PlanMismatch(f"{storage.url}/{NAME}: not readable as a plan (rows and shards must be positive numbers)")
     return plan
 

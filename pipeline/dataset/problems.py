@@ -69,7 +69,7 @@ def audit(
         StorageError: the storage does not answer, which is not a problem of the part.
     """
     part, size, sha256 = record.part, record.size, record.sha256
-    wanted = min(plan.shard_rows, plan.rows - record.shard * plan.shard_rows)
+    wanted = min(plan.shard_rows, plan.rows - record.shard * plan.shard_rows) if plan.counted else record.rows
     if not part.startswith(prefix_of(record.shard)):
         return Problem("wrong part", f"the commit names {part}, which is no part of shard {record.shard}")
     there = size_of(part)

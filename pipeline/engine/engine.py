@@ -31,7 +31,7 @@ from pipeline.engine.loaded_rate import rate_beside_loader
 from pipeline.engine.loop import Worker
 from pipeline.engine.opening import images_compared, open_backend, spec_of
 from pipeline.engine.sample import draw_sample, read_sample
-from pipeline.engine.shard_size import with_shard_rows
+from pipeline.engine.shard_size import most_rows, with_shard_rows
 from pipeline.engine.text_tower import open_tower
 from pipeline.images.factory import pixel_reader, with_gpu, worker_threads
 from pipeline.images.pool.pool import Decoders
@@ -119,14 +119,14 @@ class Engine:
         Raises:
             PipelineError: one of :mod:`pipeline.core.errors`; nothing was written then.
         """
-        config, manifest = self.config, self.manifest
+        config, manifest, path = self.config, self.manifest, self.config.manifest.path
         check_columns(config)
         check_places(config, manifest)
         with suppress(TimeoutError), phase("ids"):
             # A wrong manifest of ordinary size is reported before a model is opened.
             self._ids = aside(partial(check, manifest), name="ids")
             self._ids.result(IDS_SECONDS)
-        log.info("%s: %d rows in %d files", config.manifest.path, manifest.rows, len(manifest.files))
+        log.info("%s: %s%d rows in %d files", path, manifest.about, manifest.rows, len(manifest.files))
         if manifest.text:
             # A model without a text tower is refused before any work.
             self.checkpoint.texts()
@@ -169,7 +169,7 @@ class Engine:
 
         trial = None
         if storage is not None:
-            rows, whole = self.manifest.rows, self.config.run.dry
+            rows, whole = most_rows(self.config, self.manifest), self.config.run.dry
             trial = Trial(self.open_at, self.some_or_scenes, self._alone, rows, whole)
         self.config = settle_backend(self.config, self.checkpoint, storage=storage, trial=trial)
         self._chosen = True
@@ -282,7 +282,9 @@ class Engine:
         beside = {"decoder": images.decoder, "workers": worker_threads(self.config), "feeders": count}
         benchmark = Benchmark(self.config.backend, self.checkpoint, opened, self._alone, rate, beside)
         with phase("batch size"):
-            size = settle_batch_size(self.config, benchmark, rows=self.manifest.rows, storage=storage)
+            size = settle_batch_size(
+                self.config, benchmark, rows=most_rows(self.config, self.manifest), storage=storage
+            )
         self.config = self.config.changed({"loader.batch_size": size})
         self.start()
 

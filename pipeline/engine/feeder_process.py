@@ -18,7 +18,7 @@ import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import NoReturn
 
@@ -172,9 +172,10 @@ def parse_rows(shard: Shard, content: dict[str, object], data: bytes) -> ShardRo
     """The rows of a shard, from the message of a feeder."""
     failures: list[tuple[int, str, str]] = content["failures"]  # type: ignore[assignment]
     repeats: list[tuple[int, int]] = content["repeats"]  # type: ignore[assignment]
+    table = pa.ipc.open_stream(data).read_all()
     return ShardRows(
-        shard=shard,
-        table=pa.ipc.open_stream(data).read_all(),
+        shard=replace(shard, rows=table.num_rows),
+        table=table,
         failures={row: Failure(status, error) for row, status, error in failures},
         repeats=dict(repeats),
     )

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from pipeline.backends.base import ImageEncoder
 from pipeline.backends.devices import out_of_memory
@@ -154,7 +156,8 @@ class Forward:
             BackendUnavailable: the device has no memory for the batch.
         """
         size = len(batch.pixels)
-        # Of the shards without padding, one in PROVED_SHARDS has its first batch encoded twice.
+        # Of the shards without padding, one in PROVED_SHARDS has its first batch encoded twice; so has a tar, whose
+        # rows are 0 until they are counted.
         twice = number == 0 and batch.shard.rows % size == 0 and batch.shard.index % PROVED_SHARDS == 0
         with clocks.time(Stage.ENCODE), memory_explained(size):
             failpoint("encode")
@@ -225,9 +228,9 @@ class ShardResults:
         self._shard, self._form, self._threshold, self._sample = shard, form, threshold, sample
         self._names = labelling.bank.names if labelling is not None else ()
         k = min(labelling.top_k, len(self._names)) if labelling is not None else 0
-        self._vectors = np.zeros((shard.rows, form.width), dtype=form.element)
-        self._top = np.zeros((shard.rows, k), dtype=np.int64)
-        self._scores = np.zeros((shard.rows, k), dtype=np.float32)
+        self._vectors: NDArray[Any] = np.zeros((shard.rows, form.width), dtype=form.element)
+        self._top: NDArray[np.int64] = np.zeros((shard.rows, k), dtype=np.int64)
+        self._scores: NDArray[np.float32] = np.zeros((shard.rows, k), dtype=np.float32)
         self._batches = 0
 
     def add(self, batch: PendingBatch) -> None:
@@ -238,6 +241,7 @@ class ShardResults:
                 committed.
         """
         batch.wait()
+        self._grow(int(batch.rows[-1]) + 1)
         where = f"shard {self._shard.index}, batch {self._batches}"
         check(batch, batch.rows, where)
         check_scores(batch.scores, where)
@@ -256,11 +260,15 @@ class ShardResults:
         check(batch, batch.rows, f"shard {self._shard.index}, texts")
         if self._texts is None:
             self._texts = np.zeros_like(self._vectors)
+        self._texts = _longer(self._texts, int(batch.rows.max()) + 1)
         self._texts[batch.rows] = self._form.encode(batch.vectors.numpy())
         batch.release()
 
     def finish(self, rows: ShardRows, texts: ShardTexts | None = None) -> ShardResult:
         """The whole shard; duplicate images get the results of the first of them, and so do ``texts`` beside them."""
+        count = rows.shard.rows
+        self._grow(count)
+        self._vectors, self._top, self._scores = self._vectors[:count], self._top[:count], self._scores[:count]
         if rows.repeats:
             repeated, first = list(rows.repeats), list(rows.repeats.values())
             for column in (self._vectors, self._top, self._scores):
@@ -275,9 +283,24 @@ class ShardResults:
             texts=None if texts is None else self._finish_texts(texts),
         )
 
+    def _grow(self, rows: int) -> None:
+        """Make room for ``rows`` rows: those of a tar are counted as they are read."""
+        if rows > len(self._vectors):
+            rows = max(rows, 2 * len(self._vectors))
+            self._vectors, self._top = _longer(self._vectors, rows), _longer(self._top, rows)
+            self._scores = _longer(self._scores, rows)
+
     def _finish_texts(self, texts: ShardTexts) -> TextVectors:
         vectors = np.zeros_like(self._vectors) if self._texts is None else self._texts
+        vectors = _longer(vectors, len(self._vectors))[: len(self._vectors)]
         vectors[list(texts.repeats)] = vectors[list(texts.repeats.values())]
         missing = np.zeros(len(vectors), dtype=bool)
         missing[list(texts.missing)] = True
         return TextVectors(vectors, missing)
+
+
+def _longer(array: NDArray[Any], rows: int) -> NDArray[Any]:
+    """The array with zeros behind it, up to ``rows`` rows."""
+    if rows <= len(array):
+        return array
+    return np.concatenate([array, np.zeros((rows - len(array), array.shape[1]), dtype=array.dtype)])

@@ -99,7 +99,7 @@ class _Taker:
 
     def run(self) -> None:
         """Take batches until the end."""
-        shards = -(-self._manifest.rows // self._shard_rows)
+        shards = self._manifest.shards(self._shard_rows)
         try:
             for item in self._loader.stream(self._shards()):
                 if isinstance(item, ImageBatch):

@@ -271,17 +271,17 @@ class Loader:
                 raise
 
     def _read(self, shards: Iterable[Shard]) -> Generator[_Read | ShardRows]:
-        with ShardReader(self._manifest) as reader:
+        schema = self._manifest.schema
+        with ShardReader(self._manifest, max_bytes=self._reader.source.max_bytes) as reader:
             for shard in shards:
                 start, kept, repeats = 0, [], Repeats() if self._once else None
                 for batch in reader.read(shard):
                     failpoint("rows")
-                    columns = [batch.column(name) for name in self._manifest.schema.names]
-                    kept.append(pa.RecordBatch.from_arrays(columns, schema=self._manifest.schema))
+                    kept.append(pa.RecordBatch.from_arrays([batch[name] for name in schema.names], schema=schema))
                     images = self._spans.join(refs(self._manifest, batch))
                     yield _Read(shard=shard, repeats=repeats, start=start, images=images, bytes=batch.nbytes)
                     start += batch.num_rows
-                yield ShardRows(shard, table=pa.Table.from_batches(kept, schema=self._manifest.schema), failures={})
+                yield ShardRows(replace(shard, rows=start), pa.Table.from_batches(kept, schema), failures={})
 
     def _submit(
         self, read: Iterable[_Read | ShardRows | None], pool: ThreadPoolExecutor

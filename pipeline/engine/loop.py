@@ -180,7 +180,7 @@ def open_loader(config: Config, manifest: Manifest, worker: Worker, ahead: int) 
     device, reader = worker.encoder.device, worker.reader
     assert reader is not None
     pool = worker.feeders or open_feeders(config, device)
-    count = min(pool.count, -(-manifest.rows // config.manifest.shard_rows)) if pool is not None else 0
+    count = min(pool.count, manifest.shards(config.manifest.shard_rows)) if pool is not None else 0
     if count:
         config = share_of(config, count)
     spec = LoaderSpec(
@@ -263,7 +263,7 @@ class _Encoding:
     def _text_steps(self, beside: _TextPass, results: ShardResults, rows: ShardRows) -> Iterator[_Step]:
         """Every batch of texts of a shard as it is submitted, and then its rows."""
         with self.worker.clocks.time(Stage.WAIT_INPUT):
-            found = beside.texts.take(rows.shard)
+            found = beside.texts.take(rows)
         for number, batch in enumerate(found.batches):
             encode = partial(self._encode_texts, beside.forward, batch, number)
             yield _Step(results, batch=self.streams.submit(encode), beside=True)

@@ -69,8 +69,9 @@ def prepare(engine: Engine, storage: Storage) -> Prepared:
     engine.check_ids()
 
     prints = fingerprints(engine)
+    rows = manifest.rows if manifest.counted else 0
     # Before the gates, which take time: the output may hold another dataset.
-    wanted = plan.settle(storage, plan.new_plan(config, prints, rows=manifest.rows))
+    wanted = plan.settle(storage, plan.new_plan(config, prints, rows=rows, shards=len(manifest.files)))
     prepared = Prepared(
         config=config,
         plan=wanted,

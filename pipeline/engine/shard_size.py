@@ -13,6 +13,7 @@ import logging
 from pipeline.backends.devices import choose_device
 from pipeline.config.schema import Config
 from pipeline.config.validate import part_of
+from pipeline.core.errors import ConfigError, Problem
 from pipeline.dataset import plan
 from pipeline.dataset.vectors import VectorFormat
 from pipeline.manifest.manifest import Manifest
@@ -88,7 +89,10 @@ def with_shard_rows(config: Config, checkpoint: Checkpoint, manifest: Manifest, 
 
     Raises:
         PlanMismatch: the output holds something that cannot be read as a plan.
+        ConfigError: the rows are in tars, and the config gives a number.
     """
+    if not manifest.counted:
+        return _with_rows_of_tars(config, manifest)
     if config.manifest.shard_rows:
         return config
     found = plan.read(storage)
@@ -110,6 +114,25 @@ def with_shard_rows(config: Config, checkpoint: Checkpoint, manifest: Manifest, 
     shards = plan.count_shards(manifest.rows, size)
     log.info("manifest.shard_rows=auto: %s of up to %s rows (%s)", _count(shards), f"{size:,}", reason)
     return config.changed({"manifest.shard_rows": size})
+
+
+def most_rows(config: Config, manifest: Manifest) -> int:
+    """Rows of the manifest; those of tars are estimated, and one tar may have as many as the config has by now."""
+    return manifest.rows if manifest.counted else max(manifest.rows, config.manifest.shard_rows)
+
+
+def _with_rows_of_tars(config: Config, manifest: Manifest) -> Config:
+    """The config with the most rows that a tar may be expected to have; each tar is a shard whatever it has.
+
+    Batches need not be larger, and the next power of two leaves room for an estimate.
+    """
+    if config.manifest.shard_rows:
+        allowed = "is not for tars, each of which is a shard"
+        hint = "leave it out, or make a manifest of them: python -m pipeline.manifest tar"
+        raise ConfigError([Problem("manifest.shard_rows", config.manifest.shard_rows, allowed, hint)])
+    most = max(file.rows for file in manifest.files)
+    log.info("%s, one for each tar, of about %s rows in all", _count(len(manifest.files)), f"{manifest.rows:,}")
+    return config.changed({"manifest.shard_rows": min(MOST, 1 << (most + most // 4).bit_length())})
 
 
 def asks_for_gpus(config: Config) -> bool:

@@ -98,16 +98,20 @@ class Texts:
         self._reader.close()
 
     def begin(self, shard: Shard) -> None:
-        """Read a shard, without waiting for it."""
-        self._begun[shard.index] = self._thread.submit(self.read, shard)
+        """Read a shard, without waiting for it; not a tar, which the loader alone reads."""
+        if self._manifest.counted:
+            self._begun[shard.index] = self._thread.submit(self.read, shard)
 
-    def take(self, shard: Shard) -> ShardTexts:
-        """The texts of a shard that was begun.
+    def take(self, rows: ShardRows) -> ShardTexts:
+        """The texts of a shard that was begun, or those beside the images of a tar.
 
         Raises:
             ManifestError: the manifest cannot be read any more.
         """
-        return self._begun.pop(shard.index).result()
+        if self._manifest.counted:
+            return self._begun.pop(rows.shard.index).result()
+        cells = [cell for chunk in rows.table.column(self._manifest.text).chunks for cell in _cells(chunk)]
+        return self._thread.submit(self._of, rows.shard, cells, pa.table({})).result()
 
     def stream(self, shards: Iterable[Shard]) -> Iterator[ShardTexts]:
         """Every shard in order; the next one is asked for and read while one is being embedded."""
@@ -123,7 +127,7 @@ class Texts:
             yield found
 
     def read(self, shard: Shard) -> ShardTexts:
-        """Read a shard now; see :meth:`take`."""
+        """Read a shard now; see :meth:`begin`."""
         schema = pa.schema([]) if self._manifest.image else self._manifest.schema
         read, cells = list[pa.RecordBatch](), list[str | Failure]()
         for batch in self._reader.read(shard):
@@ -131,6 +135,9 @@ class Texts:
             self._go_on()
             read.append(pa.RecordBatch.from_arrays([batch.column(name) for name in schema.names], schema=schema))
             cells += _cells(batch.column(self._manifest.text))
+        return self._of(shard, cells, pa.Table.from_batches(read, schema))
+
+    def _of(self, shard: Shard, cells: Sequence[str | Failure], table: pa.Table) -> ShardTexts:
         missing, repeated, first = dict[int, Failure](), dict[int, int](), dict[str, int]()
         for position, cell in enumerate(cells):
             if isinstance(cell, Failure):
@@ -139,7 +146,7 @@ class Texts:
                 repeated[position] = earlier
         batches, cut_off = self._batches(shard, first)
         truncated = len(cut_off) + sum(earlier in cut_off for earlier in repeated.values())
-        return ShardTexts(shard, pa.Table.from_batches(read, schema), tuple(batches), missing, repeated, truncated)
+        return ShardTexts(shard, table, tuple(batches), missing, repeated, truncated)
 
     def _go_on(self) -> None:
         if self._stopped.is_set():
@@ -226,6 +233,8 @@ def first_texts(manifest: Manifest, tokenizer: Tokenizer) -> tuple[list[str], to
     with ShardReader(manifest, columns=(manifest.text,)) as reader:
         for batch in reader.read(shard):
             found |= {cell: None for cell in _cells(batch.column(manifest.text)) if isinstance(cell, str)}
+            if len(found) >= SEARCHED:
+                break
     texts = list(islice(found, COMPARED))
     return texts, tokenize(tokenizer, texts)[0] if texts else torch.empty(0)
 

@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
+from itertools import accumulate
 
 from pipeline.config.choices import BACKENDS
 from pipeline.config.schema import Config
@@ -18,7 +19,7 @@ from pipeline.core.errors import ShardsGivenUp, StorageError, TooManyFailures
 from pipeline.core.failpoints import failpoint
 from pipeline.core.machine import memory, versions
 from pipeline.core.processes import cores
-from pipeline.core.records import OK, Timeline, by_status, failed_rows
+from pipeline.core.records import DAMAGED, OK, Timeline, by_status, failed_rows
 from pipeline.core.run_report import Pace, RunReport
 from pipeline.dataset.commits import Commit
 from pipeline.dataset.vectors import VectorFormat
@@ -26,6 +27,7 @@ from pipeline.engine.demo.notes import notes_of
 from pipeline.engine.engine import Engine
 from pipeline.engine.prepare import Prepared
 from pipeline.job.cluster.part import Part
+from pipeline.manifest.manifest import Manifest
 from pipeline.report import summary
 from pipeline.report.bottleneck import (
     START_UP,
@@ -106,14 +108,19 @@ class Outcome:
         return by_status(counts)
 
     @property
+    def manifest(self) -> Manifest:
+        """The manifest; the rows of its tars are counted once all are committed."""
+        return self.engine.manifest.with_rows([commit.rows for commit in self.committed])
+
+    @property
     def failed(self) -> int:
         """Rows that failed."""
         return failed_rows(self.counts)
 
     @property
     def too_many_failed(self) -> bool:
-        """True if more rows failed than the config allows."""
-        return self.failed > self.prepared.config.errors.max_fraction * self.engine.manifest.rows
+        """True if more rows failed than the config allows, or a tar is damaged, which misses an unknown number."""
+        return DAMAGED in self.counts or self.failed > self.prepared.config.errors.max_fraction * self.manifest.rows
 
     @property
     def missing(self) -> int:
@@ -123,7 +130,8 @@ class Outcome:
     @property
     def files(self) -> list[tuple[str, int]]:
         """The files of the dataset, each with the number of its first row."""
-        return [(commit.part, commit.shard * self.prepared.plan.shard_rows) for commit in self.committed]
+        size, starts = self.prepared.plan.shard_rows, accumulate((each.rows for each in self.committed), initial=0)
+        return [(each.part, each.shard * size or start) for each, start in zip(self.committed, starts, strict=False)]
 
     @property
     def stats(self) -> RunStats:
@@ -175,7 +183,7 @@ def publish(outcome: Outcome, draft: ReportDraft) -> None:
         content = read_report(draft.previous or b"")
     if config.report.html and storage.size(PAGE) is None:
         engine = outcome.engine
-        pictures = Pictures(engine.manifest, engine.cpu_reader) if engine.has_images else None
+        pictures = Pictures(outcome.manifest, engine.cpu_reader) if engine.has_images else None
         try_to_publish(storage, partial(draw, content, draft.content, config.report.examples, pictures))
 
 
@@ -186,21 +194,23 @@ def check(outcome: Outcome) -> None:
         ShardsGivenUp: shards ended every worker that had them.
         TooManyFailures: more rows failed than ``errors.max_fraction``.
     """
-    config, wanted, manifest = outcome.prepared.config, outcome.prepared.plan, outcome.engine.manifest
+    config, wanted, manifest = outcome.prepared.config, outcome.prepared.plan, outcome.manifest
     given_up = outcome.given_up
     if given_up:
+        row = f"the rows from {given_up[0] * wanted.shard_rows:,} on"
         raise ShardsGivenUp(
             f"{config.output.dir}: all is committed but {len(given_up)} of {wanted.shards} shards, each of which "
-            f"ended every worker that had it: {', '.join(map(str, given_up[:20]))}. Look at the rows from "
-            f"{given_up[0] * wanted.shard_rows:,} on; the same command tries them again"
+            f"ended every worker that had it: {', '.join(map(str, given_up[:20]))}. Look at "
+            f"{row if manifest.counted else manifest.files[given_up[0]].url}; the same command tries them again"
         )
     if outcome.too_many_failed:
         why = ", ".join(f"{status} {count:,}" for status, count in outcome.counts.items() if status != OK)
         place = f"; relative paths start at {manifest.root} (manifest.root)" if outcome.counts.get("not_found") else ""
+        limit = f"more than errors.max_fraction={config.errors.max_fraction}"
+        limit = "and images of damaged tars have no rows" if DAMAGED in outcome.counts else limit
         raise TooManyFailures(
             f"{config.output.dir}: complete, but {outcome.failed:,} of {manifest.rows:,} rows failed "
-            f"({outcome.failed / manifest.rows:.1%}: {why}), more than errors.max_fraction="
-            f"{config.errors.max_fraction}; the column error and {PAGE} say why{place}"
+            f"({outcome.failed / manifest.rows:.1%}: {why}), {limit}; the column error and {PAGE} say why{place}"
         )
 
 
@@ -220,7 +230,7 @@ def _report(outcome: Outcome, ran: RunStats, content: DatasetSummary) -> RunRepo
         rows=ran.rows,
         images=ran.images,
         resumed_rows=embedded.resumed_rows if whole else max(0, committed - ran.rows),
-        total_rows=outcome.engine.manifest.rows,
+        total_rows=outcome.manifest.rows,
         wall_seconds=round(ran.seconds, 3),
         startup_seconds=round(startup, 3),
         images_per_second=round(ran.images / ran.seconds, 2),

@@ -35,7 +35,7 @@ from pipeline.storage.base import Storage
 from pipeline.storage.factory import open_storage
 from pipeline.telemetry.logs import log_to, log_to_terminal, progress_mode
 from pipeline.telemetry.monitor import Monitor, monitored
-from pipeline.telemetry.progress import Progress
+from pipeline.telemetry.progress import EstimatedRows, Progress
 from pipeline.telemetry.run_stats import RunStats
 from pipeline.telemetry.tracing import shard as shard_span
 from pipeline.telemetry.tracing import span
@@ -232,7 +232,9 @@ def _embed(
     count, resumed = len(done), sum(commit.rows for commit in done.values())
     if output.claims:
         count = len(commits.listed(output.storage))
-        resumed = min(manifest.rows, count * config.manifest.shard_rows)
+        resumed = manifest.rows * count // prepared.plan.shards
+        if manifest.counted:
+            resumed = min(manifest.rows, count * config.manifest.shard_rows)
     if count:
         log.info("%d of %d shards (%d rows) are done already", count, prepared.plan.shards, resumed)
     shards = cut(manifest, config.manifest.shard_rows)
@@ -249,7 +251,12 @@ def _embed(
             startup.update(output.phases.take())
 
     rows, images, began = 0, 0, time.time()
-    with Progress(manifest.rows, done=resumed, mode=progress_mode(config), streams=prepared.streams) as progress:
+    about = None if manifest.counted else EstimatedRows([file.size for file in manifest.files])
+    total, mode = manifest.rows, progress_mode(config)
+    if about is not None:
+        for commit in done.values():
+            total = about.count(commit.shard, commit.rows)
+    with Progress(total, done=resumed, mode=mode, streams=prepared.streams, about=about is not None) as progress:
         output.monitor.looping(progress.figures, resumed=resumed)
         for shards in output.rounds(todo):
             with closing(executor.run(shards, on_batch)) as reports:
@@ -261,6 +268,8 @@ def _embed(
                     images += report.counts[OK] - report.repeats
                     progress.failed(report.rows - report.counts[OK])
                     progress.shared(report.repeats)
+                    if about is not None:
+                        progress.expect(about.count(report.shard, report.rows))
                     if output.claims is not None:
                         output.claims.committed(report.shard)
                         # A machine that goes away leaves what it did.

@@ -178,7 +178,8 @@ def _plan(source: Dataset, config: Config, bank: TextBank | None, heads: tuple[H
     }
     about = {**source.plan.about, "model": config.model.name, "source": source.address}
     prints = with_heads(prints, heads)
-    return plan.new_plan(config, prints, rows=source.plan.rows, about=about)
+    rows = source.plan.rows if source.plan.counted else 0
+    return plan.new_plan(config, prints, rows=rows, shards=source.plan.shards, about=about)
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,7 +332,7 @@ def _failures(table: pa.Table, rows: NDArray[np.int64]) -> dict[int, Failure]:
 def _count_changed(before: pa.ChunkedArray, after: pa.ChunkedArray) -> int:
     same = pc.fill_null(pc.equal(before, after), False)
     neither = pc.and_(pc.is_null(before), pc.is_null(after))
-    return len(before) - int(pc.sum(pc.or_(same, neither)).as_py())
+    return len(before) - int(pc.sum(pc.or_(same, neither), min_count=0).as_py())
 
 
 def say(result: RelabelReport, output: str) -> None:

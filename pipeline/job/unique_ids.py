@@ -56,7 +56,7 @@ class UniqueIds:
         Raises:
             ManifestError: an id is null or repeated.
         """
-        large = manifest.rows > SHARED_ROWS
+        large = manifest.counted and manifest.rows > SHARED_ROWS
         if large and not self._part.whole:
             self._take_turns(manifest)
         if not self._checked(manifest):

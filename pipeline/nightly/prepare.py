@@ -120,6 +120,11 @@ def prepare(config: Config, options: NightOptions, store: Storage, day: str) -> 
     output = open_night(store, day)
     config = config.changed({"output.dir": output.url})
     manifest = open_manifest(config.manifest)
+    if not manifest.counted:
+        raise NightError(
+            f"manifest.path={config.manifest.path}: nights compare the rows of a manifest, and those of tars are not "
+            "known before they are embedded; make one of them: python -m pipeline.manifest tar"
+        )
     check_columns(config)
     check_places(config, manifest)
     if not manifest.has_rows_of(_begun(store, day).get("manifest")):

@@ -120,6 +120,7 @@ def _manifest(config: Config, dataset: Dataset) -> Manifest | None:
     except PipelineError as error:
         log.warning("no pictures are shown: %s", error)
         return None
+    manifest = manifest.with_rows([commit.rows for commit in dataset.commits])
     if manifest.rows != dataset.plan.rows:
         log.warning("no pictures are shown: %s has changed since %s was made", path, dataset.url)
         return None

@@ -35,6 +35,7 @@ HINTS = {
     "permission": "the file may not be read by the user of this job",
     "unreadable": "the disk or the server returned no bytes; a rerun of the shard may get them",
     "timeout": "reading took longer than loader.read_seconds",
+    "damaged_tar": "the row stands for all images behind the damage of a tar; write or copy the tar again",
     "too_many_bytes": "larger than images.max_bytes",
     "too_many_pixels": "larger than images.max_pixels",
     "not_an_image": "the bytes are not an image, whatever the name of the file",

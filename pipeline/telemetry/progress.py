@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from types import TracebackType
 
@@ -21,12 +22,13 @@ log = logging.getLogger(__name__)
 class Progress:
     """A counter of rows towards a total; use it as a context manager.
 
-    ``mode`` is ``bar``, ``plain``, ``none``, or ``auto``: a bar if standard error is a terminal.
-    ``steady`` throughput counts from the end of the first batches, as many as are embedded side by side (``streams``),
-    to the end of the last.
+    ``mode`` is ``bar``, ``plain``, ``none``, or ``auto``: a bar if standard error is a terminal. ``steady`` throughput
+    counts from the end of the first batches, as many as are embedded side by side (``streams``), to the end of the
+    last. The total is ``about`` right where rows are counted as they are read.
     """
 
-    def __init__(self, total: int, *, done: int, mode: str, streams: int = 1) -> None:
+    def __init__(self, total: int, *, done: int, mode: str, streams: int = 1, about: bool = False) -> None:
+        self._about = "about " if about else ""
         self._total, self._rows, self._failed, self._images = total, done, 0, 0
         self._plain = mode == "plain" or (mode == "auto" and not _is_terminal())
         wanted = mode == "bar" or (mode == "auto" and not self._plain)
@@ -89,6 +91,12 @@ class Progress:
         """Count rows that have the embedding of another one."""
         self._advance(rows)
 
+    def expect(self, total: int) -> None:
+        """Take another total."""
+        self._total = total
+        if self._bar is not None:
+            self._bar.total = total
+
     def _advance(self, rows: int) -> None:
         self._rows += rows
         if self._bar is not None:
@@ -100,7 +108,21 @@ class Progress:
         if self._plain and now - self._logged >= LINE_SECONDS:
             self._logged = now
             counts = self.figures()
-            log.info("%d of %d rows, %.1f images/s, %d failed", *map(counts.get, LINE), extra=counts)
+            text = f"%d of {self._about}%d rows, %.1f images/s, %d failed"
+            log.info(text, *map(counts.get, LINE), extra=counts)
+
+
+class EstimatedRows:
+    """Rows of a job by the bytes of its shards, of which those that are done have so many rows."""
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self._sizes, self._all, self._bytes, self._rows = sizes, sum(sizes), 0, 0
+
+    def count(self, shard: int, rows: int) -> int:
+        """Count a shard that is done; return the rows of all shards."""
+        self._bytes += self._sizes[shard]
+        self._rows += rows
+        return round(self._rows * self._all / max(1, self._bytes))
 
 
 def _is_terminal() -> bool:

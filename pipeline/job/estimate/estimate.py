@@ -24,11 +24,10 @@ from pipeline.job.cluster.inline import Inline
 from pipeline.job.cluster.part import Part
 from pipeline.job.estimate.extrapolate import Work, figures
 from pipeline.job.estimate.record import Estimate, lines
-from pipeline.job.estimate.sample import Scenes, in_shards, spread
+from pipeline.job.estimate.sample import Scenes, expected, in_shards, spread
 from pipeline.job.estimate.scaling import processes_of
 from pipeline.job.estimate.trial import BATCHES, Limits, Sample, Trial, measure
 from pipeline.manifest.manifest import Manifest
-from pipeline.manifest.shards import cut
 from pipeline.storage.base import Storage
 from pipeline.storage.factory import open_storage
 from pipeline.storage.local import temporary_folder
@@ -110,7 +109,7 @@ def rehearse(config: Config, began: float, limits: Limits, decoders: Decoders | 
         prepared = executor.settle()
         done, damaged = commits.look(storage, prepared.plan, every_byte=False)
         part = Part.of(config)
-        shards = cut(engine.manifest, prepared.plan.shard_rows)
+        shards = list(expected(engine.manifest, prepared.config.manifest.shard_rows))
         left = [shard for shard in shards if part.has(shard.index) and shard.index not in done]
         startup = time.time() - began - scenes.seconds
         trial = None
@@ -128,6 +127,7 @@ def rehearse(config: Config, began: float, limits: Limits, decoders: Decoders | 
             scenes_seconds=scenes.seconds_to_render,
             processes=processes,
             busy=_busy(storage, part),
+            expected_rows=sum(done[each.index].rows if each.index in done else each.rows for each in shards),
         )
         return Rehearsal(engine.manifest, prepared, trial, figures(trial, work, prepared))
 

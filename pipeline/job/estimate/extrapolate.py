@@ -41,6 +41,7 @@ class Work:
         scenes_seconds: time to render the demo's scenes.
         processes: processes that would embed.
         busy: message about another run that holds the output, or an empty string.
+        expected_rows: rows that are expected of all shards, where the plan has none.
     """
 
     left: Sequence[Shard]
@@ -50,6 +51,7 @@ class Work:
     scenes_seconds: float
     processes: Processes
     busy: str
+    expected_rows: int = 0
 
     @property
     def rows(self) -> int:
@@ -142,7 +144,7 @@ def figures(trial: Trial | None, work: Work, prepared: Prepared) -> Estimate:
     startup = round(work.startup_seconds, 3)
     estimate = Estimate(
         output=config.output.dir,
-        rows=wanted.rows,
+        rows=wanted.rows or work.expected_rows,
         shards=wanted.shards,
         shard_rows=wanted.shard_rows,
         done_rows=sum(commit.rows for commit in work.done.values()),

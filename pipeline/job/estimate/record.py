@@ -17,7 +17,7 @@ class Estimate:
             machine stays as busy as it was during the measurement.
         scenes_seconds: rendering of the demo's scenes, on top of ``seconds``.
         cores_busy: cores that the sample used on average.
-        shard_rows: rows of a shard, the last of which may have less.
+        shard_rows: rows of a shard, the last of which may have less; 0 where each is a tar, and ``rows`` are expected.
         output_bytes: bytes still to be written; ``done_bytes`` exist already.
         free_bytes: free bytes of the disk; None for an object store.
         memory: peaks by kind, as in the report of a run.
@@ -73,7 +73,9 @@ class Estimate:
 def lines(estimate: Estimate) -> Iterator[str]:
     """Return the lines of the log, each with its name."""
     e = estimate
-    yield _line("rows", f"{e.rows:,} in {_count(e.shards, 'shard')} of up to {e.shard_rows:,}; {_done(e)}")
+    size = f" of up to {e.shard_rows:,}" if e.shard_rows else ", one for each tar, counted as they are read"
+    about = "" if e.shard_rows else "about "
+    yield _line("rows", f"{about}{e.rows:,} in {_count(e.shards, 'shard')}{size}; {_done(e)}")
     if not e.left_rows:
         yield _line("time", f"nothing to do: a run would start and end within {span(e.seconds)}")
         return

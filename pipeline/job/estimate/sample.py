@@ -16,6 +16,7 @@ from pipeline.core.records import Piece, Shard
 from pipeline.dataset import plan
 from pipeline.engine.demo import folder as demo
 from pipeline.manifest.manifest import Manifest
+from pipeline.manifest.shards import cut
 from pipeline.storage.base import Storage
 
 # Shards that are sampled, and runs of rows in each of them: more would not make the sample any better.
@@ -29,6 +30,16 @@ GATES, TRIAL = 256, 1024
 _GOLDEN_RATIO = 0.618
 _T = TypeVar("_T")
 log = logging.getLogger(__name__)
+
+
+def expected(manifest: Manifest, shard_rows: int) -> Iterator[Shard]:
+    """Return every shard of a job; a tar has the rows that are expected of its bytes."""
+    for shard in cut(manifest, shard_rows):
+        if manifest.counted:
+            yield shard
+        else:
+            rows = manifest.files[shard.index].rows
+            yield replace(shard, rows=rows, pieces=tuple(replace(piece, stop=rows) for piece in shard.pieces))
 
 
 def spread(manifest: Manifest, shards: Sequence[Shard], *, rows: int) -> list[Piece]:

@@ -218,7 +218,7 @@ def measure(executor: Inline, sample: Sample, job: Job, limits: Limits) -> Trial
     # The peak of memory is taken before the parts are read, which a job does not do.
     worker = executor.workers[0]
     table = _rows(storage, done)
-    per_row, per_part = _sizes(storage, table, job.form) if table is not None else (0.0, 0.0)
+    per_row, per_part = _sizes(storage, table, job.form) if table is not None and table.num_rows else (0.0, 0.0)
     errors = table["error"].drop_null().to_pylist() if table is not None else []
     return Trial(
         seconds=seconds,
@@ -235,7 +235,7 @@ def measure(executor: Inline, sample: Sample, job: Job, limits: Limits) -> Trial
         largest=max((commit.rows for commit in done), default=0),
         bytes_per_row=per_row,
         bytes_per_part=per_part,
-        memory_per_row=table.nbytes / table.num_rows if table is not None else 0.0,
+        memory_per_row=table.nbytes / max(1, table.num_rows) if table is not None else 0.0,
         error_example=errors[0] if errors else "",
     )
 
