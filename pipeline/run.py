@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.config.compose import check_overrides, groups, register, to_config
 from pipeline.config.hydra_guard import check_files, compose_once
-from pipeline.config.options import read_options, take_folder
+from pipeline.config.options import read_options, take_folder, with_quotes
 from pipeline.config.schema import conf_dir
 from pipeline.config.validate import known_keys
 from pipeline.core.cli import (
@@ -64,6 +64,7 @@ def main() -> None:
     give_home()
     options, problems = read_options([*groups(conf_dir()), *known_keys()])
     problems += take_folder(options)
+    sys.argv[:] = with_quotes(sys.argv)
     register()
     if options.shell_completion:
         options.overrides = [text for text in options.overrides if text.partition("=")[0] not in COMPLETION]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from pipeline.config.hydra_guard import check_setting
-from pipeline.config.options import unread
+from pipeline.config.options import unread, with_quotes
 from pipeline.config.ranges import AUTO, DEFAULT, DefaultNumber
 from pipeline.config.schema import Config, LoaderConfig, ManifestConfig, conf_dir, nearest, value_of
 from pipeline.config.validate import AUTOMATIC, check, known_keys, limits
@@ -247,7 +247,7 @@ def _read_overrides(arguments: Sequence[str], *, sweep: bool = False) -> tuple[l
     parser = OverridesParser.create()
     settings: list[tuple[str, Any]] = []
     problems: list[Problem] = []
-    for argument in arguments:
+    for argument in with_quotes(arguments):
         try:
             # Hydra accepts a value without a key.
             override = None if argument.startswith("=") else parser.parse_override(argument)

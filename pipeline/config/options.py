@@ -15,6 +15,7 @@ from pipeline.config.schema import nearest
 from pipeline.core.errors import Problem
 
 PROGRAM = "python -m pipeline.run"
+_RANGE = re.compile(r"""manifest\.path=([^'"]*\{\d+\.\.\d+\}[^'"]*)""")
 
 
 def read_options(names: Sequence[str]) -> tuple[Namespace, list[Problem]]:
@@ -62,6 +63,12 @@ def take_folder(options: Namespace) -> list[Problem]:
         at = len(arguments) - 1 - arguments[::-1].index(folders[0])
         arguments[at : at + 1] = settings
     return []
+
+
+def with_quotes(arguments: Sequence[str]) -> list[str]:
+    """The arguments with quotes around a ``manifest.path`` that has a range in braces: Hydra's grammar wants them."""
+    found = [(text, _RANGE.fullmatch(text)) for text in arguments]
+    return [text if match is None else f"manifest.path={_quoted(match[1])}" for text, match in found]
 
 
 def _is_folder(argument: str) -> bool:
