@@ -1,13 +1,13 @@
 """The pipeline's own cost per row: all of it real but the reading, the decoding and the encoder.
 
-``python -m tests.own_cost [ROWS] [--dtype float16] [--batch 256] [--tar 15000]`` makes a manifest of ROWS rows (an id
-and a path each), streams it through the loader, the labels, the parts and the commits on one core, and prints the CPU
-time of a row: user and system time of the whole process, over every thread, fsync included.
+``python -m tests.own_cost [ROWS] [--dtype float16] [--batch 256] [--tar 15000] [--streamed]`` makes a manifest of ROWS
+rows (an id and a path each), streams it through the loader, the labels, the parts and the commits on one core, and
+prints the CPU time of a row: user and system time of the whole process, over every thread, fsync included.
 
 What stands in: a source that gives a few bytes for every path without a look at the disk, decoders that give
 ready-made pictures of 8 x 8 pixels (so that copying pixels is not the measure), and an encoder of 512 dimensions that
 looks ready-made unit vectors up. Rows get the best 5 of 10 labels. With ``--tar BYTES``, rows are members of a tar of
-so many bytes each, which are read.
+so many bytes each, which are read; with ``--streamed`` too, the tars are the manifest.
 """
 
 from __future__ import annotations
@@ -134,15 +134,16 @@ def write_manifest(path: Path, rows: int, group: int = 50_000) -> None:
             writer.write_table(pa.table({"id": names, "path": names}, schema=schema))
 
 
-def write_tar(folder: Path, rows: int, size: int) -> None:
-    """A tar of members of ``size`` bytes that end with their number, and its manifest."""
+def write_tars(folder: Path, rows: int, size: int) -> None:
+    """Tars of MANY members of ``size`` bytes that end with their number, and their manifest."""
     noise = np.random.default_rng(0).bytes(size - 9)
-    with tarfile.open(folder / "0.tar", "w") as tar:
-        for row in range(rows):
-            info = tarfile.TarInfo(f"{row:09d}.jpg")
-            info.size = size
-            tar.addfile(info, io.BytesIO(noise + f"{row:09d}".encode()))
-    from_tars([str(folder / "0.tar")], str(folder / "manifest.parquet"))
+    for first in range(0, rows, MANY):
+        with tarfile.open(folder / f"{first:09d}.tar", "w") as tar:
+            for row in range(first, min(rows, first + MANY)):
+                info = tarfile.TarInfo(f"{row:09d}.jpg")
+                info.size = size
+                tar.addfile(info, io.BytesIO(noise + f"{row:09d}".encode()))
+    from_tars([str(folder / "*.tar")], str(folder / "manifest.parquet"))
 
 
 @contextmanager
@@ -167,11 +168,11 @@ def _thread_times(spent: dict[str, float]) -> Iterator[None]:
 
 
 def job_for(
-    folder: Path, *, dtype: str, compression: str, batch: int, workers: int, tar: int
+    folder: Path, *, dtype: str, compression: str, batch: int, workers: int, tar: int, streamed: bool
 ) -> tuple[Job, PixelReader]:
-    """A job over ``folder/manifest.parquet`` into ``folder/out``, and the reader that decodes nothing."""
+    """A job over ``folder/manifest.parquet``, or its tars, into ``folder/out``, and the reader that decodes nothing."""
     config = Config(
-        manifest=ManifestConfig(path=str(folder / "manifest.parquet"), shard_rows=MANY),
+        manifest=ManifestConfig(path=str(folder / ("*.tar" if streamed else "manifest.parquet")), shard_rows=MANY),
         loader=LoaderConfig(batch_size=batch, workers=workers),
         output=OutputConfig(dir=str(folder / "out"), dtype=dtype, compression=compression),
     )
@@ -203,15 +204,17 @@ def measure(
     batch: int = 64,
     workers: int = 1,
     tar: int = 0,
+    streamed: bool = False,
     warm: bool = True,
 ) -> Cost:
     """Run the loop over ``rows`` rows in this process; with ``warm``, over a small shard before."""
     if not (folder / "manifest.parquet").exists():
         if tar:
-            write_tar(folder, rows, tar)
+            write_tars(folder, rows, tar)
         else:
             write_manifest(folder / "manifest.parquet", rows)
-    job, reader = job_for(folder, dtype=dtype, compression=compression, batch=batch, workers=workers, tar=tar)
+    options: dict[str, Any] = {"batch": batch, "workers": workers, "tar": tar, "streamed": streamed}
+    job, reader = job_for(folder, dtype=dtype, compression=compression, **options)
     clocks, spent = StageClocks(), dict[str, float]()
     shards = list(cut(job.manifest, job.config.manifest.shard_rows))
     if warm:
@@ -222,7 +225,7 @@ def measure(
     wall, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF)
     user, system = after.ru_utime - before.ru_utime, after.ru_stime - before.ru_stime
     size = sum(part.stat().st_size for part in (folder / "out").glob("part-*.parquet"))
-    raw = sum(shard.rows for shard in shards) * DIM * np.dtype(dtype).itemsize
+    raw = rows * DIM * np.dtype(dtype).itemsize
 
     def each(seconds: float) -> float:
         return round(seconds / done * 1e6, 2)
@@ -247,10 +250,11 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--tar", type=int, default=0, help="bytes of each member of a tar, instead of paths alone")
+    parser.add_argument("--streamed", action="store_true", help="read the tars without a manifest of Parquet")
     parser.add_argument("--folder", type=Path, help="where the manifest and the dataset go for the time being")
     given = parser.parse_args(arguments)
     settings: dict[str, Any] = {
-        name: getattr(given, name) for name in ("dtype", "compression", "batch", "workers", "tar")
+        name: getattr(given, name) for name in ("dtype", "compression", "batch", "workers", "tar", "streamed")
     }
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
