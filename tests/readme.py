@@ -69,6 +69,7 @@ ROWS: dict[str, Run | Slow | Prove | Elsewhere] = {
     "pytest -m slow": Elsewhere("pyproject.toml", '"slow: '),
     "python -m pipeline.run": Run(("manifest.demo_scenes=24", "loader.batch_size=8", "report.progress=none")),
     "python -m pipeline.run manifest.path=": Run(("report.progress=none",)),
+    "python -m pipeline.run 'manifest.path=s3://": Prove("needs a bucket of tars: tests/test_tar_manifest.py"),
     "python -m pipeline.run run.dry=true manifest.path=s3://": Prove("needs a bucket: tests/test_manifest_s3.py"),
     "python -m pipeline.run cluster.part=auto": Prove("needs a bucket of tars: tests/benchmarks/elastic.py"),
     "python -m pipeline.manifest tar": Prove("needs a bucket of tars: tests/test_manifest_build.py"),
