@@ -20,6 +20,8 @@ COMMANDS: Mapping[str, str] = {
     "relabel": "pipeline.relabel",
     "search": "pipeline.search",
     "convert": "pipeline.convert",
+    "dedup": "pipeline.dedup",
+    "sample": "pipeline.sample",
     "doctor": "pipeline.doctor",
     "report": "pipeline.report",
     "serve": "pipeline.serve",

@@ -21,6 +21,8 @@ PARSERS = {
     "pipeline.relabel": "pipeline.relabel",
     "pipeline.search": "pipeline.search",
     "pipeline.convert": "pipeline.convert",
+    "pipeline.dedup": "pipeline.dedup",
+    "pipeline.sample": "pipeline.sample",
     "pipeline.doctor": "pipeline.doctor.__main__",
     "pipeline.serve": "pipeline.serve.__main__",
     "jobs/nightly.py": "pipeline.nightly.cli",

@@ -35,7 +35,7 @@ LEVELS: Mapping[str, int] = {
     "nightly": 7,
 }
 COMMANDS_LEVEL = 8
-COMMANDS = {"artifacts", "convert", "export", "relabel", "run", "search", "verify"}
+COMMANDS = {"artifacts", "convert", "dedup", "export", "relabel", "run", "sample", "search", "verify"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 

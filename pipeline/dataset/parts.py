@@ -151,7 +151,7 @@ def build_table(result: ShardResult, form: PartFormat) -> pa.Table:
     if result.texts is not None:
         none = failed | result.texts.missing
         columns["text_embedding"] = form.stored.column(result.texts.vectors, result.texts.missing)
-        cosines = similarity(*map(form.stored.decode, (result.vectors, result.texts.vectors)))
+        cosines = similarity(form.stored.decode(result.vectors), form.stored.decode(result.texts.vectors))
         columns["similarity"] = pa.array(cosines, pa.float32(), mask=none)
     statuses, errors = [OK] * count, list[str | None]([None]) * count
     for position, failure in failures.items():
@@ -160,15 +160,19 @@ def build_table(result: ShardResult, form: PartFormat) -> pa.Table:
     return pa.Table.from_arrays([columns[name] for name in form.schema.names], schema=form.schema)
 
 
-def similarity(images: NDArray[Any], texts: NDArray[Any]) -> NDArray[np.float32]:
+def similarity(
+    images: NDArray[Any], texts: NDArray[Any], pairs: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
+) -> NDArray[np.float32]:
     """Cosines of the rows of two ``[N, D]``, float32 ``[N]``: of the vectors as they are stored, computed in float64.
 
-    Rows of zeros have none, and get 0.
+    With ``pairs``, of these rows of ``[N, D]`` and ``[M, D]``. Rows of zeros have none, and get 0.
     """
-    cosines = np.zeros(len(images), dtype=np.float32)
-    for start in range(0, len(images), ROWS_AT_ONCE):
+    count = len(images) if pairs is None else len(pairs[0])
+    cosines = np.zeros(count, dtype=np.float32)
+    for start in range(0, count, ROWS_AT_ONCE):
         rows = slice(start, start + ROWS_AT_ONCE)
-        one, other = images[rows].astype(np.float64), texts[rows].astype(np.float64)
+        left, right = (rows, rows) if pairs is None else (pairs[0][rows], pairs[1][rows])
+        one, other = images[left].astype(np.float64), texts[right].astype(np.float64)
         lengths = np.sqrt((one * one).sum(axis=1) * (other * other).sum(axis=1))
         products = (one * other).sum(axis=1)
         cosines[rows] = np.clip(np.divide(products, lengths, out=products, where=lengths > 0), -1, 1)

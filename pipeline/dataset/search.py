@@ -15,10 +15,13 @@ from numpy.typing import NDArray
 from pipeline.core.errors import ConfigError, NumericalError, Problem
 from pipeline.dataset.commits import Commit
 from pipeline.dataset.dataset import Dataset
+from pipeline.dataset.parts import similarity
 from pipeline.dataset.vectors import vectors_of
 
 # The error of a float32 product of unit vectors is smaller; candidates this close to the last one are recomputed.
 MARGIN = 1e-4
+# The same for products of which all that are as close are recomputed.
+CLOSE = 5e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +66,41 @@ def nearest(dataset: Dataset, queries: NDArray[np.float32], count: int) -> list[
         for part in parts:
             best = [merge([before, found], count) for before, found in zip(best, part, strict=True)]
     return best
+
+
+def closest(
+    queries: NDArray[np.float32],
+    keys: NDArray[np.float32],
+    least: float = -1,
+    allowed: NDArray[np.bool_] | None = None,
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """The key with the largest cosine with each query.
+
+    Products in float32 find candidates, and :func:`similarity` decides between those that are close; of equal ones the
+    first key is taken. So the result does not depend on the order of additions in a product of matrices.
+
+    Args:
+        queries: ``[Q, D]`` of length 1.
+        keys: ``[K, D]`` of length 1, one or more.
+        least: the smallest cosine that counts.
+        allowed: ``[Q, K]``, which keys a query may have.
+
+    Returns:
+        int64 ``[Q]``, the number of the key, or -1 if none has ``least``, and the cosine, float32 ``[Q]``, or -2.
+    """
+    products = queries @ keys.T
+    if allowed is not None:
+        products[~allowed] = -2
+    best, cosines = np.full(len(queries), -1), np.full(len(queries), -2, np.float32)
+    top = products.max(axis=1)
+    there = np.flatnonzero(top >= least - CLOSE)
+    row, key = np.nonzero(products[there] >= top[there, None] - CLOSE)
+    exact = similarity(queries, keys, (there[row], key))
+    order = np.lexsort((key, -exact, row))
+    first = order[np.unique(row[order], return_index=True)[1]]
+    first = first[exact[first] >= np.float32(least)]
+    best[there[row[first]]], cosines[there[row[first]]] = key[first], exact[first]
+    return best, cosines
 
 
 def merge(found: Sequence[Found], count: int) -> Found:
@@ -116,6 +154,20 @@ def fetch(dataset: Dataset, found: Found) -> list[Hit]:
         )
         for rank, (row, value) in enumerate(zip(found.rows.tolist(), found.scores.tolist(), strict=True), 1)
     ]
+
+
+def take_rows(dataset: Dataset, rows: NDArray[np.int64], columns: Sequence[str]) -> pa.Table:
+    """Columns of some rows, in their order; reads their parts."""
+    wanted = np.unique(rows)
+
+    def take(commit: Commit, table: pa.Table) -> pa.Table:
+        first = dataset.starts[commit.shard]
+        here = slice(*np.searchsorted(wanted, [first, first + commit.rows]))
+        return table.take(pa.array(wanted[here] - first))
+
+    none = pa.schema([dataset.schema.field(name) for name in columns]).empty_table()
+    found = pa.concat_tables([none, *dataset.each(take, columns, parts=_parts(dataset, wanted))])
+    return found.take(pa.array(np.searchsorted(wanted, rows)))
 
 
 def find_row(dataset: Dataset, id: str) -> tuple[int, NDArray[np.float32]]:
