@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -50,13 +49,19 @@ def with_copies(rows: int, dim: int, kinds: int) -> tuple[NDArray[np.float32], N
 
 
 def measure(dataset: Dataset, words: list[str]) -> dict[str, object]:
-    """Run a command over a dataset, and return its seconds and peak of memory."""
+    """Run a command over a dataset in a process of its own, and return its seconds and peak of memory."""
+    code = f"""
+import sys
+from pipeline.{words[0]} import main
+from pipeline.core.machine import peak_rss
+code = main(sys.argv[1:])
+print(peak_rss() >> 20, file=sys.stderr)
+raise SystemExit(code)
+"""
     began = time.monotonic()
-    process = subprocess.Popen([sys.executable, "-m", f"pipeline.{words[0]}", dataset.url, *words[1:]])
-    status, usage = os.wait4(process.pid, 0)[1:]
-    if status:
-        raise SystemExit(f"{' '.join(words)} failed")
-    return {"seconds": round(time.monotonic() - began, 1), "peak_mib": usage.ru_maxrss // 1024}
+    command = [sys.executable, "-c", code, dataset.url, *words[1:]]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=True)
+    return {"seconds": round(time.monotonic() - began, 1), "peak_mib": int(done.stderr.splitlines()[-1])}
 
 
 def main() -> None:

@@ -89,6 +89,8 @@ ROWS: dict[str, Run | Slow | Prove | Elsewhere] = {
     "python -m pipeline.convert": Run(),
     "python -m pipeline.convert outputs/photos --to pgvector": Prove("needs a server: tests/test_databases.py"),
     "python -m pipeline.convert outputs/photos --to qdrant": Prove("needs a server: tests/test_databases.py"),
+    "python -m pipeline.dedup": Run(),
+    "python -m pipeline.sample": Run(),
     "python -m pipeline.report": Run(),
     "python -m pipeline.report --compare": Prove("two runs of the same job: tests/test_report_command.py"),
     "python -m pipeline.report --history": Prove("a store of nights"),

@@ -162,47 +162,6 @@ def test_distances_of_distributions_are_those_of_their_definitions(load: Callabl
     assert squared > 2 * usual
 
 
-@pytest.mark.parametrize(
-    "options",
-    [[], ["--block", "7"], pytest.param(["--faiss", "--probe", "1000"], marks=pytest.mark.compat("faiss"))],
-    ids=" ".join,
-)
-def test_a_planted_near_duplicate_is_found(
-    store: Path, load: Callable[[str], Any], options: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    script = load("near_duplicates")
-    found = script.main([night(store, 2), "--threshold", "0.999", *options])
-    assert found["id"].tolist() == [COPY, ORIGINAL]
-    assert found["cosine"].tolist() == pytest.approx([1, 1], abs=1e-3)
-    assert f"{FAILED} rows without one left out" in capsys.readouterr().out
-    matrix = load("common").vectors([f"{night(store, 2)}/part-00000-x.parquet"], ["id"])[1]
-    unit = matrix / np.linalg.norm(matrix, axis=1, keepdims=True)
-    expected = np.argwhere(np.triu(unit @ unit.T >= 0.7, 1))
-    pairs = np.concatenate(list(script.exact(matrix, 0.7, 7)))
-    assert sorted(map(tuple, pairs)) == sorted(map(tuple, expected))
-    assert len(expected) > 5
-
-
-def test_copies_to_the_last_bit_make_one_group_and_chains_hang_together(
-    store: Path, load: Callable[[str], Any], tmp_path: Path
-) -> None:
-    script = load("near_duplicates")
-    table = pq.read_table(night(store, 1), partitioning=None)
-    names = [pa.array([f"{number}-{i}" for i in range(ROWS)]) for number in range(3)]
-    pq.write_table(pa.concat_tables([table.set_column(0, "id", ids) for ids in names]), tmp_path / "copies.parquet")
-    found = script.main([str(tmp_path / "copies.parquet"), "--threshold", "0.9999"])
-    assert found["size"].eq(3).all()
-    assert len(found) == 3 * (ROWS - FAILED)
-    assert script.components(6, np.array([[0, 1], [4, 1], [5, 4], [2, 3]])).tolist() == [0, 0, 2, 2, 0, 0]
-
-
-def test_a_dataset_without_near_duplicates_has_no_group(
-    store: Path, load: Callable[[str], Any], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert load("near_duplicates").main([night(store, 1), "--threshold", "1.1"]).empty
-    assert "0 groups" in capsys.readouterr().out
-
-
 @pytest.mark.slow
 def test_a_script_whose_reader_has_gone_ends_without_a_word(store: Path) -> None:
     ours, theirs = os.pipe()
@@ -231,15 +190,68 @@ def test_a_planted_outlier_comes_first(store: Path, load: Callable[[str], Any], 
     assert found["distance"].notna().all()
 
 
+@pytest.mark.compat("distributed")
+@pytest.mark.parametrize("by_address", [False, True])
+def test_outliers_on_a_cluster_are_those_of_one_process(
+    store: Path, load: Callable[[str], Any], tmp_path: Path, by_address: bool
+) -> None:
+    table = pq.read_table(night(store, 2), partitioning=None)
+    (tmp_path / "parts").mkdir()
+    # The second part has no embedding at all.
+    failed = table.filter(table["embedding"].is_null())
+    for number, part in enumerate((table.slice(0, 25), failed, table.slice(25))):
+        pq.write_table(part, tmp_path / "parts" / f"part-{number}.parquet")
+    outliers = load("outliers")
+    arguments = [str(tmp_path / "parts"), "--min-rows", "3"]
+    here = outliers.main(arguments)
+    assert here["id"].iloc[0] == ODD
+    if by_address:
+        from distributed import LocalCluster
+
+        with LocalCluster(n_workers=1, threads_per_worker=2, dashboard_address=None) as cluster:
+            there = outliers.main([*arguments, "--cluster", cluster.scheduler_address])
+    else:
+        there = outliers.main([*arguments, "--cluster", "local"])
+    pd.testing.assert_frame_equal(here, there, check_exact=True)
+    # One part or several, up to the order of additions.
+    pd.testing.assert_frame_equal(here, outliers.main([night(store, 2), "--min-rows", "3"]), rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--method", "knn", "--cluster", "local"], "goes with --method centroid"),
+        (["--cluster", "tcp://x"], "--cluster tcp://x"),
+    ],
+)
+def test_a_cluster_that_cannot_work_is_named(
+    store: Path, load: Callable[[str], Any], options: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        load("outliers").main([night(store, 1), *options])
+    assert said in f"{left.value.code}{capsys.readouterr().err}"
+
+
+def test_files_of_analyses_beside_the_nights_are_no_nights(
+    store: Path, load: Callable[[str], Any], tmp_path: Path
+) -> None:
+    shutil.copytree(store, tmp_path / "nights")
+    table = pa.table({"id": ["a"], "group": [0]})
+    pq.write_table(table, tmp_path / "nights" / "date=2026-01-09.duplicates.parquet")
+    common = load("common")
+    names = [[Path(file).parts[-2:] for file in common.parts(str(each))] for each in (store, tmp_path / "nights")]
+    assert names[0] == names[1]
+
+
 def test_contact_sheets_show_images_of_bytes_and_of_paths_below_their_root(
     store: Path, load: Callable[[str], Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     manifest = str(store.parent / "manifest.parquet")
-    sheets = [tmp_path / "pairs.png", tmp_path / "outliers.png", tmp_path / "none.png"]
+    sheets = [tmp_path / "plan.png", tmp_path / "outliers.png", tmp_path / "none.png"]
     # The plan names the manifest too.
-    load("near_duplicates").main([night(store, 2), "--picture", str(sheets[0])])
+    load("outliers").main([night(store, 2), "--min-rows", "3", "--picture", str(sheets[0])])
     load("outliers").main([night(store, 2), "--min-rows", "3", "--manifest", manifest, "--picture", str(sheets[1])])
-    load("near_duplicates").main([night(store, 2), "--manifest", "nowhere.parquet", "--picture", str(sheets[2])])
+    load("outliers").main([night(store, 2), "--manifest", "nowhere.parquet", "--picture", str(sheets[2])])
     assert all(is_a_picture(sheet) for sheet in sheets[:2])
     assert "no images" in capsys.readouterr().err
     rows = pq.read_table(manifest).slice(0, 2).to_pylist()
@@ -334,7 +346,7 @@ def test_a_dataset_without_labels_is_counted_and_mapped(
     load("map").main([str(tmp_path), "--method", "pca", "--picture", str(tmp_path / "map.png")])
 
 
-@pytest.mark.parametrize("name", ["near_duplicates", "label_counts", "outliers", "map"])
+@pytest.mark.parametrize("name", ["label_counts", "outliers", "map"])
 def test_a_place_without_a_dataset_is_named(load: Callable[[str], Any], tmp_path: Path, name: str) -> None:
     for place in (tmp_path, tmp_path / "not-there"):
         with pytest.raises(SystemExit, match=str(place)):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import io
 import json
 import os
+import re
 import sys
 import textwrap
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import fsspec
@@ -62,7 +65,9 @@ def parts(address: str, *, nights: bool = False) -> list[str]:
         return [system.unstrip_protocol(root).removeprefix("file://")]
     found: dict[str, list[str]] = {}
     inside = sorted(entry.rstrip("/") for entry in system.ls(root, detail=False))
-    for folder in [entry for entry in inside if _name(entry).startswith("date=")] or [root]:
+    # Files of analyses lie beside the nights that they are of.
+    nights_there = [entry for entry in inside if re.fullmatch(r"date=[\d-]+", _name(entry))]
+    for folder in nights_there or [root]:
         files = sorted(system.ls(folder, detail=False))
         if {"_plan.json"} <= set(map(_name, files)) and "_SUCCESS" not in map(_name, files):
             print(f"left out, since it is not finished: {folder}", file=sys.stderr)
@@ -98,7 +103,7 @@ def identifier(files: list[str]) -> str:
 
 
 def vectors(
-    files: list[str], columns: Sequence[str], *, dtype: Any = np.float32
+    files: list[str], columns: Sequence[str], *, dtype: Any = np.float32, empty: bool = False
 ) -> tuple[pd.DataFrame, np.ndarray, int]:
     """Return ``columns`` and embeddings [N, D] of the rows with an embedding, and the number of rows without one.
 
@@ -107,7 +112,7 @@ def vectors(
     converted to NumPy without Python lists.
 
     Raises:
-        SystemExit: no row has an embedding.
+        SystemExit: no row has an embedding, without ``empty``.
     """
     tables, blocks, left_out = [], [], 0
     decode = _decoder(files, stored=dtype is None)
@@ -121,9 +126,47 @@ def vectors(
             flat = decode(flat.reshape(whole.num_rows, -1))
             blocks.append(flat if dtype is None else flat.astype(dtype, copy=False))
             tables.append(whole.select(list(columns)).to_pandas())
+    if not blocks and empty:
+        return pd.DataFrame(columns=list(columns)), np.zeros((0, 0), np.float32), left_out
     if not blocks:
         raise SystemExit(f"{files[0]}: none of {left_out} rows has an embedding")
     return pd.concat(tables, ignore_index=True), np.concatenate(blocks), left_out
+
+
+@contextmanager
+def workers(cluster: str | None) -> Iterator[Callable[..., list[Any]]]:
+    """Yield a function that calls another one for every file, and returns the results in their order.
+
+    Its arguments are the function, the files, and a second argument for all calls. It works in this process, or on a
+    Dask cluster: ``local`` starts one here, else it is the address of a scheduler whose workers can read the files.
+
+    Raises:
+        SystemExit: distributed is not installed, or there is no such scheduler.
+    """
+    if cluster is None:
+        yield lambda work, files, shared=None: [work(file, shared) for file in files]
+        return
+    try:
+        import cloudpickle
+        from distributed import Client, LocalCluster
+    except ImportError:
+        way_out = "pip install -c constraints.txt -e '.[dask]'"
+        raise SystemExit(f"--cluster: distributed is not installed; this needs: {way_out}") from None
+    with ExitStack() as stack:
+        place = stack.enter_context(LocalCluster(dashboard_address=None)) if cluster == "local" else cluster
+        try:
+            client = stack.enter_context(Client(place, timeout=30, set_as_default=False))
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"--cluster {cluster}: no scheduler answers there ({error})") from None
+
+        def each(work: Callable[..., Any], files: list[str], shared: Any = None) -> list[Any]:
+            # These modules are not installed where the workers are, so their functions travel with the calls.
+            for module in {sys.modules[__name__], inspect.getmodule(work)}:
+                cloudpickle.register_pickle_by_value(module)
+            everywhere = client.scatter(shared, broadcast=True) if shared is not None else None
+            return list(client.gather(client.map(work, files, [everywhere] * len(files), pure=False)))
+
+        yield each
 
 
 def picture_arguments(parser: argparse.ArgumentParser) -> None:

@@ -3,7 +3,8 @@
 python jobs/analytics/outliers.py outputs/demo --picture outliers.png
 
 --method
-  centroid     1 - cosine to the mean of the label's other rows
+  centroid     1 - cosine to the mean of the label's other rows; reads the dataset twice, one part at a time, in this
+               process or with --cluster on Dask, with the same results: embeddings stay where they are read
   knn          mean 1 - cosine to the --k nearest rows of the label: for labels that show several kinds of thing;
                takes n^2 * D operations for a label of n rows
   mahalanobis  distance to the label's mean under the covariance that all labels share (Lee et al. 2018, "A Simple
@@ -14,10 +15,12 @@ Each distance is divided by the label's median, so that labels can be compared: 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from common import contact_sheet, identifier, parts, picture_arguments, show, start, thumbnails, vectors
+from common import contact_sheet, identifier, parts, picture_arguments, show, start, thumbnails, vectors, workers
 
 
 def main(argv: list[str] | None = None) -> pd.DataFrame:
@@ -27,21 +30,29 @@ def main(argv: list[str] | None = None) -> pd.DataFrame:
     parser.add_argument("--method", choices=("centroid", "knn", "mahalanobis"), default="centroid", help="[centroid]")
     parser.add_argument("--k", type=int, default=5, help="neighbours for --method knn [5]")
     parser.add_argument("--min-rows", type=int, default=5, help="labels with fewer rows are left out [5]")
+    parser.add_argument("--cluster", metavar="ADDRESS", help="work on Dask: the scheduler's address, or local")
     parser.add_argument("--out", help="write every judged row with its distance here (Parquet)")
     parser.add_argument("--picture", help="write a contact sheet here (.png, .svg, .pdf)")
     picture_arguments(parser)
     args = parser.parse_args(argv)
+    if args.cluster and args.method != "centroid":
+        parser.error(f"--cluster goes with --method centroid: {args.method} compares rows of all parts")
     files = parts(args.dataset)
     key = identifier(files)
-    rows, matrix, left_out = vectors(files, [key, "label", "score"])
+    if args.method == "centroid":
+        with workers(args.cluster) as each:
+            rows, left_out = centroid_distances(files, key, each)
+    else:
+        rows, matrix, left_out = vectors(files, [key, "label", "score"])
     sizes = rows.groupby("label")["label"].transform("size")
     keep = (sizes >= args.min_rows).to_numpy()
     print(
         f"{keep.sum():,} rows judged; {left_out:,} without an embedding and {(~keep).sum():,} of no or rare labels not"
     )
     lowest = rows.nsmallest(max(len(rows) // 100, 16), "score")
-    rows, matrix = rows[keep].reset_index(drop=True), matrix[keep]
-    rows["distance"] = distances(rows["label"], matrix, args.method, args.k)
+    rows = rows[keep].reset_index(drop=True)
+    if args.method != "centroid":
+        rows["distance"] = distances(rows["label"], matrix[keep], args.method, args.k)
     rows["times_usual"] = rows["distance"] / rows.groupby("label")["distance"].transform("median").clip(lower=1e-6)
     rows = rows.sort_values("times_usual", ascending=False, kind="stable")
     show("furthest from their label", rows)
@@ -51,6 +62,43 @@ def main(argv: list[str] | None = None) -> pd.DataFrame:
     if args.picture:
         draw(rows, lowest, key, files, args)
     return rows
+
+
+def centroid_distances(files: list[str], key: str, each: Callable[..., list[Any]]) -> tuple[pd.DataFrame, int]:
+    """Return the rows with their distance from the others of their label, and the number of rows without embedding.
+
+    Raises:
+        SystemExit: no row has an embedding.
+    """
+    totals: dict[str, np.ndarray] = {}
+    for sums in each(label_sums, files):
+        for label, total in sums.items():
+            totals[label] = totals.get(label, 0) + total
+    found = each(part_distances, files, (key, totals))
+    left_out = sum(count for _, count in found)
+    tables = [rows for rows, _ in found if len(rows)]
+    if not tables:
+        raise SystemExit(f"{files[0]}: none of {left_out} rows has an embedding")
+    return pd.concat(tables, ignore_index=True), left_out
+
+
+def label_sums(file: str, shared: None) -> dict[str, np.ndarray]:
+    """Return the sum of the embeddings of each label in one part, float64 [D]."""
+    rows, matrix, _ = vectors([file], ["label"], empty=True)
+    return {label: matrix[at].sum(axis=0, dtype=np.float64) for label, at in rows.groupby("label").indices.items()}
+
+
+def part_distances(file: str, shared: tuple[str, dict[str, np.ndarray]]) -> tuple[pd.DataFrame, int]:
+    """Return the rows of one part with their distance, and the number of rows without an embedding."""
+    key, totals = shared
+    rows, matrix, left_out = vectors([file], [key, "label", "score"], empty=True)
+    rows["distance"] = np.nan
+    for label, at in rows.groupby("label").indices.items():
+        own = matrix[at].astype(np.float64)
+        others = totals[label] - own
+        lengths = np.maximum(np.linalg.norm(others, axis=1), 1e-12)
+        rows.loc[at, "distance"] = 1 - np.einsum("ij,ij->i", own, others) / lengths
+    return rows, left_out
 
 
 def distances(labels: pd.Series, matrix: np.ndarray, method: str, k: int) -> np.ndarray:
@@ -65,10 +113,7 @@ def distances(labels: pd.Series, matrix: np.ndarray, method: str, k: int) -> np.
         inverse = np.linalg.inv(0.9 * covariance + 0.1 * sphere)
     for at in groups:
         own = matrix[at]
-        if method == "centroid":
-            others = own.sum(axis=0) - own
-            result[at] = 1 - np.einsum("ij,ij->i", own, others) / np.linalg.norm(others, axis=1)
-        elif method == "knn":
+        if method == "knn":
             result[at] = np.concatenate(
                 [_nearest(own[i : i + 1024], own, min(k, len(own) - 1)) for i in range(0, len(own), 1024)]
             )
