@@ -26,7 +26,7 @@ from pipeline.core.records import OK
 from pipeline.dataset.analysis import writing
 from pipeline.dataset.commits import Commit
 from pipeline.dataset.dataset import Dataset
-from pipeline.dataset.search import closest, take_rows
+from pipeline.dataset.search import closest, normalised, take_rows
 
 # Rows of a sample, at most.
 MOST = 100_000
@@ -202,13 +202,7 @@ def _groups(dataset: Dataset, choice: Choice) -> _Groups:
 
 def _unit(dataset: Dataset, rows: Ints) -> Floats:
     """The embeddings of some rows, in their order, float32 ``[N, D]`` of length 1."""
-    return _normalised(dataset.form.load(take_rows(dataset, rows, [dataset.column])[dataset.column])[0])
-
-
-def _normalised(vectors: NDArray[Any]) -> Floats:
-    lengths = np.sqrt(np.einsum("ij,ij->i", vectors, vectors, dtype=np.float64))
-    scaled: Floats = (vectors / np.maximum(lengths, 1e-12)[:, None]).astype(np.float32)
-    return scaled
+    return normalised(dataset.form.load(take_rows(dataset, rows, [dataset.column])[dataset.column])[0])
 
 
 def _k_center(dataset: Dataset, groups: _Groups) -> tuple[Ints, tuple[Ints, Floats]]:
@@ -251,7 +245,7 @@ def _k_means(dataset: Dataset, groups: _Groups) -> tuple[Ints, Floats]:
     def assign(commit: Commit, table: pa.Table) -> None:
         vectors, rows = dataset.form.load(table[dataset.column])
         places = np.searchsorted(groups.rows, rows + dataset.starts[commit.shard])
-        unit, group = _normalised(vectors), groups.group[places]
+        unit, group = normalised(vectors), groups.group[places]
         for number in np.unique(group).tolist():
             here = np.flatnonzero(group == number)
             found, values = _assigned(unit[here], centres[starts[number] : starts[number + 1]])
@@ -273,7 +267,7 @@ def _centres(points: Floats, count: int, chance: np.random.Generator) -> Floats:
             break
         before, order = cluster, np.argsort(cluster, kind="stable")
         filled, first = np.unique(cluster[order], return_index=True)
-        centres[filled] = _normalised(np.add.reduceat(points[order], first, axis=0, dtype=np.float64))
+        centres[filled] = normalised(np.add.reduceat(points[order], first, axis=0, dtype=np.float64))
         # A cluster that lost its points gets one that is far from its own centre.
         empty = np.setdiff1d(np.arange(count), filled)
         centres[empty] = points[np.argsort(cosines, kind="stable")[: len(empty)]]

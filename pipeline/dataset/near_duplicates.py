@@ -24,7 +24,7 @@ from pipeline.core.errors import ConfigError, Problem
 from pipeline.dataset.commits import Commit
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.kept import EXACT_ROWS, ExactSearch, InvertedSearch, KeptSearch, keep
-from pipeline.dataset.search import take_rows
+from pipeline.dataset.search import normalised, take_rows
 from pipeline.dataset.vectors import vectors_of
 from pipeline.storage.local import temporary_folder
 from pipeline.storage.urls import explained
@@ -77,16 +77,18 @@ def find_duplicates(dataset: Dataset, threshold: float, rule: str = FIRST, *, ex
         heads = order[firsts]
 
         def load(numbers: NDArray[np.int64]) -> NDArray[np.float32]:
-            vectors = dataset.form.decode(stored[heads[numbers]]).astype(np.float64)
-            unit: NDArray[np.float32] = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
-            return unit
+            return normalised(dataset.form.decode(stored[heads[numbers]]))
 
-        search: KeptSearch = ExactSearch(len(heads), dataset.dim)
-        kept, cosines = np.arange(len(heads)), np.ones(len(heads), np.float32)
+        kept, cosines, about = np.arange(len(heads)), np.ones(len(heads), np.float32), "exact"
         if threshold < 1:
-            if len(heads) > EXACT_ROWS and not exact:
-                search = InvertedSearch(load, len(heads), dataset.dim, threshold)
+            approximate = len(heads) > EXACT_ROWS and not exact
+            search: KeptSearch = (
+                InvertedSearch(load, len(heads), dataset.dim, threshold)
+                if approximate
+                else ExactSearch(len(heads), dataset.dim)
+            )
             kept, cosines = keep(load, len(heads), threshold, search)
+            about = search.about
         equal = kept == np.arange(len(heads))
     table = _grouped(rows[order], rows[heads[kept]][alike], cosines[alike], equal[alike])
     groups = len(table) - pc.sum(pc.invert(table["keep"])).as_py() if len(table) else 0
@@ -98,7 +100,7 @@ def find_duplicates(dataset: Dataset, threshold: float, rule: str = FIRST, *, ex
         "groups": groups,
         "dropped": len(table) - groups,
     }
-    parameters = {"threshold": threshold, "keep": rule, "search": search.about}
+    parameters = {"threshold": threshold, "keep": rule, "search": about}
     return Duplicates(_with_ids(dataset, table, rule), parameters, counts)
 
 

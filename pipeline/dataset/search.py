@@ -103,6 +103,14 @@ def closest(
     return best, cosines
 
 
+def normalised(vectors: NDArray[Any]) -> NDArray[np.float32]:
+    """Vectors ``[N, D]`` with length 1; those of float16 embeddings are stored with other ones."""
+    lengths = np.sqrt(np.einsum("ij,ij->i", vectors, vectors, dtype=np.float64))
+    unit = np.empty(vectors.shape, np.float32)
+    np.divide(vectors, np.maximum(lengths, 1e-12)[:, None], out=unit, casting="same_kind")
+    return unit
+
+
 def merge(found: Sequence[Found], count: int) -> Found:
     """The best ``count`` rows of several results."""
     rows = np.concatenate([each.rows for each in found])
