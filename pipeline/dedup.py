@@ -53,7 +53,7 @@ def _act(options: argparse.Namespace) -> int:
         return 0
     counts = found.counts
     print_showable(
-        f"{url}: {counts['groups']:,} groups; keeping one row of each drops {counts['dropped']:,} of "
+        f"{url}: {counts['groups']:,} {'group' if counts['groups'] == 1 else 'groups'}; keeping one row of each drops {counts['dropped']:,} of "
         f"{counts['rows']:,} rows\n{counts['embeddings']:,} embeddings, {counts['different']:,} different; "
         f"{counts['left_out']:,} rows without one are left out; search: {found.parameters['search']}"
     )
