@@ -52,8 +52,9 @@ def _act(options: argparse.Namespace) -> int:
         print(json.dumps({"output": url, **about, "largest": kept}, indent=2, default=str))
         return 0
     counts = found.counts
+    noun = "group" if counts["groups"] == 1 else "groups"
     print_showable(
-        f"{url}: {counts['groups']:,} {'group' if counts['groups'] == 1 else 'groups'}; keeping one row of each drops {counts['dropped']:,} of "
+        f"{url}: {counts['groups']:,} {noun}; keeping one row of each drops {counts['dropped']:,} of "
         f"{counts['rows']:,} rows\n{counts['embeddings']:,} embeddings, {counts['different']:,} different; "
         f"{counts['left_out']:,} rows without one are left out; search: {found.parameters['search']}"
     )
