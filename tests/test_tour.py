@@ -69,8 +69,10 @@ def test_the_notebook_finds_what_it_looks_for(executed: NotebookNode) -> None:
     assert near.splitlines()[0].split()[1:] == ["007-again.jpg", "007.jpg"]
     page = shown["photos = embed(folder)"].outputs[-1].data["text/html"]
     assert page.count("data:image/jpeg;base64,") == 12
-    [drawn] = [cell for cell in executed.cells if "plt.show()" in cell.source]
-    assert "image/png" in drawn.outputs[0].data
+    drawn = [cell for cell in executed.cells if "plt.show()" in cell.source]
+    assert ["image/png" in cell.outputs[0].data for cell in drawn] == [True, True]
+    [groups] = [cell for cell in executed.cells if "pipeline dedup" in cell.source]
+    assert "007-again.jpg" in texts(groups)[-1].splitlines()[1]
 
 
 def test_the_committed_notebook_is_whole_and_small(committed: NotebookNode) -> None:
