@@ -19,6 +19,7 @@ COMMANDS: Mapping[str, str] = {
     "verify": "pipeline.verify",
     "relabel": "pipeline.relabel",
     "search": "pipeline.search",
+    "browse": "pipeline.browse",
     "convert": "pipeline.convert",
     "dedup": "pipeline.dedup",
     "sample": "pipeline.sample",

@@ -33,8 +33,9 @@ LEVELS: Mapping[str, int] = {
     "api": 7,
     "doctor": 7,
     "nightly": 7,
+    "browse": 8,
 }
-COMMANDS_LEVEL = 8
+COMMANDS_LEVEL = 9
 COMMANDS = {"artifacts", "convert", "dedup", "export", "relabel", "run", "sample", "search", "verify"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

@@ -154,18 +154,39 @@ def search_index(dataset: Dataset, query: NDArray[np.float32], count: int) -> Fo
         ArtifactError: there is no valid index.
         ConfigError: FAISS is not installed.
     """
-    faiss, card = import_faiss("--index"), read_card(dataset)
-    index = _open(faiss, dataset, card)
-    index.nprobe = card.lists_read
-    rows = index.search(query[None], min(card.vectors, WIDER * count))[1][0]
-    return rescore(dataset, rows[rows >= 0], query, count)
+    index = OpenedIndex.of(dataset)
+    return rescore(dataset, index.search(query, min(index.card.vectors, WIDER * count)).rows, query, count)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedIndex:
+    """The index of a dataset; a local one is memory-mapped, so that only the lists that a query needs are read."""
+
+    card: IndexCard
+    faiss: Any
+
+    @classmethod
+    def of(cls, dataset: Dataset) -> OpenedIndex:
+        """Open it.
+
+        Raises:
+            ArtifactError, ConfigError: see :func:`search_index`.
+        """
+        faiss, card = import_faiss("--index"), read_card(dataset)
+        index = _open(faiss, dataset, card)
+        index.nprobe = card.lists_read
+        return cls(card, index)
+
+    def search(self, query: NDArray[np.float32], count: int) -> Found:
+        """The ``count`` nearest rows, approximately; scores are of embeddings in 16 bits."""
+        scores, rows = (found[0] for found in self.faiss.search(query[None], min(self.card.vectors, count)))
+        return Found(rows[rows >= 0], scores[rows >= 0].astype(np.float64))
 
 
 def _open(faiss: Any, dataset: Dataset, card: IndexCard) -> Any:
     storage = dataset.storage
     try:
         if isinstance(storage, LocalStorage):
-            # Memory-mapped: only the lists that a query needs are read.
             return faiss.read_index(str(storage.root / card.file), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
         data = storage.read(card.file)
         if data is None:

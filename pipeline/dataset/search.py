@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -74,18 +74,23 @@ def nearest(dataset: Dataset, queries: NDArray[np.float32], count: int) -> list[
 
 
 def products(form: VectorFormat, stored: NDArray[Any], queries: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Inner products in float32 of rows as stored ``[n, width]`` and queries ``[Q, D]``, as ``[n, Q]``.
-
-    The rows are decoded a few at a time, which stay in the processor's cache.
-    """
+    """Inner products in float32 of rows as stored ``[n, width]`` and queries ``[Q, D]``, as ``[n, Q]``."""
     found = np.empty((len(stored), len(queries)), np.float32)
+    for start, block in blocks(form, stored):
+        np.matmul(block, queries.T, out=found[start : start + len(block)])
+    return found
+
+
+def blocks(form: VectorFormat, stored: NDArray[Any]) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """Rows as stored ``[n, width]``, decoded as float32 ``[m, D]`` a few at a time, and the place of the first.
+
+    A block is small enough for the processor's cache.
+    """
     torch: Any = sys.modules.get("torch") if stored.dtype == np.float16 else None
     for start in range(0, len(stored), BLOCK):
         block = stored[start : start + BLOCK]
         # PyTorch converts them four times as fast as NumPy; it is used where it is loaded anyway.
-        decoded = torch.from_numpy(np.array(block)).float().numpy() if torch else form.decode(block)
-        np.matmul(decoded, queries.T, out=found[start : start + BLOCK])
-    return found
+        yield start, torch.from_numpy(np.array(block)).float().numpy() if torch else form.decode(block)
 
 
 def closest(

@@ -49,31 +49,42 @@ def spread(statuses: Sequence[str], count: int) -> list[int]:
 def thumbnails(
     manifest: Manifest, reader: PixelReader, ids: Mapping[int, str], *, seconds: float = 20.0
 ) -> dict[int, bytes]:
-    """JPEG bytes by the number of the row in the manifest, without those that cannot be read.
+    """JPEG bytes by the number of the row in the manifest; see :func:`pictures`, which gets a reader for them."""
+    with lenient(reader) as shown:
+        return pictures(manifest, shown, ids, seconds=seconds)
 
-    ``ids`` are those of the wanted rows: a row with another id by now has another picture and is left out. The
-    readable part of a damaged file is shown if decoders are separate processes. After ``seconds`` the rest is left
-    out, because a late row of a large column of images takes long to reach.
+
+def lenient(reader: PixelReader) -> PixelReader:
+    """A reader of thumbnails with processes of its own; close it.
+
+    The readable part of a damaged file is shown if decoders are separate processes.
     """
     # A decoder on the GPU makes only pictures of the model's size.
-    lenient = reader.by(EXACT if reader.decoders is None else GLANCE, spec=THUMBNAIL)
+    made = reader.by(EXACT if reader.decoders is None else GLANCE, spec=THUMBNAIL)
     # No single picture may use up the time.
-    lenient = replace(lenient, source=replace(reader.source, read_seconds=min(reader.source.read_seconds, ONE_SECONDS)))
-    if lenient.decoders is not None:
-        lenient.decoders.seconds = min(lenient.decoders.seconds, ONE_SECONDS)
+    if made.decoders is not None:
+        made.decoders.seconds = min(made.decoders.seconds, ONE_SECONDS)
+    return replace(made, source=replace(made.source, read_seconds=min(made.source.read_seconds, ONE_SECONDS)))
+
+
+def pictures(manifest: Manifest, shown: PixelReader, ids: Mapping[int, str], *, seconds: float) -> dict[int, bytes]:
+    """JPEG bytes by the number of the row in the manifest, without those that cannot be read.
+
+    ``ids`` are those of the wanted rows: a row with another id by now has another picture and is left out. After
+    ``seconds`` the rest is left out, because a late row of a large column of images takes long to reach. ``shown`` is
+    a reader of :func:`lenient`.
+    """
     made: dict[int, bytes] = {}
     end = time.monotonic() + seconds
     try:
         with closing(find(manifest, sorted(ids), seconds=seconds)) as found, ThreadPoolExecutor(AT_ONCE) as threads:
             there = ((number, ref) for number, ref in found if str(ref.id) == ids[number])
             while time.monotonic() < end and (some := list(islice(there, AT_ONCE))):
-                for (number, _), pixels in zip(some, threads.map(lenient.read, (ref for _, ref in some)), strict=True):
+                for (number, _), pixels in zip(some, threads.map(shown.read, (ref for _, ref in some)), strict=True):
                     if not isinstance(pixels, Failure):
                         made[number] = _jpeg(np.asarray(pixels.rgb))
     except PipelineError as error:
-        log.warning("pictures are missing in the report: %s", error)
-    finally:
-        lenient.close()
+        log.warning("pictures are missing: %s", error)
     return made
 
 
@@ -83,7 +94,7 @@ def find(manifest: Manifest, numbers: Sequence[int], *, seconds: float) -> Gener
     Raises:
         ManifestError: the manifest cannot be read any more.
     """
-    for chosen, batch in _rows(manifest, numbers, (), seconds=seconds):
+    for chosen, batch in rows_of(manifest, numbers, (), seconds=seconds):
         yield from zip(chosen, refs(manifest, batch), strict=True)
 
 
@@ -91,7 +102,7 @@ def captions(manifest: Manifest, numbers: Sequence[int], *, seconds: float = 5.0
     """The texts of some rows, as far as they are shown; fewer where they cannot be read, or not in time."""
     found: dict[int, str] = {}
     try:
-        for chosen, batch in _rows(manifest, sorted(numbers), (manifest.text,), seconds=seconds) if numbers else ():
+        for chosen, batch in rows_of(manifest, sorted(numbers), (manifest.text,), seconds=seconds) if numbers else ():
             texts = batch.column(manifest.text)
             cells = plain_array(texts, plain_type(texts.type)).to_pylist()
             found |= {number: short(cell, CAPTION) for number, cell in zip(chosen, cells, strict=True) if cell}
@@ -100,10 +111,10 @@ def captions(manifest: Manifest, numbers: Sequence[int], *, seconds: float = 5.0
     return found
 
 
-def _rows(
+def rows_of(
     manifest: Manifest, numbers: Sequence[int], columns: tuple[str, ...], *, seconds: float
-) -> Generator[tuple[list[int], pa.RecordBatch]]:
-    """Some of the rows ``numbers`` at a time, and their columns; see :class:`ShardReader`."""
+) -> Generator[tuple[Sequence[int], pa.RecordBatch]]:
+    """Some of the rows ``numbers`` (ascending) at a time, and their columns; see :class:`ShardReader`."""
     end, begin = time.monotonic() + seconds, 0
     with ShardReader(manifest, columns) as reader:
         for file, source in enumerate(manifest.files):
@@ -114,7 +125,7 @@ def _rows(
                     piece = Piece(file=file, row_group=group, start=0, stop=wanted[-1] + 1 - begin)
                     at = begin
                     for batch in reader.read(Shard(index=0, rows=piece.stop, pieces=(piece,))):
-                        chosen = [number for number in wanted if at <= number < at + batch.num_rows]
+                        chosen = wanted[bisect_left(wanted, at) : bisect_left(wanted, at + batch.num_rows)]
                         if chosen:
                             yield chosen, batch.take([n - at for n in chosen])
                         at += batch.num_rows

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import uvicorn
 
 from pipeline.config.schema import Config
-from pipeline.core.errors import ConfigError, Problem, exit_code_of
+from pipeline.core.errors import exit_code_of
 from pipeline.core.log_format import ending
 from pipeline.serve.app import build
+from pipeline.serve.bind import BACKLOG, bind_to
 from pipeline.serve.service import Service
 from pipeline.serve.uvicorn_server import Server
 
 # Seconds that an idle connection is kept: longer than in proxies (nginx: 60), so that the proxy closes first.
 KEEP_ALIVE = 75
-# Length of the queue of connections that are not accepted yet.
-BACKLOG = 2048
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 log = logging.getLogger(__name__)
 
@@ -65,29 +63,9 @@ def serve(config: Config) -> int:
     return 1 if service.unanswered else 0
 
 
-@contextmanager
-def bind(config: Config) -> Iterator[socket.socket]:
-    """Bind the socket of the config before any other work, so that a wrong address fails at once.
-
-    Raises:
-        ConfigError: it cannot be bound.
-    """
-    host, port = config.serve.host, config.serve.port
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        found = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise ConfigError([Problem("serve.host", host, f"is not an address of this machine: {error}")]) from error
-    with found:
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            found.bind(address)
-            # Clients can connect from now on; they are answered once the server runs.
-            found.listen(BACKLOG)
-        except (OSError, OverflowError) as error:
-            allowed = f"cannot be bound on {host}: {error}"
-            raise ConfigError([Problem("serve.port", port, allowed, "0 takes a free one")]) from error
-        yield found
+def bind(config: Config) -> AbstractContextManager[socket.socket]:
+    """Bind the socket of the config; see :func:`bind_to`."""
+    return bind_to(config.serve.host, config.serve.port)
 
 
 def _settings(app: Any) -> uvicorn.Config:

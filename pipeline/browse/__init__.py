@@ -1,0 +1,1 @@
+"""A web page over finished datasets: look, search, filter, export."""

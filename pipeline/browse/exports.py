@@ -1,0 +1,125 @@
+"""Rows of a selection as a file: ids, a manifest of them, or a dataset of Hugging Face."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pipeline.browse.opened import OpenedDataset
+from pipeline.browse.selection import ROW, Result, Selection, select
+from pipeline.core.errors import ConfigError, Problem
+from pipeline.core.records import Failure
+from pipeline.manifest.manifest import ROOT_KEY
+
+FORMATS = ("parquet", "csv", "manifest", "datasets")
+ENDINGS = {"parquet": ".parquet", "csv": ".csv", "manifest": ".manifest.parquet", "datasets": ".images.parquet"}
+# Rows written at a time, and fewer of pictures.
+ROWS_AT_ONCE, PICTURES_AT_ONCE = 8192, 64
+
+
+def export(opened: OpenedDataset, selection: Selection, form: str, path: Path) -> int:
+    """Write the rows of a selection to a file; returns their number.
+
+    ``parquet`` and ``csv`` hold id, label, score and the value that orders the rows, ``manifest`` what a job reads,
+    ``datasets`` what ``datasets.load_dataset("parquet", data_files=...)`` reads, with the encoded pictures. In an order
+    other than the dataset's only the listed rows are written.
+
+    Raises:
+        ConfigError: the form does not exist, or the dataset has no manifest any more.
+        PipelineError: see :meth:`OpenedDataset.find`.
+    """
+    if form not in FORMATS:
+        raise ConfigError([Problem("format", form, f"must be one of {', '.join(FORMATS)}")])
+    rows, values = _rows_of(opened, selection)
+    if form == "manifest":
+        return _write(path, _manifest(opened, rows))
+    if form == "datasets":
+        return _write(path, _pictures(opened, rows))
+    tables = _tables(opened, rows, values)
+    if form == "parquet":
+        return _write(path, tables)
+    count = 0
+    with pc.CSVWriter(path, next(iter(_tables(opened, rows[:0], values))).schema) as writer:
+        for table in tables:
+            writer.write_table(table)
+            count += table.num_rows
+    return count
+
+
+def command_of(opened: OpenedDataset, selection: Selection, form: str = "parquet") -> str:
+    """The command that writes the same file."""
+    words = ["python", "-m", "pipeline.browse", opened.dataset.url, "--export", f"rows{ENDINGS[form]}"]
+    words += ["--format", form] * (form not in ("parquet", "csv")) + ["--select", selection.address()]
+    return shlex.join(words)
+
+
+def _rows_of(opened: OpenedDataset, selection: Selection) -> tuple[NDArray[np.int64], NDArray[np.float64] | None]:
+    result: Result = opened.find(selection, lambda done, total: None)
+    if selection.order != ROW or result.total == len(result.rows):
+        return result.rows, result.values
+    if selection.plain:
+        return np.arange(result.total, dtype=np.int64), None
+    # More than the page lists.
+    ids = opened.members(selection.group) if selection.group else None
+    return select(opened.dataset, selection, ids=ids, most=result.total).rows, None
+
+
+def _tables(opened: OpenedDataset, rows: NDArray[np.int64], values: NDArray[np.float64] | None) -> Iterator[pa.Table]:
+    dataset = opened.dataset
+    names = [dataset.id, *(name for name in ("label", "score", "status") if name in dataset.schema.names)]
+    schema = pa.schema([dataset.schema.field(name).remove_metadata() for name in names])
+    for start in range(0, max(1, len(rows)), ROWS_AT_ONCE):
+        some = rows[start : start + ROWS_AT_ONCE]
+        table = pa.Table.from_pylist(dataset.rows(some.tolist(), names), schema)
+        if values is not None:
+            table = table.append_column("order", pa.array(values[start : start + ROWS_AT_ONCE]))
+        yield table
+
+
+def _manifest(opened: OpenedDataset, rows: NDArray[np.int64]) -> Iterator[pa.Table]:
+    """Id, image and kept columns of the rows, in the order of the dataset."""
+    manifest, _ = opened.pictures.source()
+    # Relative paths start there, wherever the new manifest lies.
+    about = {ROOT_KEY: manifest.root.encode()} if manifest.image_kind != "bytes" else None
+    for table in opened.pictures.manifest_rows(np.sort(rows)):
+        yield table.replace_schema_metadata(about)
+
+
+def _pictures(opened: OpenedDataset, rows: NDArray[np.int64]) -> Iterator[pa.Table]:
+    dataset = opened.dataset
+    names = [dataset.id, *(name for name in ("label", "score") if name in dataset.schema.names)]
+    schema = pa.schema([dataset.schema.field(name).remove_metadata() for name in names])
+    image = pa.field("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    features: dict[str, Any] = {name: {"dtype": _dtype(schema.field(name).type), "_type": "Value"} for name in names}
+    told = json.dumps({"info": {"features": {**features, "image": {"_type": "Image"}}}})
+    for start in range(0, max(1, len(rows)), PICTURES_AT_ONCE):
+        some = rows[start : start + PICTURES_AT_ONCE].tolist()
+        table = pa.Table.from_pylist(dataset.rows(some, names), schema)
+        found = [opened.pictures.original(row) for row in some]
+        cells = [None if isinstance(each, Failure) else {"bytes": each.data, "path": None} for each in found]
+        yield table.append_column(image, pa.array(cells, image.type)).replace_schema_metadata({"huggingface": told})
+
+
+def _dtype(kind: pa.DataType) -> str:
+    """The name of a type in the features of ``datasets``."""
+    return {"float": "float32", "double": "float64", "halffloat": "float16"}.get(str(kind), str(kind))
+
+
+def _write(path: Path, tables: Iterator[pa.Table]) -> int:
+    first = next(tables)
+    count = 0
+    with pq.ParquetWriter(path, first.schema, compression="zstd") as writer:
+        for table in chain([first], tables):
+            writer.write_table(table)
+            count += table.num_rows
+    return count

@@ -1,0 +1,63 @@
+"""Work in threads beside the requests, with its progress."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as NotYet
+from dataclasses import dataclass, field
+from typing import Any
+
+# Works at a time, and results that are kept.
+AT_ONCE, KEPT = 2, 16
+
+
+@dataclass(slots=True)
+class Work:
+    """One work: ``done`` of ``total`` steps, and the future of its result."""
+
+    done: int = 0
+    total: int = 0
+    future: Future[Any] = field(default_factory=Future)
+
+    def result(self, seconds: float) -> Any:
+        """The result, or None if it takes longer than ``seconds``; raises what the work raised."""
+        try:
+            return self.future.result(timeout=seconds)
+        except NotYet:
+            if self.future.done():
+                raise
+            return None
+
+
+class Works:
+    """Works by key. The same key again gives the work that runs, or its result; a failed one begins anew."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="work")
+        self._works: OrderedDict[Hashable, Work] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def close(self) -> None:
+        """Begin nothing more."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def start(self, key: Hashable, work: Callable[[Callable[[int, int], None]], Any]) -> Work:
+        """The work of a key; ``work`` gets a function for its progress, done and total."""
+        with self._lock:
+            found = self._works.get(key)
+            if found is not None and not (found.future.done() and found.future.exception() is not None):
+                self._works.move_to_end(key)
+                return found
+            made = Work()
+
+            def progress(done: int, total: int) -> None:
+                made.done, made.total = done, total
+
+            made.future = self._pool.submit(work, progress)
+            self._works[key] = made
+            for old in [key for key, each in self._works.items() if each.future.done()][: len(self._works) - KEPT]:
+                del self._works[old]
+            return made
