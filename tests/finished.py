@@ -48,11 +48,13 @@ def write_vectors(
 ) -> Dataset:
     """A finished dataset of embeddings ``[N, D]``; a row of NaN is one that failed.
 
-    ``columns`` are ``id`` (default: a text with the number of the row), ``label``, and columns kept from the manifest.
+    ``columns`` are ``id`` (default: a text with the number of the row), ``label``, ``score``,
+    ``top_labels``, ``top_scores``, and columns kept from the manifest.
     """
     rows, dim = vectors.shape
     failed = np.isnan(vectors).any(axis=1)
     labels = pa.array(columns.pop("label", [None] * rows), pa.string())
+    own = {name: columns.pop(name) for name in ("score", "top_labels", "top_scores") if name in columns}
     kept = pa.table({"id": columns.pop("id", [f"row-{row}" for row in range(rows)]), **columns})
     prints = {"manifest": {}, "output": {"dtype": dtype, "dim": dim, "compression": "zstd"}}
     form = part_format(kept.schema, dim=dim, dtype=dtype, compression="zstd", fingerprints=prints)
@@ -65,6 +67,7 @@ def write_vectors(
         bad, count = failed[here], here.stop - start
         columns = {name: pa.nulls(count, form.schema.field(name).type) for name in form.schema.names}
         columns |= {name: kept[name].slice(start, count) for name in kept.column_names}
+        columns |= {name: pa.array(values[here], form.schema.field(name).type) for name, values in own.items()}
         columns |= {
             "label": labels.slice(start, count),
             "embedding": form.stored.column(stored[here], bad),

@@ -319,7 +319,8 @@ def _files() -> dict[str, bytes]:
     folder = Path(__file__).parent / "static"
     found = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in MEDIA}
     style = environment().get_template("style.css.j2").render().encode()
-    return {**found, "style.css": style + found.pop("browse.css")}
+    found["style.css"] = style + found.pop("browse.css")
+    return found
 
 
 def static(request: Request) -> Response:

@@ -20,6 +20,7 @@ from pipeline.browse.selection import ROW, Result, Selection, select
 from pipeline.core.errors import ConfigError, Problem
 from pipeline.core.records import Failure
 from pipeline.manifest.manifest import ROOT_KEY
+from pipeline.storage.urls import explained
 
 FORMATS = ("parquet", "csv", "manifest", "datasets")
 ENDINGS = {"parquet": ".parquet", "csv": ".csv", "manifest": ".manifest.parquet", "datasets": ".images.parquet"}
@@ -36,24 +37,18 @@ def export(opened: OpenedDataset, selection: Selection, form: str, path: Path) -
 
     Raises:
         ConfigError: the form does not exist, or the dataset has no manifest any more.
+        StorageError: the file cannot be written.
         PipelineError: see :meth:`OpenedDataset.find`.
     """
     if form not in FORMATS:
         raise ConfigError([Problem("format", form, f"must be one of {', '.join(FORMATS)}")])
     rows, values = _rows_of(opened, selection)
-    if form == "manifest":
-        return _write(path, _manifest(opened, rows))
-    if form == "datasets":
-        return _write(path, _pictures(opened, rows))
-    tables = _tables(opened, rows, values)
-    if form == "parquet":
-        return _write(path, tables)
-    count = 0
-    with pc.CSVWriter(path, next(iter(_tables(opened, rows[:0], values))).schema) as writer:
-        for table in tables:
-            writer.write_table(table)
-            count += table.num_rows
-    return count
+    with explained(str(path)):
+        if form == "manifest":
+            return _write(path, _manifest(opened, rows))
+        if form == "datasets":
+            return _write(path, _pictures(opened, rows))
+        return _write(path, _tables(opened, rows, values), csv=form == "csv")
 
 
 def command_of(opened: OpenedDataset, selection: Selection, form: str = "parquet") -> str:
@@ -115,10 +110,11 @@ def _dtype(kind: pa.DataType) -> str:
     return {"float": "float32", "double": "float64", "halffloat": "float16"}.get(str(kind), str(kind))
 
 
-def _write(path: Path, tables: Iterator[pa.Table]) -> int:
+def _write(path: Path, tables: Iterator[pa.Table], *, csv: bool = False) -> int:
     first = next(tables)
     count = 0
-    with pq.ParquetWriter(path, first.schema, compression="zstd") as writer:
+    opened = pc.CSVWriter(path, first.schema) if csv else pq.ParquetWriter(path, first.schema, compression="zstd")
+    with opened as writer:
         for table in chain([first], tables):
             writer.write_table(table)
             count += table.num_rows
