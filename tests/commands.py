@@ -20,6 +20,7 @@ PARSERS = {
     "pipeline.report": "pipeline.report.__main__",
     "pipeline.relabel": "pipeline.relabel",
     "pipeline.search": "pipeline.search",
+    "pipeline.browse": "pipeline.browse.__main__",
     "pipeline.convert": "pipeline.convert",
     "pipeline.dedup": "pipeline.dedup",
     "pipeline.sample": "pipeline.sample",

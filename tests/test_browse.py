@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import http.client
 import io
 import json
 import re
 import shutil
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -21,15 +18,12 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
-import uvicorn
 
 from pipeline.browse.__main__ import main
-from pipeline.browse.app import Page
 from pipeline.browse.cached import CachedDataset, Memory
 from pipeline.browse.collection import Collection
 from pipeline.browse.conditions import Condition, matches
 from pipeline.browse.exports import command_of
-from pipeline.browse.guard import LOOPBACK, Guard
 from pipeline.browse.measures import count_labels, margins
 from pipeline.browse.opened import OpenedDataset
 from pipeline.browse.points import points_of
@@ -40,11 +34,11 @@ from pipeline.core.errors import ConfigError, NoDataset, StorageError
 from pipeline.dataset.analysis import analysis_url, writing
 from pipeline.dataset.dataset import open_dataset
 from pipeline.dataset.index import build_index
-from pipeline.serve.bind import bind_to
 from tests.finished import everything, run_scenes, write_vectors
 from tests.jobs import scenes_manifest
 from tests.nights import Collection as Photos
 from tests.nights import night
+from tests.sites import Site, sites
 
 ROWS, DIM = 230, 16
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>"
@@ -304,56 +298,9 @@ def test_a_failed_work_begins_anew_and_a_finished_one_does_not() -> None:
 # --- the page ---
 
 
-@dataclass
-class Site:
-    """A running page; ``cookie`` is that of a browser that opened the address with the token."""
-
-    port: int
-    token: str
-    cookie: str = ""
-
-    def ask(self, path: str, *, method: str = "GET", body: bytes = b"", **headers: str) -> tuple[int, Any, bytes]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        given = {"Host": f"127.0.0.1:{self.port}", "Cookie": self.cookie}
-        given |= {name.replace("_", "-"): value for name, value in headers.items()}
-        connection.request(method, path, body or None, given)
-        answer = connection.getresponse()
-        data = answer.read()
-        connection.close()
-        return answer.status, answer.headers, data
-
-    def page(self, path: str, status: int = 200) -> str:
-        """A page once its work is done; at most a minute."""
-        for _ in range(100):
-            code, headers, data = self.ask(path)
-            text = data.decode()
-            if 'class="waiting"' not in text:
-                break
-        assert code == status, text[-700:]
-        assert headers["content-security-policy"].startswith("default-src 'none'; script-src 'self'")
-        return text
-
-
 @pytest.fixture
 def site() -> Iterator[Callable[..., Site]]:
-    """A function that serves datasets until the test ends."""
-    with ExitStack() as opened:
-
-        def serve(*urls: Path | str, memory: int = 1 << 26) -> Site:
-            listening = opened.enter_context(bind_to("127.0.0.1", 0))
-            page = Page(Collection([str(url) for url in urls], memory))
-            opened.callback(page.close)
-            port = listening.getsockname()[1]
-            guard: Any = Guard(page.app(), hosts=LOOPBACK, port=port, token="secret")
-            server = uvicorn.Server(uvicorn.Config(guard, lifespan="off", log_config=None, ws="none"))
-            thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
-            opened.callback(thread.join, 10)
-            opened.callback(setattr, server, "should_exit", True)
-            thread.start()
-            made = Site(port, "secret")
-            made.cookie = made.ask("/?token=secret")[1]["set-cookie"].split(";")[0]
-            return made
-
+    with sites() as serve:
         yield serve
 
 
