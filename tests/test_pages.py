@@ -13,8 +13,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from pipeline.dedup import main as dedup
 
+from pipeline.dedup import main as dedup
 from pipeline.report.__main__ import main
 from pipeline.report.nights import history_page
 from tests.finished import run_scenes
@@ -98,7 +98,9 @@ def datasets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     photos = Photos(folder / "photos")
     for day in ("2026-11-27", "2026-11-28"):
         for number in range(12):
-            photos.draw(number, damaged=number == 3, missing=number == 5 and day.endswith("28"))
+            photos.draw(number, damaged=number == 3)
+        if day.endswith("28"):
+            photos.draw(5, version=1, missing=True)
         photos.write()
         photo_night(photos.config(), folder / "nights", day)
     return {"scenes": folder / "scenes", "nights": folder / "nights"}
