@@ -454,6 +454,47 @@ def test_nothing_of_a_dataset_is_markup(site: Any, tmp_path: Path) -> None:
     assert "<script>alert" not in wrong
 
 
+def test_a_picture_outside_of_the_root_is_not_shown(site: Any, tmp_path: Path) -> None:
+    from tests.jobs import scene
+
+    (tmp_path / "photos").mkdir()
+    for place in ("photos/in.jpg", "secret.jpg"):
+        (tmp_path / place).write_bytes(scene(1)[0])
+    (tmp_path / "photos" / "link.jpg").symlink_to(tmp_path / "secret.jpg")
+    paths = [
+        "in.jpg",
+        "../secret.jpg",
+        str(tmp_path / "secret.jpg"),
+        "link.jpg",
+        "file:///etc/passwd",
+        "http://127.0.0.1/",
+    ]
+    table = pa.table({"id": [f"{number}" for number in range(len(paths))], "path": paths})
+    pq.write_table(table, tmp_path / "m.parquet")
+    about = {"image": "path", "keep": [], "root": str(tmp_path / "photos")}
+    run_scenes(tmp_path, "d", tmp_path / "m.parquet", manifest=about, errors={"max_fraction": 1.0})
+    served = site(tmp_path / "d")
+    assert served.ask("/0/picture/0")[0] == 200
+    for row in range(1, len(paths)):
+        status, headers, data = served.ask(f"/0/picture/{row}")
+        assert (status, headers["content-type"][:9]) == (404, "text/html"), paths[row]
+        assert re.search(rb"outside_root|scheme_not_allowed", data)
+        assert served.ask(f"/0/thumbnail/{row}")[1]["content-type"] == "image/svg+xml"
+
+
+@pytest.mark.slow
+def test_a_million_labels_are_counted_and_found(site: Any, tmp_path: Path) -> None:
+    rows = 1_000_000
+    labels = [f"label-{number:07d}" for number in range(rows)]
+    write_vectors(str(tmp_path / "d"), np.tile(unit(1, 1, 8), (rows, 1)), shard_rows=250_000, label=labels)
+    served = site(tmp_path / "d")
+    text = served.page("/0/labels")
+    assert "1,000,000 labels" in text
+    assert len(text) < 200_000
+    assert "label-0999999" in served.page("/0/labels?find=0999999")
+    assert re.findall(r'row/(\d+)"', served.page("/0/?column=label&op=is&value=label-0123456")) == ["123456"]
+
+
 def test_a_torn_part_is_said_and_the_page_goes_on(site: Any, scenes: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(scenes, copy)
@@ -511,6 +552,9 @@ def test_groups_are_shown_from_the_analyses_beside_the_dataset(site: Any, tmp_pa
     with writing(analysis_url(made, "clusters"), "clusters", made, clusters, **about) as writer:
         ids = [f"row-{row}" for row in range(12)]
         writer.write_table(pa.table({"id": ids, "cluster": [0] * 8 + [1] * 4, "distance": [0.1] * 12}, schema=clusters))
+    sample = pa.schema([("id", pa.string()), ("label", pa.string())])
+    with writing(analysis_url(made, "sample"), "sample", made, sample, **about) as writer:
+        writer.write_table(pa.table({"id": ["row-4", "row-9"], "label": ["a", "b"]}, schema=sample))
     served = site(tmp_path / "d")
     text = served.page("/0/duplicates")
     assert "2 groups of near duplicates" in text
@@ -519,6 +563,9 @@ def test_groups_are_shown_from_the_analyses_beside_the_dataset(site: Any, tmp_pa
     assert re.findall(r'row/(\d+)"', served.page("/0/?group=duplicates:1")) == ["2", "3"]
     assert re.findall(r'row/(\d+)"', served.page("/0/?group=clusters:1")) == ["8", "9", "10", "11"]
     assert "2 clusters" in served.page("/0/clusters")
+    assert 'href="/0/?group=sample"' in served.page("/0/clusters")
+    assert re.findall(r'row/(\d+)"', served.page("/0/?group=sample")) == ["4", "9"]
+    assert "must be like" in served.page("/0/?group=sample:1")
     # Of another state, they are not shown.
     shutil.rmtree(tmp_path / "d")
     write_vectors(str(tmp_path / "d"), unit(12, 2))

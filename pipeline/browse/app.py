@@ -196,15 +196,16 @@ class Page:
     def groups(self, request: Request) -> Response:
         """Near duplicates or clusters, if there are any."""
         number, opened = self._opened(request)
-        kind = request.url.path.rpartition("/")[2]
-        if kind not in opened.analyses():
-            return self._page("groups.html.j2", number, opened, kind, kind=kind, found=None, work=None)
+        kind, there = request.url.path.rpartition("/")[2], opened.analyses()
+        sample = there.get("sample") if kind == "clusters" else None
+        if kind not in there:
+            return self._page("groups.html.j2", number, opened, kind, kind=kind, found=None, work=None, sample=sample)
         page = _whole(request, "page")
         key = self._key(opened, kind, str(page))
         work = self._works.start(key, lambda progress: views.groups_of(opened, kind, page))
         return self._page(
             "groups.html.j2", number, opened, kind, kind=kind, found=work.result(PATIENCE), work=work,
-            again=f"/{number}/{kind}?page={page}",
+            again=f"/{number}/{kind}?page={page}", sample=sample,
         )  # fmt: skip
 
     def map(self, request: Request) -> Response:

@@ -133,7 +133,7 @@ class OpenedDataset:
         return key
 
     def members(self, group: str) -> pa.Array:
-        """The ids of a group ``KIND:NUMBER`` of an analysis.
+        """The ids of a group ``KIND:NUMBER`` of an analysis, or of a whole ``sample``.
 
         Raises:
             ConfigError: there is no such analysis of this state of the dataset.
@@ -142,9 +142,9 @@ class OpenedDataset:
         kind, _, number = group.partition(":")
         table = self.analysis(kind)
         column = "group" if kind == "duplicates" else "cluster"
-        if column not in table.column_names or not number.isdecimal():
-            raise ConfigError([Problem("group", group, "must be like duplicates:0 or clusters:0")])
-        ids = table.filter(pc.equal(table[column], int(number)))[0]
+        if group != "sample" and (column not in table.column_names or not number.isdecimal()):
+            raise ConfigError([Problem("group", group, "must be like duplicates:0, clusters:0 or sample")])
+        ids = table[0] if group == "sample" else table.filter(pc.equal(table[column], int(number)))[0]
         found: pa.Array = pa.concat_arrays(ids.cast(self.dataset.schema.field(0).type).chunks)
         return found
 
