@@ -58,6 +58,6 @@ def prove(words: list[str]) -> None:
     (parser.parse_args if whole or command == "pipeline.search" else parser.parse_intermixed_args)(rest)
     # The nightly job puts the date in before the config is read.
     rest = [word.replace("{date}", "2026-11-22") for word in rest]
-    compose_config(
-        [word for word in rest if "=" in word and not word.startswith("-") and " " not in word.split("=")[0]]
-    )
+    # A selection of the page is no override.
+    named = [word for word in rest if "=" in word and not word.startswith("-") and "&" not in word]
+    compose_config([word for word in named if " " not in word.split("=")[0]])

@@ -95,6 +95,7 @@ ROWS: dict[str, Run | Slow | Prove | Elsewhere] = {
     "python -m pipeline.report --compare": Prove("two runs of the same job: tests/test_report_command.py"),
     "python -m pipeline.report --history": Prove("a store of nights"),
     "python jobs/nightly.py": Run(),
+    "python -m pipeline.browse outputs/photos --select": Run(),
     "python -m pipeline.browse": Prove("runs until it is stopped; tests/test_browse.py opens its pages and exports"),
     "python -m pipeline.serve": Prove("runs until it is stopped; tests/test_serve.py runs it"),
     "python jobs/deploy/up.py": Elsewhere("tests/test_deploy.py", "up.py"),
