@@ -6,6 +6,10 @@ import io
 import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -691,6 +695,33 @@ def test_the_command_of_a_selection_writes_the_same_rows(scenes: Path, tmp_path:
     assert main(words[3:]) == 0
     assert pq.read_metadata(tmp_path / "rows.parquet").num_rows == 0
     opened.close()
+
+
+def test_an_export_of_too_many_pictures_names_the_command(
+    site: Any, scenes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.browse.app.MOST_PICTURES", 50)
+    served = site(scenes)
+    text = served.page("/0/export?format=datasets", 400)
+    assert "--format datasets" in text
+    assert served.ask("/0/export?format=datasets&column=status&op=is&value=not_an_image")[0] == 200
+    assert served.ask("/0/export?format=manifest")[0] == 200
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_the_command_prints_its_address_and_ends_with_0_on_a_signal(scenes: Path, name: str) -> None:
+    command = [sys.executable, "-m", "pipeline.browse", str(scenes)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as started:
+        assert started.stdout is not None
+        assert started.stderr is not None
+        address = started.stdout.readline().strip()
+        assert re.fullmatch(r"http://127\.0\.0\.1:\d+/\?token=[\w-]{32}", address)
+        opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
+        assert opener.open(address, timeout=30).status == 200
+        started.send_signal(getattr(signal, name))
+        assert started.wait(30) == 0
+        assert started.stderr.read() == ""
 
 
 @pytest.mark.parametrize(

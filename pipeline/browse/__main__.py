@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import secrets
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ exit codes: 0 ended by a signal, or written; 2 no dataset, or wrong options; 75 
 """
 LOOPBACK = "127.0.0.1"
 FORMATS = ("parquet", "csv", "manifest", "datasets")
+log = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,12 +73,18 @@ def _serve(options: argparse.Namespace) -> int:
             shown = f"[{host}]" if ":" in host else host
             token = secrets.token_urlsafe(24)
             hosts = (*HOSTS, *({shown, options.host, *options.allow_host} - {*HOSTS}))
+            if options.host not in HOSTS:
+                log.warning(
+                    "--host %s: whoever has the address with its token sees every row and picture", options.host
+                )
             # The first line, for people and programs.
             print(f"http://{shown}:{port}/?token={token}", flush=True)
             app: Any = Guard(page.app(), hosts=hosts, port=port, token=token)
             settings = uvicorn.Config(app, ws="none", lifespan="off", log_config=None, access_log=False,
                                       server_header=False)  # fmt: skip
-            uvicorn.Server(settings).run(sockets=[listening])
+            # Its server raises the signal again that ended it.
+            with suppress(KeyboardInterrupt):
+                uvicorn.Server(settings).run(sockets=[listening])
     finally:
         page.close()
     return 0

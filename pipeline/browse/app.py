@@ -32,6 +32,8 @@ from pipeline.report.summary import HINTS
 
 # Seconds that a request waits for its work, before it shows the progress instead.
 PATIENCE = 0.6
+# Pictures of an export, which is written to a temporary folder first.
+MOST_PICTURES = 10_000
 # Bytes of an uploaded picture.
 MOST_UPLOADED = 64 * 2**20
 MEDIA = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
@@ -233,7 +235,7 @@ class Page:
         folder = tempfile.TemporaryDirectory(prefix="clip-pipeline-")
         try:
             path = Path(folder.name) / f"rows{ENDINGS.get(form, '')}"
-            export(opened, selection, form, path)
+            export(opened, selection, form, path, most=MOST_PICTURES)
         except BaseException:
             folder.cleanup()
             raise

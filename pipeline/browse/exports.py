@@ -28,12 +28,12 @@ ENDINGS = {"parquet": ".parquet", "csv": ".csv", "manifest": ".manifest.parquet"
 ROWS_AT_ONCE, PICTURES_AT_ONCE = 8192, 64
 
 
-def export(opened: OpenedDataset, selection: Selection, form: str, path: Path) -> int:
+def export(opened: OpenedDataset, selection: Selection, form: str, path: Path, *, most: int | None = None) -> int:
     """Write the rows of a selection to a file; returns their number.
 
     ``parquet`` and ``csv`` hold id, label, score and the value that orders the rows, ``manifest`` what a job reads,
     ``datasets`` what ``datasets.load_dataset("parquet", data_files=...)`` reads, with the encoded pictures. In an order
-    other than the dataset's only the listed rows are written.
+    other than the dataset's only the listed rows are written. ``most`` limits the pictures.
 
     Raises:
         ConfigError: the form does not exist, or the dataset has no manifest any more.
@@ -43,6 +43,11 @@ def export(opened: OpenedDataset, selection: Selection, form: str, path: Path) -
     if form not in FORMATS:
         raise ConfigError([Problem("format", form, f"must be one of {', '.join(FORMATS)}")])
     rows, values = _rows_of(opened, selection)
+    if form == "datasets" and most is not None and len(rows) > most:
+        allowed = f"is for {most:,} pictures at most, and these are {len(rows):,}"
+        raise ConfigError(
+            [Problem("format", form, allowed, f"this writes them: {command_of(opened, selection, form)}")]
+        )
     with explained(str(path)):
         if form == "manifest":
             return _write(path, _manifest(opened, rows))
