@@ -106,6 +106,7 @@ class Page:
         if start or part:
             name = "near" if part == "near" else "results"
             return self._show(f"{name}.html.j2", number=number, opened=opened, **context)
+        self._works.start(self._key(opened, "warm up"), opened.warm_up)
         return self._page(
             "rows.html.j2", number, opened, "rows", **context,
             orders=orders_of(opened.dataset), columns=conditional(opened.dataset), operators=OPERATORS,

@@ -30,7 +30,7 @@ class Memory:
     """
 
     def __init__(self, limit: int) -> None:
-        self._limit = limit
+        self.limit = limit
         self._held: OrderedDict[Hashable, tuple[Any, int, Hashable]] = OrderedDict()
         self._lock = threading.Lock()
         self.bytes = 0
@@ -50,10 +50,10 @@ class Memory:
             if key in self._held:
                 return
             others = [key for key, (_, _, of) in self._held.items() if kind is None or of != kind]
-            while self.bytes + size > self._limit and others:
+            while self.bytes + size > self.limit and others:
                 _, freed, _ = self._held.pop(others.pop(0))
                 self.bytes -= freed
-            if self.bytes + size <= self._limit:
+            if self.bytes + size <= self.limit:
                 self._held[key] = (value, size, kind)
                 self.bytes += size
 

@@ -23,6 +23,7 @@ from pipeline.dataset.index import OpenedIndex
 from pipeline.dataset.vectors import cut
 from pipeline.engine.query import config_of_dataset, embed_image, embed_text, open_model
 from pipeline.models.lean import import_transformers
+from pipeline.storage.local import LocalStorage
 from pipeline.storage.urls import explained, open_arrow
 
 if TYPE_CHECKING:
@@ -57,6 +58,20 @@ class OpenedDataset:
             except (ArtifactError, ConfigError) as error:
                 self._index = error
         return self._index if isinstance(self._index, OpenedIndex) else None
+
+    def warm_up(self, progress: Progress) -> None:
+        """Read the embeddings into memory, where they fit and lie on a local disk, so that the first search finds them.
+
+        Raises:
+            StorageError: a part is missing or damaged.
+        """
+        dataset = self.dataset
+        if (
+            isinstance(dataset.storage, LocalStorage)
+            and dataset.vectors * dataset.form.size <= dataset.memory.limit / 2
+        ):
+            for done, _ in enumerate(dataset.stream([dataset.column]), 1):
+                progress(done, len(dataset.commits))
 
     def analyses(self) -> dict[str, Analysis]:
         """The analyses beside it that are of its present state."""
