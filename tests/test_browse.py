@@ -486,6 +486,29 @@ def test_a_picture_outside_of_the_root_is_not_shown(site: Any, tmp_path: Path) -
         assert served.ask(f"/0/thumbnail/{row}")[1]["content-type"] == "image/svg+xml"
 
 
+def test_pictures_in_tars_are_shown(site: Any, tmp_path: Path) -> None:
+    import tarfile
+
+    from pipeline.job.main import run_job
+    from tests.jobs import config_for, scene
+
+    (tmp_path / "tars").mkdir()
+    drawn = [scene(number)[0] for number in range(7)]
+    for name, numbers in (("a", range(3)), ("b", range(3, 7))):
+        with tarfile.open(tmp_path / "tars" / f"{name}.tar", "w") as tar:
+            for number in numbers:
+                member = tarfile.TarInfo(f"{number}.jpg")
+                member.size = len(drawn[number])
+                tar.addfile(member, io.BytesIO(drawn[number]))
+    config = config_for(tmp_path / "tars", tmp_path / "d", manifest={"image": "image", "keep": [], "shard_rows": 0})
+    run_job(config)
+    served = site(tmp_path / "d")
+    assert "7 rows" in served.page("/0/")
+    for row in range(7):
+        assert served.ask(f"/0/picture/{row}")[2] == drawn[row]
+        assert served.ask(f"/0/thumbnail/{row}")[1]["content-type"] == "image/jpeg"
+
+
 @pytest.mark.slow
 def test_a_million_labels_are_counted_and_found(site: Any, tmp_path: Path) -> None:
     rows = 1_000_000

@@ -169,7 +169,7 @@ class Pictures:
         dataset = self._dataset
         # The kept columns are in the dataset.
         config = config_of_dataset(dataset).changed({"manifest.keep": []})
-        manifest = open_manifest(config.manifest)
+        manifest = open_manifest(config.manifest).with_rows([commit.rows for commit in dataset.commits])
         if not manifest.image:
             raise ManifestError("the rows are texts alone")
         if manifest.rows != dataset.plan.rows:
