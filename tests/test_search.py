@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -226,3 +227,20 @@ def test_without_the_library_of_indexes_the_message_has_a_hint(
     monkeypatch.setitem(sys.modules, "faiss", None)
     assert search.main([dataset.url, "a star", "--index"]) == 2
     assert ".[search]" in capsys.readouterr().err
+
+
+def test_a_search_waits_for_a_library_that_another_thread_imports(folder: Path) -> None:
+    code = f"""
+import threading, numpy as np
+from pipeline.dataset.dataset import open_dataset
+from pipeline.dataset.search import nearest
+dataset = open_dataset({str(folder / "half")!r})
+query = np.full((1, dataset.dim), dataset.dim ** -0.5, np.float32)
+wanted = nearest(dataset, query, 5)[0].rows.tolist()
+importing = threading.Thread(target=__import__, args=("torch",))
+importing.start()
+while importing.is_alive():
+    assert nearest(dataset, query, 5)[0].rows.tolist() == wanted
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")

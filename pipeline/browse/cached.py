@@ -18,7 +18,7 @@ from pipeline.core.concurrency import in_order
 from pipeline.core.errors import StorageError
 from pipeline.core.plain import plain_table
 from pipeline.dataset.commits import Commit
-from pipeline.dataset.dataset import Dataset
+from pipeline.dataset.dataset import HELD, Dataset
 from pipeline.storage.urls import explained, open_arrow
 
 
@@ -33,7 +33,13 @@ class Memory:
         self.limit = limit
         self._held: OrderedDict[Hashable, tuple[Any, int, Hashable]] = OrderedDict()
         self._lock = threading.Lock()
+        self._reading: dict[Hashable, threading.Lock] = {}
         self.bytes = 0
+
+    def lock(self, key: Hashable) -> threading.Lock:
+        """The lock of what is read into the memory."""
+        with self._lock:
+            return self._reading.setdefault(key, threading.Lock())
 
     def get(self, key: Hashable) -> Any:
         """The value of a key, or None."""
@@ -69,13 +75,21 @@ class CachedDataset(Dataset):
         """The same dataset with a memory."""
         return cls(**{each.name: getattr(dataset, each.name) for each in fields(dataset)}, memory=memory)
 
+    @property
+    def threads(self) -> int:
+        """Parts at a time: as many as the storage reads side by side, if they are small; what was read stays anyway."""
+        largest = max(commit.size for commit in self.commits)
+        return max(1, min(self.storage.threads, HELD // (2 * largest)))
+
     def read(self, commit: Commit, columns: Sequence[str], *, proven: bool = False) -> pa.Table:
         """See :meth:`Dataset.read`."""
-        held = {name: self.memory.get((self.url, commit.part, name)) for name in columns}
-        missing = [name for name in columns if held[name] is None]
-        if missing or proven:
-            table = Dataset.read(self, commit, missing or columns, proven=proven)
-            held |= {name: self._keep((self.url, commit.part, name), table[name]) for name in table.column_names}
+        # Of several that want the same part one reads it, and the others wait.
+        with self.memory.lock((self.url, commit.part)):
+            held = {name: self.memory.get((self.url, commit.part, name)) for name in columns}
+            missing = [name for name in columns if held[name] is None]
+            if missing or proven:
+                table = Dataset.read(self, commit, missing or columns, proven=proven)
+                held |= {name: self._keep((self.url, commit.part, name), table[name]) for name in table.column_names}
         return pa.table([held[name] for name in columns], names=list(columns))
 
     def rows(self, numbers: Sequence[int], columns: Sequence[str]) -> list[dict[str, Any]]:

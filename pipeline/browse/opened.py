@@ -60,16 +60,17 @@ class OpenedDataset:
         return self._index if isinstance(self._index, OpenedIndex) else None
 
     def warm_up(self, progress: Progress) -> None:
-        """Read the embeddings into memory, where they fit and lie on a local disk, so that the first search finds them.
+        """Import what a search needs, and read the embeddings if they fit and are local, before the first search.
 
         Raises:
             StorageError: a part is missing or damaged.
         """
+        # PyTorch embeds texts, and multiplies numbers of 16 bits.
+        import torch  # noqa: F401
+
         dataset = self.dataset
-        if (
-            isinstance(dataset.storage, LocalStorage)
-            and dataset.vectors * dataset.form.size <= dataset.memory.limit / 2
-        ):
+        fits = dataset.vectors * dataset.form.size <= dataset.memory.limit / 2
+        if fits and isinstance(dataset.storage, LocalStorage):
             for done, _ in enumerate(dataset.stream([dataset.column]), 1):
                 progress(done, len(dataset.commits))
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -139,7 +140,10 @@ def normalised(vectors: NDArray[Any]) -> NDArray[np.float32]:
 
 def _torch_for(stored: NDArray[Any]) -> Any:
     """PyTorch for numbers of 16 bits, which it converts four times as fast as NumPy, where it is loaded anyway."""
-    return sys.modules.get("torch") if stored.dtype == np.float16 else None
+    if stored.dtype != np.float16 or "torch" not in sys.modules:
+        return None
+    # Another thread may import it now: this waits until it has.
+    return import_module("torch")
 
 
 def merge(found: Sequence[Found], count: int) -> Found:
