@@ -72,14 +72,15 @@ def _serve(options: argparse.Namespace) -> int:
             host, port = listening.getsockname()[:2]
             shown = f"[{host}]" if ":" in host else host
             token = secrets.token_urlsafe(24)
-            hosts = (*HOSTS, *({shown, options.host, *options.allow_host} - {*HOSTS}))
+            hosts = (*HOSTS, *({shown, options.host} - {*HOSTS}))
             if options.host not in HOSTS:
                 log.warning(
                     "--host %s: whoever has the address with its token sees every row and picture", options.host
                 )
             # The first line, for people and programs.
             print(f"http://{shown}:{port}/?token={token}", flush=True)
-            app: Any = Guard(page.app(), hosts=hosts, port=port, token=token)
+            names = tuple(options.allow_host)
+            app: Any = Guard(page.app(), hosts=hosts, port=port, token=token, names=names)
             settings = uvicorn.Config(app, ws="none", lifespan="off", log_config=None, access_log=False,
                                       server_header=False)  # fmt: skip
             # Its server raises the signal again that ended it.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Awaitable, Callable, MutableMapping
-from http.cookies import CookieError, SimpleCookie
 from typing import Any
-from urllib.parse import parse_qsl, urlencode, urlsplit
+from urllib.parse import parse_qsl, urlencode
 
+from starlette.requests import cookie_parser
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 
 Message = MutableMapping[str, Any]
@@ -42,11 +42,13 @@ class Guard:
         hosts: names and addresses that the Host header may have, without a port.
         port: of the server.
         token: the secret.
+        names: further names, which the Host header has with or without the port, as that of a proxy does.
     """
 
-    def __init__(self, app: App, *, hosts: tuple[str, ...], port: int, token: str) -> None:
+    def __init__(self, app: App, *, hosts: tuple[str, ...], port: int, token: str, names: tuple[str, ...] = ()) -> None:
         self._app, self._token = app, token
-        self._hosts = {f"{host}:{port}".lower() for host in hosts} | ({*hosts} if port == 80 else set())
+        bare = (*names, *(hosts if port == 80 else ()))
+        self._hosts = {each.lower() for each in (*bare, *(f"{host}:{port}" for host in (*hosts, *names)))}
         # Browsers send cookies to every port of a host.
         self._cookie = f"clip-pipeline-{port}"
 
@@ -67,25 +69,26 @@ class Guard:
         await (answer or self._app)(scope, receive, with_headers)
 
     def _refusal(self, scope: MutableMapping[str, Any]) -> Response | None:
-        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        if headers.get("host", "").lower() not in self._hosts:
+        headers: dict[str, list[str]] = {}
+        for name, value in scope["headers"]:
+            headers.setdefault(name.decode("latin-1"), []).append(value.decode("latin-1"))
+        # Of two headers a proxy may read the first, and this server the last.
+        if len(hosts := headers.get("host", [])) != 1 or hosts[0].lower() not in self._hosts:
             return PlainTextResponse("this name of the server is not allowed; --host sets it\n", 421)
         if scope["method"] not in ("GET", "HEAD"):
-            origin = urlsplit(headers.get("origin", ""))
-            if origin.netloc.lower() not in self._hosts:
+            origins = headers.get("origin", [])
+            if len(origins) != 1 or origins[0].lower().partition("://")[2] not in self._hosts:
                 return PlainTextResponse("a request from another page\n", 403)
         pairs = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
         given = dict(pairs).get(TOKEN, "")
         if given and self._fits(given):
             rest = urlencode([(name, value) for name, value in pairs if name != TOKEN])
-            moved = RedirectResponse(f"{scope['path']}{'?' if rest else ''}{rest}", 303)
+            # Two slashes would lead to another host.
+            moved = RedirectResponse(f"/{scope['path'].lstrip('/')}{'?' if rest else ''}{rest}", 303)
             moved.set_cookie(self._cookie, self._token, httponly=True, samesite="strict", path="/")
             return moved
-        try:
-            cookie = SimpleCookie(headers.get("cookie", "")).get(self._cookie)
-        except CookieError:
-            cookie = None
-        if cookie is None or not self._fits(cookie.value):
+        # Python's own parser reads nothing where another program on this host has set a cookie that it does not like.
+        if not self._fits(cookie_parser("; ".join(headers.get("cookie", []))).get(self._cookie, "")):
             return PlainTextResponse(
                 "this page needs its token: open the address that the command printed, with ?token=...\n", 403
             )
