@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
-from functools import cache, partial
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
-from jinja2 import ChoiceLoader, Environment, PackageLoader
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
@@ -18,7 +18,8 @@ from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Redire
 from starlette.routing import Route
 
 from pipeline.browse import views
-from pipeline.browse.collection import Collection
+from pipeline.browse.assets import environment, static
+from pipeline.browse.collection import FRESH_SECONDS, Collection
 from pipeline.browse.conditions import OPERATORS, WITHOUT_VALUE, conditional
 from pipeline.browse.exports import ENDINGS, command_of, export
 from pipeline.browse.measures import count_labels
@@ -36,7 +37,6 @@ PATIENCE = 0.6
 MOST_PICTURES = 10_000
 # Bytes of an uploaded picture.
 MOST_UPLOADED = 64 * 2**20
-MEDIA = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 EMPTY = (
     b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 160 160"><rect width="160" height="160" fill="#8883"/>'
     b'<text x="80" y="84" text-anchor="middle" font-family="sans-serif" font-size="14" fill="#888">no picture</text>'
@@ -67,7 +67,7 @@ class Page:
                 *(Route(f"/{{number:int}}{path}", handler) for path, handler in of_dataset.items()),
                 Route("/{number:int}/upload", self.upload, methods=["POST"]),
             ],
-            exception_handlers={PipelineError: self.failed, HTTPException: self.refused},
+            exception_handlers={PipelineError: self.failed, HTTPException: self.refused, Exception: self.broken},
         )
 
     def close(self) -> None:
@@ -86,7 +86,8 @@ class Page:
         number, opened = self._opened(request)
         selection = Selection.parse(request.query_params.multi_items(), opened.dataset)
         start = _whole(request, "from")
-        work = self._works.start(self._key(opened, selection.address()), partial(opened.find, selection))
+        key = self._key(opened, selection.address(), opened.made(selection.group))
+        work = self._works.start(key, partial(opened.find, selection))
         result, problem = None, ""
         try:
             result = work.result(PATIENCE)
@@ -126,8 +127,13 @@ class Page:
     def thumbnail(self, request: Request) -> Response:
         """The thumbnail of a row."""
         _, opened = self._opened(request)
-        data = opened.pictures.thumbnail(self._row(request, opened))
-        headers = {"cache-control": "private, max-age=3600" if data else "no-store"}
+        row = self._row(request, opened)
+        # Another dataset may be at this address tomorrow, so a browser asks each time.
+        tag = f'"{hashlib.sha256(opened.pictures.state.encode()).hexdigest()[:24]}"'
+        if request.headers.get("if-none-match") == tag:
+            return Response(status_code=304, headers={"etag": tag})
+        data = opened.pictures.thumbnail(row)
+        headers = {"cache-control": "private, no-cache", "etag": tag} if data else {"cache-control": "no-store"}
         return Response(data or EMPTY, media_type="image/jpeg" if data else "image/svg+xml", headers=headers)
 
     def picture(self, request: Request) -> Response:
@@ -147,16 +153,19 @@ class Page:
         from starlette.concurrency import run_in_threadpool
 
         length = request.headers.get("content-length", "")
-        if not length.isdecimal() or int(length) > MOST_UPLOADED:
+        if not length.isdecimal() or "transfer-encoding" in request.headers:
+            raise HTTPException(411, "the length of the picture is not given")
+        if len(length) > 12 or int(length) > MOST_UPLOADED:
             raise HTTPException(413, f"the picture is larger than {MOST_UPLOADED >> 20} MiB")
         number, opened = await run_in_threadpool(self._opened, request)
-        async with request.form(max_files=1, max_fields=8) as form:
+        async with request.form(max_files=1) as form:
             picture = form.get("picture")
             if picture is None or isinstance(picture, str):
                 raise HTTPException(400, "no picture was chosen")
             data = await picture.read()
+            rest = [(name, value) for name, value in form.multi_items() if isinstance(value, str)]
         key = await run_in_threadpool(opened.upload, data)
-        return RedirectResponse(f"/{number}/?{urlencode({'image': key})}", 303)
+        return RedirectResponse(f"/{number}/?{urlencode([*rest, ('image', key)])}", 303)
 
     def labels(self, request: Request) -> Response:
         """Labels with counts and histograms, and their confusion with a column."""
@@ -165,7 +174,8 @@ class Page:
         if "label" not in dataset.schema.names:
             return self._page("labels.html.j2", number, opened, "labels", counts=None)
         truth = request.query_params.get("truth", "")
-        if truth not in ("", *conditional(dataset)):
+        columns = [name for name in dataset.kept if name in conditional(dataset)]
+        if truth not in ("", *columns):
             raise HTTPException(400, f"there is no column {truth}")
         counts, table, work = self._counts(opened, truth)
         find = request.query_params.get("find", "").strip()
@@ -173,7 +183,7 @@ class Page:
         return self._page(
             "labels.html.j2", number, opened, "labels", counts=counts, table=table, work=work, truth=truth, find=find,
             found=len(names), names=names[: views.LABELS],
-            columns=[name for name in dataset.kept if name in conditional(dataset)],
+            columns=columns,
             again=f"/{number}/labels?{urlencode({'truth': truth, 'find': find})}",
         )  # fmt: skip
 
@@ -204,7 +214,7 @@ class Page:
         if kind not in there:
             return self._page("groups.html.j2", number, opened, kind, kind=kind, found=None, work=None, sample=sample)
         page = _whole(request, "page")
-        key = self._key(opened, kind, str(page))
+        key = self._key(opened, kind, str(page), opened.made(kind))
         work = self._works.start(key, lambda progress: views.groups_of(opened, kind, page))
         return self._page(
             "groups.html.j2", number, opened, kind, kind=kind, found=work.result(PATIENCE), work=work,
@@ -250,7 +260,9 @@ class Page:
         if store >= len(self._collection.stores):
             raise HTTPException(404, "there is no such store")
         key = ("nights", store, len(self._collection.entries))
-        work = self._works.start(key, lambda progress: views.nights_of(self._collection, store, progress))
+        work = self._works.start(
+            key, lambda progress: views.nights_of(self._collection, store, progress), fresh=FRESH_SECONDS
+        )
         return self._show(
             "nights.html.j2", store=self._collection.stores[store], nights=work.result(PATIENCE), work=work,
             again=f"/nights/{store}", several=True,
@@ -259,7 +271,7 @@ class Page:
     def failed(self, request: Request, error: Exception) -> Response:
         """A page that says what is wrong with a dataset or a request."""
         code = HTTPStatus.BAD_REQUEST if isinstance(error, ConfigError) else HTTPStatus.SERVICE_UNAVAILABLE
-        return self._show("message.html.j2", code, heading="This cannot be shown", text=str(error))
+        return self._message(request, code, str(error))
 
     def refused(self, request: Request, error: Exception) -> Response:
         """A page for a request without an answer."""
@@ -269,7 +281,17 @@ class Page:
             if error.status_code != HTTPStatus.NOT_FOUND or error.detail != "Not Found"
             else "there is no such page"
         )
-        return self._show("message.html.j2", HTTPStatus(error.status_code), heading="This cannot be shown", text=text)
+        return self._message(request, error.status_code, text)
+
+    def broken(self, request: Request, error: Exception) -> Response:
+        """A page for an error that nobody expected; its traceback is in the log."""
+        text = f"unexpected error: {type(error).__name__}: {error}"
+        return self._message(request, HTTPStatus.INTERNAL_SERVER_ERROR, text)
+
+    def _message(self, request: Request, code: int, text: str) -> Response:
+        # What htmx asks for takes its place in a page.
+        template = "error.html.j2" if "hx-request" in request.headers else "message.html.j2"
+        return self._show(template, code, heading="This cannot be shown", text=text)
 
     def _counts(self, opened: OpenedDataset, truth: str) -> tuple[Any, Any, Any]:
         work = self._works.start(self._key(opened, "labels"), lambda progress: count_labels(opened.dataset, progress))
@@ -306,34 +328,6 @@ class Page:
     def _show(self, template: str, code: int = 200, **context: Any) -> Response:
         page = self._templates.get_template(template).render(**context)
         return HTMLResponse(page, status_code=code, headers={"cache-control": "no-store"})
-
-
-def environment() -> Environment:
-    """The templates, in which every text is escaped."""
-    loader = ChoiceLoader([PackageLoader("pipeline.browse", "templates"), PackageLoader("pipeline.report", ".")])
-    made = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    made.filters["count"] = "{:,}".format
-    made.filters["query"] = lambda pairs: urlencode(list(pairs.items()) if isinstance(pairs, dict) else pairs)
-    made.tests["nan"] = lambda value: value != value
-    return made
-
-
-@cache
-def _files() -> dict[str, bytes]:
-    folder = Path(__file__).parent / "static"
-    found = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in MEDIA}
-    style = environment().get_template("style.css.j2").render().encode()
-    found["style.css"] = style + found.pop("browse.css")
-    return found
-
-
-def static(request: Request) -> Response:
-    """A script or the style."""
-    name = request.path_params["name"]
-    data = _files().get(name)
-    if data is None:
-        raise HTTPException(404, "there is no such file")
-    return Response(data, media_type=MEDIA[Path(name).suffix], headers={"cache-control": "private, max-age=600"})
 
 
 def _whole(request: Request, name: str) -> int:
