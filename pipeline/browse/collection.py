@@ -79,7 +79,8 @@ class Collection:
             if found is None or dataset is None or dataset.storage.read(commits.SUCCESS) != dataset.marker:
                 made = OpenedDataset(CachedDataset.of(open_dataset(self.entries[number].url), self.memory), self._model)
                 if found is not None:
-                    found[0].close()
+                    # A thumbnail that is being made may take a while.
+                    threading.Thread(target=found[0].close, daemon=True).start()
             else:
                 made = found[0]
             self._opened[number] = (made, now)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -24,6 +25,8 @@ from pipeline.report.thumbnails import THUMBNAIL, find, lenient, pictures, rows_
 
 # Timeout for the thumbnails of one page, and for finding one original, in seconds.
 BATCH_SECONDS, ONE_SECONDS = 20.0, 10.0
+# Seconds after which a picture that could not be read, or a manifest, is tried again.
+AGAIN_SECONDS = 60.0
 # Formats that browsers show, by the first bytes of a file and those from the given place on.
 _SHOWN = (
     ("image/jpeg", b"\xff\xd8\xff", 0, b""),
@@ -49,11 +52,17 @@ class Pictures:
         self._dataset = dataset
         self._lock = threading.Lock()
         self._opened: tuple[Manifest, PixelReader] | str | None = None
+        self._closed, self._tried = False, 0.0
+        # The pictures of another state of the dataset are others.
+        self.state = f"{dataset.url} {dataset.fingerprint['success']}"
+        self._missing: dict[int, float] = {}
         self._maker = ThreadPoolExecutor(1, thread_name_prefix="thumbnails")
         self._coming: dict[int, Future[Mapping[int, bytes]]] = {}
 
     def close(self) -> None:
         """End the processes that decode."""
+        with self._lock:
+            self._closed = True
         self._maker.shutdown(cancel_futures=True)
         with self._lock:
             if isinstance(self._opened, tuple):
@@ -69,7 +78,7 @@ class Pictures:
         """Begin to make the thumbnails of rows, by their numbers, of which these are the ids."""
         with self._lock:
             new = {row: id for row, id in ids.items() if row not in self._coming and self._held(row) is None}
-            if new and self._opened != "closed":
+            if new and not self._closed:
                 future = self._maker.submit(self._make, new)
                 self._coming |= dict.fromkeys(new, future)
 
@@ -86,7 +95,7 @@ class Pictures:
             return self._held(row) or b""
         try:
             return future.result(timeout=BATCH_SECONDS).get(row, b"")
-        except TimeoutError:
+        except (TimeoutError, CancelledError):
             return b""
 
     def source(self) -> tuple[Manifest, PixelReader]:
@@ -108,9 +117,12 @@ class Pictures:
         """
         manifest, _ = self.source()
         columns = tuple(dict.fromkeys((*manifest.schema.names, manifest.image, *self._dataset.kept)))
-        none = True
-        for _, batch in rows_of(manifest, rows.tolist(), columns, seconds=math.inf):
+        none, there = True, iter(rows.tolist())
+        for chosen, batch in rows_of(manifest, rows.tolist(), columns, seconds=math.inf):
             none = False
+            ids = self._dataset.rows([next(there) for _ in chosen], [self._dataset.id])
+            if batch.column(self._dataset.id).to_pylist() != [each[self._dataset.id] for each in ids]:
+                raise ManifestError("the manifest has other rows in these places by now, so none of them are written")
             yield pa.Table.from_batches([batch])
         if none:
             raise ManifestError("the selection has no row")
@@ -138,7 +150,9 @@ class Pictures:
         return str(self._dataset.rows([row], [self._dataset.id])[0][self._dataset.id])
 
     def _held(self, row: int) -> bytes | None:
-        found: bytes | None = self._dataset.memory.get((self._dataset.url, "thumbnail", row))
+        if time.monotonic() - self._missing.get(row, -AGAIN_SECONDS) < AGAIN_SECONDS:
+            return b""
+        found: bytes | None = self._dataset.memory.get((self.state, "thumbnail", row))
         return found
 
     def _make(self, ids: Mapping[int, str]) -> Mapping[int, bytes]:
@@ -148,8 +162,10 @@ class Pictures:
             if not isinstance(opened, str):
                 made = pictures(*opened, ids, seconds=BATCH_SECONDS)
             for row in ids:
-                data = made.get(row, b"")
-                self._dataset.memory.put((self._dataset.url, "thumbnail", row), data, len(data) + 100)
+                if data := made.get(row):
+                    self._dataset.memory.put((self.state, "thumbnail", row), data, len(data) + 100)
+                else:
+                    self._missing[row] = time.monotonic()
         finally:
             with self._lock:
                 for row in ids:
@@ -158,7 +174,9 @@ class Pictures:
 
     def _open(self) -> tuple[Manifest, PixelReader] | str:
         with self._lock:
-            if self._opened is None:
+            late = isinstance(self._opened, str) and time.monotonic() - self._tried > AGAIN_SECONDS
+            if self._opened is None or (late and not self._closed):
+                self._tried = time.monotonic()
                 try:
                     self._opened = self._read()
                 except PipelineError as error:
