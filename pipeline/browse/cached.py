@@ -110,7 +110,7 @@ class CachedDataset(Dataset):
             (place, group), here = item
             first = int(self.starts[place]) + int(self._groups(self.commits[place])[group])
             table = self.read_group(self.commits[place], group, columns)
-            taken = table.take(pa.array([number - first for number in here], pa.int64())).to_pylist()
+            taken = _rows(table.take(pa.array([number - first for number in here], pa.int64())))
             return list(zip(here, taken, strict=True))
 
         with closing(in_order(take, groups.items(), threads=self.storage.threads)) as found:
@@ -159,3 +159,22 @@ class CachedDataset(Dataset):
     def _keep(self, key: tuple[Any, ...], column: pa.ChunkedArray) -> pa.ChunkedArray:
         self.memory.put(key, column, column.nbytes, kind=(self.url, key[-1]))
         return column
+
+
+def texts(column: pa.ChunkedArray) -> list[Any]:
+    """The values of a column, in which bytes that are not UTF-8 are replaced; Parquet files have them in texts."""
+    try:
+        values: list[Any] = column.to_pylist()
+    except UnicodeDecodeError:
+        if pa.types.is_dictionary(column.type):
+            column = column.cast(column.type.value_type)
+        if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+            return ["not UTF-8"] * len(column)
+        stored = column.cast(pa.large_binary()).to_pylist()
+        values = [None if each is None else each.decode(errors="replace") for each in stored]
+    return values
+
+
+def _rows(table: pa.Table) -> list[dict[str, Any]]:
+    columns = [texts(column) for column in table.columns]
+    return [dict(zip(table.column_names, row, strict=True)) for row in zip(*columns, strict=True)]

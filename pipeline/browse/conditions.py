@@ -36,6 +36,16 @@ def conditional(dataset: Dataset) -> list[str]:
     return [field.name for field in dataset.schema if _is_plain(field.type)]
 
 
+def blank(condition: Condition, dataset: Dataset) -> bool:
+    """True for an empty line of a form. An empty value is one only of texts, which can be equal to it."""
+    if not condition.column or condition.operator in WITHOUT_VALUE:
+        return not condition.column
+    known = condition.column in dataset.schema.names
+    if known and not _is_text(_plain(dataset.schema.field(condition.column).type)):
+        return not condition.value.strip()
+    return not condition.value and condition.operator not in ("is", "not")
+
+
 def problems_of(condition: Condition, dataset: Dataset) -> list[Problem]:
     """The problems of a condition on the columns of a dataset."""
     names = conditional(dataset)
@@ -43,8 +53,7 @@ def problems_of(condition: Condition, dataset: Dataset) -> list[Problem]:
         return [Problem("column", condition.column, f"must be one of {', '.join(names[:20])}")]
     if condition.operator not in OPERATORS:
         return [Problem("op", condition.operator, f"must be one of {', '.join(OPERATORS)}")]
-    kind = dataset.schema.field(condition.column).type
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    kind = _plain(dataset.schema.field(condition.column).type)
     with suppress(pa.ArrowException, ValueError, UnicodeError):
         if condition.operator not in WITHOUT_VALUE:
             _value(condition, kind)
@@ -80,17 +89,29 @@ _TESTS: Mapping[str, Callable[[Any, Any], Any]] = {
 }
 
 
+def _plain(kind: pa.DataType) -> pa.DataType:
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
 def _is_plain(kind: pa.DataType) -> bool:
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    types = pa.types
+    kind, types = _plain(kind), pa.types
     return bool(
-        types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind) or types.is_string(kind)
-        or types.is_large_string(kind) or types.is_temporal(kind) or types.is_decimal(kind)
+        types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind) or _is_text(kind)
+        or types.is_temporal(kind) or types.is_decimal(kind)
     )  # fmt: skip
 
 
 def _value(condition: Condition, kind: pa.DataType) -> pa.Scalar:
     """The value of a condition in the type of its column."""
-    if condition.operator == "has" or pa.types.is_string(kind) or pa.types.is_large_string(kind):
+    if condition.operator == "has" or _is_text(kind):
         return pa.scalar(condition.value, pa.string() if condition.operator == "has" else kind)
-    return pa.scalar(condition.value).cast(kind)
+    value = pa.scalar(condition.value.strip())
+    if pa.types.is_timestamp(kind) and kind.tz:
+        # A time without a zone is one of the column's zone, in which it is shown.
+        with suppress(pa.ArrowInvalid):
+            return pc.assume_timezone(value.cast(pa.timestamp(kind.unit)), kind.tz)
+    return value.cast(kind)

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pipeline.browse.cached import CachedDataset
+from pipeline.browse.cached import CachedDataset, texts
 from pipeline.dataset.commits import Commit
 from pipeline.dataset.search import blocks
 from pipeline.dataset.vectors import vectors_of
@@ -100,7 +100,7 @@ def encoded(column: pa.ChunkedArray) -> tuple[list[str], NDArray[np.int64]]:
     whole = column.cast(pa.string()).combine_chunks()
     whole = pa.concat_arrays(whole.chunks) if isinstance(whole, pa.ChunkedArray) else whole
     coded = whole.dictionary_encode()
-    return coded.dictionary.to_pylist(), coded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+    return texts(coded.dictionary), coded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
 
 
 def margins(top_scores: pa.ChunkedArray) -> NDArray[np.float64]:

@@ -158,11 +158,17 @@ class OpenedDataset:
         kind, _, number = group.partition(":")
         table = self.analysis(kind)
         column = "group" if kind == "duplicates" else "cluster"
-        if group != "sample" and (column not in table.column_names or not number.isdecimal()):
+        if group != "sample" and (column not in table.column_names or not number.isdecimal() or len(number) > 18):
             raise ConfigError([Problem("group", group, "must be like duplicates:0, clusters:0 or sample")])
         ids = table[0] if group == "sample" else table.filter(pc.equal(table[column], int(number)))[0]
-        found: pa.Array = pa.concat_arrays(ids.cast(self.dataset.schema.field(0).type).chunks)
+        kind = self.dataset.schema.field(0).type
+        found: pa.Array = pa.concat_arrays([pa.array([], kind), *ids.cast(kind).chunks])
         return found
+
+    def made(self, group: str) -> str:
+        """The parameters and counts of the analysis of a group, which may be made again; empty without a group."""
+        about = self.analyses().get(group.partition(":")[0]) if group else None
+        return "" if about is None else f"{about.parameters} {about.counts}"
 
     def analysis(self, kind: str) -> pa.Table:
         """The rows of an analysis, whose first column are ids.
@@ -174,7 +180,7 @@ class OpenedDataset:
         about = self.analyses().get(kind)
         if about is None:
             raise ConfigError([Problem("group", kind, f"{self.dataset.url} has no such analysis of its present state")])
-        key = (about.url, self.dataset.fingerprint["success"])
+        key = (about.url, self.dataset.fingerprint["success"], self.made(kind))
         held: pa.Table | None = self.dataset.memory.get(key)
         if held is None:
             try:

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline.browse.cached import CachedDataset
-from pipeline.browse.conditions import WITHOUT_VALUE, Condition, matches, problems_of
+from pipeline.browse.conditions import Condition, blank, matches, problems_of
 from pipeline.browse.measures import floats, label_means, margins, to_means
 from pipeline.core.errors import ConfigError, Problem
 from pipeline.dataset.commits import Commit
@@ -67,20 +67,16 @@ class Selection:
         """
         given: dict[str, list[str]] = {}
         for name, value in pairs:
-            given.setdefault(name, []).append(value.strip())
-        first = {name: values[0] for name, values in given.items()}
+            given.setdefault(name, []).append(value)
+        first = {name: values[0].strip() for name, values in given.items()}
         columns, operators, values = (given.get(name, []) for name in ("column", "op", "value"))
         values += [""] * (len(columns) - len(values))
         operators += ["is"] * (len(columns) - len(operators))
-        conditions = tuple(
-            Condition(column, operator, value)
-            for column, operator, value in zip(columns, operators, values, strict=False)
-            # An empty line of the form.
-            if column and (value or operator in WITHOUT_VALUE)
-        )
+        lines = (Condition(*each) for each in zip(columns, operators, values, strict=False))
+        conditions = tuple(each for each in lines if not blank(each, dataset))
         problems = [problem for each in conditions for problem in problems_of(each, dataset)]
         like = first.get("like", "")
-        if like and not (like.isdecimal() and int(like) < dataset.plan.rows):
+        if like and not (like.isdecimal() and len(like) < 19 and int(like) < dataset.plan.rows):
             problems.append(Problem("like", like, f"must be a row from 0 to {dataset.plan.rows - 1:,}"))
         made = cls(
             text=first.get("q", ""),
