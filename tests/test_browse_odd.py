@@ -26,7 +26,7 @@ from pipeline.browse.opened import OpenedDataset
 from pipeline.browse.pictures import Pictures
 from pipeline.browse.selection import Selection
 from pipeline.browse.works import Works
-from pipeline.core.errors import ManifestError, StorageError
+from pipeline.core.errors import ConfigError, ManifestError, Problem, StorageError
 from pipeline.dataset.analysis import analysis_url, writing
 from pipeline.dataset.dataset import Dataset, open_dataset
 from tests.finished import run_scenes, write_vectors
@@ -436,3 +436,100 @@ def test_the_command_ends_at_once_while_a_search_runs(tmp_path: Path) -> None:
         assert started.wait(60) == 0
         # 200 parts take 25 seconds and more.
         assert time.monotonic() - begun < 10
+
+
+def test_a_work_that_nobody_asks_for_any_more_ends_and_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    works, ended = Works(), threading.Event()
+
+    def work(progress: Any) -> None:
+        try:
+            for step in range(500):
+                progress(step, 500)
+                time.sleep(0.01)
+        finally:
+            ended.set()
+
+    try:
+        monkeypatch.setattr("pipeline.browse.works.ABANDONED", 0.2)
+        for _ in range(8):
+            assert works.start("key", work).result(0.1) is None
+        assert not ended.is_set()
+        assert ended.wait(3)
+        monkeypatch.setattr("pipeline.browse.works.ABANDONED", 90.0)
+        assert works.start("key", lambda progress: 7).result(5) == 7
+        # What no page waits for, such as reading ahead, goes on.
+        monkeypatch.setattr("pipeline.browse.works.ABANDONED", -1.0)
+        ahead = works.start("ahead", lambda progress: progress(1, 1) or 8)
+        assert ahead.future.result(5) == 8
+    finally:
+        works.close()
+
+
+def test_a_truth_with_a_value_for_each_row_is_refused(
+    site: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.browse.measures.MOST_PAIRS", 40)
+    names = [f"{row}" for row in range(60)]
+    kept = {"name": names, "odd": [str(row % 2) for row in range(60)]}
+    write_vectors(str(tmp_path / "d"), unit(60, 1), label=["a"] * 60, **kept)
+    served = site(tmp_path / "d")
+    assert "has more than 40 values" in served.page("/0/labels?truth=name", 400)
+    assert "Labels by odd" in served.page("/0/labels?truth=odd")
+
+
+def test_an_export_that_fails_in_the_middle_leaves_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = write_vectors(str(tmp_path / "d"), unit(9000, 1, 8), shard_rows=3000)
+    part = tmp_path / "d" / made.commits[-1].part
+    part.write_bytes(part.read_bytes()[:1000])
+    for name in ("rows.csv", "rows.parquet"):
+        assert main([made.url, "--export", str(tmp_path / name)]) != 0
+        assert not (tmp_path / name).exists()
+    assert "--repair" in capsys.readouterr().err
+
+
+def test_a_slow_store_keeps_no_other_dataset_waiting(
+    site: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.browse.collection.FRESH_SECONDS", 0.0)
+    for name in ("a", "b"):
+        write_vectors(str(tmp_path / name), unit(3, 1))
+    served, go = site(tmp_path / "a", tmp_path / "b"), threading.Event()
+    from pipeline.storage.local import LocalStorage
+
+    read = LocalStorage.read
+
+    def slow(self: Any, name: str, *given: Any) -> Any:
+        if self.url.endswith("/a"):
+            go.wait(20)
+        return read(self, name, *given)
+
+    monkeypatch.setattr(LocalStorage, "read", slow)
+    waiting = threading.Thread(target=served.ask, args=("/0/about",))
+    waiting.start()
+    try:
+        time.sleep(0.2)
+        begun = time.monotonic()
+        assert "3 rows" in served.page("/1/")
+        assert time.monotonic() - begun < 10
+    finally:
+        go.set()
+        waiting.join(20)
+
+
+def test_an_error_of_a_request_speaks_of_the_request(
+    site: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_vectors(str(tmp_path / "d"), unit(3, 1))
+    served = site(tmp_path / "d")
+    text = served.page("/0/?sort=odd", 400)
+    assert "sort: must be one of" in text
+    assert "the config has" not in text
+
+    def refuse(self: Any, data: bytes) -> str:
+        raise ConfigError([Problem("--image", "/tmp/x/picture", "not_an_image: no picture")])
+
+    monkeypatch.setattr(OpenedDataset, "upload", refuse)
+    body = b'--x\r\nContent-Disposition: form-data; name="picture"; filename="a"\r\n\r\nP\r\n--x--\r\n'
+    about = {"Content_Type": "multipart/form-data; boundary=x", "Origin": f"http://127.0.0.1:{served.port}"}
+    status, _, data = served.ask("/0/upload", method="POST", body=body, **about)
+    assert (status, b"picture: not_an_image" in data, b"/tmp/" in data) == (400, True, False)

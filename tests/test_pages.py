@@ -255,3 +255,32 @@ def test_the_pages_over_datasets_have_no_serious_fault(browser: Any, served: Sit
             assert (path, wide) == (path, 0)
     finally:
         context.close()
+
+
+@pytest.mark.compat("playwright")
+def test_an_error_of_a_long_search_is_shown_where_its_progress_was(
+    browser: Any, datasets: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import time
+
+    from pipeline.browse.opened import OpenedDataset
+    from pipeline.core.errors import StorageError
+
+    def fail(*given: Any) -> None:
+        # After the first answer, and between two questions.
+        time.sleep(0.8)
+        raise StorageError("part-00001 is damaged")
+
+    monkeypatch.setattr(OpenedDataset, "find", fail)
+    with sites() as serve:
+        made = serve(datasets["scenes"])
+        context = browser.new_context()
+        try:
+            page = context.new_page()
+            page.goto(f"http://127.0.0.1:{made.port}/0/?sort=score&token={made.token}")
+            assert page.locator(".waiting").count() == 1
+            page.wait_for_selector("text=part-00001 is damaged", timeout=10_000)
+            assert page.locator(".waiting").count() == 0
+            assert page.locator("header").count() == 1
+        finally:
+            context.close()

@@ -92,7 +92,7 @@ class Page:
         try:
             result = work.result(PATIENCE)
         except ConfigError as error:
-            problem = "; ".join(f"{each.key}: {each.allowed}" for each in error.problems)
+            problem = said(error)
         part = request.query_params.get("part", "")
         tiles = [] if result is None else views.listed(opened, selection, result, start)
         if part == "near":
@@ -164,7 +164,11 @@ class Page:
                 raise HTTPException(400, "no picture was chosen")
             data = await picture.read()
             rest = [(name, value) for name, value in form.multi_items() if isinstance(value, str)]
-        key = await run_in_threadpool(opened.upload, data)
+        try:
+            key = await run_in_threadpool(opened.upload, data)
+        except ConfigError as error:
+            # Of the copy that was embedded, whose place nobody knows.
+            raise HTTPException(400, f"picture: {error.problems[0].allowed}") from error
         return RedirectResponse(f"/{number}/?{urlencode([*rest, ('image', key)])}", 303)
 
     def labels(self, request: Request) -> Response:
@@ -271,7 +275,7 @@ class Page:
     def failed(self, request: Request, error: Exception) -> Response:
         """A page that says what is wrong with a dataset or a request."""
         code = HTTPStatus.BAD_REQUEST if isinstance(error, ConfigError) else HTTPStatus.SERVICE_UNAVAILABLE
-        return self._message(request, code, str(error))
+        return self._message(request, code, said(error))
 
     def refused(self, request: Request, error: Exception) -> Response:
         """A page for a request without an answer."""
@@ -328,6 +332,13 @@ class Page:
     def _show(self, template: str, code: int = 200, **context: Any) -> Response:
         page = self._templates.get_template(template).render(**context)
         return HTMLResponse(page, status_code=code, headers={"cache-control": "no-store"})
+
+
+def said(error: Exception) -> str:
+    """The message of an error on a page, which has no config that could have a problem."""
+    if not isinstance(error, ConfigError):
+        return str(error)
+    return "; ".join(f"{each.key}: {each.allowed}" + f" ({each.hint})" * bool(each.hint) for each in error.problems)
 
 
 def _whole(request: Request, name: str) -> int:

@@ -55,7 +55,8 @@ class Memory:
         with self._lock:
             if key in self._held:
                 return
-            others = [key for key, (_, _, of) in self._held.items() if kind is None or of != kind]
+            full = self.bytes + size > self.limit
+            others = [key for key, (_, _, of) in self._held.items() if kind is None or of != kind] if full else []
             while self.bytes + size > self.limit and others:
                 _, freed, _ = self._held.pop(others.pop(0))
                 self.bytes -= freed

@@ -42,8 +42,9 @@ class Collection:
     """
 
     def __init__(self, urls: Sequence[str], memory: int, model: str | None = None) -> None:
-        self.memory, self._model, self._lock = Memory(memory), model, threading.Lock()
+        self.memory, self._model = Memory(memory), model
         self._opened: dict[int, tuple[OpenedDataset, float]] = {}
+        self._opening: dict[int, threading.Lock] = {}
         self.stores: list[str] = []
         self.entries: list[Entry] = []
         for url in urls:
@@ -70,7 +71,8 @@ class Collection:
         Raises:
             PipelineError: it is not finished, or was removed.
         """
-        with self._lock:
+        # A store that is slow keeps none of the other datasets waiting.
+        with self._opening.setdefault(number, threading.Lock()):
             found = self._opened.get(number)
             now = time.monotonic()
             if found is not None and now - found[1] < FRESH_SECONDS:

@@ -119,8 +119,14 @@ def _write(path: Path, tables: Iterator[pa.Table], *, csv: bool = False) -> int:
     first = next(tables)
     count = 0
     opened = pc.CSVWriter(path, first.schema) if csv else pq.ParquetWriter(path, first.schema, compression="zstd")
-    with opened as writer:
-        for table in chain([first], tables):
-            writer.write_table(table)
-            count += table.num_rows
+    try:
+        with opened as writer:
+            for table in chain([first], tables):
+                writer.write_table(table)
+                count += table.num_rows
+    except BaseException:
+        # A file with some of the rows looks like one with all.
+        if path.is_file():
+            path.unlink()
+        raise
     return count

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline.browse.cached import CachedDataset, texts
+from pipeline.core.errors import ConfigError, Problem
 from pipeline.dataset.commits import Commit
 from pipeline.dataset.search import blocks
 from pipeline.dataset.vectors import vectors_of
@@ -22,6 +23,8 @@ from pipeline.dataset.vectors import vectors_of
 MOST_MEANS = 4096
 # Labels that have a histogram of their own: the first in the dataset.
 MOST_HISTOGRAMS = 4096
+# Pairs of a label and another value that are counted.
+MOST_PAIRS = 1_000_000
 BINS = 40
 Progress = Callable[[int, int], None]
 
@@ -79,6 +82,7 @@ def confusion(dataset: CachedDataset, truth: str, progress: Progress) -> Counter
     """Rows by the value of a column and their label, None for a null; reads both columns of every part.
 
     Raises:
+        ConfigError: there are more than :data:`MOST_PAIRS` of them, as of a column of names.
         StorageError: a part is missing or damaged.
     """
     found = Counter[tuple[str | None, str | None]]()
@@ -89,6 +93,8 @@ def confusion(dataset: CachedDataset, truth: str, progress: Progress) -> Counter
             values = [*trues, None], [*labels, None]
             for row, label, count in zip(*pairs.tolist(), counts.tolist(), strict=True):
                 found[values[0][row], values[1][label]] += count
+            if len(found) > MOST_PAIRS:
+                raise ConfigError([Problem("truth", truth, f"{truth} has more than {MOST_PAIRS:,} values with labels")])
             progress(done, len(dataset.commits))
     return found
 

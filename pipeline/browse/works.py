@@ -14,20 +14,27 @@ from typing import Any
 
 # Works at a time, and results that are kept.
 AT_ONCE, KEPT = 2, 16
+# Seconds after which a work ends that nobody asks for any more; a page in the background asks once a minute.
+ABANDONED = 90.0
 
 
 @dataclass(slots=True)
 class Work:
-    """One work: ``done`` of ``total`` steps, the future of its result, whether its failure was raised, and its end."""
+    """One work: ``done`` of ``total`` steps, and the future of its result.
+
+    ``told`` is set when its failure was raised; ``ended`` and ``asked`` are the times of its end and last question.
+    """
 
     done: int = 0
     total: int = 0
     told: bool = False
     ended: float = math.inf
+    asked: float = math.inf
     future: Future[Any] = field(default_factory=Future)
 
     def result(self, seconds: float) -> Any:
         """The result, or None if it takes longer than ``seconds``; raises what the work raised."""
+        self.asked = time.monotonic()
         try:
             return self.future.result(timeout=seconds)
         except NotYet:
@@ -71,7 +78,9 @@ class Works:
             made = Work()
 
             def progress(done: int, total: int) -> None:
-                if self._closed:
+                if self._closed or time.monotonic() - made.asked > ABANDONED:
+                    # Who asks again begins it anew.
+                    made.told = True
                     raise CancelledError
                 made.done, made.total = done, total
 
