@@ -417,25 +417,37 @@ def test_an_upload_keeps_the_filters(site: Any, tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.slow
-def test_the_command_ends_at_once_while_a_search_runs(tmp_path: Path) -> None:
+@pytest.mark.parametrize("path", ["/0/?sort=score", "/0/export?format=csv"])
+def test_the_command_ends_soon_while_it_works(tmp_path: Path, path: str) -> None:
     write_vectors(str(tmp_path / "d"), unit(400, 1), shard_rows=2, score=np.ones(400, np.float32))
     slow = (
         "import time; from pipeline.browse.cached import CachedDataset; read = CachedDataset.read\n"
         "CachedDataset.read = lambda *given, **named: time.sleep(1) or read(*given, **named)\n"
+        "from pipeline.browse import exports; exports.ROWS_AT_ONCE = 2; rows = CachedDataset.rows\n"
+        "CachedDataset.rows = lambda *given, **named: time.sleep(0.2) or rows(*given, **named)\n"
         "from pipeline.browse.__main__ import main; from pipeline.core.cli import run_process\n"
         f"run_process(lambda: main([{str(tmp_path / 'd')!r}]))"
     )
-    with subprocess.Popen([sys.executable, "-c", slow], stdout=subprocess.PIPE, text=True) as started:
+    with subprocess.Popen(
+        [sys.executable, "-c", slow], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as started:
         assert started.stdout is not None
+        assert started.stderr is not None
         port, token = re.findall(r":(\d+)/\?token=(.*)", started.stdout.readline())[0]
         served = Site(int(port), token)
         served.cookie = served.ask(f"/?token={token}")[1]["set-cookie"].split(";")[0]
-        assert b"waiting" in served.ask("/0/?sort=score")[2]
+        answers = list[bytes]()
+        asking = threading.Thread(target=lambda: answers.append(served.ask(path)[2]))
+        asking.start()
+        time.sleep(1.5)
         begun = time.monotonic()
         started.send_signal(signal.SIGINT)
         assert started.wait(60) == 0
-        # 200 parts take 25 seconds and more.
+        # All of it takes 25 seconds and more.
         assert time.monotonic() - begun < 10
+        asking.join(10)
+        assert b"waiting" in answers[0] if "sort" in path else b"the page is closed" in answers[0]
+        assert started.stderr.read() == ""
 
 
 def test_a_work_that_nobody_asks_for_any_more_ends_and_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:

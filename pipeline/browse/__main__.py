@@ -65,6 +65,12 @@ def _serve(options: argparse.Namespace) -> int:
     from pipeline.browse.guard import Guard
     from pipeline.serve.bind import bind_to
 
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets: Any = None) -> None:
+            # It waits for the requests that it answers, of which an export may take long.
+            page.stop()
+            await super().shutdown(sockets)
+
     collection = Collection(options.dataset, int(options.memory * 2**30), options.model)
     page = Page(collection)
     try:
@@ -85,7 +91,7 @@ def _serve(options: argparse.Namespace) -> int:
                                       server_header=False)  # fmt: skip
             # Its server raises the signal again that ended it.
             with suppress(KeyboardInterrupt):
-                uvicorn.Server(settings).run(sockets=[listening])
+                Server(settings).run(sockets=[listening])
     finally:
         page.close()
     return 0

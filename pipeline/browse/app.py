@@ -70,9 +70,13 @@ class Page:
             exception_handlers={PipelineError: self.failed, HTTPException: self.refused, Exception: self.broken},
         )
 
-    def close(self) -> None:
-        """Begin no more work."""
+    def stop(self) -> None:
+        """Begin no more work, and end what runs at its next step."""
         self._works.close()
+
+    def close(self) -> None:
+        """Stop, and end the processes of the datasets."""
+        self.stop()
         self._collection.close()
 
     def index(self, request: Request) -> Response:
@@ -250,7 +254,7 @@ class Page:
         folder = tempfile.TemporaryDirectory(prefix="clip-pipeline-")
         try:
             path = Path(folder.name) / f"rows{ENDINGS.get(form, '')}"
-            export(opened, selection, form, path, most=MOST_PICTURES)
+            export(opened, selection, form, path, most=MOST_PICTURES, progress=self._works.step)
         except BaseException:
             folder.cleanup()
             raise
@@ -280,11 +284,7 @@ class Page:
     def refused(self, request: Request, error: Exception) -> Response:
         """A page for a request without an answer."""
         assert isinstance(error, HTTPException)
-        text = (
-            error.detail
-            if error.status_code != HTTPStatus.NOT_FOUND or error.detail != "Not Found"
-            else "there is no such page"
-        )
+        text = "there is no such page" if error.detail == "Not Found" else error.detail
         return self._message(request, error.status_code, text)
 
     def broken(self, request: Request, error: Exception) -> Response:

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.browse.opened import OpenedDataset
-from pipeline.browse.selection import ROW, Result, Selection, select
+from pipeline.browse.selection import ROW, Progress, Result, Selection, select
 from pipeline.core.errors import ConfigError, Problem
 from pipeline.core.records import Failure
 from pipeline.manifest.manifest import ROOT_KEY
@@ -28,12 +28,25 @@ ENDINGS = {"parquet": ".parquet", "csv": ".csv", "manifest": ".manifest.parquet"
 ROWS_AT_ONCE, PICTURES_AT_ONCE = 8192, 64
 
 
-def export(opened: OpenedDataset, selection: Selection, form: str, path: Path, *, most: int | None = None) -> int:
+def silent(done: int, total: int) -> None:
+    """A progress that nobody watches."""
+
+
+def export(
+    opened: OpenedDataset,
+    selection: Selection,
+    form: str,
+    path: Path,
+    *,
+    most: int | None = None,
+    progress: Progress = silent,
+) -> int:
     """Write the rows of a selection to a file; returns their number.
 
     ``parquet`` and ``csv`` hold id, label, score and the value that orders the rows, ``manifest`` what a job reads,
     ``datasets`` what ``datasets.load_dataset("parquet", data_files=...)`` reads, with the encoded pictures. In an order
-    other than the dataset's only the listed rows are written. ``most`` limits the pictures.
+    other than the dataset's only the listed rows are written. ``most`` limits the pictures. ``progress`` is called now and then, and may
+    raise.
 
     Raises:
         ConfigError: the form does not exist, or the dataset has no manifest any more.
@@ -42,7 +55,7 @@ def export(opened: OpenedDataset, selection: Selection, form: str, path: Path, *
     """
     if form not in FORMATS:
         raise ConfigError([Problem("format", form, f"must be one of {', '.join(FORMATS)}")])
-    rows, values = _rows_of(opened, selection)
+    rows, values = _rows_of(opened, selection, progress)
     if form == "datasets" and most is not None and len(rows) > most:
         allowed = f"is for {most:,} pictures at most, and these are {len(rows):,}"
         raise ConfigError(
@@ -50,10 +63,10 @@ def export(opened: OpenedDataset, selection: Selection, form: str, path: Path, *
         )
     with explained(str(path)):
         if form == "manifest":
-            return _write(path, _manifest(opened, rows))
+            return _write(path, _manifest(opened, rows), progress)
         if form == "datasets":
-            return _write(path, _pictures(opened, rows))
-        return _write(path, _tables(opened, rows, values), csv=form == "csv")
+            return _write(path, _pictures(opened, rows), progress)
+        return _write(path, _tables(opened, rows, values), progress, csv=form == "csv")
 
 
 def command_of(opened: OpenedDataset, selection: Selection, form: str = "parquet") -> str:
@@ -63,15 +76,17 @@ def command_of(opened: OpenedDataset, selection: Selection, form: str = "parquet
     return shlex.join(words)
 
 
-def _rows_of(opened: OpenedDataset, selection: Selection) -> tuple[NDArray[np.int64], NDArray[np.float64] | None]:
-    result: Result = opened.find(selection, lambda done, total: None)
+def _rows_of(
+    opened: OpenedDataset, selection: Selection, progress: Progress
+) -> tuple[NDArray[np.int64], NDArray[np.float64] | None]:
+    result: Result = opened.find(selection, progress)
     if selection.order != ROW or result.total == len(result.rows):
         return result.rows, result.values
     if selection.plain:
         return np.arange(result.total, dtype=np.int64), None
     # More than the page lists.
     ids = opened.members(selection.group) if selection.group else None
-    return select(opened.dataset, selection, ids=ids, most=result.total).rows, None
+    return select(opened.dataset, selection, ids=ids, most=result.total, progress=progress).rows, None
 
 
 def _tables(opened: OpenedDataset, rows: NDArray[np.int64], values: NDArray[np.float64] | None) -> Iterator[pa.Table]:
@@ -115,7 +130,7 @@ def _dtype(kind: pa.DataType) -> str:
     return {"float": "float32", "double": "float64", "halffloat": "float16"}.get(str(kind), str(kind))
 
 
-def _write(path: Path, tables: Iterator[pa.Table], *, csv: bool = False) -> int:
+def _write(path: Path, tables: Iterator[pa.Table], progress: Progress, *, csv: bool = False) -> int:
     first = next(tables)
     count = 0
     opened = pc.CSVWriter(path, first.schema) if csv else pq.ParquetWriter(path, first.schema, compression="zstd")
@@ -124,6 +139,7 @@ def _write(path: Path, tables: Iterator[pa.Table], *, csv: bool = False) -> int:
             for table in chain([first], tables):
                 writer.write_table(table)
                 count += table.num_rows
+                progress(count, 0)
     except BaseException:
         # A file with some of the rows looks like one with all.
         if path.is_file():

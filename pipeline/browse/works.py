@@ -12,6 +12,8 @@ from concurrent.futures import TimeoutError as NotYet
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline.core.errors import PipelineError
+
 # Works at a time, and results that are kept.
 AT_ONCE, KEPT = 2, 16
 # Seconds after which a work ends that nobody asks for any more; a page in the background asks once a minute.
@@ -63,6 +65,15 @@ class Works:
         self._closed = True
         self._pool.shutdown(wait=False, cancel_futures=True)
 
+    def step(self, done: int = 0, total: int = 0) -> None:
+        """Go on with work, unless the page ends; a progress of what runs elsewhere.
+
+        Raises:
+            PipelineError: the page ends.
+        """
+        if self._closed:
+            raise PipelineError("the page is closed")
+
     def start(
         self, key: Hashable, work: Callable[[Callable[[int, int], None]], Any], *, fresh: float = math.inf
     ) -> Work:
@@ -78,7 +89,8 @@ class Works:
             made = Work()
 
             def progress(done: int, total: int) -> None:
-                if self._closed or time.monotonic() - made.asked > ABANDONED:
+                self.step()
+                if time.monotonic() - made.asked > ABANDONED:
                     # Who asks again begins it anew.
                     made.told = True
                     raise CancelledError
