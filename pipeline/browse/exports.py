@@ -45,8 +45,8 @@ def export(
 
     ``parquet`` and ``csv`` hold id, label, score and the value that orders the rows, ``manifest`` what a job reads,
     ``datasets`` what ``datasets.load_dataset("parquet", data_files=...)`` reads, with the encoded pictures. In an order
-    other than the dataset's only the listed rows are written. ``most`` limits the pictures. ``progress`` is called now and then, and may
-    raise.
+    other than the dataset's only the listed rows are written. ``most`` limits the pictures. ``progress`` is called now
+    and then, and may raise.
 
     Raises:
         ConfigError: the form does not exist, or the dataset has no manifest any more.
