@@ -545,3 +545,27 @@ def test_an_error_of_a_request_speaks_of_the_request(
     about = {"Content_Type": "multipart/form-data; boundary=x", "Origin": f"http://127.0.0.1:{served.port}"}
     status, _, data = served.ask("/0/upload", method="POST", body=body, **about)
     assert (status, b"picture: not_an_image" in data, b"/tmp/" in data) == (400, True, False)
+
+
+def test_a_request_that_a_store_refuses_for_a_moment_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.browse import cached, opened
+
+    clustered(tmp_path / "d", ["row-3"])
+    made = CachedDataset.of(open_dataset(str(tmp_path / "d")), Memory(0))
+    monkeypatch.setattr("pipeline.storage.retry.FIRST_WAIT", 0.001)
+    for module in (cached, opened):
+        failures = iter([ConnectionResetError, TimeoutError])
+        real = module.open_arrow
+
+        def flaky(url: str, failures: Any = failures, real: Any = real) -> Any:
+            if (error := next(failures, None)) is not None:
+                raise error("a moment")
+            return real(url)
+
+        monkeypatch.setattr(module, "open_arrow", flaky)
+    assert made.rows([3], ["id"]) == [{"id": "row-3"}]
+    page = OpenedDataset(made, None)
+    assert page.analysis("clusters")["id"].to_pylist() == ["row-3"]
+    page.close()

@@ -19,6 +19,7 @@ from pipeline.core.errors import StorageError
 from pipeline.core.plain import plain_table
 from pipeline.dataset.commits import Commit
 from pipeline.dataset.dataset import HELD, Dataset
+from pipeline.storage.retry import retried
 from pipeline.storage.urls import explained, open_arrow
 
 
@@ -149,9 +150,14 @@ class CachedDataset(Dataset):
 
     def _opened(self, commit: Commit, work: Any) -> Any:
         url = f"{self.url.rstrip('/')}/{commit.part}"
-        try:
-            with explained(url), open_arrow(url) as file:
+
+        def load() -> Any:
+            with open_arrow(url) as file:
                 return work(pq.ParquetFile(file, pre_buffer=False))
+
+        try:
+            with explained(url):
+                return retried(url, load)
         except pa.ArrowException as error:
             raise StorageError(
                 f"{url}: not readable as Parquet ({error}); python -m pipeline.verify {self.url} --repair does it again"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import threading
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from pipeline.dataset.vectors import cut
 from pipeline.engine.query import config_of_dataset, embed_image, embed_text, open_model
 from pipeline.models.lean import import_transformers
 from pipeline.storage.local import LocalStorage
+from pipeline.storage.retry import retried
 from pipeline.storage.urls import explained, open_arrow
 
 if TYPE_CHECKING:
@@ -184,8 +186,8 @@ class OpenedDataset:
         held: pa.Table | None = self.dataset.memory.get(key)
         if held is None:
             try:
-                with explained(about.url), open_arrow(about.url) as file:
-                    held = pq.read_table(file)
+                with explained(about.url):
+                    held = retried(about.url, partial(_table, about.url))
             except pa.ArrowException as error:
                 raise StorageError(f"{about.url}: not readable as Parquet ({error}); make it again") from error
             self.dataset.memory.put(key, held, held.nbytes)
@@ -221,6 +223,11 @@ class OpenedDataset:
                     self.dataset, model if self._model is None else replace(model, name=self._model)
                 )
             return self._checkpoint
+
+
+def _table(url: str) -> pa.Table:
+    with open_arrow(url) as file:
+        return pq.read_table(file)
 
 
 def shown_columns(dataset: CachedDataset) -> list[str]:
