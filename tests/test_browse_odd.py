@@ -569,3 +569,28 @@ def test_a_request_that_a_store_refuses_for_a_moment_is_tried_again(
     page = OpenedDataset(made, None)
     assert page.analysis("clusters")["id"].to_pylist() == ["row-3"]
     page.close()
+
+
+@pytest.mark.slow
+def test_a_dataset_in_s3_is_shown_with_one_request_of_ten_failing(
+    site: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.s3 import BUCKET, moto_server, pointed_at, proxy_to
+
+    monkeypatch.setattr("pipeline.storage.retry.FIRST_WAIT", 0.003)
+    monkeypatch.setattr("pipeline.browse.collection.FRESH_SECONDS", 0.0)
+    with moto_server(tmp_path / "log") as server, proxy_to(server) as proxy, pointed_at(proxy.url):
+        address = f"s3://{BUCKET}/d"
+        write_vectors(address, unit(120, 1), label=["a", "b"] * 60, score=np.linspace(0, 1, 120).astype(np.float32))
+        served = site(address, memory=0)
+        proxy.throw_dice(0.1, 3)
+        assert rows_in(served.page("/0/?sort=score"))[:3] == [119, 118, 117]
+        assert ">60</b> rows" in served.page("/0/?column=label&op=is&value=a")
+        for path in ("labels", "failures", "duplicates", "about", "row/77", "?like=5"):
+            served.page(f"/0/{path}")
+        assert any(fault for *_, fault in proxy.requests)
+        proxy.share = 0.0
+        proxy.inject("403", "GET", times=1000)
+        assert "This cannot be shown" in served.page("/0/?sort=-score", 503)
+        proxy.reset()
+        assert rows_in(served.page("/0/?sort=-score"))[0] == 0
