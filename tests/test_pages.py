@@ -152,6 +152,20 @@ def test_a_stranger_finds_the_most_and_least_certain_rows_of_a_label(walk: Any, 
 
 
 @pytest.mark.compat("playwright")
+def test_a_link_in_a_message_opens_the_page(browser: Any, served: Site) -> None:
+    context = browser.new_context()
+    try:
+        page = context.new_page()
+        link = f"<a href='http://127.0.0.1:{served.port}/?token={served.token}'>look</a>"
+        page.route("http://chat.example/", lambda route: route.fulfill(body=link, content_type="text/html"))
+        page.goto("http://chat.example/")
+        page.get_by_role("link", name="look").click()
+        page.wait_for_selector("text=Timeline of the nights")
+    finally:
+        context.close()
+
+
+@pytest.mark.compat("playwright")
 def test_a_stranger_finds_near_duplicates(walk: Any) -> None:
     walk.get_by_role("link", name="scenes").click()
     walk.get_by_role("link", name="Near duplicates").click()

@@ -85,7 +85,9 @@ class Guard:
             rest = urlencode([(name, value) for name, value in pairs if name != TOKEN])
             # Two slashes would lead to another host.
             moved = RedirectResponse(f"/{scope['path'].lstrip('/')}{'?' if rest else ''}{rest}", 303)
-            moved.set_cookie(self._cookie, self._token, httponly=True, samesite="strict", path="/")
+            # Not strict: a browser that follows a link of another site, as in a message, brings no strict cookie to the
+            # redirect. No request that has only the cookie changes anything.
+            moved.set_cookie(self._cookie, self._token, httponly=True, samesite="lax", path="/")
             return moved
         # Python's own parser reads nothing where another program on this host has set a cookie that it does not like.
         if not self._fits(cookie_parser("; ".join(headers.get("cookie", []))).get(self._cookie, "")):
