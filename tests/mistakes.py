@@ -36,6 +36,7 @@ MODULES = {
     "pipeline.artifacts": "pipeline.artifacts",
     "pipeline.bench": "pipeline.bench.__main__",
     "pipeline.report": "pipeline.report.__main__",
+    "pipeline.browse": "pipeline.browse.__main__",
 }
 RUN = "python -m pipeline.run"
 END = "-- ended with"
