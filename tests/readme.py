@@ -105,6 +105,7 @@ ROWS: dict[str, Run | Slow | Prove | Elsewhere] = {
     "python -m tests.relabel_cost": Elsewhere("tests/relabel_cost.py", "python -m tests.relabel_cost"),
     "python -m tests.benchmarks.databases": Elsewhere("tests/test_databases.py", "import databases as benchmark"),
     "python -m tests.dedup_cost": Elsewhere("tests/dedup_cost.py", "python -m tests.dedup_cost"),
+    "python -m tests.benchmarks.browse": Elsewhere("tests/benchmarks/browse.py", "python -m tests.benchmarks.browse"),
     "python -m tests.conf_readme": Elsewhere("tests/test_words.py", "conf_readme.page()"),
     "python -m tests.models_readme": Elsewhere("tests/test_families.py", "models_readme.page(text)"),
     "PIPELINE_SERVE_OVERRIDES=": Elsewhere("jobs/deploy/up.py", "PIPELINE_SERVE_OVERRIDES"),
