@@ -19,6 +19,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+pytest.importorskip("uvicorn", reason="needs the extra serve")
+pytest.importorskip("fastapi", reason="needs the extra serve")
+pytest.importorskip("python_multipart", reason="needs the extra serve")
+
 from pipeline.browse.__main__ import main
 from pipeline.browse.cached import CachedDataset, Memory
 from pipeline.browse.guard import LOOPBACK, Guard

@@ -14,6 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+pytest.importorskip("uvicorn", reason="needs the extra serve")
+pytest.importorskip("fastapi", reason="needs the extra serve")
+pytest.importorskip("python_multipart", reason="needs the extra serve")
+
 from pipeline.dedup import main as dedup
 from pipeline.report.__main__ import main
 from pipeline.report.nights import history_page
@@ -210,14 +214,18 @@ def test_a_stranger_finds_what_a_text_says_by_the_keyboard_alone(walk: Any, data
 def test_more_rows_come_as_one_scrolls_and_thumbnails_with_them(walk: Any) -> None:
     walk.get_by_role("link", name="scenes").click()
     assert len(shown(walk)) == 48
-    for _ in range(40):
+    for _ in range(200):
         walk.mouse.wheel(0, 3000)
         walk.wait_for_timeout(100)
         if len(shown(walk)) == 124:
             break
     assert shown(walk) == list(range(124))
-    loaded = "[...document.images].filter(one => one.complete && one.naturalWidth > 0).length > 100"
-    walk.wait_for_function(loaded)
+    loaded = "[...document.images].filter(one => one.complete && one.naturalWidth > 0).length"
+    for _ in range(200):
+        if walk.evaluate(loaded) > 100:
+            break
+        walk.wait_for_timeout(100)
+    assert walk.evaluate(loaded) > 100
 
 
 @pytest.mark.compat("playwright")
