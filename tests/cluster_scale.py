@@ -65,7 +65,7 @@ def plant(dask_worker: Any) -> None:
 
 
 def measure(shards: int, workers: int) -> dict[str, float]:
-    config = Config()
+    config = Config().changed({"manifest.shard_rows": 4096})
     environments = [{VARIABLE: ",".join(map(str, share))} for share in shares(workers, 1)]
     with ExitStack() as opened:
         opened.enter_context(dask.config.set(SETTINGS))
