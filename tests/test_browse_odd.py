@@ -473,7 +473,7 @@ def test_a_work_that_nobody_asks_for_any_more_ends_and_begins_anew(monkeypatch: 
         assert ended.wait(3)
         monkeypatch.setattr("pipeline.browse.works.ABANDONED", 90.0)
         assert works.start("key", lambda progress: 7).result(5) == 7
-        # What no page waits for, such as reading ahead, goes on.
+        # Work that no page waits for, such as reading ahead, goes on.
         monkeypatch.setattr("pipeline.browse.works.ABANDONED", -1.0)
         ahead = works.start("ahead", lambda progress: progress(1, 1) or 8)
         assert ahead.future.result(5) == 8

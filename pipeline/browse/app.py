@@ -182,7 +182,8 @@ class Page:
         if "label" not in dataset.schema.names:
             return self._page("labels.html.j2", number, opened, "labels", counts=None)
         truth = request.query_params.get("truth", "")
-        columns = [name for name in dataset.kept if name in conditional(dataset)]
+        known = conditional(dataset)
+        columns = [name for name in dataset.kept if name in known]
         if truth not in ("", *columns):
             raise HTTPException(400, f"there is no column {truth}")
         counts, table, work = self._counts(opened, truth)
@@ -293,7 +294,7 @@ class Page:
         return self._message(request, HTTPStatus.INTERNAL_SERVER_ERROR, text)
 
     def _message(self, request: Request, code: int, text: str) -> Response:
-        # What htmx asks for takes its place in a page.
+        # An answer to htmx becomes a piece of the page that asks.
         template = "error.html.j2" if "hx-request" in request.headers else "message.html.j2"
         return self._show(template, code, heading="This cannot be shown", text=text)
 

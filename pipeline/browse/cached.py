@@ -15,12 +15,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.core.concurrency import in_order
-from pipeline.core.errors import StorageError
 from pipeline.core.plain import plain_table
 from pipeline.dataset.commits import Commit
 from pipeline.dataset.dataset import HELD, Dataset
-from pipeline.storage.retry import retried
-from pipeline.storage.urls import explained, open_arrow
+from pipeline.storage.urls import open_arrow
 
 
 class Memory:
@@ -151,17 +149,11 @@ class CachedDataset(Dataset):
     def _opened(self, commit: Commit, work: Any) -> Any:
         url = f"{self.url.rstrip('/')}/{commit.part}"
 
-        def load() -> Any:
+        def read() -> Any:
             with open_arrow(url) as file:
                 return work(pq.ParquetFile(file, pre_buffer=False))
 
-        try:
-            with explained(url):
-                return retried(url, load)
-        except pa.ArrowException as error:
-            raise StorageError(
-                f"{url}: not readable as Parquet ({error}); python -m pipeline.verify {self.url} --repair does it again"
-            ) from error
+        return self.load(url, read)
 
     def _keep(self, key: tuple[Any, ...], column: pa.ChunkedArray) -> pa.ChunkedArray:
         self.memory.put(key, column, column.nbytes, kind=(self.url, key[-1]))

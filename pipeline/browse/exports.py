@@ -15,8 +15,9 @@ import pyarrow.csv as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from pipeline.browse.measures import Progress
 from pipeline.browse.opened import OpenedDataset
-from pipeline.browse.selection import ROW, Progress, Result, Selection, select
+from pipeline.browse.selection import ROW, Result, Selection, select
 from pipeline.core.errors import ConfigError, Problem
 from pipeline.core.records import Failure
 from pipeline.manifest.manifest import ROOT_KEY

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from pipeline.browse.cached import CachedDataset, texts
 from pipeline.core.errors import ConfigError, Problem
+from pipeline.core.plain import one_array
 from pipeline.dataset.commits import Commit
 from pipeline.dataset.search import blocks
 from pipeline.dataset.vectors import vectors_of
@@ -103,16 +104,13 @@ def encoded(column: pa.ChunkedArray) -> tuple[list[str], NDArray[np.int64]]:
     """The distinct values of a column as texts, and for each row the place of its own; -1 for a null."""
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
-    whole = column.cast(pa.string()).combine_chunks()
-    whole = pa.concat_arrays(whole.chunks) if isinstance(whole, pa.ChunkedArray) else whole
-    coded = whole.dictionary_encode()
+    coded = one_array(column.cast(pa.string())).dictionary_encode()
     return texts(coded.dictionary), coded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
 
 
 def margins(top_scores: pa.ChunkedArray) -> NDArray[np.float64]:
     """The difference of the two highest scores of each row; NaN where there are fewer."""
-    lists = top_scores.combine_chunks()
-    lists = pa.concat_arrays(lists.chunks) if isinstance(lists, pa.ChunkedArray) else lists
+    lists = one_array(top_scores)
     found = np.full(len(lists), np.nan)
     lengths = pc.list_value_length(lists).fill_null(0).to_numpy(zero_copy_only=False)
     values = lists.flatten().to_numpy(zero_copy_only=False).astype(np.float64)

@@ -16,8 +16,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.browse.cached import CachedDataset
+from pipeline.browse.measures import Progress
 from pipeline.browse.pictures import Pictures
-from pipeline.browse.selection import MOST, SIMILAR, Progress, Result, Selection, select
+from pipeline.browse.selection import MOST, SIMILAR, Result, Selection, select
 from pipeline.core.errors import ArtifactError, ConfigError, PipelineError, Problem, StorageError
 from pipeline.dataset.analysis import Analysis, analyses_of
 from pipeline.dataset.index import OpenedIndex
@@ -170,7 +171,7 @@ class OpenedDataset:
     def made(self, group: str) -> str:
         """The parameters and counts of the analysis of a group, which may be made again; empty without a group."""
         about = self.analyses().get(group.partition(":")[0]) if group else None
-        return "" if about is None else f"{about.parameters} {about.counts}"
+        return "" if about is None else _made(about)
 
     def analysis(self, kind: str) -> pa.Table:
         """The rows of an analysis, whose first column are ids.
@@ -182,7 +183,7 @@ class OpenedDataset:
         about = self.analyses().get(kind)
         if about is None:
             raise ConfigError([Problem("group", kind, f"{self.dataset.url} has no such analysis of its present state")])
-        key = (about.url, self.dataset.fingerprint["success"], self.made(kind))
+        key = (about.url, self.dataset.fingerprint["success"], _made(about))
         held: pa.Table | None = self.dataset.memory.get(key)
         if held is None:
             try:
@@ -223,6 +224,10 @@ class OpenedDataset:
                     self.dataset, model if self._model is None else replace(model, name=self._model)
                 )
             return self._checkpoint
+
+
+def _made(about: Analysis) -> str:
+    return f"{about.parameters} {about.counts}"
 
 
 def _table(url: str) -> pa.Table:

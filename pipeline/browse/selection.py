@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from urllib.parse import urlencode
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pipeline.browse.cached import CachedDataset
 from pipeline.browse.conditions import Condition, blank, matches, problems_of
-from pipeline.browse.measures import floats, label_means, margins, to_means
+from pipeline.browse.measures import BINS, Progress, floats, label_means, margins, to_means
 from pipeline.core.errors import ConfigError, Problem
 from pipeline.dataset.commits import Commit
 from pipeline.dataset.dataset import Dataset
@@ -32,8 +32,6 @@ ORDERS = {
 }
 # Rows of a selection that are listed, in an order other than the dataset's, and in that one.
 MOST, MOST_IN_ORDER = 5_000, 200_000
-BINS = 40
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)

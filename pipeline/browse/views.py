@@ -1,4 +1,4 @@
-"""What the templates show: tiles, rows, labels, failures, groups and nights."""
+"""The data of the templates: tiles, rows, labels, failures, groups and nights."""
 
 from __future__ import annotations
 
@@ -38,7 +38,6 @@ class Tile:
     value: str = ""
     status: str = OK
     error: str = ""
-    keep: bool = False
 
 
 def tiles(opened: OpenedDataset, rows: Sequence[int], values: Sequence[str] = ()) -> list[Tile]:

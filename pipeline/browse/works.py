@@ -91,7 +91,7 @@ class Works:
             def progress(done: int, total: int) -> None:
                 self.step()
                 if time.monotonic() - made.asked > ABANDONED:
-                    # Who asks again begins it anew.
+                    # The next question begins it anew.
                     made.told = True
                     raise CancelledError
                 made.done, made.total = done, total

@@ -111,6 +111,14 @@ def text_bytes(column: pa.Array) -> list[bytes | None]:
     return cells
 
 
+def one_array(column: pa.ChunkedArray) -> pa.Array:
+    """A column as one array; its only chunk is not copied."""
+    array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+    if isinstance(array, pa.ChunkedArray):
+        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], column.type)
+    return array
+
+
 def plain_array(array: pa.Array, kind: pa.DataType) -> pa.Array:
     """The values of an array as an array of ``kind``, its plain type."""
     if array.type == kind:

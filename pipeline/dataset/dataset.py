@@ -137,9 +137,17 @@ class Dataset:
                 raise StorageError(f"{url}: {'missing' if data is None else 'damaged'}; {self._way_out}")
             return _table(pa.BufferReader(data), columns, self.schema)
 
+        return self.load(url, load)
+
+    def load(self, url: str, read: Callable[[], _Result]) -> _Result:
+        """The result of ``read``, which reads the part at ``url``; errors of the store that pass are tried again.
+
+        Raises:
+            StorageError: the part is missing or damaged.
+        """
         try:
             with explained(url):
-                return retried(url, load)
+                return retried(url, read)
         except pa.ArrowException as error:
             raise StorageError(f"{url}: not readable as Parquet ({error}); {self._way_out}") from error
 

@@ -94,7 +94,7 @@ def new_plan(
     ``about`` is for readers; without it, model and manifest of the config. ``sources`` see :class:`Plan`.
     """
     shard_rows = config.manifest.shard_rows if rows else 0
-    # What is estimated of tars is no setting.
+    # The rows of a tar are estimated, and no setting.
     config = config if rows else config.changed({"manifest.shard_rows": 0})
     return Plan(
         rows=rows,

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from pipeline.config.schema import OutputConfig
 from pipeline.core.errors import ConfigError, NumericalError, Problem, StorageError
+from pipeline.core.plain import one_array
 
 # Part of the fingerprints: how readers get the numbers back.
 ENCODINGS = {
@@ -148,9 +149,7 @@ def vectors_of(column: pa.ChunkedArray, width: int = 0) -> tuple[NDArray[Any], N
     Raises:
         StorageError: one of them has another length.
     """
-    array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
-    if isinstance(array, pa.ChunkedArray):
-        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], column.type)
+    array = one_array(column)
     if pa.types.is_fixed_size_list(column.type):
         width = column.type.list_size
     elif wrong := other_lengths(array, width):

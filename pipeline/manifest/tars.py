@@ -25,7 +25,7 @@ SUFFIXES = (".tar", ".tar.gz", ".tgz")
 SIDECARS = ("txt", "json", "cls")
 # Bytes of a text beside an image, and of all members of one key, at most.
 TEXT_BYTES, SAMPLE_BYTES = 16 << 20, 512 << 20
-# What a member takes in memory besides its bytes, about.
+# Approximate bytes of memory that a member takes besides its own.
 MEMBER_BYTES = 1 << 10
 # Tars whose beginnings are looked at, and bytes of these.
 LOOKED_AT, BEGINNING = 8, 1 << 20
