@@ -37,7 +37,7 @@ from pipeline.browse.opened import OpenedDataset
 from pipeline.browse.points import points_of
 from pipeline.browse.selection import MOST, Result, Selection, select
 from pipeline.browse.views import label_distance, nights_of
-from pipeline.browse.works import Works
+from pipeline.browse.works import KEPT, Works
 from pipeline.core.errors import ConfigError, NoDataset, StorageError
 from pipeline.dataset.analysis import analysis_url, writing
 from pipeline.dataset.dataset import open_dataset
@@ -299,6 +299,12 @@ def test_a_failed_work_begins_anew_and_a_finished_one_does_not() -> None:
         for other in range(40):
             works.start(other, lambda progress: 1).result(5)
         assert works.start("key", work).result(5) == 3
+        # As many results as are kept are not computed again.
+        for _ in range(2):
+            for other in range(KEPT):
+                again = works.start(("kept", other), lambda progress: calls.append(1))
+                again.result(5)
+        assert len(calls) == 3 + KEPT
     finally:
         works.close()
 

@@ -99,6 +99,7 @@ class Works:
             made.future = self._pool.submit(work, progress)
             made.future.add_done_callback(lambda future: setattr(made, "ended", time.monotonic()))
             self._works[key] = made
-            for old in [key for key, each in self._works.items() if each.future.done()][: len(self._works) - KEPT]:
+            ended = [key for key, each in self._works.items() if each.future.done()]
+            for old in ended[: max(0, len(self._works) - KEPT)]:
                 del self._works[old]
             return made
