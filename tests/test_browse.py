@@ -406,6 +406,9 @@ def test_every_page_of_a_dataset_answers(site: Any, scenes: Path) -> None:
     ("path", "status"),
     [
         ("/1/", 404), ("/0/row/60", 404), ("/0/row/x", 404), ("/0/nothing", 404), ("/nights/0", 404),
+        *((path.replace("N", "9" * digits), 404) for digits in (18, 19, 5000)
+          for path in ("/N/", "/0/row/N", "/0/thumbnail/N", "/0/picture/N", "/nights/N")),
+        *((f"/0/?{name}={'9' * digits}", 400) for digits in (18, 19, 5000) for name in ("from", "like")),
         ("/static/..%2fapp.py", 404), ("/static/browse.css", 404), ("/0/?sort=nothing", 400), ("/0/?like=99", 400),
         ("/0/?from=x", 400), ("/0/labels?truth=nobody", 400), ("/0/export?format=exe", 400),
         ("/0/export?format=csv&group=duplicates:1", 400), ("/0/picture/3", 415),

@@ -12,6 +12,7 @@ from urllib.parse import urlencode
 
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
+from starlette.convertors import IntegerConvertor, register_url_convertor
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, JSONResponse, RedirectResponse, Response
@@ -24,6 +25,7 @@ from pipeline.browse.conditions import OPERATORS, WITHOUT_VALUE, conditional
 from pipeline.browse.exports import ENDINGS, command_of, export
 from pipeline.browse.measures import count_labels
 from pipeline.browse.opened import OpenedDataset
+from pipeline.browse.pictures import EMPTY
 from pipeline.browse.points import points_of
 from pipeline.browse.selection import Selection, orders_of
 from pipeline.browse.works import Works
@@ -37,11 +39,15 @@ PATIENCE = 0.6
 MOST_PICTURES = 10_000
 # Bytes of an uploaded picture.
 MOST_UPLOADED = 64 * 2**20
-EMPTY = (
-    b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 160 160"><rect width="160" height="160" fill="#8883"/>'
-    b'<text x="80" y="84" text-anchor="middle" font-family="sans-serif" font-size="14" fill="#888">no picture</text>'
-    b"</svg>"
-)
+
+
+class Number(IntegerConvertor):
+    """A number in a path, of as many digits as a row can have."""
+
+    regex = "[0-9]{1,18}"
+
+
+register_url_convertor("number", Number())
 
 
 class Page:
@@ -54,8 +60,8 @@ class Page:
     def app(self) -> Starlette:
         """The app of all routes."""
         of_dataset = {
-            "/": self.rows, "/row/{row:int}": self.row, "/thumbnail/{row:int}": self.thumbnail,
-            "/picture/{row:int}": self.picture, "/labels": self.labels, "/failures": self.failures,
+            "/": self.rows, "/row/{row:number}": self.row, "/thumbnail/{row:number}": self.thumbnail,
+            "/picture/{row:number}": self.picture, "/labels": self.labels, "/failures": self.failures,
             "/duplicates": self.groups, "/clusters": self.groups, "/map": self.map, "/map.json": self.points,
             "/about": self.about, "/export": self.export,
         }  # fmt: skip
@@ -63,9 +69,9 @@ class Page:
             routes=[
                 Route("/", self.index),
                 Route("/static/{name}", static),
-                Route("/nights/{store:int}", self.nights),
-                *(Route(f"/{{number:int}}{path}", handler) for path, handler in of_dataset.items()),
-                Route("/{number:int}/upload", self.upload, methods=["POST"]),
+                Route("/nights/{store:number}", self.nights),
+                *(Route(f"/{{number:number}}{path}", handler) for path, handler in of_dataset.items()),
+                Route("/{number:number}/upload", self.upload, methods=["POST"]),
             ],
             exception_handlers={PipelineError: self.failed, HTTPException: self.refused, Exception: self.broken},
         )
@@ -96,7 +102,7 @@ class Page:
         try:
             result = work.result(PATIENCE)
         except ConfigError as error:
-            problem = said(error)
+            problem = views.message_of(error)
         part = request.query_params.get("part", "")
         tiles = [] if result is None else views.listed(opened, selection, result, start)
         if part == "near":
@@ -280,7 +286,7 @@ class Page:
     def failed(self, request: Request, error: Exception) -> Response:
         """A page that says what is wrong with a dataset or a request."""
         code = HTTPStatus.BAD_REQUEST if isinstance(error, ConfigError) else HTTPStatus.SERVICE_UNAVAILABLE
-        return self._message(request, code, said(error))
+        return self._message(request, code, views.message_of(error))
 
     def refused(self, request: Request, error: Exception) -> Response:
         """A page for a request without an answer."""
@@ -333,13 +339,6 @@ class Page:
     def _show(self, template: str, code: int = 200, **context: Any) -> Response:
         page = self._templates.get_template(template).render(**context)
         return HTMLResponse(page, status_code=code, headers={"cache-control": "no-store"})
-
-
-def said(error: Exception) -> str:
-    """The message of an error on a page, which has no config that could have a problem."""
-    if not isinstance(error, ConfigError):
-        return str(error)
-    return "; ".join(f"{each.key}: {each.allowed}" + f" ({each.hint})" * bool(each.hint) for each in error.problems)
 
 
 def _whole(request: Request, name: str) -> int:

@@ -15,7 +15,7 @@ from pipeline.browse.collection import Collection
 from pipeline.browse.measures import LabelCounts, Progress, confusion, count_labels
 from pipeline.browse.opened import OpenedDataset, shown_columns
 from pipeline.browse.selection import SIMILAR, Result, Selection
-from pipeline.core.errors import PipelineError, StorageError
+from pipeline.core.errors import ConfigError, PipelineError, StorageError
 from pipeline.core.records import OK
 from pipeline.report.load import report_of
 from pipeline.report.nights import RUNS, read_nights
@@ -237,3 +237,10 @@ def label_distance(one: LabelCounts, other: LabelCounts) -> float:
     with np.errstate(divide="ignore", invalid="ignore"):
         terms = np.where(shares > 0, shares * np.log2(shares / middle), 0)
     return float(np.sqrt(max(0.0, terms.sum(axis=1).mean())))
+
+
+def message_of(error: Exception) -> str:
+    """The message of an error on a page, which has no config that could have a problem."""
+    if not isinstance(error, ConfigError):
+        return str(error)
+    return "; ".join(f"{each.key}: {each.allowed}" + f" ({each.hint})" * bool(each.hint) for each in error.problems)
