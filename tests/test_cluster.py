@@ -29,6 +29,7 @@ from pipeline.config.schema import ClusterConfig, Config, LoaderConfig, Manifest
 from pipeline.config.validate import check, part_of
 from pipeline.core import errors
 from pipeline.core.errors import ClusterUnavailable, ManifestError, PipelineError, ShardsGivenUp, WorkerMismatch
+from pipeline.core.machine import is_loopback
 from pipeline.core.records import Shard
 from pipeline.engine.loop import Job
 from pipeline.job import unique_ids
@@ -378,6 +379,7 @@ def test_a_stream_does_not_end_while_feeders_start(patience: float) -> None:
         ({"name": "address", "address": "tls://a:1"}, {}, ["cluster.address"]),
         ({"name": "local", "tls_ca": "a.pem"}, {}, ["cluster.tls_cert", "cluster.tls_key"]),
         ({"name": "slurm"}, {}, ["cluster.host"]),
+        ({"name": "slurm", "host": "::1"}, {}, ["cluster.host"]),
         ({"name": "kubernetes", "kubernetes_env": ["A"]}, {}, ["cluster.kubernetes_env", "cluster.kubernetes_image"]),
         ({"name": "local", "tries": 0, "workers": -1}, {}, ["cluster.workers", "cluster.tries"]),
     ],
@@ -387,6 +389,17 @@ def test_everything_wrong_with_a_cluster_is_said_at_once(
 ) -> None:
     config = Config(cluster=ClusterConfig(**cluster), loader=LoaderConfig(**other))  # type: ignore[arg-type]
     assert [problem.key for problem in check(config)] == keys
+
+
+@pytest.mark.parametrize(
+    ("host", "alone"),
+    [
+        ("127.0.0.1", True), ("127.8.9.1", True), ("localhost", True), ("LOCALHOST", True), ("::1", True),
+        ("[::1]", True), ("0.0.0.0", False), ("::", False), ("10.0.0.5", False), ("gpu-node-3", False), ("", False),
+    ],
+)  # fmt: skip
+def test_an_address_of_this_machine_alone_is_known(host: str, alone: bool) -> None:
+    assert is_loopback(host) is alone
 
 
 def test_a_part_has_every_nth_shard() -> None:

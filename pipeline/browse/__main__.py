@@ -13,6 +13,7 @@ from typing import Any
 
 from pipeline.core.cli import ErrorOutput, command_parser, run_command, run_process
 from pipeline.core.errors import ConfigError, Problem, install_hint
+from pipeline.core.machine import is_loopback
 from pipeline.models.lean import load_torch_aside
 
 EXAMPLES = """\
@@ -79,7 +80,7 @@ def _serve(options: argparse.Namespace) -> int:
             shown = f"[{host}]" if ":" in host else host
             token = secrets.token_urlsafe(24)
             hosts = (*HOSTS, *({shown, options.host} - {*HOSTS}))
-            if options.host not in HOSTS:
+            if not is_loopback(options.host):
                 log.warning(
                     "--host %s: whoever has the address with its token sees every row and picture", options.host
                 )

@@ -12,6 +12,7 @@ from pipeline.config.choices import BACKENDS
 from pipeline.config.ranges import AUTO, OneOf, Range, Text
 from pipeline.config.schema import FORMATS, OUTPUT_COLUMNS, Config, ParityConfig, nearest, value_of
 from pipeline.core.errors import Problem
+from pipeline.core.machine import is_loopback
 
 # Drivers of fsspec that read through other drivers, or from the address itself.
 WRAPPERS = (
@@ -214,7 +215,7 @@ def _check_cluster(config: Config) -> Iterator[Problem]:
         elif 0 < cluster.max_workers < cluster.workers:
             allowed = f"must be at least cluster.workers={cluster.workers}"
             yield Problem("cluster.max_workers", cluster.max_workers, allowed)
-    if name == "slurm" and cluster.host in ("127.0.0.1", "localhost"):
+    if name == "slurm" and is_loopback(cluster.host):
         allowed = "must be an address of this machine that the nodes of the cluster reach"
         yield Problem("cluster.host", cluster.host, allowed)
     if name == "kubernetes" and not cluster.kubernetes_image:

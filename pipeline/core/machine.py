@@ -1,4 +1,4 @@
-"""Facts about this machine and this process: processor, peak memory, versions of packages."""
+"""Facts about this machine and this process: processor, peak memory, versions of packages, its own addresses."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import resource
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from ipaddress import ip_address
 from typing import Any
 
 PACKAGES = ("torch", "transformers", "tokenizers", "pillow", "pi-heif", "pyarrow", "numpy", "hydra-core", "fsspec")
@@ -72,6 +73,14 @@ def versions(more: Sequence[str] = ()) -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def is_loopback(host: str) -> bool:
+    """True for a name or an address that is reached from this machine alone, such as ``localhost``, ``::1``."""
+    try:
+        return ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
 
 
 def _processor() -> str:

@@ -12,6 +12,7 @@ import uvicorn
 from pipeline.config.schema import Config
 from pipeline.core.errors import exit_code_of
 from pipeline.core.log_format import ending
+from pipeline.core.machine import is_loopback
 from pipeline.serve.app import build
 from pipeline.serve.bind import BACKLOG, bind_to
 from pipeline.serve.service import Service
@@ -19,7 +20,6 @@ from pipeline.serve.uvicorn_server import Server
 
 # Seconds that an idle connection is kept: longer than in proxies (nginx: 60), so that the proxy closes first.
 KEEP_ALIVE = 75
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 log = logging.getLogger(__name__)
 
 
@@ -46,7 +46,7 @@ def serve(config: Config) -> int:
         host, port = listening.getsockname()[:2]
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         log.info("listening on %s", url, extra={"url": url})
-        if config.serve.host not in LOOPBACK:
+        if not is_loopback(config.serve.host):
             log.warning(
                 "serve.host=%s: every client that connects can use it; there are no passwords",
                 config.serve.host,

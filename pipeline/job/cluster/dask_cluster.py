@@ -15,12 +15,12 @@ from distributed.security import Security
 
 from pipeline.config.schema import ClusterConfig, Config
 from pipeline.core.errors import ClusterUnavailable
+from pipeline.core.machine import is_loopback
 from pipeline.core.processes import cores
 from pipeline.engine.loader import LEAST
 from pipeline.job.cluster import main_guard
 from pipeline.job.cluster.affinity import quiet
 
-LOCAL = ("127.0.0.1", "localhost", "::1")
 MOST_SHARDS = 32
 SETTINGS = {
     # :mod:`pipeline.job.cluster.dask_executor` finds the shard that ended a worker.
@@ -51,7 +51,7 @@ def open_cluster(config: Config) -> Iterator[Client]:
     cluster = config.cluster
     module = importlib.import_module(f"pipeline.job.cluster.{cluster.name}")
     levels = quiet()
-    if cluster.name != "address" and cluster.host not in LOCAL and cluster.tls_ca is None:
+    if cluster.name != "address" and not is_loopback(cluster.host) and cluster.tls_ca is None:
         log.warning(
             "the scheduler listens on %s without TLS: who reaches its port can run code as you; see cluster.tls_ca",
             cluster.host,
