@@ -370,11 +370,11 @@ def test_an_engine_has_one_shape_and_a_folder_of_its_own(store: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_compiled_tower_is_compiled_once(store: str) -> None:
+@pytest.mark.parametrize(("name", "precision", "mode"), [("torch", "fp32", "default"), ("torch_int8", "int8", "none")])
+def test_a_compiled_tower_is_compiled_once(name: str, precision: str, mode: str, store: str) -> None:
     from torch._dynamo.utils import counters
 
-    # torch_int8 is compiled ahead of time: see tests/test_torch_ahead.py.
-    encoder = opened(BackendConfig(precision="fp32", device="cpu", compile="default"), store)
+    encoder = opened(BackendConfig(name=name, precision=precision, device="cpu", compile=mode), store)
     before = counters["stats"]["unique_graphs"]
     assert before > 0
     encoder.encode(scenes())
