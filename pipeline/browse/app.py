@@ -25,7 +25,7 @@ from pipeline.browse.conditions import OPERATORS, WITHOUT_VALUE, conditional
 from pipeline.browse.exports import ENDINGS, command_of, export
 from pipeline.browse.measures import count_labels
 from pipeline.browse.opened import OpenedDataset
-from pipeline.browse.pictures import EMPTY
+from pipeline.browse.pictures import NO_PICTURE
 from pipeline.browse.points import points_of
 from pipeline.browse.selection import Selection, orders_of
 from pipeline.browse.works import Works
@@ -144,7 +144,7 @@ class Page:
             return Response(status_code=304, headers={"etag": tag})
         data = opened.pictures.thumbnail(row)
         headers = {"cache-control": "private, no-cache", "etag": tag} if data else {"cache-control": "no-store"}
-        return Response(data or EMPTY, media_type="image/jpeg" if data else "image/svg+xml", headers=headers)
+        return Response(data or NO_PICTURE, media_type="image/jpeg" if data else "image/svg+xml", headers=headers)
 
     def picture(self, request: Request) -> Response:
         """The picture of a row as it is stored, if browsers show its format."""

@@ -35,8 +35,8 @@ _SHOWN = (
     ("image/webp", b"RIFF", 8, b"WEBP"),
     ("image/avif", b"", 4, b"ftypavif"),
 )
-# In the place of a thumbnail, SVG.
-EMPTY = (
+# SVG in the place of a missing thumbnail.
+NO_PICTURE = (
     b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 160 160"><rect width="160" height="160" fill="#8883"/>'
     b'<text x="80" y="84" text-anchor="middle" font-family="sans-serif" font-size="14" fill="#888">no picture</text>'
     b"</svg>"
